@@ -1,0 +1,130 @@
+"""CIFAR-10's python archive → DIR/cifar_train and DIR/cifar_test, as airplane_00029.png and so on.
+
+    python datasets/cifar10.py --archive cifar-10-python.tar.gz --out data
+
+Pixels are copied exactly. The number in a name is the picture's position in the archive. The same command again goes
+on after an interruption. The archive's pickles are read without running any code that they might name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import array_pickle
+import numpy as np
+from image_preparation import Target, Task, prefix_of, prepare
+from preparation_cli import parser, run
+
+from fastdiff.settings import UserError
+
+SPLITS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
+META = "batches.meta"
+FOLDER = "cifar-10-batches-py"
+
+
+class Batch(NamedTuple):
+    pixels: np.ndarray
+    """[N, 32, 32, 3] uint8."""
+    labels: list[int]
+    origin: str
+
+
+def read_files(archive: Path) -> dict[str, bytes]:
+    """The pickles by name, from the archive or from the folder that it was extracted to."""
+    wanted = [META, *(name for names in SPLITS.values() for name in names)]
+    if archive.is_dir():
+        folder = archive / FOLDER if (archive / FOLDER).is_dir() else archive
+        try:
+            files = {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
+        except OSError as error:
+            raise UserError(f"can't read {folder}: {error.strerror}") from None
+    else:
+        files = _read_archive(archive, wanted)
+    absent = [name for name in wanted if name not in files]
+    if absent:
+        raise UserError(f"{archive} lacks {', '.join(absent)}; the python version of CIFAR-10 is needed")
+    return files
+
+
+def _read_archive(archive: Path, wanted: list[str]) -> dict[str, bytes]:
+    files: dict[str, bytes] = {}
+    try:
+        tar = tarfile.open(archive)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
+        raise UserError(f"{archive} is not a whole tar archive; cifar-10-python.tar.gz is needed") from None
+    except OSError as error:
+        raise UserError(f"can't read {archive}: {error.strerror or error}") from None
+    with tar:
+        try:
+            for member in tar:
+                name = Path(member.name).name
+                file = tar.extractfile(member) if name in wanted and member.isfile() else None
+                if file is not None:
+                    files[name] = file.read()
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError):
+            raise UserError(f"{archive} is truncated or damaged; download it again") from None
+    return files
+
+
+def read_class_names(data: bytes) -> list[str]:
+    names = array_pickle.read(data, META).get("label_names")
+    if not isinstance(names, list) or not names:
+        raise UserError(f"{META} holds no label_names; the python version of CIFAR-10 is needed")
+    return [prefix_of(name.decode("ascii") if isinstance(name, bytes) else str(name)) for name in names]
+
+
+def read_batch(data: bytes, origin: str, classes: int) -> Batch:
+    content = array_pickle.read(data, origin)
+    rows, labels = content.get("data"), content.get("labels")
+    if not isinstance(rows, np.ndarray) or rows.ndim != 2 or rows.shape[1] != 3 * 32 * 32:
+        raise UserError(f"{origin} holds no data of 3072 bytes per image; the python version of CIFAR-10 is needed")
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(rows)
+        or not all(isinstance(label, int) and 0 <= label < classes for label in labels)
+    ):
+        raise UserError(f"{origin} does not hold one label below {classes} for each of its {len(rows)} images")
+    return Batch(rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels, origin)
+
+
+def tasks(batches: list[Batch], class_names: list[str]) -> Iterator[Task]:
+    number = 0
+    for batch in batches:
+        for pixels, label in zip(batch.pixels, batch.labels, strict=True):
+            name = f"{class_names[label]}_{number:05d}.png"
+            yield Task(name, np.ascontiguousarray(pixels), f"image {number} ({batch.origin})")
+            number += 1
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--archive", type=Path, required=True, help="cifar-10-python.tar.gz, or its extracted folder")
+    flags.add_argument("--out", type=Path, required=True, help="folder to make cifar_train and cifar_test in")
+    args = flags.parse_args()
+
+    files = read_files(args.archive)
+    class_names = read_class_names(files[META])
+    splits = {
+        split: [read_batch(files[name], name, len(class_names)) for name in names] for split, names in SPLITS.items()
+    }
+    made = {}
+    for split, batches in splits.items():
+        digest = hashlib.sha256(b"".join(files[name] for name in [META, *SPLITS[split]])).hexdigest()
+        target = Target(args.out / f"cifar_{split}", (32, 32))
+        target.claim("cifar10.py", archive=digest)
+        total = sum(len(batch.labels) for batch in batches)
+        made[split] = prepare(tasks(batches, class_names), total, target, args.workers)
+    for summary in made.values():
+        summary.check()
+    print(made["test"])
+    print(made["train"].with_training())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,79 @@
+"""Any folder of images, in any depth → one folder of small ones, named CLASS_00000000.png and so on.
+
+    python datasets/folder.py --source photos --out data/photos_64 --size 64
+
+Large pictures are decoded and resized once here instead of in every epoch. Classes are found as the trainer finds
+them and become the names' prefixes, with - for the characters _ and /; where nothing tells classes apart, all names
+begin with image. The number in a name is the picture's position in the source. The same command again goes on after
+an interruption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from image_preparation import SAVE_OPTIONS, Target, Task, check_prefixes, prefix_of, prepare
+from preparation_cli import add_size, parser, run
+
+from fastdiff.images.index import Listing, index_images
+from fastdiff.settings import UserError
+
+UNLABELLED = "image"
+
+
+def class_prefixes(listing: Listing, labels_mode: str) -> list[str]:
+    """What the names of each class begin with, in the order of listing.class_names."""
+    by_name = labels_mode == "prefix" or (labels_mode == "auto" and set(listing.class_names) <= _file_names(listing))
+    if by_name and not any("_" in name for name in _file_names(listing)):
+        return [UNLABELLED] * len(listing.class_names)  # by the rule each image would be a class of its own
+    # Images beside the class folders are of class ".", which would begin a hidden file's name.
+    names = [listing.root.resolve().name if name == "." else name for name in listing.class_names]
+    check_prefixes(names)
+    return [prefix_of(name) for name in names]
+
+
+def _file_names(listing: Listing) -> set[str]:
+    return {name.rsplit("/", 1)[-1] for name in listing.names}
+
+
+def tasks(listing: Listing, prefixes: list[str], suffix: str) -> Iterator[Task]:
+    for number, label in enumerate(listing.labels):
+        path = listing.path(number)
+        yield Task(f"{prefixes[label]}_{number:08d}.{suffix}", path, str(path))
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--source", type=Path, required=True, help="folder with images (jpg, jpeg, png, gif, webp)")
+    flags.add_argument("--out", type=Path, required=True, help="folder to write the images to, outside the source")
+    flags.add_argument(
+        "--format",
+        choices=sorted(SAVE_OPTIONS),
+        default="png",
+        help="png keeps the resized pixels exactly; jpg (quality 95) takes less space (default: png)",
+    )
+    flags.add_argument(
+        "--labels",
+        choices=["auto", "prefix", "folder"],
+        default="auto",
+        help="class of an image: prefix (of its name, before the first underscore), folder (that holds it), or auto: "
+        "folder if all images lie in at least two subfolders and no name has an underscore, else prefix "
+        "(default: auto)",
+    )
+    add_size(flags, 64)
+    args = flags.parse_args()
+
+    if args.out.resolve().is_relative_to(args.source.resolve()):
+        raise UserError(f"{args.out} lies in {args.source}, where its images would be taken for new ones")
+    listing = index_images(args.source, args.labels)
+    prefixes = class_prefixes(listing, args.labels)
+    target = Target(args.out, args.size, args.format)
+    target.claim("folder.py", labels=args.labels, listing=listing.fingerprint)
+    summary = prepare(tasks(listing, prefixes, args.format), len(listing.names), target, args.workers)
+    summary.check()
+    print(summary.with_training())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,262 @@
+"""Turns a list of pictures into a folder of equally large ones, in parallel and so that a restart goes on.
+
+A file that carries its final name is whole: it is written as `.NAME.partial` and renamed. `.preparation.json` in the
+folder says what the folder is made of, so that a restart with other settings is refused instead of mixing two sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from fastdiff.images.pixels import load_image
+from fastdiff.settings import UserError
+
+RECORD = ".preparation.json"
+CHUNK = 16
+"""Pictures that a worker gets at once: enough to hide the hand-over, few enough to spread a small folder."""
+TOLERATED = 0.01
+"""Share of unreadable pictures above which the source itself is taken to be broken."""
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG"},
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A picture's file as it lies inside a larger one."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One picture to make."""
+
+    name: str
+    """File name in the folder; the part before the first underscore is the class."""
+    source: Path | Slice | bytes | memoryview | np.ndarray
+    """A picture's file, or finished pixels [H, W, 3] uint8, which are written as they are."""
+    origin: str
+    """What to call the picture in a message."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The folder to fill."""
+
+    folder: Path
+    size: tuple[int, int]
+    format: str = "png"
+
+    def claim(self, made_by: str, **made_of: str | int) -> None:
+        """Create the folder, or make sure that the one there was begun by this script from the same things."""
+        record = {"made_by": made_by, "size": list(self.size), "format": self.format, **made_of}
+        path = self.folder / RECORD
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                self._compare(json.loads(path.read_text()), record)
+            elif any(not entry.name.startswith(".") for entry in os.scandir(self.folder)):
+                raise UserError(f"{self.folder} is not empty and was not begun by {made_by}; choose an empty --out")
+            partial = path.with_name(f"{RECORD}.partial")
+            partial.write_text(json.dumps(record) + "\n")
+            partial.replace(path)
+            for leftover in self.folder.glob(".*.partial"):
+                leftover.unlink()
+        except OSError as error:
+            raise UserError(f"can't write to {self.folder}: {error.strerror}") from None
+        except ValueError:
+            raise UserError(f"{path} is damaged; choose another --out or delete {self.folder}") from None
+
+    def _compare(self, old: Any, new: dict[str, Any]) -> None:
+        if not isinstance(old, dict):
+            raise ValueError("not a record")
+        for key in new:
+            if old.get(key) != new[key]:
+                raise UserError(
+                    f"{self.folder} was begun with another {key.replace('_', ' ')} ({old.get(key)}, now {new[key]}); "
+                    "choose another --out"
+                )
+
+    def holds(self, name: str) -> bool:
+        try:
+            return os.stat(self.folder / name).st_size > 0  # a machine that lost power can leave empty files
+        except OSError:
+            return False
+
+
+@dataclass
+class Summary:
+    target: Target
+    images: int = 0
+    kept: int = 0
+    skipped: int = 0
+    classes: set[str] = field(default_factory=set)
+
+    def add(self, name: str) -> None:
+        self.images += 1
+        self.classes.add(class_of(name))
+
+    def __str__(self) -> str:
+        n = len(self.classes)
+        text = f"{self.images:,} images of {n:,} class{'es' * (n != 1)} in {self.target.folder}"
+        notes = []
+        if self.kept:
+            notes.append(f"{self.kept:,} were there already")
+        if self.skipped:
+            notes.append(f"{self.skipped:,} unreadable ones were left out")
+        return f"{text} ({', '.join(notes)})" if notes else text
+
+    def with_training(self) -> str:
+        """The last line of a script: what was made, and the command that trains on it."""
+        height, width = self.target.size
+        flags = f"--data_dir {shlex.quote(str(self.target.folder))} --image_size "
+        flags += str(height) if height == width else f"{height}x{width}"
+        if len(self.classes) > 1:
+            flags += f" --class_cond True --num_classes {len(self.classes)}"
+        return f"{self}; to train on them: deepspeed fastdiff/train.py {flags}"
+
+    def check(self) -> None:
+        """UserError when too many pictures were unreadable."""
+        total = self.images + self.skipped
+        if self.skipped > TOLERATED * total:
+            raise UserError(
+                f"{self.skipped:,} of {total:,} images are unreadable, more than {TOLERATED:.0%}; "
+                f"{self.target.folder} holds the others, but the source looks damaged"
+            )
+
+
+def prefix_of(class_name: str) -> str:
+    """A class's name as a file name can begin with it: an underscore would end the class there."""
+    return class_name.replace("_", "-").replace("/", "-")
+
+
+def check_prefixes(class_names: Iterable[str]) -> None:
+    for prefix, count in Counter(map(prefix_of, class_names)).items():
+        if count > 1:
+            raise UserError(f"{count} classes would share the prefix {prefix}, where - stands for _ and /; rename one")
+
+
+def class_of(name: str) -> str:
+    return name.split("_", 1)[0]
+
+
+def prepare(tasks: Iterable[Task], total: int, target: Target, workers: int) -> Summary:
+    """Make every picture that the claimed folder does not hold yet. UserError if one can't be written."""
+    if not total:
+        raise UserError("no images found in the source")
+    summary = Summary(target)
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then, not ten per second
+    with tqdm(total=total, unit="img", desc=target.folder.name, mininterval=interval) as bar:
+
+        def missing() -> Iterator[Task]:
+            for task in tasks:
+                if target.holds(task.name):
+                    summary.add(task.name)
+                    summary.kept += 1
+                    bar.update()
+                elif isinstance(task.source, memoryview):
+                    yield replace(task, source=bytes(task.source))  # read from disk only now that it is needed
+                else:
+                    yield task
+
+        for task, problem in _make_all(missing(), target, min(workers, -(-total // CHUNK))):
+            if problem is None:
+                summary.add(task)
+            else:
+                summary.skipped += 1
+                bar.write(f"left out, unreadable: {problem}", file=sys.stderr)
+            bar.update()
+    return summary
+
+
+def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[tuple[str, str | None]]:
+    """(file name, what is wrong with the picture or None) for every task, in order."""
+    chunks = iter(lambda: list(itertools.islice(tasks, CHUNK)), [])
+    if workers == 1:
+        for chunk in chunks:
+            yield from _make_chunk(chunk, target)
+        return
+    # Spawned, not forked: tqdm runs a thread, and only a spawned worker sees its parent die.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pending = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_make_chunk, chunk, target))
+            if len(pending) > 4 * workers:  # bounds the memory that undecoded pictures take
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, most likely for want of memory; give the same command with fewer --workers"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it even when it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _make_chunk(tasks: list[Task], target: Target) -> list[tuple[str, str | None]]:
+    return [(task.name, _make(task, target)) for task in tasks]
+
+
+def _make(task: Task, target: Target) -> str | None:
+    """Write one picture; returns what is wrong with it if it can't be read."""
+    source = task.source
+    try:
+        if isinstance(source, np.ndarray):
+            pixels = source
+        else:
+            pixels = load_image(source.read() if isinstance(source, Slice) else source, target.size, "RGB")
+    except UnidentifiedImageError:
+        return f"{task.origin}: not a picture, or of an unknown kind"
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        return f"{task.origin}: {' '.join(str(error).split()) or type(error).__name__}"
+
+    path = target.folder / task.name
+    partial = target.folder / f".{task.name}.partial"
+    try:
+        with open(partial, "wb") as file:
+            Image.fromarray(pixels).save(file, **SAVE_OPTIONS[target.format])
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None
+    return None

@@ -1,0 +1,232 @@
+"""All settings of a run: sections of one JSON file, every leaf a flag. Defaults < checkpoint < JSON < flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, get_origin
+
+from pydantic import Field, ValidationError
+
+from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.images.settings import DataSettings
+from fastdiff.models.settings import SuperResSettings, UNetSettings
+from fastdiff.nll_settings import NllSettings
+from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
+from fastdiff.settings import Settings, UserError, did_you_mean
+from fastdiff.training.settings import TrainSettings
+
+Layer = dict[str, dict[str, Any]]
+
+
+class Config(Settings):
+    """What a JSON file may hold. A script uses some sections; the others are checked all the same."""
+
+    model: UNetSettings = Field(default_factory=UNetSettings)
+    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    sample: SampleSettings = Field(default_factory=SampleSettings)
+    nll: NllSettings = Field(default_factory=NllSettings)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed's own JSON, merged over what is derived from the other sections."""
+
+
+class SuperResConfig(Config):
+    """The same for super-resolution."""
+
+    model: SuperResSettings = Field(default_factory=SuperResSettings)  # type: ignore[assignment]
+    sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def load(
+    argv: list[str] | None,
+    *,
+    description: str,
+    sections: tuple[str, ...],
+    kind: type[Config] = Config,
+    checkpoint: Callable[[Config], Mapping[str, Any]] | None = None,
+) -> tuple[Config, argparse.Namespace]:
+    """Settings from the command line, and the switches that aren't settings (print_config, dry_run).
+
+    sections    whose leaves are flags of this script.
+    checkpoint  given the settings so far, what the checkpoint they name says of `model` and `diffusion`.
+    Raises UserError, with one sentence that names the flag or the file and key.
+    """
+    parser = _make_parser(description, sections, kind)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = did_you_mean(name, known) or "; --help lists them"
+        raise UserError(f"{name} is not a flag of this script{near}")
+    file_layer = _read_json(args.config, kind) if args.config else {}
+    flag_layer = _flags(args, sections, kind)
+    if args.deepspeed:
+        flag_layer["deepspeed"] = _read_object(args.deepspeed)
+    layers = [(args.config or "", file_layer), ("", flag_layer)]
+    config = _resolve(kind, layers)
+    stored = checkpoint(config) if checkpoint else {}
+    if stored:
+        layer = {name: dict(stored[name]) for name in ("model", "diffusion") if name in stored}
+        config = _resolve(kind, [("the checkpoint's settings", layer), *layers])
+    if args.print_config:
+        print(json.dumps(config.model_dump(mode="json", include={*sections, "deepspeed"}), indent=2))
+        sys.exit(0)
+    return config, args
+
+
+def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]) -> _Parser:
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with settings, section by section")
+    parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
+    parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    if "train" in sections:
+        parser.add_argument(
+            "--dry_run",
+            action="store_true",
+            default=False,
+            help="build everything, run one step on real data, report, and write nothing",
+        )
+    for section in sections:
+        settings = _section_class(kind, section)
+        group = parser.add_argument_group(f"{section}: {(settings.__doc__ or '').strip().splitlines()[0]}")
+        for name, field in settings.model_fields.items():
+            default = json.loads(settings.__pydantic_serializer__.to_json(settings()))[name]
+            text = " ".join((field.description or "").split()).replace("%", "%%")
+            boolean = field.annotation is bool
+            group.add_argument(
+                f"--{name}",
+                dest=f"{section}.{name}",
+                metavar=_metavar(field.annotation),
+                help=f"{text} (default: {default if default != '' else 'empty'})",
+                **({"nargs": "?", "const": "True"} if boolean else {}),
+            )
+    return parser
+
+
+def _metavar(annotation: Any) -> str:
+    if annotation in (int, float, bool, str):
+        return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
+    return "A,B,.." if get_origin(annotation) is tuple else "VALUE"
+
+
+def _section_class(kind: type[Config], section: str) -> type[Settings]:
+    annotation = kind.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    return annotation
+
+
+def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Config]) -> Layer:
+    layer: Layer = {section: {} for section in sections}
+    for key, value in vars(args).items():
+        section, _, name = key.partition(".")
+        if name:
+            layer[section][name] = value
+    return layer
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give the path of a JSON file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _read_json(path: str, kind: type[Config]) -> Layer:
+    content = _read_object(path)
+    for section, value in content.items():
+        if section not in kind.model_fields:
+            owners = [s for s in kind.model_fields if s != "deepspeed" and section in _section_class(kind, s).model_fields]
+            hint = f"; it belongs in section {owners[0]}" if owners else did_you_mean(section, kind.model_fields)
+            raise UserError(f"{path}: {section} is not a section{hint}")
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: section {section} must be a JSON object, not {value!r}")
+    return content
+
+
+def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
+    merged: Layer = {}
+    sources: dict[tuple[str, str], str] = {}
+    for source, layer in layers:
+        for section, values in layer.items():
+            if section == "deepspeed":
+                merged[section] = merge(merged.get(section, {}), values)
+                continue
+            known = _section_class(kind, section).model_fields
+            for name, value in _aliases(source, section, values).items():
+                where = f"{source}: {section}.{name}" if source else f"--{name}"
+                if name not in known:
+                    raise UserError(f"{where} is not a setting{_hint(kind, section, name)}")
+                merged.setdefault(section, {})[name] = value
+                sources[section, name] = where
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_sentence(error, sources)) from None
+
+
+def _aliases(source: str, section: str, values: dict[str, Any]) -> dict[str, Any]:
+    """use_fp16 is precision fp16 by the seed's name."""
+    values = dict(values)
+    if str(values.get("use_fp16", "")).lower() in ("true", "1", "yes", "t", "y"):
+        del values["use_fp16"]
+        precision = values.setdefault("precision", "fp16")
+        if precision != "fp16":
+            where = f"{source}: {section}." if source else "--"
+            raise UserError(f"{where}use_fp16 True contradicts precision {precision}; give one of them")
+    return values
+
+
+def _hint(kind: type[Config], section: str, name: str) -> str:
+    if kind is Config and section == "model" and name in ("large_size", "small_size"):
+        return "; super-resolution models are for super_res_train.py and super_res_sample.py"
+    if kind is SuperResConfig and section == "model" and name == "image_size":
+        return "; a super-resolution model has large_size and small_size"
+    known = _section_class(kind, section).model_fields
+    near = did_you_mean(name, known)
+    if near:
+        return near
+    owners = [s for s in kind.model_fields if s != "deepspeed" and name in _section_class(kind, s).model_fields]
+    return f"; it belongs in section {owners[0]}" if owners else ""
+
+
+def _sentence(error: ValidationError, sources: dict[tuple[str, str], str]) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    message = first["msg"].removeprefix("Value error, ")
+    if len(location) < 2:
+        return message
+    section, name = location[0], location[1]
+    where = sources.get((section, name), f"{section}.{name}")
+    if first["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, object by object."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merge(result[key], value) if both else value
+    return result

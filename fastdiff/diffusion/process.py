@@ -1,0 +1,261 @@
+"""The diffusion process: noising, its posterior, and what a network's output says about the step back.
+
+Ho et al. 2020 (https://arxiv.org/abs/2006.11239); Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.diffusion.schedules import Schedule
+from fastdiff.diffusion.settings import DiffusionSettings
+
+Model = Callable[..., Tensor]
+"""model(x [B, C, H, W], timesteps [B], **model_kwargs) → [B, C or 2C, H, W]"""
+
+
+class ModelMeanType(Enum):
+    """What the network predicts."""
+
+    START_X = "x_0"
+    EPSILON = "the noise"
+
+
+class ModelVarType(Enum):
+    """Where the variance of the step back comes from."""
+
+    LEARNED = "the network, as a log variance"
+    FIXED_SMALL = "the posterior's"
+    FIXED_LARGE = "beta"
+    LEARNED_RANGE = "the network, between the posterior's and beta"
+
+
+class LossType(Enum):
+    MSE = "mean squared error, plus the bound for learned variances"
+    RESCALED_MSE = "the same, the bound scaled by T / 1000"
+    KL = "the variational bound"
+    RESCALED_KL = "the bound times T, an estimate of the whole sum"
+
+
+@dataclass(frozen=True)
+class PMeanVariance:
+    """p(x_{t-1} | x_t): each [B, C, H, W] float32."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    pred_xstart: Tensor
+
+
+@dataclass
+class GaussianDiffusion:
+    """A process on the kept steps of a schedule; t [B] int64 counts those steps from 0, the least noisy."""
+
+    schedule: Schedule
+    mean_type: ModelMeanType = ModelMeanType.EPSILON
+    var_type: ModelVarType = ModelVarType.FIXED_LARGE
+    loss_type: LossType = LossType.MSE
+    rescale_timesteps: bool = False
+
+    def __post_init__(self) -> None:
+        self._tables: dict[tuple[str, torch.device], Tensor] = {}
+
+    @property
+    def num_timesteps(self) -> int:
+        return self.schedule.num_timesteps
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+    def at(self, table: str, t: Tensor) -> Tensor:
+        """The schedule's float64 table at t, as float32 [B]; tables are kept on the device after the first use."""
+        key = (table, t.device)
+        if key not in self._tables:
+            values = torch.from_numpy(getattr(self.schedule, table))
+            self._tables[key] = (values if table == "timestep_map" else values.float()).to(t.device)
+        return self._tables[key][t]
+
+    def _at(self, table: str, t: Tensor) -> Tensor:
+        return self.at(table, t)[:, None, None, None]
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """The timesteps the network is shown: int64 of the original chain, or float32 scaled to 0..1000."""
+        original = self.at("timestep_map", t)
+        return original.float() * (1000.0 / self.schedule.original_steps) if self.rescale_timesteps else original
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log variance of q(x_t | x_0), each broadcast to x_start's shape."""
+        mean = self._at("sqrt_alphas_cumprod", t) * x_start
+        variance = self._at("one_minus_alphas_cumprod", t).expand_as(x_start)
+        return mean, variance, self._at("log_one_minus_alphas_cumprod", t).expand_as(x_start)
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t for x_0 and the noise (drawn if not given)."""
+        noise = torch.randn_like(x_start) if noise is None else noise
+        return ops.q_sample(
+            x_start, noise, self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
+        )
+
+    def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7)."""
+        mean = self._at("posterior_mean_coef1", t) * x_start + self._at("posterior_mean_coef2", t) * x_t
+        variance = self._at("posterior_variance", t).expand_as(x_t)
+        return mean, variance, self._at("posterior_log_variance_clipped", t).expand_as(x_t)
+
+    def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return self._at("sqrt_recip_alphas_cumprod", t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t) * eps
+
+    def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        return (self._at("sqrt_recip_alphas_cumprod", t) * x_t - pred_xstart) / self._at(
+            "sqrt_recipm1_alphas_cumprod", t
+        )
+
+    def _variances(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Variance and log variance of the step back; `values` is the network's share of them."""
+        if self.var_type is ModelVarType.FIXED_SMALL:
+            variance, log_variance = "posterior_variance", "posterior_log_variance_clipped"
+        elif self.var_type is ModelVarType.FIXED_LARGE:
+            variance, log_variance = "fixed_large_variance", "fixed_large_log_variance"
+        else:
+            assert values is not None
+            if self.var_type is ModelVarType.LEARNED_RANGE:  # Nichol & Dhariwal 2021, eq. 15
+                share = (values + 1) / 2
+                low, high = self._at("posterior_log_variance_clipped", t), self._at("log_betas", t)
+                values = share * high + (1 - share) * low
+            return values.exp(), values
+        return self._at(variance, t).expand_as(x), self._at(log_variance, t).expand_as(x)
+
+    def p_mean_variance_from_output(
+        self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = True
+    ) -> PMeanVariance:
+        """p(x_{t-1} | x_t) for a network's output [B, C or 2C, H, W]."""
+        values = None
+        if self.learns_variance:
+            output, values = output.chunk(2, dim=1)
+        variance, log_variance = self._variances(values, x, t)
+        epsilon = self.mean_type is ModelMeanType.EPSILON
+        pred_xstart = self.predict_xstart_from_eps(x, t, output) if epsilon else output
+        if clip_denoised:
+            pred_xstart = pred_xstart.clamp(-1, 1)
+        mean = self.q_posterior_mean_variance(pred_xstart, x, t)[0]
+        return PMeanVariance(mean, variance, log_variance, pred_xstart)
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> PMeanVariance:
+        """Ask the network for p(x_{t-1} | x_t) at x [B, C, H, W] float32."""
+        output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
+        return self.p_mean_variance_from_output(output, x, t, clip_denoised)
+
+    def _bound(self, x_start: Tensor, x_t: Tensor, t: Tensor, p: PMeanVariance) -> Tensor:
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        return ops.vb_terms_bpd(x_start, true_mean, true_log_variance, p.mean, p.log_variance, t == 0)
+
+    def vb_terms_bpd(
+        self,
+        model: Model,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The bound's term at t in bits per dimension, [B], and the predicted x_0."""
+        p = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs)
+        return self._bound(x_start, x_t, t, p), p.pred_xstart
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss of every image, {"loss": [B], and "mse", "vb" where the loss has them}, float32.
+
+        With learned variances and an MSE loss (L_hybrid, Nichol & Dhariwal 2021, eq. 16) the bound trains the
+        variances alone: the mean inside it carries no gradient.
+        """
+        noise = torch.randn_like(x_start) if noise is None else noise
+        x_t = self.q_sample(x_start, t, noise)
+        output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
+        if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
+            loss = self._bound(x_start, x_t, t, self.p_mean_variance_from_output(output, x_t, t, clip_denoised=False))
+            return {"loss": loss * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else loss}
+        terms = {}
+        if self.learns_variance:
+            output, values = output.chunk(2, dim=1)
+            frozen = torch.cat([output.detach(), values], dim=1)
+            vb = self._bound(x_start, x_t, t, self.p_mean_variance_from_output(frozen, x_t, t, clip_denoised=False))
+            terms["vb"] = vb * (self.num_timesteps / 1000.0) if self.loss_type is LossType.RESCALED_MSE else vb
+        target = noise if self.mean_type is ModelMeanType.EPSILON else x_start
+        terms["mse"] = ops.mean_flat((target - output).square())
+        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        return terms
+
+    def prior_bpd(self, x_start: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]."""
+        t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        return ops.mean_flat(ops.normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2.0)
+
+    @torch.no_grad()
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        noise: Callable[[int], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The whole variational bound in bits per dimension.
+
+        noise(t) gives the noise of step t, [B, C, H, W]; drawn if not given. Returns total_bpd and prior_bpd [B], and
+        vb, xstart_mse, mse [B, T], column 0 the largest timestep.
+        """
+        vb, xstart_mse, mse = [], [], []
+        for step in reversed(range(self.num_timesteps)):
+            t = torch.full((len(x_start),), step, device=x_start.device)
+            eps = torch.randn_like(x_start) if noise is None else noise(step)
+            x_t = self.q_sample(x_start, t, eps)
+            term, pred_xstart = self.vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+            vb.append(term)
+            xstart_mse.append(ops.mean_flat((pred_xstart - x_start).square()))
+            mse.append(ops.mean_flat((self.predict_eps_from_xstart(x_t, t, pred_xstart) - eps).square()))
+        terms = {"vb": torch.stack(vb, 1), "xstart_mse": torch.stack(xstart_mse, 1), "mse": torch.stack(mse, 1)}
+        prior = self.prior_bpd(x_start)
+        return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior, **terms}
+
+
+def create_diffusion(settings: DiffusionSettings, learn_sigma: bool) -> GaussianDiffusion:
+    """The process that the settings describe, for a network that predicts variances or not."""
+    if learn_sigma:
+        var_type = ModelVarType.LEARNED_RANGE
+    else:
+        var_type = ModelVarType.FIXED_SMALL if settings.sigma_small else ModelVarType.FIXED_LARGE
+    if settings.use_kl:
+        loss_type = LossType.RESCALED_KL
+    else:
+        loss_type = LossType.RESCALED_MSE if settings.rescale_learned_sigmas else LossType.MSE
+    return GaussianDiffusion(
+        Schedule.create(settings.noise_schedule, settings.diffusion_steps, settings.timestep_respacing),
+        mean_type=ModelMeanType.START_X if settings.predict_xstart else ModelMeanType.EPSILON,
+        var_type=var_type,
+        loss_type=loss_type,
+        rescale_timesteps=settings.rescale_timesteps,
+    )

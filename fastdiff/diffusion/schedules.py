@@ -1,0 +1,183 @@
+"""Noise schedules, which steps of them to keep, and the tables that follow, in float64 on the CPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+def named_betas(noise_schedule: str, diffusion_steps: int) -> np.ndarray:
+    """The variances beta_1..beta_T of a named schedule, [T] float64.
+
+    linear  Ho et al. 2020, section 4, its ends scaled by 1000 / T so that every length ends as noisy.
+    cosine  Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999.
+    Raises ValueError for an unknown name and for a linear chain of 20 steps or fewer, whose betas would reach 1.
+    """
+    if noise_schedule == "linear":
+        if diffusion_steps <= 20:
+            raise ValueError(
+                f"diffusion_steps {diffusion_steps} is too few for noise_schedule linear, which needs at least 21; "
+                "cosine takes fewer"
+            )
+        scale = 1000 / diffusion_steps
+        return np.linspace(scale * 0.0001, scale * 0.02, diffusion_steps, dtype=np.float64)
+    if noise_schedule == "cosine":
+
+        def alpha_bar(t: float) -> float:
+            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        return np.array(
+            [
+                min(1 - alpha_bar((i + 1) / diffusion_steps) / alpha_bar(i / diffusion_steps), 0.999)
+                for i in range(diffusion_steps)
+            ]
+        )
+    raise ValueError(f"noise_schedule {noise_schedule!r} is not known; use linear or cosine")
+
+
+def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
+    """The steps of a chain of `num_timesteps` that a respacing keeps, ascending.
+
+    ""          all of them.
+    "10,15,20"  so many, evenly, in each of three equal parts (the ends of a part included).
+    "ddim50"    50 at a fixed whole stride from 0 (DDIM, Song et al. 2020).
+    Raises ValueError where that is impossible.
+    """
+    if not respacing:
+        return list(range(num_timesteps))
+    if respacing.startswith("ddim"):
+        count = _whole(respacing[len("ddim") :], respacing)
+        for stride in range(1, num_timesteps):
+            kept = range(0, num_timesteps, stride)
+            if len(kept) == count:
+                return list(kept)
+        raise ValueError(
+            f"timestep_respacing {respacing}: no whole stride takes {count} of {num_timesteps} steps; "
+            f"{_nearest_ddim(num_timesteps, count)} would work"
+        )
+    counts = [_whole(part, respacing) for part in respacing.split(",")]
+    size, extra = divmod(num_timesteps, len(counts))
+    kept_steps: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        length = size + (1 if i < extra else 0)
+        if count > length:
+            raise ValueError(
+                f"timestep_respacing {respacing}: part {i + 1} of {len(counts)} has {length} steps, {count} can't be kept"
+            )
+        stride = (length - 1) / (count - 1) if count > 1 else 1
+        position = 0.0
+        for _ in range(count):  # adding up the stride and rounding half to even fixes the steps that are kept
+            kept_steps.append(start + round(position))
+            position += stride
+        start += length
+    return sorted(set(kept_steps))
+
+
+def _whole(text: str, respacing: str) -> int:
+    if not text.strip().isdigit() or int(text) < 1:
+        raise ValueError(
+            f"timestep_respacing {respacing!r} is not understood; write 250, 10,15,20, ddim50 or nothing"
+        )
+    return int(text)
+
+
+def _nearest_ddim(num_timesteps: int, count: int) -> str:
+    possible = {len(range(0, num_timesteps, stride)) for stride in range(1, num_timesteps)}
+    return f"ddim{min(possible, key=lambda n: abs(n - count))}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tables of a diffusion process with S kept steps: every array [S] float64, index 0 the least noisy.
+
+    timestep_map [S] int64 gives each kept step's place in the chain of `original_steps` that the network knows.
+    """
+
+    betas: np.ndarray
+    timestep_map: np.ndarray
+    original_steps: int
+
+    @staticmethod
+    def create(noise_schedule: str, diffusion_steps: int, timestep_respacing: str = "") -> Schedule:
+        """The named schedule, respaced: betas are those of a chain that jumps from kept step to kept step."""
+        kept = space_timesteps(diffusion_steps, timestep_respacing)
+        full = np.cumprod(1.0 - named_betas(noise_schedule, diffusion_steps))
+        alphas_cumprod = full[kept]
+        betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
+        return Schedule(betas, np.array(kept, dtype=np.int64), diffusion_steps)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        return np.cumprod(1.0 - self.betas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @cached_property
+    def alphas_cumprod_next(self) -> np.ndarray:
+        return np.append(self.alphas_cumprod[1:], 0.0)
+
+    @cached_property
+    def sqrt_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(self.alphas_cumprod)
+
+    @cached_property
+    def one_minus_alphas_cumprod(self) -> np.ndarray:
+        return 1.0 - self.alphas_cumprod
+
+    @cached_property
+    def sqrt_one_minus_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def log_one_minus_alphas_cumprod(self) -> np.ndarray:
+        return np.log(1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recip_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 / self.alphas_cumprod)
+
+    @cached_property
+    def sqrt_recipm1_alphas_cumprod(self) -> np.ndarray:
+        return np.sqrt(1.0 / self.alphas_cumprod - 1)
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """Of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7); 0 at the first step."""
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """The first step's log would be -inf: it takes the second's, or log beta in a chain of one step."""
+        first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
+        return np.log(np.append(first, self.posterior_variance[1:]))
+
+    @cached_property
+    def posterior_mean_coef1(self) -> np.ndarray:
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> np.ndarray:
+        return (1.0 - self.alphas_cumprod_prev) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def log_betas(self) -> np.ndarray:
+        return np.log(self.betas)
+
+    @cached_property
+    def fixed_large_variance(self) -> np.ndarray:
+        """beta, but the posterior variance of the second step at the first, for a better likelihood at t = 0."""
+        return np.exp(self.fixed_large_log_variance)
+
+    @cached_property
+    def fixed_large_log_variance(self) -> np.ndarray:
+        return np.append(self.posterior_log_variance_clipped[0], self.log_betas[1:])

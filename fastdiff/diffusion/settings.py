@@ -1,0 +1,38 @@
+"""Which diffusion process."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from fastdiff.diffusion.schedules import named_betas, space_timesteps
+from fastdiff.settings import Settings
+
+
+class DiffusionSettings(Settings):
+    """The forward chain, what the network predicts, and the loss."""
+
+    diffusion_steps: int = Field(1000, ge=2)
+    """T, the length of the forward chain."""
+    noise_schedule: Literal["linear", "cosine"] = "linear"
+    """linear: Ho et al. 2020, section 4. cosine: Nichol & Dhariwal 2021, eq. 17."""
+    timestep_respacing: str = ""
+    """Which steps to keep: empty: all; 250: that many, evenly; 10,15,20: so many in each of three equal parts; ddim50:
+    50 at a fixed whole stride."""
+    sigma_small: bool = False
+    """Without learn_sigma: use the posterior variance instead of beta."""
+    predict_xstart: bool = False
+    """The network predicts x_0 instead of the noise."""
+    use_kl: bool = False
+    """Train on the variational bound (L_vlb)."""
+    rescale_timesteps: bool = True
+    """Show the network timesteps scaled to 0..1000."""
+    rescale_learned_sigmas: bool = True
+    """With learn_sigma: scale the bound's share of the hybrid loss by T / 1000."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> DiffusionSettings:
+        named_betas(self.noise_schedule, self.diffusion_steps)
+        space_timesteps(self.diffusion_steps, self.timestep_respacing)
+        return self

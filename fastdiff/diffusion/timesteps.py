@@ -1,0 +1,114 @@
+"""Which timesteps to train on. Everything stays on the device: no copy to the host per draw or update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class UniformSampler:
+    """Every timestep equally often, every weight 1."""
+
+    def __init__(self, num_timesteps: int, device: torch.device | str = "cpu") -> None:
+        self.num_timesteps = num_timesteps
+        self.device = torch.device(device)
+
+    def weights(self) -> Tensor:
+        """Unnormalised probability of each timestep, [T] float64."""
+        return torch.ones(self.num_timesteps, dtype=torch.float64, device=self.device)
+
+    def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps [B] int64 and importance weights 1 / (T p_t) [B] float32, for uniform [B] float64 in (0, 1)."""
+        p = self.weights()
+        p = p / p.sum()
+        t = torch.searchsorted(p.cumsum(0), uniform.to(p), right=True).clamp(max=self.num_timesteps - 1)
+        return t, (1 / (self.num_timesteps * p[t])).float()
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Learn from the unweighted losses [B] at t [B] of this rank; a collective call."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class LossSecondMomentSampler(UniformSampler):
+    """Timesteps in proportion to sqrt(E[loss²]) (Nichol & Dhariwal 2021, section 3.3), once each has a full history.
+
+    The last `history_per_term` losses of each timestep are kept, oldest first; `uniform_prob` is mixed in. All ranks
+    see all losses, in the order of the ranks, and so hold the same history.
+    """
+
+    def __init__(
+        self,
+        num_timesteps: int,
+        device: torch.device | str = "cpu",
+        history_per_term: int = 10,
+        uniform_prob: float = 0.001,
+    ) -> None:
+        super().__init__(num_timesteps, device)
+        self.uniform_prob = uniform_prob
+        self.history = torch.zeros(num_timesteps, history_per_term, dtype=torch.float64, device=self.device)
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64, device=self.device)
+
+    def warmed_up(self) -> Tensor:
+        """Whether every timestep has a full history, [] bool."""
+        return (self.counts == self.history.shape[1]).all()
+
+    def weights(self) -> Tensor:
+        weights = self.history.square().mean(dim=1).sqrt()
+        weights = weights / weights.sum()
+        weights = weights * (1 - self.uniform_prob) + self.uniform_prob / self.num_timesteps
+        return torch.where(self.warmed_up(), weights, torch.ones_like(weights))
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        losses = losses.detach().double()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            t, losses = _gather(t), _gather(losses)
+        depth = self.history.shape[1]
+        # Place of each new loss among those of its timestep, and how many come after it: a batch may hold several.
+        same = t[:, None] == t[None, :]
+        before = torch.tril(same, diagonal=-1).sum(dim=1)
+        after = torch.triu(same, diagonal=1).sum(dim=1)
+        new = torch.zeros_like(self.counts).index_add_(0, t, torch.ones_like(t))
+        overflow = (self.counts + new - depth).clamp(min=0)
+        # Shift each history left by what no longer fits, then lay the new losses behind what is left.
+        columns = torch.arange(depth, device=self.device)[None, :] + overflow[:, None]
+        shifted = self.history.gather(1, columns.clamp(max=depth - 1)) * (columns < self.counts[:, None])
+        column = self.counts[t] - overflow[t] + before
+        keep = (after < depth) & (column >= 0)
+        flat = torch.cat([shifted.flatten(), shifted.new_zeros(1)])  # the last place takes what is not kept
+        flat[torch.where(keep, t * depth + column, flat.numel() - 1)] = losses
+        self.history = flat[:-1].view_as(self.history)
+        self.counts = (self.counts + new).clamp(max=depth)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history.cpu(), "counts": self.counts.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["history"].shape != self.history.shape:
+            raise ValueError(
+                f"the timestep sampler's history is {tuple(state['history'].shape)}, "
+                f"this process needs {tuple(self.history.shape)}"
+            )
+        self.history = state["history"].to(self.device)
+        self.counts = state["counts"].to(self.device)
+
+
+def _gather(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def create_sampler(name: str, num_timesteps: int, device: torch.device | str = "cpu") -> UniformSampler:
+    """The sampler of that name: uniform or loss-second-moment."""
+    samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
+    if name not in samplers:
+        raise ValueError(f"schedule_sampler {name!r} is not known; use uniform or loss-second-moment")
+    return samplers[name](num_timesteps, device)

@@ -1,0 +1,188 @@
+"""What every loader of images does, whichever library decodes: order, shares of the ranks, reading ahead, resuming."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.images.index import Listing
+from fastdiff.images.order import Order, share
+from fastdiff.images.reader import Reader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch."""
+
+    images: Tensor
+    """[b, H, W, C] uint8 on the loader's device."""
+    labels: Tensor
+    """[b] int64 on the loader's device."""
+    positions: Tensor
+    """[b] int64 on the CPU: each sample's position in the endless stream, or in the listing for `once()`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples that are to be read; arrays [b]."""
+
+    positions: np.ndarray
+    indices: np.ndarray
+    flips: np.ndarray
+
+
+Finish = Callable[[], tuple[Tensor, np.ndarray]]
+"""Waits for requested samples: uint8 [b, H, W, C] on the device, and the index int64 [b] of each image shown."""
+
+
+class Loader(ABC):
+    """An endless iterator over batches; `once()` goes through the images a single time instead.
+
+    Threads decode at least two batches ahead of the caller; `state_dict()` counts only those handed out.
+    """
+
+    loader_name: str
+
+    def __init__(
+        self,
+        reader: Reader,
+        order: Order,
+        *,
+        random_flip: bool,
+        num_workers: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        self.device = device
+        self._reader = reader
+        self._order = order
+        self._random_flip = random_flip
+        self._rank, self._world_size = rank, world_size
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="images")
+        self._num_workers = num_workers
+        self._batches_ahead = max(2, -(-2 * num_workers // self.batch_size))
+        self._position = 0
+        self._stream: Iterator[Batch] | None = None
+
+    @abstractmethod
+    def _start(self, request: Request) -> Finish:
+        """Begin to read and decode in the background."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per batch of this rank."""
+        return self._order.batch_size // self._world_size
+
+    @property
+    def num_images(self) -> int:
+        return len(self._reader.listing.names)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._reader.listing.class_names
+
+    @property
+    def labels(self) -> np.ndarray:
+        """[num_images] int64, in the listing's order."""
+        return self._reader.listing.labels
+
+    @property
+    def unreadable(self) -> list[Path]:
+        """The images that were found unreadable so far, and replaced by their neighbours."""
+        return self._reader.unreadable
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self._read_ahead(self._requests(self._position))
+        try:
+            batch = next(self._stream)
+        except BaseException:
+            self._stream = None  # a second try begins again where this one did
+            raise
+        self._position += self._order.batch_size
+        return batch
+
+    def once(self) -> Iterator[Batch]:
+        """This rank's share [rank::world_size] of the listing, in order, never mirrored; the last batch may be short.
+
+        Leaves the endless stream where it is.
+        """
+        mine = np.arange(self._rank, self.num_images, self._world_size, dtype=np.int64)
+        parts = (mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size))
+        return self._read_ahead(Request(part, part, np.zeros(len(part), dtype=bool)) for part in parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run stores to go on with the next sample, with however many ranks."""
+        return {
+            "position": self._position,
+            "num_images": self.num_images,
+            "fingerprint": self._reader.listing.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the run that stored `state` was; warns if the folder holds other images than then."""
+        if state["fingerprint"] != self._reader.listing.fingerprint:
+            logger.warning(
+                "the images below %s are not those that the run began with (%d then, %d now): "
+                "the order of the samples is another from here on",
+                self._reader.listing.root,
+                state["num_images"],
+                self.num_images,
+            )
+        self._position = int(state["position"])
+        self._stream = None
+
+    def close(self) -> None:
+        """Stop the threads; batches that were read ahead are dropped."""
+        self._stream = None
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _requests(self, start: int) -> Iterator[Request]:
+        for position in itertools.count(start, self._order.batch_size):
+            positions = share(position, self._order.batch_size, self._rank, self._world_size)
+            flips = self._order.flips(positions) if self._random_flip else np.zeros(len(positions), dtype=bool)
+            yield Request(positions, self._order.indices(positions), flips)
+
+    def _read_ahead(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        waiting = deque((r, self._start(r)) for r in itertools.islice(requests, self._batches_ahead))
+        while waiting:
+            waiting.extend((r, self._start(r)) for r in itertools.islice(requests, 1))
+            request, finish = waiting.popleft()
+            images, indices = finish()
+            labels = to_device(torch.from_numpy(self.labels[indices]), self.device)
+            yield Batch(images, labels, torch.from_numpy(request.positions))
+
+    def _chunks(self, count: int) -> list[range]:
+        """range(count) in parts for the threads: some to share out evenly, not so many that the queue costs time."""
+        size = max(1, min(8, count // (2 * self._num_workers)))
+        return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device; to a GPU without waiting for it."""
+    if device.type != "cuda":
+        return values.to(device)
+    return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

@@ -1,0 +1,77 @@
+"""From settings to a loader."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from fastdiff.images.cpu import PillowLoader
+from fastdiff.images.dali import DaliLoader
+from fastdiff.images.index import index_images
+from fastdiff.images.loader import Loader
+from fastdiff.images.order import Order
+from fastdiff.images.pixels import MODES
+from fastdiff.images.reader import Reader
+from fastdiff.images.settings import DataSettings
+from fastdiff.settings import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def open_images(
+    settings: DataSettings,
+    *,
+    size_hw: tuple[int, int],
+    channels: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    class_names: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> Loader:
+    """The images of settings.data_dir as batches for one rank. UserError, in one sentence, where that can't be.
+
+    batch_size is the global one. class_names are the classes of an earlier run, whose numbers are to be kept. limit
+    leaves only the first images of the listing; their classes are numbered over all.
+    """
+    if channels not in MODES:
+        raise UserError(f"images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, not {channels}")
+    if batch_size < 1 or batch_size % world_size:
+        raise UserError(f"the global batch size {batch_size} can't be shared out evenly over {world_size} ranks")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank {rank} is not one of the {world_size} ranks, which count from 0")
+    if limit is not None and limit < 1:
+        raise UserError(f"at least one image must be read, not {limit}")
+    listing = index_images(settings.data_dir, settings.labels, class_names)
+    if limit is not None:
+        listing = listing.first(limit)
+    order = Order(len(listing.names), batch_size, seed, settings.shuffle, settings.drop_last)
+    return _loader_class(settings.loader)(
+        Reader(listing, size_hw, channels),
+        order,
+        random_flip=settings.random_flip,
+        num_workers=settings.num_workers,
+        rank=rank,
+        world_size=world_size,
+        device=torch.device(device),
+    )
+
+
+def _loader_class(name: str) -> type[Loader]:
+    if name == "pillow":
+        return PillowLoader
+    try:
+        import nvidia.dali  # noqa: F401
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing
+        if name == "dali":
+            raise UserError(
+                f"--loader dali needs DALI, which can't be imported ({error}): "
+                "run `pip install nvidia-dali-cuda130`, or use --loader pillow"
+            ) from error
+        logger.info("DALI can't be imported (%s): images are decoded with Pillow", error)
+        return PillowLoader
+    return DaliLoader

@@ -1,0 +1,74 @@
+"""Reading single images by their index, and what happens when one can't be read.
+
+Such an image is named once in the log and replaced by the next readable one of the listing, label and all, so that
+both loaders, and every resumption, see the same samples. When more than 1% of a data set is unreadable, or the only
+images there are, something else is wrong, and the run stops.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from fastdiff.images.index import Listing
+from fastdiff.images.pixels import MODES, load_image
+from fastdiff.settings import UserError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+TOLERATED = 0.01
+"""Share of the data set that may be unreadable (one image may be in any case)."""
+
+
+class Reader:
+    """Reads images of a listing at one size. Threads may share it."""
+
+    def __init__(self, listing: Listing, size_hw: tuple[int, int], channels: int) -> None:
+        self.listing = listing
+        self.size_hw = size_hw
+        self.channels = channels
+        self._bad: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def unreadable(self) -> list[Path]:
+        """The images found unreadable so far."""
+        return [self.listing.path(index) for index in sorted(self._bad)]
+
+    def reference(self, index: int, data: bytes) -> np.ndarray:
+        """A file's bytes → its reference pixels, uint8 [H, W, C]; to be given to `read`."""
+        return load_image(data, self.size_hw, MODES[self.channels])
+
+    def read(self, index: int, decode: Callable[[int, bytes], T]) -> tuple[int, T]:
+        """decode(index, bytes of the file) for image `index`, or else for the first readable one after it.
+
+        Returns the index of the image that was taken, and what `decode` made of it.
+        """
+        count = len(self.listing.names)
+        for step in range(count):
+            candidate = (index + step) % count
+            if candidate in self._bad:
+                continue
+            try:
+                return candidate, decode(candidate, self.listing.path(candidate).read_bytes())
+            except Exception as error:  # Pillow's decoders raise many kinds; all are about this one file
+                self._reject(candidate, error)
+        raise UserError(f"none of the {count} images below {self.listing.root} can be read")
+
+    def _reject(self, index: int, error: Exception) -> None:
+        """Note that an image can't be read. UserError when that makes too many."""
+        with self._lock:
+            if index not in self._bad:
+                reason = f"{self.listing.path(index)} ({error or type(error).__name__})"
+                self._bad[index] = reason
+                logger.warning("unreadable image, replaced by the next one: %s", reason)
+            bad, count = len(self._bad), len(self.listing.names)
+            if bad > max(1, TOLERATED * count) or bad == count:
+                named = "; ".join(list(self._bad.values())[:3]) + ("; ..." if bad > 3 else "")
+                raise UserError(f"{bad} of {count} images can't be read, which is too many to go on: {named}")

@@ -1,0 +1,29 @@
+"""What pictures to read and how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fastdiff.settings import Settings
+
+
+class DataSettings(Settings):
+    """Where the images are and how they become batches."""
+
+    data_dir: str = ""
+    """Folder with images (jpg, jpeg, png, gif, webp, in any depth)."""
+    loader: Literal["auto", "dali", "pillow"] = "auto"
+    """auto: DALI where it is installed, else Pillow. pillow: the reference pixels."""
+    labels: Literal["auto", "prefix", "folder"] = "auto"
+    """Class of an image: prefix (of the file name, before the first underscore), folder (that holds it), or auto:
+    folder when every image lies in one of at least two subfolders and no file name has an underscore, else prefix."""
+    random_flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
+    shuffle: bool = True
+    """A new random order every epoch; False keeps the listing's order."""
+    drop_last: bool = False
+    """Leave out the last images of an epoch that don't fill a batch (the seed always did)."""
+    num_workers: int = Field(2, ge=1)
+    """Threads per process that read and decode images."""

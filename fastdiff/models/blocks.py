@@ -1,0 +1,182 @@
+"""The parts of the UNet. Weights follow the dtype of what comes in, so one module serves every precision.
+
+Parameter names are improved-diffusion's, which is why norms and convolutions sit in `nn.Sequential`s whose other
+places (SiLU, dropout) hold no weights: `group_norm_silu` does those steps in one op.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff import ops
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that runs in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class PointwiseConv(nn.Conv1d):
+    """A 1x1 convolution over a sequence, [B, L, C_in] → [B, L, C_out], with a Conv1d's weights [C_out, C_in, 1]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[:, :, 0].to(x.dtype), self.bias.to(x.dtype))
+
+
+class Linear(nn.Linear):
+    """A linear layer that runs in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class GroupNorm(nn.GroupNorm):
+    """32 groups (Ho et al. 2020), with what follows a norm in this network: scale and shift, SiLU, dropout."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels)
+
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        silu: bool = True,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        return ops.group_norm_silu(
+            x,
+            self.weight,
+            self.bias,
+            num_groups=self.num_groups,
+            eps=self.eps,
+            scale=scale,
+            shift=shift,
+            skip=skip,
+            silu=silu,
+            dropout=dropout,
+        )
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """The module with its parameters set to zero, so that a residual branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000) -> Tensor:
+    """Sinusoids of the timesteps, [B] (whole or fractional) → [B, dim] float32: cosines, then sines, zero if odd."""
+    half = dim // 2
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    )
+    angles = timesteps[:, None].float() * frequencies[None]
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions around a residual, conditioned on the time embedding.
+
+    forward: x [B, C1, H, W], emb [B, E] float32, skip [B, C2, H, W] or None → [B, out_channels, H, W].
+    `channels` counts x and skip together.
+    """
+
+    def __init__(
+        self, channels: int, emb_channels: int, out_channels: int, dropout: float, use_scale_shift_norm: bool
+    ) -> None:
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.dropout = dropout
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.Identity(), Conv2d(channels, out_channels, 3, padding=1)
+        )
+        width = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, width))
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.Identity(),
+            nn.Identity(),
+            zeroed(Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if channels == out_channels else SkipConv(channels, out_channels)
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        norm, _, conv = self.in_layers
+        h = conv(norm(x, skip=skip))
+        emb_out = self.emb_layers(emb)  # float32, as the norm's arithmetic
+        dropout = self.dropout if self.training else 0.0
+        norm, _, _, conv = self.out_layers
+        if self.use_scale_shift_norm:
+            scale, shift = emb_out.chunk(2, dim=1)
+            h = norm(h, scale=scale, shift=shift, dropout=dropout)
+        else:
+            h = norm(h + emb_out[:, :, None, None].to(h.dtype), dropout=dropout)
+        residual = x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, skip)
+        return residual + conv(h)
+
+
+class SkipConv(Conv2d):
+    """The 1x1 convolution beside a residual branch, over x and the skip as if they were one map."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        return ops.skip_conv1x1(x, skip, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all pixels, around a residual: [B, C, H, W] → the same."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = GroupNorm(channels)
+        self.qkv = PointwiseConv(channels, 3 * channels)
+        self.proj_out = zeroed(PointwiseConv(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x, silu=False).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, C], a view when channels-last
+        h = self.proj_out(ops.attention(self.qkv(h), self.num_heads))
+        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution with stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class UpsampleConv(Conv2d):
+    """A 3x3 convolution that first enlarges its input by 2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.upsample_conv(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement by 2 and a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = UpsampleConv(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)

@@ -1,0 +1,155 @@
+"""What network to build."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from fastdiff.settings import Floats, Ints, Settings, Size
+
+GROUPS = 32  # of every group norm (Ho et al. 2020)
+
+_DEFAULT_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}  # the seed's table by image size
+
+
+class BackboneSettings(Settings):
+    """What the UNet and the super-resolution UNet have in common."""
+
+    num_channels: int = Field(128, ge=32)
+    """Width of the first level; a multiple of 32."""
+    num_res_blocks: int = Field(2, ge=1)
+    """Residual blocks per level on the way down (one more on the way up)."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads on the way down and in the middle."""
+    num_heads_upsample: int = -1
+    """Attention heads on the way up; -1: as many as num_heads."""
+    num_head_channels: int = -1
+    """Channels per attention head; -1: num_heads decides."""
+    attention_resolutions: Ints = (16, 8)
+    """Image sizes at which attention blocks stand, e.g. 16,8."""
+    channel_mult: Floats = ()
+    """Width multiple of each level, e.g. 1,2,3,4; empty: the standard one for 256, 64 or 32 pixels."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability inside residual blocks."""
+    learn_sigma: bool = False
+    """Predict the variances too (Nichol & Dhariwal 2021, section 3.1)."""
+    class_cond: bool = False
+    """Condition on class labels."""
+    num_classes: int = Field(1000, ge=2)
+    """Classes of a class-conditional model."""
+    in_channels: int = Field(3, ge=1)
+    """Image channels: 1 gray, 3 RGB, 4 RGBA."""
+    use_checkpoint: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    use_scale_shift_norm: bool = True
+    """The time embedding scales and shifts the norms; otherwise it is added."""
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of the images that the network draws."""
+        raise NotImplementedError
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def network_in_channels(self) -> int:
+        return self.in_channels
+
+    @property
+    def level_mult(self) -> tuple[float, ...]:
+        """Width multiple of each level, the standard table applied."""
+        return self.channel_mult or _DEFAULT_MULT[max(self.size_hw)]
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        return tuple(int(mult * self.num_channels) for mult in self.level_mult)
+
+    @property
+    def attention_factors(self) -> tuple[int, ...]:
+        """Down-sampling factors at which attention stands."""
+        return tuple(min(self.size_hw) // resolution for resolution in self.attention_resolutions)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BackboneSettings:
+        if self.num_channels % GROUPS:
+            raise ValueError(
+                f"num_channels {self.num_channels} is not divisible by the {GROUPS} groups of the norms; "
+                f"the nearest is {max(1, round(self.num_channels / GROUPS)) * GROUPS}"
+            )
+        if not self.channel_mult and max(self.size_hw) not in _DEFAULT_MULT:
+            known = ", ".join(str(size) for size in sorted(_DEFAULT_MULT))
+            raise ValueError(
+                f"channel_mult has no default for images of {max(self.size_hw)} pixels (only for {known}); "
+                "give it, e.g. 1,2,2,2"
+            )
+        for mult in self.level_mult:
+            if mult <= 0 or (mult * self.num_channels) % GROUPS:
+                raise ValueError(
+                    f"channel_mult {mult:g} x num_channels {self.num_channels} is not divisible by the {GROUPS} groups "
+                    "of the norms"
+                )
+        factor = 2 ** (len(self.level_mult) - 1)
+        if any(side % factor for side in self.size_hw):
+            name = "large_size" if "large_size" in type(self).model_fields else "image_size"
+            raise ValueError(
+                f"{name} {'x'.join(map(str, self.size_hw))} is not divisible by {factor}, which {len(self.level_mult)} "
+                "levels (channel_mult) need"
+            )
+        for resolution in self.attention_resolutions:
+            if not 1 <= resolution <= min(self.size_hw):
+                raise ValueError(
+                    f"attention_resolutions {resolution} is not between 1 and the image size {min(self.size_hw)}"
+                )
+        self._check_heads()
+        return self
+
+    def _check_heads(self) -> None:
+        attending = {self.level_channels[-1]}  # the middle block always attends
+        attending |= {c for i, c in enumerate(self.level_channels) if 2**i in self.attention_factors}
+        for name in ("num_heads", "num_heads_upsample", "num_head_channels"):
+            value = getattr(self, name)
+            if value == -1 and name != "num_heads":
+                continue
+            if name != "num_head_channels" and self.num_head_channels != -1:
+                continue
+            bad = [c for c in sorted(attending) if value < 1 or c % value]
+            if bad:
+                raise ValueError(f"{name} {value} does not divide the {bad[0]} channels of an attention block")
+
+
+class UNetSettings(BackboneSettings):
+    """A UNet that draws images of `image_size` pixels."""
+
+    image_size: Size = (64, 64)
+    """Pixels of the images: 64, or height x width such as 64x96."""
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return self.image_size
+
+
+class SuperResSettings(BackboneSettings):
+    """A UNet that enlarges images from `small_size` to `large_size` pixels."""
+
+    large_size: Size = (256, 256)
+    """Pixels of the images that come out: 256, or height x width."""
+    small_size: Size = (64, 64)
+    """Pixels of the images that go in."""
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return self.large_size
+
+    @property
+    def network_in_channels(self) -> int:
+        return 2 * self.in_channels
+
+    @model_validator(mode="after")
+    def _smaller(self) -> SuperResSettings:
+        if any(small >= large for small, large in zip(self.small_size, self.large_size, strict=True)):
+            raise ValueError(
+                f"small_size {'x'.join(map(str, self.small_size))} must be smaller than large_size "
+                f"{'x'.join(map(str, self.large_size))}"
+            )
+        return self

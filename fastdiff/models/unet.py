@@ -1,0 +1,165 @@
+"""The UNet of "Improved Denoising Diffusion Probabilistic Models" (https://arxiv.org/abs/2102.09672)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdiff.models.blocks import (
+    AttentionBlock,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    Linear,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+    zeroed,
+)
+from fastdiff.models.settings import BackboneSettings, SuperResSettings
+
+
+class Stage(nn.Sequential):
+    """Layers between two skips. Only the first residual block takes the skip; residual blocks take the embedding."""
+
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None, use_checkpoint: bool = False) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = checkpoint(layer, x, emb, skip, use_reentrant=False) if use_checkpoint else layer(x, emb, skip)
+                skip = None
+            elif use_checkpoint and isinstance(layer, AttentionBlock):
+                x = checkpoint(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or x_0), and the variances with learn_sigma, from a noised image.
+
+    forward: x [B, in_channels, H, W] float32, timesteps [B] int64 or float32, y [B] int64 labels of a
+    class-conditional model → [B, out_channels, H, W] float32. `dtype` is what the body computes in; the time
+    embedding, the statistics of the norms and the last layer are float32 in any case.
+    """
+
+    def __init__(self, settings: BackboneSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.dtype = torch.float32
+        width, channels = settings.num_channels, settings.level_channels
+        emb = 4 * width
+        self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))
+        if settings.class_cond:
+            self.label_emb = nn.Embedding(settings.num_classes, emb)
+
+        def res_block(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, emb, c_out, settings.dropout, settings.use_scale_shift_norm)
+
+        def attention(c: int, heads: int) -> AttentionBlock:
+            return AttentionBlock(c, heads if settings.num_head_channels == -1 else c // settings.num_head_channels)
+
+        heads_up = settings.num_heads if settings.num_heads_upsample == -1 else settings.num_heads_upsample
+        attends = [2**level in settings.attention_factors for level in range(len(channels))]
+
+        c = width
+        self.input_blocks = nn.ModuleList([Stage(Conv2d(settings.network_in_channels, c, 3, padding=1))])
+        skips = [c]
+        for level, c_level in enumerate(channels):
+            for _ in range(settings.num_res_blocks):
+                layers: list[nn.Module] = [res_block(c, c_level)]
+                c = c_level
+                if attends[level]:
+                    layers.append(attention(c, settings.num_heads))
+                self.input_blocks.append(Stage(*layers))
+                skips.append(c)
+            if level < len(channels) - 1:
+                self.input_blocks.append(Stage(Downsample(c)))
+                skips.append(c)
+
+        self.middle_block = Stage(res_block(c, c), attention(c, settings.num_heads), res_block(c, c))
+
+        self.output_blocks = nn.ModuleList()
+        for level, c_level in reversed(list(enumerate(channels))):
+            for i in range(settings.num_res_blocks + 1):
+                layers = [res_block(c + skips.pop(), c_level)]
+                c = c_level
+                if attends[level]:
+                    layers.append(attention(c, heads_up))
+                if level > 0 and i == settings.num_res_blocks:
+                    layers.append(Upsample(c))
+                self.output_blocks.append(Stage(*layers))
+
+        self.out = nn.Sequential(GroupNorm(c), nn.Identity(), zeroed(Conv2d(c, settings.out_channels, 3, padding=1)))
+
+    def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
+        """The conditioning of every residual block, [B, 4 * num_channels] float32."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
+        if (y is not None) != self.settings.class_cond:
+            raise ValueError("labels y must be given exactly when the model is class-conditional")
+        return emb if y is None else emb + self.label_emb(y).float()
+
+    def _walk(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+        """Outputs of the input blocks, the middle block and the output blocks."""
+        emb = self.embed(timesteps, y)
+        use_checkpoint = self.settings.use_checkpoint and torch.is_grad_enabled()
+        h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        down, up = [], []
+        for stage in self.input_blocks:
+            h = stage(h, emb, None, use_checkpoint)
+            down.append(h)
+        h = middle = self.middle_block(h, emb, None, use_checkpoint)
+        for stage, skip in zip(self.output_blocks, reversed(down), strict=True):
+            h = stage(h, emb, skip, use_checkpoint)
+            up.append(h)
+        return down, middle, up
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+        if low_res is not None:
+            raise ValueError("low_res is for super-resolution models")
+        h = self._walk(x, timesteps, y)[2][-1]
+        norm, _, conv = self.out
+        return conv(norm(h.float()))
+
+    def get_feature_vectors(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None
+    ) -> dict[str, list[Tensor] | Tensor]:
+        """The output of every block: {"down": [...], "middle": map, "up": [...]}, each [B, C, H, W] in x's dtype."""
+        down, middle, up = self._walk(x, timesteps, y)
+        return {
+            "down": [h.to(x.dtype) for h in down],
+            "middle": middle.to(x.dtype),
+            "up": [h.to(x.dtype) for h in up],
+        }
+
+    def set_precision(self, dtype: torch.dtype) -> UNet:
+        """Compute the body in `dtype` (float32, bfloat16 or float16); weights are cast where they are used."""
+        self.dtype = dtype
+        return self
+
+
+class SuperResUNet(UNet):
+    """A UNet that also sees a small image, enlarged bilinearly: low_res [B, in_channels, h, w] float32."""
+
+    @staticmethod
+    def _with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
+        if low_res is None:
+            raise ValueError("a super-resolution model needs the small images as low_res")
+        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
+        return torch.cat([x, enlarged], dim=1)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+        return super().forward(self._with_low_res(x, low_res), timesteps, y)
+
+    def get_feature_vectors(  # type: ignore[override]
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
+    ) -> dict[str, list[Tensor] | Tensor]:
+        return super().get_feature_vectors(self._with_low_res(x, low_res), timesteps, y)
+
+
+def build_model(settings: BackboneSettings) -> UNet:
+    """The network that the settings describe."""
+    return SuperResUNet(settings) if isinstance(settings, SuperResSettings) else UNet(settings)
+
+

@@ -1,0 +1,168 @@
+"""Weights on disk: safe reading, and what settings a bare state_dict shows by its keys and shapes.
+
+A file is a plain `state_dict` under improved-diffusion's names. Ours carry the settings they were trained with in the
+state_dict's metadata, which other programs ignore.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.models.settings import BackboneSettings, SuperResSettings
+from fastdiff.models.unet import UNet
+from fastdiff.settings import UserError
+
+_METADATA_KEY = "fastdiff"
+
+
+def read(path: Path, flag: str, mmap: bool = False) -> Any:
+    """torch.load without code: UserError for a file that is missing, damaged, or would run code."""
+    if not path.is_file():
+        raise UserError(f"{flag}: {path} does not exist; give the path of a .pt checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error) or "weights_only" in str(error).lower() and "GLOBAL" in str(error):
+            raise UserError(
+                f"{flag}: {path} holds Python objects that would run code when loaded; it is refused, "
+                "a checkpoint holds tensors only"
+            ) from None
+        raise UserError(f"{flag}: {path} is not a checkpoint, or is damaged") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError):
+        raise UserError(f"{flag}: {path} is not a checkpoint, or is truncated") from None
+
+
+def read_state_dict(path: Path, flag: str) -> OrderedDict[str, Tensor]:
+    """The state_dict in a file; UserError when it is something else."""
+    state = read(path, flag)
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{flag}: {path} holds no state_dict; give a model or ema .pt file")
+    return state
+
+
+def with_info(state: dict[str, Tensor], info: dict[str, Any]) -> OrderedDict[str, Tensor]:
+    """The state_dict with settings and the like (JSON) in its metadata."""
+    carrier = OrderedDict(state)
+    carrier._metadata = {_METADATA_KEY: json.dumps(info)}  # type: ignore[attr-defined]
+    return carrier
+
+
+def info_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What `with_info` put in; empty for a file of another program."""
+    metadata = getattr(state, "_metadata", None)
+    text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+    return json.loads(text) if isinstance(text, str) else {}
+
+
+def infer_settings(state: dict[str, Tensor], super_res: bool = False) -> dict[str, Any]:
+    """Model settings that keys and shapes show. Heads, image size and everything about the process can't be seen.
+
+    Raises UserError when the keys are not those of this network.
+    """
+    try:
+        width = state["input_blocks.0.0.weight"].shape[0]
+        in_channels = state["input_blocks.0.0.weight"].shape[1] // (2 if super_res else 1)
+        out_channels = state["out.2.weight"].shape[0]
+        emb = state["time_embed.0.weight"].shape[0]
+    except KeyError as error:
+        raise UserError(f"the checkpoint has no {error.args[0]}: it is not one of this network") from None
+    levels, blocks, attention = [], 0, []
+    index, factor, per_level = 1, 1, []
+    while f"input_blocks.{index}.0.op.weight" in state or f"input_blocks.{index}.0.in_layers.0.weight" in state:
+        if f"input_blocks.{index}.0.op.weight" in state:
+            per_level.append(blocks)
+            blocks, factor = 0, factor * 2
+        else:
+            channels = state[f"input_blocks.{index}.0.out_layers.0.weight"].shape[0]
+            if blocks == 0:
+                levels.append(channels / width)
+            if blocks == 0 and f"input_blocks.{index}.1.qkv.weight" in state:
+                attention.append(factor)
+            blocks += 1
+        index += 1
+    first = state["input_blocks.1.0.emb_layers.1.weight"].shape[0] // state["input_blocks.1.0.out_layers.0.weight"].shape[0]
+    shown: dict[str, Any] = {
+        "num_channels": width,
+        "num_res_blocks": blocks,
+        "channel_mult": [int(m) if m == int(m) else m for m in levels],
+        "learn_sigma": out_channels == 2 * in_channels,
+        "in_channels": in_channels,
+        "use_scale_shift_norm": first == 2,
+        "class_cond": "label_emb.weight" in state,
+        "attention_factors": attention,
+    }
+    if "label_emb.weight" in state:
+        shown["num_classes"] = state["label_emb.weight"].shape[0]
+    if emb != 4 * width:
+        raise UserError(f"the checkpoint's time embedding has {emb} channels, this network's would have {4 * width}")
+    return shown
+
+
+def load_into(model: UNet, state: dict[str, Tensor], path: Path, flag: str) -> None:
+    """Strict loading; where keys or shapes differ, a UserError that says which settings would fit."""
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in state.items()}
+    if own != given:
+        raise UserError(f"{flag}: {path} does not fit the model: {_difference(model.settings, state, own, given)}")
+    model.load_state_dict(state)
+
+
+def _difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
+    super_res = isinstance(settings, SuperResSettings)
+    try:
+        shown = infer_settings(state, super_res)
+    except UserError as error:
+        return str(error)
+    hints = []
+    if state["input_blocks.0.0.weight"].shape[1] == 3 and super_res:
+        return "it is no super-resolution model; use sample.py"
+    if state["input_blocks.0.0.weight"].shape[1] == 6 and not super_res:
+        return "it is a super-resolution model; use super_res_sample.py"
+    for name, value in shown.items():
+        if name == "attention_factors":
+            if any(f not in settings.attention_factors for f in value):
+                sizes = ",".join(str(min(settings.size_hw) // f) for f in value)
+                hints.append(f"--attention_resolutions {sizes}")
+        elif name == "channel_mult":
+            if tuple(value) != tuple(settings.level_mult):
+                hints.append(f"--channel_mult {','.join(map(str, value))}")
+        elif name == "num_classes":
+            if settings.class_cond and value != settings.num_classes:
+                hints.append(f"--num_classes {value}")
+        elif value != getattr(settings, name):
+            hints.append(f"--{name} {value}")
+    if hints:
+        return f"it was trained with {' '.join(hints)}"
+    name = next(iter(sorted(own.items() ^ given.items())))[0]
+    return f"{name} is {given.get(name, 'missing')} in the file, {own.get(name, 'absent')} in the model"
+
+
+_EMA = re.compile(r"ema_([0-9.]+)_(\d+)\.pt$")
+_MODEL = re.compile(r"model(\d+)\.pt$")
+
+
+def find(path: str, flag: str) -> Path:
+    """The file a path means: itself, or in a folder (of a step, or of a run) the newest EMA of the highest rate."""
+    if not path:
+        raise UserError(f"{flag} is missing: give a .pt checkpoint or a run's folder")
+    place = Path(path)
+    if not place.is_dir():
+        return place
+    candidates = [*place.glob("*.pt"), *place.glob("step_*/*.pt"), *place.glob("checkpoints/step_*/*.pt")]
+    ranked = []
+    for file in candidates:
+        if match := _EMA.search(file.name):
+            ranked.append((int(match[2]), 1, float(match[1]), file))
+        elif match := _MODEL.search(file.name):
+            ranked.append((int(match[1]), 0, 0.0, file))
+    if not ranked:
+        raise UserError(f"{flag}: {path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt)")
+    return max(ranked)[-1]

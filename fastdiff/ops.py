@@ -1,0 +1,56 @@
+"""The ops that models and diffusion call, and the one place that chooses how each is computed.
+
+Each name here has its definition, shapes and sources in `kernels/reference.py`.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.kernels import reference
+from fastdiff.kernels.reference import (
+    ddim_step,
+    ddpm_step,
+    discretized_gaussian_log_likelihood,
+    group_norm_silu,
+    image_noise,
+    image_uniform,
+    mean_flat,
+    normal_kl,
+    q_sample,
+    skip_conv1x1,
+    update_ema,
+    upsample_conv,
+    vb_terms_bpd,
+)
+
+__all__ = [
+    "attention",
+    "ddim_step",
+    "ddpm_step",
+    "discretized_gaussian_log_likelihood",
+    "group_norm_silu",
+    "image_noise",
+    "image_uniform",
+    "mean_flat",
+    "normal_kl",
+    "q_sample",
+    "skip_conv1x1",
+    "update_ema",
+    "upsample_conv",
+    "vb_terms_bpd",
+]
+
+
+def attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention over packed heads, [B, L, 3C] → [B, L, C]; see `reference.attention`.
+
+    torch's fused attention where it keeps float32 softmax and never stores the score matrix.
+    """
+    B, L, width = qkv.shape
+    D = width // (3 * num_heads)
+    if D > 256 and qkv.is_cuda:  # beyond what the fused kernels take
+        return reference.attention(qkv, num_heads)
+    q, k, v = qkv.view(B, L, num_heads, 3, D).permute(3, 0, 2, 1, 4).unbind(0)  # [B, N, L, D] each
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, width // 3)

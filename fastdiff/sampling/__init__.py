@@ -1,0 +1,1 @@
+"""Drawing images: settings, jobs over many processes, files and grids."""

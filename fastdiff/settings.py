@@ -1,0 +1,74 @@
+"""The base of every component's settings: strict pydantic models whose fields are JSON keys and command-line flags.
+
+A field's name, type, range, default and help stand once, in the class that uses them. `fastdiff.config` composes
+the classes into sections and reads them from files and flags.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The message is one sentence naming what, and what would be right.
+
+    Scripts print it without a traceback and exit with code 2.
+    """
+
+
+class Settings(BaseModel):
+    """A component's settings: unknown keys are refused, values are checked, instances don't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known name nearest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _split(value: Any) -> Any:
+    """'16,8' → ['16', '8']; a lone number → [number]; anything else as it is."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, (int, float)) else value
+
+
+def _join(values: tuple[float, ...]) -> str:
+    return ",".join(str(value) for value in values)
+
+
+Ints = Annotated[tuple[int, ...], BeforeValidator(_split), PlainSerializer(_join)]
+"""Whole numbers, written '16,8' as improved-diffusion does, or as a JSON list."""
+
+Floats = Annotated[tuple[float, ...], BeforeValidator(_split), PlainSerializer(_join)]
+"""Numbers, written '0.9999,0.999' or as a JSON list."""
+
+
+def _size(value: Any) -> Any:
+    """64, '64', '64x96' or [64, 96] → (height, width)."""
+    if isinstance(value, str):
+        value = value.lower().split("x")
+    if isinstance(value, int):
+        value = [value]
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = [value[0], value[0]]
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError("a size is one number (64) or height x width (64x96)")
+    height, width = (int(v) for v in value)
+    if height < 1 or width < 1:
+        raise ValueError("a size must be at least 1 pixel")
+    return height, width
+
+
+def _show_size(value: tuple[int, int]) -> int | str:
+    return value[0] if value[0] == value[1] else f"{value[0]}x{value[1]}"
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_size), PlainSerializer(_show_size)]
+"""Height and width in pixels, written 64 for a square or '64x96' (height x width)."""

@@ -1,0 +1,95 @@
+"""How to train."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fastdiff.settings import Floats, Settings
+
+FOREVER = 1_000_000  # steps of a run that names no end
+
+
+class TrainSettings(Settings):
+    """The optimiser, the batch, and what is written when."""
+
+    run_dir: str = ""
+    """Folder of the run; empty: the folder in OPENAI_LOGDIR, else runs/NAME. The same folder again resumes."""
+    name: str = ""
+    """NAME in runs/NAME; empty: the JSON file's name, else the script's."""
+    resume_checkpoint: str = ""
+    """A checkpoint to start from: a step folder, or a .pt file with its ema_ and opt files beside it."""
+    max_steps: int = Field(0, ge=0)
+    """Optimiser steps of the whole run; 0: lr_anneal_steps if that is set, else 1,000,000."""
+    batch_size: int = Field(1, ge=1)
+    """Images per optimiser step, over all processes."""
+    microbatch: int = -1
+    """The most images one process takes at once; -1: its whole share of the batch."""
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate of AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of AdamW, on every parameter."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly."""
+    lr_anneal_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate falls linearly to 0; 0: never."""
+    grad_clip: float = Field(0.0, ge=0)
+    """Greatest norm of the gradient; 0: no limit."""
+    ema_rate: Floats = (0.9999,)
+    """Rates of the averages of the weights, e.g. 0.9999,0.999."""
+    schedule_sampler: Literal["uniform", "loss-second-moment"] = "uniform"
+    """How timesteps are drawn (Nichol & Dhariwal 2021, section 3.3)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of the network's body; master weights are fp32 always."""
+    use_fp16: bool = False
+    """The same as precision fp16."""
+    fp16_scale_growth: float = Field(1e-3, gt=0, le=1)
+    """Growth of log2 of the fp16 loss scale per step."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What DeepSpeed's ZeRO shares out over processes: 1 optimiser state, 2 gradients too, 3 weights too."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of the weights, the order of the images, timesteps, noise and dropout."""
+    log_interval: int = Field(10, ge=1)
+    """Steps between log lines."""
+    save_interval: int = Field(10000, ge=1)
+    """Steps between checkpoints; one is written at the end as well."""
+    sample_interval: int = Field(0, ge=0)
+    """Steps between grids of samples from the first EMA; 0: none."""
+    sample_count: int = Field(16, ge=1)
+    """Images in such a grid."""
+    sample_respacing: str = "ddim25"
+    """Timesteps of such a grid: ddim25 takes 25 DDIM steps, 250 as many ancestral ones."""
+
+    @property
+    def last_step(self) -> int:
+        return self.max_steps or self.lr_anneal_steps or FOREVER
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+
+    @field_validator("ema_rate")
+    @classmethod
+    def _rates(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if not rates or any(not 0 <= rate < 1 for rate in rates):
+            raise ValueError(f"every rate must be at least 0 and below 1, not {','.join(map(str, rates)) or 'empty'}")
+        if len(set(rates)) != len(rates):
+            raise ValueError(f"{','.join(map(str, rates))} names a rate twice")
+        return rates
+
+    @field_validator("microbatch")
+    @classmethod
+    def _microbatch(cls, value: int) -> int:
+        if value < 1 and value != -1:
+            raise ValueError(f"must be at least 1, or -1 for the whole share of the batch, not {value}")
+        return value
+
+    @model_validator(mode="after")
+    def _precision(self) -> TrainSettings:
+        if self.use_fp16 and self.precision != "fp16":
+            raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
+        return self

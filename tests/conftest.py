@@ -1,0 +1,9 @@
+"""Settings of every test."""
+
+import os
+
+import torch
+
+# Test networks are tiny: one thread beats two, and processes that share the cores don't fight over them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)

@@ -1,0 +1,124 @@
+"""Finds the golden cases (recorded inputs and results) and compares against them at their stated tolerances."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model
+
+FOLDER = Path(os.environ.get("FASTDIFF_GOLDEN") or Path(__file__).parent / "golden")
+
+
+@dataclass
+class Case:
+    """One folder of recorded numbers."""
+
+    folder: Path
+    spec: dict[str, Any] = field(repr=False)
+
+    @cached_property
+    def data(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "arrays.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.spec["config"]
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        return self.spec["expected"]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.data[name])
+
+    def has(self, name: str) -> bool:
+        return name in self.data
+
+    def weights(self, name: str = "weights.pt") -> dict[str, torch.Tensor]:
+        return torch.load(self.folder / name, weights_only=True)
+
+    def check(self, name: str, got: Any, skip_rows: list[int] | None = None) -> None:
+        """Compare with the array `name`; `skip_rows` are left out besides those that the case itself leaves out."""
+        spec, want = self.spec["arrays"][name], self.data[name]
+        got = got.detach().cpu().numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
+        assert got.shape == want.shape, f"{name}: shape {got.shape}, recorded {want.shape}"
+        if spec.get("exact"):
+            np.testing.assert_array_equal(got, want, err_msg=name)
+            return
+        a, b = want.astype(np.float64), got.astype(np.float64)
+        if spec.get("compare") == "exp":
+            a, b = np.exp(a), np.exp(b)
+        rows = sorted({*spec.get("skip_rows", []), *(skip_rows or [])})
+        if rows:
+            a, b = np.delete(a, rows, 0), np.delete(b, rows, 0)
+        size = np.abs(np.nan_to_num(a))
+        if spec["scale"] == "row" and a.ndim:
+            size = np.broadcast_to(size.reshape(len(a), -1).max(1).reshape((-1,) + (1,) * (a.ndim - 1)), a.shape)
+        elif spec["scale"] == "all":
+            size = np.full(a.shape, size.max())
+        bound = spec["atol"] + spec["rtol"] * size
+        bad = ~((np.abs(a - b) <= bound) | (np.isnan(a) & np.isnan(b)))
+        assert not bad.any(), (
+            f"{name}: {bad.sum()} of {bad.size} values off, worst {np.nanmax(np.abs(a - b) / np.maximum(bound, 1e-300)):.3g} "
+            "times the tolerance"
+        )
+
+    def run_model(self, weights: str, hw: tuple[int, int]) -> UNet:
+        """The network of a case whose config lists `models` by file of weights."""
+        return load_model(self.config["models"][weights], self.weights(weights), hw)
+
+
+def cases(kind: str) -> Any:
+    """pytest parametrisation over the cases of a kind."""
+    found = []
+    for file in sorted(FOLDER.glob("*/case.json")):
+        spec = json.loads(file.read_text())
+        if spec["kind"] == kind:
+            found.append(pytest.param(Case(file.parent, spec), id=file.parent.name))
+    return pytest.mark.parametrize("case", found or [pytest.param(None, marks=pytest.mark.skip(f"no case of {kind}"))])
+
+
+def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> BackboneSettings:
+    """Settings for a network that a case describes by the original's flags or constructor arguments."""
+    if "flags" in spec:
+        kind = SuperResSettings if spec["builder"].startswith("sr_") else UNetSettings
+        return kind(**{name: value for name, value in spec["flags"].items() if name in kind.model_fields})
+    kwargs = spec["kwargs"]
+    assert hw is not None and kwargs["dims"] == 2 and kwargs["conv_resample"]
+    common = {
+        "num_channels": kwargs["model_channels"],
+        "in_channels": kwargs["in_channels"],
+        "learn_sigma": kwargs["out_channels"] == 2 * kwargs["in_channels"],
+        "attention_resolutions": [min(hw) // f for f in kwargs["attention_resolutions"] if f <= min(hw)],
+        "class_cond": kwargs["num_classes"] is not None,
+        **({"num_classes": kwargs["num_classes"]} if kwargs["num_classes"] is not None else {}),
+    }
+    same = ("num_res_blocks", "dropout", "channel_mult", "use_checkpoint", "num_heads", "num_heads_upsample")
+    common |= {name: kwargs[name] for name in (*same, "use_scale_shift_norm")}
+    if spec["builder"] == "SuperResModel":
+        return SuperResSettings(large_size=hw, small_size=[1, 1], **common)
+    return UNetSettings(image_size=hw, **common)
+
+
+def load_model(spec: dict[str, Any], weights: dict[str, torch.Tensor], hw: tuple[int, int]) -> UNet:
+    """The network with a case's weights, ready to run."""
+    model = build_model(model_settings(spec, hw))
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def diffusion_for(flags: dict[str, Any]) -> GaussianDiffusion:
+    """The process that a case describes by the original's flags."""
+    settings = {name: value for name, value in flags.items() if name in DiffusionSettings.model_fields}
+    return create_diffusion(DiffusionSettings(**settings), learn_sigma=flags.get("learn_sigma", False))
