@@ -55,20 +55,16 @@ def read_files(archive: Path) -> dict[str, bytes]:
 def _read_archive(archive: Path, wanted: list[str]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     try:
-        tar = tarfile.open(archive)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError):
-        raise UserError(f"{archive} is not a whole tar archive; cifar-10-python.tar.gz is needed") from None
-    except OSError as error:
-        raise UserError(f"can't read {archive}: {error.strerror or error}") from None
-    with tar:
-        try:
+        with tarfile.open(archive) as tar:
             for member in tar:
                 name = Path(member.name).name
                 file = tar.extractfile(member) if name in wanted and member.isfile() else None
                 if file is not None:
                     files[name] = file.read()
-        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError):
-            raise UserError(f"{archive} is truncated or damaged; download it again") from None
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"can't read {archive}: {error.strerror}") from None
+        raise UserError(f"{archive} is no tar archive or a truncated one; download cifar-10-python.tar.gz") from None
     return files
 
 
@@ -117,8 +113,8 @@ def main() -> None:
     for split, batches in splits.items():
         digest = hashlib.sha256(b"".join(files[name] for name in [META, *SPLITS[split]])).hexdigest()
         target = Target(args.out / f"cifar_{split}", (32, 32))
-        target.claim("cifar10.py", archive=digest)
         total = sum(len(batch.labels) for batch in batches)
+        target.claim(total, "cifar10.py", archive=digest)
         made[split] = prepare(tasks(batches, class_names), total, target, args.workers)
     for summary in made.values():
         summary.check()

@@ -69,7 +69,7 @@ def main() -> None:
     listing = index_images(args.source, args.labels)
     prefixes = class_prefixes(listing, args.labels)
     target = Target(args.out, args.size, args.format)
-    target.claim("folder.py", labels=args.labels, listing=listing.fingerprint)
+    target.claim(len(listing.names), "folder.py", labels=args.labels, listing=listing.fingerprint)
     summary = prepare(tasks(listing, prefixes, args.format), len(listing.names), target, args.workers)
     summary.check()
     print(summary.with_training())

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,6 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastdiff.images.pixels import load_image
 from fastdiff.settings import UserError
 
 RECORD = ".preparation.json"
@@ -74,15 +73,17 @@ class Target:
     size: tuple[int, int]
     format: str = "png"
 
-    def claim(self, made_by: str, **made_of: str | int) -> None:
-        """Create the folder, or make sure that the one there was begun by this script from the same things."""
+    def claim(self, total: int, made_by: str, **made_of: str | int) -> None:
+        """Create the folder for `total` images, or make sure that this script began it from the same things."""
+        if not total:
+            raise UserError("no images found in the source")
         record = {"made_by": made_by, "size": list(self.size), "format": self.format, **made_of}
         path = self.folder / RECORD
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._compare(json.loads(path.read_text()), record)
-            elif any(not entry.name.startswith(".") for entry in os.scandir(self.folder)):
+            elif any(not name.startswith(".") for name in os.listdir(self.folder)):
                 raise UserError(f"{self.folder} is not empty and was not begun by {made_by}; choose an empty --out")
             partial = path.with_name(f"{RECORD}.partial")
             partial.write_text(json.dumps(record) + "\n")
@@ -169,8 +170,6 @@ def class_of(name: str) -> str:
 
 def prepare(tasks: Iterable[Task], total: int, target: Target, workers: int) -> Summary:
     """Make every picture that the claimed folder does not hold yet. UserError if one can't be written."""
-    if not total:
-        raise UserError("no images found in the source")
     summary = Summary(target)
     interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then, not ten per second
     with tqdm(total=total, unit="img", desc=target.folder.name, mininterval=interval) as bar:
@@ -205,7 +204,7 @@ def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[t
         return
     # Spawned, not forked: tqdm runs a thread, and only a spawned worker sees its parent die.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    pending = deque()
+    pending: deque[Future[list[tuple[str, str | None]]]] = deque()
     try:
         for chunk in chunks:
             pending.append(pool.submit(_make_chunk, chunk, target))
@@ -241,10 +240,13 @@ def _make_chunk(tasks: list[Task], target: Target) -> list[tuple[str, str | None
 def _make(task: Task, target: Target) -> str | None:
     """Write one picture; returns what is wrong with it if it can't be read."""
     source = task.source
+    assert not isinstance(source, memoryview)  # prepare copies these
     try:
         if isinstance(source, np.ndarray):
             pixels = source
         else:
+            from fastdiff.images.pixels import load_image  # here: not every script needs what it loads
+
             pixels = load_image(source.read() if isinstance(source, Slice) else source, target.size, "RGB")
     except UnidentifiedImageError:
         return f"{task.origin}: not a picture, or of an unknown kind"

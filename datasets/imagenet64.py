@@ -117,7 +117,10 @@ def digest(listing: Listing) -> str:
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument(
-        "--source", type=Path, required=True, help="the tar of training or validation images, or a folder of class folders"
+        "--source",
+        type=Path,
+        required=True,
+        help="the tar of training or validation images, or a folder of class folders",
     )
     flags.add_argument("--out", type=Path, required=True, help="folder to write the images to")
     flags.add_argument(
@@ -133,8 +136,8 @@ def main() -> None:
     listing = list_source(args.source, args.val_labels)
     check_prefixes(listing)
     target = Target(args.out, args.size)
-    target.claim("imagenet64.py", listing=digest(listing))
     total = sum(len(pictures) for pictures in listing.values())
+    target.claim(total, "imagenet64.py", listing=digest(listing))
     summary = prepare(tasks(listing), total, target, args.workers)
     summary.check()
     print(summary.with_training())

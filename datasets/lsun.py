@@ -75,7 +75,7 @@ def main() -> None:
         entries = transaction.stat()["entries"]
         total = min(entries, args.limit or entries)
         target = Target(args.out, args.size)
-        target.claim("lsun.py", name=name, number_of_images=entries)
+        target.claim(total, "lsun.py", name=name, number_of_images=entries)
         summary = prepare(tasks(transaction, name, total), total, target, args.workers)
     summary.check()
     print(summary.with_training())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
@@ -13,10 +13,11 @@ from pydantic import Field, ValidationError
 
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.images.settings import DataSettings
+from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.nll_settings import NllSettings
 from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
-from fastdiff.settings import Settings, UserError, did_you_mean
+from fastdiff.settings import Settings, UserError, did_you_mean, merge
 from fastdiff.training.settings import TrainSettings
 
 Layer = dict[str, dict[str, Any]]
@@ -53,12 +54,12 @@ def load(
     description: str,
     sections: tuple[str, ...],
     kind: type[Config] = Config,
-    checkpoint: Callable[[Config], Mapping[str, Any]] | None = None,
+    checkpoint: tuple[str, str] | None = None,
 ) -> tuple[Config, argparse.Namespace]:
     """Settings from the command line, and the switches that aren't settings (print_config, dry_run).
 
     sections    whose leaves are flags of this script.
-    checkpoint  given the settings so far, what the checkpoint they name says of `model` and `diffusion`.
+    checkpoint  (section, name) of the setting that names a checkpoint, whose own settings come first.
     Raises UserError, with one sentence that names the flag or the file and key.
     """
     parser = _make_parser(description, sections, kind)
@@ -73,11 +74,9 @@ def load(
     if args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
+    if checkpoint:
+        layers = [*_checkpoint_layer(checkpoint, layers, kind), *layers]
     config = _resolve(kind, layers)
-    stored = checkpoint(config) if checkpoint else {}
-    if stored:
-        layer = {name: dict(stored[name]) for name in ("model", "diffusion") if name in stored}
-        config = _resolve(kind, [("the checkpoint's settings", layer), *layers])
     if args.print_config:
         print(json.dumps(config.model_dump(mode="json", include={*sections, "deepspeed"}), indent=2))
         sys.exit(0)
@@ -138,6 +137,42 @@ def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Confi
         if name:
             layer[section][name] = value
     return layer
+
+
+def _checkpoint_layer(
+    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
+) -> list[tuple[str, Layer]]:
+    """The settings that the named checkpoint carries; of a bare state_dict, those that its shapes show."""
+    section, name = setting
+    given = [layer[section][name] for _, layer in layers if name in layer.get(section, {})]
+    if not given or not given[-1]:
+        return []
+    file = weights.find(str(given[-1]), f"--{name}")
+    state = weights.read_state_dict(file, f"--{name}")
+    info = weights.info_of(state)
+    source = f"the settings in {file}"
+    if info:
+        other = info["kind"] != ("super_res" if kind is SuperResConfig else "unet")
+        if other:
+            scripts = "super_res_train.py and super_res_sample.py" if info["kind"] == "super_res" else "the other scripts"
+            raise UserError(f"--{name}: {file} is for {scripts}")
+        return [(source, {"model": info["model"], "diffusion": info["diffusion"]})]
+    model = weights.infer_settings(state, super_res=kind is SuperResConfig)
+    del model["attention_factors"]  # the flag names image sizes, which can't be seen
+    known = {n for _, layer in layers for n in {**layer.get("model", {}), **layer.get("diffusion", {})}}
+    unseen = ("num_heads", "attention_resolutions", "diffusion_steps", "noise_schedule", "rescale_timesteps")
+    assumed = [n for n in (*_size_names(kind), *unseen) if n not in known]
+    if assumed:
+        logging.getLogger(__name__).warning(
+            "%s carries no settings; taken at their defaults, give them if it was trained otherwise: %s",
+            file,
+            ", ".join(assumed),
+        )
+    return [(source, {"model": model})]
+
+
+def _size_names(kind: type[Config]) -> tuple[str, ...]:
+    return ("large_size", "small_size") if kind is SuperResConfig else ("image_size",)
 
 
 def _read_object(path: str) -> dict[str, Any]:
@@ -221,12 +256,3 @@ def _sentence(error: ValidationError, sources: dict[tuple[str, str], str]) -> st
     if first["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, object by object."""
-    result = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
-        result[key] = merge(result[key], value) if both else value
-    return result

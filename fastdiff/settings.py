@@ -7,7 +7,7 @@ the classes into sections and reads them from files and flags.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
@@ -72,3 +72,12 @@ def _show_size(value: tuple[int, int]) -> int | str:
 
 Size = Annotated[tuple[int, int], BeforeValidator(_size), PlainSerializer(_show_size)]
 """Height and width in pixels, written 64 for a square or '64x96' (height x width)."""
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, object by object."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merge(result[key], value) if both else value
+    return result

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.images.index import Listing
 from fastdiff.images.order import Order, share
 from fastdiff.images.reader import Reader
 

@@ -57,8 +57,15 @@ def open_images(
         num_workers=settings.num_workers,
         rank=rank,
         world_size=world_size,
-        device=torch.device(device),
+        device=_one_device(torch.device(device)),
     )
+
+
+def _one_device(device: torch.device) -> torch.device:
+    """'cuda' → the GPU that is current in this thread; other threads may have another."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _loader_class(name: str) -> type[Loader]:

@@ -44,7 +44,9 @@ class Order:
 
     def flips(self, positions: np.ndarray) -> np.ndarray:
         """Whether the sample at each stream position is to be mirrored; bool [n], half of them true."""
-        return (_mix(positions.astype(np.uint64) + _mix(np.array([self.seed % 2**64], np.uint64))) >> np.uint64(63)) == 1
+        return (
+            _mix(positions.astype(np.uint64) + _mix(np.array([self.seed % 2**64], np.uint64))) >> np.uint64(63)
+        ) == 1
 
 
 def share(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:

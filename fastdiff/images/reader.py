@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from fastdiff.images.index import Listing
 from fastdiff.images.pixels import MODES, load_image
@@ -39,7 +40,8 @@ class Reader:
     @property
     def unreadable(self) -> list[Path]:
         """The images found unreadable so far."""
-        return [self.listing.path(index) for index in sorted(self._bad)]
+        with self._lock:
+            return [self.listing.path(index) for index in sorted(self._bad)]
 
     def reference(self, index: int, data: bytes) -> np.ndarray:
         """A file's bytes → its reference pixels, uint8 [H, W, C]; to be given to `read`."""
@@ -50,6 +52,7 @@ class Reader:
 
         Returns the index of the image that was taken, and what `decode` made of it.
         """
+        self._stop_if_too_many()
         count = len(self.listing.names)
         for step in range(count):
             candidate = (index + step) % count
@@ -59,16 +62,20 @@ class Reader:
                 return candidate, decode(candidate, self.listing.path(candidate).read_bytes())
             except Exception as error:  # Pillow's decoders raise many kinds; all are about this one file
                 self._reject(candidate, error)
+            self._stop_if_too_many()
         raise UserError(f"none of the {count} images below {self.listing.root} can be read")
 
     def _reject(self, index: int, error: Exception) -> None:
-        """Note that an image can't be read. UserError when that makes too many."""
         with self._lock:
-            if index not in self._bad:
-                reason = f"{self.listing.path(index)} ({error or type(error).__name__})"
-                self._bad[index] = reason
-                logger.warning("unreadable image, replaced by the next one: %s", reason)
-            bad, count = len(self._bad), len(self.listing.names)
-            if bad > max(1, TOLERATED * count) or bad == count:
-                named = "; ".join(list(self._bad.values())[:3]) + ("; ..." if bad > 3 else "")
-                raise UserError(f"{bad} of {count} images can't be read, which is too many to go on: {named}")
+            if index in self._bad:
+                return
+            reason = "no picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+            self._bad[index] = f"{self.listing.path(index)} ({reason})"
+        logger.warning("unreadable image, replaced by the next one: %s", self._bad[index])
+
+    def _stop_if_too_many(self) -> None:
+        with self._lock:
+            reasons, count = list(self._bad.values()), len(self.listing.names)
+        if len(reasons) > max(1, TOLERATED * count) or len(reasons) == count:
+            named = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+            raise UserError(f"{len(reasons)} of {count} images can't be read, which is too many to go on: {named}")

@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import io
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "datasets"
 
 
 def run_script(name: str, *flags: object, pythonpath: str = str(ROOT)) -> subprocess.CompletedProcess[str]:
+    """A process of its own."""
+    command = [sys.executable, str(SCRIPTS / name), *map(str, flags)]
     environment = dict(os.environ, PYTHONPATH=pythonpath)
-    command = [sys.executable, str(ROOT / "datasets" / name), *map(str, flags)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
-def succeed(name: str, *flags: object) -> str:
-    """Runs the script; returns the last line of its output."""
-    done = run_script(name, *flags)
+def call_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
+    """The same with one worker in this process, which saves starting Python and loading libraries."""
+    command = [str(SCRIPTS / name), *map(str, flags), "--workers", "1"]
+    out, error = io.StringIO(), io.StringIO()
+    code: object = None
+    with patch.object(sys, "argv", command), patch.object(sys, "path", [str(SCRIPTS), *sys.path]):  # noqa: SIM117
+        with redirect_stdout(out), redirect_stderr(error):
+            try:
+                runpy.run_path(command[0], run_name="__main__")
+            except SystemExit as end:
+                code = end.code
+    assert isinstance(code, int)
+    return subprocess.CompletedProcess(command, code, out.getvalue(), error.getvalue())
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """What a run that succeeded said last."""
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout.splitlines()[-1]
 
 
-def fail(name: str, *flags: object, pythonpath: str = str(ROOT)) -> str:
-    """Runs the script, which must fail before it starts to work; returns its one line of error."""
-    done = run_script(name, *flags, pythonpath=pythonpath)
+def only_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The error of a run that failed before it started to work."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"{name}: error: ")
+    assert line.startswith(f"{Path(done.args[done.args[0] == sys.executable]).name}: error: ")
     return line
+
+
+def succeed(name: str, *flags: object) -> str:
+    return last_line(call_script(name, *flags))
+
+
+def fail(name: str, *flags: object) -> str:
+    return only_line(call_script(name, *flags))
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -1,0 +1,7 @@
+"""Random streams: what one seed is used for, kept apart in the high half of the counter generator's key."""
+
+NOISE = 1 << 32  # of training images
+TIMESTEPS = 2 << 32  # of training images
+SAMPLES = 3 << 32  # x_T and the noise of every sampling step
+CLASSES = 4 << 32  # of samples whose class is drawn
+BOUND = 5 << 32  # noise of the variational bound

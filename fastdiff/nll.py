@@ -1,0 +1,73 @@
+"""Score images by a checkpoint: the variational bound on their likelihood, in bits per dimension.
+
+    python fastdiff/nll.py --model_path runs/NAME --data_dir DIR --num_samples 1000 --batch_size 16
+
+Writes vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz (means per timestep, the largest first).
+"""
+
+from __future__ import annotations
+
+from fastdiff.config import load
+from fastdiff.processes import run_script
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = load(
+        argv,
+        description=__doc__ or "",
+        sections=("model", "diffusion", "data", "nll"),
+        checkpoint=("nll", "model_path"),
+    )
+    from fastdiff.diffusion import create_diffusion
+    from fastdiff.images import open_images
+    from fastdiff.likelihood import save_terms, score
+    from fastdiff.processes import current, join, make_writable, output_folder
+    from fastdiff.sampling.draw import load_model
+    from fastdiff.settings import UserError
+
+    settings = config.nll
+    processes = current()
+    if not config.data.data_dir:
+        raise UserError("--data_dir is missing: give the folder of images to score")
+    model, info = load_model(config.model, settings.model_path, settings.precision, processes.device)
+    loader = open_images(
+        config.data,
+        size_hw=config.model.size_hw,
+        channels=config.model.in_channels,
+        batch_size=settings.batch_size * processes.world_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        device=processes.device,
+        class_names=info.get("class_names") or None if config.model.class_cond else None,
+        limit=settings.num_samples,
+    )
+    if config.model.class_cond and len(loader.class_names) > config.model.num_classes:
+        raise UserError(
+            f"--data_dir: {config.data.data_dir} has {len(loader.class_names)} classes, the model "
+            f"{config.model.num_classes}"
+        )
+    folder = make_writable(output_folder(settings.out_dir, "runs/nll"), "--out_dir")
+    diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
+    processes = join()
+    totals, terms = score(
+        model,
+        diffusion,
+        loader,
+        processes,
+        class_cond=config.model.class_cond,
+        clip_denoised=settings.clip_denoised,
+        seed=settings.seed,
+    )
+    if processes.is_main:
+        files = save_terms(folder, terms)
+        print(f"{len(totals)} images: {totals.mean():.4f} bits/dim (standard error {_standard_error(totals):.4f})")
+        print(f"terms per timestep in {', '.join(map(str, files))}")
+    loader.close()
+
+
+def _standard_error(values) -> float:
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+if __name__ == "__main__":
+    run_script(main, "nll.py")

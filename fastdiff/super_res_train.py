@@ -1,0 +1,31 @@
+"""Train a super-resolution model: it enlarges images from small_size to large_size.
+
+    deepspeed fastdiff/super_res_train.py --config configs/upsample_256.json --data_dir DIR
+    python fastdiff/super_res_train.py --data_dir DIR --large_size 256 --small_size 64 --num_channels 192
+
+Starts under deepspeed, torchrun or plain python. The same command again resumes the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastdiff.config import SuperResConfig, load
+from fastdiff.processes import run_script
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, args = load(
+        argv,
+        description=__doc__ or "",
+        kind=SuperResConfig,
+        sections=("model", "diffusion", "data", "train"),
+        checkpoint=("train", "resume_checkpoint"),
+    )
+    from fastdiff.training.run import train
+
+    train(config, default_name=Path(args.config).stem if args.config else "super_res", dry_run=args.dry_run)
+
+
+if __name__ == "__main__":
+    run_script(main, "super_res_train.py")

@@ -1,0 +1,30 @@
+"""Train a diffusion model on a folder of images.
+
+    deepspeed fastdiff/train.py --config configs/cifar10_uncond.json --data_dir DIR
+    python fastdiff/train.py --data_dir DIR --image_size 64 --num_channels 128 --lr 1e-4 --batch_size 128
+
+Starts under deepspeed, torchrun or plain python. The same command again resumes the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastdiff.config import load
+from fastdiff.processes import run_script
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, args = load(
+        argv,
+        description=__doc__ or "",
+        sections=("model", "diffusion", "data", "train"),
+        checkpoint=("train", "resume_checkpoint"),
+    )
+    from fastdiff.training.run import train
+
+    train(config, default_name=Path(args.config).stem if args.config else "train", dry_run=args.dry_run)
+
+
+if __name__ == "__main__":
+    run_script(main, "train.py")

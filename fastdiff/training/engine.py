@@ -1,0 +1,143 @@
+"""The DeepSpeed engine: its configuration from ours, and the one place that imports deepspeed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastdiff.models import UNet
+from fastdiff.processes import Processes, join
+from fastdiff.settings import UserError, merge
+from fastdiff.training.settings import TrainSettings
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Sections of DeepSpeed's JSON that would replace what the trainer itself does.
+_OURS = {
+    "optimizer": "the optimiser is AdamW by train.lr and train.weight_decay",
+    "scheduler": "the learning rate follows train.lr_warmup_steps and train.lr_anneal_steps",
+    "amp": "use train.precision",
+    "torch_autocast": "use train.precision",
+}
+
+
+def split_batch(train: TrainSettings, world_size: int) -> tuple[int, int]:
+    """(images one process takes at once, how often per optimiser step), for the global batch.
+
+    Equal parts, so that the mean over micro-batches is the mean over images. Raises UserError when the batch can't be
+    shared out evenly.
+    """
+    if train.batch_size % world_size:
+        near = max(1, round(train.batch_size / world_size)) * world_size
+        raise UserError(
+            f"batch_size {train.batch_size} is over all processes and can't be shared by {world_size}; {near} can"
+        )
+    share = train.batch_size // world_size
+    limit = share if train.microbatch == -1 else min(train.microbatch, share)
+    micro = max(size for size in range(1, limit + 1) if share % size == 0)
+    return micro, share // micro
+
+
+def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
+    """Training settings with those that only DeepSpeed's JSON names; UserError where the two contradict."""
+    for section, instead in _OURS.items():
+        if section in deepspeed:
+            raise UserError(f"deepspeed.{section} can't be given: {instead}")
+    named: dict[str, tuple[str, Any]] = {}
+    if "train_batch_size" in deepspeed:
+        named["batch_size"] = ("train_batch_size", deepspeed["train_batch_size"])
+    if "train_micro_batch_size_per_gpu" in deepspeed:
+        named["microbatch"] = ("train_micro_batch_size_per_gpu", deepspeed["train_micro_batch_size_per_gpu"])
+    if "gradient_clipping" in deepspeed:
+        named["grad_clip"] = ("gradient_clipping", deepspeed["gradient_clipping"])
+    if "stage" in deepspeed.get("zero_optimization", {}):
+        named["zero_stage"] = ("zero_optimization.stage", deepspeed["zero_optimization"]["stage"])
+    for precision in ("fp16", "bf16"):
+        if deepspeed.get(precision, {}).get("enabled"):
+            named["precision"] = (f"{precision}.enabled", precision)
+    named = {ours: (theirs, value) for ours, (theirs, value) in named.items() if value != "auto"}
+    for ours, (theirs, value) in named.items():
+        if ours in train.model_fields_set and getattr(train, ours) != value:
+            raise UserError(f"deepspeed.{theirs} {value} contradicts train.{ours} {getattr(train, ours)}; give one")
+    return TrainSettings.model_validate({**train.model_dump(), **{ours: value for ours, (_, value) in named.items()}})
+
+
+def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for the settings, with the user's own laid over it."""
+    micro, accumulation = split_batch(train, world_size)
+    given = deepspeed.get("gradient_accumulation_steps", "auto")
+    if given not in ("auto", accumulation):
+        raise UserError(
+            f"deepspeed.gradient_accumulation_steps {given} contradicts batch_size {train.batch_size}, microbatch "
+            f"{train.microbatch} and {world_size} processes, which make {accumulation}"
+        )
+    derived: dict[str, Any] = {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.grad_clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if train.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+    if train.precision == "fp16":
+        # improved-diffusion's scaler: 2^20 at first, log2 grows steadily, halves at once when a gradient overflows.
+        window = max(1, round(1 / train.fp16_scale_growth))
+        derived["fp16"] = {"enabled": True, "initial_scale_power": 20, "loss_scale_window": window, "hysteresis": 1}
+    without_auto = {key: value for key, value in deepspeed.items() if value != "auto"}
+    result = merge(derived, without_auto)
+    result["train_micro_batch_size_per_gpu"] = micro  # the user's is a limit, as microbatch is
+    return result
+
+
+def _import_deepspeed() -> Any:
+    """deepspeed, quiet, on the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*|deepspeed.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"deepspeed.*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(f"training needs DeepSpeed, which can't be imported ({error}); pip install deepspeed") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its shared-memory reduction for CPUs would be compiled at every first start: a minute, and a compiler needed.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def start_processes() -> Processes:
+    """Join the other processes, with DeepSpeed's communication set up."""
+    processes = join()
+    deepspeed = _import_deepspeed()
+    backend = "nccl" if processes.device.type == "cuda" else "gloo"
+    if not dist.is_initialized():  # alone, without a launcher: no port is needed
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    return processes
+
+
+def create_engine(
+    model: UNet, train: TrainSettings, deepspeed_section: dict[str, Any], processes: Processes
+) -> tuple[Any, torch.optim.AdamW]:
+    """The engine around the model, and the optimiser inside it. Weights of the model must be loaded before."""
+    deepspeed = _import_deepspeed()
+    config = deepspeed_config(train, deepspeed_section, processes.world_size)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=processes.device.type == "cuda"
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    model.set_precision(DTYPES[train.precision])
+    if train.compile:
+        engine.compile()
+    return engine, optimizer

@@ -1,0 +1,266 @@
+"""The training loop: one optimiser step is a few micro-batches through DeepSpeed's engine, then the averages.
+
+A step is a function of the settings, the state and its number: images come from a seeded order, timesteps and noise
+from counters (seed, position of the image in the stream), dropout from a seed per step. So a run that resumes goes on
+exactly, and noise and timesteps don't depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff import ops
+from fastdiff.diffusion import GaussianDiffusion, create_sampler
+from fastdiff.diffusion.streams import NOISE, TIMESTEPS
+from fastdiff.images import Batch, Loader
+from fastdiff.models import SuperResSettings, UNet
+from fastdiff.processes import Processes
+from fastdiff.training import checkpoints
+from fastdiff.training.checkpoints import Snapshot, Writer
+from fastdiff.training.engine import create_engine, split_batch
+from fastdiff.training.masters import Masters
+from fastdiff.training.metrics import LossMeter
+from fastdiff.training.settings import TrainSettings
+
+
+def low_res_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Images [B, C, H, W] made small by area averaging, as super-resolution models see them in training."""
+    return F.interpolate(x, size_hw, mode="area")
+
+
+def learning_rate(train: TrainSettings, step: int) -> float:
+    """Of the update that follows `step` updates: a linear rise over lr_warmup_steps, a linear fall to 0."""
+    rate = train.lr
+    if train.lr_warmup_steps:
+        rate *= min(1.0, (step + 1) / train.lr_warmup_steps)
+    if train.lr_anneal_steps:
+        rate *= max(0.0, 1 - step / train.lr_anneal_steps)
+    return rate
+
+
+class Trainer:
+    """Model, averages, optimiser and data position: everything that a checkpoint holds and a step changes."""
+
+    def __init__(
+        self,
+        train: TrainSettings,
+        deepspeed: dict[str, Any],
+        model: UNet,
+        diffusion: GaussianDiffusion,
+        loader: Loader,
+        processes: Processes,
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        self.train, self.diffusion, self.loader, self.processes = train, diffusion, loader, processes
+        self.model_settings = model.settings
+        self.device = processes.device
+        self.micro, self.accumulation = split_batch(train, processes.world_size)
+        if snapshot:
+            model.load_state_dict(snapshot.model)
+        model.to(self.device).train()
+        self.engine, self.optimizer = create_engine(model, train, deepspeed, processes)
+        self.model = model
+        self.masters = Masters(self.engine, model, processes.rank, processes.world_size)
+        self.ema = {str(rate): self.masters.clone() for rate in train.ema_rate}
+        self.sampler = create_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
+        self.meter = LossMeter(diffusion.num_timesteps, self.device)
+        self.grad_norms: list[Tensor | float] = []
+        self.step = 0
+        self.skipped_steps = 0
+        self.data_wait = 0.0
+        if snapshot:
+            self._restore(snapshot)
+
+    # --- one step ---
+
+    def run(self) -> Iterator[int]:
+        """Steps until the last, yielding the number of steps done after each."""
+        while self.step < self.train.last_step:
+            self.take_step()
+            yield self.step
+
+    def take_step(self) -> None:
+        """One optimiser step over batch_size images."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.train, self.step)
+        batch = self._next_batch()
+        for i in range(self.accumulation):
+            part = slice(i * self.micro, (i + 1) * self.micro)
+            self._seed_dropout(i)
+            micro = Batch(batch.images[part], batch.labels[part], batch.positions[part])
+            loss = self.losses(micro)
+            self.engine.backward(loss)
+            if i == self.accumulation - 1:
+                self._note_gradient_norm(before=True)
+            self.engine.step()
+        self._note_gradient_norm(before=False)
+        if self.engine.was_step_applied():
+            self.update_ema()
+        else:
+            self.skipped_steps += 1
+        self.step += 1
+
+    def _next_batch(self) -> Batch:
+        start = time.perf_counter()
+        batch = next(self.loader)
+        self.data_wait += time.perf_counter() - start
+        return batch
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of a micro-batch, to be minimised; its terms go to the meter and the timestep sampler."""
+        x_start = self.images_to_network(batch.images)
+        t, weights = self.draw_timesteps(batch)
+        noise = self.draw_noise(batch, x_start.shape)
+        model_kwargs = {}
+        if self.model_settings.class_cond:
+            model_kwargs["y"] = batch.labels
+        if isinstance(self.model_settings, SuperResSettings):
+            model_kwargs["low_res"] = low_res_of(x_start, self.model_settings.small_size)
+        terms = self.diffusion.training_losses(self.engine, x_start, t, model_kwargs, noise)
+        self.sampler.update(t, terms["loss"].detach())
+        self.meter.add(t, weights, terms)
+        return (terms["loss"] * weights).mean()
+
+    @staticmethod
+    def images_to_network(images: Tensor) -> Tensor:
+        """[B, H, W, C] uint8 → [B, C, H, W] float32 in [-1, 1], channels-last without a copy."""
+        return (images.float() / 127.5 - 1).permute(0, 3, 1, 2)
+
+    def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Timesteps and importance weights of a micro-batch."""
+        positions = batch.positions.to(self.device, non_blocking=True)
+        return self.sampler.sample(ops.image_uniform(self.train.seed | TIMESTEPS, positions, 0))
+
+    def draw_noise(self, batch: Batch, shape: torch.Size) -> Tensor:
+        """The noise of a micro-batch, [B, C, H, W]."""
+        positions = batch.positions.to(self.device, non_blocking=True)
+        return ops.image_noise(self.train.seed | NOISE, positions, 0, tuple(shape[1:]))
+
+    def _seed_dropout(self, micro: int) -> None:
+        entropy = [self.train.seed, self.step, self.processes.rank, micro]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def _note_gradient_norm(self, before: bool) -> None:
+        """Without ZeRO and in fp32 the gradients are the parameters' own and gone after the step."""
+        plain = self.engine.optimizer is self.optimizer
+        if before and plain:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            self.grad_norms.append(torch.nn.utils.get_total_norm(gradients))
+        elif not before and not plain:
+            self.grad_norms.append(self.engine.get_global_grad_norm())
+
+    def update_ema(self) -> None:
+        """Every average follows the fp32 masters."""
+        sources = self.masters.detached()
+        for rate, averages in self.ema.items():
+            ops.update_ema(averages, sources, float(rate))
+
+    # --- what is reported ---
+
+    def read_metrics(self) -> dict[str, float]:
+        """Means since the last call, under improved-diffusion's names. Collective; the one place that waits."""
+        metrics = self.meter.read()
+        finite = [float(norm) for norm in self.grad_norms if norm is not None]
+        if finite:
+            metrics["grad_norm"] = sum(finite) / len(finite)
+        self.grad_norms.clear()
+        metrics["samples"] = float(self.step * self.train.batch_size)
+        metrics["lr"] = learning_rate(self.train, max(0, self.step - 1))
+        if self.train.precision == "fp16":
+            metrics["lg_loss_scale"] = float(np.log2(self._loss_scaler().cur_scale))
+            metrics["skipped_steps"] = float(self.skipped_steps)
+        return metrics
+
+    # --- checkpoints ---
+
+    def save(self, folder: Any, info: dict[str, Any]) -> None:
+        """Write the state to `folder`/step_NNNNNN. Collective."""
+        if self.processes.is_main:
+            checkpoints.write(folder, self.step, info, self._fill)
+        else:
+            self._fill(None)
+        self.processes.barrier()
+
+    def _fill(self, writer: Writer | None) -> dict[str, Any]:
+        """Gather one set of tensors after another; on rank 0 each goes to disk before the next."""
+        model = self.masters.gather(self.masters.flats)
+        if writer and model is not None:
+            writer.weights(None, model)
+        del model
+        for rate, averages in self.ema.items():
+            average = self.masters.gather(averages)
+            if writer and average is not None:
+                writer.weights(rate, average)
+            del average
+        moments, updates = self._moments()
+        gathered = {key: self.masters.gather(tensors) for key, tensors in moments.items()}
+        if writer:
+            group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+            writer.optimizer(gathered["exp_avg"], gathered["exp_avg_sq"], updates, group)
+        return {
+            "step": self.step,
+            "updates": updates,
+            "skipped_steps": self.skipped_steps,
+            "samples": self.step * self.train.batch_size,
+            "seed": self.train.seed,
+            "loader": self.loader.state_dict(),
+            "class_names": list(self.loader.class_names),
+            "timestep_sampler": self.sampler.state_dict(),
+            "loss_scaler": self._loss_scaler_state(),
+            "world_size": self.processes.world_size,
+        }
+
+    def _moments(self) -> tuple[dict[str, list[Tensor]], int]:
+        states = [self.optimizer.state.get(flat, {}) for flat in self.masters.flats]
+        updates = max((int(state["step"]) for state in states if "step" in state), default=0)
+        zeros = torch.zeros_like
+        return {
+            key: [state[key] if key in state else zeros(flat) for state, flat in zip(states, self.masters.flats, strict=True)]
+            for key in ("exp_avg", "exp_avg_sq")
+        }, updates
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.masters.fill(self.masters.detached(), snapshot.model)
+        for rate, averages in self.ema.items():
+            self.masters.fill(averages, snapshot.ema.get(rate, snapshot.model))
+        if snapshot.exp_avg:
+            updates = torch.tensor(float(snapshot.state.get("updates", snapshot.step)))
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors = self.masters.zeros()
+                self.masters.fill(tensors, getattr(snapshot, key))
+                for flat, tensor in zip(self.masters.flats, tensors, strict=True):
+                    self.optimizer.state[flat][key] = tensor
+            for flat in self.masters.flats:
+                fused = self.optimizer.defaults["fused"]
+                self.optimizer.state[flat]["step"] = updates.to(flat.device if fused else "cpu").clone()
+        self.step = snapshot.step
+        state = snapshot.state
+        self.skipped_steps = state.get("skipped_steps", 0)
+        if "loader" in state:
+            self.loader.load_state_dict(state["loader"])
+        if state.get("timestep_sampler"):
+            self.sampler.load_state_dict(state["timestep_sampler"])
+        scaler = self._loss_scaler()
+        for name, value in state.get("loss_scaler", {}).items():
+            if scaler is not None and hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    def _loss_scaler(self) -> Any:
+        """Where DeepSpeed keeps the dynamic loss scale; None without one."""
+        optimizer = self.engine.optimizer
+        for place in ("loss_scaler", "loss_scale_config"):
+            if hasattr(getattr(optimizer, place, None), "cur_scale"):
+                return getattr(optimizer, place)
+        return optimizer if hasattr(optimizer, "cur_scale") else None
+
+    def _loss_scaler_state(self) -> dict[str, float]:
+        scaler = self._loss_scaler() if self.train.precision == "fp16" else None
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}

@@ -1,0 +1,39 @@
+"""fastdiff: kernel-optimised training and sampling of pixel-space diffusion models."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="fastdiff",
+    version="0.1.0",
+    description="Train, sample and score pixel-space diffusion models, fast",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.14",
+    # kernels/ lies at the top of the repository and is imported as fastdiff.kernels.
+    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
+    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "pydantic>=2.9",
+        "safetensors>=0.4",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        'triton>=3.6; platform_system == "Linux"',
+        'nvidia-dali-cuda130>=2.1; platform_system == "Linux"',
+    ],
+    extras_require={
+        "demo": ["scikit-learn>=1.4"],
+        "datasets": ["lmdb>=1.4"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "lmdb>=1.4", "scikit-learn>=1.4"],
+        "benchmark": ["pytest-benchmark>=5", "matplotlib>=3.8"],
+        "evaluation": ["torch-fidelity>=0.3"],
+        "lint": ["ruff>=0.9", "mypy>=1.14"],
+    },
+)
