@@ -177,7 +177,7 @@ class DaliLoader(Loader):
         stages = self._halvings
 
         @pipeline_def(enable_conditionals=True)
-        def recipe() -> Any:
+        def recipe():  # unannotated, for type checkers misread DALI's operators
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             halvings = fn.external_source(name="halvings", dtype=types.INT32, ndim=0)
             sizes = fn.external_source(name="sizes", dtype=types.FLOAT, ndim=3)

@@ -1,0 +1,57 @@
+"""A trainer whose images, timesteps and noise are given, and small stand-ins around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.images import Batch
+from fastdiff.training.trainer import Trainer
+
+
+class ScriptedLoader:
+    """Batches of given images [steps, B, C, H, W] float; positions count rows."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images, self.position, self.class_names = images, 0, ["only"]
+
+    def __next__(self) -> Batch:
+        row = self.images[self.position]
+        positions = torch.full((len(row),), self.position)
+        self.position += 1
+        return Batch(row, torch.zeros(len(row), dtype=torch.int64), positions)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+
+class ScriptedTrainer(Trainer):
+    """Feeds row `loader.position` of recorded timesteps, weights and noise, [steps, B, ...]; logs what it saw."""
+
+    t: Tensor
+    noise: Tensor
+    weights: Tensor | None = None
+
+    @staticmethod
+    def images_to_network(images: Tensor) -> Tensor:
+        return images
+
+    def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        row = int(batch.positions[0])
+        t = self.t[row]
+        if self.weights is not None:
+            return t, self.weights[row]
+        p = self.sampler.weights() / self.sampler.weights().sum()
+        return t, (1 / (len(p) * p[t])).float()
+
+    def draw_noise(self, batch: Batch, shape: torch.Size) -> Tensor:
+        return self.noise[int(batch.positions[0])]
