@@ -7,9 +7,9 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any, NoReturn, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.images.settings import DataSettings
@@ -18,6 +18,7 @@ from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.nll_settings import NllSettings
 from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
 from fastdiff.settings import Settings, UserError, did_you_mean, merge
+from fastdiff.training.engine import adopt
 from fastdiff.training.settings import TrainSettings
 
 Layer = dict[str, dict[str, Any]]
@@ -77,6 +78,8 @@ def load(
     if checkpoint:
         layers = [*_checkpoint_layer(checkpoint, layers, kind), *layers]
     config = _resolve(kind, layers)
+    if "train" in sections:
+        config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
     if args.print_config:
         print(json.dumps(config.model_dump(mode="json", include={*sections, "deepspeed"}), indent=2))
         sys.exit(0)
@@ -121,7 +124,9 @@ def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]
 def _metavar(annotation: Any) -> str:
     if annotation in (int, float, bool, str):
         return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
-    return "A,B,.." if get_origin(annotation) is tuple else "VALUE"
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
 
 
 def _section_class(kind: type[Config], section: str) -> type[Settings]:
@@ -150,14 +155,18 @@ def _checkpoint_layer(
     file = weights.find(str(given[-1]), f"--{name}")
     state = weights.read_state_dict(file, f"--{name}")
     info = weights.info_of(state)
+    super_res = kind is SuperResConfig
     source = f"the settings in {file}"
     if info:
-        other = info["kind"] != ("super_res" if kind is SuperResConfig else "unet")
-        if other:
-            scripts = "super_res_train.py and super_res_sample.py" if info["kind"] == "super_res" else "the other scripts"
-            raise UserError(f"--{name}: {file} is for {scripts}")
+        if (info["kind"] == "super_res") != super_res:
+            raise UserError(f"--{name}: {file} is for {_scripts(not super_res)}")
         return [(source, {"model": info["model"], "diffusion": info["diffusion"]})]
-    model = weights.infer_settings(state, super_res=kind is SuperResConfig)
+    if mismatch := weights.script_mismatch(state, super_res):
+        raise UserError(f"--{name}: {file} does not fit: {mismatch}, which is for {_scripts(not super_res)}")
+    try:
+        model = weights.infer_settings(state, super_res)
+    except UserError as error:
+        raise UserError(f"--{name}: {file} can't be used: {error}") from None
     del model["attention_factors"]  # the flag names image sizes, which can't be seen
     known = {n for _, layer in layers for n in {**layer.get("model", {}), **layer.get("diffusion", {})}}
     unseen = ("num_heads", "attention_resolutions", "diffusion_steps", "noise_schedule", "rescale_timesteps")
@@ -169,6 +178,10 @@ def _checkpoint_layer(
             ", ".join(assumed),
         )
     return [(source, {"model": model})]
+
+
+def _scripts(super_res: bool) -> str:
+    return "super_res_train.py and super_res_sample.py" if super_res else "train.py, sample.py and nll.py"
 
 
 def _size_names(kind: type[Config]) -> tuple[str, ...]:
@@ -223,13 +236,21 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
 def _aliases(source: str, section: str, values: dict[str, Any]) -> dict[str, Any]:
     """use_fp16 is precision fp16 by the seed's name."""
     values = dict(values)
-    if str(values.get("use_fp16", "")).lower() in ("true", "1", "yes", "t", "y"):
+    if _is_true(values.get("use_fp16")):
         del values["use_fp16"]
         precision = values.setdefault("precision", "fp16")
         if precision != "fp16":
             where = f"{source}: {section}." if source else "--"
             raise UserError(f"{where}use_fp16 True contradicts precision {precision}; give one of them")
     return values
+
+
+def _is_true(value: Any) -> bool:
+    """Whether a setting of type bool would take the value for true."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False  # the setting itself will say what is wrong
 
 
 def _hint(kind: type[Config], section: str, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import sys
 import time
@@ -37,6 +38,9 @@ class Reporter:
             self._rewrite(rows)
         else:
             self._csv.unlink(missing_ok=True)
+        self._warnings = logging.FileHandler(folder / "log.txt")  # warnings of other modules belong in the log too
+        self._warnings.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logging.getLogger().addHandler(self._warnings)
         self._tensorboard = SummaryWriter(str(folder), purge_step=first_step)
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -103,6 +107,8 @@ class Reporter:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self.folder is not None:
+            logging.getLogger().removeHandler(self._warnings)
+            self._warnings.close()
             self._log.close()
 
 

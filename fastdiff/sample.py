@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     model, info = load_model(config.model, settings.model_path, settings.precision, current().device)
     if settings.classes and not config.model.class_cond:
         raise UserError("--classes: the model is not class-conditional")
-    chosen = class_labels(settings.classes, info.get("class_names", []), config.model.num_classes)
     # A model with room for 1000 classes, trained on 10, only knows those.
     known = len(info.get("class_names", [])) or config.model.num_classes
+    chosen = class_labels(settings.classes, info.get("class_names", []), known)
     folder = make_writable(output_folder(settings.out_dir, "runs/samples"), "--out_dir")
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
     model_settings = config.model.model_copy(update={"num_classes": known})

@@ -23,7 +23,14 @@ class UserError(Exception):
 class Settings(BaseModel):
     """A component's settings: unknown keys are refused, values are checked, instances don't change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # "timestep_respacing": 250
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -52,18 +59,17 @@ Floats = Annotated[tuple[float, ...], BeforeValidator(_split), PlainSerializer(_
 
 def _size(value: Any) -> Any:
     """64, '64', '64x96' or [64, 96] → (height, width)."""
+    given = value
     if isinstance(value, str):
         value = value.lower().split("x")
-    if isinstance(value, int):
+    if not isinstance(value, (list, tuple)):
         value = [value]
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = [value[0], value[0]]
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError("a size is one number (64) or height x width (64x96)")
-    height, width = (int(v) for v in value)
-    if height < 1 or width < 1:
-        raise ValueError("a size must be at least 1 pixel")
-    return height, width
+    sides = [int(v) if isinstance(v, str) and v.strip().isdecimal() else v for v in value]
+    if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
+        raise ValueError(f"a size is a whole number of pixels (64) or height x width (64x96), not {given!r}")
+    if min(sides) < 1:
+        raise ValueError(f"a size must be at least 1 pixel, not {given!r}")
+    return sides[0], sides[-1]
 
 
 def _show_size(value: tuple[int, int]) -> int | str:

@@ -90,11 +90,13 @@ def label_images(
     class_names fixes the numbering, as an earlier run had it; images of other classes are refused.
     """
     if labels_mode == "auto":
-        folders = {path.parent for path in paths}
-        by_folder = len(folders) > 1 and Path(data_dir) not in folders and not any("_" in p.name for p in paths)
+        folders = {path.parent for path in paths} if not any("_" in path.name for path in paths) else set()
+        by_folder = len(folders) > 1 and Path(data_dir) not in folders
         labels_mode = "folder" if by_folder else "prefix"
     if labels_mode == "folder":
-        classes = [path.parent.relative_to(data_dir).as_posix() for path in paths]
+        parents = [path.parent for path in paths]
+        folder_class = {parent: parent.relative_to(data_dir).as_posix() for parent in set(parents)}
+        classes = [folder_class[parent] for parent in parents]
     else:
         classes = [path.name.split("_", 1)[0] for path in paths]
     names = sorted(set(classes)) if class_names is None else list(class_names)
@@ -118,4 +120,5 @@ def index_images(
     paths = list_images(data_dir)
     labels, names = label_images(paths, data_dir, labels_mode, class_names)
     root = Path(data_dir)
-    return Listing(root, [path.relative_to(root).as_posix() for path in paths], labels, names)
+    above = 0 if root == Path() else len(root.as_posix().rstrip("/")) + 1  # relative_to is slow on millions
+    return Listing(root, [path.as_posix()[above:] for path in paths], labels, names)

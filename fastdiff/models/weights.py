@@ -68,12 +68,18 @@ def infer_settings(state: dict[str, Tensor], super_res: bool = False) -> dict[st
     Raises UserError when the keys are not those of this network.
     """
     try:
-        width = state["input_blocks.0.0.weight"].shape[0]
-        in_channels = state["input_blocks.0.0.weight"].shape[1] // (2 if super_res else 1)
-        out_channels = state["out.2.weight"].shape[0]
-        emb = state["time_embed.0.weight"].shape[0]
+        return _infer(state, super_res)
     except KeyError as error:
-        raise UserError(f"the checkpoint has no {error.args[0]}: it is not one of this network") from None
+        raise UserError(f"it has no {error.args[0]}, so it is not of this network") from None
+    except (IndexError, ZeroDivisionError):
+        raise UserError("its tensors have other axes than this network's") from None
+
+
+def _infer(state: dict[str, Tensor], super_res: bool) -> dict[str, Any]:
+    width = state["input_blocks.0.0.weight"].shape[0]
+    in_channels = state["input_blocks.0.0.weight"].shape[1] // (2 if super_res else 1)
+    out_channels = state["out.2.weight"].shape[0]
+    emb = state["time_embed.0.weight"].shape[0]
     levels, blocks, attention = [], 0, []
     index, factor, per_level = 1, 1, []
     while f"input_blocks.{index}.0.op.weight" in state or f"input_blocks.{index}.0.in_layers.0.weight" in state:
@@ -102,8 +108,18 @@ def infer_settings(state: dict[str, Tensor], super_res: bool = False) -> dict[st
     if "label_emb.weight" in state:
         shown["num_classes"] = state["label_emb.weight"].shape[0]
     if emb != 4 * width:
-        raise UserError(f"the checkpoint's time embedding has {emb} channels, this network's would have {4 * width}")
+        raise UserError(f"its time embedding has {emb} channels, this network's would have {4 * width}")
     return shown
+
+
+def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
+    """What is wrong when the first convolution takes two images of 1, 3 or 4 channels and not one, or the reverse."""
+    first = state.get("input_blocks.0.0.weight")
+    if first is None or first.ndim != 4 or first.shape[1] not in (1, 2, 3, 4, 6, 8):
+        return ""
+    if super_res == (first.shape[1] in (2, 6, 8)):
+        return ""
+    return "it is no super-resolution model" if super_res else "it is a super-resolution model"
 
 
 def load_into(model: UNet, state: dict[str, Tensor], path: Path, flag: str) -> None:
@@ -117,20 +133,19 @@ def load_into(model: UNet, state: dict[str, Tensor], path: Path, flag: str) -> N
 
 def _difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
     super_res = isinstance(settings, SuperResSettings)
+    if mismatch := script_mismatch(state, super_res):
+        return mismatch
     try:
         shown = infer_settings(state, super_res)
     except UserError as error:
         return str(error)
     hints = []
-    if state["input_blocks.0.0.weight"].shape[1] == 3 and super_res:
-        return "it is no super-resolution model; use sample.py"
-    if state["input_blocks.0.0.weight"].shape[1] == 6 and not super_res:
-        return "it is a super-resolution model; use super_res_sample.py"
     for name, value in shown.items():
         if name == "attention_factors":
-            if any(f not in settings.attention_factors for f in value):
+            levels = {2**level for level in range(len(shown["channel_mult"]))}
+            if set(value) != levels & set(settings.attention_factors):
                 sizes = ",".join(str(min(settings.size_hw) // f) for f in value)
-                hints.append(f"--attention_resolutions {sizes}")
+                hints.append(f"--attention_resolutions {sizes or repr('')}")
         elif name == "channel_mult":
             if tuple(value) != tuple(settings.level_mult):
                 hints.append(f"--channel_mult {','.join(map(str, value))}")

@@ -38,7 +38,7 @@ def class_labels(classes: str, class_names: list[str], num_classes: int) -> list
     for word in (w.strip() for w in classes.split(",") if w.strip()):
         if word in class_names:
             labels.append(class_names.index(word))
-        elif word.isdigit() and int(word) < num_classes:
+        elif word.isdecimal() and int(word) < num_classes:
             labels.append(int(word))
         else:
             known = f" or one of {', '.join(class_names[:10])}" if class_names else ""

@@ -34,10 +34,12 @@ class BaseImages:
             self._images, self.labels = read_npz(path, settings)
         if settings.class_cond and self.labels is None:
             raise UserError(f"--base_samples: {path} has no labels (arr_1), which a class-conditional model needs")
-        if settings.class_cond and self.labels is not None and self.labels.max(initial=0) >= settings.num_classes:
-            raise UserError(
-                f"--base_samples: {path} has label {self.labels.max()}, the model classes 0 to {settings.num_classes - 1}"
-            )
+        if settings.class_cond and self.labels is not None:
+            strange = self.labels[(self.labels < 0) | (self.labels >= settings.num_classes)]
+            if len(strange):
+                raise UserError(
+                    f"--base_samples: {path} has label {strange[0]}, the model classes 0 to {settings.num_classes - 1}"
+                )
 
     def __len__(self) -> int:
         return len(self._images) if self._files is None else len(self._files)
@@ -64,7 +66,7 @@ def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.nda
         if isinstance(content, np.ndarray) or "arr_0" not in content:
             raise UserError(f"--base_samples: {path} has no arr_0; give an .npz as sample.py writes it")
         images = content["arr_0"]
-        labels = content["arr_1"].astype(np.int64) if "arr_1" in content else None
+        labels = content["arr_1"] if "arr_1" in content else None
     except UserError:
         raise
     except Exception as error:  # zipfile, numpy and the operating system each have their own
@@ -75,6 +77,11 @@ def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.nda
             f"--base_samples: arr_0 of {path} is {images.dtype} {list(images.shape)}, the model takes uint8 "
             f"[N, {', '.join(map(str, wanted))}]"
         )
-    if labels is not None and labels.shape != (len(images),):
-        raise UserError(f"--base_samples: arr_1 of {path} has {labels.size} labels for {len(images)} images")
-    return images, labels
+    if labels is None:
+        return images, None
+    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"--base_samples: arr_1 of {path} is {labels.dtype} {list(labels.shape)}, the {len(images)} images need as "
+            "many whole numbers"
+        )
+    return images, labels.astype(np.int64)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from fastdiff.models import UNet
 from fastdiff.processes import Processes, join
@@ -48,6 +49,11 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
     for section, instead in _OURS.items():
         if section in deepspeed:
             raise UserError(f"deepspeed.{section} can't be given: {instead}")
+    for section in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(deepspeed.get(section, {}), dict):
+            raise UserError(f"deepspeed.{section} must be a JSON object, not {deepspeed[section]!r}")
+    if all(deepspeed.get(section, {}).get("enabled") for section in ("fp16", "bf16")):
+        raise UserError("deepspeed.fp16 and deepspeed.bf16 are both enabled; enable one of them")
     named: dict[str, tuple[str, Any]] = {}
     if "train_batch_size" in deepspeed:
         named["batch_size"] = ("train_batch_size", deepspeed["train_batch_size"])
@@ -64,7 +70,13 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
     for ours, (theirs, value) in named.items():
         if ours in train.model_fields_set and getattr(train, ours) != value:
             raise UserError(f"deepspeed.{theirs} {value} contradicts train.{ours} {getattr(train, ours)}; give one")
-    return TrainSettings.model_validate({**train.model_dump(), **{ours: value for ours, (_, value) in named.items()}})
+    try:
+        return TrainSettings.model_validate({**train.model_dump(), **{ours: v for ours, (_, v) in named.items()}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        theirs = next((named[ours][0] for ours in named if ours in first["loc"]), "fp16")
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"deepspeed.{theirs}: {message[0].lower()}{message[1:]}, not {first['input']!r}") from None
 
 
 def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> dict[str, Any]:

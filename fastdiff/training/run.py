@@ -24,7 +24,7 @@ from fastdiff.sampling.pictures import grid, save_grid, to_uint8
 from fastdiff.settings import UserError
 from fastdiff.training import checkpoints
 from fastdiff.training.checkpoints import Snapshot
-from fastdiff.training.engine import adopt, split_batch, start_processes
+from fastdiff.training.engine import adopt, deepspeed_config, start_processes
 from fastdiff.training.trainer import Trainer, low_res_of
 
 
@@ -33,7 +33,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     settings = adopt(config.train, config.deepspeed)
     config = config.model_copy(update={"train": settings})
     _check(config)
-    split_batch(settings, current().world_size)
+    deepspeed_config(settings, config.deepspeed, current().world_size)  # refuses what can't be, before anything is written
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
     previous = checkpoints.latest(folder / "checkpoints")
     snapshot, source = _snapshot(config, previous)
@@ -54,7 +54,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     if dry_run:
         run.dry()
     else:
-        run.go(source)
+        run.go(source, snapshot.notes if snapshot else [])
     loader.close()
 
 
@@ -171,11 +171,11 @@ class _Run:
             "class_names": trainer.loader.class_names if config.model.class_cond else [],
         }
 
-    def go(self, source: str) -> None:
+    def go(self, source: str, notes: list[str]) -> None:
         train, trainer = self.config.train, self.trainer
         folder = self.folder if self.processes.is_main else None
         with Reporter(folder, train.last_step, trainer.step, train.batch_size) as reporter:
-            self._introduce(reporter, source)
+            self._introduce(reporter, source, notes)
             saved = trainer.step if source else -1
             for step in trainer.run():
                 reporter.advance()
@@ -189,9 +189,11 @@ class _Run:
                     self._draw(reporter)
             if saved < trainer.step:
                 self._save(reporter)
-            reporter.say(f"done: {trainer.step} steps, {trainer.step * train.batch_size} images, in {self.folder}")
+            unreadable = len(trainer.loader.unreadable)
+            skipped = f" ({unreadable} unreadable files left out, named in the log)" if unreadable else ""
+            reporter.say(f"done: {trainer.step} steps, {trainer.step * train.batch_size} images{skipped}, in {self.folder}")
 
-    def _introduce(self, reporter: Reporter, source: str) -> None:
+    def _introduce(self, reporter: Reporter, source: str, notes: list[str]) -> None:
         trainer, loader = self.trainer, self.trainer.loader
         if self.processes.is_main:
             content = {"kind": _kind(self.config), **self.config.model_dump(mode="json")}
@@ -204,6 +206,8 @@ class _Run:
         )
         if source:
             reporter.say(f"resuming from {source} at step {trainer.step}")
+        for note in notes:
+            reporter.say(note)
 
     def _log(self, reporter: Reporter) -> None:
         trainer = self.trainer

@@ -64,10 +64,14 @@ class Trainer:
         self.micro, self.accumulation = split_batch(train, processes.world_size)
         if snapshot:
             model.load_state_dict(snapshot.model)
+        weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         model.to(self.device).train()
         self.engine, self.optimizer = create_engine(model, train, deepspeed, processes)
         self.model = model
         self.masters = Masters(self.engine, model, processes.rank, processes.world_size)
+        # DeepSpeed makes masters from weights already rounded to 16 bits, and may take a trial step on them.
+        self.masters.fill(self.masters.detached(), weights)
+        self.optimizer.state.clear()
         self.ema = {str(rate): self.masters.clone() for rate in train.ema_rate}
         self.sampler = create_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
@@ -227,7 +231,6 @@ class Trainer:
         }, updates
 
     def _restore(self, snapshot: Snapshot) -> None:
-        self.masters.fill(self.masters.detached(), snapshot.model)
         for rate, averages in self.ema.items():
             self.masters.fill(averages, snapshot.ema.get(rate, snapshot.model))
         if snapshot.exp_avg:

@@ -87,6 +87,15 @@ def test_given_classes_fix_the_numbers(tmp_path):
         label_images(paths, tmp_path, "prefix", ["a", "b"])
 
 
+def test_names_are_relative_however_the_folder_is_given(tmp_path, monkeypatch):
+    touch(tmp_path, "data/a.png", "data/x/b.png")
+    monkeypatch.chdir(tmp_path / "data")
+    for given in (".", "../data", "../data/", tmp_path / "data"):
+        listing = index_images(given)
+        assert listing.names == ["a.png", "x/b.png"]
+        assert listing.path(1).samefile(tmp_path / "data/x/b.png")
+
+
 def test_a_part_of_a_listing_keeps_the_classes_of_the_whole(tmp_path):
     touch(tmp_path, "a_1.png", "z_1.png", "zz_1.png")
     whole = index_images(tmp_path)

@@ -1,0 +1,104 @@
+"""Dependencies run one way: which part of fastdiff may import which, and which of them what else."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fastdiff
+
+PACKAGE = Path(fastdiff.__file__).parent
+KERNELS = PACKAGE.parent / "kernels"
+
+# Part → the other parts that it may import. Scripts, which are not listed, may import everything.
+LAYERS: dict[str, set[str]] = {
+    "kernels": set(),
+    "settings": set(),
+    "reporting": set(),
+    "processes": {"settings"},
+    "ops": {"kernels"},
+    "diffusion": {"ops", "settings"},
+    "models": {"ops", "settings"},
+    "images": {"settings"},
+    "sampling": {"diffusion", "models", "images", "ops", "processes", "settings"},
+    "nll_settings": {"sampling", "settings"},
+    "likelihood": {"diffusion", "images", "ops", "processes"},
+    "training": {
+        *("config", "diffusion", "images", "models", "nll_settings", "ops", "processes", "reporting", "sampling"),
+        "settings",
+    },
+    "config": {"diffusion", "images", "models", "nll_settings", "sampling", "settings", "training"},
+}
+# Outside package → the only files that may import it.
+OUTSIDE = {
+    "deepspeed": ("training/",),
+    "nvidia": ("images/",),
+    "triton": ("kernels/",),
+    "tensorboard": ("reporting.py",),
+    "PIL": ("images/", "sampling/"),
+    "pydantic": ("settings.py", "config.py", "nll_settings.py", "/settings.py", "training/engine.py"),
+}
+
+
+def modules() -> dict[str, Path]:
+    """Path below the package (kernels/ included, wherever it lies) → file."""
+    found = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
+    return found | {f"kernels/{path.relative_to(KERNELS)}": path for path in KERNELS.rglob("*.py")}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import, which fails in a script"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_script(path: Path) -> bool:
+    return 'if __name__ == "__main__":' in path.read_text()
+
+
+def part_of(name: str) -> str:
+    return Path(name).parts[0].removesuffix(".py")
+
+
+MODULES = modules()
+SCRIPTS = {part_of(name) for name, path in MODULES.items() if path.parent == PACKAGE and is_script(path)}
+
+
+def test_every_part_has_its_place() -> None:
+    parts = {part_of(name) for name in MODULES} - SCRIPTS - {"__init__"}
+    assert parts == set(LAYERS), "a new part of fastdiff needs its row in LAYERS"
+    assert {"train", "super_res_train", "sample", "super_res_sample", "nll"} <= SCRIPTS
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name: str) -> None:
+    part = part_of(name)
+    if part in SCRIPTS or part == "__init__":
+        allowed = set(LAYERS)
+    else:
+        allowed = LAYERS[part] | {part}
+    for imported in imports(MODULES[name]):
+        words = imported.split(".")
+        assert words[0] != "kernels", f"{name}: kernels goes by its full name, fastdiff.kernels"
+        if words[0] == "fastdiff":
+            assert words[1] not in SCRIPTS, f"{name} imports the script {words[1]}.py"
+            assert words[1] in allowed, f"{name} imports fastdiff.{words[1]}"
+        elif words[0] in OUTSIDE:
+            places = OUTSIDE[words[0]]
+            assert any(name.startswith(p) or (p[0] == "/" and name.endswith(p)) for p in places), f"{name}: {imported}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("kernels/")])
+def test_kernels_know_torch_and_triton_only(name: str) -> None:
+    import sys
+
+    for imported in imports(MODULES[name]):
+        first = imported.split(".")[0]
+        assert first in {"torch", "triton"} | sys.stdlib_module_names or imported.startswith("fastdiff.kernels.")

@@ -1,0 +1,118 @@
+"""N steps against k steps, a checkpoint, and N - k steps: bit for bit. Run by test_resume.py, alone or by torchrun.
+
+    python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION [STAGE:PRECISION ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.images import DataSettings, open_images
+from fastdiff.models import UNetSettings, build_model
+from fastdiff.training import checkpoints
+from fastdiff.training.engine import start_processes
+from fastdiff.training.settings import TrainSettings
+from fastdiff.training.trainer import Trainer
+
+MODEL = UNetSettings(
+    image_size=8,
+    num_channels=32,
+    channel_mult="1,2",
+    num_res_blocks=1,
+    attention_resolutions="4",
+    learn_sigma=True,
+    dropout=0.1,
+    class_cond=True,
+    num_classes=5,
+)
+DIFFUSION = DiffusionSettings(diffusion_steps=5, noise_schedule="cosine")
+
+
+def make_trainer(data: Path, snapshot: checkpoints.Snapshot | None = None, **settings: object) -> Trainer:
+    """A trainer with everything that has state: averages, dropout, micro-batches, loss-aware timesteps."""
+    processes = start_processes()
+    train = TrainSettings(
+        batch_size=8,
+        microbatch=2,
+        lr=1e-3,
+        lr_warmup_steps=2,
+        lr_anneal_steps=20,
+        weight_decay=0.01,
+        ema_rate="0.9,0.99",
+        schedule_sampler="loss-second-moment",
+        grad_clip=1.0,
+        seed=3,
+        **settings,
+    )
+    images = open_images(
+        DataSettings(data_dir=str(data), loader="pillow", random_flip=True),
+        size_hw=MODEL.size_hw,
+        channels=3,
+        batch_size=train.batch_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        seed=train.seed,
+    )
+    torch.manual_seed(train.seed)
+    diffusion = create_diffusion(DIFFUSION, MODEL.learn_sigma)
+    return Trainer(train, {}, build_model(MODEL), diffusion, images, processes, snapshot)
+
+
+def steps(trainer: Trainer, count: int) -> list[float]:
+    """The losses of so many steps."""
+    losses = []
+    for _ in range(count):
+        trainer.take_step()
+        losses.append(trainer.read_metrics()["loss"])
+    return losses
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """Everything that training changes, by name, on rank 0."""
+    moments, updates = trainer._moments()
+    sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
+    gathered = {kind: trainer.masters.gather(tensors) for kind, tensors in sets.items()}
+    if gathered["model"] is None:
+        return None
+    whole = {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
+    return {**whole, "history": trainer.sampler.history, "updates": torch.tensor(updates)}
+
+
+def check_exact_resume(data: Path, work: Path, stage: int, precision: str) -> dict[str, torch.Tensor] | None:
+    """Five steps at once equal two, a checkpoint and three more. Returns the final state, on rank 0."""
+    settings = {"zero_stage": stage, "precision": precision}
+    straight = make_trainer(data, **settings)
+    losses = steps(straight, 2)
+    folder = work / f"zero{stage}-{precision}-{straight.processes.world_size}"
+    straight.save(folder, {})
+    losses += steps(straight, 3)
+    final = state(straight)
+    straight.loader.close()
+    snapshot = checkpoints.read(folder / "step_000002", ["0.9", "0.99"])
+    assert not snapshot.notes, snapshot.notes
+    resumed = make_trainer(data, snapshot, **settings)
+    assert resumed.step == 2
+    again = steps(resumed, 3)
+    assert again == losses[2:], (stage, precision, again, losses[2:])
+    resumed_final = state(resumed)
+    resumed.loader.close()
+    if final is not None and resumed_final is not None:
+        for name, value in final.items():
+            assert torch.equal(value, resumed_final[name]), (stage, precision, name)
+        assert all(torch.isfinite(value).all() for value in final.values())
+    return final
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    data_folder, work_folder = Path(sys.argv[1]), Path(sys.argv[2])
+    for case in sys.argv[3:]:
+        zero_stage, dtype = case.split(":")
+        result = check_exact_resume(data_folder, work_folder, int(zero_stage), dtype)
+        if result is not None:
+            torch.save(result, work_folder / f"final-{zero_stage}-{dtype}.pt")
+            print(f"exact: stage {zero_stage}, {dtype}", flush=True)

@@ -1,0 +1,96 @@
+"""Resuming is exact, at every ZeRO stage and precision, in one process and in two."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import resume_checks
+from training.pictures_folder import make_pictures
+
+from fastdiff.training import checkpoints
+
+HERE = Path(__file__).parent
+CASES = [f"{stage}:{precision}" for precision in ("fp32", "bf16") for stage in range(4)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process(case: str, data: Path, tmp_path: Path) -> None:
+    stage, precision = case.split(":")
+    resume_checks.check_exact_resume(data, tmp_path, int(stage), precision)
+
+
+@pytest.fixture(scope="module")
+def two_processes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every case by two processes; the folder with their checkpoints and final states."""
+    work = tmp_path_factory.mktemp("two")
+    run_two([str(HERE / "resume_checks.py"), str(data), str(work), *CASES])
+    return work
+
+
+def run_two(command: list[str], expect: int = 0) -> str:
+    """A script by two processes under torchrun; its output."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=500, cwd=HERE.parent.parent)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes(case: str, two_processes: Path) -> None:
+    final = torch.load(two_processes / f"final-{case.replace(':', '-')}.pt", weights_only=True)
+    assert int(final["updates"]) == 5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stages_agree(precision: str, two_processes: Path) -> None:
+    """ZeRO changes where tensors lie, not what they are; sums run in another order."""
+    finals = [torch.load(two_processes / f"final-{stage}-{precision}.pt", weights_only=True) for stage in range(4)]
+    # The first moment is linear in the gradients; bf16 ones are rounded (2^-8) where micro-batches and ranks add up.
+    bound = 1e-5 if precision == "fp32" else 2.0**-7
+
+    def moments(final: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([value.flatten() for name, value in final.items() if name.startswith("exp_avg/")])
+
+    for final in finals[1:]:
+        assert (moments(final) - moments(finals[0])).norm() <= bound * moments(finals[0]).norm()
+
+
+@pytest.mark.parametrize("case", ["2:fp32", "3:bf16", "0:fp32"])
+def test_checkpoint_of_two_resumes_on_one(case: str, data: Path, two_processes: Path) -> None:
+    """Files know no world size: one process takes up the weights, averages and moments as they are."""
+    stage, precision = case.split(":")
+    folder = two_processes / f"zero{stage}-{precision}-2" / "step_000002"
+    snapshot = checkpoints.read(folder, ["0.9", "0.99"])
+    trainer = resume_checks.make_trainer(data, snapshot, zero_stage=1, precision=precision)
+    state = resume_checks.state(trainer)
+    for name, value in snapshot.model.items():
+        assert torch.equal(state[f"model/{name}"], value)
+        assert torch.equal(state[f"0.9/{name}"], snapshot.ema["0.9"][name])
+        assert torch.equal(state[f"exp_avg/{name}"], snapshot.exp_avg[name])
+    assert trainer.step == 2
+    assert trainer.loader.state_dict()["position"] == 16
+    resume_checks.steps(trainer, 1)
+    trainer.loader.close()
+
+
+def test_number_of_processes_does_not_change_images_timesteps_and_noise(data: Path, two_processes: Path) -> None:
+    """Without dropout one process and two see the same batches, so their losses agree to rounding."""
+    one = resume_checks.make_trainer(data)
+    batch = next(one.loader)
+    t, _ = one.draw_timesteps(batch)
+    noise = one.draw_noise(batch, torch.Size((8, 3, 8, 8)))
+    halves = [slice(0, None, 2), slice(1, None, 2)]
+    for half in halves:
+        part = type(batch)(batch.images[half], batch.labels[half], batch.positions[half])
+        assert torch.equal(one.draw_timesteps(part)[0], t[half])
+        assert torch.equal(one.draw_noise(part, torch.Size((4, 3, 8, 8))), noise[half])
+    one.loader.close()

@@ -1,0 +1,241 @@
+"""train.py and super_res_train.py as users start them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training.pictures_folder import make_pictures
+from training.test_resume import run_two
+
+from fastdiff import super_res_train, train
+from fastdiff.models import UNetSettings, build_model, weights
+from fastdiff.settings import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 4".split()
+PROCESS = "--diffusion_steps 100 --noise_schedule cosine --learn_sigma True".split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def flags(data: Path, run: Path, *more: str) -> list[str]:
+    common = ["--data_dir", str(data), "--run_dir", str(run), "--batch_size", "4", "--lr", "1e-3", "--log_interval", "2"]
+    return [*TINY, *PROCESS, *common, *more]
+
+
+def test_a_run_and_the_same_command_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train.main(flags(data, run, "--max_steps", "4", "--save_interval", "2", "--sample_interval", "2", "--ema_rate", "0.9,0.5"))
+    assert {p.name for p in run.iterdir() if not p.name.startswith("events")} == {
+        "config.json", "log.txt", "progress.csv", "checkpoints", "samples",
+    }  # fmt: skip
+    assert list(run.glob("events*"))
+    names = {p.name for p in (run / "checkpoints").iterdir()}
+    assert names == {"latest", "step_000002", "step_000004"}
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step_000004"
+    files = {p.name for p in (run / "checkpoints" / "step_000004").iterdir()}
+    assert files == {"model000004.pt", "ema_0.9_000004.pt", "ema_0.5_000004.pt", "opt000004.pt", "state.pt"}
+    with Image.open(run / "samples" / "step_000004.png") as picture:
+        assert picture.mode == "RGB"
+    with (run / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert rows[-1]["samples"] == "16"
+    wanted = {"loss", "mse", "vb", "grad_norm", "images_per_second", "data_wait", "memory_gb", "lr"}
+    assert wanted <= rows[0].keys()
+    assert any(name.startswith("loss_q") for name in rows[0])
+    assert "resuming" not in capsys.readouterr().out
+
+    again = flags(data, run, "--max_steps", "6", "--save_interval", "2", "--ema_rate", "0.9,0.5")
+    train.main(again)
+    assert "at step 4" in capsys.readouterr().out
+    straight = tmp_path / "straight"
+    train.main(flags(data, straight, "--max_steps", "6", "--save_interval", "6", "--ema_rate", "0.9,0.5"))
+    for name in ("model000006.pt", "ema_0.9_000006.pt", "ema_0.5_000006.pt"):
+        resumed, whole = (
+            torch.load(r / "checkpoints" / "step_000006" / name, weights_only=True) for r in (run, straight)
+        )
+        assert all(torch.equal(resumed[key], whole[key]) for key in whole), name
+    with (run / "progress.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["2", "4", "6"]
+
+
+def test_two_processes_with_zero2_and_their_resume(data: Path, tmp_path: Path) -> None:
+    """Under torchrun: four steps at once equal two, and two more by the same command; every rank takes its share."""
+    script = str(ROOT / "fastdiff" / "train.py")
+    settings = ("--zero_stage", "2", "--microbatch", "1", "--loader", "pillow", "--save_interval", "2")
+    run_two([script, *flags(data, tmp_path / "whole", *settings, "--max_steps", "4")])
+    run_two([script, *flags(data, tmp_path / "parts", *settings, "--max_steps", "2")])
+    out = run_two([script, *flags(data, tmp_path / "parts", *settings, "--max_steps", "4")])
+    assert "at step 2" in out
+    whole, parts = (
+        torch.load(tmp_path / run / "checkpoints" / "step_000004" / "ema_0.9999_000004.pt", weights_only=True)
+        for run in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert "4 = 2 x 1 x 2" in out
+
+
+def test_deepspeed_launcher_and_its_json(data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.json"
+    model = {"image_size": 8, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "attention_resolutions": "4"}
+    content = {
+        "model": model,
+        "diffusion": {"diffusion_steps": 50},
+        "train": {"batch_size": 4, "max_steps": 2},
+        "deepspeed": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+    }
+    config.write_text(json.dumps(content))
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [str(launcher), "fastdiff/train.py", "--config", str(config), "--data_dir", str(data)]
+    done = subprocess.run(
+        [*command, "--run_dir", str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "bf16" in done.stdout
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert stored["train"]["precision"] == "bf16"
+    assert stored["train"]["zero_stage"] == 1
+
+
+def test_where_files_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    without_run_dir = flags(data, tmp_path, "--max_steps", "1")
+    at = without_run_dir.index("--run_dir")
+    del without_run_dir[at : at + 2]
+    train.main([*without_run_dir, "--name", "mine"])
+    assert (tmp_path / "runs" / "mine" / "checkpoints" / "step_000001").is_dir()
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logdir"))
+    train.main(without_run_dir)
+    assert (tmp_path / "logdir" / "checkpoints" / "step_000001").is_dir()
+
+
+def test_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    train.main(flags(data, tmp_path / "run", "--dry_run"))
+    out = capsys.readouterr().out
+    assert "parameters" in out
+    assert "peak memory" in out
+    assert str(tmp_path / "run") in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_model_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.main(flags(data, run, "--max_steps", "1"))
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    for change in (["--num_heads", "2"], ["--diffusion_steps", "200"], ["--num_res_blocks", "2"]):
+        with pytest.raises(UserError, match=change[0].removeprefix("--")):
+            train.main([*flags(data, run, "--max_steps", "2"), *change])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_starting_from_other_checkpoints(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model with what lies beside it goes on; a bare one, or an average, says what it lacks."""
+    first = tmp_path / "first"
+    train.main(flags(data, first, "--max_steps", "2", "--save_interval", "2"))
+    step = first / "checkpoints" / "step_000002"
+    resume = ["--resume_checkpoint", str(step / "model000002.pt")]
+    train.main(flags(data, tmp_path / "second", "--max_steps", "3", *resume))
+    train.main(flags(data, first, "--max_steps", "3"))
+    ours, theirs = (
+        torch.load(tmp_path / run / "checkpoints" / "step_000003" / "model000003.pt", weights_only=True)
+        for run in ("first", "second")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    bare = tmp_path / "model000100.pt"
+    state = torch.load(step / "model000002.pt", weights_only=True)
+    torch.save(dict(state), bare)
+    capsys.readouterr()
+    train.main(flags(data, tmp_path / "third", "--max_steps", "101", "--resume_checkpoint", str(bare)))
+    out = capsys.readouterr().out
+    assert "no optimiser state" in out
+    assert "no ema_0.9999" in out
+    assert (tmp_path / "third" / "checkpoints" / "step_000101").is_dir()
+    ema = ["--resume_checkpoint", str(step / "ema_0.9999_000002.pt")]
+    train.main(flags(data, tmp_path / "fourth", "--max_steps", "1", *ema))
+    assert "first weights" in capsys.readouterr().out
+
+
+def test_unreadable_images_are_skipped_until_too_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_pictures(tmp_path / "data", count=12)
+    (data / "class0_bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
+    train.main(flags(data, tmp_path / "one", "--max_steps", "4"))
+    assert "class0_bad.png" in caplog.text
+    assert "class0_bad.png" in (tmp_path / "one" / "log.txt").read_text()
+    assert "1 unreadable" in capsys.readouterr().out
+    for i in range(3):
+        (data / f"class1_bad{i}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="unreadable"):
+        train.main(flags(data, tmp_path / "many", "--max_steps", "40"))
+
+
+@pytest.mark.parametrize("sizes", [("16", "8"), ("16", "4")])
+def test_super_resolution(data: Path, tmp_path: Path, sizes: tuple[str, str]) -> None:
+    large, small = sizes
+    model = [*TINY[2:], "--large_size", large, "--small_size", small, *PROCESS, "--class_cond", "True"]
+    settings = ["--batch_size", "4", "--max_steps", "2", "--sample_interval", "2", "--sample_count", "4", "--num_classes", "3"]
+    super_res_train.main([*model, *settings, "--data_dir", str(data), "--run_dir", str(tmp_path / "run")])
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step_000002" / "model000002.pt", weights_only=True)
+    assert state["input_blocks.0.0.weight"].shape[1] == 6
+    assert weights.info_of(state)["kind"] == "super_res"
+    assert (tmp_path / "run" / "samples" / "step_000002.png").is_file()
+    with pytest.raises(UserError, match="super_res_train"):
+        train.main(flags(data, tmp_path / "other", "--resume_checkpoint", str(tmp_path / "run/checkpoints/step_000002")))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_gray_and_rgba(tmp_path: Path, channels: int, mode: str) -> None:
+    data = make_pictures(tmp_path / "data", mode=mode)
+    more = ("--in_channels", str(channels), "--max_steps", "2", "--sample_interval", "2")
+    train.main(flags(data, tmp_path / "run", *more))
+    with Image.open(tmp_path / "run" / "samples" / "step_000002.png") as picture:
+        assert picture.mode == mode
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    """Two flat pictures are learnt within a hundred steps."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, level in (("dark_0.png", 40), ("light_0.png", 210)):
+        Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(data / name)
+    more = ("--max_steps", "80", "--log_interval", "10", "--save_interval", "80", "--batch_size", "8")
+    train.main(flags(data, tmp_path / "run", *more))
+    with (tmp_path / "run" / "progress.csv").open() as file:
+        mse = [float(row["mse"]) for row in csv.DictReader(file)]
+    assert mse[-1] < 0.35 * mse[0], mse
+
+
+def test_files_load_in_a_plain_network(data: Path, tmp_path: Path) -> None:
+    """Checkpoints are plain state_dicts in the parameters' order, fp32, that torch alone reads."""
+    train.main(flags(data, tmp_path / "run", "--max_steps", "1", "--precision", "bf16"))
+    state = torch.load(tmp_path / "run/checkpoints/step_000001/ema_0.9999_000001.pt", weights_only=True)
+    settings = UNetSettings(**weights.info_of(state)["model"])
+    model = build_model(settings)
+    assert list(state) == list(model.state_dict())
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    model.load_state_dict(state)
+
+
+def test_from_another_folder(data: Path, tmp_path: Path) -> None:
+    """The script works from any directory, by its path."""
+    command = [sys.executable, str(ROOT / "fastdiff" / "train.py"), *flags(data, tmp_path / "run", "--dry_run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "nothing was written" in done.stdout
