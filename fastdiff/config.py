@@ -17,7 +17,7 @@ from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.nll_settings import NllSettings
 from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
-from fastdiff.settings import Settings, UserError, did_you_mean, merge
+from fastdiff.settings import Settings, UserError, did_you_mean, merge, what_is_wrong
 from fastdiff.training.engine import adopt
 from fastdiff.training.settings import TrainSettings
 
@@ -68,8 +68,8 @@ def load(
     if unknown:
         name = unknown[0].split("=")[0]
         known = [option for action in parser._actions for option in action.option_strings]
-        near = did_you_mean(name, known) or "; --help lists them"
-        raise UserError(f"{name} is not a flag of this script{near}")
+        near = did_you_mean(name.lstrip("-"), [option.lstrip("-") for option in known]).replace("mean ", "mean --")
+        raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
     file_layer = _read_json(args.config, kind) if args.config else {}
     flag_layer = _flags(args, sections, kind)
     if args.deepspeed:
@@ -110,13 +110,13 @@ def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]
         for name, field in settings.model_fields.items():
             default = json.loads(settings.__pydantic_serializer__.to_json(settings()))[name]
             text = " ".join((field.description or "").split()).replace("%", "%%")
-            boolean = field.annotation is bool
+            bare: dict[str, Any] = {"nargs": "?", "const": "True"} if field.annotation is bool else {}
             group.add_argument(
                 f"--{name}",
                 dest=f"{section}.{name}",
                 metavar=_metavar(field.annotation),
                 help=f"{text} (default: {default if default != '' else 'empty'})",
-                **({"nargs": "?", "const": "True"} if boolean else {}),
+                **bare,
             )
     return parser
 
@@ -196,7 +196,7 @@ def _read_object(path: str) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must be a JSON object, not a {type(content).__name__}")
+        raise UserError(f'{path}: must be a JSON object such as {{"train": {{}}}}, not {str(content)[:40]!r}')
     return content
 
 
@@ -204,7 +204,9 @@ def _read_json(path: str, kind: type[Config]) -> Layer:
     content = _read_object(path)
     for section, value in content.items():
         if section not in kind.model_fields:
-            owners = [s for s in kind.model_fields if s != "deepspeed" and section in _section_class(kind, s).model_fields]
+            owners = [
+                s for s in kind.model_fields if s != "deepspeed" and section in _section_class(kind, s).model_fields
+            ]
             hint = f"; it belongs in section {owners[0]}" if owners else did_you_mean(section, kind.model_fields)
             raise UserError(f"{path}: {section} is not a section{hint}")
         if not isinstance(value, dict):
@@ -269,11 +271,8 @@ def _hint(kind: type[Config], section: str, name: str) -> str:
 def _sentence(error: ValidationError, sources: dict[tuple[str, str], str]) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
-    message = first["msg"].removeprefix("Value error, ")
+    message = what_is_wrong(error)
     if len(location) < 2:
         return message
     section, name = location[0], location[1]
-    where = sources.get((section, name), f"{section}.{name}")
-    if first["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
+    return f"{sources.get((section, name), f'{section}.{name}')}: {message}"

@@ -1,4 +1,4 @@
-"""This process among its fellows: rank, device, and how a script starts and ends. Knows neither DeepSpeed nor models."""
+"""This process among its fellows: rank, device, and how a script starts and ends. Knows no DeepSpeed or models."""
 
 from __future__ import annotations
 

@@ -70,9 +70,8 @@ class Reporter:
                 self._tensorboard.add_scalar(name, value, step)
         remaining = (total_steps - step) * self.batch_size / max(images_per_second, 1e-9)
         shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "mse", "vb", "grad_norm") if name in metrics]
-        self.say(
-            f"step {step}/{total_steps}  {'  '.join(shown)}  {images_per_second:.4g} images/s  ETA {_duration(remaining)}"
-        )
+        pace = f"{images_per_second:.4g} images/s  ETA {_duration(remaining)}"
+        self.say(f"step {step}/{total_steps}  {'  '.join(shown)}  {pace}")
 
     def picture(self, name: str, step: int, image) -> None:
         """An [H, W, C] uint8 picture for TensorBoard."""

@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 
 
 class UserError(Exception):
@@ -37,6 +37,24 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name nearest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+_KINDS = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be True or False",
+    "string": "must be text",
+    "tuple": "must be a number or several, such as 16,8",
+}
+
+
+def what_is_wrong(error: ValidationError) -> str:
+    """The first complaint about a value: 'must be a whole number, not 2.5'."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":  # from a validator of ours, which tells the value itself
+        return first["msg"].removeprefix("Value error, ")
+    kind = first["type"].split("_")[0]  # of int_parsing, int_type, int_from_float
+    return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {first['input']!r}"
 
 
 def _split(value: Any) -> Any:

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint=("sample", "model_path"),
     )
     from fastdiff.diffusion import create_diffusion
+    from fastdiff.models import SuperResSettings
     from fastdiff.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.draw import load_model
     from fastdiff.sampling.inputs import BaseImages
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
 
     settings = config.sample
     assert isinstance(settings, SuperResSampleSettings)
+    assert isinstance(config.model, SuperResSettings)
     if settings.classes:
         raise UserError("--classes: the labels come with the small images")
     model, info = load_model(config.model, settings.model_path, settings.precision, current().device)

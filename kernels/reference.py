@@ -59,7 +59,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """1x1 convolution of cat(x, skip): [B, C1, H, W], [B, C2, H, W] → [B, C_out, H, W]. weight [C_out, C1 + C2, 1, 1]."""
+    """1x1 convolution of cat(x, skip): [B, C1, H, W], [B, C2, H, W] → [B, C_out, H, W]; weight [C_out, C1+C2, 1, 1]."""
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
     return F.conv2d(x, weight, bias)
@@ -114,7 +114,12 @@ def image_noise(seed: int, index: Tensor, draw: int, shape: tuple[int, ...]) -> 
     radius = [(-2 * u[i].log()).sqrt() for i in (0, 2)]
     angle = [2 * math.pi * u[i] for i in (1, 3)]
     normal = torch.stack(
-        [radius[0] * angle[0].cos(), radius[0] * angle[0].sin(), radius[1] * angle[1].cos(), radius[1] * angle[1].sin()],
+        [
+            radius[0] * angle[0].cos(),
+            radius[0] * angle[0].sin(),
+            radius[1] * angle[1].cos(),
+            radius[1] * angle[1].sin(),
+        ],
         dim=-1,
     )
     return normal.float().flatten(1)[:, :count].reshape(-1, *shape)
@@ -133,7 +138,9 @@ def _wide(coefficient: Tensor) -> Tensor:
     return coefficient[:, None, None, None]
 
 
-def q_sample(x_start: Tensor, noise: Tensor, sqrt_alphas_cumprod: Tensor, sqrt_one_minus_alphas_cumprod: Tensor) -> Tensor:
+def q_sample(
+    x_start: Tensor, noise: Tensor, sqrt_alphas_cumprod: Tensor, sqrt_one_minus_alphas_cumprod: Tensor
+) -> Tensor:
     """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)  (Ho et al. 2020, eq. 4). Coefficients [B]."""
     return _wide(sqrt_alphas_cumprod) * x_start + _wide(sqrt_one_minus_alphas_cumprod) * noise
 
@@ -158,7 +165,7 @@ def approx_standard_normal_cdf(x: Tensor) -> Tensor:
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log probability (nats) of 8-bit images x in [-1, 1] under a Gaussian cut into 256 bins (Ho et al. 2020, eq. 13)."""
+    """Log probability (nats) of 8-bit x in [-1, 1] under a Gaussian cut into 256 bins (Ho et al. 2020, eq. 13)."""
     centered = x - means
     inv_std = torch.exp(-log_scales)
     cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))

@@ -101,9 +101,7 @@ def says(message: str, *parts: str) -> None:
     ("script", "words", "part"),
     [
         ("train", ["--batchsize", "4"], "did you mean --batch_size?"),
-        ("super_res_train", ["--data_dir", "nowhere", *flags(SUPER_RES)], "nowhere does not exist"),
         ("sample", ["--model_path", "cut.pt"], "cut.pt"),
-        ("super_res_sample", ["--model_path", "model000003.pt"], "--base_samples is missing"),
         ("nll", ["--model_path", "code.pt", "--data_dir", "images"], "it is refused"),
     ],
 )
@@ -221,8 +219,8 @@ def test_out_of_range_in_training(name: str, world: World) -> None:
     for value in OUT_OF_RANGE[name]:
         message = world.train(f"--{name}={value}")
         says(message, name)
-        shown = value.split(",")[0].split("x")[0] or "empty"
-        assert shown.lstrip("-") in message or "divisible" in message, message
+        shown = re.findall(r"[\w.]+", value) or ["empty"]
+        assert any(word in message for word in shown), message
 
 
 @pytest.mark.parametrize(
@@ -267,6 +265,8 @@ def test_network_that_cannot_be(world: World) -> None:
     says(world.train(attention_resolutions=16), "attention_resolutions 16", "image size 8")
     message = refusal(sample.main, ["--image_size", "48", "--model_path", ""])
     says(message, "channel_mult has no default for images of 48 pixels", "32, 64, 256")
+    message = refusal(super_res_train.main, flags({"data_dir": "nowhere", **SUPER_RES}))
+    says(message, "nowhere does not exist")
     for small in (16, 32, "8x16"):
         given = {**SUPER_RES, "small_size": small, "data_dir": world.images}
         says(refusal(super_res_train.main, flags(given)), "small_size", "smaller than large_size 16x16")
@@ -308,7 +308,11 @@ def test_split_batch() -> None:
     ("section", "settings", "parts"),
     [
         ({"train_batch_size": 8}, {"batch_size": 4}, ["train_batch_size 8 contradicts", "batch_size 4"]),
-        ({"train_micro_batch_size_per_gpu": 2}, {"microbatch": 4}, ["train_micro_batch_size_per_gpu 2", "microbatch 4"]),
+        (
+            {"train_micro_batch_size_per_gpu": 2},
+            {"microbatch": 4},
+            ["train_micro_batch_size_per_gpu 2", "microbatch 4"],
+        ),
         (
             {"gradient_accumulation_steps": 3},
             {"batch_size": 4},
@@ -551,7 +555,7 @@ def test_resume_with_another_network(world: World) -> None:
     run = step.parent.parent
     with nothing_written(run):
         says(world.train(run_dir=run, num_channels=64), "--run_dir", "--num_channels 32")
-        (run / "config.json").write_text(json.dumps({"kind": "unet", "model": {"dropout": 0.5}}))
+    (run / "config.json").write_text(json.dumps({"kind": "unet", "model": {"dropout": 0.5}}))
     with nothing_written(run):
         says(world.train(run_dir=run), "model.dropout 0.5", "now it is 0.0", "another --run_dir")
 

@@ -17,7 +17,7 @@ from fastdiff.settings import UserError
 from fastdiff.training.engine import split_batch
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
-SECTIONS = ("model", "diffusion", "data", "train", "sample")
+SECTIONS = ("model", "diffusion", "data", "train")
 
 COSINE = {"diffusion_steps": 4000, "noise_schedule": "cosine"}
 UNSCALED = {"rescale_learned_sigmas": False, "rescale_timesteps": False}

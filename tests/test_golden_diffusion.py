@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from fastdiff.kernels import reference
 from golden_cases import Case, cases, diffusion_for
 
 from fastdiff import ops
@@ -12,7 +13,6 @@ from fastdiff.diffusion import samplers
 from fastdiff.diffusion.process import ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedules import Schedule, named_betas, space_timesteps
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
-from fastdiff.kernels import reference
 
 
 @cases("schedules")

@@ -102,7 +102,13 @@ def _trainer(case: Case, variant: dict[str, Any], snapshot: checkpoints.Snapshot
     images = case.tensor("in_x")
     model = load_model(case.config["model"], case.weights(), tuple(images.shape[-2:]))
     trainer = Recording(
-        _settings(variant), {}, model, diffusion_for(variant["flags"]), ScriptedLoader(images), start_processes(), snapshot
+        _settings(variant),
+        {},
+        model,
+        diffusion_for(variant["flags"]),
+        ScriptedLoader(images),
+        start_processes(),
+        snapshot,
     )
     trainer.t, trainer.weights = _script(case, variant)
     trainer.noise = case.tensor("in_noise")
@@ -117,7 +123,9 @@ def test_trainer_follows_the_trace(case: Case, tmp_path: Path) -> None:
         saves = {}
         if variant.get("run_loop"):
             files = case.expected[variant["name"]]["files"]
-            saves = {files[n]["updates"]: n.removeprefix("opt").removesuffix(".pt") for n in files if n.startswith("opt")}
+            saves = {
+                files[n]["updates"]: n.removeprefix("opt").removesuffix(".pt") for n in files if n.startswith("opt")
+            }
         for step in trainer.run():
             metrics = trainer.read_metrics()
             trace.add(metrics, lr=metrics["lr"], **trainer.terms)
@@ -216,7 +224,9 @@ def test_micro_batches_summed_as_the_original_does(case: Case) -> None:
             rate = learning_rate(settings, step)
             optimizer.param_groups[0]["lr"] = rate
             metrics = meter.read() | {k: float(np.mean([row[k] for row in logged])) for k in logged[0]}
-            metrics["grad_norm"] = torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm().item()
+            metrics["grad_norm"] = (
+                torch.stack([p.grad.double().norm() for p in parameters if p.grad is not None]).norm().item()
+            )
             metrics["samples"] = (step + 1) * variant["batch_size"]
             optimizer.step()
             for name, averages in ema.items():

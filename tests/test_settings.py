@@ -161,7 +161,14 @@ def test_lists_of_one_or_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("form", "size"),
-    [("64", (64, 64)), ("64x96", (64, 96)), ("64X96", (64, 96)), (64, (64, 64)), ([64, 96], (64, 96)), ([64], (64, 64))],
+    [
+        ("64", (64, 64)),
+        ("64x96", (64, 96)),
+        ("64X96", (64, 96)),
+        (64, (64, 64)),
+        ([64, 96], (64, 96)),
+        ([64], (64, 64)),
+    ],
     ids=repr,
 )
 def test_sizes(form: Any, size: tuple[int, int], tmp_path: Path) -> None:
@@ -173,7 +180,9 @@ def test_sizes(form: Any, size: tuple[int, int], tmp_path: Path) -> None:
         assert UNetSettings(image_size=form, **mult).model_dump(mode="json")["image_size"] in (64, "64x96")
 
 
-@pytest.mark.parametrize("form", ["", "64x", "64xab", "64x64x64", "6.5", None, 6.5, [64.5, 64], [[1], [2]], {}, True], ids=repr)
+@pytest.mark.parametrize(
+    "form", ["", "64x", "64xab", "64x64x64", "6.5", None, 6.5, [64.5, 64], [[1], [2]], {}, True], ids=repr
+)
 def test_sizes_that_are_none(form: Any, tmp_path: Path) -> None:
     message = refusal(sample.main, ["--config", json_file(tmp_path, {"model": {"image_size": form}})])
     assert "model.image_size" in message
@@ -196,7 +205,9 @@ def test_the_launchers_flag(script: str) -> None:
 
 
 @pytest.mark.parametrize("script", ["train", "sample", "nll"])
-@pytest.mark.parametrize("words", [["--use_fp16", "True"], ["--use_fp16"], ["--use_fp16", "on"], ["--precision", "fp16"]])
+@pytest.mark.parametrize(
+    "words", [["--use_fp16", "True"], ["--use_fp16"], ["--use_fp16", "on"], ["--precision", "fp16"]]
+)
 def test_use_fp16(script: str, words: list[str]) -> None:
     config = read(script, *words)
     assert getattr(config, SCRIPTS[script][1][-1]).precision == "fp16"

@@ -47,7 +47,10 @@ def random_model(settings: BackboneSettings, seed: int = 0) -> UNet:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if parameter.ndim < 2 else 1.2 / parameter[0].numel() ** 0.5
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + (name.endswith("0.weight") and parameter.ndim == 1))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * spread
+                + (name.endswith("0.weight") and parameter.ndim == 1)
+            )
     return model.eval()
 
 

@@ -66,9 +66,9 @@ def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
         length = size + (1 if i < extra else 0)
         if count > length:
             raise ValueError(
-                f"timestep_respacing {respacing}: part {i + 1} of {len(counts)} has {length} steps, {count} can't be kept"
+                f"timestep_respacing {respacing}: part {i + 1} of {len(counts)} has only {length} of {count}"
             )
-        stride = (length - 1) / (count - 1) if count > 1 else 1
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):  # adding up the stride and rounding half to even fixes the steps that are kept
             kept_steps.append(start + round(position))
@@ -79,9 +79,7 @@ def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
 
 def _whole(text: str, respacing: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
-        raise ValueError(
-            f"timestep_respacing {respacing!r} is not understood; write 250, 10,15,20, ddim50 or nothing"
-        )
+        raise ValueError(f"timestep_respacing {respacing!r} is not understood; write 250, 10,15,20, ddim50 or nothing")
     return int(text)
 
 

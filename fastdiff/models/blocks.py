@@ -18,12 +18,16 @@ from fastdiff import ops
 class Conv2d(nn.Conv2d):
     """A convolution that runs in the dtype of its input."""
 
+    bias: nn.Parameter  # always there, unlike in torch's own
+
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class PointwiseConv(nn.Conv1d):
     """A 1x1 convolution over a sequence, [B, L, C_in] → [B, L, C_out], with a Conv1d's weights [C_out, C_in, 1]."""
+
+    bias: nn.Parameter
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
@@ -99,9 +103,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.dropout = dropout
-        self.in_layers = nn.Sequential(
-            GroupNorm(channels), nn.Identity(), Conv2d(channels, out_channels, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.Identity(), Conv2d(channels, out_channels, 3, padding=1))
         width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, width))
         self.out_layers = nn.Sequential(

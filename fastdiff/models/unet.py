@@ -24,7 +24,9 @@ from fastdiff.models.settings import BackboneSettings, SuperResSettings
 class Stage(nn.Sequential):
     """Layers between two skips. Only the first residual block takes the skip; residual blocks take the embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None, use_checkpoint: bool = False) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, emb: Tensor, skip: Tensor | None = None, use_checkpoint: bool = False
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = checkpoint(layer, x, emb, skip, use_reentrant=False) if use_checkpoint else layer(x, emb, skip)
@@ -105,6 +107,8 @@ class UNet(nn.Module):
         emb = self.embed(timesteps, y)
         use_checkpoint = self.settings.use_checkpoint and torch.is_grad_enabled()
         h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if h.shape[1] == 1:  # one channel is both layouts at once: the strides must say which, or NCHW wins
+            h = h.reshape(len(h), *h.shape[2:], 1).permute(0, 3, 1, 2)
         down, up = [], []
         for stage in self.input_blocks:
             h = stage(h, emb, None, use_checkpoint)
@@ -161,5 +165,3 @@ class SuperResUNet(UNet):
 def build_model(settings: BackboneSettings) -> UNet:
     """The network that the settings describe."""
     return SuperResUNet(settings) if isinstance(settings, SuperResSettings) else UNet(settings)
-
-

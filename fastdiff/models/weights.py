@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ def read(path: Path, flag: str, mmap: bool = False) -> Any:
     if not path.is_file():
         raise UserError(f"{flag}: {path} does not exist; give the path of a .pt checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; what can't be read raises
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if "Unsupported global" in str(error) or "weights_only" in str(error).lower() and "GLOBAL" in str(error):
             raise UserError(
@@ -45,7 +48,7 @@ def read_state_dict(path: Path, flag: str) -> OrderedDict[str, Tensor]:
     state = read(path, flag)
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{flag}: {path} holds no state_dict; give a model or ema .pt file")
-    return state
+    return state if isinstance(state, OrderedDict) else OrderedDict(state)
 
 
 def with_info(state: dict[str, Tensor], info: dict[str, Any]) -> OrderedDict[str, Tensor]:
@@ -94,7 +97,9 @@ def _infer(state: dict[str, Tensor], super_res: bool) -> dict[str, Any]:
                 attention.append(factor)
             blocks += 1
         index += 1
-    first = state["input_blocks.1.0.emb_layers.1.weight"].shape[0] // state["input_blocks.1.0.out_layers.0.weight"].shape[0]
+    first = (
+        state["input_blocks.1.0.emb_layers.1.weight"].shape[0] // state["input_blocks.1.0.out_layers.0.weight"].shape[0]
+    )
     shown: dict[str, Any] = {
         "num_channels": width,
         "num_res_blocks": blocks,
@@ -150,7 +155,7 @@ def _difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict,
             if tuple(value) != tuple(settings.level_mult):
                 hints.append(f"--channel_mult {','.join(map(str, value))}")
         elif name == "num_classes":
-            if settings.class_cond and value != settings.num_classes:
+            if value != settings.num_classes:
                 hints.append(f"--num_classes {value}")
         elif value != getattr(settings, name):
             hints.append(f"--{name} {value}")

@@ -14,9 +14,8 @@ from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.samplers import Step, ddim_sample_loop, p_sample_loop
 from fastdiff.diffusion.streams import CLASSES, SAMPLES
 from fastdiff.models import BackboneSettings, UNet, build_model, weights
+from fastdiff.models.precision import body_dtype
 from fastdiff.settings import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(
@@ -29,7 +28,7 @@ def load_model(
     state = weights.read_state_dict(file, "--model_path")
     model = build_model(settings)
     weights.load_into(model, state, Path(file), "--model_path")
-    return model.to(device).eval().set_precision(DTYPES[precision]), weights.info_of(state)
+    return model.to(device).eval().set_precision(body_dtype(precision, device)), weights.info_of(state)
 
 
 def class_labels(classes: str, class_names: list[str], num_classes: int) -> list[int]:

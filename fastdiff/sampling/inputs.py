@@ -62,11 +62,12 @@ class BaseImages:
 def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.ndarray | None]:
     """arr_0 and arr_1 of an npz of small images; UserError when they aren't what the model takes."""
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray) or "arr_0" not in content:
-            raise UserError(f"--base_samples: {path} has no arr_0; give an .npz as sample.py writes it")
-        images = content["arr_0"]
-        labels = content["arr_1"] if "arr_1" in content else None
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray) or "arr_0" not in content:
+                raise UserError(f"--base_samples: {path} has no arr_0; give an .npz as sample.py writes it")
+            images = content["arr_0"]
+            labels = content.get("arr_1")
     except UserError:
         raise
     except Exception as error:  # zipfile, numpy and the operating system each have their own

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.samplers import Step
 from fastdiff.models import BackboneSettings
 from fastdiff.processes import Processes
 from fastdiff.sampling.draw import draw, labels_for
@@ -59,7 +61,7 @@ def run_job(
 
     mine = torch.arange(processes.rank, count, processes.world_size)
     with _Progress(count, diffusion.num_timesteps, processes) as progress:
-        for index in mine.split(settings.batch_size):
+        for index in mine.split(settings.batch_size) if len(mine) else ():  # an empty tensor splits into one part
             there = index.to(processes.device)
             kwargs: dict[str, Any] = inputs(there) if inputs else {}
             if labelled and "y" not in kwargs:
@@ -74,7 +76,7 @@ def run_job(
                 use_ddim=settings.use_ddim,
                 eta=settings.eta,
                 model_kwargs=kwargs,
-                on_step=lambda step, n=len(index): progress.step(n),
+                on_step=partial(progress.step, len(index)),
             )
             images[index.numpy()] = to_uint8(drawn).cpu().numpy()
             if labels is not None:
@@ -88,7 +90,7 @@ def run_job(
     if processes.is_main:
         _pack(target, {"arr_0": images_file, **({"arr_1": labels_file} if labelled else {})})
         print(f"{count} images in {target}{note}")
-        if settings.grid_images:
+        if settings.grid_images and channels in (1, 3, 4):  # others make no picture
             picture = folder / f"{name}.png"
             _picture(picture, images, labels, min(count, settings.grid_images), len(set(chosen)))
             print(f"the first {min(count, settings.grid_images)} as a picture in {picture}")
@@ -128,7 +130,7 @@ class _Progress:
             bar_format="{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
         )
 
-    def step(self, images: int) -> None:
+    def step(self, images: int, step: Step) -> None:
         self.bar.update(images / self.steps)
 
     def __enter__(self) -> _Progress:

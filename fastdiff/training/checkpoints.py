@@ -28,7 +28,7 @@ _STEP = re.compile(r"(?:ema_[0-9.]+_|model|opt)(\d+)\.pt$")
 
 @dataclass
 class Snapshot:
-    """A training state in memory, on the CPU. `opt` maps a parameter's name to exp_avg, exp_avg_sq; empty if unknown."""
+    """A training state in memory, on the CPU: tensors by parameter name. Moments are empty where they are unknown."""
 
     step: int
     model: dict[str, Tensor]
@@ -153,7 +153,8 @@ def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Pa
     moments = content.get("state") if isinstance(content, dict) else None
     if not isinstance(moments, dict) or sorted(moments) != list(range(len(names))):
         count = len(moments) if isinstance(moments, dict) else 0
-        if count == 1 and 0 in moments:  # improved-diffusion's fp16 runs keep one flat master tensor
+        # improved-diffusion's fp16 runs keep one flat master tensor
+        if isinstance(moments, dict) and list(moments) == [0]:
             flat = moments[0]
             sizes = [snapshot.model[name].numel() for name in names]
             if flat["exp_avg"].numel() == sum(sizes):

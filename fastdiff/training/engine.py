@@ -12,11 +12,10 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from fastdiff.models import UNet
+from fastdiff.models.precision import body_dtype
 from fastdiff.processes import Processes, join
-from fastdiff.settings import UserError, merge
+from fastdiff.settings import UserError, merge, what_is_wrong
 from fastdiff.training.settings import TrainSettings
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
 _OURS = {
@@ -73,10 +72,8 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
     try:
         return TrainSettings.model_validate({**train.model_dump(), **{ours: v for ours, (_, v) in named.items()}})
     except ValidationError as error:
-        first = error.errors()[0]
-        theirs = next((named[ours][0] for ours in named if ours in first["loc"]), "fp16")
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"deepspeed.{theirs}: {message[0].lower()}{message[1:]}, not {first['input']!r}") from None
+        theirs = next((named[ours][0] for ours in named if ours in error.errors()[0]["loc"]), "fp16")
+        raise UserError(f"deepspeed.{theirs}: {what_is_wrong(error)}") from None
 
 
 def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> dict[str, Any]:
@@ -121,7 +118,9 @@ def _import_deepspeed() -> Any:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        raise UserError(f"training needs DeepSpeed, which can't be imported ({error}); pip install deepspeed") from error
+        raise UserError(
+            f"training needs DeepSpeed, which can't be imported ({error}); pip install deepspeed"
+        ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Its shared-memory reduction for CPUs would be compiled at every first start: a minute, and a compiler needed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -145,11 +144,9 @@ def create_engine(
     """The engine around the model, and the optimiser inside it. Weights of the model must be loaded before."""
     deepspeed = _import_deepspeed()
     config = deepspeed_config(train, deepspeed_section, processes.world_size)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=processes.device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    model.set_precision(DTYPES[train.precision])
+    model.set_precision(body_dtype(train.precision, processes.device))
     if train.compile:
         engine.compile()
     return engine, optimizer

@@ -7,6 +7,7 @@ that knows nothing of the world size, and filled from one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,14 +87,17 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
 
 
-def _layout(
-    engine: Any, module: nn.Module, names: dict[int, str]
-) -> tuple[list[Tensor], list[Piece], bool]:
+def _parameters(module: nn.Module) -> Iterator[Any]:
+    """Parameters with the attributes that DeepSpeed hangs on them."""
+    return iter(module.parameters())
+
+
+def _layout(engine: Any, module: nn.Module, names: dict[int, str]) -> tuple[list[Tensor], list[Piece], bool]:
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
         flats = list(optimizer.fp32_partitioned_groups_flat)
         pieces = []
-        for parameter in module.parameters():
+        for parameter in _parameters(module):
             group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = dist.get_rank() * parameter.partition_numel()
             numel = min(int(numel), parameter.ds_numel - start)  # the last partition is padded
@@ -104,7 +108,7 @@ def _layout(
         if hasattr(optimizer, attribute):
             flats = list(getattr(optimizer, attribute))
             pieces = []
-            for parameter in module.parameters():
+            for parameter in _parameters(module):
                 mapping = parameter._hp_mapping
                 if mapping is not None:
                     low, high = mapping.lp_fragment_address, mapping.hp_fragment_address

@@ -17,7 +17,9 @@ class LossMeter:
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
         self.num_timesteps = num_timesteps
-        self.sums = torch.zeros(len(_TERMS), 5, 2, dtype=torch.float64, device=device)  # [term, q0..q3 and all, sum/count]
+        self.sums = torch.zeros(
+            len(_TERMS), 5, 2, dtype=torch.float64, device=device
+        )  # [term, q0..q3 and all, sum/count]
 
     def add(self, t: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
         """The terms [B] of a micro-batch at timesteps t [B]."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
+from pydantic import ValidationError
 
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
@@ -21,7 +21,7 @@ from fastdiff.processes import Processes, current, make_writable, output_folder
 from fastdiff.reporting import Reporter
 from fastdiff.sampling.draw import draw
 from fastdiff.sampling.pictures import grid, save_grid, to_uint8
-from fastdiff.settings import UserError
+from fastdiff.settings import UserError, what_is_wrong
 from fastdiff.training import checkpoints
 from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.engine import adopt, deepspeed_config, start_processes
@@ -33,7 +33,9 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     settings = adopt(config.train, config.deepspeed)
     config = config.model_copy(update={"train": settings})
     _check(config)
-    deepspeed_config(settings, config.deepspeed, current().world_size)  # refuses what can't be, before anything is written
+    deepspeed_config(
+        settings, config.deepspeed, current().world_size
+    )  # refuses what can't be, before anything is written
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
     previous = checkpoints.latest(folder / "checkpoints")
     snapshot, source = _snapshot(config, previous)
@@ -85,10 +87,9 @@ def _snapshot(config: Config, previous: Path | None) -> tuple[Snapshot | None, s
     with torch.device("meta"):
         model = build_model(config.model)
     flag = "--run_dir" if previous else "--resume_checkpoint"
-    state = {name: value for name, value in snapshot.model.items()}
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    if own != {name: tuple(value.shape) for name, value in state.items()}:
-        weights.load_into(model, state, Path(source), flag)  # says what differs
+    if own != {name: tuple(value.shape) for name, value in snapshot.model.items()}:
+        weights.load_into(model, snapshot.model, Path(source), flag)  # says what differs
     return snapshot, source
 
 
@@ -122,9 +123,8 @@ def _preview_diffusion(config: Config) -> GaussianDiffusion | None:
         settings = type(config.diffusion).model_validate(
             {**config.diffusion.model_dump(), "timestep_respacing": config.train.sample_respacing}
         )
-    except ValueError as error:
-        message = str(error).splitlines()[2].strip().removeprefix("Value error, ").split(" [type=")[0]
-        raise UserError(f"--sample_respacing: {message.replace('timestep_respacing ', '')}") from None
+    except ValidationError as error:
+        raise UserError(f"--sample_respacing: {what_is_wrong(error).replace('timestep_respacing ', '')}") from None
     return create_diffusion(settings, config.model.learn_sigma)
 
 
@@ -191,7 +191,9 @@ class _Run:
                 self._save(reporter)
             unreadable = len(trainer.loader.unreadable)
             skipped = f" ({unreadable} unreadable files left out, named in the log)" if unreadable else ""
-            reporter.say(f"done: {trainer.step} steps, {trainer.step * train.batch_size} images{skipped}, in {self.folder}")
+            reporter.say(
+                f"done: {trainer.step} steps, {trainer.step * train.batch_size} images{skipped}, in {self.folder}"
+            )
 
     def _introduce(self, reporter: Reporter, source: str, notes: list[str]) -> None:
         trainer, loader = self.trainer, self.trainer.loader
@@ -310,6 +312,3 @@ def _memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-

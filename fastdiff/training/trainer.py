@@ -205,7 +205,7 @@ class Trainer:
             del average
         moments, updates = self._moments()
         gathered = {key: self.masters.gather(tensors) for key, tensors in moments.items()}
-        if writer:
+        if writer and gathered["exp_avg"] is not None and gathered["exp_avg_sq"] is not None:
             group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
             writer.optimizer(gathered["exp_avg"], gathered["exp_avg_sq"], updates, group)
         return {
@@ -226,7 +226,10 @@ class Trainer:
         updates = max((int(state["step"]) for state in states if "step" in state), default=0)
         zeros = torch.zeros_like
         return {
-            key: [state[key] if key in state else zeros(flat) for state, flat in zip(states, self.masters.flats, strict=True)]
+            key: [
+                state[key] if key in state else zeros(flat)
+                for state, flat in zip(states, self.masters.flats, strict=True)
+            ]
             for key in ("exp_avg", "exp_avg_sq")
         }, updates
 
@@ -241,8 +244,7 @@ class Trainer:
                 for flat, tensor in zip(self.masters.flats, tensors, strict=True):
                     self.optimizer.state[flat][key] = tensor
             for flat in self.masters.flats:
-                fused = self.optimizer.defaults["fused"]
-                self.optimizer.state[flat]["step"] = updates.to(flat.device if fused else "cpu").clone()
+                self.optimizer.state[flat]["step"] = updates.to(flat.device, copy=True)
         self.step = snapshot.step
         state = snapshot.state
         self.skipped_steps = state.get("skipped_steps", 0)

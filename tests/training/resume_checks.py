@@ -1,6 +1,6 @@
 """N steps against k steps, a checkpoint, and N - k steps: bit for bit. Run by test_resume.py, alone or by torchrun.
 
-    python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION [STAGE:PRECISION ...]
+python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION [STAGE:PRECISION ...]
 """
 
 from __future__ import annotations

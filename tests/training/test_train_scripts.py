@@ -21,8 +21,19 @@ from fastdiff.models import UNetSettings, build_model, weights
 from fastdiff.settings import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 4".split()
-PROCESS = "--diffusion_steps 100 --noise_schedule cosine --learn_sigma True".split()
+TINY = [
+    "--image_size",
+    "8",
+    "--num_channels",
+    "32",
+    "--channel_mult",
+    "1,2",
+    "--num_res_blocks",
+    "1",
+    "--attention_resolutions",
+    "4",
+]
+PROCESS = ["--diffusion_steps", "100", "--noise_schedule", "cosine", "--learn_sigma", "True"]
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +42,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(data: Path, run: Path, *more: str) -> list[str]:
-    common = ["--data_dir", str(data), "--run_dir", str(run), "--batch_size", "4", "--lr", "1e-3", "--log_interval", "2"]
+    common = [
+        "--data_dir",
+        str(data),
+        "--run_dir",
+        str(run),
+        "--batch_size",
+        "4",
+        "--lr",
+        "1e-3",
+        "--log_interval",
+        "2",
+    ]
     return [*TINY, *PROCESS, *common, *more]
 
 
 def test_a_run_and_the_same_command_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    train.main(flags(data, run, "--max_steps", "4", "--save_interval", "2", "--sample_interval", "2", "--ema_rate", "0.9,0.5"))
+    train.main(
+        flags(data, run, "--max_steps", "4", "--save_interval", "2", "--sample_interval", "2", "--ema_rate", "0.9,0.5")
+    )
     assert {p.name for p in run.iterdir() if not p.name.startswith("events")} == {
         "config.json", "log.txt", "progress.csv", "checkpoints", "samples",
     }  # fmt: skip
@@ -90,7 +114,13 @@ def test_two_processes_with_zero2_and_their_resume(data: Path, tmp_path: Path) -
 
 def test_deepspeed_launcher_and_its_json(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "tiny.json"
-    model = {"image_size": 8, "num_channels": 32, "channel_mult": "1,2", "num_res_blocks": 1, "attention_resolutions": "4"}
+    model = {
+        "image_size": 8,
+        "num_channels": 32,
+        "channel_mult": "1,2",
+        "num_res_blocks": 1,
+        "attention_resolutions": "4",
+    }
     content = {
         "model": model,
         "diffusion": {"diffusion_steps": 50},
@@ -189,14 +219,27 @@ def test_unreadable_images_are_skipped_until_too_many(
 def test_super_resolution(data: Path, tmp_path: Path, sizes: tuple[str, str]) -> None:
     large, small = sizes
     model = [*TINY[2:], "--large_size", large, "--small_size", small, *PROCESS, "--class_cond", "True"]
-    settings = ["--batch_size", "4", "--max_steps", "2", "--sample_interval", "2", "--sample_count", "4", "--num_classes", "3"]
+    settings = [
+        "--batch_size",
+        "4",
+        "--max_steps",
+        "2",
+        "--sample_interval",
+        "2",
+        "--sample_count",
+        "4",
+        "--num_classes",
+        "3",
+    ]
     super_res_train.main([*model, *settings, "--data_dir", str(data), "--run_dir", str(tmp_path / "run")])
     state = torch.load(tmp_path / "run" / "checkpoints" / "step_000002" / "model000002.pt", weights_only=True)
     assert state["input_blocks.0.0.weight"].shape[1] == 6
     assert weights.info_of(state)["kind"] == "super_res"
     assert (tmp_path / "run" / "samples" / "step_000002.png").is_file()
     with pytest.raises(UserError, match="super_res_train"):
-        train.main(flags(data, tmp_path / "other", "--resume_checkpoint", str(tmp_path / "run/checkpoints/step_000002")))
+        train.main(
+            flags(data, tmp_path / "other", "--resume_checkpoint", str(tmp_path / "run/checkpoints/step_000002"))
+        )
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])

@@ -1,0 +1,49 @@
+# Everything runs in .venv; each target sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+GOLDEN ?= tests/golden
+
+.PHONY: help setup demo test test-golden test-gpu lint bench
+.DEFAULT_GOAL := help
+
+help:  ## print these targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv with fastdiff and all it needs (Python 3.10 to 3.13)
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 14); sys.exit(0 if ok else "fastdiff needs Python 3.10 to 3.13, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools -c constraints.txt
+	$(BIN)/python -m pip install --quiet torch -c constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e '.[demo,test,datasets,benchmark,lint]' -c constraints.txt
+	touch $(READY)
+
+demo: $(READY)  ## train on handwritten digits, draw some, score others: a few minutes on two CPU cores
+	$(BIN)/python datasets/digits.py --out .demo/digits
+	$(BIN)/deepspeed --log_level error fastdiff/train.py --config configs/demo.json
+	$(BIN)/python fastdiff/sample.py --model_path .demo/run --num_samples 100 --batch_size 50 \
+	    --classes 0,1,2,3,4,5,6,7,8,9 --timestep_respacing 100 --out_dir .demo/samples
+	$(BIN)/python fastdiff/nll.py --model_path .demo/run --data_dir .demo/digits/test --num_samples 40 \
+	    --batch_size 20 --out_dir .demo/nll
+	@echo 'Look at .demo/samples/samples_100x16x16x1.png: each row is a class, 0 to 9.'
+
+test: $(READY)  ## all tests, on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+test-golden: $(READY)  ## the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
+	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/test_golden_*.py
+
+test-gpu: $(READY)  ## the tests that need a GPU
+	$(BIN)/python -m pytest tests -k gpu
+
+lint: $(READY)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy fastdiff kernels
+
+bench: $(READY)  ## a training step against improved-diffusion's operations, figures in benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/bench_step.py --json benchmarks/results/step.json

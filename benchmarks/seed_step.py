@@ -1,0 +1,171 @@
+"""What fastdiff is measured against: improved-diffusion's training step, its operations stated anew one by one.
+
+Eager fp32, channels-first: group norm through float32, x * sigmoid(x) as two operations, scale and shift apart,
+concatenated skips, attention as two einsums with a float32 softmax, a loss that keeps all its intermediate maps, the
+gradient norm read parameter by parameter, AdamW, then the average parameter by parameter. Parameters have the same
+names as ours, so both sides start from the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.models import BackboneSettings
+
+
+class Norm(nn.GroupNorm):
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).type(x.dtype)
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+
+class Residual(nn.Module):
+    def __init__(self, c_in: int, emb: int, c_out: int, dropout: float, scale_shift: bool) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.in_layers = nn.Sequential(Norm(c_in), Swish(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(Swish(), nn.Linear(emb, 2 * c_out if scale_shift else c_out))
+        self.out_layers = nn.Sequential(
+            Norm(c_out), Swish(), nn.Dropout(dropout), nn.Conv2d(c_out, c_out, 3, padding=1)
+        )
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)
+        e = self.emb_layers(emb).type(h.dtype)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + e)
+        return self.skip_connection(x) + h
+
+
+class Attention(nn.Module):
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.qkv = Norm(channels), nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, *size = x.shape
+        x = x.reshape(b, c, -1)
+        qkv = self.qkv(self.norm(x)).reshape(b * self.heads, -1, x.shape[2])
+        d = qkv.shape[1] // 3
+        q, k, v = qkv.split(d, dim=1)
+        weight = torch.einsum("bct,bcs->bts", q / d**0.25, k / d**0.25)
+        weight = weight.float().softmax(dim=-1).type(weight.dtype)
+        h = torch.einsum("bts,bcs->bct", weight, v).reshape(b, -1, x.shape[2])
+        return (x + self.proj_out(h)).reshape(b, c, *size)
+
+
+class Down(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Up(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Block(nn.Sequential):
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, Residual) else layer(x)
+        return x
+
+
+class SeedUNet(nn.Module):
+    """The unconditional network, for the settings of ours."""
+
+    def __init__(self, s: BackboneSettings) -> None:
+        super().__init__()
+        self.width, emb = s.num_channels, 4 * s.num_channels
+        self.time_embed = nn.Sequential(nn.Linear(self.width, emb), Swish(), nn.Linear(emb, emb))
+
+        def stage(c_in: int, c_out: int, level: int) -> list[nn.Module]:
+            layers: list[nn.Module] = [Residual(c_in, emb, c_out, s.dropout, s.use_scale_shift_norm)]
+            return [*layers, Attention(c_out, s.num_heads)] if 2**level in s.attention_factors else layers
+
+        c = self.width
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(s.in_channels, c, 3, padding=1))])
+        skips = [c]
+        for level, c_level in enumerate(s.level_channels):
+            for _ in range(s.num_res_blocks):
+                self.input_blocks.append(Block(*stage(c, c_level, level)))
+                c = c_level
+                skips.append(c)
+            if level < len(s.level_channels) - 1:
+                self.input_blocks.append(Block(Down(c)))
+                skips.append(c)
+        middle = [Residual(c, emb, c, s.dropout, s.use_scale_shift_norm) for _ in range(2)]
+        self.middle_block = Block(middle[0], Attention(c, s.num_heads), middle[1])
+        self.output_blocks = nn.ModuleList()
+        for level, c_level in reversed(list(enumerate(s.level_channels))):
+            for i in range(s.num_res_blocks + 1):
+                layers = stage(c + skips.pop(), c_level, level)
+                c = c_level
+                if level and i == s.num_res_blocks:
+                    layers.append(Up(c))
+                self.output_blocks.append(Block(*layers))
+        self.out = nn.Sequential(Norm(c), Swish(), nn.Conv2d(c, s.out_channels, 3, padding=1))
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        half = self.width // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).to(x.device)
+        angles = timesteps[:, None].float() * frequencies[None]
+        emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        h, kept = x, []
+        for block in self.input_blocks:
+            h = block(h, emb)
+            kept.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, kept.pop()], dim=1), emb)
+        return self.out(h.type(x.dtype))
+
+
+class SeedStep:
+    """One optimiser step of the reference: forward, hybrid loss, backward, gradient norm, AdamW, average."""
+
+    def __init__(self, model: SeedUNet, diffusion: GaussianDiffusion, lr: float, ema_rate: float) -> None:
+        self.model, self.diffusion, self.ema_rate = model.train(), diffusion, ema_rate
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        self.average = [p.detach().clone() for p in model.parameters()]
+
+    def __call__(self, images: Tensor) -> None:
+        x_start = images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+        t = torch.from_numpy(np.random.choice(self.diffusion.num_timesteps, size=len(x_start))).to(images.device)
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.grad.detach_()
+                p.grad.zero_()
+        terms = self.diffusion.training_losses(self.model, x_start, t, noise=torch.randn_like(x_start))
+        terms["loss"].mean().backward()
+        math.sqrt(sum((p.grad**2).sum().item() for p in self.model.parameters()))
+        self.optimizer.step()
+        for average, p in zip(self.average, self.model.parameters(), strict=True):
+            average.detach().mul_(self.ema_rate).add_(p.detach(), alpha=1 - self.ema_rate)

@@ -1,0 +1,88 @@
+"""group_norm_silu for eager torch on a CPU: few passes over memory, and a backward pass written out.
+
+Shapes   x [B, C, H, W], read and written channels-last as [B, L, C]; weight, bias [C]; scale, shift [B, C] or None.
+Passes   forward: sum, centre, sum of squares, scale-and-shift, SiLU. backward: SiLU, two sums, two multiply-adds.
+         torch's own channels-last group norm walks each group with a stride instead, about twice as long.
+Source   dx = P g + Q (x - mean) + D per image and channel, from the two sums that dweight and dbias need anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _GroupNormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        num_groups: int,
+        eps: float,
+        silu: bool,
+    ) -> Tensor:
+        B, C, H, W = x.shape
+        count = H * W * (C // num_groups)
+
+        def over_group(sums: Tensor) -> Tensor:  # [B, C] → mean over each group, [B, C]
+            return (sums.view(B, num_groups, -1).sum(-1) / count).repeat_interleave(C // num_groups, dim=1)
+
+        x = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
+        centered = x - over_group(x.sum(dim=1))[:, None]  # before squaring: exact for |mean| >> std
+        rstd = (over_group(centered.square().sum(dim=1)) + eps).rsqrt()
+        if scale is not None and shift is not None:
+            gain, offset = weight * (1 + scale), bias * (1 + scale) + shift
+        else:
+            gain, offset = weight.expand(B, C), bias.expand(B, C)
+        h = torch.addcmul(offset[:, None], centered, (rstd * gain)[:, None])
+        ctx.save_for_backward(centered, h if silu else None, rstd, gain, weight, bias, scale)
+        ctx.over_group, ctx.shape = over_group, (B, H, W, C)
+        y = F.silu(h) if silu else h
+        return y.view(B, H, W, C).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centered, h, rstd, gain, weight, bias, scale = ctx.saved_tensors
+        B, H, W, C = ctx.shape
+        grad = grad.permute(0, 2, 3, 1).reshape(B, H * W, C)
+        if h is not None:
+            grad = torch.ops.aten.silu_backward(grad, h)
+        sum_g = grad.sum(dim=1)  # [B, C]
+        sum_gx = (grad * centered).sum(dim=1) * rstd
+        slope = -rstd.square() * ctx.over_group(sum_gx * gain)
+        constant = -rstd * ctx.over_group(sum_g * gain)
+        dx = torch.addcmul(constant[:, None], centered, slope[:, None]).addcmul_(grad, (rstd * gain)[:, None])
+        dx = dx.view(B, H, W, C).permute(0, 3, 1, 2)
+        if scale is None:
+            return dx, sum_gx.sum(0), sum_g.sum(0), None, None, None, None, None
+        dweight, dbias = ((total * (1 + scale)).sum(0) for total in (sum_gx, sum_g))
+        return dx, dweight, dbias, sum_gx * weight + sum_g * bias, sum_g, None, None, None
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    silu: bool = True,
+    dropout: float = 0.0,
+) -> Tensor:
+    """As `reference.group_norm_silu`, which says what the arguments are."""
+    if skip is not None:
+        x = torch.cat([x, skip], dim=1)
+    h = _GroupNormSiLU.apply(x.float(), weight.float(), bias.float(), scale, shift, num_groups, eps, silu)
+    if dropout > 0:
+        h = F.dropout(h, dropout)
+    return h.to(x.dtype)
