@@ -4,6 +4,13 @@ import importlib
 import json
 import sys
 
-if __name__ == "__main__":
+from fastdiff.processes import run_script
+
+
+def main() -> None:
     for script, argv in json.loads(sys.argv[1]):
         importlib.import_module(f"fastdiff.{script}").main(argv)
+
+
+if __name__ == "__main__":
+    run_script(main, "run_scripts.py")

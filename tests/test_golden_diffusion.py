@@ -67,7 +67,8 @@ def test_gaussian_math(case: Case) -> None:
                 continue
             mean_type, var_type, clip, field = array.removeprefix(f"out_{name}__").split("__")
             diffusion.mean_type, diffusion.var_type = mean_types[mean_type], var_types[var_type]
-            output = case.tensor(f"in_model_output_{6 if diffusion.learns_variance else 3}ch")
+            channels = x_t.shape[1] * (2 if diffusion.learns_variance else 1)
+            output = case.tensor(f"in_model_output_{channels}ch")
             p = diffusion.p_mean_variance(lambda *_, output=output: output, x_t, t, clip_denoised=clip == "clip1")
             case.check(array, getattr(p, field))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_cases import Case, cases, diffusion_for, load_model
 from torch import Tensor
-from training.scripted import ScriptedLoader, ScriptedTrainer
+from training.scripted import ScriptedLoader, ScriptedTrainer, importance
 
 from fastdiff import ops
 from fastdiff.diffusion import create_sampler
@@ -63,6 +63,10 @@ def _script(case: Case, variant: dict[str, Any]) -> tuple[Tensor, Tensor | None]
     return t, case.tensor(variant["weights"]) if "weights" in variant else None
 
 
+def _labels(case: Case) -> Tensor | None:
+    return case.tensor("in_y") if case.has("in_y") else None
+
+
 class Trace:
     """Collects what a recorded trace holds, step by step, and compares."""
 
@@ -106,7 +110,7 @@ def _trainer(case: Case, variant: dict[str, Any], snapshot: checkpoints.Snapshot
         {},
         model,
         diffusion_for(variant["flags"]),
-        ScriptedLoader(images),
+        ScriptedLoader(images, _labels(case)),
         start_processes(),
         snapshot,
     )
@@ -203,7 +207,7 @@ def test_micro_batches_summed_as_the_original_does(case: Case) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         parameters = list(model.parameters())
         ema = {str(rate): [p.detach().clone() for p in parameters] for rate in settings.ema_rate}
-        timesteps, given = _script(case, variant)
+        (timesteps, given), labels = _script(case, variant), _labels(case)
         trace, noise, micro = Trace(case, variant, diffusion), case.tensor("in_noise"), variant["microbatch"]
         for step, x in enumerate(images[: variant["steps"]]):
             optimizer.zero_grad()
@@ -212,8 +216,9 @@ def test_micro_batches_summed_as_the_original_does(case: Case) -> None:
             for start in range(0, len(x), micro):
                 part = slice(start, start + micro)
                 t = timesteps[step][part]
-                weights = torch.ones(len(t)) if given is None else given[step][part]
-                terms = diffusion.training_losses(model, x[part], t, noise=noise[step][part])
+                weights = importance(sampler, t) if given is None else given[step][part]
+                kwargs = {} if labels is None else {"y": labels[step][part]}
+                terms = diffusion.training_losses(model, x[part], t, kwargs, noise=noise[step][part])
                 sampler.update(t, terms["loss"])
                 meter.add(t, weights, terms)
                 loss = (terms["loss"] * weights).mean()

@@ -32,7 +32,7 @@ SUPER_RES: dict[str, Any] = {
     "small_size": 8,
     "attention_resolutions": "8",
 }
-DIFFUSION: dict[str, Any] = {"diffusion_steps": 8, "noise_schedule": "cosine"}
+DIFFUSION: dict[str, Any] = {"diffusion_steps": 6, "noise_schedule": "cosine"}
 
 
 def flags(settings: dict[str, Any]) -> list[str]:

@@ -66,13 +66,13 @@ def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
         length = size + (1 if i < extra else 0)
         if count > length:
             raise ValueError(
-                f"timestep_respacing {respacing}: part {i + 1} of {len(counts)} has only {length} of {count}"
+                f"timestep_respacing {respacing}: part {i + 1} of {len(counts)} has {length} steps, fewer than {count}"
             )
-        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        spacing = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
         for _ in range(count):  # adding up the stride and rounding half to even fixes the steps that are kept
             kept_steps.append(start + round(position))
-            position += stride
+            position += spacing
         start += length
     return sorted(set(kept_steps))
 

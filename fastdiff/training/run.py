@@ -24,18 +24,18 @@ from fastdiff.sampling.pictures import grid, save_grid, to_uint8
 from fastdiff.settings import UserError, what_is_wrong
 from fastdiff.training import checkpoints
 from fastdiff.training.checkpoints import Snapshot
-from fastdiff.training.engine import adopt, deepspeed_config, start_processes
+from fastdiff.training.engine import deepspeed_config, start_processes
 from fastdiff.training.trainer import Trainer, low_res_of
 
 
 def train(config: Config, default_name: str, dry_run: bool = False) -> None:
-    """Train until the last step, or continue to it; with dry_run one step, and nothing written."""
-    settings = adopt(config.train, config.deepspeed)
-    config = config.model_copy(update={"train": settings})
+    """Train until the last step, or continue to it; with dry_run one step, and nothing written.
+
+    config as `fastdiff.config.load` gives it.
+    """
+    settings = config.train
     _check(config)
-    deepspeed_config(
-        settings, config.deepspeed, current().world_size
-    )  # refuses what can't be, before anything is written
+    deepspeed_config(settings, config.deepspeed, current().world_size)  # refuses early what can't be
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
     previous = checkpoints.latest(folder / "checkpoints")
     snapshot, source = _snapshot(config, previous)

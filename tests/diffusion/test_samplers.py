@@ -15,8 +15,8 @@ from fastdiff.diffusion.samplers import ddim_reverse_loop, ddim_sample_loop, p_s
 
 S = 0.5
 SHAPE = (3, 16, 16)
-COUNT = 64
-VALUES = COUNT * 3 * 16 * 16  # 49152 independent values: their spread is known to 1 / sqrt(2 * 49152) = 0.3%
+COUNT = 32
+VALUES = COUNT * 3 * 16 * 16  # 24576 independent values: their spread is known to 1 / sqrt(2 * 24576) = 0.45%
 
 
 def process(steps: int, schedule: str = "cosine", learn_sigma: bool = False, **settings: object) -> GaussianDiffusion:
@@ -52,9 +52,9 @@ def last(steps: object) -> Tensor:
     return final.sample
 
 
-# The spread may be off by five standard errors (5 * 0.3%) and by what a finite number of steps makes of the flow,
+# The spread may be off by four standard errors (4 * 0.45%) and by what a finite number of steps makes of the flow,
 # which is of order 1 / steps and stays below 2% at 200.
-TOLERANCE = 0.035
+TOLERANCE = 0.038
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -186,5 +186,5 @@ def test_best_predictor_reaches_the_entropy_of_the_noise() -> None:
         a = diffusion.schedule.alphas_cumprod[step]
         losses = diffusion.training_losses(model, x_start, torch.full((COUNT,), step), noise=noise)
         expected = a * S**2 / (a * S**2 + 1 - a)
-        # The mean of 49152 squares of normal values has a standard error of sqrt(2 / 49152) = 0.64%.
-        assert losses["loss"].mean().item() == pytest.approx(expected, rel=5 * 0.0064)
+        # The mean of so many squares of normal values has a standard error of sqrt(2 / VALUES) = 0.9%.
+        assert losses["loss"].mean().item() == pytest.approx(expected, rel=5 * (2 / VALUES) ** 0.5)

@@ -121,13 +121,22 @@ def error(got: Tensor, exact: Tensor) -> float:
     return (got.double() - exact).abs().max().item()
 
 
+Norm = Callable[..., Tensor]
+
+
+@pytest.fixture(params=[reference.group_norm_silu, ops.group_norm_silu], ids=["reference", "ops"])
+def group_norm_silu(request: pytest.FixtureRequest) -> Norm:
+    """The definition, and what models use."""
+    return request.param
+
+
 NORM_SHAPES = {"one pixel": (2, 64, 1, 1), "not square": (3, 96, 5, 7), "one channel a group": (1, 32, 4, 4)}
 
 
 @pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES)
 @pytest.mark.parametrize("modulated", [False, True], ids=["", "modulated"])
 @pytest.mark.parametrize("silu", [False, True], ids=["", "silu"])
-def test_group_norm(shape: tuple[int, ...], modulated: bool, silu: bool) -> None:
+def test_group_norm(group_norm_silu: Norm, shape: tuple[int, ...], modulated: bool, silu: bool) -> None:
     """Off-centre input; results within 1e-5 of their size, the parameters' gradients, which are sums, within 2e-5.
 
     The input's gradient is a difference of terms of size d = (1 + |mean| / std) / std times the upstream gradient,
@@ -140,7 +149,7 @@ def test_group_norm(shape: tuple[int, ...], modulated: bool, silu: bool) -> None
     inputs = [t for t in (x, weight, bias, scale, shift) if t is not None]
     upstream = normal(*shape, seed=5)
     results = []
-    for function, dtype in ((ops.group_norm_silu, torch.float32), (exact_norm, torch.float64)):
+    for function, dtype in ((group_norm_silu, torch.float32), (exact_norm, torch.float64)):
         leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
         extra = {"scale": leaves[3], "shift": leaves[4]} if modulated else {}
         y = function(*leaves[:3], silu=silu, **extra)
@@ -159,7 +168,7 @@ def test_group_norm(shape: tuple[int, ...], modulated: bool, silu: bool) -> None
     assert ((our_gradients[0].double() - exact_gradients[0]).abs() < bound).all()
 
 
-def test_group_norm_far_off_centre() -> None:
+def test_group_norm_far_off_centre(group_norm_silu: Norm) -> None:
     """Mean 100, spread 0.1: E[x²] - E[x]² in float32 would lose all but one digit of the variance.
 
     The input's own rounding, 2^-24 * 100 / 0.1 = 6e-5 of a spread, is in both results alike. What is left is the
@@ -168,17 +177,17 @@ def test_group_norm_far_off_centre() -> None:
     x = normal(2, 64, 8, 8, mean=100.0, std=0.1)
     weight, bias = torch.ones(64), torch.zeros(64)
     exact = exact_norm(x, weight, bias, silu=False)
-    assert error(ops.group_norm_silu(x, weight, bias, silu=False), exact) < 5 * 100 * 2**-24 / 0.1
+    assert error(group_norm_silu(x, weight, bias, silu=False), exact) < 5 * 100 * 2**-24 / 0.1
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_group_norm_of_two_maps(layout: torch.memory_format) -> None:
+def test_group_norm_of_two_maps(group_norm_silu: Norm, layout: torch.memory_format) -> None:
     """A skip counts as if it were concatenated; groups may hold channels of both."""
     x, skip = normal(2, 64, 4, 6, mean=3.0), normal(2, 32, 4, 6, seed=1)
     x, skip = x.contiguous(memory_format=layout), skip.contiguous(memory_format=layout)
     weight, bias = normal(96, seed=2), normal(96, seed=3)
-    together = ops.group_norm_silu(torch.cat([x, skip], dim=1), weight, bias)
-    assert torch.equal(ops.group_norm_silu(x, weight, bias, skip=skip), together)
+    together = group_norm_silu(torch.cat([x, skip], dim=1), weight, bias)
+    assert torch.equal(group_norm_silu(x, weight, bias, skip=skip), together)
     assert error(together, exact_norm(torch.cat([x, skip], dim=1), weight, bias)) < 1e-5 * 10
     assert together.is_contiguous(memory_format=layout)
     conv, offset = normal(48, 96, 1, 1, seed=4), normal(48, seed=5)
@@ -187,29 +196,29 @@ def test_group_norm_of_two_maps(layout: torch.memory_format) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_group_norm_of_half_precision(dtype: torch.dtype) -> None:
+def test_group_norm_of_half_precision(group_norm_silu: Norm, dtype: torch.dtype) -> None:
     """Arithmetic in float32, one rounding at the end: half a unit in the last place, as the result is rounded."""
     x = normal(2, 64, 8, 8, mean=3.0).to(dtype)
     weight, bias = normal(64, seed=1), normal(64, seed=2)
-    y = ops.group_norm_silu(x, weight, bias)
+    y = group_norm_silu(x, weight, bias)
     exact = exact_norm(x, weight, bias)
     assert y.dtype == dtype
     assert ((y.double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_group_norm_dropout(p: float) -> None:
+def test_group_norm_dropout(group_norm_silu: Norm, p: float) -> None:
     """Elements are zero with probability p, and 1 / (1 - p) times their value else."""
     x = normal(4, 64, 16, 16, mean=3.0)
     weight, bias = torch.ones(64), torch.zeros(64)
     torch.manual_seed(0)
-    dropped = ops.group_norm_silu(x, weight, bias, dropout=p)
-    whole = ops.group_norm_silu(x, weight, bias)
+    dropped = group_norm_silu(x, weight, bias, dropout=p)
+    whole = group_norm_silu(x, weight, bias)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], (whole / (1 - p))[kept])
     share = kept.double().mean().item()
     assert abs(share - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5
-    assert torch.equal(ops.group_norm_silu(x, weight, bias, dropout=0.0), whole)
+    assert torch.equal(group_norm_silu(x, weight, bias, dropout=0.0), whole)
 
 
 # --- attention ---

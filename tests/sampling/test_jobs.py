@@ -149,11 +149,16 @@ def test_gray_and_not_square(tmp_path: Path, run: Callable[..., Arrays]) -> None
 # --- image i depends on the seed and i alone ---
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    "sampler", [{}, {"use_ddim": True}, {"use_ddim": True, "eta": 0.5}], ids=["ddpm", "ddim", "eta"]
+    ("sampler", "name"),
+    [
+        *[({}, name) for name in MODELS],
+        *[({"use_ddim": True}, name) for name in ("plain", "both")],
+        ({"use_ddim": True, "eta": 0.5}, "both"),
+    ],
+    ids=str,
 )
-def test_batch_size(name: str, sampler: dict, tmp_path: Path, run: Callable[..., Arrays]) -> None:
+def test_batch_size(sampler: dict[str, Any], name: str, tmp_path: Path, run: Callable[..., Arrays]) -> None:
     # A random network that predicts noise would drive DDIM to black and white; one that predicts x_0 draws grays.
     checkpoint = save(unet(**MODELS[name]), tmp_path / "model000001.pt", predict_xstart=bool(sampler))
     whole = run(checkpoint, **sampler, batch_size=7)

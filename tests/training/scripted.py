@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.diffusion.timesteps import UniformSampler
 from fastdiff.images import Batch
 from fastdiff.training.trainer import Trainer
 
@@ -15,14 +16,15 @@ from fastdiff.training.trainer import Trainer
 class ScriptedLoader:
     """Batches of given images [steps, B, C, H, W] float; positions count rows."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor | None = None) -> None:
         self.images, self.position, self.class_names = images, 0, ["only"]
+        self.labels = torch.zeros(images.shape[:2], dtype=torch.int64) if labels is None else labels
 
     def __next__(self) -> Batch:
-        row = self.images[self.position]
+        row, labels = self.images[self.position], self.labels[self.position]
         positions = torch.full((len(row),), self.position)
         self.position += 1
-        return Batch(row, torch.zeros(len(row), dtype=torch.int64), positions)
+        return Batch(row, labels, positions)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -32,6 +34,12 @@ class ScriptedLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
+
+
+def importance(sampler: UniformSampler, t: Tensor) -> Tensor:
+    """The importance weights 1 / (T p_t) of given timesteps [B]."""
+    p = sampler.weights() / sampler.weights().sum()
+    return (1 / (len(p) * p[t])).float()
 
 
 class ScriptedTrainer(Trainer):
@@ -50,8 +58,7 @@ class ScriptedTrainer(Trainer):
         t = self.t[row]
         if self.weights is not None:
             return t, self.weights[row]
-        p = self.sampler.weights() / self.sampler.weights().sum()
-        return t, (1 / (len(p) * p[t])).float()
+        return t, importance(self.sampler, t)
 
     def draw_noise(self, batch: Batch, shape: torch.Size) -> Tensor:
         return self.noise[int(batch.positions[0])]
