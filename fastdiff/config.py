@@ -81,7 +81,10 @@ def load(
     if "train" in sections:
         config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
     if args.print_config:
-        print(json.dumps(config.model_dump(mode="json", include={*sections, "deepspeed"}), indent=2))
+        shown = config.model_dump(mode="json", include={*sections, "deepspeed"})
+        if kind is SuperResConfig and "sample" in shown and "num_samples" not in config.sample.model_fields_set:
+            del shown["sample"]["num_samples"]  # not given, it follows the small images, which a number would fix
+        print(json.dumps(shown, indent=2))
         sys.exit(0)
     return config, args
 

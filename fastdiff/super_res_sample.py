@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--classes: the labels come with the small images")
     model, info = load_model(config.model, settings.model_path, settings.precision, current().device)
     base = BaseImages(settings.base_samples, config.model, info.get("class_names", []))
-    count = settings.num_samples or len(base)
+    count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)
     folder = make_writable(output_folder(settings.out_dir, "runs/super_res_samples"), "--out_dir")
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
     run_job(

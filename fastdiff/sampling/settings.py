@@ -43,7 +43,7 @@ class SampleSettings(Settings):
 class SuperResSampleSettings(SampleSettings):
     """Enlarging images with a super-resolution checkpoint."""
 
-    num_samples: int = Field(0, ge=0)
-    """Images to draw; 0: as many as there are small images. More begin with the first small image again."""
+    num_samples: int = Field(10000, ge=1)
+    """Images to draw; not given: as many as there are small images. More begin with the first small image again."""
     base_samples: str = ""
     """The small images: an .npz as sample.py writes it (arr_0 images, arr_1 labels), or a folder of images."""

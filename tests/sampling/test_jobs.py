@@ -293,6 +293,18 @@ def test_super_resolution(sizes: tuple[int, int], use_ddim: bool, small: Path, r
     assert_same_images(run(checkpoint, **job, base_samples=small, num_samples=2)["arr_0"], whole["arr_0"][:2])
 
 
+def test_super_resolution_from_printed_settings(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--print_config fixes no count that wasn't given: still one image per small image."""
+    given = {"model_path": save(super_res(), small.parent / "model000001.pt"), "base_samples": small}
+    words = flags({**given, "out_dir": small.parent / "out"})
+    with pytest.raises(SystemExit):
+        super_res_sample.main([*words, "--print_config"])
+    printed = small.parent / "printed.json"
+    printed.write_text(capsys.readouterr().out)
+    super_res_sample.main(["--config", str(printed)])
+    assert read(small.parent / "out")["arr_0"].shape == (5, 16, 16, 3)
+
+
 def test_super_resolution_sees_the_small_image(small: Path, run: Callable[..., Arrays]) -> None:
     checkpoint = save(super_res(), small.parent / "model000001.pt")
     before = run(checkpoint, super_res_sample.main, base_samples=small)["arr_0"]
