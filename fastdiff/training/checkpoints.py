@@ -130,7 +130,10 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
     match = _STEP.search(file.name)
     step = int(match[1]) if match else 0
     snapshot = Snapshot(step=step, model=dict(state))
-    snapshot.state = weights.read(file.parent / "state.pt", flag) if (file.parent / "state.pt").is_file() else {}
+    rest = file.parent / "state.pt"
+    snapshot.state = weights.read(rest, flag) if rest.is_file() else {}
+    if not isinstance(snapshot.state, dict):
+        raise UserError(f"{flag}: {rest} holds no training state; take another checkpoint")
     if not file.name.startswith("model"):
         snapshot.step, snapshot.state = 0, {}
         snapshot.notes.append(f"{file.name} is taken as first weights: a new run starts from it, at step 0")
@@ -139,6 +142,8 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
         average = file.with_name(f"ema_{rate}_{match[1]}.pt") if match else file
         if match and average.is_file():
             snapshot.ema[rate] = dict(weights.read_state_dict(average, flag))
+            if _shapes(snapshot.ema[rate]) != _shapes(snapshot.model):
+                raise UserError(f"{flag}: {average} is of another model than {file.name} beside it")
         else:
             snapshot.notes.append(f"no ema_{rate} beside {file.name}: that average starts as a copy of the weights")
     optimizer = file.with_name(f"opt{match[1]}.pt") if match else file
@@ -147,6 +152,10 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
     else:
         snapshot.notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
     return snapshot
+
+
+def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.items()}
 
 
 def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Path, flag: str) -> None:
@@ -165,6 +174,8 @@ def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Pa
                 snapshot.state.setdefault("updates", int(flat["step"]))
                 return
         raise UserError(f"{flag}: {file} holds moments of {count} tensors, the model has {len(names)}")
+    if not all({"step", "exp_avg", "exp_avg_sq"} <= moments[i].keys() for i in range(len(names))):
+        raise UserError(f"{flag}: {file} holds no moments of Adam (exp_avg, exp_avg_sq)")
     for i, name in enumerate(names):
         snapshot.exp_avg[name], snapshot.exp_avg_sq[name] = moments[i]["exp_avg"], moments[i]["exp_avg_sq"]
         if snapshot.exp_avg[name].shape != snapshot.model[name].shape:

@@ -145,7 +145,13 @@ def create_engine(
     deepspeed = _import_deepspeed()
     config = deepspeed_config(train, deepspeed_section, processes.world_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    except Exception as error:  # DeepSpeed checks its JSON with many kinds of exception
+        if not deepspeed_section:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"deepspeed: DeepSpeed refuses these settings: {reason}") from error
     model.set_precision(body_dtype(train.precision, processes.device))
     if train.compile:
         engine.compile()
