@@ -7,6 +7,7 @@ straight into one array on disk that all share; rank 0 then packs it. No process
 from __future__ import annotations
 
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -121,7 +122,9 @@ class _Progress:
 
     def __init__(self, count: int, steps: int, processes: Processes) -> None:
         share = -(-count // processes.world_size)
-        self.steps = steps
+        self.steps, self.share, self.done = steps, share, 0.0
+        self.started = self.spoken = time.monotonic()
+        self.speaks = processes.is_main and not sys.stderr.isatty()
         self.bar = tqdm(
             total=share,
             unit="image",
@@ -132,6 +135,13 @@ class _Progress:
 
     def step(self, images: int, step: Step) -> None:
         self.bar.update(images / self.steps)
+        self.done += images / self.steps
+        now = time.monotonic()
+        if self.speaks and now - self.spoken >= 30:  # a log file gets a line now and then instead of a bar
+            rate = self.done / (now - self.started)
+            left = int((self.share - self.done) / rate)
+            print(f"{self.done:.1f} of {self.share} images, {rate:.3g} images/s, {left} s left", flush=True)
+            self.spoken = now
 
     def __enter__(self) -> _Progress:
         return self

@@ -44,14 +44,14 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     preview = _preview_diffusion(config)
     processes = current()
     loader = _open_loader(config, processes, snapshot)
-    if not dry_run and processes.is_main:
-        make_writable(folder, "--run_dir")
     processes = start_processes()
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("highest")
     model = build_model(config.model)
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
     trainer = Trainer(settings, config.deepspeed, model, diffusion, loader, processes, snapshot)
+    if not dry_run and processes.is_main:
+        make_writable(folder, "--run_dir")
     run = _Run(config, folder, trainer, preview)
     if dry_run:
         run.dry()

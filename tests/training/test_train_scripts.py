@@ -200,6 +200,35 @@ def test_starting_from_other_checkpoints(data: Path, tmp_path: Path, capsys: pyt
     assert "first weights" in capsys.readouterr().out
 
 
+def test_checkpoints_that_do_not_belong_together(data: Path, tmp_path: Path) -> None:
+    """An average of another model and an optimiser without moments are named, and nothing is written."""
+    train.main(flags(data, tmp_path / "run", "--max_steps", "1"))
+    step = tmp_path / "run" / "checkpoints" / "step_000001"
+    resume = ["--resume_checkpoint", str(step)]
+    average = step / "ema_0.9999_000001.pt"
+    whole = average.read_bytes()
+    state = torch.load(average, weights_only=True)
+    state["out.2.bias"] = torch.zeros(9)
+    torch.save(state, average)
+    with pytest.raises(UserError, match=r"ema_0\.9999_000001\.pt is of another model"):
+        train.main(flags(data, tmp_path / "other", "--max_steps", "2", *resume))
+    average.write_bytes(whole)
+    moments = torch.load(step / "opt000001.pt", weights_only=True)
+    del moments["state"][3]["exp_avg"]
+    torch.save(moments, step / "opt000001.pt")
+    with pytest.raises(UserError, match=r"opt000001\.pt holds no moments"):
+        train.main(flags(data, tmp_path / "other", "--max_steps", "2", *resume))
+    assert not (tmp_path / "other").exists()
+
+
+def test_deepspeed_refuses_its_json(data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "bad.json"
+    config.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "many"}}))
+    with pytest.raises(UserError, match="deepspeed: DeepSpeed refuses"):
+        train.main(flags(data, tmp_path / "run", "--max_steps", "1", "--deepspeed", str(config)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_unreadable_images_are_skipped_until_too_many(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
