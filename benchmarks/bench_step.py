@@ -90,7 +90,8 @@ def make_variants(args: argparse.Namespace) -> dict[str, object]:
         precision, _, compiled = name.partition("+")
         model = build_model(settings)
         model.load_state_dict(weights)
-        train = TrainSettings(batch_size=args.batch_size, precision=precision, compile=bool(compiled))
+        stage = 0 if precision == "fp32" else 1  # as the shipped configurations
+        train = TrainSettings(batch_size=args.batch_size, precision=precision, compile=bool(compiled), zero_stage=stage)
         variants[name] = Trainer(train, {}, model, diffusion, SameBatch(images), processes).take_step
     return variants
 

@@ -32,7 +32,8 @@ class _GroupNormSiLU(torch.autograd.Function):
         count = H * W * (C // num_groups)
 
         def over_group(sums: Tensor) -> Tensor:  # [B, C] → mean over each group, [B, C]
-            return (sums.view(B, num_groups, -1).sum(-1) / count).repeat_interleave(C // num_groups, dim=1)
+            groups = sums.view(B, num_groups, -1)
+            return (groups.sum(-1, keepdim=True) / count).expand_as(groups).reshape(B, C)
 
         x = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
         centered = x - over_group(x.sum(dim=1))[:, None]  # before squaring: exact for |mean| >> std
