@@ -1,6 +1,6 @@
 """A whole training step, ours against improved-diffusion's operations, in one process with interleaved rounds.
 
-    python benchmarks/bench_step.py                          golden-size model (1.9M parameters), two threads
+    python benchmarks/bench_step.py                          1.7M parameters, the size of the golden tests
     python benchmarks/bench_step.py --num_channels 64 --num_res_blocks 2 --json out.json
 
 Ours is the trainer as train.py runs it: DeepSpeed's engine, counter-based noise, metrics and EMA included. The last

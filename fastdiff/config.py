@@ -72,7 +72,7 @@ def load(
         raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
     file_layer = _read_json(args.config, kind) if args.config else {}
     flag_layer = _flags(args, sections, kind)
-    if args.deepspeed:
+    if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
     if checkpoint:
@@ -81,7 +81,7 @@ def load(
     if "train" in sections:
         config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
     if args.print_config:
-        shown = config.model_dump(mode="json", include={*sections, "deepspeed"})
+        shown = config.model_dump(mode="json", include={*sections, *(["deepspeed"] if "train" in sections else [])})
         if kind is SuperResConfig and "sample" in shown and "num_samples" not in config.sample.model_fields_set:
             del shown["sample"]["num_samples"]  # not given, it follows the small images, which a number would fix
         print(json.dumps(shown, indent=2))
@@ -97,10 +97,10 @@ def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with settings, section by section")
-    parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
     parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     if "train" in sections:
+        parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
         parser.add_argument(
             "--dry_run",
             action="store_true",
