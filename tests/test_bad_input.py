@@ -593,7 +593,10 @@ def test_base_samples(world: World) -> None:
     for content in (b"", b"text", whole[:100], whole[: len(whole) // 2], whole[:200] + b"?" * 50 + whole[250:]):
         (world.folder / "bad.npz").write_bytes(content)
         says(world.super_res_sample(base_samples="bad.npz"), "bad.npz is not an .npz of arrays, or is damaged")
-    says(world.super_res_sample(base_samples=world.folder / "text"), "holds no images")
+    bare = world.folder / "no_pictures"
+    bare.mkdir()
+    (bare / "notes.txt").write_text("no picture")
+    says(world.super_res_sample(base_samples=bare), "holds no images")
 
 
 def test_base_samples_of_a_class_conditional_model(world: World) -> None:
