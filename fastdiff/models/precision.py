@@ -12,6 +12,10 @@ def body_dtype(precision: str, device: torch.device) -> torch.dtype:
 
     bf16 on a CPU without bf16 instructions computes in float32: there bf16 convolutions take ten times as long.
     """
-    if precision == "bf16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
         return torch.float32
     return DTYPES[precision]
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
