@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def load_model(
     file = weights.find(model_path, "--model_path")
     state = weights.read_state_dict(file, "--model_path")
     model = build_model(settings)
-    weights.load_into(model, state, Path(file), "--model_path")
+    weights.load_into(model, state, file, "--model_path")
     return model.to(device).eval().set_precision(body_dtype(precision, device)), weights.info_of(state)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,10 @@ def _check_same_model(folder: Path, config: Config) -> None:
     file = folder / "config.json"
     if not file.is_file():
         return
-    kind = type(config)
     stored = checkpoints.read_json(file)
+    if stored.get("kind", _kind(config)) != _kind(config):
+        script = "super_res_train.py" if stored["kind"] == "super_res" else "train.py"
+        raise UserError(f"--run_dir: {folder} holds a run of {script}; give another --run_dir, or use that script")
     for section in ("model", "diffusion"):
         now = getattr(config, section).model_dump(mode="json")
         for name, value in stored.get(section, {}).items():
@@ -107,8 +110,6 @@ def _check_same_model(folder: Path, config: Config) -> None:
                     f"--run_dir: {folder} holds a run with {section}.{name} {value}, now it is {now[name]}; "
                     "give another --run_dir, or the run's own settings"
                 )
-    if stored.get("kind", _kind(config)) != _kind(config):
-        raise UserError(f"--run_dir: {folder} holds a run of another script than this {kind.__name__}")
 
 
 def _kind(config: Config) -> str:
@@ -231,18 +232,12 @@ class _Run:
             self.trainer.save(self.folder / "checkpoints", self.info)
             reporter.say(f"saved {self.folder / 'checkpoints' / f'step_{self.trainer.step:06d}'}")
 
-    def _off_the_clock(self) -> Any:
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
         """Saving and drawing don't count in images/s."""
-        run = self
-
-        class Pause(nullcontext):
-            def __enter__(self) -> None:
-                self.start = time.perf_counter()
-
-            def __exit__(self, *exception: object) -> None:
-                run.interval_start += time.perf_counter() - self.start
-
-        return Pause()
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
 
     def _draw(self, reporter: Reporter) -> None:
         """A grid of samples from the first average, from the same noise every time."""

@@ -22,6 +22,7 @@ from fastdiff.diffusion.streams import NOISE, TIMESTEPS
 from fastdiff.images import Batch, Loader
 from fastdiff.models import SuperResSettings, UNet
 from fastdiff.processes import Processes
+from fastdiff.settings import UserError
 from fastdiff.training import checkpoints
 from fastdiff.training.checkpoints import Snapshot, Writer
 from fastdiff.training.engine import create_engine, split_batch
@@ -251,7 +252,10 @@ class Trainer:
         if "loader" in state:
             self.loader.load_state_dict(state["loader"])
         if state.get("timestep_sampler"):
-            self.sampler.load_state_dict(state["timestep_sampler"])
+            try:
+                self.sampler.load_state_dict(state["timestep_sampler"])
+            except ValueError as error:
+                raise UserError(f"--schedule_sampler: {error}; keep the checkpoint's diffusion steps") from None
         scaler = self._loss_scaler()
         for name, value in state.get("loss_scaler", {}).items():
             if scaler is not None and hasattr(scaler, name):

@@ -221,6 +221,20 @@ def test_checkpoints_that_do_not_belong_together(data: Path, tmp_path: Path) -> 
     assert not (tmp_path / "other").exists()
 
 
+def test_another_scripts_run_and_another_chains_history_are_refused(data: Path, tmp_path: Path) -> None:
+    """A folder belongs to one script; the loss-aware sampler's history to one number of steps."""
+    aware = ("--schedule_sampler", "loss-second-moment", "--max_steps")
+    train.main(flags(data, tmp_path / "run", *aware, "1"))
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "kind": "super_res"}))
+    with pytest.raises(UserError, match=r"holds a run of super_res_train\.py"):
+        train.main(flags(data, tmp_path / "run", *aware, "2"))
+    resume = ("--resume_checkpoint", str(tmp_path / "run" / "checkpoints" / "step_000001"))
+    with pytest.raises(UserError, match="--schedule_sampler: the timestep sampler's history"):
+        train.main(flags(data, tmp_path / "other", *aware, "2", "--diffusion_steps", "60", *resume))
+    assert not (tmp_path / "other").exists()
+
+
 def test_deepspeed_refuses_its_json(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "bad.json"
     config.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": "many"}}))
