@@ -1,0 +1,103 @@
+"""What every kernel file shares: registering ops, launching kernels, and recording launches instead of making them.
+
+A recorded launch holds all that decides the compiled code, so kernels can be compiled for a GPU that is not here.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Compiler options of every kernel."""
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""Name of each op in the `fastdiff` namespace → the Python function that launches its kernels."""
+
+
+def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """Register a function as the torch op fastdiff::name, opaque to torch.compile. Fake and backward come after."""
+
+    def register(fn: Callable[..., Any]) -> Any:
+        IMPLEMENTATIONS[name] = fn
+        return torch.library.custom_op(f"fastdiff::{name}", fn, mutates_args=mutates_args)
+
+    return register
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel: positional arguments, then constexprs by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any
+) -> None:
+    """kernel[grid](*args, **constexprs); inside `record` the launch is noted and nothing runs."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
+        return
+    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collects launches instead of making them; with tensors on the meta device nothing is allocated either."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 132 (H100, H200) where there is none to ask."""
+    return _processors(device) if device.type == "cuda" else 132
+
+
+# --- layouts ---
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def channels_last(x: Tensor, op: str, name: str) -> Tensor:
+    """A map [B, C, H, W] in channels-last memory; any other layout is converted, with one warning per op."""
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    if not torch.compiler.is_compiling():
+        _warn_once(
+            f"{op}: {name} came in another layout than channels-last and is copied at every call; "
+            "use .to(memory_format=torch.channels_last) once"
+        )
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_map(B: int, C: int, H: int, W: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised channels-last map, also where C, H or W is 1 and PyTorch could call it either layout."""
+    return torch.empty(B, H, W, C, dtype=dtype or like.dtype, device=like.device).permute(0, 3, 1, 2)
