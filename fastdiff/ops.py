@@ -1,46 +1,143 @@
 """The ops that models and diffusion call, and the one place that chooses how each is computed.
 
-Each name here has its definition, shapes and sources in `kernels/reference.py`.
+Each has its definition, shapes and sources in `kernels/reference.py` and `kernels/reference_diffusion.py`. `use`
+switches between those and the kernels; with "auto" a CUDA tensor that a kernel takes gets the kernel.
 """
 
 from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.kernels import group_norm_silu_eager, reference
-from fastdiff.kernels.reference import (
-    ddim_step,
-    ddpm_step,
+from fastdiff.kernels import convolutions, group_norm_silu_eager, reference, reference_diffusion
+from fastdiff.kernels.reference import CounterNoise, image_uniform, update_ema
+from fastdiff.kernels.reference_diffusion import (
+    LOSS_COLUMNS,
+    STEP_COLUMNS,
     discretized_gaussian_log_likelihood,
-    image_noise,
-    image_uniform,
+    log_variance,
     mean_flat,
     normal_kl,
-    q_sample,
-    skip_conv1x1,
-    update_ema,
-    upsample_conv,
+    start_map,
     vb_terms_bpd,
 )
 
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+if HAVE_TRITON:
+    from fastdiff.kernels import attention as triton_attention
+    from fastdiff.kernels import diffusion_loss as triton_loss
+    from fastdiff.kernels import group_norm_silu as triton_norm
+    from fastdiff.kernels import noise as triton_noise
+    from fastdiff.kernels import q_sample as triton_q_sample
+    from fastdiff.kernels import sampler_step as triton_step
+
 __all__ = [
+    "LOSS_COLUMNS",
+    "STEP_COLUMNS",
+    "CounterNoise",
     "attention",
-    "ddim_step",
-    "ddpm_step",
+    "choices",
+    "diffusion_loss",
     "discretized_gaussian_log_likelihood",
     "group_norm_silu",
     "image_noise",
     "image_uniform",
+    "log_variance",
     "mean_flat",
     "normal_kl",
+    "prepared",
     "q_sample",
+    "sampler_step",
     "skip_conv1x1",
+    "start_map",
+    "uses_kernels",
     "update_ema",
     "upsample_conv",
+    "use",
+    "using",
     "vb_terms_bpd",
 ]
+
+Mode = Literal["auto", "triton", "reference"]
+_mode: Mode = "auto"
+
+
+def use(mode: Mode) -> None:
+    """Choose for the whole process: kernels where they run ("auto"), everywhere ("triton"), or never ("reference").
+
+    Raises ValueError where kernels can't run at all: without Triton, or on a CPU outside Triton's interpreter.
+    """
+    global _mode
+    if mode not in get_args(Mode):
+        raise ValueError(f"kernels must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    if mode == "triton":
+        if not HAVE_TRITON:
+            raise ValueError("kernels triton needs Triton, which is not installed; use auto or reference")
+        if not torch.cuda.is_available() and not _interpreted():
+            raise ValueError(
+                "kernels triton needs a GPU (or TRITON_INTERPRET=1, very slow, to try them on a CPU); use auto"
+            )
+    _mode = mode
+
+
+@contextmanager
+def using(mode: Mode) -> Iterator[None]:
+    """`use` for a while."""
+    before = _mode
+    use(mode)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def uses_kernels(x: Tensor, unsupported: str = "") -> bool:
+    """Whether an op on x goes to its kernel; `unsupported` says why "auto" must not."""
+    return HAVE_TRITON and (_mode == "triton" or (_mode == "auto" and x.is_cuda and not unsupported))
+
+
+class Choice(NamedTuple):
+    """What computes an op, and why."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+def choices(device: torch.device) -> list[Choice]:
+    """What `device` gets for each op, for a run to say at its start."""
+    if _mode == "reference":
+        return [Choice("all", "PyTorch", "kernels reference")]
+    if not HAVE_TRITON:
+        return [Choice("all", "PyTorch", "Triton is not installed")]
+    if _mode == "auto" and device.type != "cuda":
+        return [
+            Choice("group_norm_silu", "PyTorch, own backward pass", "eager on a CPU"),
+            Choice("all others", "PyTorch", "no GPU"),
+        ]
+    why = "kernels triton" if _mode == "triton" else "a GPU"
+    attention = "everywhere" if _mode == "triton" else "head sizes that flash attention pads or refuses; else SDPA"
+    return [
+        Choice("group_norm_silu, q_sample, diffusion_loss, sampler_step", "Triton", why),
+        Choice("attention", "Triton", attention),
+        Choice("upsample_conv", "one transposed convolution", "4/9 of the operations"),
+        Choice("skip_conv1x1", "two matrix products", "no concatenated map"),
+    ]
+
+
+# --- the network ---
 
 
 def group_norm_silu(
@@ -53,6 +150,7 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    offset: Tensor | None = None,
     silu: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
@@ -60,8 +158,14 @@ def group_norm_silu(
 
     On a CPU in eager mode the version with fewer passes; torch.compile fuses the definition itself.
     """
-    eager = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    chosen = group_norm_silu_eager.group_norm_silu if eager else reference.group_norm_silu
+    if uses_kernels(x, _norm_unsupported(x, skip, num_groups)):
+        chosen: Any = triton_norm.group_norm_silu
+        if offset is not None and offset.dim() == 1:
+            offset = offset.expand(x.shape[0], -1)
+    elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+        chosen = group_norm_silu_eager.group_norm_silu
+    else:
+        chosen = reference.group_norm_silu
     return chosen(
         x,
         weight,
@@ -71,9 +175,17 @@ def group_norm_silu(
         scale=scale,
         shift=shift,
         skip=skip,
+        offset=offset,
         silu=silu,
         dropout=dropout,
     )
+
+
+def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    if x.shape[1] % 8 or channels % 8:
+        return "channels not in multiples of 8"
+    return "groups too large" if channels // num_groups > triton_norm.MAX_GROUP else ""
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -83,7 +195,130 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """
     B, L, width = qkv.shape
     D = width // (3 * num_heads)
+    if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or _flash_is_better(L, D)):
+        return triton_attention.attention(qkv, num_heads)
     if D > 256 and qkv.is_cuda:  # beyond what the fused kernels take
         return reference.attention(qkv, num_heads)
     q, k, v = qkv.view(B, L, num_heads, 3, D).permute(3, 0, 2, 1, 4).unbind(0)  # [B, N, L, D] each
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, width // 3)
+
+
+def _flash_is_better(L: int, D: int) -> str:
+    """By prediction: flash attention wastes nothing on these sizes, and ours keeps a whole score row up to L = 256."""
+    return "SDPA" if D in (32, 64, 96, 128) or (D <= 256 and L > 256) else ""
+
+
+def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """1x1 convolution of cat(x, skip); see `reference.skip_conv1x1`."""
+    chosen = convolutions if uses_kernels(x) else reference
+    return chosen.skip_conv1x1(x, skip, weight, bias)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Nearest-neighbour enlargement by 2 and a 3x3 convolution; see `reference.upsample_conv`."""
+    chosen = convolutions if uses_kernels(x) else reference
+    return chosen.upsample_conv(x, weight, bias)
+
+
+# --- noise, and diffusion maths ---
+
+
+Noise = Tensor | CounterNoise
+
+
+def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise that depends on (seed, index[b], draw) alone; see `reference.image_noise`."""
+    if uses_kernels(index):
+        draws = draw if isinstance(draw, Tensor) else torch.full_like(index, draw)
+        return triton_noise.image_noise(seed, index, draws, shape)
+    return reference.image_noise(seed, index, draw, shape)
+
+
+def _as_tensor(noise: Noise | None) -> Any:
+    if not isinstance(noise, CounterNoise):
+        return noise
+    return image_noise(noise.seed, noise.index, 0 if noise.draw is None else noise.draw, noise.shape)
+
+
+def _channels(x_start: Tensor) -> int:
+    return x_start.shape[-1 if x_start.dtype == torch.uint8 else 1]
+
+
+def _map_unsupported(x: Tensor) -> str:
+    if x.dtype not in (torch.uint8, torch.float32):
+        return "not float32"
+    if _channels(x) > triton_q_sample.MAX_CHANNELS:
+        return "more than 4 channels"
+    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return "" if dense else "not dense"
+
+
+def prepared(x_start: Tensor, noise: Noise) -> tuple[Tensor, Noise]:
+    """What q_sample and diffusion_loss both read: as given for kernels, floats and a tensor for their definitions."""
+    if uses_kernels(x_start, _map_unsupported(x_start)):
+        return x_start, noise
+    return start_map(x_start), _as_tensor(noise)
+
+
+def q_sample(
+    x_start: Tensor,
+    coefficients: Tensor,
+    noise: Noise,
+    *,
+    flip: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels: int | None = None,
+) -> Tensor:
+    """x_t of x_start, [B, channels, H, W] in `dtype`; see `reference_diffusion.q_sample`."""
+    if uses_kernels(x_start, _map_unsupported(x_start)):
+        return triton_q_sample.q_sample(
+            x_start, coefficients, noise, flip=flip, dtype=dtype, channels=channels
+        )
+    return reference_diffusion.q_sample(
+        x_start, coefficients, _as_tensor(noise), flip=flip, dtype=dtype, channels=channels
+    )
+
+
+def diffusion_loss(
+    output: Tensor,
+    x_start: Tensor,
+    coefficients: Tensor,
+    noise: Noise,
+    *,
+    epsilon: bool = True,
+    variance: str = "fixed",
+    kl: bool = False,
+    vb_scale: float = 1.0,
+    flip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, mse, vb) [B] float32 of a network's output; see `reference_diffusion.diffusion_loss`."""
+    settings: dict[str, Any] = {"epsilon": epsilon, "variance": variance, "kl": kl, "vb_scale": vb_scale, "flip": flip}
+    if uses_kernels(output, _map_unsupported(x_start)):
+        return triton_loss.diffusion_loss(output, x_start, coefficients, noise, **settings)
+    return reference_diffusion.diffusion_loss(output, x_start, coefficients, _as_tensor(noise), **settings)
+
+
+def sampler_step(
+    output: Tensor,
+    x: Tensor,
+    coefficients: Tensor,
+    noise: Noise | None,
+    *,
+    history: tuple[Tensor, ...] = (),
+    epsilon: bool = True,
+    clip: bool = True,
+    variance: str = "fixed",
+    input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x_next, pred_xstart, next network input); see `reference_diffusion.sampler_step`.
+
+    The network input is x_next itself, or with input_dtype, from the kernel, x_next [B, 8, H, W] in that dtype.
+    """
+    settings: dict[str, Any] = {"history": history, "epsilon": epsilon, "clip": clip, "variance": variance}
+    if uses_kernels(output, _map_unsupported(x)):
+        x_next, pred_xstart, network_input = triton_step.sampler_step(
+            output, x, coefficients, noise, **settings, input_dtype=input_dtype
+        )
+        return x_next, pred_xstart, x_next if network_input is None else network_input
+    x_next, pred_xstart = reference_diffusion.sampler_step(output, x, coefficients, _as_tensor(noise), **settings)
+    return x_next, pred_xstart, x_next

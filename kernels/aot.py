@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 import triton
+from fastdiff.kernels.launch import OPTIONS, Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from fastdiff.kernels.launch import OPTIONS, Launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -24,6 +24,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         bias: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
+        offset: Tensor | None,
         num_groups: int,
         eps: float,
         silu: bool,
@@ -36,21 +37,27 @@ class _GroupNormSiLU(torch.autograd.Function):
             return (groups.sum(-1, keepdim=True) / count).expand_as(groups).reshape(B, C)
 
         x = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
-        centered = x - over_group(x.sum(dim=1))[:, None]  # before squaring: exact for |mean| >> std
+        sums = x.sum(dim=1)
+        centre = over_group(sums)
+        if offset is not None:  # moves the mean, and no element on its own
+            offset = offset.float().expand(B, C)
+            centre = over_group(sums + H * W * offset) - offset
+        centered = x - centre[:, None]  # before squaring: exact for |mean| >> std
         rstd = (over_group(centered.square().sum(dim=1)) + eps).rsqrt()
         if scale is not None and shift is not None:
-            gain, offset = weight * (1 + scale), bias * (1 + scale) + shift
+            gain, constant = weight * (1 + scale), bias * (1 + scale) + shift
         else:
-            gain, offset = weight.expand(B, C), bias.expand(B, C)
-        h = torch.addcmul(offset[:, None], centered, (rstd * gain)[:, None])
-        ctx.save_for_backward(centered, h if silu else None, rstd, gain, weight, bias, scale)
+            gain, constant = weight.expand(B, C), bias.expand(B, C)
+        h = torch.addcmul(constant[:, None], centered, (rstd * gain)[:, None])
+        excess = sums / (H * W) - centre if offset is not None else None
+        ctx.save_for_backward(centered, h if silu else None, rstd, gain, weight, bias, scale, excess)
         ctx.over_group, ctx.shape = over_group, (B, H, W, C)
         y = F.silu(h) if silu else h
         return y.view(B, H, W, C).permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        centered, h, rstd, gain, weight, bias, scale = ctx.saved_tensors
+        centered, h, rstd, gain, weight, bias, scale, excess = ctx.saved_tensors
         B, H, W, C = ctx.shape
         grad = grad.permute(0, 2, 3, 1).reshape(B, H * W, C)
         if h is not None:
@@ -60,11 +67,14 @@ class _GroupNormSiLU(torch.autograd.Function):
         slope = -rstd.square() * ctx.over_group(sum_gx * gain)
         constant = -rstd * ctx.over_group(sum_g * gain)
         dx = torch.addcmul(constant[:, None], centered, slope[:, None]).addcmul_(grad, (rstd * gain)[:, None])
+        doffset = None  # the sum of dx, from sums at hand
+        if excess is not None:
+            doffset = rstd * gain * sum_g + H * W * (slope * excess + constant)
         dx = dx.view(B, H, W, C).permute(0, 3, 1, 2)
         if scale is None:
-            return dx, sum_gx.sum(0), sum_g.sum(0), None, None, None, None, None
+            return dx, sum_gx.sum(0), sum_g.sum(0), None, None, doffset, None, None, None
         dweight, dbias = ((total * (1 + scale)).sum(0) for total in (sum_gx, sum_g))
-        return dx, dweight, dbias, sum_gx * weight + sum_g * bias, sum_g, None, None, None
+        return dx, dweight, dbias, sum_gx * weight + sum_g * bias, sum_g, doffset, None, None, None
 
 
 def group_norm_silu(
@@ -77,13 +87,16 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    offset: Tensor | None = None,
     silu: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
     """As `reference.group_norm_silu`, which says what the arguments are."""
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
-    h = _GroupNormSiLU.apply(x.float(), weight.float(), bias.float(), scale, shift, num_groups, eps, silu)
+    if offset is not None and offset.dim() == 1:
+        offset = offset.expand(x.shape[0], -1)
+    h = _GroupNormSiLU.apply(x.float(), weight.float(), bias.float(), scale, shift, offset, num_groups, eps, silu)
     if dropout > 0:
         h = F.dropout(h, dropout)
     return h.to(x.dtype)

@@ -7,6 +7,7 @@ memory format; channels-last is kept where it is given.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +24,23 @@ def group_norm_silu(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     skip: Tensor | None = None,
+    offset: Tensor | None = None,
     silu: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
-    """dropout(silu(group_norm(cat(x, skip)) * (1 + scale) + shift)), in float32, returned in x's dtype.
+    """dropout(silu(group_norm(cat(x, skip) + offset) * (1 + scale) + shift)), in float32, returned in x's dtype.
 
     x, skip       [B, C1, H, W], [B, C2, H, W]; the norm sees C = C1 + C2 channels.
     weight, bias  [C].  scale, shift [B, C], the adaptive norm of Nichol & Dhariwal 2021, appendix A.
+    offset        [B, C] or [C], added before the norm: the bias of the convolution that made x, say.
     dropout       probability that an element is zeroed (the rest grows by 1 / (1 - p)); 0 switches it off.
     """
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
-    h = F.group_norm(x.float(), num_groups, weight.float(), bias.float(), eps)
+    h = x.float() if x.dtype != torch.float64 else x
+    if offset is not None:
+        h = h + offset.view(-1, x.shape[1], 1, 1)
+    h = F.group_norm(h, num_groups, weight.to(h.dtype), bias.to(h.dtype), eps)
     if scale is not None and shift is not None:
         h = torch.addcmul(shift[:, :, None, None], h, 1 + scale[:, :, None, None])
     if silu:
@@ -62,12 +68,14 @@ def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -
     """1x1 convolution of cat(x, skip): [B, C1, H, W], [B, C2, H, W] → [B, C_out, H, W]; weight [C_out, C1+C2, 1, 1]."""
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
-    return F.conv2d(x, weight, bias)
+    return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest-neighbour enlargement by 2, then a 3x3 convolution: [B, C, H, W] → [B, C_out, 2H, 2W]."""
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    return F.conv2d(
+        F.interpolate(x, scale_factor=2.0, mode="nearest"), weight.to(x.dtype), bias.to(x.dtype), padding=1
+    )
 
 
 # Noise from a counter: philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
@@ -88,24 +96,24 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[T
     return c0, c1, c2, c3
 
 
-def _counters(index: Tensor, draw: int, words: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _counters(index: Tensor, draw: int | Tensor, words: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counters of `words` philox calls for each image: (call, draw, index low, index high), broadcast to [B, words]."""
     call = torch.arange(words, device=index.device)[None, :]
     index = index.long()[:, None]
     shape = (index.shape[0], words)
     return (
         call.expand(shape),
-        torch.full_like(call, draw).expand(shape),
+        torch.as_tensor(draw, device=index.device).view(-1, 1).expand(shape),
         (index & _MASK).expand(shape),
         ((index >> 32) & _MASK).expand(shape),
     )
 
 
-def image_noise(seed: int, index: Tensor, draw: int, shape: tuple[int, ...]) -> Tensor:
+def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 noise [B, *shape] that depends on (seed, index[b], draw) alone.
 
     index  [B] int64, which image of the job or of the training stream.
-    draw   which of the image's noises: a sampling step, say.
+    draw   which of the image's noises: a sampling step, say; one for all, or [B] int64.
     Element 4k..4k+3 of an image (in C, H, W order) come from one philox call by the Box-Muller transform.
     """
     count = math.prod(shape)
@@ -125,98 +133,25 @@ def image_noise(seed: int, index: Tensor, draw: int, shape: tuple[int, ...]) -> 
     return normal.float().flatten(1)[:, :count].reshape(-1, *shape)
 
 
+class CounterNoise(NamedTuple):
+    """The noise of `image_noise`, [B, *shape], by name: ops that take it make it where they use it.
+
+    index [B] int64; draw [B] int64, or None for the first.
+    """
+
+    seed: int
+    index: Tensor
+    shape: tuple[int, ...]
+    draw: Tensor | None = None
+
+
 def image_uniform(seed: int, index: Tensor, draw: int) -> Tensor:
     """One uniform float64 in (0, 1) per image, [B], that depends on (seed, index[b], draw) alone."""
     word = philox(seed, *_counters(index, draw, 1))[0]
     return (word[:, 0].double() + 0.5) * 2.0**-32
 
 
-# Diffusion maths. Coefficients are [B] float32, one per image; `_wide` lays them over [B, C, H, W].
-
-
-def _wide(coefficient: Tensor) -> Tensor:
-    return coefficient[:, None, None, None]
-
-
-def q_sample(
-    x_start: Tensor, noise: Tensor, sqrt_alphas_cumprod: Tensor, sqrt_one_minus_alphas_cumprod: Tensor
-) -> Tensor:
-    """x_t ~ q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)  (Ho et al. 2020, eq. 4). Coefficients [B]."""
-    return _wide(sqrt_alphas_cumprod) * x_start + _wide(sqrt_one_minus_alphas_cumprod) * noise
-
-
 def update_ema(averages: list[Tensor], sources: list[Tensor], rate: float) -> None:
     """average = rate * average + (1 - rate) * source, in place, for every pair (float32)."""
     torch._foreach_mul_(averages, rate)
     torch._foreach_add_(averages, sources, alpha=1 - rate)
-
-
-def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)) in nats, elementwise; the second may be plain numbers."""
-    mean2, logvar2 = (torch.as_tensor(v, dtype=mean1.dtype, device=mean1.device) for v in (mean2, logvar2))
-    return 0.5 * (
-        logvar2 - logvar1 - 1.0 + torch.exp(logvar1 - logvar2) + (mean1 - mean2).square() * torch.exp(-logvar2)
-    )
-
-
-def approx_standard_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal's cumulative distribution (Page 1977)."""
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Log probability (nats) of 8-bit x in [-1, 1] under a Gaussian cut into 256 bins (Ho et al. 2020, eq. 13)."""
-    centered = x - means
-    inv_std = torch.exp(-log_scales)
-    cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
-    cdf_minus = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
-    inside = (cdf_plus - cdf_minus).clamp(min=1e-12).log()
-    low_end = cdf_plus.clamp(min=1e-12).log()
-    high_end = (1.0 - cdf_minus).clamp(min=1e-12).log()
-    return torch.where(x < -0.999, low_end, torch.where(x > 0.999, high_end, inside))
-
-
-def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all axes but the first."""
-    return x.flatten(1).mean(dim=1)
-
-
-def vb_terms_bpd(
-    x_start: Tensor,
-    true_mean: Tensor,
-    true_log_variance: Tensor,
-    mean: Tensor,
-    log_variance: Tensor,
-    is_first: Tensor,
-) -> Tensor:
-    """A term of the variational bound in bits per dimension, [B] (Nichol & Dhariwal 2021, eq. 4-7).
-
-    KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) where is_first [B] is false, -log p(x_0 | x_1) where it is true.
-    """
-    kl = mean_flat(normal_kl(true_mean, true_log_variance, mean, log_variance)) / math.log(2.0)
-    nll = -discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
-    return torch.where(is_first, mean_flat(nll) / math.log(2.0), kl)
-
-
-def ddpm_step(mean: Tensor, log_variance: Tensor, noise: Tensor, not_first: Tensor) -> Tensor:
-    """x_{t-1} = mean + not_first * exp(log_variance / 2) * noise. not_first [B] float is 0 at t = 0."""
-    return mean + _wide(not_first) * torch.exp(0.5 * log_variance) * noise
-
-
-def ddim_step(
-    x: Tensor,
-    pred_xstart: Tensor,
-    noise: Tensor,
-    alphas_cumprod: Tensor,
-    alphas_cumprod_prev: Tensor,
-    sqrt_recip_alphas_cumprod: Tensor,
-    sqrt_recipm1_alphas_cumprod: Tensor,
-    not_first: Tensor,
-    eta: float,
-) -> Tensor:
-    """x_{t-1} from x_t and the predicted x_0 (Song et al. 2020, DDIM, eq. 12 and 16). Coefficients [B]."""
-    eps = (_wide(sqrt_recip_alphas_cumprod) * x - pred_xstart) / _wide(sqrt_recipm1_alphas_cumprod)
-    a_t, a_prev = _wide(alphas_cumprod), _wide(alphas_cumprod_prev)
-    sigma = eta * torch.sqrt((1 - a_prev) / (1 - a_t)) * torch.sqrt(1 - a_t / a_prev)
-    mean = pred_xstart * torch.sqrt(a_prev) + torch.sqrt(1 - a_prev - sigma**2) * eps
-    return mean + _wide(not_first) * sigma * noise

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from fastdiff.kernels import reference
+from fastdiff.kernels import reference_diffusion
 from golden_cases import Case, cases, diffusion_for
 
 from fastdiff import ops
@@ -78,7 +78,7 @@ def test_likelihoods(case: Case) -> None:
     mean1, logvar1, mean2, logvar2 = (case.tensor(f"in_kl_{n}") for n in ("mean1", "logvar1", "mean2", "logvar2"))
     case.check("out_kl", ops.normal_kl(mean1, logvar1, mean2, logvar2))
     case.check("out_kl_standard_prior", ops.normal_kl(mean1, logvar1, 0.0, 0.0))
-    case.check("out_cdf", reference.approx_standard_normal_cdf(case.tensor("in_cdf_x")))
+    case.check("out_cdf", reference_diffusion.approx_standard_normal_cdf(case.tensor("in_cdf_x")))
     x, means, scales = (case.tensor(f"in_ll_{n}") for n in ("x", "means", "log_scales"))
     case.check("out_ll_float32", ops.discretized_gaussian_log_likelihood(x, means=means, log_scales=scales))
     got = ops.discretized_gaussian_log_likelihood(x.double(), means=means.double(), log_scales=scales.double())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,6 +65,7 @@ class GaussianDiffusion:
     var_type: ModelVarType = ModelVarType.FIXED_LARGE
     loss_type: LossType = LossType.MSE
     rescale_timesteps: bool = False
+    min_snr_gamma: float = 0.0
 
     def __post_init__(self) -> None:
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
@@ -75,6 +77,11 @@ class GaussianDiffusion:
     @property
     def learns_variance(self) -> bool:
         return self.var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+    @property
+    def variance(self) -> str:
+        """What the second half of a network's output is, as the ops call it."""
+        return {ModelVarType.LEARNED: "learned", ModelVarType.LEARNED_RANGE: "range"}.get(self.var_type, "fixed")
 
     def at(self, table: str, t: Tensor) -> Tensor:
         """The schedule's float64 table at t, as float32 [B]; tables are kept on the device after the first use."""
@@ -101,9 +108,7 @@ class GaussianDiffusion:
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t for x_0 and the noise (drawn if not given)."""
         noise = torch.randn_like(x_start) if noise is None else noise
-        return ops.q_sample(
-            x_start, noise, self.at("sqrt_alphas_cumprod", t), self.at("sqrt_one_minus_alphas_cumprod", t)
-        )
+        return ops.q_sample(x_start, self._loss_table(t.device)[t][:, :2], noise)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7)."""
@@ -119,20 +124,23 @@ class GaussianDiffusion:
             "sqrt_recipm1_alphas_cumprod", t
         )
 
+    @property
+    def log_variance_table(self) -> str:
+        """The schedule's table of the fixed log variance; of a learned range, of its upper end."""
+        if self.var_type is ModelVarType.FIXED_SMALL:
+            return "posterior_log_variance_clipped"
+        return "fixed_large_log_variance" if self.var_type is ModelVarType.FIXED_LARGE else "log_betas"
+
     def _variances(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Variance and log variance of the step back; `values` is the network's share of them."""
-        if self.var_type is ModelVarType.FIXED_SMALL:
-            variance, log_variance = "posterior_variance", "posterior_log_variance_clipped"
-        elif self.var_type is ModelVarType.FIXED_LARGE:
-            variance, log_variance = "fixed_large_variance", "fixed_large_log_variance"
-        else:
-            assert values is not None
-            if self.var_type is ModelVarType.LEARNED_RANGE:  # Nichol & Dhariwal 2021, eq. 15
-                share = (values + 1) / 2
-                low, high = self._at("posterior_log_variance_clipped", t), self._at("log_betas", t)
-                values = share * high + (1 - share) * low
-            return values.exp(), values
-        return self._at(variance, t).expand_as(x), self._at(log_variance, t).expand_as(x)
+        high = self._at(self.log_variance_table, t)
+        if values is None:
+            small = self.var_type is ModelVarType.FIXED_SMALL
+            variance = self._at("posterior_variance" if small else "fixed_large_variance", t)
+            return variance.expand_as(x), high.expand_as(x)
+        low = self._at("posterior_log_variance_clipped", t)
+        values = ops.log_variance(values, self.variance, low, high, x)
+        return values.exp(), values
 
     def p_mean_variance_from_output(
         self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool = True
@@ -184,29 +192,60 @@ class GaussianDiffusion:
         x_start: Tensor,
         t: Tensor,
         model_kwargs: dict[str, Any] | None = None,
-        noise: Tensor | None = None,
+        noise: ops.Noise | None = None,
     ) -> dict[str, Tensor]:
         """The loss of every image, {"loss": [B], and "mse", "vb" where the loss has them}, float32.
+
+        x_start is float32 [B, C, H, W], or the bytes [B, H, W, C] of images. Only "loss" carries a gradient.
 
         With learned variances and an MSE loss (L_hybrid, Nichol & Dhariwal 2021, eq. 16) the bound trains the
         variances alone: the mean inside it carries no gradient.
         """
-        noise = torch.randn_like(x_start) if noise is None else noise
-        x_t = self.q_sample(x_start, t, noise)
+        if noise is None:
+            noise = torch.randn_like(ops.start_map(x_start))
+        x_start, noise = ops.prepared(x_start, noise)
+        rows = self._loss_table(x_start.device)[t]
+        dtype, channels = getattr(model, "input_format", None) or (torch.float32, None)
+        x_t = ops.q_sample(x_start, rows[:, :2], noise, dtype=dtype, channels=channels)
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
-        if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
-            loss = self._bound(x_start, x_t, t, self.p_mean_variance_from_output(output, x_t, t, clip_denoised=False))
-            return {"loss": loss * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else loss}
-        terms = {}
-        if self.learns_variance:
-            output, values = output.chunk(2, dim=1)
-            frozen = torch.cat([output.detach(), values], dim=1)
-            vb = self._bound(x_start, x_t, t, self.p_mean_variance_from_output(frozen, x_t, t, clip_denoised=False))
-            terms["vb"] = vb * (self.num_timesteps / 1000.0) if self.loss_type is LossType.RESCALED_MSE else vb
-        target = noise if self.mean_type is ModelMeanType.EPSILON else x_start
-        terms["mse"] = ops.mean_flat((target - output).square())
-        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
-        return terms
+        kl = self.loss_type in (LossType.KL, LossType.RESCALED_KL)
+        scale = {LossType.RESCALED_KL: float(self.num_timesteps), LossType.RESCALED_MSE: self.num_timesteps / 1000.0}
+        loss, mse, vb = ops.diffusion_loss(
+            output,
+            x_start,
+            rows,
+            noise,
+            epsilon=self.mean_type is ModelMeanType.EPSILON,
+            variance=self.variance,
+            kl=kl,
+            vb_scale=scale.get(self.loss_type, 1.0),
+        )
+        if kl:
+            return {"loss": loss}
+        return {"loss": loss, "mse": mse, **({"vb": vb} if self.learns_variance else {})}
+
+    def _loss_table(self, device: torch.device) -> Tensor:
+        """Coefficients of diffusion_loss at every t, [S, 10] float32, columns ops.LOSS_COLUMNS."""
+        key = ("loss", device)
+        if key not in self._tables:
+            s = self.schedule
+            columns = {
+                "log_variance": getattr(s, self.log_variance_table),
+                "mse_weight": self._mse_weights(),
+                "is_first": np.arange(s.num_timesteps) == 0,
+            }
+            table = np.stack([columns[n] if n in columns else getattr(s, n) for n in ops.LOSS_COLUMNS], axis=1)
+            self._tables[key] = torch.from_numpy(table.astype(np.float32)).to(device)
+        return self._tables[key]
+
+    def _mse_weights(self) -> np.ndarray:
+        """Min-SNR weights of the squared error at every t (Hang et al. 2023, https://arxiv.org/abs/2303.09556)."""
+        s = self.schedule
+        if not self.min_snr_gamma:
+            return np.ones(s.num_timesteps)
+        snr = s.alphas_cumprod / (1 - s.alphas_cumprod)
+        clipped = np.minimum(snr, self.min_snr_gamma)
+        return clipped / snr if self.mean_type is ModelMeanType.EPSILON else clipped
 
     def prior_bpd(self, x_start: Tensor) -> Tensor:
         """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]."""
@@ -258,4 +297,5 @@ def create_diffusion(settings: DiffusionSettings, learn_sigma: bool) -> Gaussian
         var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=settings.rescale_timesteps,
+        min_snr_gamma=settings.min_snr_gamma,
     )

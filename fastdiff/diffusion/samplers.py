@@ -1,7 +1,9 @@
 """From noise to images: generators over the steps of a process. Each yields after every step.
 
-They know no progress bar, seed or file: `noise(t)` gives the standard normal noise [B, C, H, W] of step t, so a job
-can give every image its own seed and a test can feed recorded noise.
+They know no progress bar, seed or file: `noise(t)` gives the standard normal noise [B, C, H, W] of step t, as a tensor
+or as counters, so a job can give every image its own seed and a test can feed recorded noise.
+
+From the network's output to the next x is one op whose coefficients, a table over t, tell the samplers apart.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion.process import GaussianDiffusion, Model
+from fastdiff.diffusion.process import GaussianDiffusion, Model, ModelMeanType
 
-Noise = Callable[[int], Tensor]
+Noise = Callable[[int], ops.Noise]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,43 @@ def _timesteps(x: Tensor, t: int) -> Tensor:
     return torch.full((len(x),), t, device=x.device)
 
 
+def _table(diffusion: GaussianDiffusion, device: torch.device, **columns: np.ndarray) -> Tensor:
+    """Coefficients of ops.sampler_step at every t, [S, 10] float32; columns that aren't given are 0."""
+    s = diffusion.schedule
+    known = {"recip": s.sqrt_recip_alphas_cumprod, "recipm1": s.sqrt_recipm1_alphas_cumprod, **columns}
+    zeros = np.zeros(s.num_timesteps)
+    table = np.stack([known.get(name, zeros) for name in ops.STEP_COLUMNS], axis=1)
+    return torch.from_numpy(table.astype(np.float32)).to(device)
+
+
+def _loop(
+    diffusion: GaussianDiffusion,
+    model: Model,
+    x: Tensor,
+    noise: Noise | None,
+    table: Tensor,
+    variance: str,
+    clip_denoised: bool,
+    model_kwargs: dict[str, Any] | None,
+) -> Iterator[Step]:
+    """Every step from the last to the first, by a table of coefficients."""
+    dtype, _ = getattr(model, "input_format", None) or (None, None)
+    network_input = x
+    for step in reversed(range(diffusion.num_timesteps)):
+        output = model(network_input, diffusion.model_timesteps(_timesteps(x, step)), **(model_kwargs or {}))
+        x, pred_xstart, network_input = ops.sampler_step(
+            output,
+            x,
+            table[step].expand(len(x), -1),
+            noise(step) if noise and step > 0 else None,
+            epsilon=diffusion.mean_type is ModelMeanType.EPSILON,
+            clip=clip_denoised,
+            variance=variance,
+            input_dtype=dtype,
+        )
+        yield Step(step, x, pred_xstart)
+
+
 @torch.no_grad()
 def p_sample_loop(
     diffusion: GaussianDiffusion,
@@ -42,11 +82,18 @@ def p_sample_loop(
     model_kwargs: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) from x = x_T [B, C, H, W] float32."""
-    for step in reversed(range(diffusion.num_timesteps)):
-        t = _timesteps(x, step)
-        p = diffusion.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
-        x = ops.ddpm_step(p.mean, p.log_variance, noise(step), (t != 0).float())
-        yield Step(step, x, p.pred_xstart)
+    s = diffusion.schedule
+    log_variance = getattr(s, diffusion.log_variance_table)
+    table = _table(
+        diffusion,
+        x.device,
+        x=s.posterior_mean_coef2,
+        x_start=s.posterior_mean_coef1,
+        sigma=np.ones_like(log_variance) if diffusion.learns_variance else np.exp(0.5 * log_variance),
+        low=s.posterior_log_variance_clipped,
+        high=log_variance,
+    )
+    yield from _loop(diffusion, model, x, noise, table, diffusion.variance, clip_denoised, model_kwargs)
 
 
 @torch.no_grad()
@@ -60,21 +107,18 @@ def ddim_sample_loop(
     eta: float = 0.0,
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): eta 0 is deterministic, 1 is as noisy as DDPM."""
-    for step in reversed(range(diffusion.num_timesteps)):
-        t = _timesteps(x, step)
-        p = diffusion.p_mean_variance(model, x, t, clip_denoised, model_kwargs)
-        x = ops.ddim_step(
-            x,
-            p.pred_xstart,
-            noise(step) if eta > 0 else torch.zeros_like(x),
-            diffusion.at("alphas_cumprod", t),
-            diffusion.at("alphas_cumprod_prev", t),
-            diffusion.at("sqrt_recip_alphas_cumprod", t),
-            diffusion.at("sqrt_recipm1_alphas_cumprod", t),
-            (t != 0).float(),
-            eta,
-        )
-        yield Step(step, x, p.pred_xstart)
+    s = diffusion.schedule
+    a_t, a_prev = s.alphas_cumprod, s.alphas_cumprod_prev
+    sigma = eta * np.sqrt((1 - a_prev) / (1 - a_t)) * np.sqrt(1 - a_t / a_prev)  # eq. 16
+    direction = np.sqrt(1 - a_prev - sigma**2)  # of the noise in eq. 12, here written out in x and x_0
+    table = _table(
+        diffusion,
+        x.device,
+        x=direction * s.sqrt_recip_alphas_cumprod / s.sqrt_recipm1_alphas_cumprod,
+        x_start=np.sqrt(a_prev) - direction / s.sqrt_recipm1_alphas_cumprod,
+        sigma=sigma,
+    )
+    yield from _loop(diffusion, model, x, noise if eta > 0 else None, table, "fixed", clip_denoised, model_kwargs)
 
 
 @torch.no_grad()
@@ -91,7 +135,8 @@ def ddim_reverse_step(
     pred_xstart = diffusion.p_mean_variance(model, x, t, clip_denoised, model_kwargs).pred_xstart
     eps = diffusion.predict_eps_from_xstart(x, t, pred_xstart)
     a_next = diffusion.at("alphas_cumprod_next", t)
-    return Step(step, ops.q_sample(pred_xstart, eps, a_next.sqrt(), (1 - a_next).sqrt()), pred_xstart)
+    coefficients = torch.stack([a_next.sqrt(), (1 - a_next).sqrt()], dim=1)
+    return Step(step, ops.q_sample(pred_xstart, coefficients, eps), pred_xstart)
 
 
 def ddim_reverse_loop(

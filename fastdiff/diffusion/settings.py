@@ -30,9 +30,13 @@ class DiffusionSettings(Settings):
     """Show the network timesteps scaled to 0..1000."""
     rescale_learned_sigmas: bool = True
     """With learn_sigma: scale the bound's share of the hybrid loss by T / 1000."""
+    min_snr_gamma: float = Field(0.0, ge=0)
+    """Weigh the squared error by Min-SNR with this gamma (Hang et al. 2023; 5 is usual); 0: no weights."""
 
     @model_validator(mode="after")
     def _possible(self) -> DiffusionSettings:
         named_betas(self.noise_schedule, self.diffusion_steps)
+        if self.use_kl and self.min_snr_gamma:
+            raise ValueError("min_snr_gamma weighs the squared error, which use_kl leaves out; give one of them")
         space_timesteps(self.diffusion_steps, self.timestep_respacing)
         return self

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastdiff import ops
 from fastdiff.models.blocks import (
     AttentionBlock,
     Conv2d,
     Downsample,
     GroupNorm,
+    InputConv,
     Linear,
     ResBlock,
     Upsample,
@@ -66,7 +68,7 @@ class UNet(nn.Module):
         attends = [2**level in settings.attention_factors for level in range(len(channels))]
 
         c = width
-        self.input_blocks = nn.ModuleList([Stage(Conv2d(settings.network_in_channels, c, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Stage(InputConv(settings.network_in_channels, c, 3, padding=1))])
         skips = [c]
         for level, c_level in enumerate(channels):
             for _ in range(settings.num_res_blocks):
@@ -94,6 +96,13 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(GroupNorm(c), nn.Identity(), zeroed(Conv2d(c, settings.out_channels, 3, padding=1)))
+
+    @property
+    def input_format(self) -> tuple[torch.dtype, int] | None:
+        """(dtype, 8) of a map that may come in place of x, its channels padded with zeros; None where none may."""
+        first = self.input_blocks[0][0].weight  # type: ignore[index, union-attr]
+        padded = self.settings.network_in_channels == self.settings.in_channels <= 4 and ops.uses_kernels(first)
+        return (self.dtype, 8) if padded else None
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         """The conditioning of every residual block, [B, 4 * num_channels] float32."""

@@ -70,8 +70,8 @@ def draw(
     All noise of an image comes from (seed, its number), so it doesn't matter which others are drawn beside it.
     """
 
-    def noise(t: int) -> Tensor:
-        return ops.image_noise(seed | SAMPLES, index, t + 1, shape)
+    def noise(t: int) -> ops.CounterNoise:
+        return ops.CounterNoise(seed | SAMPLES, index, shape, torch.full_like(index, t + 1))
 
     x = ops.image_noise(seed | SAMPLES, index, 0, shape)
     if use_ddim:

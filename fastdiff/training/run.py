@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from fastdiff import ops
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.images import Loader, open_images
@@ -260,7 +261,7 @@ class _Run:
         kwargs: dict[str, Any] = {}
         batch = next(self.trainer.loader.once()) if isinstance(settings, SuperResSettings) else None
         if batch is not None:
-            x = Trainer.images_to_network(batch.images[: train.sample_count])
+            x = ops.start_map(batch.images[: train.sample_count])
             kwargs["low_res"] = low_res_of(x, settings.small_size)
             index = index[: len(x)]
         if settings.class_cond:

@@ -120,33 +120,27 @@ class Trainer:
 
     def losses(self, batch: Batch) -> Tensor:
         """The loss of a micro-batch, to be minimised; its terms go to the meter and the timestep sampler."""
-        x_start = self.images_to_network(batch.images)
         t, weights = self.draw_timesteps(batch)
-        noise = self.draw_noise(batch, x_start.shape)
         model_kwargs = {}
         if self.model_settings.class_cond:
             model_kwargs["y"] = batch.labels
         if isinstance(self.model_settings, SuperResSettings):
-            model_kwargs["low_res"] = low_res_of(x_start, self.model_settings.small_size)
-        terms = self.diffusion.training_losses(self.engine, x_start, t, model_kwargs, noise)
+            model_kwargs["low_res"] = low_res_of(ops.start_map(batch.images), self.model_settings.small_size)
+        terms = self.diffusion.training_losses(self.engine, batch.images, t, model_kwargs, self.noise_of(batch))
         self.sampler.update(t, terms["loss"].detach())
         self.meter.add(t, weights, terms)
         return (terms["loss"] * weights).mean()
-
-    @staticmethod
-    def images_to_network(images: Tensor) -> Tensor:
-        """[B, H, W, C] uint8 → [B, C, H, W] float32 in [-1, 1], channels-last without a copy."""
-        return (images.float() / 127.5 - 1).permute(0, 3, 1, 2)
 
     def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Timesteps and importance weights of a micro-batch."""
         positions = batch.positions.to(self.device, non_blocking=True)
         return self.sampler.sample(ops.image_uniform(self.train.seed | TIMESTEPS, positions, 0))
 
-    def draw_noise(self, batch: Batch, shape: torch.Size) -> Tensor:
-        """The noise of a micro-batch, [B, C, H, W]."""
+    def noise_of(self, batch: Batch) -> ops.CounterNoise:
+        """The noise of a micro-batch, named by the images' positions in the stream."""
         positions = batch.positions.to(self.device, non_blocking=True)
-        return ops.image_noise(self.train.seed | NOISE, positions, 0, tuple(shape[1:]))
+        _, H, W, C = batch.images.shape
+        return ops.CounterNoise(self.train.seed | NOISE, positions, (C, H, W))
 
     def _seed_dropout(self, micro: int) -> None:
         entropy = [self.train.seed, self.step, self.processes.rank, micro]

@@ -49,10 +49,6 @@ class ScriptedTrainer(Trainer):
     noise: Tensor
     weights: Tensor | None = None
 
-    @staticmethod
-    def images_to_network(images: Tensor) -> Tensor:
-        return images
-
     def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         row = int(batch.positions[0])
         t = self.t[row]
@@ -60,5 +56,5 @@ class ScriptedTrainer(Trainer):
             return t, self.weights[row]
         return t, importance(self.sampler, t)
 
-    def draw_noise(self, batch: Batch, shape: torch.Size) -> Tensor:
+    def noise_of(self, batch: Batch) -> Tensor:  # type: ignore[override]
         return self.noise[int(batch.positions[0])]
