@@ -70,7 +70,7 @@ def _kl(b_d, b_true_lv, b_lv):
     """KL between Gaussians whose means differ by b_d (true - predicted), and its derivatives."""
     b_inv = tl.exp(-b_lv)
     b_ratio, b_square = tl.exp(b_true_lv - b_lv), b_d * b_d * b_inv
-    return 0.5 * (-1.0 + b_lv - b_true_lv + b_ratio + b_square), -b_d * b_inv, 0.5 * (1.0 - b_ratio - b_square)
+    return 0.5 * (b_lv - b_true_lv - 1.0 + b_ratio + b_square), -b_d * b_inv, 0.5 * (1.0 - b_ratio - b_square)
 
 
 @triton.jit
@@ -117,11 +117,10 @@ def _diffusion_loss(
                     b_slope = (b_high - b_low) / 2.0
             b_x_t = b_a * b_x + b_s * b_noise
             b_pred = b_recip * b_x_t - b_recipm1 * b_out if EPSILON else b_out
-            b_mean = b_c1 * b_pred + b_c2 * b_x_t
             if i_first > 0:
-                b_term, b_dmean, b_dlv = _nll(b_x, b_mean, b_lv)
-            else:
-                b_term, b_dmean, b_dlv = _kl(b_c1 * b_x + b_c2 * b_x_t - b_mean, b_low, b_lv)
+                b_term, b_dmean, b_dlv = _nll(b_x, b_c1 * b_pred + b_c2 * b_x_t, b_lv)
+            else:  # x_0 - pred is (output - noise) * recipm1: late in the chain a difference would lose most digits
+                b_term, b_dmean, b_dlv = _kl(b_c1 * (b_off * b_recipm1 if EPSILON else -b_off), b_low, b_lv)
             b_vb += tl.where(m, b_term, 0.0)
             b_unit = vb_scale * b_each * INV_LN2
             if KL:

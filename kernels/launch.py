@@ -88,7 +88,7 @@ def _warn_once(message: str) -> None:
 
 def channels_last(x: Tensor, op: str, name: str) -> Tensor:
     """A map [B, C, H, W] in channels-last memory; any other layout is converted, with one warning per op."""
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
         return x
     if not torch.compiler.is_compiling():
         _warn_once(

@@ -85,10 +85,12 @@ _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
-def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    seed: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit random words for each 128-bit counter (c0, c1, c2, c3), as int64 tensors in [0, 2^32)."""
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
+    for _ in range(rounds):
         a, b = c0 * _ROUND_A, c2 * _ROUND_B  # wraps past 2^63; the low 64 bits are the product's all the same
         c0, c1 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK
         c2, c3 = ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
@@ -130,7 +132,7 @@ def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, 
         ],
         dim=-1,
     )
-    return normal.float().flatten(1)[:, :count].reshape(-1, *shape)
+    return normal.float().flatten(1)[:, :count].reshape(-1, *shape).contiguous()
 
 
 class CounterNoise(NamedTuple):

@@ -33,6 +33,11 @@ def _wide(coefficient: Tensor) -> Tensor:
     return coefficient[:, None, None, None]
 
 
+def at_least_float(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def start_map(x_start: Tensor) -> Tensor:
     """x_start as float [B, C, H, W] in [-1, 1]: bytes [B, H, W, C] become a channels-last map."""
     if x_start.dtype != torch.uint8:
@@ -146,7 +151,8 @@ def diffusion_loss(
     """
     x_start = _mirrored(start_map(x_start), flip)
     a, s, recip, recipm1, c1, c2, low, high = (_wide(column) for column in coefficients[:, :8].unbind(1))
-    output, values = output.float().chunk(2, dim=1) if variance != "fixed" else (output.float(), None)
+    output = at_least_float(output)
+    output, values = output.chunk(2, dim=1) if variance != "fixed" else (output, None)
     mse = torch.zeros_like(coefficients[:, 0]) if kl else mean_flat(((noise if epsilon else x_start) - output).square())
     vb = torch.zeros_like(mse)
     if kl or variance != "fixed":
@@ -184,7 +190,8 @@ def sampler_step(
     """
     column = dict(zip(STEP_COLUMNS, (_wide(column) for column in coefficients.unbind(1)), strict=True))
     C = x.shape[1]
-    output, values = output[:, :C].float(), output[:, C:].float() if variance != "fixed" else None
+    output = at_least_float(output)
+    output, values = output[:, :C], output[:, C:] if variance != "fixed" else None
     pred_xstart = column["recip"] * x - column["recipm1"] * output if epsilon else output
     if clip:
         pred_xstart = pred_xstart.clamp(-1, 1)

@@ -225,18 +225,21 @@ class GaussianDiffusion:
         return {"loss": loss, "mse": mse, **({"vb": vb} if self.learns_variance else {})}
 
     def _loss_table(self, device: torch.device) -> Tensor:
-        """Coefficients of diffusion_loss at every t, [S, 10] float32, columns ops.LOSS_COLUMNS."""
+        """Coefficients of diffusion_loss at every t, [S, 10] float32 on the device."""
         key = ("loss", device)
         if key not in self._tables:
-            s = self.schedule
-            columns = {
-                "log_variance": getattr(s, self.log_variance_table),
-                "mse_weight": self._mse_weights(),
-                "is_first": np.arange(s.num_timesteps) == 0,
-            }
-            table = np.stack([columns[n] if n in columns else getattr(s, n) for n in ops.LOSS_COLUMNS], axis=1)
-            self._tables[key] = torch.from_numpy(table.astype(np.float32)).to(device)
+            self._tables[key] = torch.from_numpy(self.loss_coefficients().astype(np.float32)).to(device)
         return self._tables[key]
+
+    def loss_coefficients(self) -> np.ndarray:
+        """[S, 10] float64, columns ops.LOSS_COLUMNS."""
+        s = self.schedule
+        columns = {
+            "log_variance": getattr(s, self.log_variance_table),
+            "mse_weight": self._mse_weights(),
+            "is_first": np.arange(s.num_timesteps) == 0,
+        }
+        return np.stack([columns[n] if n in columns else getattr(s, n) for n in ops.LOSS_COLUMNS], axis=1)
 
     def _mse_weights(self) -> np.ndarray:
         """Min-SNR weights of the squared error at every t (Hang et al. 2023, https://arxiv.org/abs/2303.09556)."""

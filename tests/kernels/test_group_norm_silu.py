@@ -1,0 +1,291 @@
+"""The Triton group norm against float64 and against torch at the same dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fastdiff.kernels import group_norm_silu as module
+from fastdiff.kernels import launch, reference
+from fastdiff.kernels.group_norm_silu import Plan, drop_below, group_norm_silu, plan
+from kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, error, normal
+from torch import Tensor
+
+Inputs = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element which a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(
+    B: int, C1: int, C2: int, H: int, W: int, dtype: torch.dtype, *, affine: bool = True, offset: bool = True,
+    mean: float = 3.0, std: float = 1.0,
+) -> Inputs:  # fmt: skip
+    C = C1 + C2
+    made: Inputs = {
+        "x": channels_last(normal(B, C1, H, W, mean=mean, std=std, dtype=dtype)),
+        "weight": normal(C, seed=1, mean=1.0),
+        "bias": normal(C, seed=2),
+    }
+    if C2:
+        made["skip"] = channels_last(normal(B, C2, H, W, seed=3, mean=-mean, std=2 * std, dtype=dtype))
+    if affine:  # halves of one tensor, as the embedding's projection gives them
+        made["scale"], made["shift"] = normal(B, 2 * C, seed=4).chunk(2, dim=1)
+    if offset:
+        made["offset"] = normal(B, C, seed=5)
+    return made
+
+
+def run(function: Any, given: Inputs, upstream: Tensor, dtype: torch.dtype | None = None, **settings: Any) -> Inputs:
+    """Output and gradients by name."""
+    leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in given.items()}
+    y = function(**leaves, **settings)
+    gradients = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def check(given: Inputs, dtype: torch.dtype, **settings: Any) -> Inputs:
+    """Output and every gradient err at most twice as much as torch's at the same dtype."""
+    B, C1, H, W = given["x"].shape
+    C = C1 + (given["skip"].shape[1] if "skip" in given else 0)
+    upstream = channels_last(normal(B, C, H, W, seed=6, mean=0.5, dtype=dtype))
+    exact = run(reference.group_norm_silu, given, upstream, torch.float64, **settings)
+    theirs = run(reference.group_norm_silu, given, upstream, **settings)
+    ours = run(group_norm_silu, given, upstream, **settings)
+    for name in exact:
+        assert_no_worse(ours[name], theirs[name], exact[name], name)
+    assert ours["y"].is_contiguous(memory_format=torch.channels_last)
+    return ours
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Replaces parts of the launch plan, to send small maps down every path."""
+
+    def changed(B: int, L: int, *args: Any) -> Plan:
+        made = dataclasses.replace(plan(B, L, *args), **changes)
+        return dataclasses.replace(made, splits=-(-L // made.rows))
+
+    monkeypatch.setattr(module, "plan", changed)
+
+
+SPLIT = {"slab": False, "rows": 8, "block_l": 4, "block_c": 32}
+LOOPED = {"slab": True, "one_block": False, "block_l": 4, "programs": 3}
+WAYS = {"one block": {}, "looped slab": LOOPED, "split": SPLIT}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_way_through_memory(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5x3 pixels fill no block of any way; groups hold channels of both maps."""
+    planned(monkeypatch, **WAYS[way])
+    check(inputs(2, 64, 32, 5, 3, dtype), dtype)
+
+
+SHAPES = {
+    "one pixel": (2, 128, 0, 1, 1),
+    "batch of one": (1, 32, 0, 4, 4),
+    "6 channels per group": (1, 192, 0, 2, 3),
+    "18 channels per group": (1, 576, 0, 2, 2),
+    "42 channels per group": (1, 896, 448, 1, 2),
+    "a group across both maps": (1, 40, 24, 3, 2),
+    "not square": (1, 64, 0, 2, 9),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: str) -> None:
+    check(inputs(*SHAPES[shape], torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])
+@pytest.mark.parametrize("affine", [True, False], ids=["scale", "no scale"])
+def test_options(silu: bool, affine: bool) -> None:
+    given = inputs(2, 64, 0, 3, 3, torch.bfloat16, affine=affine, offset=not silu)
+    check(given, torch.bfloat16, silu=silu)
+
+
+@pytest.mark.parametrize("num_groups", [8, 16])
+def test_other_group_counts(num_groups: int) -> None:
+    check(inputs(1, 64, 0, 3, 3, torch.float32), torch.float32, num_groups=num_groups, eps=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_far_off_centre(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean 100, spread 0.1: E[x²] - E[x]² in float32 would leave one digit of the variance."""
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(1, 64, 0, 4, 5, torch.float32, affine=False, offset=False, mean=100.0, std=0.1)
+    check(given, torch.float32, silu=False)
+
+
+def test_an_outlier_in_the_first_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums around the first value must survive that value being the odd one."""
+    planned(monkeypatch, **SPLIT)
+    given = inputs(1, 32, 0, 4, 5, torch.float32, affine=False, offset=False)
+    given["x"][:, :, 0, 0] = 1e4
+    check(given, torch.float32, silu=False)
+
+
+def test_offset_gradient_is_the_sum_of_dx() -> None:
+    """What a convolution's bias gradient would be, from sums that the backward pass has made."""
+    ours = check(inputs(2, 64, 0, 4, 4, torch.float32), torch.float32)
+    assert error(ours["offset"], ours["x"].double().sum(dim=(2, 3))) < 1e-4
+
+
+def exact_dropout(given: Inputs, p: float, seed: Tensor) -> Tensor:
+    """Dropout by the published generator, philox-4x32-7, 16 bits per element."""
+    y = reference.group_norm_silu(**{name: value.double() for name, value in given.items()})
+    B, C, H, W = y.shape
+    call = torch.arange(H * W * C // 8)[None].expand(B, -1)
+    image = torch.arange(B)[:, None].expand_as(call)
+    zero = torch.zeros_like(call)
+    words = reference.philox(int(seed), call, image, zero, zero, rounds=7)
+    bits = torch.stack([half for shift in (0, 16) for half in ((w >> shift) & 0xFFFF for w in words)], dim=-1)
+    keep = (bits.view(B, H, W, C).permute(0, 3, 1, 2) >= drop_below(p)).to(y.device)
+    return y * keep / (1 - drop_below(p) / 2**16)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask is the one its definition says, in the forward and in the backward pass."""
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(2, 64, 32, 3, 5, torch.float32)
+    seed = torch.tensor([123456789123], device=DEVICE)
+    upstream = channels_last(normal(2, 96, 3, 5, seed=6))
+    ours = run(group_norm_silu, given, upstream, dropout=0.3, seed=seed)
+    exact = run(lambda **kw: exact_dropout(kw, 0.3, seed), given, upstream, torch.float64)
+    for name in exact:
+        assert error(ours[name], exact[name]) < 2e-5 * max(1.0, exact[name].abs().max().item()), name
+    dropped = (ours["y"] == 0).double().mean().item()
+    assert abs(dropped - 0.3) < 5 * (0.21 / ours["y"].numel()) ** 0.5
+
+
+def test_dropout_seeds() -> None:
+    """From torch's generator when none is given; a probability that rounds to 0 drops nothing."""
+    given = inputs(1, 64, 0, 2, 2, torch.float32)
+    torch.manual_seed(7)
+    first, second = (group_norm_silu(**given, dropout=0.5) for _ in range(2))
+    torch.manual_seed(7)
+    assert torch.equal(first, group_norm_silu(**given, dropout=0.5))
+    assert not torch.equal(first, second)
+    assert torch.equal(group_norm_silu(**given, dropout=1e-6), group_norm_silu(**given))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_results_twice(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(2, 64, 32, 3, 3, torch.bfloat16)
+    upstream = channels_last(normal(2, 96, 3, 3, seed=6, dtype=torch.bfloat16))
+    first, second = (run(group_norm_silu, given, upstream) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_empty_batch() -> None:
+    ours = run(group_norm_silu, inputs(0, 64, 0, 2, 2, torch.float32), torch.empty(0, 64, 2, 2, device=DEVICE))
+    assert ours["y"].shape == (0, 64, 2, 2)
+    assert not ours["weight"].any()
+
+
+@pytest.mark.parametrize("L", [64, 1024, 4096, 65536])
+@pytest.mark.parametrize("C", [128, 192, 384, 576, 1152, 1344, 1536])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_plans(L: int, C: int, backward: bool) -> None:
+    """Every shipped width and size gets whole groups, whole 16-byte accesses, few registers and a full GPU."""
+    for B in (1, 128):
+        p = plan(B, L, C, 0, C // 32, 2, backward, 132, False)
+        assert p.tile.channels % (C // 32) == 0
+        assert C % p.finish.channels == 0
+        assert p.splits * p.rows >= L > (p.splits - 1) * p.rows
+        assert p.splits <= 128
+        if p.slab:
+            assert C % p.tile.channels == p.tile.channels % 8 == 0
+            assert p.block_l * p.tile.padded <= 16384
+        else:
+            assert C % p.block_c == 0
+            assert p.rows % p.block_l == 0
+        programs = p.programs if p.slab else B * p.splits * (C // p.block_c)
+        assert programs >= min(132, B * L * C // 2**17)
+
+
+def test_offsets_beyond_2_31() -> None:
+    """The last element of 3 * 2^30 is reached by 64-bit arithmetic: offsets are formed from an int64 image number."""
+    B, L, C = 3 * 2**14, 1024, 64
+    meta = torch.empty(B, 32, 32, C, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+    one = torch.empty(C, device="meta")
+    assert meta.numel() > 2**31
+    with launch.record() as launches:
+        launch.IMPLEMENTATIONS["group_norm_silu"](meta, None, one, one, None, None, None, None, 32, 1e-5, True, 0.0)
+    assert all(abs(arg) < 2**31 for each in launches for arg in each.args if isinstance(arg, int))
+    assert B * L * C > 2**31
+
+
+@pytest.mark.filterwarnings("ignore:.*another layout")  # opcheck's own gradients are channels-first
+def test_torch_checks() -> None:
+    """Schema, fake implementation and autograd registration agree with what the op does."""
+    given = inputs(1, 32, 32, 2, 2, torch.float32)
+    for name in given:
+        given[name].requires_grad_()
+    args = [given.get(n) for n in ("x", "skip", "weight", "bias", "scale", "shift", "offset")]
+    torch.library.opcheck(torch.ops.fastdiff.group_norm_silu.default, (*args, None, 32, 1e-5, True, 0.0))
+
+
+def test_compiles_whole() -> None:
+    """One graph, the same numbers, the gradient included."""
+    given = inputs(1, 64, 0, 2, 3, torch.float32)
+    upstream = channels_last(normal(1, 64, 2, 3, seed=6))
+    whole = torch.compile(lambda **kw: group_norm_silu(**kw) * 2, fullgraph=True, backend="aot_eager")
+    ours = run(whole, given, upstream)
+    plain = run(lambda **kw: group_norm_silu(**kw) * 2, given, upstream)
+    assert all(torch.equal(ours[name], plain[name]) for name in ours)
+
+
+def test_layout_is_converted_with_one_warning() -> None:
+    launch._warn_once.cache_clear()
+    given = inputs(1, 64, 0, 3, 2, torch.float32)
+    expected = group_norm_silu(**given)
+    given["x"] = given["x"].contiguous()
+    with pytest.warns(UserWarning, match="group_norm_silu: x came in another layout than channels-last"):
+        assert torch.equal(group_norm_silu(**given), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        group_norm_silu(**given)
+
+
+BAD = {
+    "float64": ({"x": torch.zeros(1, 64, 2, 2, dtype=torch.float64)}, "float32, bfloat16 or float16; got torch.float64"),
+    "sequence": ({"x": torch.zeros(1, 64, 4)}, r"a map x \[B, C, H, W\]; got x \(1, 64, 4\)"),
+    "groups": ({"x": torch.zeros(1, 72, 2, 2)}, "channels divisible by 32 groups; got 72"),
+    "multiples of 8": ({"x": torch.zeros(1, 36, 2, 2), "skip": torch.zeros(1, 28, 2, 2)}, "multiples of 8; got 36"),
+    "skip's size": ({"skip": torch.zeros(1, 32, 3, 2)}, r"skip with the batch and size of x"),
+    "skip's dtype": ({"skip": torch.zeros(1, 32, 2, 2).half()}, "skip in the dtype of x, torch.float32"),
+    "weight": ({"weight": torch.zeros(32)}, r"weight of shape \(64,\), one per channel; got \(32,\)"),
+    "scale": ({"scale": torch.zeros(1, 64, 1, 1), "shift": torch.zeros(1, 64)}, r"scale of shape \(B, C\) = \(1, 64\)"),
+    "half": ({"scale": torch.zeros(1, 64)}, "scale and shift together; got only one"),
+    "offset": ({"offset": torch.zeros(64)}, r"offset of shape \(B, C\) = \(1, 64\); got \(64,\)"),
+    "one group": ({"x": torch.zeros(1, 4096 + 1024, 1, 1)}, "at most 128 channels in a group; got 160"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what: str) -> None:
+    changes, message = BAD[what]
+    changes = {name: value.to(DEVICE) for name, value in changes.items()}
+    x = changes.get("x", torch.zeros(1, 64, 2, 2, device=DEVICE))
+    given = {"x": x, "weight": torch.ones(64, device=DEVICE), "bias": torch.zeros(64, device=DEVICE), **changes}
+    with pytest.raises(ValueError, match=message):
+        group_norm_silu(**given)
+
+
+def test_low_precision_gradients_of_parameters_stay_float32() -> None:
+    for dtype in LOW:
+        ours = check(inputs(1, 32, 0, 3, 3, dtype), dtype)
+        assert ours["weight"].dtype == ours["offset"].dtype == torch.float32
+        assert ours["x"].dtype == dtype
