@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GOLDEN ?= tests/golden
 
-.PHONY: help setup demo test test-golden test-gpu lint bench
+.PHONY: help setup demo test test-golden test-gpu lint bench bench-kernels aot
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
@@ -47,3 +47,12 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## a training step against improved-diffusion's operations, figures in benchmarks/results
 	mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/bench_step.py --json benchmarks/results/step.json
+
+bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peers, figures in benchmarks/results
+	mkdir -p benchmarks/results
+	$(BIN)/python -m pytest -W ignore -o python_files='bench_*.py' -o python_functions='bench_*' -o timeout=3600 \
+	    $(wildcard benchmarks/bench_*.py) -k '$(or $(K),bench)' --benchmark-json benchmarks/results/kernels.json
+
+aot: $(READY)  ## compile every kernel of the shipped configurations for sm_80, sm_90 and sm_100, and read the machine code
+	mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/aot.py --json benchmarks/results/aot.json

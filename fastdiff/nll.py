@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     from fastdiff.diffusion import create_diffusion
     from fastdiff.images import open_images
+    from fastdiff.kernel_choice import choose_kernels
     from fastdiff.likelihood import save_terms, score
     from fastdiff.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.draw import load_model
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = current()
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to score")
+    chosen = choose_kernels(settings.kernels, processes.device)
     model, info = load_model(config.model, settings.model_path, settings.precision, processes.device)
     loader = open_images(
         config.data,
@@ -49,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_writable(output_folder(settings.out_dir, "runs/nll"), "--out_dir")
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
     processes = join()
+    if processes.is_main:
+        print("\n".join(chosen))
     totals, terms = score(
         model,
         diffusion,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from fastdiff.kernel_choice import Kernels
 from fastdiff.sampling.settings import Precision
 from fastdiff.settings import Settings
 
@@ -23,6 +24,9 @@ class NllSettings(Settings):
     """Of the noise; an image's noise depends on the seed and its place in the listing."""
     precision: Precision = "fp32"
     """Arithmetic of the network's body."""
+    kernels: Kernels = "auto"
+    """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
+    run, reference keeps to PyTorch."""
     use_fp16: bool = False
     """The same as precision fp16."""
     out_dir: str = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -68,15 +68,16 @@ Mode = Literal["auto", "triton", "reference"]
 _mode: Mode = "auto"
 
 
-def use(mode: Mode) -> None:
+def use(mode: Mode, *, anywhere: bool = False) -> None:
     """Choose for the whole process: kernels where they run ("auto"), everywhere ("triton"), or never ("reference").
 
-    Raises ValueError where kernels can't run at all: without Triton, or on a CPU outside Triton's interpreter.
+    Raises ValueError where kernels can't run at all: without Triton, or on a CPU outside Triton's interpreter. With
+    `anywhere` it doesn't: launches can be recorded where they can't be made.
     """
     global _mode
     if mode not in get_args(Mode):
         raise ValueError(f"kernels must be one of {', '.join(get_args(Mode))}, not {mode!r}")
-    if mode == "triton":
+    if mode == "triton" and not anywhere:
         if not HAVE_TRITON:
             raise ValueError("kernels triton needs Triton, which is not installed; use auto or reference")
         if not torch.cuda.is_available() and not _interpreted():
@@ -87,14 +88,15 @@ def use(mode: Mode) -> None:
 
 
 @contextmanager
-def using(mode: Mode) -> Iterator[None]:
+def using(mode: Mode, *, anywhere: bool = False) -> Iterator[None]:
     """`use` for a while."""
+    global _mode
     before = _mode
-    use(mode)
+    use(mode, anywhere=anywhere)
     try:
         yield
     finally:
-        use(before)
+        _mode = before
 
 
 def _interpreted() -> bool:
@@ -223,7 +225,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 # --- noise, and diffusion maths ---
 
 
-Noise = Tensor | CounterNoise
+Noise: TypeAlias = Tensor | CounterNoise
 
 
 def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -271,9 +273,7 @@ def q_sample(
 ) -> Tensor:
     """x_t of x_start, [B, channels, H, W] in `dtype`; see `reference_diffusion.q_sample`."""
     if uses_kernels(x_start, _map_unsupported(x_start)):
-        return triton_q_sample.q_sample(
-            x_start, coefficients, noise, flip=flip, dtype=dtype, channels=channels
-        )
+        return triton_q_sample.q_sample(x_start, coefficients, noise, flip=flip, dtype=dtype, channels=channels)
     return reference_diffusion.q_sample(
         x_start, coefficients, _as_tensor(noise), flip=flip, dtype=dtype, channels=channels
     )

@@ -20,12 +20,14 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint=("sample", "model_path"),
     )
     from fastdiff.diffusion import create_diffusion
+    from fastdiff.kernel_choice import choose_kernels
     from fastdiff.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.draw import class_labels, load_model
     from fastdiff.sampling.job import run_job
     from fastdiff.settings import UserError
 
     settings = config.sample
+    kernels = choose_kernels(settings.kernels, current().device)
     model, info = load_model(config.model, settings.model_path, settings.precision, current().device)
     if settings.classes and not config.model.class_cond:
         raise UserError("--classes: the model is not class-conditional")
@@ -35,12 +37,15 @@ def main(argv: list[str] | None = None) -> None:
     folder = make_writable(output_folder(settings.out_dir, "runs/samples"), "--out_dir")
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
     model_settings = config.model.model_copy(update={"num_classes": known})
+    processes = join()
+    if processes.is_main:
+        print("\n".join(kernels))
     run_job(
         model,
         diffusion,
         model_settings,
         settings,
-        join(),
+        processes,
         folder,
         chosen=chosen,
         count=settings.num_samples,

@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint=("sample", "model_path"),
     )
     from fastdiff.diffusion import create_diffusion
+    from fastdiff.kernel_choice import choose_kernels
     from fastdiff.models import SuperResSettings
     from fastdiff.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.draw import load_model
@@ -34,17 +35,21 @@ def main(argv: list[str] | None = None) -> None:
     assert isinstance(config.model, SuperResSettings)
     if settings.classes:
         raise UserError("--classes: the labels come with the small images")
+    kernels = choose_kernels(settings.kernels, current().device)
     model, info = load_model(config.model, settings.model_path, settings.precision, current().device)
     base = BaseImages(settings.base_samples, config.model, info.get("class_names", []))
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)
     folder = make_writable(output_folder(settings.out_dir, "runs/super_res_samples"), "--out_dir")
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
+    processes = join()
+    if processes.is_main:
+        print("\n".join(kernels))
     run_job(
         model,
         diffusion,
         config.model,
         settings,
-        join(),
+        processes,
         folder,
         chosen=[],
         count=count,

@@ -55,11 +55,17 @@ class Compiled:
     matmuls: dict[str, int]  # tensor-core instruction → how often
     others: dict[str, int]  # asynchronous and tensor-map copies
 
+    def wide_loads(self) -> bool:
+        """Whether bulk loads take 128 bits at once; asynchronous copies and tensor maps count."""
+        return 128 in self.loads or any(name in ("LDGSTS.128", "UTMALDG") for name in self.others)
+
+    def wide_stores(self) -> bool:
+        """Whether bulk stores put 128 bits at once."""
+        return 128 in self.stores or "UTMASTG" in self.others
+
     def widest(self) -> bool:
-        """Whether bulk loads and stores move 128 bits at once (asynchronous copies count as loads)."""
-        loads = 128 in self.loads or any(name.startswith(("LDGSTS.128", "UTMALDG")) for name in self.others)
-        stores = 128 in self.stores or "UTMASTG" in self.others
-        return loads and stores
+        """Both."""
+        return self.wide_loads() and self.wide_stores()
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -69,7 +75,7 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, name in enumerate(names):
+    for i, (name, parameter) in enumerate(zip(names, launch.kernel.params, strict=True)):
         value = values[name]
         if name in launch.constexprs or value is None or value is True or value is False:
             signature[name], constants[name] = "constexpr", value
@@ -78,11 +84,11 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             if value.storage_offset() * value.itemsize % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
-            if value == 1:
+            if value == 1 and not parameter.do_not_specialize:
                 signature[name], constants[name] = "constexpr", 1
                 continue
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[i,] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"
@@ -94,13 +100,16 @@ def variant(launch: Launch) -> str:
     signature, constants, attributes = specialise(launch)
     dtypes = ",".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
     numbers = " ".join(f"{name}={value}" for name, value in constants.items() if value not in (None, False))
-    odd = [n for i, (n, t) in enumerate(signature.items()) if t[0] in "*i" and (i,) not in attributes]
+    free = [parameter.do_not_specialize for parameter in launch.kernel.params]
+    odd = [n for i, (n, t) in enumerate(signature.items()) if t[0] in "*i" and (i,) not in attributes and not free[i]]
     return f"{dtypes} {numbers}" + (f" odd:{','.join(odd)}" if odd else "")
 
 
 def unique(launches: Iterable[Launch]) -> list[Launch]:
     """Launches that compile to different code, each once."""
-    found = {(launch.kernel.__name__, variant(launch), launch.num_warps, launch.num_stages): launch for launch in launches}
+    found = {}
+    for launch in launches:
+        found[launch.kernel.__name__, variant(launch), launch.num_warps, launch.num_stages] = launch
     return list(found.values())
 
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launch
+from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import (
     QUADS,
     check_coefficients,
@@ -73,7 +74,7 @@ def _kl(b_d, b_true_lv, b_lv):
     return 0.5 * (b_lv - b_true_lv - 1.0 + b_ratio + b_square), -b_d * b_inv, 0.5 * (1.0 - b_ratio - b_square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _diffusion_loss(
     out_ptr, x_ptr, flip_ptr, noise_ptr, index_ptr, draw_ptr, coef_ptr, partial_ptr, grad_ptr,
     seed, HW, W, parts, x_channel, x_pixel, n_channel, n_pixel, coef_stride, vb_scale,
@@ -134,7 +135,7 @@ def _diffusion_loss(
     tl.store(p_part + 1, tl.sum(tl.sum(b_vb, axis=1), axis=0) * (b_each * vb_scale * INV_LN2))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _combine(
     partial_ptr, coef_ptr, terms_ptr, B, parts, coef_stride, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
@@ -261,7 +262,5 @@ def diffusion_loss(
         raise ValueError(f"diffusion_loss needs flip of shape {(B,)} bool; got {tuple(flip.shape)} {flip.dtype}")
     check_coefficients(coefficients, B, COLUMNS, "diffusion_loss")
     given, _, _, seed, index, draw = noise_args(noise, x.shape, "diffusion_loss")
-    terms, _ = _op(
-        output, x_start, coefficients, given, seed, index, draw, flip, epsilon, variance, kl, vb_scale
-    )
+    terms, _ = _op(output, x_start, coefficients, given, seed, index, draw, flip, epsilon, variance, kl, vb_scale)
     return terms[0], terms[1].detach(), terms[2].detach()

@@ -16,6 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers that may vary without a compilation of their own: nothing is aligned by them.
+SHAPES = ["slabs", "tiles", "splits", "L", "B", "drop_below"]
+
 # --- pieces ---
 
 
@@ -165,7 +168,7 @@ def _finish_backward(
 # --- forward ---
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _slab_forward(
     x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, offset_ptr, seed_ptr, y_ptr, stats_ptr,
     slabs, tiles, L, C1, C2, scale_stride, shift_stride, offset_stride, eps, drop_below, keep_scale,
@@ -197,9 +200,7 @@ def _slab_forward(
         b_centre, b_rstd = _finish_forward(
             b_mean, b_m2, offset_ptr, offset_stride, stats_ptr, i_b, o_c, m_c, L, C, eps, CG, CT, CT_PAD
         )
-        b_gain, b_bias = _affine(
-            weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride
-        )
+        b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
         b_gain *= b_rstd
         for i_l in range(0, L, BLOCK_L):
             m = (i_l + o_l[:, None] < L) & m_c[None, :]
@@ -212,7 +213,7 @@ def _slab_forward(
             tl.store(y_ptr + (i_row + i_l + o_l[:, None]) * C + o_c[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _moments(
     x_ptr, skip_ptr, partial_ptr, splits, L, C1, C2,
     ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -241,7 +242,7 @@ def _moments(
     tl.store(p_out + C, b_m2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _finalize_forward(
     partial_ptr, offset_ptr, stats_ptr, splits, tiles, L, C, offset_stride, eps,
     ROWS: tl.constexpr, CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -258,7 +259,7 @@ def _finalize_forward(
     _finish_forward(b_mean, b_m2, offset_ptr, offset_stride, stats_ptr, i_b, o_c, m_c, L, C, eps, CG, CT, CT_PAD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _apply(
     x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, y_ptr, stats_ptr,
     splits, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
@@ -301,7 +302,7 @@ def _load_gradient(
     return _through_activation(b_g, b_d * b_gain[None, :] + b_bias[None, :], SILU), b_d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _slab_backward(
     x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, stats_ptr,
     dx_ptr, dskip_ptr, sums_ptr,
@@ -318,9 +319,7 @@ def _slab_backward(
         m_c = (tl.arange(0, CT_PAD) < CT) & (o_c < C)
         i_row = i_b * L
         b_centre, b_rstd = _load_stats(stats_ptr, i_b, o_c, m_c, C)
-        b_gain, b_bias = _affine(
-            weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride
-        )
+        b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
         b_full = b_gain * b_rstd
         m = (o_l[:, None] < L) & m_c[None, :]
         b_g, b_d = _load_gradient(
@@ -352,7 +351,7 @@ def _slab_backward(
             _store_pair(dx_ptr, dskip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2, b_dx)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _backward_sums(
     x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, stats_ptr, partial_ptr,
     splits, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
@@ -384,7 +383,7 @@ def _backward_sums(
     tl.store(p_out + C, tl.sum(b_sumd, axis=0), mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _finalize_backward(
     partial_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, stats_ptr, sums_ptr, line_ptr,
     splits, tiles, L, C, scale_stride, shift_stride,
@@ -408,7 +407,7 @@ def _finalize_backward(
     tl.store(line_ptr + i_b * 2 * C + C + o_c, b_constant, mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _apply_backward(
     x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, stats_ptr, line_ptr,
     dx_ptr, dskip_ptr,
@@ -436,7 +435,7 @@ def _apply_backward(
         _store_pair(dx_ptr, dskip_ptr, i_b * L + o_l[:, None], o_c[None, :], m, C1, C2, b_dx)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SHAPES)
 def _parameter_gradients(
     sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr,
     B, C, scale_stride, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,

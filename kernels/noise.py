@@ -15,6 +15,8 @@ import triton.language as tl
 from fastdiff.kernels.launch import kernel_op, launch
 from torch import Tensor
 
+# Numbers that may vary without a compilation of their own: nothing is aligned by them.
+UNALIGNED = ["seed", "N", "HW", "W", "B", "parts", "x_channel", "n_channel", "coef_stride"]
 TWO_PI = tl.constexpr(2 * math.pi)
 
 
@@ -80,7 +82,7 @@ def counter_noise(seed, i_index, i_draw, o_e, Q: tl.constexpr, ALIGNED: tl.const
         return tl.where(o_e % 2 == 0, b_cos, b_sin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _image_noise(out_ptr, index_ptr, draw_ptr, seed, N, BLOCK: tl.constexpr):
     i_b = tl.program_id(0).to(tl.int64)
     o_e = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[:, None] * 4 + tl.arange(0, 4)[None, :]

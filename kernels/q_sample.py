@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels.launch import empty_map, kernel_op, launch
+from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import (
     QUADS,
     check_coefficients,
@@ -46,7 +47,7 @@ def _channel(
         return tl.zeros((Q, 4), tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _q_sample(
     x_ptr, flip_ptr, noise_ptr, index_ptr, draw_ptr, coef_ptr, out_ptr,
     seed, HW, W, x_channel, x_pixel, n_channel, n_pixel, coef_stride,

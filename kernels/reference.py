@@ -7,7 +7,7 @@ memory format; channels-last is kept where it is given.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -73,9 +73,7 @@ def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest-neighbour enlargement by 2, then a 3x3 convolution: [B, C, H, W] → [B, C_out, 2H, 2W]."""
-    return F.conv2d(
-        F.interpolate(x, scale_factor=2.0, mode="nearest"), weight.to(x.dtype), bias.to(x.dtype), padding=1
-    )
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight.to(x.dtype), bias.to(x.dtype), padding=1)
 
 
 # Noise from a counter: philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
@@ -135,7 +133,8 @@ def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, 
     return normal.float().flatten(1)[:, :count].reshape(-1, *shape).contiguous()
 
 
-class CounterNoise(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class CounterNoise:
     """The noise of `image_noise`, [B, *shape], by name: ops that take it make it where they use it.
 
     index [B] int64; draw [B] int64, or None for the first.

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launch
+from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import QUADS, check_coefficients, load_noise, noise_args, store_padded, strides
 from fastdiff.kernels.reference import CounterNoise
 from torch import Tensor
@@ -75,7 +76,7 @@ def _one_channel(
         return b_next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNALIGNED)
 def _sampler_step(
     out_ptr, x_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, coef_ptr, next_ptr, pred_ptr, input_ptr,
     seed, HW, x_channel, x_pixel, n_channel, n_pixel, coef_stride,

@@ -13,7 +13,9 @@ LOW = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *LOW]
 
 
-def normal(*shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+def normal(
+    *shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Random numbers that are the same on every device; rounded to dtype."""
     values = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values.to(dtype).to(DEVICE)

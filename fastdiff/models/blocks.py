@@ -132,6 +132,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         norm, _, conv = self.in_layers
+        assert isinstance(conv, Conv2d)
         h, bias = conv.without_bias(norm(x, skip=skip)), conv.bias
         emb_out = self.emb_layers(emb)  # float32, as the norm's arithmetic
         dropout = self.dropout if self.training else 0.0

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fastdiff.kernel_choice import Kernels
 from fastdiff.settings import Settings
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -32,6 +33,9 @@ class SampleSettings(Settings):
     """Classes to draw in turn, by number or name, e.g. 0,5,7; empty: each image's class at random."""
     precision: Precision = "fp32"
     """Arithmetic of the network's body."""
+    kernels: Kernels = "auto"
+    """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
+    run, reference keeps to PyTorch."""
     use_fp16: bool = False
     """The same as precision fp16."""
     out_dir: str = ""

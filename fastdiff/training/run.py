@@ -18,6 +18,7 @@ from fastdiff import ops
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.images import Loader, open_images
+from fastdiff.kernel_choice import choose_kernels
 from fastdiff.models import SuperResSettings, build_model, weights
 from fastdiff.processes import Processes, current, make_writable, output_folder
 from fastdiff.reporting import Reporter
@@ -47,6 +48,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     processes = current()
     loader = _open_loader(config, processes, snapshot)
     processes = start_processes()
+    kernels = choose_kernels(settings.kernels, processes.device)
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("highest")
     model = build_model(config.model)
@@ -54,7 +56,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     trainer = Trainer(settings, config.deepspeed, model, diffusion, loader, processes, snapshot)
     if not dry_run and processes.is_main:
         make_writable(folder, "--run_dir")
-    run = _Run(config, folder, trainer, preview)
+    run = _Run(config, folder, trainer, preview, kernels)
     if dry_run:
         run.dry()
     else:
@@ -161,8 +163,11 @@ def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None
 class _Run:
     """The loop around the trainer: when to log, save and draw, and into which files."""
 
-    def __init__(self, config: Config, folder: Path, trainer: Trainer, preview: GaussianDiffusion | None) -> None:
+    def __init__(
+        self, config: Config, folder: Path, trainer: Trainer, preview: GaussianDiffusion | None, kernels: list[str]
+    ) -> None:
         self.config, self.folder, self.trainer, self.preview = config, folder, trainer, preview
+        self.kernels = kernels
         self.processes = trainer.processes
         self.interval_start = time.perf_counter()
         self.interval_step = trainer.step
@@ -208,6 +213,8 @@ class _Run:
             f"{self.config.train.batch_size} = {self.processes.world_size} x {trainer.micro} x {trainer.accumulation}, "
             f"{self.config.train.precision} on {self.processes.device}, in {self.folder}"
         )
+        for line in self.kernels:
+            reporter.say(line)
         if source:
             reporter.say(f"resuming from {source} at step {trainer.step}")
         for note in notes:

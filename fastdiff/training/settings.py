@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from fastdiff.kernel_choice import Kernels
 from fastdiff.settings import Floats, Settings
 
 FOREVER = 1_000_000  # steps of a run that names no end
@@ -50,6 +51,9 @@ class TrainSettings(Settings):
     """What DeepSpeed's ZeRO shares out over processes: 1 optimiser state, 2 gradients too, 3 weights too."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    kernels: Kernels = "auto"
+    """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
+    run, reference keeps to PyTorch."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of the weights, the order of the images, timesteps, noise and dropout."""
     log_interval: int = Field(10, ge=1)

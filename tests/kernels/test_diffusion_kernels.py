@@ -259,7 +259,10 @@ def test_bad_input() -> None:
         (lambda: sampler_step(noise, noise, rows, None, variance="range"), r"needs output \(3, 6, 2, 2\)"),
         (lambda: sampler_step(noise, noise.double(), rows, None), "float32; got .* torch.float64"),
         (lambda: sampler_step(noise, noise, rows, None, history=(noise,) * 4), "up to 3 earlier predictions"),
-        (lambda: sampler_step(noise, noise, rows, CounterNoise(0, INDEX, (1, 2, 2))), r"needs noise for \(3, 3, 2, 2\)"),
+        (
+            lambda: sampler_step(noise, noise, rows, CounterNoise(0, INDEX, (1, 2, 2))),
+            r"needs noise for \(3, 3, 2, 2\)",
+        ),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

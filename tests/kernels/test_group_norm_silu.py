@@ -260,7 +260,10 @@ def test_layout_is_converted_with_one_warning() -> None:
 
 
 BAD = {
-    "float64": ({"x": torch.zeros(1, 64, 2, 2, dtype=torch.float64)}, "float32, bfloat16 or float16; got torch.float64"),
+    "float64": (
+        {"x": torch.zeros(1, 64, 2, 2, dtype=torch.float64)},
+        "float32, bfloat16 or float16; got torch.float64",
+    ),
     "sequence": ({"x": torch.zeros(1, 64, 4)}, r"a map x \[B, C, H, W\]; got x \(1, 64, 4\)"),
     "groups": ({"x": torch.zeros(1, 72, 2, 2)}, "channels divisible by 32 groups; got 72"),
     "multiples of 8": ({"x": torch.zeros(1, 36, 2, 2), "skip": torch.zeros(1, 28, 2, 2)}, "multiples of 8; got 36"),

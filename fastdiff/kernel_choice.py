@@ -1,0 +1,24 @@
+"""The setting `kernels` of every script: what computes the ops, said at the start of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from fastdiff import ops
+from fastdiff.settings import UserError
+
+Kernels = Literal["auto", "triton", "reference"]
+
+
+def choose_kernels(kernels: Kernels, device: torch.device) -> list[str]:
+    """Switch the ops to the setting, and say line by line what `device` gets and why.
+
+    Raises UserError where Triton's kernels can't run.
+    """
+    try:
+        ops.use(kernels)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    return [f"{choice.op}: {choice.implementation} ({choice.reason})" for choice in ops.choices(device)]
