@@ -15,7 +15,7 @@ from conftest import rotated
 from fastdiff.kernels import reference
 from torch import Tensor
 
-# name: (B, C1, C2, side, scale and shift)
+# Batch, channels of x and of the skip, side, whether there are scale and shift.
 SHAPES = {
     "im64 64x64 C128": (128, 128, 0, 64, True),
     "im64 64x64 C128+128": (128, 128, 128, 64, False),

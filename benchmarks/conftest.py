@@ -51,8 +51,9 @@ def small(device: torch.device) -> bool:
 def copy_rate(device: torch.device) -> float:
     """Bytes per second of a device copy, read and write counted: what memory-bound kernels are measured by."""
     size = (1 << 30) if device.type == "cuda" else (1 << 26)
-    source, target = torch.empty(size, dtype=torch.uint8, device=device), torch.empty(
-        size, dtype=torch.uint8, device=device
+    source, target = (
+        torch.empty(size, dtype=torch.uint8, device=device),
+        torch.empty(size, dtype=torch.uint8, device=device),
     )
     seconds = _seconds(lambda: target.copy_(source), device, launches=10)
     return 2 * size / seconds
@@ -96,10 +97,8 @@ def rotated(make: Callable[[int], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture
-def gpu_time(
-    benchmark: Any, device: torch.device, request: pytest.FixtureRequest
-) -> Callable[..., None]:
-    """gpu_time(fn, inputs, bytes_moved=…, flops=…): times fn over rotated inputs; GB/s or TFLOP/s beside the seconds."""
+def gpu_time(benchmark: Any, device: torch.device, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """gpu_time(fn, inputs, bytes_moved=…, flops=…): times fn over rotated inputs; the rates go beside the seconds."""
 
     def run(
         fn: Callable[..., Any],

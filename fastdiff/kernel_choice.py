@@ -12,13 +12,14 @@ from fastdiff.settings import UserError
 Kernels = Literal["auto", "triton", "reference"]
 
 
-def choose_kernels(kernels: Kernels, device: torch.device) -> list[str]:
+def choose_kernels(kernels: Kernels, device: torch.device, fused_convolutions: bool = False) -> list[str]:
     """Switch the ops to the setting, and say line by line what `device` gets and why.
 
     Raises UserError where Triton's kernels can't run.
     """
     try:
         ops.use(kernels)
+        ops.use_fused_convolutions(fused_convolutions)
     except ValueError as error:
         raise UserError(f"--{error}") from None
     return [f"{choice.op}: {choice.implementation} ({choice.reason})" for choice in ops.choices(device)]

@@ -31,9 +31,11 @@ from fastdiff.kernels.reference_diffusion import (
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 if HAVE_TRITON:
     from fastdiff.kernels import attention as triton_attention
+    from fastdiff.kernels import conv3x3 as triton_conv3x3
     from fastdiff.kernels import diffusion_loss as triton_loss
     from fastdiff.kernels import group_norm_silu as triton_norm
     from fastdiff.kernels import noise as triton_noise
+    from fastdiff.kernels import norm_coefficients
     from fastdiff.kernels import q_sample as triton_q_sample
     from fastdiff.kernels import sampler_step as triton_step
 
@@ -44,6 +46,10 @@ __all__ = [
     "attention",
     "choices",
     "diffusion_loss",
+    "fuses_convolutions",
+    "norm_conv3x3",
+    "pack_conv3x3",
+    "use_fused_convolutions",
     "discretized_gaussian_log_likelihood",
     "group_norm_silu",
     "image_noise",
@@ -66,6 +72,7 @@ __all__ = [
 
 Mode = Literal["auto", "triton", "reference"]
 _mode: Mode = "auto"
+_fused_convolutions = False
 
 
 def use(mode: Mode, *, anywhere: bool = False) -> None:
@@ -136,7 +143,23 @@ def choices(device: torch.device) -> list[Choice]:
         Choice("attention", "Triton", attention),
         Choice("upsample_conv", "one transposed convolution", "4/9 of the operations"),
         Choice("skip_conv1x1", "two matrix products", "no concatenated map"),
+        *(
+            [Choice("norm and conv3x3 without gradients", "Triton", "fused_convolutions")]
+            if _fused_convolutions
+            else []
+        ),
     ]
+
+
+def use_fused_convolutions(wanted: bool) -> None:
+    """Whether networks that need no gradients take `norm_conv3x3` where it runs. Not proven faster than cuDNN.
+
+    Raises ValueError where kernels aren't used.
+    """
+    global _fused_convolutions
+    if wanted and (not HAVE_TRITON or _mode == "reference" or (_mode == "auto" and not torch.cuda.is_available())):
+        raise ValueError("fused_convolutions needs Triton's kernels, so a GPU; leave it out")
+    _fused_convolutions = wanted
 
 
 # --- the network ---
@@ -188,6 +211,46 @@ def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
     if x.shape[1] % 8 or channels % 8:
         return "channels not in multiples of 8"
     return "groups too large" if channels // num_groups > triton_norm.MAX_GROUP else ""
+
+
+def fuses_convolutions(x: Tensor, weight: Tensor, skip: Tensor | None = None) -> bool:
+    """Whether `norm_conv3x3` is wanted and can run."""
+    return _fused_convolutions and uses_kernels(x) and not triton_conv3x3.supported(x, weight, skip)
+
+
+def norm_conv3x3(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    packed: Tensor,
+    bias: Tensor,
+    *,
+    moments: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    offset: Tensor | None = None,
+    skip: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """conv3x3(group_norm_silu(x)) + bias + residual, and the result's moments for the norm that follows.
+
+    The normalised map is never in memory. norm: weight and bias of 32 groups. packed: the weight as
+    `pack_conv3x3` gives it. moments: those of x, if a convolution before has made them.
+    """
+    if moments is None:
+        moments = norm_coefficients.moments(x, skip)
+    mean, gain, constant = norm_coefficients.from_moments(
+        moments, x.shape[2] * x.shape[3], *norm, scale=scale, shift=shift, offset=offset
+    )
+    made = triton_conv3x3.conv3x3(
+        x, packed, bias, skip=skip, mean=mean, gain=gain, offset=constant, residual=residual, moments=True
+    )
+    assert isinstance(made, tuple)
+    return made
+
+
+def pack_conv3x3(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A 3x3 convolution's weight as `norm_conv3x3` reads it."""
+    return triton_conv3x3.pack_weight(weight.to(dtype))
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

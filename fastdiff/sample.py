@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.settings import UserError
 
     settings = config.sample
-    kernels = choose_kernels(settings.kernels, current().device)
+    kernels = choose_kernels(settings.kernels, current().device, settings.fused_convolutions)
     model, info = load_model(config.model, settings.model_path, settings.precision, current().device)
     if settings.classes and not config.model.class_cond:
         raise UserError("--classes: the model is not class-conditional")

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     assert isinstance(config.model, SuperResSettings)
     if settings.classes:
         raise UserError("--classes: the labels come with the small images")
-    kernels = choose_kernels(settings.kernels, current().device)
+    kernels = choose_kernels(settings.kernels, current().device, settings.fused_convolutions)
     model, info = load_model(config.model, settings.model_path, settings.precision, current().device)
     base = BaseImages(settings.base_samples, config.model, info.get("class_names", []))
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)

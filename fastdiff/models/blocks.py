@@ -23,6 +23,13 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
+    def packed(self, dtype: torch.dtype) -> Tensor:
+        """The weight as `ops.norm_conv3x3` reads it, packed once for each dtype and state of the weight."""
+        key = (dtype, self.weight._version, self.weight.data_ptr())
+        if getattr(self, "_packed_key", None) != key:
+            self._packed_key, self._packed = key, ops.pack_conv3x3(self.weight.detach(), dtype)
+        return self._packed
+
     def without_bias(self, x: Tensor) -> Tensor:
         """For a norm that takes the bias as its offset: that saves an addition, and a reduction for its gradient."""
         return self._conv_forward(x, self.weight.to(x.dtype), None)
@@ -106,6 +113,13 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000) -> 
     return F.pad(embedding, (0, dim % 2))
 
 
+def _norm_and_conv(layers: nn.Sequential) -> tuple[GroupNorm, Conv2d]:
+    norm, conv = layers[0], layers[-1]
+    assert isinstance(norm, GroupNorm)
+    assert isinstance(conv, Conv2d)
+    return norm, conv
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around a residual, conditioned on the time embedding.
 
@@ -131,19 +145,35 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else SkipConv(channels, out_channels)
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        norm, _, conv = self.in_layers
-        assert isinstance(conv, Conv2d)
+        norm, conv = _norm_and_conv(self.in_layers)
+        if not self.training and ops.fuses_convolutions(x, conv.weight, skip):
+            return self._fused(x, emb, skip)
         h, bias = conv.without_bias(norm(x, skip=skip)), conv.bias
         emb_out = self.emb_layers(emb)  # float32, as the norm's arithmetic
         dropout = self.dropout if self.training else 0.0
-        norm, _, _, conv = self.out_layers
+        norm, conv = _norm_and_conv(self.out_layers)
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
             h = norm(h, scale=scale, shift=shift, offset=bias, dropout=dropout)
         else:
             h = norm(h, offset=emb_out + bias, dropout=dropout)
-        residual = x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, skip)
-        return residual + conv(h)
+        return self._residual(x, skip) + conv(h)
+
+    def _residual(self, x: Tensor, skip: Tensor | None) -> Tensor:
+        return x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, skip)
+
+    def _fused(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
+        """Without gradients: both norms inside their convolutions, the second from moments that the first one made."""
+        emb_out = self.emb_layers(emb)
+        norm, conv = _norm_and_conv(self.in_layers)
+        h, moments = ops.norm_conv3x3(x, (norm.weight, norm.bias), conv.packed(x.dtype), conv.bias, skip=skip)
+        norm, conv = _norm_and_conv(self.out_layers)
+        given: dict[str, Tensor] = {"offset": emb_out}
+        if self.use_scale_shift_norm:
+            given = dict(zip(("scale", "shift"), emb_out.chunk(2, dim=1), strict=True))
+        affine, residual = (norm.weight, norm.bias), self._residual(x, skip)
+        packed = conv.packed(x.dtype)
+        return ops.norm_conv3x3(h, affine, packed, conv.bias, moments=moments, residual=residual, **given)[0]
 
 
 class SkipConv(Conv2d):

@@ -36,6 +36,8 @@ class SampleSettings(Settings):
     kernels: Kernels = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
+    fused_convolutions: bool = False
+    """Experimental: norms computed inside Triton's 3x3 convolutions instead of beside cuDNN's."""
     use_fp16: bool = False
     """The same as precision fp16."""
     out_dir: str = ""

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
+from fastdiff import ops
 from fastdiff.models import UNet
 from fastdiff.models.precision import body_dtype
 from fastdiff.processes import Processes, join
 from fastdiff.settings import UserError, merge, what_is_wrong
+from fastdiff.training.optimizer import AdamWEMA
 from fastdiff.training.settings import TrainSettings
 
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
@@ -140,11 +142,12 @@ def start_processes() -> Processes:
 
 def create_engine(
     model: UNet, train: TrainSettings, deepspeed_section: dict[str, Any], processes: Processes
-) -> tuple[Any, torch.optim.AdamW]:
+) -> tuple[Any, AdamWEMA]:
     """The engine around the model, and the optimiser inside it. Weights of the model must be loaded before."""
     deepspeed = _import_deepspeed()
     config = deepspeed_config(train, deepspeed_section, processes.world_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
+    fused_kernel = ops.uses_kernels(next(model.parameters()))
+    optimizer = AdamWEMA(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused_kernel=fused_kernel)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     except Exception as error:  # DeepSpeed checks its JSON with many kinds of exception

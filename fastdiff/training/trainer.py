@@ -74,6 +74,9 @@ class Trainer:
         self.masters.fill(self.masters.detached(), weights)
         self.optimizer.state.clear()
         self.ema = {str(rate): self.masters.clone() for rate in train.ema_rate}
+        self.optimizer.attach_averages(self.masters.flats, {float(rate): a for rate, a in self.ema.items()})
+        # Of gradients that DeepSpeed doesn't clip, the optimiser's own pass gives the norm.
+        self.optimizer.keeps_grad_norm = self.engine.optimizer is self.optimizer and not train.grad_clip
         self.sampler = create_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
         self.grad_norms: list[Tensor | float] = []
@@ -106,9 +109,7 @@ class Trainer:
                 self._note_gradient_norm(before=True)
             self.engine.step()
         self._note_gradient_norm(before=False)
-        if self.engine.was_step_applied():
-            self.update_ema()
-        else:
+        if not self.engine.was_step_applied():  # then the averages stayed as they were, too
             self.skipped_steps += 1
         self.step += 1
 
@@ -147,19 +148,15 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def _note_gradient_norm(self, before: bool) -> None:
-        """Without ZeRO and in fp32 the gradients are the parameters' own and gone after the step."""
+        """Without ZeRO and in fp32 the gradients are the parameters' own: clipped in the step, and gone after it."""
         plain = self.engine.optimizer is self.optimizer
-        if before and plain:
+        if before and plain and not self.optimizer.keeps_grad_norm:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.grad_norms.append(torch.nn.utils.get_total_norm(gradients))
         elif not before and not plain:
             self.grad_norms.append(self.engine.get_global_grad_norm())
-
-    def update_ema(self) -> None:
-        """Every average follows the fp32 masters."""
-        sources = self.masters.detached()
-        for rate, averages in self.ema.items():
-            ops.update_ema(averages, sources, float(rate))
+        elif not before and self.optimizer.last_grad_norm is not None:
+            self.grad_norms.append(self.optimizer.last_grad_norm)
 
     # --- what is reported ---
 

@@ -1,4 +1,4 @@
-"""Kernels of the shipped configurations, compiled for GPUs that are not here: no spills, wide accesses, tensor cores."""
+"""Kernels of shipped configurations, compiled for GPUs that are not here: no spills, wide accesses, tensor cores."""
 
 from __future__ import annotations
 
@@ -30,4 +30,6 @@ def test_machine_code(arch: int, config: str, tmp_path: Path) -> None:
     rows = json.loads(table.read_text())
     wrong = [f"{row['kernel']} [{row['variant']}]: {'; '.join(row['wrong'])}" for row in rows if row["wrong"]]
     assert not wrong, "\n".join(wrong)
-    assert {"slab_forward", "slab_backward", "q_sample", "diffusion_loss", "sampler_step"} <= {r["kernel"] for r in rows}
+    assert {"slab_forward", "slab_backward", "q_sample", "diffusion_loss", "sampler_step"} <= {
+        r["kernel"] for r in rows
+    }
