@@ -7,6 +7,7 @@ import torch
 # Test networks are tiny: one thread beats two, and processes that share the cores don't fight over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+torch.backends.cudnn.allow_tf32 = False  # on a GPU, recorded numbers are float32's
 # Without a GPU, kernels run in Triton's interpreter; it must be asked for before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -17,6 +17,7 @@ import torch
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model
 
+DEVICE = os.environ.get("FASTDIFF_DEVICE", "cpu")  # cuda: the numbers recorded on a CPU, computed on a GPU
 FOLDER = Path(os.environ.get("FASTDIFF_GOLDEN") or Path(__file__).parent / "golden")
 
 
@@ -42,7 +43,7 @@ class Case:
         return self.spec["expected"]
 
     def tensor(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self.data[name])
+        return torch.from_numpy(self.data[name]).to(DEVICE)
 
     def has(self, name: str) -> bool:
         return name in self.data
@@ -116,7 +117,7 @@ def load_model(spec: dict[str, Any], weights: dict[str, torch.Tensor], hw: tuple
     """The network with a case's weights, ready to run."""
     model = build_model(model_settings(spec, hw))
     model.load_state_dict(weights)
-    return model.eval()
+    return model.to(DEVICE).eval()
 
 
 def diffusion_for(flags: dict[str, Any]) -> GaussianDiffusion:
