@@ -36,8 +36,10 @@ test: $(READY)  ## all tests, on the CPU
 test-golden: $(READY)  ## the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
 	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/test_golden_*.py
 
-test-gpu: $(READY)  ## the tests that need a GPU
-	$(BIN)/python -m pytest tests -k gpu
+test-gpu: $(READY)  ## the tests that need a GPU, and those of the kernels natively on it
+	$(BIN)/python -m pytest tests -k 'gpu and not kernels'
+	$(BIN)/python -m pytest tests/kernels --ignore=tests/kernels/test_aot.py
+	FASTDIFF_DEVICE=cuda $(BIN)/python -m pytest tests/test_golden_kernels.py tests/test_golden_model.py
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .

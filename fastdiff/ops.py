@@ -38,8 +38,10 @@ if HAVE_TRITON:
     from fastdiff.kernels import norm_coefficients
     from fastdiff.kernels import q_sample as triton_q_sample
     from fastdiff.kernels import sampler_step as triton_step
+    from fastdiff.kernels.adamw_ema import Lists as AdamWLists
 
 __all__ = [
+    "AdamWLists",
     "LOSS_COLUMNS",
     "STEP_COLUMNS",
     "CounterNoise",

@@ -122,13 +122,11 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _kernel_lists(self, *columns: list[Tensor]) -> Any:
         """What the kernel has checked of these parameters, moments and steps; anew when one is another object."""
-        from fastdiff.kernels.adamw_ema import Lists
-
         key = tuple(map(id, columns[0]))
         known, lists = self._lists.get(key, ([], None))
         if lists is None or not all(all(map(is_, a, b)) for a, b in zip(columns, known, strict=True)):
             averages = [average for p in columns[0] for average in self._averages_of(p)]
-            lists = Lists(*columns, averages=averages, rates=list(self.averages), halves=[])
+            lists = ops.AdamWLists(*columns, averages=averages, rates=list(self.averages), halves=[])
             if len(self._lists) > 1000:  # another set of parameters at every step, so nothing worth keeping
                 self._lists.clear()
             self._lists[key] = (list(columns), lists)

@@ -1,0 +1,317 @@
+"""AdamW with averages as DeepSpeed drives it: every ZeRO stage and precision, kernel against torch's own AdamW."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastdiff import ops
+from fastdiff.training import engine as engines
+from fastdiff.training.masters import Masters
+from fastdiff.training.optimizer import AdamWEMA
+from fastdiff.training.settings import TrainSettings
+
+SHAPES = [(5, 3, 3, 3), (5,), (7, 11), (1,), (130, 4)]
+RATES = [0.999, 0.5]
+STEPS = 5
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Dot(nn.Module):
+    """One parameter, whose gradient is whatever the input is."""
+
+    def __init__(self, shape: tuple[int, ...], generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum()
+
+
+class Dots(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.dots = nn.ModuleList(Dot(shape, generator) for shape in SHAPES)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return sum(dot(x).float() for dot, x in zip(self.dots, inputs, strict=True))  # type: ignore[return-value]
+
+
+@dataclass
+class Run:
+    """An engine around `Dots`, its optimiser and averages; gradients are given, so they are the same in every run."""
+
+    engine: Any
+    optimizer: AdamWEMA
+    masters: Masters
+    averages: dict[float, list[Tensor]]
+    dtype: torch.dtype
+
+    def step(self, i: int, factor: float = 1.0) -> bool:
+        """One update with another learning rate and weight decay than the last; whether it was taken."""
+        for group in self.optimizer.param_groups:
+            group["lr"], group["weight_decay"] = 1e-2 / (1 + i), 0.1 * i
+        self.engine.backward(self.engine([x.to(self.engine.device) for x in inputs(i, self.dtype, factor)]))
+        self.engine.step()
+        return bool(self.engine.was_step_applied())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a step changes, copied."""
+        states = [self.optimizer.state[flat] for flat in self.masters.flats]
+        sets: dict[str, list[Tensor]] = {"weight": self.masters.flats}
+        sets |= {f"average {rate}": tensors for rate, tensors in self.averages.items()}
+        sets |= {key: [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")}
+        sets["model"] = list(self.masters.gather(self.masters.flats).values())
+        return {f"{kind} {i}": t.detach().clone() for kind, ts in sets.items() for i, t in enumerate(ts)}
+
+
+def inputs(i: int, dtype: torch.dtype, factor: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + i)
+    return [(0.3 * factor * torch.randn(shape, generator=generator)).to(dtype) for shape in SHAPES]
+
+
+def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0) -> Run:
+    """As `engine.create_engine` and the trainer do it."""
+    processes = engines.start_processes()
+    deepspeed = engines._import_deepspeed()
+    train = TrainSettings(batch_size=1, zero_stage=stage, precision=precision, grad_clip=grad_clip)
+    section = {"fp16": {"initial_scale_power": 4}} if precision == "fp16" else {}
+    config = engines.deepspeed_config(train, section, processes.world_size)
+    model = Dots().to(processes.device)
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    optimizer = AdamWEMA(model.parameters(), lr=1e-3, weight_decay=0.0, fused_kernel=fused_kernel)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    masters = Masters(engine, model, 0, 1)
+    masters.fill(masters.detached(), weights)
+    optimizer.state.clear()
+    averages = {rate: masters.clone() for rate in RATES}
+    optimizer.attach_averages(masters.flats, averages)
+    return Run(engine, optimizer, masters, averages, DTYPES[precision])
+
+
+def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], ulps: float) -> None:
+    """Within so many float32 roundings of the largest value of a tensor."""
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        off = (got[name].double() - value.double()).abs().max().item()
+        assert off <= ulps * 2.0**-23 * value.abs().max().item(), (name, off)
+
+
+# --- in DeepSpeed's engines ---
+
+CASES = [(stage, precision) for precision in ("fp32", "bf16") for stage in range(4)]
+
+
+@pytest.mark.parametrize(("stage", "precision"), CASES)
+def test_kernel_equals_torch(stage: int, precision: str) -> None:
+    ours, torchs = start(stage, precision, fused_kernel=True), start(stage, precision, fused_kernel=False)
+    for i in range(STEPS):
+        assert ours.step(i)
+        assert torchs.step(i)
+        assert_close(ours.tensors(), torchs.tensors(), ulps=2 * (i + 1))
+    last = ours.tensors()
+    assert last["step 0"].item() == STEPS
+    for i, flat in enumerate(ours.masters.flats):  # they did move, and apart from each other
+        assert not torch.equal(last[f"average 0.999 {i}"], flat)
+        assert not torch.equal(last[f"average 0.5 {i}"], last[f"average 0.999 {i}"])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_kernel_equals_plain_adamw(stage: int) -> None:
+    """Outside DeepSpeed, and averages from the definition."""
+    ours = start(stage, "fp32", fused_kernel=True, grad_clip=0.0)
+    model = Dots().to(ours.engine.device)
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    averages = {rate: [p.detach().clone() for p in model.parameters()] for rate in RATES}
+    for i in range(STEPS):
+        ours.step(i)
+        plain.param_groups[0].update(lr=1e-2 / (1 + i), weight_decay=0.1 * i)
+        for p, x in zip(model.parameters(), inputs(i, torch.float32), strict=True):
+            p.grad = x.to(p.device)
+        plain.step()
+        for rate, tensors in averages.items():
+            ops.update_ema(tensors, [p.detach() for p in model.parameters()], rate)
+    for rate, tensors in averages.items():
+        got = ours.masters.gather(ours.averages[rate])
+        names = [name for name, _ in model.named_parameters()]
+        assert_close(got, dict(zip(names, (t.cpu() for t in tensors), strict=True)), ulps=2 * STEPS)
+    wanted = {name: p.detach().cpu() for name, p in model.named_parameters()}
+    assert_close(ours.masters.gather(ours.masters.flats), wanted, ulps=2 * STEPS)
+
+
+@pytest.mark.parametrize("fused_kernel", [True, False])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_step_skipped_by_overflow_leaves_averages_alone(
+    stage: int, fused_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accelerator = engines._import_deepspeed().accelerator.get_accelerator()
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
+    run = start(stage, "fp16", fused_kernel)
+    assert run.step(0)
+    before = run.tensors()
+    assert not run.step(1, factor=1e5)
+    for name, value in run.tensors().items():
+        assert torch.equal(value, before[name]), name
+    assert run.step(2)
+    assert not torch.equal(run.tensors()["average 0.5 0"], before["average 0.5 0"])
+
+
+@pytest.mark.parametrize("fused_kernel", [True, False])
+def test_gradient_norm_of_a_plain_engine(fused_kernel: bool) -> None:
+    run = start(0, "fp32", fused_kernel, grad_clip=0.0)
+    run.step(0)
+    assert run.optimizer.last_grad_norm is None
+    run.optimizer.keeps_grad_norm = True
+    run.step(1)
+    norm = run.optimizer.last_grad_norm
+    assert norm.shape == ()
+    assert norm.item() == pytest.approx(float(torch.nn.utils.get_total_norm(inputs(1, torch.float32))), rel=1e-6)
+
+
+# --- as a torch optimiser ---
+
+
+def alone(fused_kernel: bool = True, **settings: Any) -> tuple[list[nn.Parameter], AdamWEMA]:
+    params = [nn.Parameter(p.detach().clone()) for p in Dots().parameters()]
+    return params, AdamWEMA(params, fused_kernel=fused_kernel, **settings)
+
+
+def give_gradients(params: list[nn.Parameter], i: int) -> None:
+    for p, x in zip(params, inputs(i, torch.float32), strict=True):
+        p.grad = x
+
+
+@pytest.mark.parametrize("fused_kernel", [True, False])
+def test_state_dict_is_torchs(fused_kernel: bool) -> None:
+    params, ours = alone(fused_kernel, lr=0.02, weight_decay=0.1)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    torchs = torch.optim.AdamW(twins, lr=0.02, weight_decay=0.1, fused=True)
+    for i in range(2):
+        give_gradients(params, i)
+        give_gradients(twins, i)
+        ours.step()
+        torchs.step()
+    got, wanted = ours.state_dict(), torchs.state_dict()
+    assert got["param_groups"] == wanted["param_groups"]
+    assert got["state"].keys() == wanted["state"].keys()
+    for i, state in wanted["state"].items():
+        assert list(got["state"][i]) == list(state)
+        assert all(got["state"][i][key].dtype == value.dtype for key, value in state.items())
+        assert_close(got["state"][i], state, ulps=4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_state_of_any_adamw_loads(settings: dict[str, bool]) -> None:
+    """Two steps by torch, then the third by either."""
+    twins = [nn.Parameter(p.detach().clone()) for p in Dots().parameters()]
+    torchs = torch.optim.AdamW(twins, lr=0.02, weight_decay=0.1, **settings)
+    for i in range(2):
+        give_gradients(twins, i)
+        torchs.step()
+    params, ours = alone()
+    for p, twin in zip(params, twins, strict=True):
+        p.data.copy_(twin.detach())
+    give_gradients(params, 5)
+    ours.step()  # moments that loading replaces
+    for p, twin in zip(params, twins, strict=True):
+        p.data.copy_(twin.detach())
+    ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    give_gradients(twins, 2)
+    give_gradients(params, 2)
+    torchs.step()
+    ours.step()
+    for p, twin in zip(params, twins, strict=True):
+        assert_close({"": p.detach()}, {"": twin.detach()}, ulps=2)
+        assert_close(ours.state[p], torchs.state[twin], ulps=2)
+
+
+def test_round_trip_is_exact() -> None:
+    """Saved after two steps and loaded, the third gives the same bits, averages attached anew."""
+    params, ours = alone(lr=0.02)
+    averages = {rate: [p.detach().clone() for p in params] for rate in RATES}
+    ours.attach_averages(params, averages)
+    for i in range(2):
+        give_gradients(params, i)
+        ours.step()
+    saved = copy.deepcopy((ours.state_dict(), [p.detach() for p in params], averages))
+    others, loaded = alone(lr=0.5)
+    loaded.load_state_dict(saved[0])
+    for p, value in zip(others, saved[1], strict=True):
+        p.data.copy_(value)
+    loaded.attach_averages(others, saved[2])
+    for each, optimizer in ((params, ours), (others, loaded)):
+        give_gradients(each, 2)
+        optimizer.step()
+    for rate in RATES:
+        assert all(map(torch.equal, averages[rate], loaded.averages[rate]))
+    assert all(map(torch.equal, params, others))
+
+
+@pytest.mark.parametrize("fused_kernel", [True, False])
+def test_groups_closures_and_missing_gradients(fused_kernel: bool) -> None:
+    params, _ = alone()
+    optimizer = AdamWEMA(
+        [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "weight_decay": 0.5}], fused_kernel=fused_kernel
+    )
+    optimizer.keeps_grad_norm = True
+    before = [p.detach().clone() for p in params]
+    averages = {0.5: [torch.zeros_like(p) for p in before]}
+    optimizer.attach_averages(params, averages)
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        give_gradients(params, 0)
+        params[1].grad = None
+        return 7.0
+
+    assert optimizer.step(closure) == 7.0
+    given = [x for i, x in enumerate(inputs(0, torch.float32)) if i != 1]
+    assert optimizer.last_grad_norm.item() == pytest.approx(float(torch.nn.utils.get_total_norm(given)), rel=1e-6)
+    assert params[1] not in optimizer.state
+    assert torch.equal(params[1], before[1])
+    for p, old, average in zip(params, before, averages[0.5], strict=True):
+        assert torch.equal(average, 0.5 * p.detach())  # half of zero and half of the weight
+        assert p is params[1] or not torch.equal(p, old)
+
+
+def test_a_step_counts_as_a_change_in_place() -> None:
+    params, optimizer = alone()
+    give_gradients(params, 0)
+    version = params[0]._version
+    optimizer.step()
+    assert params[0]._version > version
+
+
+@pytest.mark.parametrize("fused_kernel", [True, False])
+def test_gradients_in_another_layout(fused_kernel: bool) -> None:
+    """Channels-last weights with a gradient that somebody made anew."""
+    p = nn.Parameter(torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
+    twin = nn.Parameter(p.detach().clone())
+    ours, torchs = AdamWEMA([p], fused_kernel=fused_kernel), torch.optim.AdamW([twin])
+    p.grad = torch.randn(4, 3, 3, 3)
+    twin.grad = p.grad.clone(memory_format=torch.channels_last)
+    ours.step()
+    torchs.step()
+    assert_close({"": p.detach()}, {"": twin.detach()}, ulps=2)
+
+
+@pytest.mark.parametrize("fused_kernel", [True, False])
+def test_refusals(fused_kernel: bool) -> None:
+    params, optimizer = alone(fused_kernel)
+    with pytest.raises(ValueError, match="in the shape of each of 5 masters"):
+        optimizer.attach_averages(params, {0.9: [torch.zeros(3)]})
+    optimizer.attach_averages(params[1:], {0.9: [p.detach().clone() for p in params[1:]]})
+    give_gradients(params, 0)
+    with pytest.raises(ValueError, match="none of a parameter"):
+        optimizer.step()
+    params, optimizer = alone(fused_kernel)
+    give_gradients(params, 0)
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad"):
+        optimizer.step()
