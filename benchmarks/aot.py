@@ -51,8 +51,17 @@ BULK = {
     "backward_sums": "l",
     "apply_backward": "ls",
     "image_noise": "s",
+    "forward_short": "ls",
+    "forward_long": "ls",
+    "backward_whole": "ls",
+    "backward_short": "ls",
+    "backward_long": "ls",
+    "pointers": "ls",
+    "boxes": "ls",
+    "adamw_ema": "ls",
+    "squares": "l",
 }
-MATMUL: set[str] = set()
+MATMUL = {*(name for name in BULK if name.endswith(("_short", "_long", "_whole"))), "pointers", "boxes"}
 
 
 class OpCalls(TorchDispatchMode):
@@ -113,13 +122,33 @@ def launches_of(files: list[Path]) -> list[launch.Launch]:
         for file in files:
             for name, args in calls_of(file):
                 launch.IMPLEMENTATIONS[name](*args)
-        for name, args in optimiser_calls():
+        for name, args in (*optimiser_calls(), *convolution_calls()):
             launch.IMPLEMENTATIONS[name](*args)
     return aot.unique(recorded)
 
 
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def optimiser_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    return iter(())
+    """AdamW over one flat buffer with one and with two averages, and the norm of its gradient."""
+    flat, scalar = _meta(55_000_000, dtype=torch.float32), _meta(dtype=torch.float32)
+    for rates in ([0.9999], [0.9999, 0.999]):
+        numbers = (rates, 1e-4, 0.9, 0.999, 1e-8, 0.0, None, None, len(rates) == 1)
+        lists = ([flat], [flat], [flat], [flat], [flat] * len(rates), [], [scalar])
+        yield "adamw_ema_", (*lists, *numbers)
+    yield "squared_norm", ([flat],)
+
+
+def convolution_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """conv3x3, which no configuration chooses: the two convolutions of a residual block."""
+    for C1, C2, C_out, side in ((128, 128, 128, 64), (384, 0, 384, 16), (512, 0, 512, 8)):
+        channels_last = lambda C, side=side: _meta(4, side, side, C).permute(0, 3, 1, 2)
+        affine, weight, bias = _meta(4, C1 + C2, dtype=torch.float32), _meta(C_out, 3, 3, C1 + C2), _meta(C_out)
+        x, skip = channels_last(C1), channels_last(C2) if C2 else None
+        yield "conv3x3", (x, weight, bias, skip, affine, affine, affine, None, True, False)
+        yield "conv3x3", (x, weight, bias, skip, affine, affine, affine, channels_last(C_out), True, False)
 
 
 def broken_rules(made: Compiled) -> list[str]:

@@ -20,6 +20,7 @@ from fastdiff.kernels.launch import OPTIONS, Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -83,6 +84,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
             signature[name] = "*" + _TYPES[value.dtype]
             if value.storage_offset() * value.itemsize % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, int):
             if value == 1 and not parameter.do_not_specialize:
                 signature[name], constants[name] = "constexpr", 1
@@ -151,7 +154,7 @@ def _tool(name: str, *args: object) -> str:
 def _widths(code: str, instruction: str) -> dict[int, int]:
     """Bits per access → count, from suffixes such as LDG.E.128 (none: 32 bits)."""
     widths: dict[int, int] = {}
-    for suffix in re.findall(rf"\b{instruction}((?:\.\w+)*)", code):
+    for suffix in re.findall(rf"\b{instruction}\b((?:\.\w+)*)", code):
         parts = suffix.split(".")
         bits = next((int(p) for p in parts if p in ("64", "128", "256")), 0)
         bits = bits or next((int(p[1:]) for p in parts if p in ("U8", "S8", "U16", "S16")), 32)

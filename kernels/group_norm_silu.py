@@ -80,9 +80,9 @@ def plan(
     in_l2 = maps * L * tile.channels * itemsize * units <= L2_BYTES and slabs >= units
     slab = (one_block or in_l2) and tile.padded <= 128
     block_l = padded_l if one_block else (4096 if backward else 8192) // tile.padded
-    # 32 values of 16 bits per thread; the [K, K] table of groups wants threads too.
-    warps = max(4, tile.padded // 8, block_l * tile.padded * itemsize // 2048)
-    warps = 16 if not one_block else min(16, warps)
+    # 32 values of 16 bits per thread, at least 8; the [K, K] table of groups wants threads too.
+    size = block_l * tile.padded * itemsize
+    warps = min(16, max(1, size // 2048, min(tile.padded // 8, size // 512))) if one_block else 16
     # For the split way: enough programs to fill the GPU, and at most 128 parts to merge.
     common = math.gcd(C1, C2) if C2 else C1
     block_c = next(size for size in (128, 64, 32, 16, 8) if common % size == 0)
