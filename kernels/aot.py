@@ -105,7 +105,9 @@ def variant(launch: Launch) -> str:
     numbers = " ".join(f"{name}={value}" for name, value in constants.items() if value not in (None, False))
     free = [parameter.do_not_specialize for parameter in launch.kernel.params]
     odd = [n for i, (n, t) in enumerate(signature.items()) if t[0] in "*i" and (i,) not in attributes and not free[i]]
-    return f"{dtypes} {numbers}" + (f" odd:{','.join(odd)}" if odd else "")
+    absent = [name.removesuffix("_ptr") for name, value in constants.items() if value is None]
+    notes = [f" {what}:{','.join(names)}" for what, names in (("odd", odd), ("without", absent)) if names]
+    return f"{dtypes} {numbers}{''.join(notes)}"
 
 
 def unique(launches: Iterable[Launch]) -> list[Launch]:

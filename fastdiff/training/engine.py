@@ -146,7 +146,8 @@ def create_engine(
     """The engine around the model, and the optimiser inside it. Weights of the model must be loaded before."""
     deepspeed = _import_deepspeed()
     config = deepspeed_config(train, deepspeed_section, processes.world_size)
-    fused_kernel = ops.uses_kernels(next(model.parameters()))
+    offloaded = "offload_optimizer" in config["zero_optimization"]  # then the masters lie on the CPU
+    fused_kernel = ops.uses_kernels(next(model.parameters())) and not offloaded
     optimizer = AdamWEMA(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused_kernel=fused_kernel)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

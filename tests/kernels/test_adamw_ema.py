@@ -221,7 +221,9 @@ def test_bias_corrections(step: int) -> None:
     check(t, beta2=0.9999)
 
 
-@pytest.mark.parametrize("changes", [{"beta1": 0.0}, {"beta1": 0.0, "beta2": 0.0}, {"beta1": 0.3}, {"lr": 0.0}])
+@pytest.mark.parametrize(
+    "changes", [{"beta1": 0.0}, {"beta1": 0.0, "beta2": 0.0}, {"beta1": 0.3}, {"lr": 0.0}, {"eps": 0.3}]
+)
 def test_other_numbers(changes: dict[str, float]) -> None:
     check(make([(200,)]), **changes)
 
