@@ -209,6 +209,8 @@ def group_norm_silu(
 
 
 def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
+    if not HAVE_TRITON:
+        return "no Triton"
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     if x.shape[1] % 8 or channels % 8:
         return "channels not in multiples of 8"
@@ -312,6 +314,8 @@ def _channels(x_start: Tensor) -> int:
 
 
 def _map_unsupported(x: Tensor) -> str:
+    if not HAVE_TRITON:
+        return "no Triton"
     if x.dtype not in (torch.uint8, torch.float32):
         return "not float32"
     if _channels(x) > triton_q_sample.MAX_CHANNELS:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from fastdiff.kernels import convolutions, reference
-from kernel_checks import DEVICE, DTYPES, assert_no_worse, channels_last, error, normal, results
+from kernel_checks import DTYPES, assert_no_worse, channels_last, error, normal, results
 from torch import Tensor
 
 from fastdiff import ops
@@ -55,10 +55,6 @@ def test_ops_choose() -> None:
     x, weight, bias = channels_last(normal(1, 8, 2, 2)), normal(8, 8, 3, 3, seed=1), normal(8, seed=2)
     with ops.using("triton"):
         assert torch.equal(ops.upsample_conv(x, weight, bias), convolutions.upsample_conv(x, weight, bias))
-        assert ops.choices(torch.device(DEVICE))[0].implementation == "Triton"
     with ops.using("reference"):
         assert torch.equal(ops.upsample_conv(x, weight, bias), reference.upsample_conv(x, weight, bias))
-        assert ops.choices(torch.device(DEVICE)) == [("all", "PyTorch", "kernels reference")]
     assert error(convolutions.upsample_conv(x, weight, bias), reference.upsample_conv(x, weight, bias)) < 1e-5
-    with pytest.raises(ValueError, match="kernels must be one of auto, triton, reference, not 'fast'"):
-        ops.use("fast")  # type: ignore[arg-type]

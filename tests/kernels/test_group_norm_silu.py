@@ -292,3 +292,14 @@ def test_low_precision_gradients_of_parameters_stay_float32() -> None:
         ours = check(inputs(1, 32, 0, 3, 3, dtype), dtype)
         assert ours["weight"].dtype == ours["offset"].dtype == torch.float32
         assert ours["x"].dtype == dtype
+
+
+def test_parameters_in_half_precision() -> None:
+    """As DeepSpeed keeps them in bf16 training; a bias is one row for all images."""
+    given = inputs(2, 32, 0, 3, 3, torch.bfloat16)
+    for name in ("weight", "bias", "offset"):
+        given[name] = given[name].bfloat16()
+    ours = check(given, torch.bfloat16)
+    assert ours["weight"].dtype == ours["offset"].dtype == torch.bfloat16
+    given["offset"] = given["offset"][:1].expand(2, -1)
+    check(given, torch.bfloat16)

@@ -43,13 +43,14 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ours.keys() == plain.keys()
         for name, value in plain.items():
             # AdamW's first steps move by lr whatever the gradient's size: where it is rounding, they differ.
-            torch.testing.assert_close(torch.as_tensor(ours[name]), torch.as_tensor(value), rtol=1e-3, atol=3e-4, msg=name)
+            got, want = torch.as_tensor(ours[name]), torch.as_tensor(value)
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=3e-4, msg=name)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused convolutions"])
 def test_sampling(fused: bool, tmp_path: Path) -> None:
     """The same images but for a level here and there."""
-    model = save(unet(**{n: v for n, v in SMALL.items()}, learn_sigma=True), tmp_path / "ema_0.9999_000001.pt")
+    model = save(unet(**SMALL, learn_sigma=True), tmp_path / "ema_0.9999_000001.pt")
     images = {}
     for kernels in ("reference", "triton"):
         folder = tmp_path / kernels
