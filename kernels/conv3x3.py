@@ -136,7 +136,7 @@ def _pointers(
     tl.store(p_y, b_y, mask=m_y)
     if moments_ptr is not None:
         tl.debug_barrier()
-        b_y = tl.load(p_y, mask=m_y, other=0.0)
+        b_y = tl.load(p_y, mask=m_y, other=0.0)  # spread as for the store: sums over rows take fewer registers so
         n = tl.minimum(H * W - i_m % T * BL, BL)
         _store_moments(moments_ptr, b_y, m_m, i_b, i_m % T, n, o_n, m_n, B, T, C_out, BL)
 
@@ -231,11 +231,12 @@ def plan(B: int, H: int, W: int, C1: int, C2: int, C_out: int, dtype: torch.dtyp
 
     Chosen for what the assembler makes of it on compute capabilities 8, 9 and 10: no spills; not yet timed.
     """
-    BM, BN, BK, warps, stages = 128, 128 if C_out % 128 == 0 or C_out > 512 else 64, 64, 8, 3
+    BM, BN, BK, stages = 128, 128 if C_out % 128 == 0 or C_out > 512 else 64, 64, 3
     if -(-B * H * W // BM) * -(-C_out // BN) < 132:  # fewer programs than an H100 has multiprocessors
-        BM, BN, warps = 64, 64, 4
-    if prologue or C1 % BK or C2 % BK:  # the prologue holds its operand in registers
+        BM, BN = 64, 64
+    if prologue or C1 % BK or C2 % BK:
         BK = 32
+    warps = 8 if BN == 128 or (prologue and BM == 128) else 4  # the prologue's operand stays in registers
     if dtype == torch.float32:  # exact products need no tensor core and many registers
         BM, BN, BK, warps, stages = 64, 64, 16, 4, 2
     BN = min(BN, max(16, triton.next_power_of_2(C_out)))

@@ -71,9 +71,11 @@ def plan(
     limit = ONE_BLOCK[backward] // (2 if dropout else 1)
     # 64 bytes of a pixel fill a DRAM burst; 32 fill a sector, and the neighbouring program takes the other one.
     tile = Tile.of(C, group, 8, 64 // itemsize, max(limit // padded_l, 1))
-    one_block = padded_l * tile.padded <= limit and tile.channels >= min(32 // itemsize, C)
-    if backward and tile.padded >= 128:  # the table of groups takes the registers
-        one_block = False
+    if tile.padded > 32 and padded_l * tile.padded > limit // 2:
+        tile = Tile.of(C, group, 8, 32 // itemsize, max(limit // padded_l, 1))
+    # The [K, K] table of groups takes registers, too.
+    room = limit if tile.padded <= 32 else limit // 2 if tile.padded <= 64 or not backward else 0
+    one_block = padded_l * tile.padded <= room and tile.channels >= min(32 // itemsize, C)
     if not one_block:
         tile = Tile.of(C, group, 8, 32 // itemsize, 64)
     slabs = B * (C // tile.channels)
