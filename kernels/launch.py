@@ -54,7 +54,13 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
         return
-    kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **OPTIONS, **constexprs)
+    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS, **constexprs}
+    device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+    else:  # Triton launches on the current device, wherever the tensors are
+        with torch.cuda.device(device):
+            kernel[grid](*args, **options)
 
 
 @contextmanager
