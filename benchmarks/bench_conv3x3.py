@@ -146,9 +146,9 @@ def run(what: str, shape: Shape, fn: Callable[..., Any], gpu_time: Any, benchmar
         gpu_time(fn, inputs, flops=18 * B * size**2 * (C1 + C2) * C_out)
 
 
-@pytest.mark.parametrize("row", rows(ALONE))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_alone(row: str, shape: Shape, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
+@pytest.mark.parametrize("row", rows(ALONE))
+def bench_alone(row: str, shape: Shape, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
     """Convolution and bias."""
     if row == "ours, tensor maps":
         if torch.cuda.get_device_capability(device)[0] < 9:
@@ -158,8 +158,8 @@ def test_alone(row: str, shape: Shape, small: bool, gpu_time: Any, benchmark: An
     run("conv", shape.smaller() if small else shape, ALONE[row], gpu_time, benchmark, device)
 
 
-@pytest.mark.parametrize("row", rows(BLOCK))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_block(row: str, shape: Shape, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
+@pytest.mark.parametrize("row", rows(BLOCK))
+def bench_block(row: str, shape: Shape, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
     """A norm's affine map, SiLU, convolution, bias and residual; ours also returns the moments for the next norm."""
     run("block", shape.smaller() if small else shape, BLOCK[row], gpu_time, benchmark, device)
