@@ -116,7 +116,7 @@ def rows(names: Any) -> list[Any]:
 
 @pytest.mark.parametrize("row", rows(STEPS))
 @pytest.mark.parametrize("name", SETS)
-def test_step(row: str, name: str, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
+def bench_update(row: str, name: str, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
     """AdamW, average, copy. Every tensor set is larger than the L2 cache, so one is enough."""
     numels = [min(numel, 1000) for numel in SETS[name]][:20] if small else SETS[name]
     benchmark.group = f"adamw_ema {name}"
@@ -134,7 +134,7 @@ NORMS: dict[str, Callable[[list[Tensor]], Tensor]] = {"ours": our_norm, "eager":
 
 @pytest.mark.parametrize("row", rows(NORMS))
 @pytest.mark.parametrize("name", SETS)
-def test_norm(row: str, name: str, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
+def bench_norm(row: str, name: str, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
     """The norm of the gradients alone, which a step that is asked for it has for nothing."""
     numels = [min(numel, 1000) for numel in SETS[name]][:20] if small else SETS[name]
     benchmark.group = f"squared_norm {name}"

@@ -101,7 +101,7 @@ def backward(out: Tensor, qkv: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("row", [pytest.param(name, marks=needs_gpu if name == "ours" else ()) for name in ROWS])
-def test_attention(
+def bench_attention(
     shape: Shape,
     row: str,
     direction: str,
