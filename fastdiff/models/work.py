@@ -1,0 +1,318 @@
+"""How much work a network is: operations, and the least bytes through memory, of every layer. Paper, no measurement.
+
+`operations` walks a network's modules (on the meta device if it is given settings, so nothing is allocated) and gives
+one record for each thing that is computed. What the columns mean, per image:
+
+flops           of the products alone (2 * multiplications), forward, of the network as improved-diffusion defines it:
+                an upsampling convolution is a 3x3 one on the enlarged map. Backward is twice as much.
+run_flops       as we compute it: upsampling is one transposed convolution, 4/9 of that (`kernels/convolutions.py`).
+forward_bytes, backward_bytes
+                read and written by fused ops on b = 2 byte maps (4 in the float32 last layer), x in, y out:
+
+                convolution      forward x + y               backward x + 2 dy + dx (dx and dw each read dy)
+                group norm       forward 2 x + y             backward 2 (x + dy) + dx, statistics first
+                attention        forward qkv + y             backward qkv + y + dy + dqkv, no scores in memory
+                residual         forward x, read where the last convolution writes its y
+                                 backward dx, read where the first norm writes its own
+                skip             forward 0, never concatenated; backward dx, likewise
+                noising          forward 1 byte in, x_t out  backward 0
+                loss             forward y, 1 byte, dy       backward 0, the gradient is made beside the loss
+                embedding        0: vectors
+
+                A norm whose map stays on chip reads it once: then this is more than the least.
+weights         16-bit weights read, and 16-bit gradients written, once per batch: `weight_bytes`.
+
+Not counted: recomputation under use_checkpoint, the enlargement of small images, metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from fastdiff.models.blocks import (
+    AttentionBlock,
+    Conv2d,
+    Downsample,
+    GroupNorm,
+    InputConv,
+    Linear,
+    PointwiseConv,
+    ResBlock,
+    Upsample,
+)
+from fastdiff.models.settings import BackboneSettings
+from fastdiff.models.unet import UNet, build_model
+
+Kind = Literal[
+    "conv3x3",
+    "conv1x1",
+    "downsample conv",
+    "upsample conv",
+    "input conv",
+    "output conv",
+    "attention",
+    "group norm",
+    "residual",
+    "skip",
+    "embedding",
+    "noising",
+    "loss",
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+UPSAMPLE_SHARE = 4 / 9
+"""Operations of the transposed 4x4 convolution over those of the 3x3 one on the enlarged map."""
+HALF, SINGLE = 2, 4  # bytes per element
+
+# Kernels in a batch's forward and backward pass; a convolution's backward is one for dx and one for dw.
+_LAUNCHES: dict[Kind, tuple[int, int]] = {
+    "attention": (1, 2),
+    "group norm": (2, 3),
+    "residual": (0, 0),
+    "skip": (0, 0),
+    "noising": (1, 0),
+    "loss": (1, 0),
+}
+_CONVOLUTION_LAUNCHES = (1, 2)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One layer's work, for one image. The module's docstring says how each number is made."""
+
+    name: str
+    """Of the module, e.g. input_blocks.1.0.in_layers.2."""
+    kind: Kind
+    shape: tuple[int, ...]
+    """(C_in, C_out, H, W) of a convolution's result; (C, H, W) of a map; (heads, L, D); (in, out) of a vector."""
+    flops: float = 0.0
+    run_flops: float = 0.0
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+    parameters: int = 0
+    """Weights and biases of the module."""
+    element: int = HALF
+    """Bytes of one number of its maps."""
+
+    @property
+    def launches(self) -> tuple[int, int]:
+        """Kernels forward and backward, whatever the batch."""
+        return _LAUNCHES.get(self.kind, _CONVOLUTION_LAUNCHES)
+
+    @property
+    def weight_bytes(self) -> tuple[int, int]:
+        """Per batch, not image: 16-bit weights read forward; read and gradients written backward."""
+        return HALF * self.parameters, 2 * HALF * self.parameters
+
+
+def optimiser_bytes(averages: int = 1, half_copy: bool = True) -> int:
+    """Bytes per parameter of one AdamW update: weight, moments and gradient in float32, averages, a 16-bit copy.
+
+    Reads weight, gradient and two moments, writes all but the gradient (28); reads and writes each average (8 each);
+    writes the 16-bit copy (2). See `kernels/adamw_ema.py`. 38 with one average.
+    """
+    return 28 + 8 * averages + (2 if half_copy else 0)
+
+
+def on_meta(settings: BackboneSettings) -> UNet:
+    """The network without memory for its weights."""
+    with torch.device("meta"):
+        return build_model(settings)
+
+
+def operations(network: BackboneSettings | UNet) -> list[Operation]:
+    """Everything one image takes in one evaluation of the network and its training loss, in the order of the walk."""
+    model = network if isinstance(network, UNet) else on_meta(network)
+    return list(_Walk(model).run())
+
+
+def forward_flops(network: BackboneSettings | UNet) -> float:
+    """Of one evaluation on one image, as improved-diffusion defines the network."""
+    return sum(op.flops for op in operations(network))
+
+
+def train_flops(network: BackboneSettings | UNet) -> float:
+    """Of one image's forward and backward pass: three times the forward one."""
+    return 3 * forward_flops(network)
+
+
+def parameters(ops: Sequence[Operation]) -> int:
+    """Of all operations, which is all the network has."""
+    return sum(op.parameters for op in ops)
+
+
+def saved_bytes(ops: Sequence[Operation]) -> float:
+    """Maps that the forward pass keeps for the backward one, per image, without use_checkpoint.
+
+    Each is counted where it is read: inputs of norms, of convolutions and of attention (and its result). What comes out
+    of a norm goes into the convolution behind it. A 1x1 convolution beside a residual reads what the norm kept.
+    """
+    total = 0.0
+    for op in ops:
+        if op.kind == "group norm":
+            total += op.element * _volume(op.shape)
+        elif op.kind == "attention":
+            total += op.element * 4 * _volume(op.shape)
+        elif op.kind in ("conv3x3", "output conv") or (op.kind == "conv1x1" and "skip_connection" not in op.name):
+            c_in, _, height, width = op.shape
+            total += op.element * c_in * height * width
+    return total
+
+
+def _volume(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class _Walk:
+    """Follows the size of the map through a network's modules."""
+
+    def __init__(self, model: UNet) -> None:
+        self.model, self.settings = model, model.settings
+        self.names = {module: name for name, module in model.named_modules()}
+        self.size = self.settings.size_hw
+
+    def run(self) -> Iterator[Operation]:
+        channels, pixels = self.settings.in_channels, _volume(self.size)
+        seen = self.settings.network_in_channels  # x_t, and the small image where there is one
+        shown = (seen, *self.size)
+        yield Operation("q_sample", "noising", shown, forward_bytes=(channels + HALF * seen) * pixels)
+        for module in self.model.time_embed:
+            if isinstance(module, Linear):
+                yield self._linear(module)
+        if self.settings.class_cond:
+            table = self.model.label_emb.weight
+            yield Operation("label_emb", "embedding", tuple(table.shape), parameters=table.numel())
+        widths = []
+        for stage in self.model.input_blocks:
+            yield from self._layers(stage, 0)
+            widths.append(self.width)
+        yield from self._layers(self.model.middle_block, 0)
+        for stage in self.model.output_blocks:
+            yield from self._layers(stage, widths.pop())
+        norm, _, conv = self.model.out
+        yield self._norm(norm, self.width, SINGLE)
+        yield self._conv(conv, "output conv", element=SINGLE)
+        made = self.settings.out_channels
+        yield Operation("loss", "loss", (made, *self.size), forward_bytes=(2 * SINGLE * made + channels) * pixels)
+
+    def _layers(self, stage: nn.Module, skip: int) -> Iterator[Operation]:
+        """A stage's; `skip` channels come from the way down beside the first block's own input."""
+        for layer in stage.children():
+            if isinstance(layer, InputConv):
+                yield self._conv(layer, "input conv")
+            elif isinstance(layer, ResBlock):
+                yield from self._res_block(layer, skip)
+                skip = 0
+            elif isinstance(layer, AttentionBlock):
+                yield from self._attention(layer)
+            elif isinstance(layer, Downsample):
+                yield self._conv(layer.op, "downsample conv")
+            elif isinstance(layer, Upsample):
+                yield self._conv(layer.conv, "upsample conv")
+            else:
+                raise TypeError(f"no count for a {type(layer).__name__} in a UNet; the walk knows its layers by class")
+
+    def _res_block(self, block: ResBlock, skip: int) -> Iterator[Operation]:
+        name = self.names[block]
+        channels = self.width + skip
+        if skip:
+            yield Operation(name, "skip", (skip, *self.size), backward_bytes=HALF * skip * _volume(self.size))
+        if not isinstance(block.skip_connection, nn.Identity):
+            assert isinstance(block.skip_connection, Conv2d)
+            yield self._conv(block.skip_connection, "conv1x1", advance=False)
+        norm, _, first = block.in_layers
+        yield self._norm(norm, channels)
+        yield self._conv(first, "conv3x3")
+        yield self._linear(block.emb_layers[1])
+        norm, last = block.out_layers[0], block.out_layers[-1]
+        yield self._norm(norm, self.width)
+        yield self._conv(last, "conv3x3")
+        yield self._residual(name, self.width, channels)
+
+    def _attention(self, block: AttentionBlock) -> Iterator[Operation]:
+        channels, length, name = self.width, _volume(self.size), self.names[block]
+        yield self._norm(block.norm, channels)
+        yield self._pointwise(block.qkv)
+        yield Operation(
+            name,
+            "attention",
+            (block.num_heads, length, channels // block.num_heads),
+            flops=4.0 * length * length * channels,  # queries by keys, then weights by values
+            run_flops=4.0 * length * length * channels,
+            forward_bytes=HALF * 4 * channels * length,
+            backward_bytes=HALF * 8 * channels * length,
+        )
+        yield self._pointwise(block.proj_out)
+        yield self._residual(name, channels, channels)
+
+    def _pointwise(self, conv: nn.Module) -> Operation:
+        assert isinstance(conv, PointwiseConv)
+        c_in, c_out, length = conv.in_channels, conv.out_channels, _volume(self.size)
+        products = 2.0 * c_in * c_out * length
+        x, y = HALF * c_in * length, HALF * c_out * length
+        shape = (c_in, c_out, *self.size)
+        return Operation(
+            self.names[conv], "conv1x1", shape, products, products, x + y, 2 * x + 2 * y, _parameters(conv)
+        )
+
+    def _residual(self, name: str, made: int, given: int) -> Operation:
+        pixels = _volume(self.size)
+        shape = (made, *self.size)
+        return Operation(
+            name, "residual", shape, forward_bytes=HALF * made * pixels, backward_bytes=HALF * given * pixels
+        )
+
+    def _norm(self, norm: nn.Module, channels: int, element: int = HALF) -> Operation:
+        assert isinstance(norm, GroupNorm)
+        assert norm.num_channels == channels, (self.names[norm], norm.num_channels, channels)
+        volume = element * channels * _volume(self.size)
+        return Operation(
+            self.names[norm],
+            "group norm",
+            (channels, *self.size),
+            forward_bytes=3 * volume,
+            backward_bytes=5 * volume,
+            parameters=_parameters(norm),
+            element=element,
+        )
+
+    def _conv(self, conv: nn.Module, kind: Kind, element: int = HALF, advance: bool = True) -> Operation:
+        """A 2-D convolution; with `advance` the walk goes on from its result."""
+        assert isinstance(conv, Conv2d)
+        before = _volume(self.size)
+        size = self.size
+        if kind == "upsample conv":
+            size = (2 * size[0], 2 * size[1])
+        elif kind == "downsample conv":
+            size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        c_in, c_out, taps = conv.in_channels, conv.out_channels, _volume(conv.kernel_size)
+        products = 2.0 * taps * c_in * c_out * _volume(size)
+        x, y = element * c_in * before, element * c_out * _volume(size)
+        if advance:
+            self.size, self.width = size, c_out
+        return Operation(
+            self.names[conv],
+            kind,
+            (c_in, c_out, *size),
+            products,
+            products * (UPSAMPLE_SHARE if kind == "upsample conv" else 1),
+            x + y,
+            x + 2 * y + (0 if kind == "input conv" else x),  # an image needs no gradient
+            _parameters(conv),
+            element,
+        )
+
+    def _linear(self, linear: nn.Module) -> Operation:
+        assert isinstance(linear, Linear)
+        products = 2.0 * linear.in_features * linear.out_features
+        shape = (linear.in_features, linear.out_features)
+        return Operation(self.names[linear], "embedding", shape, products, products, parameters=_parameters(linear))
