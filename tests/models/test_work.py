@@ -145,7 +145,7 @@ def test_formulae_of_one_block() -> None:
 
 
 def test_saved_bytes_against_autograd() -> None:
-    """Unfused ops keep concatenated and enlarged maps besides what is counted, and nothing that is counted is spared."""
+    """All that is counted is kept, and by unfused ops concatenated and enlarged maps besides."""
     settings = NETWORKS["tiny"]
     model = build_model(settings)
     kept: dict[int, int] = {}

@@ -1,0 +1,108 @@
+"""What a GPU can do: datasheets, what is typically reached of them, and what this machine reaches.
+
+Peaks are dense bf16 with float32 accumulation, and bandwidth is the memory's, both from NVIDIA's datasheets. The rates
+of an H200 are those of an 8192 x 8192 matrix product (788 TFLOP/s) and of a device copy, read and write counted
+(4.3 TB/s); the other GPUs' are the same shares of their datasheets, an assumption until `measure_rates` replaces it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MATMUL_SHARE = 788 / 989
+"""Of the datasheet's FLOP/s that a large matrix product reaches, on an H200."""
+COPY_SHARE = 4.3 / 4.8
+"""Of the datasheet's bandwidth that a device copy reaches, on an H200."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A datasheet and two rates; FLOP/s, bytes/s and bytes."""
+
+    name: str
+    peak_flops: float
+    bandwidth: float
+    memory: float
+    matmul_flops: float
+    copy_bytes: float
+    names: str
+    """Regular expression of what torch.cuda.get_device_name() calls it."""
+
+
+def _gpu(name: str, teraflops: float, terabytes: float, gigabytes: float, names: str) -> Gpu:
+    peak, bandwidth = teraflops * 1e12, terabytes * 1e12
+    return Gpu(name, peak, bandwidth, gigabytes * 1e9, peak * MATMUL_SHARE, bandwidth * COPY_SHARE, names)
+
+
+# PCIe and NVL boards of the same chips are slower, and GB200 is faster: none of them is meant.
+GPUS: dict[str, Gpu] = {
+    "H200": _gpu("H200", 989, 4.8, 141, r"H200(?! NVL)"),
+    "H100": _gpu("H100 SXM", 989, 3.35, 80, r"H100 (SXM|80GB HBM3)|H100$"),
+    "A100": _gpu("A100 80GB SXM", 312, 2.039, 80, r"A100-SXM4-80GB|A100 (80GB )?SXM|A100$"),
+    "B200": _gpu("B200", 2250, 8.0, 180, r"(?<!G)B200"),
+}
+
+
+def find(name: str) -> Gpu | None:
+    """The GPU that torch.cuda.get_device_name() calls `name` ("NVIDIA H100 80GB HBM3"); None if the table lacks it."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.names, name.strip())), None)
+
+
+_SIZE = {True: 8192, False: 1024}  # on a GPU, on a CPU
+_COPY_SIZE = {True: 1 << 30, False: 1 << 26}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one device reached: FLOP/s of a matrix product, and bytes/s of a copy, read and write counted."""
+
+    matmul_flops: float
+    copy_bytes: float
+
+
+def measure_rates(
+    device: torch.device, *, dtype: torch.dtype | None = None, size: int = 0, copy_size: int = 0, repeats: int = 5
+) -> Rates:
+    """The best of `repeats` rounds of each.
+
+    dtype      of the matrix product; by default bf16 on a GPU and float32 on a CPU.
+    size       of the square matrices; by default 8192 on a GPU and 1024 on a CPU.
+    copy_size  bytes copied; by default 1 GiB on a GPU and 64 MiB on a CPU, more than caches hold.
+    """
+    cuda = device.type == "cuda"
+    matmul = _matmul_rate(device, dtype or (torch.bfloat16 if cuda else torch.float32), size or _SIZE[cuda], repeats)
+    source = torch.zeros(copy_size or _COPY_SIZE[cuda], dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return Rates(matmul, 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, repeats))
+
+
+def _matmul_rate(device: torch.device, dtype: torch.dtype, n: int, repeats: int) -> float:
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=product), device, repeats)
+
+
+def _best_seconds(fn: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Of one call. A round on a GPU is 10 calls between two synchronisations, so that launching them doesn't count."""
+    calls = 10 if device.type == "cuda" else 1
+
+    def synchronize() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    fn()
+    best = float("inf")
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        synchronize()
+        best = min(best, (time.perf_counter() - start) / calls)
+    return best
