@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.images.loader import Finish, Loader, Request, to_device
+from fastdiff.images.loader import Finish, Loader, Request
 
 
 class PillowLoader(Loader):
@@ -31,6 +31,6 @@ class PillowLoader(Loader):
         def finish() -> tuple[Tensor, np.ndarray]:
             for part in parts:
                 part.result()
-            return to_device(images, self.device), shown
+            return images, shown
 
         return finish

@@ -19,8 +19,7 @@ own rounding is added.
 from __future__ import annotations
 
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -52,21 +51,18 @@ Source = tuple[int, Encoded | np.ndarray]
 
 
 class DaliLoader(Loader):
-    """Batches decoded by DALI, in one background thread that drives its pipeline, fed by threads that read files."""
+    """Batches decoded by DALI: the driver runs its pipeline, fed by threads that read files."""
 
     loader_name = "dali"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._driver = ThreadPoolExecutor(1, thread_name_prefix="dali")
         self._pipeline: Pipeline | None = None
         self._halvings = 1
         self._undecodable: set[int] = set()  # by DALI, though Pillow can
-        self._cuda_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def close(self) -> None:
         super().close()
-        self._driver.shutdown(wait=True, cancel_futures=True)
         self._pipeline = None
 
     def _start(self, request: Request) -> Finish:
@@ -74,15 +70,7 @@ class DaliLoader(Loader):
             return [self._fetch(int(request.indices[row])) for row in rows]
 
         parts = [self._threads.submit(fetch, rows) for rows in self._chunks(len(request.indices))]
-        batch = self._driver.submit(self._assemble, parts, request.flips)
-
-        def finish() -> tuple[Tensor, np.ndarray]:
-            images, shown = batch.result()
-            if self._cuda_stream is not None:  # the driver's stream allocated them
-                images.record_stream(torch.cuda.current_stream(self.device))
-            return images, shown
-
-        return finish
+        return lambda: self._assemble(parts, request.flips)
 
     def _fetch(self, index: int) -> Source:
         """Read one image, as what it has to be for DALI. Runs in the reading threads."""
@@ -98,23 +86,20 @@ class DaliLoader(Loader):
     def _assemble(self, parts: list[Future[list[Source]]], flips: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Wait for the files, decode those for DALI, and lay all in their rows. Runs in the driver."""
         sources = [source for part in parts for source in part.result()]
-        with torch.cuda.stream(self._cuda_stream) if self._cuda_stream is not None else nullcontext():
-            sources, decoded = self._decode(sources)
-            images = torch.empty(
-                (len(sources), *self._reader.size_hw, self._reader.channels), dtype=torch.uint8, device=self.device
-            )
-            plain = [row for row, (_, source) in enumerate(sources) if isinstance(source, Encoded)]
-            other = {row: source for row, (_, source) in enumerate(sources) if isinstance(source, np.ndarray)}
-            if plain:
-                images[self._rows(plain)] = _to_gray(decoded) if self._reader.channels == 1 else decoded
-            if other:
-                pixels = torch.from_numpy(np.stack(list(other.values())))
-                images[self._rows(list(other))] = to_device(pixels, self.device)
-            if flips.any():
-                mirrored = self._rows(flips.nonzero()[0].tolist())
-                images[mirrored] = images[mirrored].flip(2)
-            if self._cuda_stream is not None:
-                self._cuda_stream.synchronize()
+        sources, decoded = self._decode(sources)
+        images = torch.empty(
+            (len(sources), *self._reader.size_hw, self._reader.channels), dtype=torch.uint8, device=self.device
+        )
+        plain = [row for row, (_, source) in enumerate(sources) if isinstance(source, Encoded)]
+        other = {row: source for row, (_, source) in enumerate(sources) if isinstance(source, np.ndarray)}
+        if plain:
+            images[self._rows(plain)] = _to_gray(decoded) if self._reader.channels == 1 else decoded
+        if other:
+            pixels = torch.from_numpy(np.stack(list(other.values())))
+            images[self._rows(list(other))] = to_device(pixels, self.device)
+        if flips.any():
+            mirrored = self._rows(flips.nonzero()[0].tolist())
+            images[mirrored] = images[mirrored].flip(2)
         return images, np.array([index for index, _ in sources], dtype=np.int64)
 
     def _rows(self, rows: list[int]) -> Tensor:
@@ -163,9 +148,8 @@ class DaliLoader(Loader):
             corner=[np.array(item.recipe.corner, dtype=np.int32) for item in encoded],
         )
         images = torch.empty((len(encoded), *self._reader.size_hw, 3), dtype=torch.uint8, device=self.device)
-        feed_ndarray(pixels.as_tensor(), images, cuda_stream=self._cuda_stream)
-        if self._cuda_stream is not None:
-            self._cuda_stream.synchronize()  # the pipeline's next run writes over its pixels
+        feed_ndarray(pixels.as_tensor(), images, cuda_stream=self._side)
+        self._wait()  # the pipeline's next run writes over its pixels
         return images
 
     def _build(self) -> Pipeline:

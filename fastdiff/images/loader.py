@@ -1,4 +1,9 @@
-"""What every loader of images does, whichever library decodes: order, shares of the ranks, reading ahead, resuming."""
+"""What every loader of images does, wherever its pixels come from: order, shares, reading ahead, resuming.
+
+Threads read and decode; one more, the driver, puts batches together in their order and, where they are wanted on a
+GPU, copies them there on a stream of its own. So what the caller gets lies on its device already, and neither the
+caller's thread nor its stream waits for a copy.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +50,8 @@ class Request:
 
 
 Finish = Callable[[], tuple[Tensor, np.ndarray]]
-"""Waits for requested samples: uint8 [b, H, W, C] on the device, and the index int64 [b] of each image shown."""
+"""Waits for requested samples: uint8 [b, H, W, C] on the CPU or on the device, and the index int64 [b] of each image
+shown. It is called in the driver, on its stream."""
 
 
 class Loader(ABC):
@@ -72,6 +79,9 @@ class Loader(ABC):
         self._random_flip = random_flip
         self._rank, self._world_size = rank, world_size
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="images")
+        self._driver = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        # Small copies and kernels: a high priority lets them in between the caller's large ones.
+        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._num_workers = num_workers
         self._batches_ahead = max(2, -(-2 * num_workers // self.batch_size))
         self._position = 0
@@ -152,6 +162,7 @@ class Loader(ABC):
         """Stop the threads; batches that were read ahead are dropped."""
         self._stream = None
         self._threads.shutdown(wait=True, cancel_futures=True)
+        self._driver.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Loader:
         return self
@@ -166,13 +177,38 @@ class Loader(ABC):
             yield Request(positions, self._order.indices(positions), flips)
 
     def _read_ahead(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        waiting = deque((r, self._start(r)) for r in itertools.islice(requests, self._batches_ahead))
+        waiting = deque(map(self._begin, itertools.islice(requests, self._batches_ahead)))
         while waiting:
-            waiting.extend((r, self._start(r)) for r in itertools.islice(requests, 1))
-            request, finish = waiting.popleft()
+            waiting.extend(map(self._begin, itertools.islice(requests, 1)))
+            batch = waiting.popleft().result()
+            if self._side is not None:  # whose memory the caller's stream uses from here on
+                stream = torch.cuda.current_stream(self.device)
+                batch.images.record_stream(stream)
+                batch.labels.record_stream(stream)
+            yield batch
+
+    def _begin(self, request: Request) -> Future[Batch]:
+        return self._driver.submit(self._deliver, request, self._start(request))
+
+    def _deliver(self, request: Request, finish: Finish) -> Batch:
+        """Runs in the driver, which waits until the batch has arrived."""
+        with self._on_side():
             images, indices = finish()
+            images = to_device(images, self.device)
             labels = to_device(torch.from_numpy(self.labels[indices]), self.device)
-            yield Batch(images, labels, torch.from_numpy(request.positions))
+            self._wait()
+        return Batch(images, labels, torch.from_numpy(request.positions))
+
+    def _on_side(self) -> AbstractContextManager[object]:
+        """The driver's stream and its GPU; nothing on a CPU."""
+        return nullcontext() if self._side is None else torch.cuda.stream(self._side)
+
+    def _wait(self) -> None:
+        """Until the driver's stream has done all it was given. Sleeps, where synchronising the stream would spin."""
+        if self._side is not None:
+            event = torch.cuda.Event(blocking=True)
+            event.record(self._side)
+            event.synchronize()
 
     def _chunks(self, count: int) -> list[range]:
         """range(count) in parts for the threads: some to share out evenly, not so many that the queue costs time."""

@@ -1,7 +1,7 @@
 """Reading single images by their index, and what happens when one can't be read.
 
 Such an image is named once in the log and replaced by the next readable one of the listing, label and all, so that
-both loaders, and every resumption, see the same samples. When more than 1% of a data set is unreadable, or the only
+every loader, and every resumption, sees the same samples. When more than 1% of a data set is unreadable, or the only
 images there are, something else is wrong, and the run stops.
 """
 
@@ -47,35 +47,50 @@ class Reader:
         """A file's bytes → its reference pixels, uint8 [H, W, C]; to be given to `read`."""
         return load_image(data, self.size_hw, MODES[self.channels])
 
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Index of each image found unreadable so far, and what is wrong with it."""
+        with self._lock:
+            return dict(self._bad)
+
     def read(self, index: int, decode: Callable[[int, bytes], T]) -> tuple[int, T]:
         """decode(index, bytes of the file) for image `index`, or else for the first readable one after it.
 
         Returns the index of the image that was taken, and what `decode` made of it.
         """
-        self._stop_if_too_many()
+        self.stop_if_too_many()
         count = len(self.listing.names)
         for step in range(count):
             candidate = (index + step) % count
             if candidate in self._bad:
                 continue
-            try:
-                return candidate, decode(candidate, self.listing.path(candidate).read_bytes())
-            except Exception as error:  # Pillow's decoders raise many kinds; all are about this one file
-                self._reject(candidate, error)
-            self._stop_if_too_many()
+            found = self.attempt(candidate, decode)
+            if found is not None:
+                return candidate, found
+            self.stop_if_too_many()
         raise UserError(f"none of the {count} images below {self.listing.root} can be read")
 
-    def _reject(self, index: int, error: Exception) -> None:
+    def attempt(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
+        """decode(index, bytes of the file), or None for an image that can't be read, which is then named."""
+        try:
+            return decode(index, self.listing.path(index).read_bytes())
+        except Exception as error:  # Pillow's decoders raise many kinds; all are about this one file
+            reason = "no picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+            self.reject(index, reason)
+            return None
+
+    def reject(self, index: int, reason: str) -> None:
+        """Count an image as unreadable and name it in the log, once."""
         with self._lock:
             if index in self._bad:
                 return
-            reason = "no picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-            self._bad[index] = f"{self.listing.path(index)} ({reason})"
-        logger.warning("unreadable image, replaced by the next one: %s", self._bad[index])
+            self._bad[index] = reason
+        logger.warning("unreadable image, replaced by the next one: %s (%s)", self.listing.path(index), reason)
 
-    def _stop_if_too_many(self) -> None:
-        with self._lock:
-            reasons, count = list(self._bad.values()), len(self.listing.names)
+    def stop_if_too_many(self) -> None:
+        """UserError, which names some, when more images are unreadable than may be."""
+        reasons, count = self.reasons, len(self.listing.names)
         if len(reasons) > max(1, TOLERATED * count) or len(reasons) == count:
-            named = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+            named = "; ".join(f"{self.listing.path(i)} ({why})" for i, why in list(reasons.items())[:3])
+            named += "; ..." if len(reasons) > 3 else ""
             raise UserError(f"{len(reasons)} of {count} images can't be read, which is too many to go on: {named}")
