@@ -113,7 +113,8 @@ def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]
         for name, field in settings.model_fields.items():
             default = json.loads(settings.__pydantic_serializer__.to_json(settings()))[name]
             text = " ".join((field.description or "").split()).replace("%", "%%")
-            bare: dict[str, Any] = {"nargs": "?", "const": "True"} if field.annotation is bool else {}
+            is_switch = field.annotation is bool or True in get_args(field.annotation)
+            bare: dict[str, Any] = {"nargs": "?", "const": "True"} if is_switch else {}
             group.add_argument(
                 f"--{name}",
                 dest=f"{section}.{name}",
@@ -129,6 +130,8 @@ def _metavar(annotation: Any) -> str:
         return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
+    if int in get_args(annotation):
+        return "auto|N"
     return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
 
 

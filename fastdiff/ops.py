@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.kernels import convolutions, group_norm_silu_eager, reference, reference_diffusion
-from fastdiff.kernels.reference import CounterNoise, image_uniform, update_ema
+from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow, image_uniform, update_ema
 from fastdiff.kernels.reference_diffusion import (
     LOSS_COLUMNS,
     STEP_COLUMNS,
@@ -39,6 +39,7 @@ if HAVE_TRITON:
     from fastdiff.kernels import q_sample as triton_q_sample
     from fastdiff.kernels import sampler_step as triton_step
     from fastdiff.kernels.adamw_ema import Lists as AdamWLists
+    from fastdiff.kernels.adamw_ema import squared_norm as triton_squared_norm
 
 __all__ = [
     "AdamWLists",
@@ -47,8 +48,11 @@ __all__ = [
     "CounterNoise",
     "attention",
     "choices",
+    "conv_weight",
     "diffusion_loss",
     "fuses_convolutions",
+    "grad_scale_and_overflow",
+    "squared_norm",
     "norm_conv3x3",
     "pack_conv3x3",
     "use_fused_convolutions",
@@ -283,6 +287,11 @@ def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -
     return chosen.skip_conv1x1(x, skip, weight, bias)
 
 
+def conv_weight(weight: Tensor, x: Tensor) -> Tensor:
+    """A convolution's weight in x's dtype, and where kernels run in x's channels-last layout."""
+    return convolutions.conv_weight(weight, x.dtype) if uses_kernels(x) else weight.to(x.dtype)
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest-neighbour enlargement by 2 and a 3x3 convolution; see `reference.upsample_conv`."""
     chosen = convolutions if uses_kernels(x) else reference
@@ -391,3 +400,13 @@ def sampler_step(
         return x_next, pred_xstart, x_next if network_input is None else network_input
     x_next, pred_xstart = reference_diffusion.sampler_step(output, x, coefficients, _as_tensor(noise), **settings)
     return x_next, pred_xstart, x_next
+
+
+# --- the optimiser ---
+
+
+def squared_norm(tensors: list[Tensor]) -> Tensor:
+    """The sum of squares over all tensors, a scalar on their device; not finite if one of them isn't."""
+    if uses_kernels(tensors[0], "" if tensors[0].dtype == torch.float32 else "not float32"):
+        return triton_squared_norm(tensors)
+    return torch.nn.utils.get_total_norm(tensors).square()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter, ValidationError
 
 
 class UserError(Exception):
@@ -73,6 +73,35 @@ Ints = Annotated[tuple[int, ...], BeforeValidator(_split), PlainSerializer(_join
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_split), PlainSerializer(_join)]
 """Numbers, written '0.9999,0.999' or as a JSON list."""
+
+
+def _switch(value: Any) -> Any:
+    """'auto' as it is; everything that pydantic takes for a bool as one."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return "auto"
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"must be auto, True or False, not {value!r}") from None
+
+
+Switch = Annotated[Literal["auto", True, False], BeforeValidator(_switch)]
+"""True or False, or auto for a choice made when the run starts."""
+
+
+def _count(value: Any) -> Any:
+    """'auto' as it is; text as a whole number."""
+    if isinstance(value, str):
+        value = value.strip().lower()
+        if value.lstrip("-").isdecimal():
+            return int(value)
+    if value == "auto" or type(value) is int:
+        return value
+    raise ValueError(f"must be auto or a whole number, not {value!r}")
+
+
+Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
+"""A whole number, or auto for one that is found when the run starts."""
 
 
 def _size(value: Any) -> Any:

@@ -99,7 +99,7 @@ def _update(
 
 @triton.jit
 def _adamw_ema(
-    chunks_ptr, numels_ptr, rows_ptr, grads_ptr, shares_ptr, grad_scale_ptr, found_inf_ptr, squares_ptr,
+    chunks_ptr, numels_ptr, rows_ptr, grads_ptr, shares_ptr, lr_ptr, grad_scale_ptr, found_inf_ptr, squares_ptr,
     lr, decay, share1, share2, log_beta1, log_beta2, eps,
     K: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -114,6 +114,9 @@ def _adamw_ema(
         places |= tl.load(p_row + _AVERAGES + K)
     if found_inf_ptr is not None:
         count = tl.where(tl.load(found_inf_ptr) != 0, 0, count)
+    if lr_ptr is not None:  # then decay came without it
+        lr = tl.load(lr_ptr)
+        decay *= lr
     grad_scale = 1.0
     if grad_scale_ptr is not None:
         grad_scale = tl.load(grad_scale_ptr)
@@ -268,6 +271,7 @@ class Lists:
         self._rows: list[Tensor] = []  # as the table of addresses has them
         self._numels: tuple[int, ...] = ()
         self._checked: tuple[int, ...] | None = None  # the table when all was last checked
+        self._tables: tuple[Tensor | None, ...] = ()  # of the last step
 
     def _check(self) -> None:
         op, fp32 = "adamw_ema_", (torch.float32,)
@@ -289,11 +293,27 @@ class Lists:
         self._rows = [column[i] for i in range(N) for column in columns]
         self._numels = tuple(param.numel() for param in self.params)
 
+    def prepare(self, grads: list[Tensor]) -> int:
+        """Check everything and bring the tables to the device; the number of programs that a step takes."""
+        if self._checked is None or self._checked != _addresses(self._rows):
+            self._check()
+            self._checked = _addresses(self._rows)
+        _check("adamw_ema_", "grads", grads, self.params, (torch.float32,))
+        device = self.params[0].device
+        stream = _stream(device)
+        programs, chunks, numels = _chunks(self._numels, device, stream)
+        rows = _table(self._checked, torch.int64, device, stream)
+        gradients = _table(_addresses(grads), torch.int64, device, stream)
+        shares = tuple(1 - rate for rate in self.rates)
+        shares_table = _table(shares, torch.float32, device, stream) if shares else None
+        self._tables = (chunks, numels, rows, gradients, shares_table)  # a captured launch reads them at every replay
+        return programs
+
     def step(
         self,
         grads: list[Tensor],
         *,
-        lr: float,
+        lr: float | Tensor,
         beta1: float,
         beta2: float,
         eps: float,
@@ -302,28 +322,25 @@ class Lists:
         found_inf: Tensor | None = None,
         norm: bool = False,
     ) -> Tensor:
-        """The op, which says what the arguments are."""
-        if self._checked is None or self._checked != _addresses(self._rows):
-            self._check()
-            self._checked = _addresses(self._rows)
+        """The op, which says what the arguments are; lr may also be a float32 scalar on the device."""
+        programs = self.prepare(grads)
         op, params, K, device = "adamw_ema_", self.params, len(self.rates), self.params[0].device
-        _check(op, "grads", grads, params, (torch.float32,))
+        lr_on_device = lr if isinstance(lr, Tensor) else None
+        if lr_on_device is not None:
+            _check_scalar(op, "lr", lr_on_device, device, torch.float32)
         if grad_scale is not None:
             _check_scalar(op, "grad_scale", grad_scale, device, torch.float32)
         if found_inf is not None:
             _check_scalar(op, "found_inf", found_inf, device, torch.float32, torch.bool)
-        stream = _stream(device)
-        programs, chunks, numels = _chunks(self._numels, device, stream)
         squares = params[0].new_empty(programs) if norm else None
+        rate, decay = (0.0, weight_decay) if isinstance(lr, Tensor) else (lr, lr * weight_decay)
         if programs:
             launch(
                 _adamw_ema,
                 (programs,),
-                *(chunks, numels, _table(self._checked, torch.int64, device, stream)),
-                _table(_addresses(grads), torch.int64, device, stream),
-                _table(tuple(1 - rate for rate in self.rates), torch.float32, device, stream) if K else None,
-                *(grad_scale, found_inf, squares),
-                *(lr, lr * weight_decay, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps),
+                *self._tables,
+                *(lr_on_device, grad_scale, found_inf, squares),
+                *(rate, decay, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps),
                 K=K,
                 HALF=_TRITON_TYPES[self.halves[0].dtype] if self.halves else None,
                 CHUNK=CHUNK,
@@ -422,15 +439,3 @@ def squared_norm(grads: list[Tensor]) -> Tensor:
 @squared_norm.register_fake
 def _(grads: list[Tensor]) -> Tensor:
     return grads[0].new_empty(())
-
-
-def grad_scale_and_overflow(
-    squared_norm: Tensor, loss_scale: Tensor | float = 1.0, max_norm: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """(grad_scale, found_inf) for adamw_ema_, from squared_norm of gradients that still carry the loss scale.
-
-    max_norm  greatest norm of the gradients without the scale; 0: no limit.
-    """
-    norm = squared_norm.sqrt() / loss_scale
-    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    return clip / loss_scale, (~torch.isfinite(squared_norm)).float()

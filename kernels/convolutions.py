@@ -4,13 +4,35 @@ upsample_conv  nearest x2, then 3x3: each output pixel sees only 2x2 inputs, so 
                with 4x4 taps, stride 2, at 4/9 of the operations and without the enlarged map. Along one axis, taps
                (w0, w1, w2) become (w2, w1 + w2, w0 + w1, w0): the 3x3 weight correlated with a 2x2 box.
 skip_conv1x1   a 1x1 convolution of two maps side by side is two matrix products that accumulate.
+conv_weight    the weight as cuDNN reads it beside channels-last maps: left alone, cuDNN's front end copies an ordinary
+               weight to channels-last in the forward and again in the backward pass, after the cast to 16 bits.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class _ConvWeight(torch.autograd.Function):
+    """Cast and layout in one pass each way, so that the gradient arrives as the optimiser wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return weight.to(dtype, memory_format=torch.channels_last, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype, memory_format=torch.contiguous_format), None
+
+
+def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C_out, C_in, kh, kw] → the same values in `dtype`, channels-last; the gradient comes back contiguous."""
+    return _ConvWeight.apply(weight, dtype)
 
 
 def box_weight(weight: Tensor) -> Tensor:
@@ -23,7 +45,8 @@ def box_weight(weight: Tensor) -> Tensor:
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As `reference.upsample_conv`; the weight, in float32 if it is, is rounded to x's dtype after the sums."""
-    return F.conv_transpose2d(x, box_weight(weight).to(x.dtype), bias.to(x.dtype), stride=2, padding=1)
+    taps = conv_weight(box_weight(weight), x.dtype)
+    return F.conv_transpose2d(x, taps, bias.to(x.dtype), stride=2, padding=1)
 
 
 def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:

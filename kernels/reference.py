@@ -156,3 +156,15 @@ def update_ema(averages: list[Tensor], sources: list[Tensor], rate: float) -> No
     """average = rate * average + (1 - rate) * source, in place, for every pair (float32)."""
     # As a step towards the source: rate and 1 - rate, rounded, don't add up to 1, and averages would drift by 2e-4.
     torch._foreach_lerp_(averages, sources, 1 - rate)
+
+
+def grad_scale_and_overflow(
+    squared_norm: Tensor, loss_scale: Tensor | float = 1.0, max_norm: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(grad_scale, found_inf) for adamw_ema_, from squared_norm of gradients that still carry the loss scale.
+
+    max_norm  greatest norm of the gradients without the scale; 0: no limit.
+    """
+    norm = squared_norm.sqrt() / loss_scale
+    clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    return clip / loss_scale, (~torch.isfinite(squared_norm)).float()

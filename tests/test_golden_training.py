@@ -91,11 +91,11 @@ class Trace:
 class Recording(ScriptedTrainer):
     """Keeps the unweighted terms of the last micro-batch."""
 
-    def losses(self, batch: Any) -> Tensor:
+    def losses(self, network: Any, batch: Any) -> Tensor:
         kept, add = {}, self.meter.add
         self.meter.add = lambda t, weights, terms: (kept.update(terms, weights=weights), add(t, weights, terms))
         try:
-            return super().losses(batch)
+            return super().losses(network, batch)
         finally:
             del self.meter.add
             self.terms = {f"per_sample_{k}": v.detach().clone() for k, v in kept.items() if k != "weights"}

@@ -84,11 +84,12 @@ class LossSecondMomentSampler(UniformSampler):
         keep = (after < depth) & (column >= 0)
         flat = torch.cat([shifted.flatten(), shifted.new_zeros(1)])  # the last place takes what is not kept
         flat[torch.where(keep, t * depth + column, flat.numel() - 1)] = losses
-        self.history = flat[:-1].view_as(self.history)
-        self.counts = (self.counts + new).clamp(max=depth)
+        # In place: a CUDA graph reads and writes the same memory at every replay.
+        self.history.copy_(flat[:-1].view_as(self.history))
+        self.counts.copy_((self.counts + new).clamp(max=depth))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history.cpu(), "counts": self.counts.cpu()}
+        return {"history": self.history.to("cpu", copy=True), "counts": self.counts.to("cpu", copy=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["history"].shape != self.history.shape:
@@ -96,8 +97,8 @@ class LossSecondMomentSampler(UniformSampler):
                 f"the timestep sampler's history is {tuple(state['history'].shape)}, "
                 f"this process needs {tuple(self.history.shape)}"
             )
-        self.history = state["history"].to(self.device)
-        self.counts = state["counts"].to(self.device)
+        self.history.copy_(state["history"])
+        self.counts.copy_(state["counts"])
 
 
 def _gather(x: Tensor) -> Tensor:

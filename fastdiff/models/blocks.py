@@ -7,6 +7,8 @@ places (SiLU, dropout) hold no weights: `group_norm_silu` does those steps in on
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ class Conv2d(nn.Conv2d):
     bias: nn.Parameter  # always there, unlike in torch's own
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return self._conv_forward(x, ops.conv_weight(self.weight, x), self.bias.to(x.dtype))
 
     def packed(self, dtype: torch.dtype) -> Tensor:
         """The weight as `ops.norm_conv3x3` reads it, packed once for each dtype and state of the weight."""
@@ -32,17 +34,17 @@ class Conv2d(nn.Conv2d):
 
     def without_bias(self, x: Tensor) -> Tensor:
         """For a norm that takes the bias as its offset: that saves an addition, and a reduction for its gradient."""
-        return self._conv_forward(x, self.weight.to(x.dtype), None)
+        return self._conv_forward(x, ops.conv_weight(self.weight, x), None)
 
 
 class InputConv(Conv2d):
     """The first convolution; it also takes maps padded to 8 channels with zeros (see `UNet.input_format`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, missing = self.weight.to(x.dtype), 8 - self.in_channels
+        weight, missing = self.weight, 8 - self.in_channels
         if x.shape[1] == 8 and missing > 0:
             weight = F.pad(weight, (0, 0, 0, 0, 0, missing))
-        return self._conv_forward(x, weight, self.bias.to(x.dtype))
+        return self._conv_forward(x, ops.conv_weight(weight, x), self.bias.to(x.dtype))
 
 
 class PointwiseConv(nn.Conv1d):
@@ -123,8 +125,8 @@ def _norm_and_conv(layers: nn.Sequential) -> tuple[GroupNorm, Conv2d]:
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around a residual, conditioned on the time embedding.
 
-    forward: x [B, C1, H, W], emb [B, E] float32, skip [B, C2, H, W] or None → [B, out_channels, H, W].
-    `channels` counts x and skip together.
+    forward: x [B, C1, H, W], emb_out [B, emb_width] float32 as `emb_layers` makes it of the embedding, skip
+    [B, C2, H, W] or None → [B, out_channels, H, W]. `channels` counts x and skip together.
     """
 
     def __init__(
@@ -134,8 +136,8 @@ class ResBlock(nn.Module):
         self.use_scale_shift_norm = use_scale_shift_norm
         self.dropout = dropout
         self.in_layers = nn.Sequential(GroupNorm(channels), nn.Identity(), Conv2d(channels, out_channels, 3, padding=1))
-        width = 2 * out_channels if use_scale_shift_norm else out_channels
-        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, width))
+        self.emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
+        self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, self.emb_width))
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
             nn.Identity(),
@@ -144,12 +146,11 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else SkipConv(channels, out_channels)
 
-    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb_out: Tensor, skip: Tensor | None = None) -> Tensor:
         norm, conv = _norm_and_conv(self.in_layers)
         if not self.training and ops.fuses_convolutions(x, conv.weight, skip):
-            return self._fused(x, emb, skip)
+            return self._fused(x, emb_out, skip)
         h, bias = conv.without_bias(norm(x, skip=skip)), conv.bias
-        emb_out = self.emb_layers(emb)  # float32, as the norm's arithmetic
         dropout = self.dropout if self.training else 0.0
         norm, conv = _norm_and_conv(self.out_layers)
         if self.use_scale_shift_norm:
@@ -162,9 +163,8 @@ class ResBlock(nn.Module):
     def _residual(self, x: Tensor, skip: Tensor | None) -> Tensor:
         return x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, skip)
 
-    def _fused(self, x: Tensor, emb: Tensor, skip: Tensor | None) -> Tensor:
+    def _fused(self, x: Tensor, emb_out: Tensor, skip: Tensor | None) -> Tensor:
         """Without gradients: both norms inside their convolutions, the second from moments that the first one made."""
-        emb_out = self.emb_layers(emb)
         norm, conv = _norm_and_conv(self.in_layers)
         h, moments = ops.norm_conv3x3(x, (norm.weight, norm.bias), conv.packed(x.dtype), conv.bias, skip=skip)
         norm, conv = _norm_and_conv(self.out_layers)
@@ -174,6 +174,20 @@ class ResBlock(nn.Module):
         affine, residual = (norm.weight, norm.bias), self._residual(x, skip)
         packed = conv.packed(x.dtype)
         return ops.norm_conv3x3(h, affine, packed, conv.bias, moments=moments, residual=residual, **given)[0]
+
+
+def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor]:
+    """Each block's `emb_layers` of the embedding [B, E] float32, as one matrix product over all of them.
+
+    A network has some thirty blocks: on a GPU their products would be as many launches, and twice that backward.
+    """
+    linears = [cast(Linear, block.emb_layers[1]) for block in blocks]
+    if any(hasattr(linear.weight, "ds_id") for linear in linears):  # ZeRO-3 gathers weights module by module
+        return [block.emb_layers(emb) for block in blocks]
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    projected = F.linear(F.silu(emb), weight.to(emb.dtype), bias.to(emb.dtype))
+    return list(projected.split([block.emb_width for block in blocks], dim=1))
 
 
 class SkipConv(Conv2d):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from fastdiff.models.blocks import (
     Linear,
     ResBlock,
     Upsample,
+    project_embedding,
     timestep_embedding,
     zeroed,
 )
@@ -24,14 +27,15 @@ from fastdiff.models.settings import BackboneSettings, SuperResSettings
 
 
 class Stage(nn.Sequential):
-    """Layers between two skips. Only the first residual block takes the skip; residual blocks take the embedding."""
+    """Layers between two skips. Only the first residual block takes the skip; each takes the next of emb_outs."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, skip: Tensor | None = None, use_checkpoint: bool = False
+        self, x: Tensor, emb_outs: Iterator[Tensor], skip: Tensor | None = None, use_checkpoint: bool = False
     ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = checkpoint(layer, x, emb, skip, use_reentrant=False) if use_checkpoint else layer(x, emb, skip)
+                inputs = x, next(emb_outs), skip
+                x = checkpoint(layer, *inputs, use_reentrant=False) if use_checkpoint else layer(*inputs)
                 skip = None
             elif use_checkpoint and isinstance(layer, AttentionBlock):
                 x = checkpoint(layer, x, use_reentrant=False)
@@ -113,18 +117,19 @@ class UNet(nn.Module):
 
     def _walk(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """Outputs of the input blocks, the middle block and the output blocks."""
-        emb = self.embed(timesteps, y)
+        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]  # in the order of the walk
+        emb_outs = iter(project_embedding(blocks, self.embed(timesteps, y)))
         use_checkpoint = self.settings.use_checkpoint and torch.is_grad_enabled()
         h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if h.shape[1] == 1:  # one channel is both layouts at once: the strides must say which, or NCHW wins
             h = h.reshape(len(h), *h.shape[2:], 1).permute(0, 3, 1, 2)
         down, up = [], []
         for stage in self.input_blocks:
-            h = stage(h, emb, None, use_checkpoint)
+            h = stage(h, emb_outs, None, use_checkpoint)
             down.append(h)
-        h = middle = self.middle_block(h, emb, None, use_checkpoint)
+        h = middle = self.middle_block(h, emb_outs, None, use_checkpoint)
         for stage, skip in zip(self.output_blocks, reversed(down), strict=True):
-            h = stage(h, emb, skip, use_checkpoint)
+            h = stage(h, emb_outs, skip, use_checkpoint)
             up.append(h)
         return down, middle, up
 

@@ -40,7 +40,7 @@ def split_batch(train: TrainSettings, world_size: int) -> tuple[int, int]:
             f"batch_size {train.batch_size} is over all processes and can't be shared by {world_size}; {near} can"
         )
     share = train.batch_size // world_size
-    limit = share if train.microbatch == -1 else min(train.microbatch, share)
+    limit = share if train.microbatch in (-1, "auto") else min(int(train.microbatch), share)
     micro = max(size for size in range(1, limit + 1) if share % size == 0)
     return micro, share // micro
 
@@ -96,6 +96,10 @@ def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
+    if train.cuda_graph:  # the step is ours, see steps.DeviceStep; DeepSpeed only holds float32 weights
+        _refuse_for_graph(deepspeed, world_size)
+        derived["zero_optimization"] = {"stage": 0}
+        return {**derived, "gradient_clipping": 0.0}
     if train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
     if train.precision == "fp16":
@@ -106,6 +110,15 @@ def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size
     result = merge(derived, without_auto)
     result["train_micro_batch_size_per_gpu"] = micro  # the user's is a limit, as microbatch is
     return result
+
+
+def _refuse_for_graph(deepspeed: dict[str, Any], world_size: int) -> None:
+    """What a step without DeepSpeed can't do."""
+    if world_size > 1:
+        raise UserError(f"--cuda_graph True works on one GPU, not on {world_size} processes; leave it out")
+    beyond = set(deepspeed.get("zero_optimization", {})) - {"stage"} if deepspeed else set()
+    if beyond:
+        raise UserError(f"--cuda_graph True can't follow deepspeed.zero_optimization.{min(beyond)}; give one of them")
 
 
 def _import_deepspeed() -> Any:
@@ -157,6 +170,4 @@ def create_engine(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"deepspeed: DeepSpeed refuses these settings: {reason}") from error
     model.set_precision(body_dtype(train.precision, processes.device))
-    if train.compile:
-        engine.compile()
     return engine, optimizer

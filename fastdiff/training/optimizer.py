@@ -8,6 +8,7 @@ found by the identity of the float32 tensor that is stepped, and a skipped step 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
@@ -16,6 +17,20 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fastdiff import ops
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What a step that never waits for the GPU takes from there: float32 scalars.
+
+    lr          takes the place of the groups' own.
+    grad_scale  what the gradients are multiplied by; None: 1.
+    found_inf   the step changes nothing unless it is 0; None: 0.
+    """
+
+    lr: Tensor
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -71,15 +86,34 @@ class AdamWEMA(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_all(None)
+        return loss
+
+    @torch.no_grad()
+    def step_on_device(self, given: OnDevice) -> None:
+        """`step` without a number from the host, so that a CUDA graph can replay it."""
+        self._step_all(given)
+
+    def _step_all(self, given: OnDevice | None) -> None:
         squares = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                squares.append(self._update(group, params))
-            self._follow([p for p in group["params"] if p.grad is None])
+                squares.append(self._update(group, params, given))
+            self._follow([p for p in group["params"] if p.grad is None], given)
         if self.keeps_grad_norm and squares:
             self.last_grad_norm = torch.stack(squares).sum().sqrt()
-        return loss
+
+    def prepare(self) -> None:
+        """Bring to the device what a step with the gradients of now needs there beside them."""
+        if not self.fused_kernel:
+            return
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            states = [self._state_of(p) for p in params]
+            columns = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+            if params:
+                self._kernel_lists(params, *columns).prepare([laid_out_as(p, p.grad) for p in params])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Any AdamW's state, whichever of torch's implementations it ran."""
@@ -87,28 +121,34 @@ class AdamWEMA(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._lists.clear()
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
+    def _update(self, group: dict[str, Any], params: list[Tensor], given: OnDevice | None) -> Tensor:
         """Steps parameters that have gradients; the sum of squares of these if it is wanted."""
         if group["amsgrad"] or group["maximize"]:
             raise ValueError(
                 "AdamWEMA knows neither amsgrad nor maximize; got a group that sets one: set them to False"
             )
-        grads = [_laid_out_as(p, p.grad) for p in params]
+        grads = [laid_out_as(p, p.grad) for p in params]
         beta1, beta2 = group["betas"]
-        numbers = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2}
-        numbers |= {"eps": group["eps"], "weight_decay": group["weight_decay"]}
+        numbers: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+        numbers |= {"weight_decay": group["weight_decay"], "lr": given.lr if given else float(group["lr"])}
+        grad_scale, found_inf = (given.grad_scale, given.found_inf) if given else (None, None)
         states = [self._state_of(p) for p in params]
         exp_avgs, exp_avg_sqs, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         if self.fused_kernel:
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]))
             square = self._kernel_lists(params, exp_avgs, exp_avg_sqs, steps).step(
-                grads, **numbers, norm=self.keeps_grad_norm
+                grads, **numbers, grad_scale=grad_scale, found_inf=found_inf, norm=self.keeps_grad_norm
             )
             torch.autograd.graph.increment_version(params)
             return square
         square = torch.nn.utils.get_total_norm(grads).square() if self.keeps_grad_norm else grads[0].new_empty(0)
-        adamw(params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False, **numbers)
-        self._follow(params)
+        if grad_scale is not None:
+            grads = list(torch._foreach_mul(grads, grad_scale))
+        adamw(
+            *(params, grads, exp_avgs, exp_avg_sqs, [], steps),
+            **{"fused": True, "amsgrad": False, "maximize": False, "found_inf": found_inf, **numbers},
+        )
+        self._follow(params, given)
         return square
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
@@ -142,13 +182,18 @@ class AdamWEMA(torch.optim.AdamW):
             )
         return self._of[id(p)][1]
 
-    def _follow(self, params: list[Tensor]) -> None:
+    def _follow(self, params: list[Tensor], given: OnDevice | None) -> None:
         for i, rate in enumerate(self.averages):
-            if params:
-                ops.update_ema([self._averages_of(p)[i] for p in params], params, rate)
+            averages = [self._averages_of(p)[i] for p in params]
+            if params and given is not None and given.found_inf is not None:
+                share = (1 - rate) * (given.found_inf == 0).to(params[0])
+                for average, p in zip(averages, params, strict=True):
+                    average.lerp_(p, share)
+            elif params:
+                ops.update_ema(averages, params, rate)
 
 
-def _laid_out_as(p: Tensor, grad: Tensor | None) -> Tensor:
+def laid_out_as(p: Tensor, grad: Tensor | None) -> Tensor:
     """The gradient, in memory as its parameter is; autograd sees to that, but not everyone who sets .grad."""
     assert grad is not None
     if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):

@@ -68,6 +68,8 @@ def _check(config: Config) -> None:
     train, model = config.train, config.model
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to train on")
+    if train.cuda_graph and not torch.cuda.is_available():
+        raise UserError("--cuda_graph True needs a GPU; leave it out")
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     if train.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from fastdiff.kernel_choice import Kernels
-from fastdiff.settings import Floats, Settings
+from fastdiff.settings import Count, Floats, Settings, Switch
 
 FOREVER = 1_000_000  # steps of a run that names no end
 
@@ -25,8 +25,9 @@ class TrainSettings(Settings):
     """Optimiser steps of the whole run; 0: lr_anneal_steps if that is set, else 1,000,000."""
     batch_size: int = Field(1, ge=1)
     """Images per optimiser step, over all processes."""
-    microbatch: int = -1
-    """The most images one process takes at once; -1: its whole share of the batch."""
+    microbatch: Count = -1
+    """The most images one process takes at once; -1: its whole share of the batch; auto: what is fastest of that
+    which fits, tried out at the start."""
     lr: float = Field(1e-4, gt=0)
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
@@ -49,13 +50,18 @@ class TrainSettings(Settings):
     """Growth of log2 of the fp16 loss scale per step."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed's ZeRO shares out over processes: 1 optimiser state, 2 gradients too, 3 weights too."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
+    compile: Switch = "auto"
+    """Compile the network with torch.compile. auto: on a GPU unless weights are shared out (zero_stage 3), on a CPU
+    for runs long enough to win back the minutes it takes."""
+    cuda_graph: bool = False
+    """Replay the whole step as CUDA graphs: for small networks, on one GPU, without ZeRO or with its stage 1."""
     kernels: Kernels = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Of the weights, the order of the images, timesteps, noise and dropout."""
+    profile: int = Field(0, ge=0)
+    """Steps to profile, once the first ones are over: a trace and a table of where their time went; 0: none."""
     log_interval: int = Field(10, ge=1)
     """Steps between log lines."""
     save_interval: int = Field(10000, ge=1)
@@ -87,13 +93,19 @@ class TrainSettings(Settings):
 
     @field_validator("microbatch")
     @classmethod
-    def _microbatch(cls, value: int) -> int:
-        if value < 1 and value != -1:
-            raise ValueError(f"must be at least 1, or -1 for the whole share of the batch, not {value}")
+    def _microbatch(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1 and value != -1:
+            raise ValueError(f"must be at least 1, -1 for the whole share of the batch, or auto, not {value}")
         return value
 
     @model_validator(mode="after")
     def _precision(self) -> TrainSettings:
         if self.use_fp16 and self.precision != "fp16":
             raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
+        return self
+
+    @model_validator(mode="after")
+    def _graph(self) -> TrainSettings:
+        if self.cuda_graph and self.zero_stage > 1:
+            raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")
         return self

@@ -7,6 +7,7 @@ exactly, and noise and timesteps don't depend on the number of processes.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -20,15 +21,17 @@ from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion, create_sampler
 from fastdiff.diffusion.streams import NOISE, TIMESTEPS
 from fastdiff.images import Batch, Loader
+from fastdiff.images.loader import to_device
 from fastdiff.models import SuperResSettings, UNet
 from fastdiff.processes import Processes
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoints
+from fastdiff.training import checkpoints, compilation
 from fastdiff.training.checkpoints import Snapshot, Writer
 from fastdiff.training.engine import create_engine, split_batch
 from fastdiff.training.masters import Masters
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.steps import DeviceStep, EngineStep
 
 
 def low_res_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -69,19 +72,24 @@ class Trainer:
         model.to(self.device).train()
         self.engine, self.optimizer = create_engine(model, train, deepspeed, processes)
         self.model = model
+        if train.compile is True:  # auto is settled before: see compilation.decide
+            compilation.compile_network(self.engine, model, train)
         self.masters = Masters(self.engine, model, processes.rank, processes.world_size)
         # DeepSpeed makes masters from weights already rounded to 16 bits, and may take a trial step on them.
         self.masters.fill(self.masters.detached(), weights)
         self.optimizer.state.clear()
         self.ema = {str(rate): self.masters.clone() for rate in train.ema_rate}
         self.optimizer.attach_averages(self.masters.flats, {float(rate): a for rate, a in self.ema.items()})
-        # Of gradients that DeepSpeed doesn't clip, the optimiser's own pass gives the norm.
-        self.optimizer.keeps_grad_norm = self.engine.optimizer is self.optimizer and not train.grad_clip
+        self.stepper: EngineStep | DeviceStep
+        if train.cuda_graph:
+            self.stepper = DeviceStep(self.losses, self.optimizer, model, train, self.accumulation)
+        else:
+            # Of gradients that DeepSpeed doesn't clip, the optimiser's own pass gives the norm.
+            self.optimizer.keeps_grad_norm = self.engine.optimizer is self.optimizer and not train.grad_clip
+            self.stepper = EngineStep(self.losses, self.engine, self.optimizer, model, self.accumulation)
         self.sampler = create_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
-        self.grad_norms: list[Tensor | float] = []
         self.step = 0
-        self.skipped_steps = 0
         self.data_wait = 0.0
         if snapshot:
             self._restore(snapshot)
@@ -96,30 +104,19 @@ class Trainer:
 
     def take_step(self) -> None:
         """One optimiser step over batch_size images."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.train, self.step)
         batch = self._next_batch()
-        for i in range(self.accumulation):
-            part = slice(i * self.micro, (i + 1) * self.micro)
-            self._seed_dropout(i)
-            micro = Batch(batch.images[part], batch.labels[part], batch.positions[part])
-            loss = self.losses(micro)
-            self.engine.backward(loss)
-            if i == self.accumulation - 1:
-                self._note_gradient_norm(before=True)
-            self.engine.step()
-        self._note_gradient_norm(before=False)
-        if not self.engine.was_step_applied():  # then the averages stayed as they were, too
-            self.skipped_steps += 1
+        cuts = (slice(i * self.micro, (i + 1) * self.micro) for i in range(self.accumulation))
+        parts = [Batch(batch.images[cut], batch.labels[cut], batch.positions[cut]) for cut in cuts]
+        self.stepper.take(parts, learning_rate(self.train, self.step), self._seed_dropout)
         self.step += 1
 
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
         batch = next(self.loader)
         self.data_wait += time.perf_counter() - start
-        return batch
+        return Batch(batch.images, batch.labels, to_device(batch.positions, self.device))
 
-    def losses(self, batch: Batch) -> Tensor:
+    def losses(self, network: Any, batch: Batch) -> Tensor:
         """The loss of a micro-batch, to be minimised; its terms go to the meter and the timestep sampler."""
         t, weights = self.draw_timesteps(batch)
         model_kwargs = {}
@@ -127,51 +124,39 @@ class Trainer:
             model_kwargs["y"] = batch.labels
         if isinstance(self.model_settings, SuperResSettings):
             model_kwargs["low_res"] = low_res_of(ops.start_map(batch.images), self.model_settings.small_size)
-        terms = self.diffusion.training_losses(self.engine, batch.images, t, model_kwargs, self.noise_of(batch))
+        terms = self.diffusion.training_losses(network, batch.images, t, model_kwargs, self.noise_of(batch))
         self.sampler.update(t, terms["loss"].detach())
         self.meter.add(t, weights, terms)
         return (terms["loss"] * weights).mean()
 
     def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Timesteps and importance weights of a micro-batch."""
-        positions = batch.positions.to(self.device, non_blocking=True)
-        return self.sampler.sample(ops.image_uniform(self.train.seed | TIMESTEPS, positions, 0))
+        return self.sampler.sample(ops.image_uniform(self.train.seed | TIMESTEPS, batch.positions, 0))
 
     def noise_of(self, batch: Batch) -> ops.CounterNoise:
         """The noise of a micro-batch, named by the images' positions in the stream."""
-        positions = batch.positions.to(self.device, non_blocking=True)
         _, H, W, C = batch.images.shape
-        return ops.CounterNoise(self.train.seed | NOISE, positions, (C, H, W))
+        return ops.CounterNoise(self.train.seed | NOISE, batch.positions, (C, H, W))
 
     def _seed_dropout(self, micro: int) -> None:
         entropy = [self.train.seed, self.step, self.processes.rank, micro]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-
-    def _note_gradient_norm(self, before: bool) -> None:
-        """Without ZeRO and in fp32 the gradients are the parameters' own: clipped in the step, and gone after it."""
-        plain = self.engine.optimizer is self.optimizer
-        if before and plain and not self.optimizer.keeps_grad_norm:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.grad_norms.append(torch.nn.utils.get_total_norm(gradients))
-        elif not before and not plain:
-            self.grad_norms.append(self.engine.get_global_grad_norm())
-        elif not before and self.optimizer.last_grad_norm is not None:
-            self.grad_norms.append(self.optimizer.last_grad_norm)
 
     # --- what is reported ---
 
     def read_metrics(self) -> dict[str, float]:
         """Means since the last call, under improved-diffusion's names. Collective; the one place that waits."""
         metrics = self.meter.read()
-        finite = [float(norm) for norm in self.grad_norms if norm is not None]
+        norms = [float(norm) for norm in self.stepper.grad_norms if norm is not None]
+        finite = [norm for norm in norms if math.isfinite(norm)] or norms  # not finite where a step was skipped
         if finite:
             metrics["grad_norm"] = sum(finite) / len(finite)
-        self.grad_norms.clear()
+        self.stepper.grad_norms.clear()
         metrics["samples"] = float(self.step * self.train.batch_size)
         metrics["lr"] = learning_rate(self.train, max(0, self.step - 1))
         if self.train.precision == "fp16":
-            metrics["lg_loss_scale"] = float(np.log2(self._loss_scaler().cur_scale))
-            metrics["skipped_steps"] = float(self.skipped_steps)
+            metrics["lg_loss_scale"] = math.log2(self.stepper.scaler_state()["cur_scale"])
+            metrics["skipped_steps"] = float(self.stepper.skipped_steps)
         return metrics
 
     # --- checkpoints ---
@@ -203,13 +188,13 @@ class Trainer:
         return {
             "step": self.step,
             "updates": updates,
-            "skipped_steps": self.skipped_steps,
+            "skipped_steps": self.stepper.skipped_steps,
             "samples": self.step * self.train.batch_size,
             "seed": self.train.seed,
             "loader": self.loader.state_dict(),
             "class_names": list(self.loader.class_names),
             "timestep_sampler": self.sampler.state_dict(),
-            "loss_scaler": self._loss_scaler_state(),
+            "loss_scaler": self.stepper.scaler_state() if self.train.precision == "fp16" else {},
             "world_size": self.processes.world_size,
         }
 
@@ -239,7 +224,7 @@ class Trainer:
                 self.optimizer.state[flat]["step"] = updates.to(flat.device, copy=True)
         self.step = snapshot.step
         state = snapshot.state
-        self.skipped_steps = state.get("skipped_steps", 0)
+        self.stepper.skipped_steps = state.get("skipped_steps", 0)
         if "loader" in state:
             self.loader.load_state_dict(state["loader"])
         if state.get("timestep_sampler"):
@@ -247,20 +232,4 @@ class Trainer:
                 self.sampler.load_state_dict(state["timestep_sampler"])
             except ValueError as error:
                 raise UserError(f"--schedule_sampler: {error}; keep the checkpoint's diffusion steps") from None
-        scaler = self._loss_scaler()
-        for name, value in state.get("loss_scaler", {}).items():
-            if scaler is not None and hasattr(scaler, name):
-                setattr(scaler, name, value)
-
-    def _loss_scaler(self) -> Any:
-        """Where DeepSpeed keeps the dynamic loss scale; None without one."""
-        optimizer = self.engine.optimizer
-        for place in ("loss_scaler", "loss_scale_config"):
-            if hasattr(getattr(optimizer, place, None), "cur_scale"):
-                return getattr(optimizer, place)
-        return optimizer if hasattr(optimizer, "cur_scale") else None
-
-    def _loss_scaler_state(self) -> dict[str, float]:
-        scaler = self._loss_scaler() if self.train.precision == "fp16" else None
-        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+        self.stepper.load_scaler_state(state.get("loss_scaler", {}))

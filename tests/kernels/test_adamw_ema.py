@@ -16,10 +16,10 @@ from fastdiff.kernels.adamw_ema import (
     CHUNK,
     Lists,
     adamw_ema_,
-    grad_scale_and_overflow,
     squared_norm,
 )
 from fastdiff.kernels.launch import record
+from fastdiff.kernels.reference import grad_scale_and_overflow
 from kernel_checks import DEVICE, LOW, assert_no_worse, normal
 from torch import Tensor
 from torch.optim.adamw import adamw

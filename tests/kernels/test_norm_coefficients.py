@@ -41,7 +41,7 @@ def test_residual_block(scale_shift: bool, channels: int, monkeypatch: pytest.Mo
     block = ResBlock(channels, 16, 32, 0.1, scale_shift).to(DEVICE).eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    x, emb = channels_last(normal(2, 32, 4, 4, mean=1.0)), normal(2, 16, seed=1)
+    x, emb = channels_last(normal(2, 32, 4, 4, mean=1.0)), normal(2, block.emb_width, seed=1)
     skip = channels_last(normal(2, channels - 32, 4, 4, seed=2)) if channels > 32 else None
     with ops.using("reference"), torch.no_grad():
         exact = block(x, emb, skip)
