@@ -7,7 +7,7 @@ flops           of the products alone (2 * multiplications), forward, of the net
                 an upsampling convolution is a 3x3 one on the enlarged map. Backward is twice as much.
 run_flops       as we compute it: upsampling is one transposed convolution, 4/9 of that (`kernels/convolutions.py`).
 forward_bytes, backward_bytes
-                read and written by fused ops on b = 2 byte maps (4 in the float32 last layer), x in, y out:
+                read and written by fused ops on 16-bit maps (32-bit in the float32 last layer), x in, y out:
 
                 convolution      forward x + y               backward x + 2 dy + dx (dx and dw each read dy)
                 group norm       forward 2 x + y             backward 2 (x + dy) + dx, statistics first
@@ -20,7 +20,7 @@ forward_bytes, backward_bytes
                 embedding        0: vectors
 
                 A norm whose map stays on chip reads it once: then this is more than the least.
-weights         16-bit weights read, and 16-bit gradients written, once per batch: `weight_bytes`.
+weight_bytes    weights read, forward and backward, and gradients written, in the maps' dtype, once per batch.
 
 Not counted: recomputation under use_checkpoint, the enlargement of small images, metrics.
 """
@@ -106,8 +106,8 @@ class Operation:
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Per batch, not image: 16-bit weights read forward; read and gradients written backward."""
-        return HALF * self.parameters, 2 * HALF * self.parameters
+        """Per batch, not image: weights read forward; read, and their gradients written, backward."""
+        return self.element * self.parameters, 2 * self.element * self.parameters
 
 
 def optimiser_bytes(averages: int = 1, half_copy: bool = True) -> int:
@@ -125,10 +125,13 @@ def on_meta(settings: BackboneSettings) -> UNet:
         return build_model(settings)
 
 
-def operations(network: BackboneSettings | UNet) -> list[Operation]:
-    """Everything one image takes in one evaluation of the network and its training loss, in the order of the walk."""
+def operations(network: BackboneSettings | UNet, element: int = HALF) -> list[Operation]:
+    """Everything one image takes in one evaluation of the network and its training loss, in the order of the walk.
+
+    element  bytes per number of the body's maps: 2 with bf16 and fp16, 4 with fp32.
+    """
     model = network if isinstance(network, UNet) else on_meta(network)
-    return list(_Walk(model).run())
+    return list(_Walk(model, element).run())
 
 
 def forward_flops(network: BackboneSettings | UNet) -> float:
@@ -175,8 +178,8 @@ def _parameters(module: nn.Module) -> int:
 class _Walk:
     """Follows the size of the map through a network's modules."""
 
-    def __init__(self, model: UNet) -> None:
-        self.model, self.settings = model, model.settings
+    def __init__(self, model: UNet, element: int) -> None:
+        self.model, self.settings, self.element = model, model.settings, element
         self.names = {module: name for name, module in model.named_modules()}
         self.size = self.settings.size_hw
 
@@ -184,13 +187,13 @@ class _Walk:
         channels, pixels = self.settings.in_channels, _volume(self.size)
         seen = self.settings.network_in_channels  # x_t, and the small image where there is one
         shown = (seen, *self.size)
-        yield Operation("q_sample", "noising", shown, forward_bytes=(channels + HALF * seen) * pixels)
+        yield Operation("q_sample", "noising", shown, forward_bytes=(channels + self.element * seen) * pixels)
         for module in self.model.time_embed:
             if isinstance(module, Linear):
                 yield self._linear(module)
         if self.settings.class_cond:
             table = self.model.label_emb.weight
-            yield Operation("label_emb", "embedding", tuple(table.shape), parameters=table.numel())
+            yield Operation("label_emb", "embedding", tuple(table.shape), parameters=table.numel(), element=SINGLE)
         widths = []
         for stage in self.model.input_blocks:
             yield from self._layers(stage, 0)
@@ -225,7 +228,7 @@ class _Walk:
         name = self.names[block]
         channels = self.width + skip
         if skip:
-            yield Operation(name, "skip", (skip, *self.size), backward_bytes=HALF * skip * _volume(self.size))
+            yield Operation(name, "skip", (skip, *self.size), backward_bytes=self.element * skip * _volume(self.size))
         if not isinstance(block.skip_connection, nn.Identity):
             assert isinstance(block.skip_connection, Conv2d)
             yield self._conv(block.skip_connection, "conv1x1", advance=False)
@@ -248,8 +251,9 @@ class _Walk:
             (block.num_heads, length, channels // block.num_heads),
             flops=4.0 * length * length * channels,  # queries by keys, then weights by values
             run_flops=4.0 * length * length * channels,
-            forward_bytes=HALF * 4 * channels * length,
-            backward_bytes=HALF * 8 * channels * length,
+            forward_bytes=self.element * 4 * channels * length,
+            backward_bytes=self.element * 8 * channels * length,
+            element=self.element,
         )
         yield self._pointwise(block.proj_out)
         yield self._residual(name, channels, channels)
@@ -258,22 +262,35 @@ class _Walk:
         assert isinstance(conv, PointwiseConv)
         c_in, c_out, length = conv.in_channels, conv.out_channels, _volume(self.size)
         products = 2.0 * c_in * c_out * length
-        x, y = HALF * c_in * length, HALF * c_out * length
+        x, y = self.element * c_in * length, self.element * c_out * length
         shape = (c_in, c_out, *self.size)
         return Operation(
-            self.names[conv], "conv1x1", shape, products, products, x + y, 2 * x + 2 * y, _parameters(conv)
+            self.names[conv],
+            "conv1x1",
+            shape,
+            products,
+            products,
+            x + y,
+            2 * x + 2 * y,
+            _parameters(conv),
+            self.element,
         )
 
     def _residual(self, name: str, made: int, given: int) -> Operation:
         pixels = _volume(self.size)
         shape = (made, *self.size)
         return Operation(
-            name, "residual", shape, forward_bytes=HALF * made * pixels, backward_bytes=HALF * given * pixels
+            name,
+            "residual",
+            shape,
+            forward_bytes=self.element * made * pixels,
+            backward_bytes=self.element * given * pixels,
         )
 
-    def _norm(self, norm: nn.Module, channels: int, element: int = HALF) -> Operation:
+    def _norm(self, norm: nn.Module, channels: int, element: int = 0) -> Operation:
         assert isinstance(norm, GroupNorm)
         assert norm.num_channels == channels, (self.names[norm], norm.num_channels, channels)
+        element = element or self.element
         volume = element * channels * _volume(self.size)
         return Operation(
             self.names[norm],
@@ -285,7 +302,7 @@ class _Walk:
             element=element,
         )
 
-    def _conv(self, conv: nn.Module, kind: Kind, element: int = HALF, advance: bool = True) -> Operation:
+    def _conv(self, conv: nn.Module, kind: Kind, element: int = 0, advance: bool = True) -> Operation:
         """A 2-D convolution; with `advance` the walk goes on from its result."""
         assert isinstance(conv, Conv2d)
         before = _volume(self.size)
@@ -296,6 +313,7 @@ class _Walk:
             size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
         c_in, c_out, taps = conv.in_channels, conv.out_channels, _volume(conv.kernel_size)
         products = 2.0 * taps * c_in * c_out * _volume(size)
+        element = element or self.element
         x, y = element * c_in * before, element * c_out * _volume(size)
         if advance:
             self.size, self.width = size, c_out
@@ -315,4 +333,6 @@ class _Walk:
         assert isinstance(linear, Linear)
         products = 2.0 * linear.in_features * linear.out_features
         shape = (linear.in_features, linear.out_features)
-        return Operation(self.names[linear], "embedding", shape, products, products, parameters=_parameters(linear))
+        return Operation(
+            self.names[linear], "embedding", shape, products, products, parameters=_parameters(linear), element=SINGLE
+        )

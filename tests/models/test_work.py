@@ -158,8 +158,18 @@ def test_saved_bytes_against_autograd() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         model(**given(settings, 1, "cpu"))
-    counted = 2 * work.saved_bytes(work.operations(model))  # this body is float32
+    counted = work.saved_bytes(work.operations(model, work.SINGLE))  # this body is float32
     assert counted <= sum(kept.values()) < 1.6 * counted
+
+
+def test_float32_maps_are_twice_as_large() -> None:
+    """But for the last layer, float32 in any case, for the image and for what the loss reads."""
+    half, single = (work.operations(NETWORKS["tiny"], element) for element in (work.HALF, work.SINGLE))
+    for a, b in zip(half, single, strict=True):
+        factor = 1 if a.name.startswith("out.") or a.kind in ("loss", "embedding") else 2
+        assert b.backward_bytes == factor * a.backward_bytes, a.name
+        assert b.weight_bytes == tuple(factor * x for x in a.weight_bytes), a.name
+        assert b.flops == a.flops
 
 
 def test_bytes_of_the_optimiser() -> None:
