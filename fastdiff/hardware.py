@@ -7,10 +7,12 @@ of an H200 are those of an 8192 x 8192 matrix product (788 TFLOP/s) and of a dev
 
 from __future__ import annotations
 
+import platform
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,8 +56,28 @@ def find(name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if re.search(gpu.names, name.strip())), None)
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's, or the CPU's model ("AMD EPYC 9655P 96-Core Processor") where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
 _SIZE = {True: 8192, False: 1024}  # on a GPU, on a CPU
-_COPY_SIZE = {True: 1 << 30, False: 1 << 26}
+_COPYdef device_name(device: torch.device) -> str:
+    """The GPU's, or the CPU's model ("AMD EPYC 9655P 96-Core Processor") where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+_SIZE = {True: 1 << 30, False: 1 << 26}
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ def test_rates_are_below_datasheets() -> None:
     assert hardware.GPUS["H200"].copy_bytes == pytest.approx(4.3e12)
 
 
+def test_a_cpu_is_no_gpu() -> None:
+    name = hardware.device_name(torch.device("cpu"))
+    assert name
+    assert hardware.find(name) is None
+
+
 def test_rates_of_this_machine() -> None:
     """Of any machine that runs this: above a gigaflop and 100 MB per second, below any machine of today."""
     rates = hardware.measure_rates(torch.device("cpu"), size=128, copy_size=1 << 22, repeats=2)

@@ -1,0 +1,300 @@
+"""How fast a training step could be: operations and least bytes against what a GPU does per second. A prediction.
+
+    python benchmarks/roofline.py --config imagenet64_270M --gpu H200
+    python benchmarks/roofline.py --config imagenet64_270M --gpu here --profile runs/NAME/profile.json
+    python benchmarks/roofline.py --config my.json --gpu A100 --batch 64 --json out.json
+
+Each operation of `fastdiff/models/work.py`, forward and backward each, takes
+
+    max(run FLOPs / (matmul rate * convolution efficiency), bytes / (copy rate * copy efficiency))
+
+and each kernel --launch_us more, once per batch ("launch gaps"; none with CUDA graphs: --launch_us 0 shows it). The
+floor has both efficiencies at 1, the target has those given. MFU is of the datasheet's dense bf16 peak, its FLOPs those
+of the network as improved-diffusion defines it. Input, communication and the host's own time are taken to be hidden.
+--gpu here measures both rates on this machine; with precision fp32 the rates must be measured or given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdiff import config, hardware
+from fastdiff.models import work
+from fastdiff.processes import run_script
+from fastdiff.settings import UserError, did_you_mean
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONVOLUTIONS = ("conv3x3", "conv1x1", "downsample conv", "upsample conv", "input conv", "output conv")
+# Classes as `train.py --profile` calls them; a prediction has no communication and no input wait.
+CLASS_OF: dict[str, str] = {
+    **dict.fromkeys(CONVOLUTIONS, "convolutions"),
+    "group norm": "norms",
+    "attention": "attention",
+}
+CLASSES = ("convolutions", "norms", "attention", "other", "optimiser", "launch gaps")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is predicted for: FLOP/s and bytes/s; peak_flops is None where no datasheet is known."""
+
+    name: str
+    matmul_flops: float
+    copy_bytes: float
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """One class of operations: FLOPs and bytes per image, as run, and milliseconds per step."""
+
+    run_flops: float
+    bytes: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One training step of `batch` images on one GPU."""
+
+    batch: int
+    train_flops: float
+    """Per image, of the network as improved-diffusion defines it."""
+    shares: dict[str, Share]
+
+    @property
+    def ms(self) -> float:
+        return sum(share.ms for share in self.shares.values())
+
+    @property
+    def images_per_second(self) -> float:
+        return 1e3 * self.batch / self.ms
+
+    def mfu(self, peak_flops: float) -> float:
+        return self.train_flops * self.images_per_second / peak_flops
+
+
+def predict(
+    ops: Sequence[work.Operation],
+    batch: int,
+    machine: Machine,
+    *,
+    convolution_efficiency: float = 1.0,
+    copy_efficiency: float = 1.0,
+    launch_us: float = 2.0,
+    optimiser_bytes: int = 38,
+) -> Prediction:
+    """A step over `batch` images: forward, backward and one update of the weights (`optimiser_bytes` each)."""
+    products, copies = machine.matmul_flops * convolution_efficiency, machine.copy_bytes * copy_efficiency
+    totals = {name: [0.0, 0.0, 0.0] for name in CLASSES}
+    launches = 1
+    for op in ops:
+        total = totals[CLASS_OF.get(op.kind, "other")]
+        passes = zip((1, 2), (op.forward_bytes, op.backward_bytes), op.weight_bytes, op.launches, strict=True)
+        for times, moved, weights, kernels in passes:
+            flops = times * op.run_flops * batch
+            moved = moved * batch + weights
+            for i, value in enumerate((flops, moved, max(flops / products, moved / copies))):
+                total[i] += value
+            launches += kernels
+    updated = float(optimiser_bytes * work.parameters(ops))
+    totals["optimiser"] = [0.0, updated, updated / copies]
+    totals["launch gaps"] = [0.0, 0.0, launches * launch_us * 1e-6]
+    shares = {name: Share(flops / batch, moved / batch, 1e3 * s) for name, (flops, moved, s) in totals.items()}
+    return Prediction(batch, 3 * sum(op.flops for op in ops), shares)
+
+
+def load_config(name: str) -> config.Config:
+    """The settings in a file, or in configs/NAME.json. Raises UserError."""
+    path = Path(name)
+    if not path.is_file():
+        path = CONFIGS / f"{name}.json"
+    if not path.is_file():
+        known = sorted(file.stem for file in CONFIGS.glob("*.json"))
+        hint = did_you_mean(name, known) or f"; configs/ has {', '.join(known)}"
+        raise UserError(f"--config {name} is neither a file nor a name in configs/{hint}")
+    try:
+        kind = config.SuperResConfig if "large_size" in json.loads(path.read_text()).get("model", {}) else config.Config
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"--config {path}: is not a JSON object with sections such as model ({error})") from None
+    return config.load(["--config", str(path)], description="", sections=("model", "diffusion", "train"), kind=kind)[0]
+
+
+def machine_for(
+    gpu: str, precision: str = "bf16", matmul_tflops: float | None = None, copy_tbs: float | None = None
+) -> Machine:
+    """The GPU of that name, or "here"; rates that are given replace its own. Raises UserError."""
+    given = matmul_tflops is not None and copy_tbs is not None
+    if gpu == "here":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = hardware.device_name(device)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        rates = hardware.Rates(0, 0) if given else hardware.measure_rates(device, dtype=dtype)
+        known = hardware.find(name)
+        peak = known.peak_flops if known else None
+    else:
+        known = hardware.find(gpu)
+        if known is None:
+            raise UserError(f"--gpu {gpu} is not in the table; give one of {', '.join(hardware.GPUS)}, or here")
+        if precision == "fp32" and matmul_tflops is None:
+            raise UserError(f"--gpu {gpu}'s rates are for bf16 and fp16, not fp32; give --matmul_tflops, or --gpu here")
+        name, rates, peak = known.name, hardware.Rates(known.matmul_flops, known.copy_bytes), known.peak_flops
+    matmul = rates.matmul_flops if matmul_tflops is None else matmul_tflops * 1e12
+    copy = rates.copy_bytes if copy_tbs is None else copy_tbs * 1e12
+    return Machine(name, matmul, copy, peak)
+
+
+def operations_of(settings: config.Config, precision: str) -> list[work.Operation]:
+    return work.operations(settings.model, work.SINGLE if precision == "fp32" else work.HALF)
+
+
+def optimiser_bytes_of(settings: config.Config, precision: str) -> int:
+    return work.optimiser_bytes(len(settings.train.ema_rate), half_copy=precision != "fp32")
+
+
+def usual_batch(settings: config.Config) -> int:
+    """The images that one GPU takes at once: the micro-batch, where the settings name one."""
+    micro = settings.train.microbatch
+    return min(micro, settings.train.batch_size) if isinstance(micro, int) and micro > 0 else settings.train.batch_size
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """What `train.py --profile` wrote: batch, step_ms, and ms per step by class. Raises UserError."""
+    try:
+        profile = json.loads(path.read_text())
+        batch, classes = int(profile["batch"]), {str(k): float(v) for k, v in profile["classes"].items()}
+        return {**profile, "batch": batch, "classes": classes, "step_ms": float(profile["step_ms"])}
+    except OSError as error:
+        raise UserError(
+            f"--profile {path} can't be read ({error.strerror}); give what --profile of train.py wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--profile {path} is not what --profile of train.py writes (batch, step_ms and classes): "
+            f"{type(error).__name__} {error}"
+        ) from None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="of configs/, or any JSON file")
+    parser.add_argument("--gpu", default="H200", help=f"{', '.join(hardware.GPUS)}, or here to measure (default: H200)")
+    parser.add_argument("--matmul_tflops", type=float, metavar="X", help="rate of matrix products, TFLOP/s")
+    parser.add_argument("--copy_tbs", type=float, metavar="Y", help="rate of a copy, read and written, TB/s")
+    parser.add_argument("--batch", type=int, metavar="N", help="images per step on the GPU (default: the micro-batch)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="(default: the configuration's)")
+    parser.add_argument("--conv_efficiency", type=float, default=0.8, help="of products in the target (default: 0.8)")
+    parser.add_argument("--copy_efficiency", type=float, default=0.9, help="of copies in the target (default: 0.9)")
+    parser.add_argument("--launch_us", type=float, default=2.0, help="between kernels (default: 2)")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="measured times to set beside the target")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    for name in ("matmul_tflops", "copy_tbs", "batch"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name} must be above 0, not {value:g}")
+    for name in ("conv_efficiency", "copy_efficiency"):
+        if not 0 < getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be above 0 and at most 1, not {getattr(args, name):g}")
+    if args.launch_us < 0:
+        raise UserError(f"--launch_us must not be below 0, got {args.launch_us:g}")
+    return args
+
+
+def table(floor: Prediction, target: Prediction, measured: dict[str, Any] | None) -> list[str]:
+    """Lines: a class each, then the whole step."""
+    heads = [f"{'':14}{'GFLOP/image':>12}{'MB/image':>10}{'floor ms':>10}{'target ms':>11}"]
+    if measured:
+        heads = [heads[0] + f"{'measured ms':>13}{'x target':>10}"]
+    names = list(CLASSES)
+    names += [name for name in (measured or {"classes": {}})["classes"] if name not in names]
+    lines = []
+    for name in names:
+        share, low = target.shares.get(name), floor.shares.get(name)
+        if share and low:
+            line = f"{name:14}{share.run_flops / 1e9:12.2f}{share.bytes / 1e6:10.1f}{low.ms:10.3f}{share.ms:11.3f}"
+        else:
+            line = f"{name:14}{'-':>12}{'-':>10}{'-':>10}{'-':>11}"
+        if measured:
+            line += _beside(measured["classes"].get(name), share.ms if share else 0.0)
+        lines.append(line)
+    shares = target.shares.values()
+    flops, moved = sum(s.run_flops for s in shares), sum(s.bytes for s in shares)
+    whole = f"{'step':14}{flops / 1e9:12.2f}{moved / 1e6:10.1f}{floor.ms:10.3f}{target.ms:11.3f}"
+    return [*heads, *lines, whole + (_beside(measured["step_ms"], target.ms) if measured else "")]
+
+
+def _beside(measured: float | None, predicted: float) -> str:
+    ratio = "-" if not predicted or measured is None else f"{measured / predicted:.2f}"
+    return f"{'-' if measured is None else format(measured, '.3f'):>13}{ratio:>10}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    settings = load_config(args.config)
+    precision = args.precision or settings.train.precision
+    measured = read_profile(args.profile) if args.profile else None
+    if measured and args.batch not in (None, measured["batch"]):
+        raise UserError(f"--batch {args.batch} contradicts the {measured['batch']} images per step of {args.profile}")
+    batch = measured["batch"] if measured else args.batch or usual_batch(settings)
+    machine = machine_for(args.gpu, precision, args.matmul_tflops, args.copy_tbs)
+    ops = operations_of(settings, precision)
+    common: dict[str, Any] = {
+        "launch_us": args.launch_us,
+        "optimiser_bytes": optimiser_bytes_of(settings, precision),
+    }
+    floor = predict(ops, batch, machine, **common)
+    target = predict(
+        ops,
+        batch,
+        machine,
+        convolution_efficiency=args.conv_efficiency,
+        copy_efficiency=args.copy_efficiency,
+        **common,
+    )
+    forward = sum(op.flops for op in ops)
+    print(f"{args.config}: {work.parameters(ops) / 1e6:.1f}M parameters, {forward / 1e9:.1f} GFLOP forward per image")
+    print(
+        f"{machine.name}: {machine.matmul_flops / 1e12:.4g} TFLOP/s, copies {machine.copy_bytes / 1e12:.3g} TB/s; ",
+        end="",
+    )
+    print(f"batch {batch}, {precision}; floor and target are predictions")
+    print("\n".join(table(floor, target, measured)))
+    seen = 1e3 * batch / measured["step_ms"] if measured else None
+    for name, rate in (("floor", floor.images_per_second), ("target", target.images_per_second), ("measured", seen)):
+        if rate is None:
+            continue
+        shares = [f"{rate * 3 * forward / machine.matmul_flops:.1%} of the matmul rate"]
+        if machine.peak_flops:
+            shares.insert(0, f"MFU {rate * 3 * forward / machine.peak_flops:.1%}")
+        print(f"{name:9}{rate:12.1f} images/s, {', '.join(shares)}")
+    if args.json:
+        figures = {
+            "config": args.config,
+            "precision": precision,
+            "machine": asdict(machine),
+            "parameters": work.parameters(ops),
+            "forward_flops": forward,
+            "saved_bytes": work.saved_bytes(ops),
+            "efficiency": {"convolutions": args.conv_efficiency, "copies": args.copy_efficiency},
+            **{name: _figures(p, machine) for name, p in (("floor", floor), ("target", target))},
+            **({"measured": measured} if measured else {}),
+        }
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _figures(prediction: Prediction, machine: Machine) -> dict[str, Any]:
+    mfu = prediction.mfu(machine.peak_flops) if machine.peak_flops else None
+    rate = {"ms": prediction.ms, "images_per_second": prediction.images_per_second, "mfu": mfu}
+    return {**rate, "batch": prediction.batch, "classes": {n: asdict(s) for n, s in prediction.shares.items()}}
+
+
+if __name__ == "__main__":
+    run_script(main, "roofline.py")

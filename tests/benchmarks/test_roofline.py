@@ -1,0 +1,125 @@
+"""The roofline: its arithmetic by hand, published predictions, the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import MODEL, refusal
+
+from benchmarks import roofline
+from fastdiff.models import UNetSettings, work
+from fastdiff.settings import UserError
+
+ROUND = roofline.Machine("round numbers", matmul_flops=1e12, copy_bytes=1e9, peak_flops=2e12)
+# Images per second of one H200 that were predicted by hand, at 65% and 80% of the matmul rate; the batch.
+BY_HAND = {
+    "imagenet64_uncond": (1720, 2015, 128),
+    "cifar10_uncond": (7180, 8210, 128),
+    "imagenet64_270M": (824, 979, 128),
+    "upsample_256": (124, 146, 16),
+    "lsun_bedroom_lr1e-4": (260, 301, 32),
+}
+
+
+def test_one_operation_by_hand() -> None:
+    """Forward bound by its products, backward by its bytes, and each weight's bytes once per batch."""
+    op = work.Operation("x", "conv3x3", (8, 8, 4, 4), 9e9, 4e9, 1e6, 9e6, parameters=10_000)
+    made = roofline.predict([op], 3, ROUND, launch_us=100, optimiser_bytes=38)
+    forward, backward = 3 * 4e9 / 1e12, (3 * 9e6 + 40_000) / 1e9
+    assert made.shares["convolutions"].ms == pytest.approx(1e3 * (forward + backward))
+    assert made.shares["convolutions"].run_flops == pytest.approx(12e9)
+    assert made.shares["optimiser"].ms == pytest.approx(1e3 * 38 * 10_000 / 1e9)
+    assert made.shares["launch gaps"].ms == pytest.approx(0.1 * (1 + 2 + 1))
+    assert made.ms == pytest.approx(sum(share.ms for share in made.shares.values()))
+    assert made.images_per_second == pytest.approx(3e3 / made.ms)
+    assert made.mfu(2e12) == pytest.approx(made.images_per_second * 27e9 / 2e12)
+
+
+def test_efficiencies_slow_what_they_name() -> None:
+    ops = work.operations(UNetSettings(**MODEL))
+    floor = roofline.predict(ops, 4, ROUND)
+    slow_copies = roofline.predict(ops, 4, ROUND, copy_efficiency=0.5)
+    assert slow_copies.shares["norms"].ms == pytest.approx(2 * floor.shares["norms"].ms)
+    fast_memory = replace(ROUND, copy_bytes=1e15)
+    for name, ratio in (("convolutions", 2), ("norms", 1)):
+        full, half = (roofline.predict(ops, 4, fast_memory, convolution_efficiency=e).shares[name].ms for e in (1, 0.5))
+        assert half == pytest.approx(ratio * full, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_predictions_by_hand(name: str) -> None:
+    """They knew the upsampling convolution at its full cost only."""
+    low, high, batch = BY_HAND[name]
+    settings = roofline.load_config(name)
+    ops = [replace(op, run_flops=op.flops) for op in work.operations(settings.model)]
+    for efficiency, images in ((0.65, low), (0.8, high)):
+        made = roofline.predict(
+            ops, batch, roofline.machine_for("H200"), convolution_efficiency=efficiency, copy_efficiency=0.9
+        )
+        assert made.images_per_second == pytest.approx(images, rel=0.03)
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile, out = tmp_path / "profile.json", tmp_path / "out.json"
+    classes = {"convolutions": 40.0, "norms": 20.0, "input wait": 3.0, "launch gaps": 0.0}
+    profile.write_text(json.dumps({"steps": 5, "batch": 64, "classes": classes, "step_ms": 63.0}))
+    words = ["--config", "imagenet64_uncond", "--gpu", "H100", "--profile", str(profile), "--json", str(out)]
+    roofline.main(words)
+    printed = capsys.readouterr().out
+    figures = json.loads(out.read_text())
+    assert figures["floor"]["batch"] == figures["target"]["batch"] == 64
+    assert figures["floor"]["ms"] < figures["target"]["ms"]
+    assert figures["machine"]["name"] == "H100 SXM"
+    assert figures["target"]["mfu"] == pytest.approx(
+        figures["target"]["images_per_second"] * 3 * figures["forward_flops"] / 989e12
+    )
+    norms = next(line for line in printed.splitlines() if line.startswith("norms"))
+    assert norms.split()[-2:] == ["20.000", f"{20 / figures['target']['classes']['norms']['ms']:.2f}"]
+    waiting = next(line for line in printed.splitlines() if line.startswith("input wait"))
+    assert waiting.split() == ["input", "wait", "-", "-", "-", "-", "3.000", "-"]
+    assert f"{64 / 0.063:.1f} images/s" in printed
+
+
+def test_here_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine in no table: rates, and no share of a peak."""
+    roofline.main(["--config", "demo", "--gpu", "here", "--precision", "fp32", "--batch", "2"])
+    printed = capsys.readouterr().out
+    assert "images/s" in printed
+    machine = roofline.machine_for("here", "fp32", matmul_tflops=3, copy_tbs=0.5)
+    assert (machine.matmul_flops, machine.copy_bytes) == (3e12, 5e11)
+
+
+def test_batch_by_default_is_the_micro_batch() -> None:
+    settings = roofline.load_config("demo")
+    for batch_size, microbatch, usual in ((64, 16, 16), (64, -1, 64), (8, 16, 8)):
+        train = settings.train.model_copy(update={"batch_size": batch_size, "microbatch": microbatch})
+        assert roofline.usual_batch(settings.model_copy(update={"train": train})) == usual
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--config", "imagenet64_uncon"], "did you mean imagenet64_uncond"),
+        (["--config", "demo", "--gpu", "H300"], "--gpu H300"),
+        (["--config", "demo", "--gpu", "H200", "--precision", "fp32"], "--matmul_tflops"),
+        (["--config", "demo", "--batch", "0"], "--batch"),
+        (["--config", "demo", "--conv_efficiency", "80"], "--conv_efficiency"),
+        (["--config", "demo", "--launch_us", "-1"], "--launch_us"),
+        (["--config", "demo", "--profile", "nowhere.json"], "--profile nowhere.json"),
+    ],
+)
+def test_refusals(words: list[str], says: str) -> None:
+    assert says in refusal(roofline.main, words)
+
+
+def test_profiles_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    for content in ("{", "[]", '{"batch": 2}', '{"batch": 2, "classes": {"norms": "x"}, "step_ms": 1}'):
+        path.write_text(content)
+        with pytest.raises(UserError, match="is not what --profile"):
+            roofline.read_profile(path)
+    path.write_text('{"batch": 2, "classes": {}, "step_ms": 1}')
+    assert "contradicts" in refusal(roofline.main, ["--config", "demo", "--batch", 4, "--profile", path])
