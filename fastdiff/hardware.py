@@ -67,17 +67,7 @@ def device_name(device: torch.device) -> str:
 
 
 _SIZE = {True: 8192, False: 1024}  # on a GPU, on a CPU
-_COPYdef device_name(device: torch.device) -> str:
-    """The GPU's, or the CPU's model ("AMD EPYC 9655P 96-Core Processor") where the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.is_file() else []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
-_SIZE = {True: 1 << 30, False: 1 << 26}
+_COPY_SIZE = {True: 1 << 30, False: 1 << 26}
 
 
 @dataclass(frozen=True)
