@@ -31,6 +31,8 @@ from tiny import (
 )
 
 from fastdiff import nll, sample, super_res_sample, super_res_train, train
+from fastdiff.images.index import index_images
+from fastdiff.images.packing import pack
 from fastdiff.settings import UserError
 from fastdiff.training.checkpoints import Writer
 from fastdiff.training.engine import split_batch
@@ -192,6 +194,7 @@ OUT_OF_RANGE = {
     "timestep_respacing": ["9", "0", "ddim5", "ddim", "ddim0", "x", "5,5", "1.5", "-1"],
     "loader": ["tensorflow"],
     "labels": ["suffix"],
+    "cache": ["ram"],
     "num_workers": ["0"],
     "batch_size": ["0", "-4", "2.5"],
     "microbatch": ["0", "-2"],
@@ -380,6 +383,25 @@ def test_classes_of_a_folder(world: World) -> None:
     says(world.nll(data_dir=three, model_path=world.class_cond), "class 'ape'", "cat, dog")
     nameless = save(unet(class_cond=True, num_classes=2), world.folder / "model000009.pt")
     says(world.nll(data_dir=three, model_path=nameless), "--data_dir", "3 classes, the model 2")
+
+
+def test_caches(world: World) -> None:
+    for call in (world.train, world.nll):
+        says(call(cache_dir="there"), "--cache_dir there needs --cache disk or --cache gpu")
+        says(call(cache="disk", loader="dali"), "--loader dali contradicts decoded images", "--cache none")
+    (world.folder / "file").write_text("")
+    says(
+        world.train(cache="disk", cache_dir="file/deep"), "--cache_dir: file/deep can't be written to", "another folder"
+    )
+    packed = world.folder / "packed"
+    pack(index_images(world.images), (16, 16), 1, packed, workers=1, flag="--out")
+    for call in (world.train, world.nll):
+        says(call(data_dir=packed), "packed holds images of 16x16 pixels in 1 channel, 8x8 pix", "--channels 3")
+        says(call(cache="disk", cache_dir=packed), "packed is a packed folder itself", "as --data_dir")
+    (packed / "pixels.npy").write_bytes(b"")
+    says(
+        world.train(data_dir=packed, in_channels=1, image_size=16), "packed are damaged (pixels.npy", "pack them again"
+    )
 
 
 # --- checkpoints ---

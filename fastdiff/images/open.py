@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from fastdiff.images.caching import cached
 from fastdiff.images.cpu import PillowLoader
 from fastdiff.images.dali import DaliLoader
-from fastdiff.images.index import index_images
+from fastdiff.images.gathering import PackedLoader
+from fastdiff.images.index import Listing, index_images
 from fastdiff.images.loader import Loader
 from fastdiff.images.order import Order
+from fastdiff.images.packed import Packed, is_packed, open_packed
 from fastdiff.images.pixels import MODES
 from fastdiff.images.reader import Reader
 from fastdiff.images.settings import DataSettings
@@ -32,11 +37,13 @@ def open_images(
     device: torch.device | str = "cpu",
     class_names: Sequence[str] | None = None,
     limit: int | None = None,
+    build_cache: bool = True,
 ) -> Loader:
     """The images of settings.data_dir as batches for one rank. UserError, in one sentence, where that can't be.
 
     batch_size is the global one. class_names are the classes of an earlier run, whose numbers are to be kept. limit
-    leaves only the first images of the listing; their classes are numbered over all.
+    leaves only the first images of the listing; their classes are numbered over all. With a limit, or without
+    build_cache, a cache is used if there is one, but none is made.
     """
     if channels not in MODES:
         raise UserError(f"images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, not {channels}")
@@ -46,11 +53,16 @@ def open_images(
         raise UserError(f"rank {rank} is not one of the {world_size} ranks, which count from 0")
     if limit is not None and limit < 1:
         raise UserError(f"at least one image must be read, not {limit}")
-    listing = index_images(settings.data_dir, settings.labels, class_names)
+    listing, packed = _find(settings, size_hw, channels, class_names, rank, build_cache and limit is None)
     if limit is not None:
         listing = listing.first(limit)
     order = Order(len(listing.names), batch_size, seed, settings.shuffle, settings.drop_last)
-    return _loader_class(settings.loader)(
+    make: Callable[..., Loader] = (
+        partial(PackedLoader, packed=packed, resident=settings.cache == "gpu")
+        if packed is not None
+        else _loader_class(settings.loader)
+    )
+    return make(
         Reader(listing, size_hw, channels),
         order,
         random_flip=settings.random_flip,
@@ -59,6 +71,31 @@ def open_images(
         world_size=world_size,
         device=_one_device(torch.device(device)),
     )
+
+
+def _find(
+    settings: DataSettings,
+    size_hw: tuple[int, int],
+    channels: int,
+    class_names: Sequence[str] | None,
+    rank: int,
+    build_cache: bool,
+) -> tuple[Listing, Packed | None]:
+    """The images, and where they are decoded already the folder that holds them."""
+    packs = is_packed(settings.data_dir)
+    if settings.cache_dir and settings.cache == "none" and not packs:
+        raise UserError(f"--cache_dir {settings.cache_dir} needs --cache disk or --cache gpu; without one leave it out")
+    if settings.loader == "dali" and (packs or settings.cache != "none"):
+        raise UserError(
+            "--loader dali contradicts decoded images, which are Pillow's; leave it out, or give --cache none"
+        )
+    if packs:
+        packed = open_packed(Path(settings.data_dir), size_hw, channels, "--data_dir")
+        return packed.listing(settings.labels, class_names), packed
+    listing = index_images(settings.data_dir, settings.labels, class_names)
+    if settings.cache == "none":
+        return listing, None
+    return listing, cached(listing, size_hw, channels, settings.cache_dir, rank=rank, build=build_cache)
 
 
 def _one_device(device: torch.device) -> torch.device:

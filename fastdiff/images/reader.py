@@ -79,6 +79,16 @@ class Reader:
             self.reject(index, reason)
             return None
 
+    def retry(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
+        """The same for an image found unreadable before, which counts as readable if it now is."""
+        try:
+            found = decode(index, self.listing.path(index).read_bytes())
+        except Exception:  # named when it was first met
+            return None
+        with self._lock:
+            self._bad.pop(index, None)
+        return found
+
     def reject(self, index: int, reason: str) -> None:
         """Count an image as unreadable and name it in the log, once."""
         with self._lock:

@@ -13,9 +13,15 @@ class DataSettings(Settings):
     """Where the images are and how they become batches."""
 
     data_dir: str = ""
-    """Folder with images (jpg, jpeg, png, gif, webp, in any depth)."""
+    """Folder with images (jpg, jpeg, png, gif, webp, in any depth), or one that datasets/pack.py made of such a
+    folder."""
     loader: Literal["auto", "dali", "pillow"] = "auto"
     """auto: DALI where it is installed, else Pillow. pillow: the reference pixels."""
+    cache: Literal["none", "disk", "gpu"] = "none"
+    """Decode all images once, to the reference pixels at the model's size. disk: into one file, made at the first start
+    and read at memory speed from then on. gpu: that file's content lies on the GPU (without one, in memory)."""
+    cache_dir: str = ""
+    """Folder for the cache of decoded images; empty for the one that holds data_dir."""
     labels: Literal["auto", "prefix", "folder"] = "auto"
     """Class of an image: prefix (of the file name, before the first underscore), folder (that holds it), or auto:
     folder when every image lies in one of at least two subfolders and no file name has an underscore, else prefix."""

@@ -1,0 +1,72 @@
+"""A folder of images → one array of their decoded pixels, which the trainer reads at memory speed.
+
+    python datasets/pack.py --data_dir data/imagenet64_train --size 64
+    deepspeed fastdiff/train.py --data_dir data/imagenet64_train.packed_64x64x3 --image_size 64
+
+Makes ahead what the trainer's --cache disk would make at its first start. The folder made can be trained on by itself:
+it holds pixels.npy (uint8 [N, H, W, C], for np.load with mmap_mode="r"), labels.npy, names.json and packed.json, which
+says what it was made of. The same command again goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from preparation_cli import add_size, parser, run
+
+from fastdiff.images.caching import check_same, default_place, together
+from fastdiff.images.index import index_images
+from fastdiff.images.packed import is_packed, open_packed
+from fastdiff.images.packing import pack
+from fastdiff.images.pixels import MODES
+from fastdiff.processes import make_writable
+from fastdiff.settings import UserError
+
+
+def main() -> None:
+    flags = parser(__doc__)
+    flags.add_argument("--data_dir", type=Path, required=True, help="folder with images (jpg, jpeg, png, gif, webp)")
+    flags.add_argument(
+        "--out",
+        type=Path,
+        help="folder to make (default: beside the images, where --cache disk looks, as NAME.packed_HxWxC)",
+    )
+    flags.add_argument(
+        "--channels", type=int, choices=sorted(MODES), default=3, help="1 gray, 3 RGB, 4 RGBA (default: 3)"
+    )
+    add_size(flags, 64)
+    args = flags.parse_args()
+
+    if is_packed(args.data_dir):
+        raise UserError(f"--data_dir: {args.data_dir} is packed already; give the folder of images that it came from")
+    listing = index_images(args.data_dir)
+    target = args.out or default_place(args.data_dir, args.size, args.channels)
+    if not is_packed(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"--out: {target} is there already and no packed folder; choose another or an empty one")
+        make_writable(target.parent, "--out")
+        together(
+            target,
+            lambda: pack(listing, args.size, args.channels, target, workers=args.workers, flag="--out"),
+            rank=0,
+            flag="--out",
+        )
+    packed = open_packed(target, args.size, args.channels, "--out")
+    check_same(packed, listing, "or choose another --out")
+
+    height, width = args.size
+    command = f"--data_dir {shlex.quote(str(target))} --image_size {height if height == width else f'{height}x{width}'}"
+    command += f" --in_channels {args.channels}" if args.channels != 3 else ""
+    if 1 < len(listing.class_names) < len(listing.names):
+        command += f" --class_cond True --num_classes {len(listing.class_names)}"
+    bad = len(packed.unreadable)
+    notes = f" ({bad:,} unreadable, each replaced by the next one)" if bad else ""
+    print(
+        f"{len(listing.names):,} images in {target}, {packed.pixels.nbytes / 1e9:.3g} GB{notes}; "
+        f"to train on them: deepspeed fastdiff/train.py {command}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
