@@ -109,7 +109,7 @@ def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str
             f"that datasets/pack.py made with --size {size_hw[0]}x{size_hw[1]} --channels {channels}"
         )
     try:
-        pixels = np.load(folder / PIXELS, mmap_mode="r")
+        pixels = np.lib.format.open_memmap(folder / PIXELS, mode="r")
     except (OSError, ValueError) as error:
         raise _damaged(folder, f"{PIXELS}: {error}") from None
     if pixels.shape != shape or pixels.dtype != np.uint8:
