@@ -46,6 +46,7 @@ __all__ = [
     "LOSS_COLUMNS",
     "STEP_COLUMNS",
     "CounterNoise",
+    "add_group_norm_silu",
     "attention",
     "choices",
     "conv_weight",
@@ -139,13 +140,13 @@ def choices(device: torch.device) -> list[Choice]:
         return [Choice("all", "PyTorch", "Triton is not installed")]
     if _mode == "auto" and device.type != "cuda":
         return [
-            Choice("group_norm_silu", "PyTorch, own backward pass", "eager on a CPU"),
+            Choice("add_group_norm_silu, group_norm_silu", "PyTorch, own backward pass", "eager on a CPU"),
             Choice("all others", "PyTorch", "no GPU"),
         ]
     why = "kernels triton" if _mode == "triton" else "a GPU"
     attention = "everywhere" if _mode == "triton" else "head sizes that flash attention pads or refuses; else SDPA"
     return [
-        Choice("group_norm_silu, q_sample, diffusion_loss, sampler_step", "Triton", why),
+        Choice("add_group_norm_silu, group_norm_silu, q_sample, diffusion_loss, sampler_step", "Triton", why),
         Choice("attention", "Triton", attention),
         Choice("upsample_conv", "one transposed convolution", "4/9 of the operations"),
         Choice("skip_conv1x1", "two matrix products", "no concatenated map"),
@@ -189,15 +190,8 @@ def group_norm_silu(
 
     On a CPU in eager mode the version with fewer passes; torch.compile fuses the definition itself.
     """
-    if uses_kernels(x, _norm_unsupported(x, skip, num_groups)):
-        chosen: Any = triton_norm.group_norm_silu
-        if offset is not None and offset.dim() == 1:
-            offset = offset.expand(x.shape[0], -1)
-    elif x.device.type == "cpu" and not torch.compiler.is_compiling():
-        chosen = group_norm_silu_eager.group_norm_silu
-    else:
-        chosen = reference.group_norm_silu
-    return chosen(
+    chosen = _norm_chosen(x, skip, num_groups)
+    return chosen.group_norm_silu(
         x,
         weight,
         bias,
@@ -206,10 +200,59 @@ def group_norm_silu(
         scale=scale,
         shift=shift,
         skip=skip,
-        offset=offset,
+        offset=_rows(offset, x),
         silu=silu,
         dropout=dropout,
     )
+
+
+def add_group_norm_silu(
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    b_bias: Tensor | None = None,
+    num_groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    offset: Tensor | None = None,
+    silu: bool = True,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """(a + b + b_bias, `group_norm_silu` of it), [B, C, H, W] each; see `reference.add_group_norm_silu`."""
+    chosen = _norm_chosen(a, skip, num_groups)
+    return chosen.add_group_norm_silu(
+        a,
+        b,
+        weight,
+        bias,
+        b_bias=b_bias,
+        num_groups=num_groups,
+        eps=eps,
+        scale=scale,
+        shift=shift,
+        skip=skip,
+        offset=_rows(offset, a),
+        silu=silu,
+        dropout=dropout,
+    )
+
+
+def _norm_chosen(x: Tensor, skip: Tensor | None, num_groups: int) -> Any:
+    """The module that computes the norm of x."""
+    if uses_kernels(x, _norm_unsupported(x, skip, num_groups)):
+        return triton_norm
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return group_norm_silu_eager
+    return reference
+
+
+def _rows(offset: Tensor | None, x: Tensor) -> Tensor | None:
+    """An offset [B, C] of one that may be [C], for all images."""
+    return offset if offset is None or offset.dim() == 2 else offset.expand(x.shape[0], -1)
 
 
 def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastdiff.kernels.reference import residual_sum
 from torch import Tensor
 
 
@@ -100,3 +101,11 @@ def group_norm_silu(
     if dropout > 0:
         h = F.dropout(h, dropout)
     return h.to(x.dtype)
+
+
+def add_group_norm_silu(
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **settings: Any
+) -> tuple[Tensor, Tensor]:
+    """As `reference.add_group_norm_silu`; settings are those of `group_norm_silu`."""
+    total = residual_sum(a, b, b_bias)
+    return total, group_norm_silu(total, weight, bias, **settings)

@@ -1,7 +1,8 @@
 """The Triton kernels behind `group_norm_silu.py`, which says what they compute; nothing but device code here.
 
 Maps are [B, L, C] channels-last, L = H * W pixels; with a second input, x [B, L, C1] and skip [B, L, C2] are read as
-if concatenated. Coefficients are fp32 [C] or [B, C]. Two ways through memory:
+if concatenated. x may be a sum that is made here, of x, second [B, L, C1] and second_bias [C1]; rounded as it is
+stored in total [B, L, C1], it is what the norm sees. Coefficients are fp32 [C] or [B, C]. Two ways through memory:
 
 slab    one program takes whole groups of an image: sums, coefficients and result in one launch. A slab of one block
         stays in registers (one read); a longer one is read again while it is still in L2.
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 
 # Numbers that may vary without a compilation of their own: nothing is aligned by them.
-SHAPES = ["slabs", "tiles", "splits", "L", "B", "drop_below"]
+SHAPES = ["slabs", "tiles", "splits", "parts", "L", "B", "drop_below"]
 
 # --- pieces ---
 
@@ -30,6 +31,34 @@ def _load_pair(x_ptr, skip_ptr, i_row, o_c, m, C1, C2):
     else:
         b_x = tl.load(x_ptr + i_row * C1 + o_c, mask=m & (o_c < C1), other=0.0).to(tl.float32)
         b_x += tl.load(skip_ptr + i_row * C2 + (o_c - C1), mask=m & (o_c >= C1), other=0.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def _load_first(x_ptr, skip_ptr, i_row, o_c, m, C1):
+    """A map of C1 channels that is read only once, in its own dtype; 0 in the channels of a skip."""
+    if skip_ptr is not None:
+        m &= o_c < C1
+    return tl.load(x_ptr + i_row * C1 + o_c, mask=m, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_input(x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_row, o_c, m, C1, C2):
+    """As _load_pair; if there is a second, x becomes their sum, which is stored."""
+    if second_ptr is None:
+        b_x = _load_pair(x_ptr, skip_ptr, i_row, o_c, m, C1, C2)
+    else:
+        b_x = _load_first(second_ptr, skip_ptr, i_row, o_c, m, C1).to(tl.float32)
+        if second_bias_ptr is not None:  # from L1 at every use: kept, it would cost registers
+            b_x = tl.where(m, b_x + tl.load(second_bias_ptr + o_c, mask=o_c < C1, other=0.0).to(tl.float32), 0.0)
+        b_x += _load_first(x_ptr, skip_ptr, i_row, o_c, m, C1).to(tl.float32)
+        b_total = b_x.to(total_ptr.dtype.element_ty)
+        b_x = b_total.to(tl.float32)
+        if skip_ptr is None:
+            tl.store(total_ptr + i_row * C1 + o_c, b_total, mask=m)
+        else:
+            tl.store(total_ptr + i_row * C1 + o_c, b_total, mask=m & (o_c < C1))
+            b_x += tl.load(skip_ptr + i_row * C2 + (o_c - C1), mask=m & (o_c >= C1), other=0.0).to(tl.float32)
     return b_x
 
 
@@ -170,12 +199,14 @@ def _finish_backward(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _slab_forward(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, offset_ptr, seed_ptr, y_ptr, stats_ptr,
+    x_ptr, second_ptr, second_bias_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, offset_ptr, seed_ptr,
+    total_ptr, y_ptr, stats_ptr,
     slabs, tiles, L, C1, C2, scale_stride, shift_stride, offset_stride, eps, drop_below, keep_scale,
     CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr, BLOCK_L: tl.constexpr, ONE_BLOCK: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
     C = C1 + C2
+    made_ptr = x_ptr if second_ptr is None else total_ptr
     o_l = tl.arange(0, BLOCK_L)
     for i_slab in range(tl.program_id(0), slabs, tl.num_programs(0)):
         i_b = (i_slab // tiles).to(tl.int64)
@@ -184,19 +215,26 @@ def _slab_forward(
         m_c = (tl.arange(0, CT_PAD) < CT) & (o_c < C)
         i_row = i_b * L
         m = (o_l[:, None] < L) & m_c[None, :]
-        b_x = _load_pair(x_ptr, skip_ptr, i_row + o_l[:, None], o_c[None, :], m, C1, C2)
+        b_x = _load_input(
+            x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_row + o_l[:, None], o_c[None, :], m, C1, C2
+        )
         if ONE_BLOCK:
             b_mean, b_m2 = _merge(b_x, tl.zeros_like(b_x), (o_l[:, None] < L).to(tl.float32), L)
         else:  # each lane sums around its first value
             b_first, b_sum, b_sum2 = b_x, tl.zeros_like(b_x), tl.zeros_like(b_x)
             for i_l in range(BLOCK_L, L, BLOCK_L):
                 m = (i_l + o_l[:, None] < L) & m_c[None, :]
-                b_x = _load_pair(x_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2)
+                b_x = _load_input(
+                    x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr,
+                    i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2,
+                )  # fmt: skip
                 b_d = tl.where(m, b_x - b_first, 0.0)
                 b_sum += b_d
                 b_sum2 += b_d * b_d
             b_n = ((L - o_l + BLOCK_L - 1) // BLOCK_L).to(tl.float32)[:, None]
             b_mean, b_m2 = _merge(b_first + b_sum / b_n, b_sum2 - b_sum * b_sum / b_n, b_n, L)
+            if second_ptr is not None:
+                tl.debug_barrier()  # other threads may read what a thread has stored
         b_centre, b_rstd = _finish_forward(
             b_mean, b_m2, offset_ptr, offset_stride, stats_ptr, i_b, o_c, m_c, L, C, eps, CG, CT, CT_PAD
         )
@@ -205,7 +243,7 @@ def _slab_forward(
         for i_l in range(0, L, BLOCK_L):
             m = (i_l + o_l[:, None] < L) & m_c[None, :]
             if not ONE_BLOCK:
-                b_x = _load_pair(x_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2)
+                b_x = _load_pair(made_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2)
             b_y = _activate((b_x - b_centre[None, :]) * b_gain[None, :] + b_bias[None, :], SILU)
             if seed_ptr is not None:
                 b_keep = _keep(seed_ptr, i_b, i_l + o_l, i_c, C, drop_below, BLOCK_L, CT_PAD)
@@ -213,23 +251,25 @@ def _slab_forward(
             tl.store(y_ptr + (i_row + i_l + o_l[:, None]) * C + o_c[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def _moments(
-    x_ptr, skip_ptr, partial_ptr, splits, L, C1, C2,
+@triton.jit
+def _part_moments(
+    x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2,
     ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and squared deviations of ROWS pixels, per channel → partial [B, splits, 2, C]."""
     C = C1 + C2
     i_part = tl.program_id(0).to(tl.int64)
     i_b, i_first = i_part // splits, i_part % splits * ROWS
-    o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_c = i_c[None, :]
     o_l = (i_first + tl.arange(0, BLOCK_L))[:, None]
     count = tl.minimum(L - i_first, ROWS)
-    b_first = _load_pair(x_ptr, skip_ptr, i_b * L + o_l, o_c, (o_l < L) & (o_c < C), C1, C2)
+    m = (o_l < L) & (o_c < C)
+    b_first = _load_input(x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_b * L + o_l, o_c, m, C1, C2)
     b_sum, b_sum2 = tl.zeros_like(b_first), tl.zeros_like(b_first)
     for i_l in range(BLOCK_L, ROWS, BLOCK_L):
         m = (i_l + o_l < L) & (o_c < C)
-        b_x = _load_pair(x_ptr, skip_ptr, i_b * L + i_l + o_l, o_c, m, C1, C2)
+        b_x = _load_input(x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_b * L + i_l + o_l, o_c, m, C1, C2)
         b_d = tl.where(m, b_x - b_first, 0.0)
         b_sum += b_d
         b_sum2 += b_d * b_d
@@ -237,9 +277,28 @@ def _moments(
     b_n = (tl.maximum(count - (o_l - i_first) + BLOCK_L - 1, 0) // BLOCK_L).to(tl.float32)
     b_each = tl.maximum(b_n, 1.0)
     b_mean, b_m2 = _merge(b_first + b_sum / b_each, b_sum2 - b_sum * b_sum / b_each, b_n, count.to(tl.float32))
-    p_out = partial_ptr + i_part * 2 * C + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p_out = partial_ptr + i_part * 2 * C + i_c
     tl.store(p_out, b_mean)
     tl.store(p_out + C, b_m2)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _moments(
+    x_ptr, skip_ptr, partial_ptr, splits, L, C1, C2,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    _part_moments(x_ptr, None, None, skip_ptr, None, partial_ptr, splits, L, C1, C2, ROWS, BLOCK_L, BLOCK_C)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _sum_moments(
+    x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """As _moments, of a sum that it stores."""
+    _part_moments(
+        x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2, ROWS, BLOCK_L, BLOCK_C
+    )
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -304,8 +363,8 @@ def _load_gradient(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _slab_backward(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, stats_ptr,
-    dx_ptr, dskip_ptr, sums_ptr,
+    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr,
+    dx_ptr, dskip_ptr, sums_ptr, total_sums_ptr,
     slabs, tiles, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
     CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr, BLOCK_L: tl.constexpr, ONE_BLOCK: tl.constexpr,
     SILU: tl.constexpr,
@@ -322,6 +381,8 @@ def _slab_backward(
         b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
         b_full = b_gain * b_rstd
         m = (o_l[:, None] < L) & m_c[None, :]
+        if ONE_BLOCK and dtotal_ptr is not None:
+            b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_row + o_l[:, None], o_c[None, :], m, C1)
         b_g, b_d = _load_gradient(
             x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_full, b_bias, i_b, i_row, o_l, i_c, o_c, m, C1, C2,
             drop_below, keep_scale, BLOCK_L, CT_PAD, SILU,
@@ -340,6 +401,7 @@ def _slab_backward(
             tl.sum(b_sum, axis=0), tl.sum(b_sumd, axis=0), b_gain, b_rstd, stats_ptr, sums_ptr, i_b, o_c, m_c, L, C,
             CG, CT, CT_PAD,
         )  # fmt: skip
+        b_total = tl.zeros((BLOCK_L, CT_PAD), tl.float32)
         for i_l in range(0, L, BLOCK_L):
             m = (i_l + o_l[:, None] < L) & m_c[None, :]
             if not ONE_BLOCK:
@@ -348,7 +410,15 @@ def _slab_backward(
                     C1, C2, drop_below, keep_scale, BLOCK_L, CT_PAD, SILU,
                 )  # fmt: skip
             b_dx = b_g * b_full[None, :] + (b_d * b_slope[None, :] + b_constant[None, :])
+            if dtotal_ptr is not None:
+                if not ONE_BLOCK:
+                    b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1)
+                b_dx += b_dtotal.to(tl.float32)
+                if total_sums_ptr is not None:
+                    b_total += b_dtotal.to(tl.float32)
             _store_pair(dx_ptr, dskip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2, b_dx)
+        if total_sums_ptr is not None:
+            tl.store(total_sums_ptr + i_b * C1 + o_c, tl.sum(b_total, axis=0), mask=m_c & (o_c < C1))
 
 
 @triton.jit(do_not_specialize=SHAPES)
@@ -409,13 +479,14 @@ def _finalize_backward(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _apply_backward(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, stats_ptr, line_ptr,
-    dx_ptr, dskip_ptr,
+    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr, line_ptr,
+    dx_ptr, dskip_ptr, total_sums_ptr,
     splits, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
     ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     C = C1 + C2
-    i_b, i_first = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * ROWS
+    i_part = tl.program_id(0).to(tl.int64)
+    i_b, i_first = i_part // splits, tl.program_id(0) % splits * ROWS
     i_c = tl.program_id(1) * BLOCK_C
     o_c = i_c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -424,6 +495,7 @@ def _apply_backward(
     b_gain *= b_rstd
     b_slope = tl.load(line_ptr + i_b * 2 * C + o_c, mask=m_c, other=0.0)
     b_constant = tl.load(line_ptr + i_b * 2 * C + C + o_c, mask=m_c, other=0.0)
+    b_total = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     for i_l in range(0, ROWS, BLOCK_L):
         o_l = i_first + i_l + tl.arange(0, BLOCK_L)
         m = (o_l[:, None] < L) & m_c[None, :]
@@ -432,21 +504,32 @@ def _apply_backward(
             drop_below, keep_scale, BLOCK_L, BLOCK_C, SILU,
         )  # fmt: skip
         b_dx = b_g * b_gain[None, :] + (b_d * b_slope[None, :] + b_constant[None, :])
+        if dtotal_ptr is not None:
+            b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_b * L + o_l[:, None], o_c[None, :], m, C1).to(tl.float32)
+            b_dx += b_dtotal
+            if total_sums_ptr is not None:
+                b_total += b_dtotal
         _store_pair(dx_ptr, dskip_ptr, i_b * L + o_l[:, None], o_c[None, :], m, C1, C2, b_dx)
+    if total_sums_ptr is not None:
+        tl.store(total_sums_ptr + i_part * C1 + o_c, tl.sum(b_total, axis=0), mask=m_c & (o_c < C1))
 
 
 @triton.jit(do_not_specialize=SHAPES)
 def _parameter_gradients(
-    sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr,
-    B, C, scale_stride, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    sums_ptr, total_sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dsecond_bias_ptr,
+    B, parts, C, C1, scale_stride, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dweight, dbias [C] from sums over the batch in a fixed order, and dscale [B, C] on the way."""
+    """dweight, dbias [C] from sums over the batch in a fixed order, and dscale [B, C] on the way.
+
+    dsecond_bias [C1] likewise: the norm's share of dx is in sums, that of dtotal in total_sums [parts, C1].
+    """
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
     b_weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     b_bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     b_dweight = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     b_dbias = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    b_dx = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for i_b in range(0, B, BLOCK_B):
         o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
         m = (o_b < B) & m_c[None, :]
@@ -461,5 +544,15 @@ def _parameter_gradients(
             b_gx *= 1.0 + b_scale
         b_dweight += b_gx
         b_dbias += b_g
+        if dsecond_bias_ptr is not None:
+            b_dx += tl.load(p_sums + 2 * C, mask=m, other=0.0)
     tl.store(dweight_ptr + o_c, tl.sum(b_dweight, axis=0), mask=m_c)
     tl.store(dbias_ptr + o_c, tl.sum(b_dbias, axis=0), mask=m_c)
+    if dsecond_bias_ptr is not None:
+        m_c = o_c < C1
+        if total_sums_ptr is not None:
+            for i_part in range(0, parts, BLOCK_B):
+                o_part = (i_part + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
+                m = (o_part < parts) & m_c[None, :]
+                b_dx += tl.load(total_sums_ptr + o_part * C1 + o_c[None, :], mask=m, other=0.0)
+        tl.store(dsecond_bias_ptr + o_c, tl.sum(b_dx, axis=0), mask=m_c)

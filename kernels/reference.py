@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,41 @@ def group_norm_silu(
     if dropout > 0:
         h = F.dropout(h, dropout)
     return h.to(x.dtype)
+
+
+def residual_sum(a: Tensor, b: Tensor, b_bias: Tensor | None = None) -> Tensor:
+    """a + b + b_bias, [B, C, H, W] twice and [C], in float32, rounded once to a's dtype."""
+    if b_bias is not None:
+        wide = torch.promote_types(b.dtype, torch.float32)
+        b = b.to(wide) + b_bias.to(wide)[:, None, None]
+    return (a + b).to(a.dtype)
+
+
+def add_group_norm_silu(
+    a: Tensor,
+    b: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    b_bias: Tensor | None = None,
+    num_groups: int = 32,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    skip: Tensor | None = None,
+    offset: Tensor | None = None,
+    silu: bool = True,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """A residual sum and the norm that follows it: (total, group_norm_silu(total, …)).
+
+    a, b    [B, C1, H, W], one dtype, which total and the norm's result have, too.
+    b_bias  [C1], of the convolution that made b without it. total = a + b + b_bias.
+    The rest is `group_norm_silu`'s, with total as x.
+    """
+    total = residual_sum(a, b, b_bias)
+    settings: dict[str, Any] = {"num_groups": num_groups, "eps": eps, "silu": silu, "dropout": dropout}
+    return total, group_norm_silu(total, weight, bias, scale=scale, shift=shift, skip=skip, offset=offset, **settings)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -1,0 +1,350 @@
+"""The sum inside the group norm, against float64 and against torch at the same dtype, and against the norm alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fastdiff.kernels import group_norm_silu as module
+from fastdiff.kernels import group_norm_silu_eager, launch, reference
+from fastdiff.kernels.group_norm_silu import Plan, add_group_norm_silu, group_norm_silu, plan
+from functorch.compile import make_boxed_func
+from kernel_checks import DEVICE, DTYPES, assert_no_worse, channels_last, error, normal
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from fastdiff import ops
+
+Inputs = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN, so that an element which a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(
+    B: int, C1: int, C2: int, H: int, W: int, dtype: torch.dtype, *, affine: bool = True, offset: bool = True,
+    b_bias: bool = True, mean: float = 3.0, std: float = 1.0,
+) -> Inputs:  # fmt: skip
+    C = C1 + C2
+    made: Inputs = {
+        "a": channels_last(normal(B, C1, H, W, mean=mean, std=std, dtype=dtype)),
+        "b": channels_last(normal(B, C1, H, W, seed=1, mean=-0.5, std=std, dtype=dtype)),
+        "weight": normal(C, seed=2, mean=1.0),
+        "bias": normal(C, seed=3),
+    }
+    if C2:
+        made["skip"] = channels_last(normal(B, C2, H, W, seed=4, mean=-mean, std=2 * std, dtype=dtype))
+    if affine:
+        made["scale"], made["shift"] = normal(B, 2 * C, seed=5).chunk(2, dim=1)
+    if offset:
+        made["offset"] = normal(B, C, seed=6)
+    if b_bias:
+        made["b_bias"] = normal(C1, seed=7)
+    if dtype == torch.bfloat16 and DEVICE == "cpu":  # Triton's interpreter cuts bf16 off: sums that are exact in it
+        for name in {"a", "b", "b_bias"} & made.keys():
+            made[name] = (made[name] * 16).round() / 16
+    return made
+
+
+def upstream(given: Inputs) -> tuple[Tensor, Tensor]:
+    """Gradients of total and of y."""
+    B, C1, H, W = given["a"].shape
+    C, dtype = given["weight"].shape[0], given["a"].dtype
+    return (
+        channels_last(normal(B, C1, H, W, seed=8, mean=-0.3, dtype=dtype)),
+        channels_last(normal(B, C, H, W, seed=9, mean=0.5, dtype=dtype)),
+    )
+
+
+def run(
+    function: Any, given: Inputs, gradients: tuple[Tensor | None, Tensor | None], dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Inputs:  # fmt: skip
+    """Results and gradients by name; a result whose gradient is None takes no part in the backward pass."""
+    leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in given.items()}
+    total, y = function(**leaves, **settings)
+    used = [(z, gradient) for z, gradient in zip((total, y), gradients, strict=True) if gradient is not None]
+    upstream = [gradient.to(z.dtype) for z, gradient in used]
+    made = torch.autograd.grad([z for z, _ in used], list(leaves.values()), upstream)
+    return {"total": total.detach(), "y": y.detach(), **dict(zip(leaves, made, strict=True))}
+
+
+def check(given: Inputs, *, alone: bool = False, **settings: Any) -> Inputs:
+    """Results and every gradient err at most twice as much as torch's at the same dtype.
+
+    alone: nothing but the norm reads the sum, which then has no gradient of its own.
+    """
+    dtotal, dy = upstream(given)
+    gradients = (None if alone else dtotal, dy)
+    exact = run(reference.add_group_norm_silu, given, gradients, torch.float64, **settings)
+    theirs = run(reference.add_group_norm_silu, given, gradients, **settings)
+    ours = run(add_group_norm_silu, given, gradients, **settings)
+    for name in exact:
+        assert_no_worse(ours[name], theirs[name], exact[name], name)
+    assert torch.equal(ours["total"], theirs["total"]), "one rounding of one sum"
+    assert torch.equal(ours["a"], ours["b"])
+    assert ours["total"].is_contiguous(memory_format=torch.channels_last)
+    return ours
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Replaces parts of the launch plan, to send small maps down every path."""
+
+    def changed(B: int, L: int, *args: Any) -> Plan:
+        made = dataclasses.replace(plan(B, L, *args), **changes)
+        return dataclasses.replace(made, splits=-(-L // made.rows))
+
+    monkeypatch.setattr(module, "plan", changed)
+
+
+SPLIT = {"slab": False, "rows": 8, "block_l": 4, "block_c": 32}
+LOOPED = {"slab": True, "one_block": False, "block_l": 4, "programs": 3}
+WAYS = {"one block": {}, "looped slab": LOOPED, "split": SPLIT}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_way_through_memory(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """5x3 pixels fill no block of any way; groups hold channels of both maps."""
+    planned(monkeypatch, **WAYS[way])
+    check(inputs(2, 64, 32, 5, 3, dtype))
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["norm only", "read elsewhere"])
+@pytest.mark.parametrize("b_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("way", WAYS)
+def test_bias_and_gradient_of_the_sum(way: str, b_bias: bool, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, **WAYS[way])
+    check(inputs(2, 32, 0, 3, 3, torch.float32, affine=False, offset=False, b_bias=b_bias), alone=alone)
+
+
+SHAPES = {
+    "one pixel": (2, 128, 0, 1, 1),
+    "18 channels per group": (1, 384, 192, 1, 2),
+    "a group across both maps": (1, 40, 24, 3, 2),
+    "not square": (1, 64, 0, 2, 9),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(shape: str) -> None:
+    check(inputs(*SHAPES[shape], torch.bfloat16))
+
+
+def test_plain_norm_of_other_groups() -> None:
+    """As before attention: no SiLU."""
+    check(inputs(1, 64, 0, 3, 3, torch.float32, affine=False), silu=False, num_groups=16, eps=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_far_off_centre(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean 100, spread 0.1: E[x²] - E[x]² in float32 would leave one digit of the variance."""
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(1, 64, 0, 4, 5, torch.float32, affine=False, offset=False, mean=100.0, std=0.1)
+    check(given, silu=False)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_same_as_the_norm_of_the_sum(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, dropout included; the sum's own gradient joins the norm's before it is rounded."""
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(2, 32, 32, 3, 5, torch.float32)
+    settings = {"dropout": 0.3, "seed": torch.tensor([123456789123], device=DEVICE)}
+    dtotal, dy = upstream(given)
+    ours = run(add_group_norm_silu, given, (dtotal, dy), **settings)
+
+    rest = {name: given[name] for name in given if name not in ("a", "b", "b_bias")}
+    norm = lambda x, **rest: (x, group_norm_silu(x, **rest))
+    alone = run(norm, {"x": ours["total"], **rest}, (None, dy), **settings)
+    for name in ("y", *rest):
+        assert torch.equal(ours[name], alone[name]), name
+    assert torch.equal(ours["a"], alone["x"] + dtotal)
+    assert error(ours["b_bias"], ours["a"].double().sum(dim=(0, 2, 3))) < 2e-5
+    assert 0.2 < (ours["y"] == 0).double().mean().item() < 0.4
+
+
+def test_bias_gradient_is_summed_before_rounding() -> None:
+    """The map of gradients holds 8 bits of each; the bias gets their float32 sum."""
+    given = inputs(2, 32, 0, 16, 16, torch.bfloat16, affine=False, offset=False)
+    dtotal, dy = upstream(given)
+    exact = run(reference.add_group_norm_silu, given, (dtotal, dy), torch.float64)["b_bias"]
+    ours = run(add_group_norm_silu, given, (dtotal, dy))
+    from_map = error(ours["a"].double().sum(dim=(0, 2, 3)), exact)
+    assert ours["b_bias"].dtype == torch.float32
+    # The sum that the norm sees is rounded, and not in float64: that much differs in both.
+    rounded = {**given, "a": ours["total"].float(), "b": torch.zeros_like(given["b"]).float()}
+    rounded["b_bias"] = torch.zeros_like(given["b_bias"])
+    same_sum = run(reference.add_group_norm_silu, rounded, (dtotal, dy), torch.float64)["b_bias"]
+    assert error(ours["b_bias"], same_sum) < 1e-2 * from_map
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_results_twice(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(2, 64, 32, 3, 3, torch.bfloat16)
+    first, second = (run(add_group_norm_silu, given, upstream(given)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_only_the_sum_is_used() -> None:
+    """Its gradient passes through; the norm's parameters get zeros."""
+    given = inputs(1, 32, 0, 2, 2, torch.bfloat16, affine=False)
+    dtotal, _ = upstream(given)
+    ours = run(add_group_norm_silu, given, (dtotal, None))
+    assert torch.equal(ours["a"], dtotal)
+    assert torch.equal(ours["b"], dtotal)
+    assert not ours["weight"].any()
+    assert not ours["offset"].any()
+
+
+def test_gradients_that_accumulate_share_no_memory() -> None:
+    """a and b get one map as gradient; what adds up in one must not reach the other."""
+    given = inputs(1, 32, 0, 2, 2, torch.float32, affine=False, offset=False)
+    a, b = (given.pop(name).requires_grad_() for name in "ab")
+    upstreams = [channels_last(normal(*a.shape, seed=seed)) for seed in (8, 9)]
+    for _ in range(2):
+        torch.autograd.backward(add_group_norm_silu(a, b, **given), upstreams)
+    assert a.grad is not None
+    assert b.grad is not None
+    assert torch.equal(a.grad, b.grad)
+    a.grad.zero_()
+    assert b.grad.any()
+
+
+def test_empty_batch() -> None:
+    given = inputs(0, 64, 0, 2, 2, torch.float32)
+    ours = run(add_group_norm_silu, given, upstream(given))
+    assert ours["total"].shape == ours["y"].shape == ours["a"].shape == (0, 64, 2, 2)
+    assert not ours["b_bias"].any()
+
+
+def test_parameters_in_half_precision() -> None:
+    """As DeepSpeed keeps them in bf16 training."""
+    given = inputs(2, 32, 0, 3, 3, torch.bfloat16)
+    for name in ("weight", "bias", "offset", "b_bias"):
+        given[name] = given[name].bfloat16()
+    assert check(given)["b_bias"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("L", [64, 1024, 4096, 65536])
+@pytest.mark.parametrize("C", [128, 576, 1344])
+def test_plans(L: int, C: int) -> None:
+    """A second summand changes the size of blocks, never who works on what."""
+    for backward in (False, True):
+        alone, summed = (plan(8, L, C, 0, C // 32, 2, backward, 132, False, also) for also in (False, True))
+        assert dataclasses.replace(summed, block_l=alone.block_l) == alone
+        assert summed.block_l <= alone.block_l
+
+
+@pytest.mark.parametrize("elements", [2**30, 3 * 2**30])
+def test_offsets_beyond_2_31(elements: int) -> None:
+    """No number that a kernel gets outgrows 32 bits: offsets are formed from an int64 image number."""
+    B, C, side = elements // 2**16, 64, 32
+    meta = torch.empty(B, side, side, C, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+    one = torch.empty(C, device="meta")
+    stats = torch.empty(B, 3, C, device="meta")
+    with launch.record() as launches:
+        norm = (one, one, None, None)
+        launch.IMPLEMENTATIONS["add_group_norm_silu"](meta, meta, one, None, *norm, None, None, 32, 1e-5, True, 0.0)
+        launch.IMPLEMENTATIONS["group_norm_silu_backward"](
+            meta, meta, meta, one, None, *norm, None, stats, 32, True, 0.0
+        )
+    assert all(abs(arg) < 2**31 for each in launches for arg in each.args if isinstance(arg, int))
+
+
+@pytest.mark.filterwarnings("ignore:.*another layout")  # opcheck's own gradients are channels-first
+def test_torch_checks() -> None:
+    """Schema, fake implementation and autograd registration agree with what the op does."""
+    given = inputs(1, 32, 32, 2, 2, torch.float32)
+    for name in given:
+        given[name].requires_grad_()
+    args = [given.get(n) for n in ("a", "b", "b_bias", "skip", "weight", "bias", "scale", "shift", "offset")]
+    torch.library.opcheck(torch.ops.fastdiff.add_group_norm_silu.default, (*args, None, 32, 1e-5, True, 0.0))
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["norm only", "read elsewhere"])
+def test_compiles_whole(alone: bool) -> None:
+    """One graph, the same numbers, the gradient included."""
+    given = inputs(1, 64, 0, 2, 3, torch.float32)
+    dtotal, dy = upstream(given)
+
+    def network(**given: Any) -> tuple[Tensor, Tensor]:
+        total, y = add_group_norm_silu(**given)
+        return total * 3, y * 2
+
+    whole = torch.compile(network, fullgraph=True, backend="aot_eager")
+    ours, plain = (run(f, given, (None if alone else dtotal, dy)) for f in (whole, network))
+    assert all(torch.equal(ours[name], plain[name]) for name in ours)
+
+
+def test_no_map_of_zeros_in_a_compiled_graph() -> None:
+    """A sum that nothing else reads: the backward graph passes no gradient for it."""
+    seen: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(f"{node.target}{node.args}" for node in graph.graph.nodes if "norm_silu_backward" in str(node))
+        return make_boxed_func(graph.forward)
+
+    given = inputs(1, 64, 0, 2, 3, torch.float32)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    whole = torch.compile(lambda **kw: (add_group_norm_silu(**kw)[1],) * 2, fullgraph=True, backend=backend)
+    run(whole, given, (None, upstream(given)[1]))
+    calls = [call for call in seen if call.startswith("fastdiff")]
+    assert len(calls) == 1
+    assert calls[0].split(", ")[1] == "None"
+
+
+BAD: dict[str, tuple[Inputs, str]] = {
+    "b's shape": ({"b": torch.zeros(1, 64, 2, 1)}, r"b of the shape of a, \(1, 64, 2, 2\); got \(1, 64, 2, 1\)"),
+    "b's dtype": ({"b": torch.zeros(1, 64, 2, 2).half()}, "b in the dtype of a, torch.float32; got torch.float16"),
+    "b_bias": ({"b_bias": torch.zeros(1, 64)}, r"b_bias of shape \(64,\), one per channel; got \(1, 64\)"),
+    "weight": ({"weight": torch.zeros(32)}, r"add_group_norm_silu needs weight of shape \(64,\)"),
+    "sequence": (
+        {"a": torch.zeros(1, 64, 4), "b": torch.zeros(1, 64, 4)},
+        r"a map a \[B, C, H, W\]; got a \(1, 64, 4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what: str) -> None:
+    changes, message = BAD[what]
+    given = {name: torch.zeros(1, 64, 2, 2, device=DEVICE) for name in "ab"}
+    given |= {name: torch.ones(64, device=DEVICE) for name in ("weight", "bias")}
+    with pytest.raises(ValueError, match=message):
+        add_group_norm_silu(**given | {name: value.to(DEVICE) for name, value in changes.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eager_on_a_cpu(dtype: torch.dtype) -> None:
+    given = {name: value.cpu() for name, value in inputs(2, 64, 32, 5, 3, dtype).items()}
+    gradients = tuple(gradient.cpu() for gradient in upstream(given))
+    exact = run(reference.add_group_norm_silu, given, gradients, torch.float64)  # type: ignore[arg-type]
+    theirs = run(reference.add_group_norm_silu, given, gradients)  # type: ignore[arg-type]
+    ours = run(group_norm_silu_eager.add_group_norm_silu, given, gradients)  # type: ignore[arg-type]
+    for name in exact:
+        assert_no_worse(ours[name], theirs[name], exact[name], name)
+
+
+def test_choice() -> None:
+    """The kernel, the definition, and what a CPU gets by itself agree; an offset [C] serves all images."""
+    given = inputs(2, 32, 0, 2, 3, torch.float32)
+    given["offset"] = given["offset"][0]
+    made = {}
+    for mode in ("triton", "reference", "auto"):
+        with ops.using(mode):
+            made[mode] = ops.add_group_norm_silu(**given)
+    wide = {**given, "offset": given["offset"].expand(2, -1)}
+    for ours, kernels in zip(made["triton"], add_group_norm_silu(**wide), strict=True):
+        assert torch.equal(ours, kernels)
+    for mode in ("reference", "auto"):
+        for ours, other in zip(made["triton"], made[mode], strict=True):
+            assert error(ours, other.double()) < 1e-5
