@@ -48,6 +48,7 @@ BULK = {
     "slab_forward": "ls",
     "slab_backward": "ls",
     "moments": "l",
+    "sum_moments": "ls",
     "apply": "ls",
     "backward_sums": "l",
     "apply_backward": "ls",

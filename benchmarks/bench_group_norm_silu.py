@@ -1,6 +1,10 @@
 """group_norm_silu at the shapes of the shipped configurations: ours, PyTorch eager, torch.compile, Liger-Kernel.
 
 Bytes counted: forward one read and one write of the map; backward reads of x and dy and a write of dx.
+
+add_group_norm_silu at the same shapes: ours, the sum in eager PyTorch before our norm, torch.compile of the definition.
+Bytes counted: forward reads of a, b and skip, writes of the sum and y; backward reads of the sum and skip, dy and the
+sum's own gradient, writes of the gradients of the sum and skip.
 """
 
 from __future__ import annotations
@@ -120,4 +124,75 @@ def bench_backward(name: str, shape: str, gpu_time: Any, benchmark: Any, device:
         lambda y, leaves, upstream: torch.autograd.grad(y, leaves, upstream, retain_graph=True),
         inputs,
         bytes_moved=3 * y.numel() * y.itemsize,
+    )
+
+
+SUM_IMPLEMENTATIONS = ["ours", "separate", "compile"]
+
+
+def sum_implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if name == "compile":
+        return torch.compile(reference.add_group_norm_silu, dynamic=False)
+    if not torch.cuda.is_available():
+        pytest.skip("Triton kernels need a GPU")
+    from fastdiff.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
+
+    if name == "ours":
+        return add_group_norm_silu
+
+    def separate(
+        a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, b_bias: Tensor, **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As a network does it without the op: the convolution adds its bias, the block the residual."""
+        total = a + (b + b_bias.to(b.dtype)[:, None, None])
+        return total, group_norm_silu(total, weight, bias, **settings)
+
+    return separate
+
+
+def make_sums(shape: str, device: torch.device, small: bool) -> Callable[[int], tuple[Any, ...]]:
+    make = make_inputs(shape, device, small)
+
+    def make_sum(i: int) -> tuple[Any, ...]:
+        a, weight, bias, settings = make(i)
+        b_bias = torch.randn(a.shape[1], device=device, requires_grad=True)
+        return a, torch.randn_like(a).requires_grad_(), weight, bias, {**settings, "b_bias": b_bias}
+
+    return make_sum
+
+
+@pytest.mark.parametrize("name", SUM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=_ids(list(SHAPES)))
+def bench_sum_forward(name: str, shape: str, gpu_time: Any, benchmark: Any, device: torch.device, small: bool) -> None:
+    benchmark.group = f"add_group_norm_silu forward {shape}"
+    function = sum_implementation(name)
+    inputs = rotated(make_sums(shape, device, small))
+    a, _, weight, *_ = inputs[0]
+    elements = a.numel() // a.shape[1] * weight.shape[0]
+
+    def call(a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, settings: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return function(a, b, weight, bias, **settings)
+
+    gpu_time(call, inputs, bytes_moved=(2 * elements + 2 * a.numel()) * a.itemsize)
+
+
+@pytest.mark.parametrize("name", SUM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=_ids(list(SHAPES)))
+def bench_sum_backward(name: str, shape: str, gpu_time: Any, benchmark: Any, device: torch.device, small: bool) -> None:
+    benchmark.group = f"add_group_norm_silu backward {shape}"
+    function, make = sum_implementation(name), make_sums(shape, device, small)
+
+    def with_graph(i: int) -> tuple[Any, ...]:
+        a, b, weight, bias, settings = make(i)
+        total, y = function(a, b, weight, bias, **settings)
+        leaves = [a, b, weight, bias, *(v for v in settings.values() if v is not None)]
+        return total, y, leaves, torch.randn_like(total), torch.randn_like(y)
+
+    inputs = rotated(with_graph)
+    total, y = inputs[0][:2]
+    gpu_time(
+        lambda total, y, leaves, *upstream: torch.autograd.grad([total, y], leaves, upstream, retain_graph=True),
+        inputs,
+        bytes_moved=(3 * y.numel() + total.numel()) * y.itemsize,
     )
