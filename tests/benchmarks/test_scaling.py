@@ -1,0 +1,162 @@
+"""Scaling: what DeepSpeed really sends and keeps on two processes, the arithmetic of links, the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zero_run
+from tiny import refusal
+
+from benchmarks import roofline, scaling
+
+HERE = Path(__file__).parent
+CASES = ["0:bf16", "1:bf16", "2:bf16", "3:bf16", "3:bf16:0", "0:fp32"]
+SIZE = scaling.Size(parameters=1_000_000, persistent=1_000, tensors=10)
+LINKS = scaling.Links(intra=400e9, inter=40e9)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Each case's counts, from one launch of two processes."""
+    out = tmp_path_factory.mktemp("zero") / "counts.json"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(HERE / "zero_run.py"), str(out), *CASES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HERE.parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(zip(CASES, json.loads(out.read_text()), strict=True))
+
+
+def formula(case: dict[str, Any]) -> tuple[scaling.Size, int]:
+    return scaling.size_of(zero_run.MODEL, zero_run.PERSISTENT, case["reuse"]), 4 if case["precision"] == "fp32" else 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_messages_are_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> None:
+    """DeepSpeed's own log sees all of them; beyond the formulae it has a few scalars."""
+    case = real[name]
+    size, weight_bytes = formula(case)
+    expected = scaling.messages(size, case["stage"], zero_run.ACCUMULATION, weight_bytes=weight_bytes)
+    for kind in ("all_reduce", "reduce_scatter", "all_gather"):
+        assert case["messages"].pop(kind, 0) == pytest.approx(getattr(expected, kind), rel=1e-4, abs=64), kind
+    assert sum(case["messages"].values()) < 1e-3 * weight_bytes * size.parameters, case["messages"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> None:
+    """Two averages. Gradients of stage 1 are whole until the last micro-batch, and its own part after it."""
+    case = real[name]
+    size, weight_bytes = formula(case)
+    expected = scaling.memory(size, case["stage"], 2, weight_bytes=weight_bytes, averages=2)
+    for kind in ("weights", "masters", "moments", "averages"):
+        assert case[kind] == pytest.approx(getattr(expected, kind), rel=0.01), kind
+    gradients = case["gradients"] + (case["accumulated"] if case["stage"] == 1 else 0)
+    assert gradients == pytest.approx(expected.gradients, rel=0.01)
+    if case["stage"] >= 2:
+        assert case["accumulated"] == 0
+    if case["stage"] == 3:
+        assert case["whole"] == pytest.approx(expected.gathered + weight_bytes * size.persistent, rel=0.01)
+
+
+def test_a_ring_by_hand() -> None:
+    """100 GB over 4 GPUs of one node: each sends three quarters; over 2 nodes of 8, an eighth of it in halves too."""
+    assert LINKS.seconds(100e9, 4) == pytest.approx(75e9 / 400e9)
+    assert LINKS.seconds(100e9, 16) == pytest.approx(100e9 * 7 / 8 / 400e9 + 100e9 / 8 / 2 / 40e9)
+    assert LINKS.seconds(100e9, 1) == 0
+    slow = scaling.Links(400e9, 40e9, latency=1e-3)
+    assert slow.seconds(0, 8, messages=2) == pytest.approx(6e-3)
+    assert scaling.Messages(all_reduce=8.0, reduce_scatter=4.0, all_gather=2.0).sent(4) == pytest.approx(22 * 3 / 4)
+
+
+def row(stage: int, gpus: int, accumulation: int = 1, **changes: Any) -> scaling.Row:
+    step = scaling.Step(launches=0.001, per_image=0.001, optimiser=0.004)
+    return scaling.row(SIZE, step, stage, gpus, 9, accumulation, LINKS, **changes)
+
+
+def test_one_gpu_is_the_measured_step() -> None:
+    step = scaling.measured_step(100.0, 16, optimiser=0.004, launches=0.002)
+    assert step.micro(16) + step.optimiser == pytest.approx(0.1)
+    alone = scaling.row(SIZE, step, 0, 1, 16, 1, LINKS)
+    assert alone.step_ms == pytest.approx(100)
+    assert alone.exposed_ms == alone.sent_mb == 0
+
+
+def test_time_by_hand() -> None:
+    """Stage 0 hides nothing and repeats the optimiser; from stage 1 on the backward pass may hide the reduction."""
+    reduction = 1e3 * 2 * 2e6 / 2 / 400e9  # of 2 MB on 2 GPUs, ms
+    whole = row(0, 2, overlap=1.0)
+    assert whole.step_ms == pytest.approx(10 + 4 + reduction)
+    shared = row(1, 2, overlap=0.0)
+    assert shared.step_ms == pytest.approx(10 + 2 + 1.5 * reduction)
+    hidden = row(1, 2, overlap=1.0)
+    assert hidden.exposed_ms == pytest.approx(reduction / 2)  # the gather follows the step
+    assert row(3, 2, overlap=1.0).exposed_ms == 0
+    assert row(2, 2, accumulation=4, overlap=0.0).exposed_ms == pytest.approx(4.5 * reduction)
+    assert whole.usd_per_step == pytest.approx(scaling.USD_PER_HOUR * 2 * whole.step_ms / 3.6e6)
+    assert whole.images_per_second == pytest.approx(18 / whole.step_ms * 1e3)
+
+
+def test_memory_falls_with_the_stage() -> None:
+    """But for the weights that stage 3 gathers and keeps for the backward pass."""
+    for size, stages in ((SIZE, range(3)), (replace(SIZE, reuse_distance=0), range(4))):
+        needed = [scaling.memory(size, stage, 8, activations=1e7, bucket=1000).peak for stage in stages]
+        assert needed == sorted(needed, reverse=True)
+    both = [scaling.memory(replace(SIZE, reuse_distance=d), 3, 8, activations=1e7).peak for d in (0, scaling.REUSE)]
+    assert both[1] - both[0] == pytest.approx(2 * (SIZE.parameters - SIZE.persistent))
+    assert not row(0, 1, gpu_memory=1e6).fits
+    parts = scaling.memory(SIZE, 0, 1, activations=5e6)
+    assert parts.peak == pytest.approx(1e6 * (2 + 4 + 8 + 4 + 2) + 5e6)
+    assert scaling.memory(SIZE, 0, 1).peak == pytest.approx(1e6 * (2 + 4 + 8 + 4 + 2 + 4))
+
+
+def test_batches_are_shared_evenly() -> None:
+    assert list(scaling.shares([1, 2, 3, 4, 32], 32, 12, None)) == [(1, 8, 4), (2, 8, 2), (4, 8, 1), (32, 1, 1)]
+    assert list(scaling.shares([1, 3], 32, 12, 5)) == [(1, 12, 5), (3, 12, 5)]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "imagenet64_uncond", "--micro", "32", "--step_ms", "20", "--gpus", "1,8,16"]
+    words += ["--usd_per_hour", "2", "--json", str(tmp_path / "out.json"), "--csv", str(tmp_path / "out.csv")]
+    scaling.main(words)
+    printed = capsys.readouterr().out
+    assert "assumption" in printed
+    assert "measured step of 20 ms" in printed
+    made = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(r["gpus"], r["stage"]) for r in made] == [(n, stage) for n in (1, 8, 16) for stage in range(4)]
+    assert made[0]["accumulation"] == 4
+    assert {r["batch"] for r in made} == {128}
+    lines = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [float(line["step_ms"]) for line in lines] == [r["step_ms"] for r in made]
+    assert made[0]["usd_per_step"] == pytest.approx(2 / 3600 * made[0]["step_ms"] / 1e3)
+
+
+def test_a_predicted_step_is_the_rooflines_target() -> None:
+    settings = roofline.load_config("cifar10_uncond")
+    ops, machine = roofline.operations_of(settings, "bf16"), roofline.machine_for("A100")
+    target = roofline.predict(ops, 64, machine, convolution_efficiency=0.8, copy_efficiency=0.9)
+    step = scaling.predicted_step(ops, machine, 64, 38)
+    assert math.isclose(step.micro(64) + step.optimiser, target.ms / 1e3)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--gpu", "T4"], "--gpu T4"),
+        (["--stages", "1,4"], "--stages"),
+        (["--gpus", "0"], "--gpus"),
+        (["--overlap", "50"], "--overlap"),
+        (["--accumulation", "2", "--batch_size", "64"], "--batch_size"),
+        (["--step_ms", "0.001"], "--step_ms"),
+        (["--inter_gbs", "0"], "--inter_gbs"),
+        (["--gpus", "3"], "--batch_size"),
+    ],
+)
+def test_refusals(words: list[str], says: str) -> None:
+    assert says in refusal(scaling.main, ["--config", "imagenet64_uncond", *words])
