@@ -119,7 +119,7 @@ class UNet(nn.Module):
         """Outputs of the input blocks, the middle block and the output blocks."""
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]  # in the order of the walk
         emb_outs = iter(project_embedding(blocks, self.embed(timesteps, y)))
-        use_checkpoint = self.settings.use_checkpoint and torch.is_grad_enabled()
+        use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
         h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if h.shape[1] == 1:  # one channel is both layouts at once: the strides must say which, or NCHW wins
             h = h.reshape(len(h), *h.shape[2:], 1).permute(0, 3, 1, 2)

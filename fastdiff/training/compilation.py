@@ -51,13 +51,14 @@ def compile_kwargs(device: torch.device, zero_stage: int) -> dict[str, Any]:
     return {"fullgraph": zero_stage < 3, "dynamic": False, **({"options": options} if options else {})}
 
 
-def compile_network(engine: Any, model: UNet, train: TrainSettings) -> None:
-    """Compile the network inside DeepSpeed's engine, or where the step goes past the engine, on its own."""
-    kwargs = compile_kwargs(next(model.parameters()).device, train.zero_stage)
-    if train.cuda_graph:
-        model.compile(**kwargs)
-    else:
-        engine.compile(compile_kwargs=kwargs)
+def compile_network(model: UNet, zero_stage: int) -> None:
+    """Compile what the network computes, and nothing around it.
+
+    DeepSpeed's `engine.compile` would take in the hooks that it hangs on the module, which count micro-batches: Dynamo
+    compiles them anew at every count.
+    """
+    kwargs = compile_kwargs(next(model.parameters()).device, zero_stage)
+    model.forward = torch.compile(model.forward, **kwargs)  # type: ignore[method-assign]
 
 
 def prepare_cudnn() -> None:

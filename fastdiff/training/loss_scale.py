@@ -1,4 +1,4 @@
-"""The dynamic loss scale of fp16 on the device, by DeepSpeed's rule and under its names, so checkpoints go both ways."""
+"""fp16's dynamic loss scale on the device, by DeepSpeed's rule and names, so that checkpoints go both ways."""
 
 from __future__ import annotations
 

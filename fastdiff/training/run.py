@@ -25,9 +25,10 @@ from fastdiff.reporting import Reporter
 from fastdiff.sampling.draw import draw
 from fastdiff.sampling.pictures import grid, save_grid, to_uint8
 from fastdiff.settings import UserError, what_is_wrong
-from fastdiff.training import checkpoints
+from fastdiff.training import checkpoints, compilation
 from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.engine import deepspeed_config, start_processes
+from fastdiff.training.fitting import fit
 from fastdiff.training.trainer import Trainer, low_res_of
 
 
@@ -36,6 +37,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
 
     config as `fastdiff.config.load` gives it.
     """
+    started = time.perf_counter()
     settings = config.train
     _check(config)
     deepspeed_config(settings, config.deepspeed, current().world_size)  # refuses early what can't be
@@ -48,20 +50,43 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     processes = current()
     loader = _open_loader(config, processes, snapshot)
     processes = start_processes()
-    kernels = choose_kernels(settings.kernels, processes.device)
-    torch.manual_seed(settings.seed)
+    notes = choose_kernels(settings.kernels, processes.device)
     torch.set_float32_matmul_precision("highest")
-    model = build_model(config.model)
+    compilation.keep_compiled_code()
+    compilation.prepare_cudnn()
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
-    trainer = Trainer(settings, config.deepspeed, model, diffusion, loader, processes, snapshot)
+    config, settled = _settle(config, diffusion, processes, snapshot, dry_run)
+    torch.manual_seed(settings.seed)
+    model = build_model(config.model)
+    trainer = Trainer(config.train, config.deepspeed, model, diffusion, loader, processes, snapshot)
     if not dry_run and processes.is_main:
         make_writable(folder, "--run_dir")
-    run = _Run(config, folder, trainer, preview, kernels)
-    if dry_run:
-        run.dry()
-    else:
-        run.go(source, snapshot.notes if snapshot else [])
+    run = _Run(config, folder, trainer, preview, [*notes, *settled], started)
+    try:
+        if dry_run:
+            run.dry()
+        else:
+            run.go(source, snapshot.notes if snapshot else [])
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU's memory is full with {trainer.micro} images at once; try --microbatch auto, a smaller "
+            "--microbatch, or --use_checkpoint True"
+        ) from error
     loader.close()
+
+
+def _settle(
+    config: Config, diffusion: GaussianDiffusion, processes: Processes, snapshot: Snapshot | None, dry_run: bool
+) -> tuple[Config, list[str]]:
+    """The settings with every auto replaced by what it comes to here, and lines that say so."""
+    train, step = config.train, snapshot.step if snapshot else 0
+    before = snapshot.state.get("microbatch") if snapshot else None
+    fitted = fit(config.model, train, diffusion, processes, before, always_estimate=dry_run)
+    compiles, why = compilation.decide(train, processes.device, train.last_step - step)
+    update = {"compile": compiles and not dry_run, "microbatch": fitted.microbatch}
+    model = config.model.model_copy(update={"use_checkpoint": fitted.use_checkpoint})
+    settled = config.model_copy(update={"train": train.model_copy(update=update), "model": model})
+    return settled, [f"torch.compile: {'yes' if compiles else 'no'} ({why})", *fitted.lines]
 
 
 def _check(config: Config) -> None:
@@ -110,7 +135,7 @@ def _check_same_model(folder: Path, config: Config) -> None:
     for section in ("model", "diffusion"):
         now = getattr(config, section).model_dump(mode="json")
         for name, value in stored.get(section, {}).items():
-            if name in now and now[name] != value:
+            if name in now and name != "use_checkpoint" and now[name] != value:
                 raise UserError(
                     f"--run_dir: {folder} holds a run with {section}.{name} {value}, now it is {now[name]}; "
                     "give another --run_dir, or the run's own settings"
@@ -166,10 +191,16 @@ class _Run:
     """The loop around the trainer: when to log, save and draw, and into which files."""
 
     def __init__(
-        self, config: Config, folder: Path, trainer: Trainer, preview: GaussianDiffusion | None, kernels: list[str]
+        self,
+        config: Config,
+        folder: Path,
+        trainer: Trainer,
+        preview: GaussianDiffusion | None,
+        notes: list[str],
+        started: float,
     ) -> None:
         self.config, self.folder, self.trainer, self.preview = config, folder, trainer, preview
-        self.kernels = kernels
+        self.notes, self.started = notes, started
         self.processes = trainer.processes
         self.interval_start = time.perf_counter()
         self.interval_step = trainer.step
@@ -186,8 +217,11 @@ class _Run:
         with Reporter(folder, train.last_step, trainer.step, train.batch_size) as reporter:
             self._introduce(reporter, source, notes)
             saved = trainer.step if source else -1
+            first = trainer.step + 1
             for step in trainer.run():
                 reporter.advance()
+                if step == first:
+                    self._first_step_done(reporter)
                 last = step == train.last_step
                 if step % train.log_interval == 0 or last:
                     self._log(reporter)
@@ -215,12 +249,22 @@ class _Run:
             f"{self.config.train.batch_size} = {self.processes.world_size} x {trainer.micro} x {trainer.accumulation}, "
             f"{self.config.train.precision} on {self.processes.device}, in {self.folder}"
         )
-        for line in self.kernels:
+        for line in self.notes:
             reporter.say(line)
         if source:
             reporter.say(f"resuming from {source} at step {trainer.step}")
         for note in notes:
             reporter.say(note)
+
+    def _first_step_done(self, reporter: Reporter) -> None:
+        """How long starting took. It doesn't count in images/s: the first step compiles."""
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        built = self.interval_start - self.started
+        reporter.say(f"started in {built:.1f} s, first step {now - self.interval_start:.1f} s")
+        if self.config.train.log_interval > 1 and self.trainer.step % self.config.train.log_interval:
+            self.interval_start, self.interval_step = now, self.trainer.step
 
     def _log(self, reporter: Reporter) -> None:
         trainer = self.trainer
@@ -295,6 +339,7 @@ class _Run:
             str(self.folder / name) for name in ("config.json", "log.txt", "progress.csv", "samples/", "checkpoints/")
         )
         print(
+            "\n".join(self.notes) + "\n"
             f"parameters     {_millions(trainer)}\n"
             f"images         {trainer.loader.num_images} ({trainer.loader.loader_name})\n"
             f"batch          {self.config.train.batch_size} = {self.processes.world_size} processes x {trainer.micro} "

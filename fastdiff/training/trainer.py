@@ -73,7 +73,7 @@ class Trainer:
         self.engine, self.optimizer = create_engine(model, train, deepspeed, processes)
         self.model = model
         if train.compile is True:  # auto is settled before: see compilation.decide
-            compilation.compile_network(self.engine, model, train)
+            compilation.compile_network(model, train.zero_stage)
         self.masters = Masters(self.engine, model, processes.rank, processes.world_size)
         # DeepSpeed makes masters from weights already rounded to 16 bits, and may take a trial step on them.
         self.masters.fill(self.masters.detached(), weights)
@@ -196,6 +196,7 @@ class Trainer:
             "timestep_sampler": self.sampler.state_dict(),
             "loss_scaler": self.stepper.scaler_state() if self.train.precision == "fp16" else {},
             "world_size": self.processes.world_size,
+            "microbatch": self.micro,
         }
 
     def _moments(self) -> tuple[dict[str, list[Tensor]], int]:

@@ -1,0 +1,56 @@
+"""How many threads PyTorch gets on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastdiff import threads
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Sixteen cores, five of them idle."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(threads, "_allowed", lambda: 16)
+    monkeypatch.setattr(threads, "_idle", lambda: 5.2)
+    return monkeypatch
+
+
+def test_takes_the_idle_cores(machine: pytest.MonkeyPatch) -> None:
+    assert threads.use_free_cores() == torch.get_num_threads() == 5
+    machine.setattr(threads, "_idle", lambda: 15.7)
+    assert threads.free_cores() == 16
+    machine.setattr(threads, "_idle", lambda: 0.1)
+    assert threads.free_cores() == 1
+    machine.setattr(threads, "_idle", lambda: None)
+    assert threads.free_cores() == 16
+
+
+def test_shares_cores_with_its_fellows(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("LOCAL_WORLD_SIZE", "3")
+    assert threads.free_cores() == 5
+    machine.setenv("LOCAL_WORLD_SIZE", "40")
+    assert threads.free_cores() == 1
+
+
+def test_a_given_number_stands(machine: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    machine.setenv("OMP_NUM_THREADS", "2")
+    assert threads.use_free_cores() == 2
+
+
+def test_idle_cores_of_this_machine() -> None:
+    idle = threads._idle()
+    assert idle is None or -0.5 <= idle <= 1.5 * threads._allowed() + 1
+    assert threads._allowed() >= 1
