@@ -8,6 +8,7 @@ system all at once, so that the disk has many requests to work on.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from fastdiff.images.loader import Finish, Loader, Request, to_device
 from fastdiff.images.packed import PIXELS, Packed, replacements
 from fastdiff.settings import UserError
 
-TASK_BYTES = 1 << 20
-"""What a thread gathers at once: enough to hide the hand-over."""
+TASK_BYTES = 4 << 20
+"""What a thread gathers at once. A hand-over takes as long as 100 to 200 kB."""
+BUFFERS = 8
+"""Batches whose memory is kept: those read ahead and a few that the caller holds."""
 READ_BYTES = 8 << 20
 """What is read at once when the file is brought into memory."""
 COPY_BYTES = 64 << 20
@@ -47,9 +50,11 @@ class PackedLoader(Loader):
         self._shape = packed.pixels.shape[1:]
         self._rows = packed.pixels.reshape(len(packed.pixels), -1)[:count]
         self._row_bytes = self._rows.shape[1]
-        self._file: int | None = None
+        self._in_memory = resident or self._rows.nbytes < 0.5 * _free_memory(torch.device("cpu"))
+        self._file: int | None = None  # of rows to announce
         self._reading: threading.Thread | None = None
         self._closed = False
+        self._buffers = _Buffers()
         self._on_device: Tensor | None = None
         if resident:
             self._check_memory()
@@ -58,13 +63,12 @@ class PackedLoader(Loader):
                 self._on_device = self._copy_to_device()
             else:
                 self._rows = np.array(self._rows)
-        elif hasattr(os, "posix_fadvise"):
+        elif self._in_memory:
+            self._reading = threading.Thread(target=self._read_all, args=(packed.folder / PIXELS,), daemon=True)
+            self._reading.start()
+        elif hasattr(os, "posix_fadvise"):  # Linux
             self._file = os.open(packed.folder / PIXELS, os.O_RDONLY)
             self._data_starts = os.fstat(self._file).st_size - packed.pixels.nbytes
-            self._fits = self._rows.nbytes < 0.5 * _free_memory(torch.device("cpu"))
-            if self._fits:
-                self._reading = threading.Thread(target=self._read_all, args=(packed.folder / PIXELS,), daemon=True)
-                self._reading.start()
 
     def close(self) -> None:
         super().close()
@@ -81,7 +85,10 @@ class PackedLoader(Loader):
         if self._on_device is not None:
             return lambda: (self._gather_on_device(shown, request.flips), shown)
         on_gpu = self.device.type == "cuda"
-        images = torch.empty((len(shown), *self._shape), dtype=torch.uint8, pin_memory=on_gpu)
+        if on_gpu:
+            images = torch.empty((len(shown), *self._shape), dtype=torch.uint8, pin_memory=True)
+        else:
+            images = torch.from_numpy(self._buffers.get((len(shown), *self._shape)))
         pixels = images.numpy()
         size = max(1, TASK_BYTES // self._row_bytes)
 
@@ -93,9 +100,13 @@ class PackedLoader(Loader):
             if not on_gpu:
                 mirror(pixels[part], request.flips[part])
 
-        parts = [self._threads.submit(gather, start) for start in range(0, len(shown), size)]
+        starts = range(0, len(shown), size)
+        alone = len(starts) == 1 and self._in_memory  # no disk to wait for: quicker than a hand-over
+        parts = [] if alone else [self._threads.submit(gather, start) for start in starts]
 
         def finish() -> tuple[Tensor, np.ndarray]:
+            if alone:
+                gather(0)
             for part in parts:
                 part.result()
             if not on_gpu:
@@ -124,7 +135,7 @@ class PackedLoader(Loader):
 
     def _announce(self, shown: np.ndarray) -> None:
         """Have the system fetch rows that may not be in memory."""
-        if self._file is None or self._fits:
+        if self._file is None:
             return
         for row in shown.tolist():
             offset = self._data_starts + row * self._row_bytes
@@ -157,6 +168,27 @@ class PackedLoader(Loader):
             event.record()
         torch.cuda.current_stream(self.device).synchronize()
         return rows
+
+
+class _Buffers:
+    """Arrays for batches, used again when nobody holds the batch (or a view of it) any more.
+
+    Memory fresh from the system takes four times as long to fill, page by page. Pinned memory needs none of this, for
+    PyTorch keeps it.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+
+    def get(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An uint8 array of this shape with anything in it."""
+        for array in self._arrays:
+            if array.shape == shape and sys.getrefcount(array) == 3:  # the list, the loop, the argument
+                return array
+        fresh = np.empty(shape, dtype=np.uint8)
+        if len(self._arrays) < BUFFERS:
+            self._arrays.append(fresh)
+        return fresh
 
 
 def mirror(images: np.ndarray, flips: np.ndarray) -> None:

@@ -206,6 +206,14 @@ def test_mirror(channels):
     np.testing.assert_array_equal(images, expected)
 
 
+def test_memory_is_used_again_only_when_nobody_holds_it(folder, pair):
+    packed, pillow = pair(folder, batch_size=5, random_flip=True)
+    views = [next(packed).images.permute(0, 3, 1, 2)[1:, :, 2:] for _ in range(30)]
+    for view in views:
+        assert torch.equal(view, next(pillow).images.permute(0, 3, 1, 2)[1:, :, 2:])
+    assert len({next(packed).images.data_ptr() for _ in range(30)}) <= gathering.BUFFERS
+
+
 def test_close_ends_the_threads(folder, open_loader):
     pack_folder(folder)
     before = set(threading.enumerate())
