@@ -29,6 +29,7 @@ from fastdiff.training import checkpoints, compilation
 from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.engine import deepspeed_config, start_processes
 from fastdiff.training.fitting import fit
+from fastdiff.training.profile import StepProfiler
 from fastdiff.training.trainer import Trainer, low_res_of
 
 
@@ -202,8 +203,7 @@ class _Run:
         self.config, self.folder, self.trainer, self.preview = config, folder, trainer, preview
         self.notes, self.started = notes, started
         self.processes = trainer.processes
-        self.interval_start = time.perf_counter()
-        self.interval_step = trainer.step
+        self._start_interval(time.perf_counter())
         self.info = {
             "kind": _kind(config),
             "model": config.model.model_dump(mode="json"),
@@ -218,10 +218,13 @@ class _Run:
             self._introduce(reporter, source, notes)
             saved = trainer.step if source else -1
             first = trainer.step + 1
+            profiler = self._profiler()
             for step in trainer.run():
                 reporter.advance()
                 if step == first:
                     self._first_step_done(reporter)
+                if profiler:
+                    self._profile(profiler, reporter)
                 last = step == train.last_step
                 if step % train.log_interval == 0 or last:
                     self._log(reporter)
@@ -256,6 +259,18 @@ class _Run:
         for note in notes:
             reporter.say(note)
 
+    def _profiler(self) -> StepProfiler | None:
+        """On rank 0 for the setting `profile`."""
+        train = self.config.train
+        if not train.profile or not self.processes.is_main:
+            return None
+        return StepProfiler(train.profile, self.folder / "profile", train.batch_size, self.processes.device)
+
+    def _profile(self, profiler: StepProfiler, reporter: Reporter) -> None:
+        with self._off_the_clock():  # writing the trace takes seconds
+            if found := profiler.advance(self.trainer.waited):
+                reporter.say("\n".join([f"profile, in {profiler.folder}:", *found.rows()]))
+
     def _first_step_done(self, reporter: Reporter) -> None:
         """How long starting took. It doesn't count in images/s: the first step compiles."""
         if self.processes.device.type == "cuda":
@@ -264,7 +279,10 @@ class _Run:
         built = self.interval_start - self.started
         reporter.say(f"started in {built:.1f} s, first step {now - self.interval_start:.1f} s")
         if self.config.train.log_interval > 1 and self.trainer.step % self.config.train.log_interval:
-            self.interval_start, self.interval_step = now, self.trainer.step
+            self._start_interval(now)
+
+    def _start_interval(self, now: float) -> None:
+        self.interval_start, self.interval_step, self.interval_waited = now, self.trainer.step, self.trainer.waited
 
     def _log(self, reporter: Reporter) -> None:
         trainer = self.trainer
@@ -274,12 +292,11 @@ class _Run:
         rate = (trainer.step - self.interval_step) * self.config.train.batch_size / seconds
         metrics |= {
             "images_per_second": rate,
-            "data_wait": trainer.data_wait / seconds,
+            "data_wait": (trainer.waited - self.interval_waited) / seconds,
             "memory_gb": _memory_gb(self.processes.device),
         }
         reporter.write(trainer.step, self.config.train.last_step, metrics, rate)
-        trainer.data_wait = 0.0
-        self.interval_start, self.interval_step = time.perf_counter(), trainer.step
+        self._start_interval(time.perf_counter())
 
     def _save(self, reporter: Reporter) -> None:
         with self._off_the_clock():

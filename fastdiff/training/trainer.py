@@ -90,7 +90,7 @@ class Trainer:
         self.sampler = create_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
         self.step = 0
-        self.data_wait = 0.0
+        self.waited = 0.0  # seconds, for images
         if snapshot:
             self._restore(snapshot)
 
@@ -113,7 +113,7 @@ class Trainer:
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
         batch = next(self.loader)
-        self.data_wait += time.perf_counter() - start
+        self.waited += time.perf_counter() - start
         return Batch(batch.images, batch.labels, to_device(batch.positions, self.device))
 
     def losses(self, network: Any, batch: Batch) -> Tensor:

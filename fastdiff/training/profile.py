@@ -1,0 +1,154 @@
+"""Where the time of training steps goes: a trace for Perfetto (https://ui.perfetto.dev), and a table by class of work."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastdiff.training.steps import WARM_UP
+
+SETTLING = WARM_UP + 2
+"""Steps before the profile: compilation, choice of kernels, capture of graphs."""
+
+CLASSES: dict[str, str] = {
+    "communication": r"nccl|gloo|c10d|allreduce|all_reduce|allgather|reduce_scatter|broadcast",
+    "optimiser": r"adamw|Optimizer\.|multi_tensor|foreach|_squares|update_ema|lerp|clip_grad|total_norm",
+    "attention": r"flash|fmha|attention|softmax|_short$|_long$|_whole$",
+    "norms": r"group_?norm|slab_|backward_sums|apply_backward|^_?apply$|^_?moments$|finish_",
+    "convolutions": r"conv|cudnn|implicit_gemm|wgrad|dgrad|fprop|xmma|upsample|mkldnn_reorder",
+    "matrix products": r"addmm|\bmm\b|::mm|bmm|linear|gemm|nvjet|cutlass|matmul",
+    "noising and loss": r"q_sample|diffusion_loss|image_noise|philox|searchsorted",
+    "copies": r"memcpy|memset|aten::copy_|aten::_to_copy|aten::to$|aten::clone|aten::contiguous",
+}
+"""Class → what the names of its operations or GPU kernels hold; the first that matches counts."""
+OTHER, GAPS, WAIT = "other", "launch gaps", "input wait"
+_PATTERNS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in CLASSES.items()}
+
+
+def classify(names: Iterable[str]) -> str:
+    """The class of an operation, by its own name or else by those around it, innermost first."""
+    for name in names:
+        for kind, pattern in _PATTERNS.items():
+            if pattern.search(name):
+                return kind
+    return OTHER
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Milliseconds per step. On a GPU `classes` are times of its kernels, and the gaps are when it ran none; on a CPU
+    they are the operations' own times, and the gaps what Python took between them."""
+
+    steps: int
+    batch: int
+    step_ms: float
+    classes: dict[str, float]
+    device: str
+
+    def rows(self) -> list[str]:
+        """A table for people, largest first."""
+        ordered = sorted(self.classes.items(), key=lambda item: -item[1])
+        lines = [f"{'':18}{'ms/step':>10}{'share':>8}"]
+        lines += [f"{name:18}{ms:10.2f}{ms / self.step_ms:8.1%}" for name, ms in ordered if ms]
+        rate = 1e3 * self.batch / self.step_ms
+        return [*lines, f"{'step':18}{self.step_ms:10.2f}{1:8.1%}   {rate:.4g} images/s, {self.steps} steps"]
+
+
+class StepProfiler:
+    """Watches `steps` steps of a run once it has settled; `advance` after each step returns the result once.
+
+    Writes trace.json.gz, profile.json and profile.txt into the folder.
+    """
+
+    def __init__(self, steps: int, folder: Path, batch: int, device: torch.device) -> None:
+        self.steps, self.folder, self.batch, self.device = steps, folder, batch, device
+        self._seen = 0
+        self._profile: Any = None
+        self._start = self._waited = 0.0
+
+    def advance(self, data_wait: float) -> Breakdown | None:
+        """After a step; data_wait is how long the run has waited for images so far, in seconds."""
+        self._seen += 1
+        if self._seen == SETTLING:
+            self._begin(data_wait)
+        elif self._seen == SETTLING + self.steps:
+            return self._end(data_wait)
+        return None
+
+    def _begin(self, data_wait: float) -> None:
+        cuda = self.device.type == "cuda"
+        self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+        self._synchronize()
+        self._profile.start()
+        self._start, self._waited = time.perf_counter(), data_wait
+
+    def _end(self, data_wait: float) -> Breakdown:
+        self._synchronize()
+        seconds = time.perf_counter() - self._start
+        self._profile.stop()
+        spans = _gpu_times(self._profile) if self.device.type == "cuda" else _cpu_times(self._profile)
+        busy, times = spans
+        waited = data_wait - self._waited
+        times[WAIT] = waited
+        times[GAPS] = max(0.0, seconds - busy - waited)
+        per_step = {name: 1e3 * each / self.steps for name, each in times.items()}
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        result = Breakdown(self.steps, self.batch, 1e3 * seconds / self.steps, per_step, name)
+        self._write(result)
+        self._profile = None
+        return result
+
+    def _write(self, result: Breakdown) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        (self.folder / "profile.json").write_text(json.dumps(vars(result), indent=2) + "\n")
+        (self.folder / "profile.txt").write_text("\n".join(result.rows()) + "\n")
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _cpu_times(watched: Any) -> tuple[float, dict[str, float]]:
+    """Seconds that operations took, and their own times by class; backward runs in a thread of its own."""
+    times: dict[str, float] = defaultdict(float)
+    for event in watched.events():
+        names, parent = [event.name], event.cpu_parent
+        while parent is not None:
+            names.append(parent.name)
+            parent = parent.cpu_parent
+        times[classify(names)] += event.self_cpu_time_total / 1e6
+    return sum(times.values()), dict(times)
+
+
+def _gpu_times(watched: Any) -> tuple[float, dict[str, float]]:
+    """Seconds in which the GPU ran anything, and its kernels' times by class."""
+    times: dict[str, float] = defaultdict(float)
+    spans = []
+    for event in watched.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.name().startswith("ProfilerStep"):
+            times[classify([event.name()])] += event.duration_ns() / 1e9
+            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    return union(spans) / 1e9, dict(times)
+
+
+def union(spans: Sequence[tuple[int, int]]) -> int:
+    """The length that intervals (start, end) cover together."""
+    total, reached = 0, None
+    for start, end in sorted(spans):
+        if reached is None or start > reached:
+            total += end - start
+            reached = end
+        elif end > reached:
+            total += end - reached
+            reached = end
+    return total
