@@ -1,0 +1,345 @@
+"""Tables and charts of what benchmarks/bench_train.py measured, beside the roofline.
+
+    python benchmarks/report.py benchmarks/results/train.json
+    python benchmarks/report.py train.json --markdown train.md --chart train.svg --chart train.png
+
+Every row is one variant's training step: `reference` (improved-diffusion's operations), `reference+compile`,
+`diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles. The roofline is
+benchmarks/roofline.py's: of the GPU that the results name, or else of the rates measured with them; a configuration
+that configs/ doesn't have gets none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdiff import hardware
+from fastdiff.models import work
+from fastdiff.processes import run_script
+from fastdiff.settings import UserError
+
+try:  # run as a script, or imported beside its neighbour
+    import roofline
+except ImportError:
+    from benchmarks import roofline
+
+ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
+COLOURS = {"reference": "#8c939c", "reference+compile": "#b4bac2", "diffusers": "#d9a441", "ours": "#1f6f8b"}
+LEVER_OFF, INK, PALE = "#8fbccb", "#22272e", "#6b7280"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured variant. Triples are (first quartile, median, third quartile)."""
+
+    config: str
+    variant: str
+    precision: str
+    batch: int
+    ms: tuple[float, float, float]
+    images_per_second: tuple[float, float, float]
+    ratio: tuple[float, float, float]
+    """To the variant "reference" of the same configuration; above 1 is faster."""
+    mfu: float | None
+    mfu_measured: float | None
+    """Share of the matmul rate that was measured in the same process."""
+    peak_memory_gb: float | None
+    start_seconds: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results file: where it was measured, and the rows."""
+
+    place: dict[str, Any]
+    rows: list[Row]
+
+    def configs(self) -> dict[str, list[Row]]:
+        """Rows by configuration, in the order of ORDER."""
+        made: dict[str, list[Row]] = {}
+        for row in self.rows:
+            made.setdefault(row.config, []).append(row)
+        rank = {name: i for i, name in enumerate(ORDER)}
+        return {name: sorted(rows, key=lambda row: rank.get(row.variant, len(ORDER))) for name, rows in made.items()}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Images per second by the roofline: at all of both rates, and at 80% of the products' and 90% of the copies'."""
+
+    ceiling: float
+    target: float
+
+
+def read(path: Path) -> Results:
+    """The results in a file that bench_train.py wrote. Raises UserError."""
+    try:
+        content = json.loads(path.read_text())
+        rows = [_row(entry) for entry in content["rows"]]
+        place = {name: content[name] for name in ("device", "torch", "commit", "date", "command", "threads")}
+        place |= {name: float(content[name]) for name in ("matmul_tflops", "copy_gbs")}
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/bench_train.py") from error
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not what benchmarks/bench_train.py writes: {what}") from None
+    if not rows:
+        raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
+    return Results(place, rows)
+
+
+def _row(entry: dict[str, Any]) -> Row:
+    triples = {name: tuple(float(value) for value in entry[name]) for name in ("ms", "images_per_second", "ratio")}
+    for name, values in triples.items():
+        if len(values) != 3:
+            raise ValueError(f"{name} must be three numbers, not {entry[name]}")
+    numbers: dict[str, Any] = {
+        name: None if entry.get(name) is None else float(entry[name])
+        for name in ("mfu", "mfu_measured", "peak_memory_gb", "start_seconds")
+    }
+    texts: dict[str, Any] = {name: str(entry[name]) for name in ("config", "variant", "precision")}
+    return Row(**texts, batch=int(entry["batch"]), **triples, **numbers)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _known(config: str, precision: str) -> tuple[list[work.Operation], int] | None:
+    """A configuration's operations, and its optimiser's bytes per parameter."""
+    try:
+        settings = roofline.load_config(config)
+    except UserError:
+        return None
+    return roofline.operations_of(settings, precision), roofline.optimiser_bytes_of(settings, precision)
+
+
+def bounds(results: Results, row: Row) -> Bounds | None:
+    """The roofline of a row's configuration, batch and precision.
+
+    None for a configuration that isn't shipped, and for fp32 on a GPU, whose rates are those of 16-bit products.
+    """
+    known = _known(row.config, row.precision)
+    if known is None:
+        return None
+    ops, optimiser_bytes = known
+    place = results.place
+    gpu = hardware.find(place["device"])
+    if gpu and row.precision == "fp32":
+        return None
+    if gpu:
+        machine = roofline.machine_for(place["device"])
+    else:
+        machine = roofline.Machine(place["device"], place["matmul_tflops"] * 1e12, place["copy_gbs"] * 1e9, None)
+    rates = [
+        roofline.predict(
+            ops,
+            row.batch,
+            machine,
+            convolution_efficiency=products,
+            copy_efficiency=copies,
+            launch_us=2.0 if gpu else 0.0,  # a CPU launches nothing
+            optimiser_bytes=optimiser_bytes,
+        ).images_per_second
+        for products, copies in ((1.0, 1.0), (0.8, 0.9))
+    ]
+    return Bounds(*rates)
+
+
+def main_row(rows: Sequence[Row]) -> Row:
+    """The row whose roofline stands for its configuration: ours, or the first."""
+    return next((row for row in rows if row.variant == "ours"), rows[0])
+
+
+# --- Markdown ---
+
+
+def markdown(results: Results) -> str:
+    """A heading, what it was measured on, and a table for each configuration."""
+    place = results.place
+    threads = f", {place['threads']} threads" if place["threads"] else ""
+    lines = [
+        "# Training throughput",
+        "",
+        f"{place['device']}{threads}, torch {place['torch']}, {place['date']}, commit {str(place['commit'])[:10]}. "
+        f"Matrix products reach {place['matmul_tflops']:.4g} TFLOP/s, copies {place['copy_gbs']:.4g} GB/s. "
+        f"`{place['command']}`",
+    ]
+    for name, rows in results.configs().items():
+        lines += ["", f"## {name}", "", *_table(results, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(results: Results, rows: Sequence[Row]) -> list[str]:
+    heads = ["variant", "precision", "batch", "ms per step", "images/s", "× reference", "MFU", "of matmul"]
+    heads += ["of roofline", "peak GB", "start s"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    for row in rows:
+        bound = bounds(results, row)
+        low, middle, high = row.ms
+        cells = [
+            f"**{row.variant}**" if row.variant == "ours" else row.variant,
+            row.precision,
+            str(row.batch),
+            f"{_short(middle)} ({_short(low)} to {_short(high)})",
+            _short(row.images_per_second[1]),
+            f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f} to {row.ratio[2]:.2f})",
+            _percent(row.mfu),
+            _percent(row.mfu_measured),
+            _percent(row.images_per_second[1] / bound.ceiling if bound else None),
+            "–" if row.peak_memory_gb is None else f"{row.peak_memory_gb:.2f}",
+            "–" if row.start_seconds is None else f"{row.start_seconds:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    bound = bounds(results, main_row(rows))
+    if bound:
+        ours = main_row(rows)
+        lines += [
+            "",
+            f"Roofline at batch {ours.batch} in {ours.precision}, a prediction: {_short(bound.ceiling)} images/s at "
+            f"all of both rates, {_short(bound.target)} at 80% of the products' and 90% of the copies'.",
+        ]
+    return lines
+
+
+def _short(value: float) -> str:
+    """Three significant digits or all whole ones: 0.123, 12.3, 1234."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+# --- chart ---
+
+
+def chart(results: Results, files: Sequence[Path]) -> None:
+    """Images per second of every variant, a panel for each configuration, to files by their endings (svg, png, pdf).
+
+    Raises UserError without matplotlib, or for a file that can't be written.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("--chart needs matplotlib; pip install -e '.[benchmark]'") from error
+    panels = results.configs()
+    bars = [0.36 * len(rows) + 0.1 for rows in panels.values()]  # inches
+    height = 1.65 + sum(bars) + 0.7 * (len(panels) - 1)
+    longest = max(len(label) for rows in panels.values() for label in _labels(rows))
+    width, left = 6.7 + 0.074 * longest, 0.2 + 0.074 * longest
+    # Text stays text in an SVG, and equal results make equal files.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastdiff", "font.family": "DejaVu Sans", "font.size": 9}):
+        figure = Figure(figsize=(width, height), facecolor="white")
+        grid = figure.add_gridspec(
+            len(panels),
+            1,
+            height_ratios=bars,
+            left=left / width,
+            right=1 - 0.55 / width,
+            top=1 - 1.05 / height,
+            bottom=0.6 / height,
+            hspace=0.7 * len(panels) / sum(bars),
+        )
+        lined = [_panel(figure.add_subplot(grid[i]), results, *panel) for i, panel in enumerate(panels.items())]
+        place = results.place
+        head = 1 - 0.28 / height
+        figure.text(
+            0.02, head, "Training throughput, images per second", size=13, weight="bold", color=INK, va="center"
+        )
+        where = f"{place['device']}, torch {place['torch']}, {place['date']}; bars are medians, whiskers quartiles"
+        figure.text(0.15 / width, head - 0.24 / height, where, size=8.5, color=PALE, va="center")
+        if any(lined):
+            note = (
+                "Lines are predictions by benchmarks/roofline.py: the roofline at all of the matmul and copy rates, "
+                "the target at 80% and 90% of them."
+            )
+            figure.text(0.15 / width, 0.16 / height, note, size=8, color=PALE, va="center")
+        for file in files:
+            try:
+                figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
+            except (OSError, ValueError) as error:
+                raise UserError(f"--chart {file} can't be written ({error}); name a .svg, .png or .pdf") from error
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    """Variants, with the precision and the batch where a configuration has several."""
+    precisions, batches = len({row.precision for row in rows}) > 1, len({row.batch for row in rows}) > 1
+    return [
+        row.variant + (f", {row.precision}" if precisions else "") + (f", batch {row.batch}" if batches else "")
+        for row in rows
+    ]
+
+
+def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
+    """Bars of one configuration; whether the roofline is among them."""
+    bound = bounds(results, main_row(rows))
+    batches, precisions = {row.batch for row in rows}, {row.precision for row in rows}
+    title = name
+    title += f", batch {batches.pop()}" if len(batches) == 1 else ""
+    title += f", {precisions.pop()}" if len(precisions) == 1 else ""
+    reach = max(max(row.images_per_second[2] for row in rows), bound.ceiling if bound else 0)
+    for i, row in enumerate(rows):
+        low, middle, high = row.images_per_second
+        axes.barh(i, middle, height=0.68, color=COLOURS.get(row.variant, LEVER_OFF), zorder=2)
+        whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
+        axes.errorbar(middle, i, xerr=whiskers, color=INK, elinewidth=0.9, capsize=2.2, zorder=3)
+        ratio = "" if row.variant == "reference" else f"  {row.ratio[1]:.2f}×"
+        axes.annotate(
+            f"{_short(middle)}{ratio}",
+            (high, i),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            weight="bold" if row.variant == "ours" else "normal",
+            zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.2},
+        )
+    if bound:
+        axes.axvline(bound.ceiling, color=INK, linewidth=1.3, zorder=1.5)
+        axes.axvline(bound.target, color=INK, linewidth=1.1, linestyle=(0, (1, 1.6)), zorder=1.5)
+        for value, text, side in ((bound.ceiling, "roofline", "left"), (bound.target, "target", "right")):
+            place = {"xy": (value, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 4)}
+            shown = f"{text} {_short(value)}"
+            axes.annotate(shown, **place, textcoords="offset points", ha=side, size=8, color=PALE)
+    axes.set_yticks(range(len(rows)), _labels(rows))
+    for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if row.variant == "ours" else "normal")
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.set_xlim(0, 1.16 * reach)
+    axes.set_title(title, loc="left", size=10, weight="bold", color=INK, pad=5)
+    axes.tick_params(length=0, colors=INK)
+    axes.tick_params(axis="x", labelcolor=PALE, labelsize=8)
+    axes.grid(axis="x", color="#e6e8eb", linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.spines["left"].set_color("#c3c8cf")
+    return bound is not None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a JSON file of benchmarks/bench_train.py")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE", action="append", default=[], help="write a bar chart, .svg or .png"
+    )
+    args = parser.parse_args(argv)
+    results = read(args.results)
+    text = markdown(results)
+    print(text, end="")
+    if args.markdown:
+        args.markdown.write_text(text)
+    if args.chart:
+        chart(results, args.chart)
+
+
+if __name__ == "__main__":
+    run_script(main, "report.py")

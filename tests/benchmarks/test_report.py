@@ -1,0 +1,158 @@
+"""Tables and charts from a made-up results file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from tiny import refusal
+
+from benchmarks import report, roofline
+from fastdiff.settings import UserError
+
+VARIANTS = {"ours -graph": 3.0, "ours": 4.0, "reference": 1.0, "diffusers": 1.5, "reference+compile": 2.0}
+
+
+def entry(config: str, variant: str, rate: float, precision: str = "bf16", batch: int = 64) -> dict[str, Any]:
+    ratio = VARIANTS[variant]
+    images = rate * ratio
+    return {
+        "config": config,
+        "variant": variant,
+        "precision": precision,
+        "batch": batch,
+        "ms": [1e3 * batch / images * share for share in (0.98, 1, 1.03)],
+        "images_per_second": [images * share for share in (0.97, 1, 1.02)],
+        "ratio": [ratio * share for share in (0.97, 1, 1.02)],
+        "mfu": 0.1 * ratio,
+        "mfu_measured": None,
+        "peak_memory_gb": 12.5,
+        "start_seconds": 30.25,
+    }
+
+
+def content(device: str = "NVIDIA H200", **changes: Any) -> dict[str, Any]:
+    rows = [entry(config, variant, 400.0) for config in ("imagenet64_uncond", "my own") for variant in VARIANTS]
+    return {
+        "device": device,
+        "torch": "2.13.0",
+        "commit": "0123456789abcdef",
+        "date": "2026-01-02",
+        "command": "python benchmarks/bench_train.py",
+        "threads": 8,
+        "matmul_tflops": 1.5,
+        "copy_gbs": 20.0,
+        "rows": rows,
+        **changes,
+    }
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    path = folder / "train.json"
+    path.write_text(json.dumps(content(**changes)))
+    return path
+
+
+def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([str(saved(tmp_path)), "--markdown", str(tmp_path / "train.md")])
+    text = (tmp_path / "train.md").read_text()
+    assert capsys.readouterr().out == text
+    assert "NVIDIA H200, 8 threads, torch 2.13.0, 2026-01-02, commit 0123456789." in text
+    assert text.index("## imagenet64_uncond") < text.index("## my own")
+    tables = text.split("## ")[1:]
+    for table in tables:
+        cells = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
+        assert len({len(row) for row in cells}) == 1
+        assert [row[0] for row in cells[2:]] == [
+            "reference",
+            "reference+compile",
+            "diffusers",
+            "**ours**",
+            "ours -graph",
+        ]
+        ours = dict(zip(cells[0], cells[5], strict=True))
+        assert ours["ms per step"] == "40.0 (39.2 to 41.2)"
+        assert ours["images/s"] == "1600"
+        assert ours["× reference"] == "4.00 (3.88 to 4.08)"
+        assert ours["MFU"] == "40.0%"
+        assert ours["of matmul"] == "–"
+        assert ours["peak GB"] == "12.50"
+        assert ours["start s"] == "30.2"
+    assert "Roofline at batch 64 in bf16, a prediction" in tables[0]
+    assert "Roofline" not in tables[1]  # of a configuration that isn't shipped nothing is known
+
+
+def test_bounds_are_the_rooflines(tmp_path: Path) -> None:
+    """A GPU's by its name; any other machine's by the rates that were measured with the results."""
+    results = report.read(saved(tmp_path))
+    row = report.main_row(results.rows)
+    assert row.variant == "ours"
+    ops = roofline.operations_of(roofline.load_config(row.config), "bf16")
+    floor = roofline.predict(ops, 64, roofline.machine_for("H200"))
+    found = report.bounds(results, row)
+    assert found is not None
+    assert found.ceiling == pytest.approx(floor.images_per_second)
+    assert found.target < found.ceiling
+    here, twice = (
+        report.bounds(report.read(saved(tmp_path, device="AMD EPYC", **rates)), row)
+        for rates in ({}, {"matmul_tflops": 3.0, "copy_gbs": 40.0})
+    )
+    assert here is not None
+    assert twice is not None
+    assert twice.ceiling == pytest.approx(2 * here.ceiling)
+    assert here.ceiling < found.ceiling / 50
+    single = report.Row(**{**row.__dict__, "precision": "fp32"})
+    assert report.bounds(results, single) is None
+
+
+def test_charts(tmp_path: Path) -> None:
+    """Every bar is named and its figure stands beside it; equal results make equal files."""
+    png, svg, again = tmp_path / "chart.png", tmp_path / "chart.svg", tmp_path / "again.svg"
+    path = saved(tmp_path)
+    report.main([str(path), "--chart", str(png), "--chart", str(svg), "--chart", str(again)])
+    with Image.open(png) as image:
+        assert image.width > 1000
+        colours = image.convert("RGB").getcolors(image.width * image.height)
+    drawn = {"#" + bytes(colour).hex() for _, colour in colours}
+    assert drawn >= {*report.COLOURS.values(), report.LEVER_OFF}
+    text = svg.read_text()
+    assert text == again.read_text()
+    for shown in (*VARIANTS, "imagenet64_uncond, batch 64, bf16", "1600  4.00×", "NVIDIA H200, torch 2.13.0"):
+        assert shown in text, shown
+    bound = report.bounds(report.read(path), report.main_row(report.read(path).rows))
+    assert bound is not None
+    assert text.count(f"roofline {bound.ceiling:.0f}") == 1
+    assert text.count("target ") == 2  # above its line and in the note: the other configuration has none
+
+
+def test_labels_say_what_differs(tmp_path: Path) -> None:
+    rows = [entry("demo", "ours", 9.0, precision, batch) for precision, batch in (("fp32", 8), ("bf16", 16))]
+    results = report.read(saved(tmp_path, rows=rows))
+    assert report._labels(results.rows) == ["ours, fp32, batch 8", "ours, bf16, batch 16"]
+    report.chart(results, [tmp_path / "chart.svg"])
+    assert "ours, bf16, batch 16" in (tmp_path / "chart.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "is not what"),
+        ('{"rows": [{}]}', "'ms' is missing"),
+        (json.dumps({**content(), "rows": []}), "has no rows"),
+        (json.dumps({k: v for k, v in content().items() if k != "copy_gbs"}), "'copy_gbs' is missing"),
+        (json.dumps(content(rows=[{**entry("demo", "ours", 1.0), "ratio": [1, 2]}])), "ratio must be three numbers"),
+    ],
+)
+def test_files_that_are_none(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "train.json"
+    path.write_text(text)
+    assert says in refusal(report.main, [path])
+
+
+def test_other_refusals(tmp_path: Path) -> None:
+    assert "can't be read" in refusal(report.main, [tmp_path / "nowhere.json"])
+    with pytest.raises(UserError, match="can't be written"):
+        report.chart(report.read(saved(tmp_path)), [tmp_path / "chart.txt2"])
