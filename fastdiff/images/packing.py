@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,12 +24,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
+from fastdiff.images.decoding import Decoder
 from fastdiff.images.index import Listing, label_images
 from fastdiff.images.packed import LABELS, NAMES, PIXELS, RECORD, describe, finish_record, replacements
 from fastdiff.images.reader import Reader
 from fastdiff.settings import UserError
 
+logger = logging.getLogger(__name__)
+
 STATE = "state.json"
+FEW = 2000
+"""Images for which no process of their own is started: that takes a few seconds."""
 SAVE_SECONDS = 5.0
 """Between two notes of how far the build is."""
 
@@ -72,6 +79,8 @@ class _Build:
         self.partial = partial_of(target)
         self.described = describe(listing, size_hw, channels)
         self.rows = self.saves = 0
+        self.own = threading.local()  # each worker thread's process
+        self.decoders: list[Decoder] = []
 
     def run(self, workers: int) -> None:
         unreadable = self._resume()
@@ -112,7 +121,8 @@ class _Build:
             )
 
     def _decode_all(self, file: BinaryIO, workers: int) -> None:
-        """Append the rows that are missing."""
+        """Append the rows that are missing. Each thread lets a process of its own do the work, if there is much."""
+        self.in_processes = workers > 1 and self.shape[0] - self.rows > FEW * workers
         size = max(1, min(64, (8 << 20) // self.row_bytes))
         blocks = (range(i, min(i + size, self.shape[0])) for i in range(self.rows, self.shape[0], size))
         pending: deque[Future[np.ndarray]] = deque()
@@ -135,15 +145,34 @@ class _Build:
                         saved = time.monotonic()
             finally:
                 pool.shutdown(cancel_futures=True)
+                for decoder in self.decoders:
+                    decoder.close()
 
     def _decode(self, rows: range) -> np.ndarray:
         """[rows, H, W, C] uint8; zeros where an image can't be read."""
+        if self.in_processes:
+            try:
+                block, bad = self._decoder().decode([self.listing.names[row] for row in rows])
+            except (OSError, EOFError, ValueError):
+                logger.warning("a process that decodes images has ended (for want of memory?); going on without it")
+                self.in_processes = False
+            else:
+                for position, reason in bad.items():
+                    self.reader.reject(rows[position], reason)
+                return block
         block = np.zeros((len(rows), *self.shape[1:]), dtype=np.uint8)
         for pixels, index in zip(block, rows, strict=True):
             found = self.reader.attempt(index, self.reader.reference)
             if found is not None:
                 pixels[:] = found
         return block
+
+    def _decoder(self) -> Decoder:
+        """This thread's process."""
+        if not hasattr(self.own, "decoder"):
+            self.own.decoder = Decoder(self.listing.root, self.reader.size_hw, self.reader.channels)
+            self.decoders.append(self.own.decoder)
+        return self.own.decoder
 
     def _decode_again(self, file: BinaryIO, unreadable: list[int]) -> None:
         """What an earlier build could not read may have been put right since."""

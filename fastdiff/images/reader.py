@@ -27,6 +27,11 @@ TOLERATED = 0.01
 """Share of the data set that may be unreadable (one image may be in any case)."""
 
 
+def what_is_wrong(error: Exception) -> str:
+    """Why an image can't be read, in few words."""
+    return "no picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+
+
 class Reader:
     """Reads images of a listing at one size. Threads may share it."""
 
@@ -75,8 +80,7 @@ class Reader:
         try:
             return decode(index, self.listing.path(index).read_bytes())
         except Exception as error:  # Pillow's decoders raise many kinds; all are about this one file
-            reason = "no picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-            self.reject(index, reason)
+            self.reject(index, what_is_wrong(error))
             return None
 
     def retry(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:

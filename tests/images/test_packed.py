@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.images import DataSettings, caching, gathering, load_image, open_images, packing
+from fastdiff.images import DataSettings, caching, decoding, gathering, load_image, open_images, packing
 from fastdiff.images.caching import default_place, together
 from fastdiff.images.gathering import PackedLoader, mirror
 from fastdiff.images.index import index_images
@@ -188,6 +188,25 @@ def test_a_disk_that_failed_once_leaves_no_mark(damaged, monkeypatch):
     place = pack_folder(damaged, (8, 8))
     assert json.loads((place / "packed.json").read_text())["unreadable"] == []
     assert np.load(place / "pixels.npy")[6, 0, 0, 0] == np.load(place / "pixels.npy")[5, 0, 0, 0]
+
+
+def test_processes_decode_the_same(damaged, monkeypatch, capfd):
+    in_threads = pack_folder(damaged, (6, 8), target=damaged.parent / "threads")
+    monkeypatch.setattr(packing, "FEW", 3)
+    monkeypatch.setattr(packing.Reader, "attempt", None)  # not in this process
+    in_processes = pack_folder(damaged, (6, 8), target=damaged.parent / "processes")
+    for name in os.listdir(in_threads):
+        assert (in_processes / name).read_bytes() == (in_threads / name).read_bytes(), name
+    assert "Warning" not in capfd.readouterr().err
+
+
+def test_a_process_that_dies_stops_nothing(damaged, monkeypatch, caplog):
+    in_threads = pack_folder(damaged, (8, 8), target=damaged.parent / "threads")
+    monkeypatch.setattr(packing, "FEW", 3)
+    monkeypatch.setattr(decoding.sys, "executable", "/bin/false")
+    alone = pack_folder(damaged, (8, 8), target=damaged.parent / "alone")
+    assert "going on without it" in caplog.text
+    assert (alone / "pixels.npy").read_bytes() == (in_threads / "pixels.npy").read_bytes()
 
 
 def test_replacements():
