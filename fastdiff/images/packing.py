@@ -33,8 +33,8 @@ from fastdiff.settings import UserError
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
-FEW = 2000
-"""Images for which no process of their own is started: that takes a few seconds."""
+FEW = 1000
+"""Images that are not worth starting a process for, which takes half a second."""
 SAVE_SECONDS = 5.0
 """Between two notes of how far the build is."""
 
@@ -122,7 +122,9 @@ class _Build:
 
     def _decode_all(self, file: BinaryIO, workers: int) -> None:
         """Append the rows that are missing. Each thread lets a process of its own do the work, if there is much."""
-        self.in_processes = workers > 1 and self.shape[0] - self.rows > FEW * workers
+        processes = min(workers, (self.shape[0] - self.rows) // FEW)
+        self.in_processes = processes > 1
+        workers = processes if self.in_processes else workers
         size = max(1, min(64, (8 << 20) // self.row_bytes))
         blocks = (range(i, min(i + size, self.shape[0])) for i in range(self.rows, self.shape[0], size))
         pending: deque[Future[np.ndarray]] = deque()
