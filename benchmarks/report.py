@@ -4,9 +4,9 @@
     python benchmarks/report.py train.json --markdown train.md --chart train.svg --chart train.png
 
 Every row is one variant's training step: `reference` (improved-diffusion's operations), `reference+compile`,
-`diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles. The roofline is
-benchmarks/roofline.py's: of the GPU that the results name, or else of the rates measured with them; a configuration
-that configs/ doesn't have gets none.
+`diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles. There is a table and a
+panel for each configuration, precision and batch. The roofline is benchmarks/roofline.py's: of the GPU that the results
+name, or else of the rates measured with them; a configuration that isn't known here gets none.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff import hardware
+from fastdiff.config import Config
 from fastdiff.models import work
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
@@ -44,8 +45,9 @@ class Row:
     batch: int
     ms: tuple[float, float, float]
     images_per_second: tuple[float, float, float]
-    ratio: tuple[float, float, float]
-    """To the variant "reference" of the same configuration; above 1 is faster."""
+    ratio: tuple[float, float, float] | None
+    """The time of the variant `ratio_to` over this one's, of the same case; above 1 is faster."""
+    ratio_to: str
     mfu: float | None
     mfu_measured: float | None
     """Share of the matmul rate that was measured in the same process."""
@@ -60,11 +62,11 @@ class Results:
     place: dict[str, Any]
     rows: list[Row]
 
-    def configs(self) -> dict[str, list[Row]]:
-        """Rows by configuration, in the order of ORDER."""
+    def cases(self) -> dict[str, list[Row]]:
+        """Rows by configuration, batch and precision, in the order of ORDER."""
         made: dict[str, list[Row]] = {}
         for row in self.rows:
-            made.setdefault(row.config, []).append(row)
+            made.setdefault(f"{row.config}, batch {row.batch}, {row.precision}", []).append(row)
         rank = {name: i for i, name in enumerate(ORDER)}
         return {name: sorted(rows, key=lambda row: rank.get(row.variant, len(ORDER))) for name, rows in made.items()}
 
@@ -95,23 +97,34 @@ def read(path: Path) -> Results:
 
 
 def _row(entry: dict[str, Any]) -> Row:
-    triples = {name: tuple(float(value) for value in entry[name]) for name in ("ms", "images_per_second", "ratio")}
-    for name, values in triples.items():
-        if len(values) != 3:
+    names = ("ms", "images_per_second", *([] if entry["ratio"] is None else ["ratio"]))
+    triples: dict[str, Any] = {"ratio": None, **{name: tuple(float(v) for v in entry[name]) for name in names}}
+    for name in names:
+        if len(triples[name]) != 3:
             raise ValueError(f"{name} must be three numbers, not {entry[name]}")
     numbers: dict[str, Any] = {
         name: None if entry.get(name) is None else float(entry[name])
         for name in ("mfu", "mfu_measured", "peak_memory_gb", "start_seconds")
     }
     texts: dict[str, Any] = {name: str(entry[name]) for name in ("config", "variant", "precision")}
-    return Row(**texts, batch=int(entry["batch"]), **triples, **numbers)  # type: ignore[arg-type]
+    ratio_to = str(entry.get("ratio_to", "reference"))
+    return Row(**texts, batch=int(entry["batch"]), ratio_to=ratio_to, **triples, **numbers)
+
+
+def _quick() -> Config:
+    """The benchmark's own configuration; its import brings the whole trainer, which nothing else here needs."""
+    try:
+        from bench_train import load
+    except ImportError:
+        from benchmarks.bench_train import load
+    return load("quick")
 
 
 @functools.cache
 def _known(config: str, precision: str) -> tuple[list[work.Operation], int] | None:
     """A configuration's operations, and its optimiser's bytes per parameter."""
     try:
-        settings = roofline.load_config(config)
+        settings = _quick() if config == "quick" else roofline.load_config(config)
     except UserError:
         return None
     return roofline.operations_of(settings, precision), roofline.optimiser_bytes_of(settings, precision)
@@ -120,7 +133,7 @@ def _known(config: str, precision: str) -> tuple[list[work.Operation], int] | No
 def bounds(results: Results, row: Row) -> Bounds | None:
     """The roofline of a row's configuration, batch and precision.
 
-    None for a configuration that isn't shipped, and for fp32 on a GPU, whose rates are those of 16-bit products.
+    None for a configuration that isn't known, and for fp32 on a GPU, whose rates are those of 16-bit products.
     """
     known = _known(row.config, row.precision)
     if known is None:
@@ -150,7 +163,7 @@ def bounds(results: Results, row: Row) -> Bounds | None:
 
 
 def main_row(rows: Sequence[Row]) -> Row:
-    """The row whose roofline stands for its configuration: ours, or the first."""
+    """The row whose roofline stands for its case: ours, or the first."""
     return next((row for row in rows if row.variant == "ours"), rows[0])
 
 
@@ -158,7 +171,7 @@ def main_row(rows: Sequence[Row]) -> Row:
 
 
 def markdown(results: Results) -> str:
-    """A heading, what it was measured on, and a table for each configuration."""
+    """A heading, what it was measured on, and a table for each case."""
     place = results.place
     threads = f", {place['threads']} threads" if place["threads"] else ""
     lines = [
@@ -168,25 +181,32 @@ def markdown(results: Results) -> str:
         f"Matrix products reach {place['matmul_tflops']:.4g} TFLOP/s, copies {place['copy_gbs']:.4g} GB/s. "
         f"`{place['command']}`",
     ]
-    for name, rows in results.configs().items():
+    for name, rows in results.cases().items():
         lines += ["", f"## {name}", "", *_table(results, rows)]
     return "\n".join(lines) + "\n"
 
 
 def _table(results: Results, rows: Sequence[Row]) -> list[str]:
-    heads = ["variant", "precision", "batch", "ms per step", "images/s", "× reference", "MFU", "of matmul"]
-    heads += ["of roofline", "peak GB", "start s"]
-    lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    heads = [
+        "variant",
+        "ms per step",
+        "images/s",
+        "× reference",
+        "MFU",
+        "of matmul",
+        "of roofline",
+        "peak GB",
+        "start s",
+    ]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         bound = bounds(results, row)
         low, middle, high = row.ms
         cells = [
             f"**{row.variant}**" if row.variant == "ours" else row.variant,
-            row.precision,
-            str(row.batch),
             f"{_short(middle)} ({_short(low)} to {_short(high)})",
             _short(row.images_per_second[1]),
-            f"{row.ratio[1]:.2f} ({row.ratio[0]:.2f} to {row.ratio[2]:.2f})",
+            _ratio(row),
             _percent(row.mfu),
             _percent(row.mfu_measured),
             _percent(row.images_per_second[1] / bound.ceiling if bound else None),
@@ -196,13 +216,20 @@ def _table(results: Results, rows: Sequence[Row]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     bound = bounds(results, main_row(rows))
     if bound:
-        ours = main_row(rows)
         lines += [
             "",
-            f"Roofline at batch {ours.batch} in {ours.precision}, a prediction: {_short(bound.ceiling)} images/s at "
-            f"all of both rates, {_short(bound.target)} at 80% of the products' and 90% of the copies'.",
+            f"Roofline, a prediction: {_short(bound.ceiling)} images/s at all of both rates, {_short(bound.target)} at "
+            "80% of the products' and 90% of the copies'.",
         ]
     return lines
+
+
+def _ratio(row: Row) -> str:
+    """Median and quartiles, and to what if it isn't the reference."""
+    if row.ratio is None:
+        return "–"
+    low, middle, high = row.ratio
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})" + ("" if row.ratio_to == "reference" else f" × {row.ratio_to}")
 
 
 def _short(value: float) -> str:
@@ -219,7 +246,7 @@ def _percent(value: float | None) -> str:
 
 
 def chart(results: Results, files: Sequence[Path]) -> None:
-    """Images per second of every variant, a panel for each configuration, to files by their endings (svg, png, pdf).
+    """Images per second of every variant, a panel for each case, to files by their endings (svg, png, pdf).
 
     Raises UserError without matplotlib, or for a file that can't be written.
     """
@@ -228,10 +255,10 @@ def chart(results: Results, files: Sequence[Path]) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("--chart needs matplotlib; pip install -e '.[benchmark]'") from error
-    panels = results.configs()
+    panels = results.cases()
     bars = [0.36 * len(rows) + 0.1 for rows in panels.values()]  # inches
     height = 1.65 + sum(bars) + 0.7 * (len(panels) - 1)
-    longest = max(len(label) for rows in panels.values() for label in _labels(rows))
+    longest = max(len(row.variant) for row in results.rows)
     width, left = 6.7 + 0.074 * longest, 0.2 + 0.074 * longest
     # Text stays text in an SVG, and equal results make equal files.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastdiff", "font.family": "DejaVu Sans", "font.size": 9}):
@@ -249,15 +276,16 @@ def chart(results: Results, files: Sequence[Path]) -> None:
         lined = [_panel(figure.add_subplot(grid[i]), results, *panel) for i, panel in enumerate(panels.items())]
         place = results.place
         head = 1 - 0.28 / height
-        figure.text(
-            0.02, head, "Training throughput, images per second", size=13, weight="bold", color=INK, va="center"
+        title = "Training throughput, images per second"
+        figure.text(0.15 / width, head, title, size=13, weight="bold", color=INK, va="center")
+        where = (
+            f"{place['device']}, torch {place['torch']}, {place['date']}; medians and quartiles, × the reference's rate"
         )
-        where = f"{place['device']}, torch {place['torch']}, {place['date']}; bars are medians, whiskers quartiles"
         figure.text(0.15 / width, head - 0.24 / height, where, size=8.5, color=PALE, va="center")
         if any(lined):
             note = (
-                "Lines are predictions by benchmarks/roofline.py: the roofline at all of the matmul and copy rates, "
-                "the target at 80% and 90% of them."
+                "Lines are predictions by benchmarks/roofline.py: the roofline (solid) at all of the matmul and copy "
+                "rates, the target (dotted) at 80% and 90%."
             )
             figure.text(0.15 / width, 0.16 / height, note, size=8, color=PALE, va="center")
         for file in files:
@@ -267,29 +295,17 @@ def chart(results: Results, files: Sequence[Path]) -> None:
                 raise UserError(f"--chart {file} can't be written ({error}); name a .svg, .png or .pdf") from error
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
-    """Variants, with the precision and the batch where a configuration has several."""
-    precisions, batches = len({row.precision for row in rows}) > 1, len({row.batch for row in rows}) > 1
-    return [
-        row.variant + (f", {row.precision}" if precisions else "") + (f", batch {row.batch}" if batches else "")
-        for row in rows
-    ]
-
-
 def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
-    """Bars of one configuration; whether the roofline is among them."""
+    """Bars of one case; whether the roofline is among them."""
     bound = bounds(results, main_row(rows))
-    batches, precisions = {row.batch for row in rows}, {row.precision for row in rows}
-    title = name
-    title += f", batch {batches.pop()}" if len(batches) == 1 else ""
-    title += f", {precisions.pop()}" if len(precisions) == 1 else ""
     reach = max(max(row.images_per_second[2] for row in rows), bound.ceiling if bound else 0)
     for i, row in enumerate(rows):
         low, middle, high = row.images_per_second
         axes.barh(i, middle, height=0.68, color=COLOURS.get(row.variant, LEVER_OFF), zorder=2)
         whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
         axes.errorbar(middle, i, xerr=whiskers, color=INK, elinewidth=0.9, capsize=2.2, zorder=3)
-        ratio = "" if row.variant == "reference" else f"  {row.ratio[1]:.2f}×"
+        ratio = "" if row.ratio is None or row.variant == row.ratio_to else f"  {row.ratio[1]:.2f}×"
+        ratio += f" {row.ratio_to}" if ratio and row.ratio_to != "reference" else ""
         axes.annotate(
             f"{_short(middle)}{ratio}",
             (high, i),
@@ -304,16 +320,14 @@ def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
     if bound:
         axes.axvline(bound.ceiling, color=INK, linewidth=1.3, zorder=1.5)
         axes.axvline(bound.target, color=INK, linewidth=1.1, linestyle=(0, (1, 1.6)), zorder=1.5)
-        for value, text, side in ((bound.ceiling, "roofline", "left"), (bound.target, "target", "right")):
-            place = {"xy": (value, 1), "xycoords": ("data", "axes fraction"), "xytext": (0, 4)}
-            shown = f"{text} {_short(value)}"
-            axes.annotate(shown, **place, textcoords="offset points", ha=side, size=8, color=PALE)
-    axes.set_yticks(range(len(rows)), _labels(rows))
+        shown = f"roofline {_short(bound.ceiling)}, target {_short(bound.target)}"
+        axes.set_title(shown, loc="right", size=8, color=PALE, pad=5)
+    axes.set_yticks(range(len(rows)), [row.variant for row in rows])
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row.variant == "ours" else "normal")
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_xlim(0, 1.16 * reach)
-    axes.set_title(title, loc="left", size=10, weight="bold", color=INK, pad=5)
+    axes.set_title(name, loc="left", size=10, weight="bold", color=INK, pad=5)
     axes.tick_params(length=0, colors=INK)
     axes.tick_params(axis="x", labelcolor=PALE, labelsize=8)
     axes.grid(axis="x", color="#e6e8eb", linewidth=0.8, zorder=0)

@@ -31,14 +31,26 @@ from fastdiff.processes import run_script
 from fastdiff.settings import UserError, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-CONVOLUTIONS = ("conv3x3", "conv1x1", "downsample conv", "upsample conv", "input conv", "output conv")
-# Classes as `train.py --profile` calls them; a prediction has no communication and no input wait.
-CLASS_OF: dict[str, str] = {
-    **dict.fromkeys(CONVOLUTIONS, "convolutions"),
-    "group norm": "norms",
-    "attention": "attention",
+# Classes as `train.py --profile` calls them; a prediction has no communication, copies or input wait.
+CLASSES = (
+    "convolutions",
+    "matrix products",
+    "norms",
+    "attention",
+    "noising and loss",
+    "other",
+    "optimiser",
+    "launch gaps",
+)
+_KINDS = {
+    "convolutions": ("conv3x3", "downsample conv", "upsample conv", "input conv", "output conv"),
+    "matrix products": ("conv1x1", "embedding"),
+    "norms": ("group norm",),
+    "attention": ("attention",),
+    "noising and loss": ("noising", "loss"),
+    "other": ("residual", "skip"),
 }
-CLASSES = ("convolutions", "norms", "attention", "other", "optimiser", "launch gaps")
+CLASS_OF: dict[str, str] = {kind: name for name, kinds in _KINDS.items() for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ def predict(
     totals = {name: [0.0, 0.0, 0.0] for name in CLASSES}
     launches = 1
     for op in ops:
-        total = totals[CLASS_OF.get(op.kind, "other")]
+        total = totals[CLASS_OF[op.kind]]
         passes = zip((1, 2), (op.forward_bytes, op.backward_bytes), op.weight_bytes, op.launches, strict=True)
         for times, moved, weights, kernels in passes:
             flops = times * op.run_flops * batch
@@ -210,7 +222,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def table(floor: Prediction, target: Prediction, measured: dict[str, Any] | None) -> list[str]:
     """Lines: a class each, then the whole step."""
-    heads = [f"{'':14}{'GFLOP/image':>12}{'MB/image':>10}{'floor ms':>10}{'target ms':>11}"]
+    heads = [f"{'':18}{'GFLOP/image':>12}{'MB/image':>10}{'floor ms':>10}{'target ms':>11}"]
     if measured:
         heads = [heads[0] + f"{'measured ms':>13}{'x target':>10}"]
     names = list(CLASSES)
@@ -219,15 +231,15 @@ def table(floor: Prediction, target: Prediction, measured: dict[str, Any] | None
     for name in names:
         share, low = target.shares.get(name), floor.shares.get(name)
         if share and low:
-            line = f"{name:14}{share.run_flops / 1e9:12.2f}{share.bytes / 1e6:10.1f}{low.ms:10.3f}{share.ms:11.3f}"
+            line = f"{name:18}{share.run_flops / 1e9:12.2f}{share.bytes / 1e6:10.1f}{low.ms:10.3f}{share.ms:11.3f}"
         else:
-            line = f"{name:14}{'-':>12}{'-':>10}{'-':>10}{'-':>11}"
+            line = f"{name:18}{'-':>12}{'-':>10}{'-':>10}{'-':>11}"
         if measured:
             line += _beside(measured["classes"].get(name), share.ms if share else 0.0)
         lines.append(line)
     shares = target.shares.values()
     flops, moved = sum(s.run_flops for s in shares), sum(s.bytes for s in shares)
-    whole = f"{'step':14}{flops / 1e9:12.2f}{moved / 1e6:10.1f}{floor.ms:10.3f}{target.ms:11.3f}"
+    whole = f"{'step':18}{flops / 1e9:12.2f}{moved / 1e6:10.1f}{floor.ms:10.3f}{target.ms:11.3f}"
     return [*heads, *lines, whole + (_beside(measured["step_ms"], target.ms) if measured else "")]
 
 

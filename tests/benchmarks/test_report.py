@@ -61,7 +61,7 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (tmp_path / "train.md").read_text()
     assert capsys.readouterr().out == text
     assert "NVIDIA H200, 8 threads, torch 2.13.0, 2026-01-02, commit 0123456789." in text
-    assert text.index("## imagenet64_uncond") < text.index("## my own")
+    assert text.index("## imagenet64_uncond, batch 64, bf16") < text.index("## my own, batch 64, bf16")
     tables = text.split("## ")[1:]
     for table in tables:
         cells = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
@@ -81,7 +81,7 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ours["of matmul"] == "–"
         assert ours["peak GB"] == "12.50"
         assert ours["start s"] == "30.2"
-    assert "Roofline at batch 64 in bf16, a prediction" in tables[0]
+    assert "Roofline, a prediction" in tables[0]
     assert "Roofline" not in tables[1]  # of a configuration that isn't shipped nothing is known
 
 
@@ -128,19 +128,27 @@ def test_charts(tmp_path: Path) -> None:
     assert text.count("target ") == 2  # above its line and in the note: the other configuration has none
 
 
-def test_labels_say_what_differs(tmp_path: Path) -> None:
-    rows = [entry("demo", "ours", 9.0, precision, batch) for precision, batch in (("fp32", 8), ("bf16", 16))]
-    results = report.read(saved(tmp_path, rows=rows))
-    assert report._labels(results.rows) == ["ours, fp32, batch 8", "ours, bf16, batch 16"]
+def test_cases_and_what_ratios_are_to(tmp_path: Path) -> None:
+    """Batches and precisions stand apart; without a reference there is no ratio; a lever's is to ours."""
+    rows = [entry("quick", "ours", 9.0, precision, batch) for precision, batch in (("fp32", 8), ("bf16", 16))]
+    rows[1]["ratio"] = None
+    rows.append({**entry("quick", "ours -graph", 9.0, "fp32", 8), "ratio": [0.9, 0.95, 1.0], "ratio_to": "ours"})
+    results = report.read(saved(tmp_path, device="AMD EPYC", rows=rows))
+    assert list(results.cases()) == ["quick, batch 8, fp32", "quick, batch 16, bf16"]
+    text = report.markdown(results)
+    assert "| 0.95 (0.90 to 1.00) × ours |" in text
+    assert text.count("Roofline, a prediction") == 2
     report.chart(results, [tmp_path / "chart.svg"])
-    assert "ours, bf16, batch 16" in (tmp_path / "chart.svg").read_text()
+    drawn = (tmp_path / "chart.svg").read_text()
+    assert "27.0  0.95× ours" in drawn
+    assert "quick, batch 16, bf16" in drawn
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("{", "is not what"),
-        ('{"rows": [{}]}', "'ms' is missing"),
+        ('{"rows": [{}]}', "'ratio' is missing"),
         (json.dumps({**content(), "rows": []}), "has no rows"),
         (json.dumps({k: v for k, v in content().items() if k != "copy_gbs"}), "'copy_gbs' is missing"),
         (json.dumps(content(rows=[{**entry("demo", "ours", 1.0), "ratio": [1, 2]}])), "ratio must be three numbers"),

@@ -38,6 +38,11 @@ def test_one_operation_by_hand() -> None:
     assert made.mfu(2e12) == pytest.approx(made.images_per_second * 27e9 / 2e12)
 
 
+def test_every_kind_has_a_class() -> None:
+    assert set(roofline.CLASS_OF) == set(work.KINDS)
+    assert {*roofline.CLASS_OF.values(), "optimiser", "launch gaps"} == set(roofline.CLASSES)
+
+
 def test_efficiencies_slow_what_they_name() -> None:
     ops = work.operations(UNetSettings(**MODEL))
     floor = roofline.predict(ops, 4, ROUND)
