@@ -182,9 +182,9 @@ class _Buffers:
 
     def get(self, shape: tuple[int, ...]) -> np.ndarray:
         """An uint8 array of this shape with anything in it."""
-        for array in self._arrays:
-            if array.shape == shape and sys.getrefcount(array) == 3:  # the list, the loop, the argument
-                return array
+        for i in range(len(self._arrays)):
+            if sys.getrefcount(self._arrays[i]) == 2 and self._arrays[i].shape == shape:  # the list's and the argument
+                return self._arrays[i]
         fresh = np.empty(shape, dtype=np.uint8)
         if len(self._arrays) < BUFFERS:
             self._arrays.append(fresh)

@@ -80,6 +80,14 @@ def test_settings_mean_the_same(folder, pair, options):
     assert_same(take(packed, 7), take(pillow, 7))
 
 
+def test_gathers_on_a_device(folder, pair):
+    """What a GPU does with --cache gpu, done on the CPU."""
+    packed, pillow = pair(folder, cache="gpu", batch_size=5, random_flip=True)
+    packed._on_device, packed._rows = torch.from_numpy(packed._rows), None
+    assert_same(take(packed, 6), take(pillow, 6))
+    assert_same(once(packed), once(pillow))
+
+
 def test_large_batches_are_gathered_in_parts(folder, pair, monkeypatch):
     monkeypatch.setattr(gathering, "TASK_BYTES", 7 * 32 * 32 * 3)
     packed, pillow = pair(folder, batch_size=40, random_flip=True)
