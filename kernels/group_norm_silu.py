@@ -83,7 +83,7 @@ def plan(
     C = C1 + C2
     maps = 2 if backward else 1
     padded_l = triton.next_power_of_2(L)
-    limit = ONE_BLOCK[backward] // (2 if dropout else 1)
+    limit = ONE_BLOCK[backward] // (2 if dropout or (summed and itemsize > 2) else 1)
     # 64 bytes of a pixel fill a DRAM burst; 32 fill a sector, and the neighbouring program takes the other one.
     tile = Tile.of(C, group, 8, 64 // itemsize, max(limit // padded_l, 1))
     if tile.padded > 32 and padded_l * tile.padded > limit // 2:

@@ -381,8 +381,12 @@ def _slab_backward(
         b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
         b_full = b_gain * b_rstd
         m = (o_l[:, None] < L) & m_c[None, :]
+        b_total = tl.zeros((BLOCK_L, CT_PAD), tl.float32)
         if ONE_BLOCK and dtotal_ptr is not None:
             b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_row + o_l[:, None], o_c[None, :], m, C1)
+            if total_sums_ptr is not None:
+                p_total = total_sums_ptr + i_b * C1 + o_c
+                tl.store(p_total, tl.sum(b_dtotal.to(tl.float32), axis=0), mask=m_c & (o_c < C1))
         b_g, b_d = _load_gradient(
             x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_full, b_bias, i_b, i_row, o_l, i_c, o_c, m, C1, C2,
             drop_below, keep_scale, BLOCK_L, CT_PAD, SILU,
@@ -401,23 +405,21 @@ def _slab_backward(
             tl.sum(b_sum, axis=0), tl.sum(b_sumd, axis=0), b_gain, b_rstd, stats_ptr, sums_ptr, i_b, o_c, m_c, L, C,
             CG, CT, CT_PAD,
         )  # fmt: skip
-        b_total = tl.zeros((BLOCK_L, CT_PAD), tl.float32)
         for i_l in range(0, L, BLOCK_L):
             m = (i_l + o_l[:, None] < L) & m_c[None, :]
             if not ONE_BLOCK:
+                if dtotal_ptr is not None:
+                    b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1)
+                    b_total += b_dtotal.to(tl.float32)
                 b_g, b_d = _load_gradient(
                     x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_full, b_bias, i_b, i_row, i_l + o_l, i_c, o_c, m,
                     C1, C2, drop_below, keep_scale, BLOCK_L, CT_PAD, SILU,
                 )  # fmt: skip
             b_dx = b_g * b_full[None, :] + (b_d * b_slope[None, :] + b_constant[None, :])
             if dtotal_ptr is not None:
-                if not ONE_BLOCK:
-                    b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1)
                 b_dx += b_dtotal.to(tl.float32)
-                if total_sums_ptr is not None:
-                    b_total += b_dtotal.to(tl.float32)
             _store_pair(dx_ptr, dskip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2, b_dx)
-        if total_sums_ptr is not None:
+        if total_sums_ptr is not None and not ONE_BLOCK:
             tl.store(total_sums_ptr + i_b * C1 + o_c, tl.sum(b_total, axis=0), mask=m_c & (o_c < C1))
 
 
