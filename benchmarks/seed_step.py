@@ -1,22 +1,24 @@
 """What fastdiff is measured against: improved-diffusion's training step, its operations stated anew one by one.
 
-Eager fp32, channels-first: group norm through float32, x * sigmoid(x) as two operations, scale and shift apart,
+Eager, channels-first: group norm through float32, x * sigmoid(x) as two operations, scale and shift apart,
 concatenated skips, attention as two einsums with a float32 softmax, a loss that keeps all its intermediate maps, the
-gradient norm read parameter by parameter, AdamW, then the average parameter by parameter. Parameters have the same
-names as ours, so both sides start from the same weights.
+gradient norm read parameter by parameter, AdamW, then the average parameter by parameter. In fp16 the convolutions'
+weights are halves, with float32 masters in one flat tensor. Parameters have the same names as ours, so both sides
+start from the same weights, and the original's own network fits in as well.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.models import BackboneSettings
+from fastdiff.models import BackboneSettings, SuperResSettings
 
 
 class Norm(nn.GroupNorm):
@@ -99,19 +101,22 @@ class Block(nn.Sequential):
 
 
 class SeedUNet(nn.Module):
-    """The unconditional network, for the settings of ours."""
+    """The network, for the settings of ours: unconditional, class-conditional or super-resolution."""
 
     def __init__(self, s: BackboneSettings) -> None:
         super().__init__()
         self.width, emb = s.num_channels, 4 * s.num_channels
         self.time_embed = nn.Sequential(nn.Linear(self.width, emb), Swish(), nn.Linear(emb, emb))
+        if s.class_cond:
+            self.label_emb = nn.Embedding(s.num_classes, emb)
+        self.enlarged = s.size_hw if isinstance(s, SuperResSettings) else None
 
         def stage(c_in: int, c_out: int, level: int) -> list[nn.Module]:
             layers: list[nn.Module] = [Residual(c_in, emb, c_out, s.dropout, s.use_scale_shift_norm)]
             return [*layers, Attention(c_out, s.num_heads)] if 2**level in s.attention_factors else layers
 
         c = self.width
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(s.in_channels, c, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(s.network_in_channels, c, 3, padding=1))])
         skips = [c]
         for level, c_level in enumerate(s.level_channels):
             for _ in range(s.num_res_blocks):
@@ -133,12 +138,23 @@ class SeedUNet(nn.Module):
                 self.output_blocks.append(Block(*layers))
         self.out = nn.Sequential(Norm(c), Swish(), nn.Conv2d(c, s.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+    def convert_to_fp16(self) -> None:
+        """Halves for the convolutions between the embedding and the last layer."""
+        for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
+            for module in blocks.modules():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                    module.half()
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
+        if low_res is not None and self.enlarged:
+            x = torch.cat([x, F.interpolate(low_res, self.enlarged, mode="bilinear")], dim=1)
         half = self.width // 2
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).to(x.device)
         angles = timesteps[:, None].float() * frequencies[None]
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=-1))
-        h, kept = x, []
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, kept = x.type(next(self.input_blocks.parameters()).dtype), []
         for block in self.input_blocks:
             h = block(h, emb)
             kept.append(h)
@@ -148,24 +164,62 @@ class SeedUNet(nn.Module):
         return self.out(h.type(x.dtype))
 
 
+Losses = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+"""losses(network, x_start, t, what it is conditioned on) → {"loss": [B], …}"""
+
+
 class SeedStep:
-    """One optimiser step of the reference: forward, hybrid loss, backward, gradient norm, AdamW, average."""
+    """One optimiser step: forward, loss, logging, backward, gradient norm, AdamW, average."""
 
-    def __init__(self, model: SeedUNet, diffusion: GaussianDiffusion, lr: float, ema_rate: float) -> None:
-        self.model, self.diffusion, self.ema_rate = model.train(), diffusion, ema_rate
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-        self.average = [p.detach().clone() for p in model.parameters()]
+    def __init__(
+        self,
+        model: Any,
+        losses: Losses,
+        num_timesteps: int,
+        lr: float = 1e-4,
+        ema_rate: float = 0.9999,
+        fp16: bool = False,
+    ) -> None:
+        self.model, self.losses, self.num_timesteps, self.ema_rate = model.train(), losses, num_timesteps, ema_rate
+        self.parameters = list(model.parameters())
+        self.fp16 = fp16
+        self.loss_scale = 2.0**12 if fp16 else 1.0
+        self.masters = [p.detach().float() for p in self.parameters] if fp16 else self.parameters
+        if fp16:
+            self.masters = [nn.Parameter(torch.cat([p.flatten() for p in self.masters]))]
+            model.convert_to_fp16()
+        self.optimizer = torch.optim.AdamW(self.masters, lr=lr)
+        self.averages = [p.detach().clone() for p in self.masters]
 
-    def __call__(self, images: Tensor) -> None:
+    def __call__(self, images: Tensor, kwargs: dict[str, Tensor]) -> None:
         x_start = images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-        t = torch.from_numpy(np.random.choice(self.diffusion.num_timesteps, size=len(x_start))).to(images.device)
-        for p in self.model.parameters():
+        t = torch.from_numpy(np.random.choice(self.num_timesteps, size=len(x_start))).to(images.device)
+        for p in self.parameters:
             if p.grad is not None:
                 p.grad.detach_()
                 p.grad.zero_()
-        terms = self.diffusion.training_losses(self.model, x_start, t, noise=torch.randn_like(x_start))
-        terms["loss"].mean().backward()
-        math.sqrt(sum((p.grad**2).sum().item() for p in self.model.parameters()))
+        terms = self.losses(self.model, x_start, t, kwargs)
+        for values in terms.values():  # the log takes means, and every image's value for its quartile
+            values.mean().item()
+            zip(t.cpu().numpy(), values.detach().cpu().numpy(), strict=True)
+        (terms["loss"].mean() * self.loss_scale).backward()
+        if self.fp16:
+            self._gradients_to_masters()
+        math.sqrt(sum((p.grad**2).sum().item() for p in self.masters if p.grad is not None))
         self.optimizer.step()
-        for average, p in zip(self.average, self.model.parameters(), strict=True):
+        for average, p in zip(self.averages, self.masters, strict=True):
             average.detach().mul_(self.ema_rate).add_(p.detach(), alpha=1 - self.ema_rate)
+        if self.fp16:
+            self._masters_to_weights()
+
+    def _gradients_to_masters(self) -> None:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if any(not torch.isfinite(gradient).all() for gradient in gradients):
+            raise RuntimeError("the reference's gradients overflowed: its step would have been left out")
+        self.masters[0].grad = torch.cat([gradient.detach().float().flatten() for gradient in gradients])
+        self.masters[0].grad.mul_(1.0 / self.loss_scale)
+
+    def _masters_to_weights(self) -> None:
+        parts = self.masters[0].detach().split([p.numel() for p in self.parameters])
+        for p, part in zip(self.parameters, parts, strict=True):
+            p.detach().copy_(part.view_as(p))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.models.residual import Map, Sum, value
 
 
 class Conv2d(nn.Conv2d):
@@ -33,7 +34,7 @@ class Conv2d(nn.Conv2d):
         return self._packed
 
     def without_bias(self, x: Tensor) -> Tensor:
-        """For a norm that takes the bias as its offset: that saves an addition, and a reduction for its gradient."""
+        """For a norm that takes the bias: that saves an addition, and a reduction for its gradient."""
         return self._conv_forward(x, ops.conv_weight(self.weight, x), None)
 
 
@@ -58,6 +59,9 @@ class PointwiseConv(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight[:, :, 0].to(x.dtype), self.bias.to(x.dtype))
 
+    def without_bias(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[:, :, 0].to(x.dtype))
+
 
 class Linear(nn.Linear):
     """A linear layer that runs in the dtype of its input."""
@@ -71,6 +75,13 @@ class GroupNorm(nn.GroupNorm):
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels)
+
+    def of(self, x: Map, skip: Tensor | None = None, silu: bool = True) -> tuple[Tensor, Tensor]:
+        """(x as a tensor, norm of cat(x, skip)), both in one go where x is a sum still to be made."""
+        if not isinstance(x, Sum):
+            return x, self(x, skip=skip, silu=silu)
+        y = x.normed(self.weight, self.bias, skip, silu, num_groups=self.num_groups, eps=self.eps)
+        return x.value(), y
 
     def forward(
         self,
@@ -122,11 +133,16 @@ def _norm_and_conv(layers: nn.Sequential) -> tuple[GroupNorm, Conv2d]:
     return norm, conv
 
 
+def _sums_wait(last: nn.Conv1d | nn.Conv2d, h: Tensor) -> bool:
+    """Whether a residual sum is left to the next norm: to its kernel, and unless ZeRO-3 watches what modules return."""
+    return ops.uses_kernels(h) and not hasattr(last.weight, "ds_id")
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions around a residual, conditioned on the time embedding.
 
     forward: x [B, C1, H, W], emb_out [B, emb_width] float32 as `emb_layers` makes it of the embedding, skip
-    [B, C2, H, W] or None → [B, out_channels, H, W]. `channels` counts x and skip together.
+    [B, C2, H, W] or None → [B, out_channels, H, W], the sum still to be made. `channels` counts x and skip together.
     """
 
     def __init__(
@@ -146,11 +162,12 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else SkipConv(channels, out_channels)
 
-    def forward(self, x: Tensor, emb_out: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Map, emb_out: Tensor, skip: Tensor | None = None) -> Map:
         norm, conv = _norm_and_conv(self.in_layers)
-        if not self.training and ops.fuses_convolutions(x, conv.weight, skip):
-            return self._fused(x, emb_out, skip)
-        h, bias = conv.without_bias(norm(x, skip=skip)), conv.bias
+        if not self.training and ops.fuses_convolutions(value(x), conv.weight, skip):
+            return self._fused(value(x), emb_out, skip)
+        x, h = norm.of(x, skip=skip)
+        h, bias = conv.without_bias(h), conv.bias
         dropout = self.dropout if self.training else 0.0
         norm, conv = _norm_and_conv(self.out_layers)
         if self.use_scale_shift_norm:
@@ -158,7 +175,8 @@ class ResBlock(nn.Module):
             h = norm(h, scale=scale, shift=shift, offset=bias, dropout=dropout)
         else:
             h = norm(h, offset=emb_out + bias, dropout=dropout)
-        return self._residual(x, skip) + conv(h)
+        residual = self._residual(x, skip)
+        return Sum(residual, conv.without_bias(h), conv.bias) if _sums_wait(conv, h) else residual + conv(h)
 
     def _residual(self, x: Tensor, skip: Tensor | None) -> Tensor:
         return x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, skip)
@@ -201,7 +219,7 @@ class SkipConv(Conv2d):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels, around a residual: [B, C, H, W] → the same."""
+    """Self-attention over all pixels, around a residual: [B, C, H, W] → the same, the sum still to be made."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -210,10 +228,14 @@ class AttentionBlock(nn.Module):
         self.qkv = PointwiseConv(channels, 3 * channels)
         self.proj_out = zeroed(PointwiseConv(channels, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x, silu=False).permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, C], a view when channels-last
-        h = self.proj_out(ops.attention(self.qkv(h), self.num_heads))
-        return x + h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    def forward(self, x: Map) -> Map:
+        residual, h = self.norm.of(x, silu=False)
+        h = h.permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, C], a view when channels-last
+        h, last = ops.attention(self.qkv(h), self.num_heads), cast(PointwiseConv, self.proj_out)
+        as_map = lambda h: h.unflatten(1, residual.shape[2:]).permute(0, 3, 1, 2)
+        if _sums_wait(last, h):
+            return Sum(residual, as_map(last.without_bias(h)), last.bias)
+        return residual + as_map(last(h))
 
 
 class Downsample(nn.Module):

@@ -23,6 +23,7 @@ from fastdiff.models.blocks import (
     timestep_embedding,
     zeroed,
 )
+from fastdiff.models.residual import Map, value
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 
 
@@ -30,18 +31,23 @@ class Stage(nn.Sequential):
     """Layers between two skips. Only the first residual block takes the skip; each takes the next of emb_outs."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, emb_outs: Iterator[Tensor], skip: Tensor | None = None, use_checkpoint: bool = False
-    ) -> Tensor:
+        self, x: Map, emb_outs: Iterator[Tensor], skip: Map | None = None, use_checkpoint: bool = False
+    ) -> Map:
         for layer in self:
             if isinstance(layer, ResBlock):
-                inputs = x, next(emb_outs), skip
-                x = checkpoint(layer, *inputs, use_reentrant=False) if use_checkpoint else layer(*inputs)
+                inputs = next(emb_outs), None if skip is None else value(skip)
+                x = _recomputed(layer, x, *inputs) if use_checkpoint else layer(x, *inputs)
                 skip = None
-            elif use_checkpoint and isinstance(layer, AttentionBlock):
-                x = checkpoint(layer, x, use_reentrant=False)
+            elif isinstance(layer, AttentionBlock):
+                x = _recomputed(layer, x) if use_checkpoint else layer(x)
             else:
-                x = layer(x)
+                x = layer(value(x))
         return x
+
+
+def _recomputed(layer: nn.Module, x: Map, *inputs: Tensor | None) -> Tensor:
+    """layer(x, …), whose activations are not kept but found anew in the backward pass."""
+    return checkpoint(lambda *given: value(layer(*given)), value(x), *inputs, use_reentrant=False)
 
 
 class UNet(nn.Module):
@@ -120,10 +126,11 @@ class UNet(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, ResBlock)]  # in the order of the walk
         emb_outs = iter(project_embedding(blocks, self.embed(timesteps, y)))
         use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
-        h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if h.shape[1] == 1:  # one channel is both layouts at once: the strides must say which, or NCHW wins
-            h = h.reshape(len(h), *h.shape[2:], 1).permute(0, 3, 1, 2)
-        down, up = [], []
+        h: Map = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if x.shape[1] == 1:  # one channel is both layouts at once: the strides must say which, or NCHW wins
+            h = value(h).reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
+        down: list[Map] = []
+        up: list[Map] = []
         for stage in self.input_blocks:
             h = stage(h, emb_outs, None, use_checkpoint)
             down.append(h)
@@ -131,7 +138,7 @@ class UNet(nn.Module):
         for stage, skip in zip(self.output_blocks, reversed(down), strict=True):
             h = stage(h, emb_outs, skip, use_checkpoint)
             up.append(h)
-        return down, middle, up
+        return [value(h) for h in down], value(middle), [value(h) for h in up]
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         if low_res is not None:

@@ -1,4 +1,4 @@
-"""Where the time of training steps goes: a trace for Perfetto (https://ui.perfetto.dev), and a table by class of work."""
+"""Where the time of training steps goes: a trace for Perfetto (ui.perfetto.dev), and a table by class of work."""
 
 from __future__ import annotations
 

@@ -1,0 +1,309 @@
+"""Training steps to compare: ours, ours with one lever off, the reference, and what others would run.
+
+Every factory gives a function that takes one whole optimiser step: forward and backward pass, AdamW, moving average.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from fastdiff.kernels import reference
+from torch import Tensor, nn
+
+from fastdiff import ops
+from fastdiff.config import Config
+from fastdiff.diffusion import create_diffusion
+from fastdiff.images import Batch
+from fastdiff.models import SuperResSettings, build_model, unet
+from fastdiff.models.precision import DTYPES
+from fastdiff.processes import Processes
+from fastdiff.settings import UserError
+from fastdiff.training import compilation
+from fastdiff.training.trainer import Trainer, low_res_of
+
+try:  # run as a script, or imported beside its neighbour
+    from seed_step import SeedStep, SeedUNet
+except ImportError:
+    from benchmarks.seed_step import SeedStep, SeedUNet
+
+Step = Callable[[], None]
+
+
+class SameBatch:
+    """A loader that hands out one batch again and again: input is not what is measured."""
+
+    class_names: list[str] = []
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels, self.position = images, labels, 0
+
+    def __next__(self) -> Batch:
+        count = len(self.images)
+        positions = torch.arange(self.position, self.position + count)
+        self.position += count
+        return Batch(self.images, self.labels, positions)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+
+@dataclass
+class Case:
+    """A configuration at a batch and a precision; all variants see the same images and start from the same weights."""
+
+    config: Config
+    batch: int
+    precision: str
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        model, device = self.config.model, self.processes.device
+        self.images = torch.randint(0, 256, (self.batch, *model.size_hw, model.in_channels), dtype=torch.uint8).to(
+            device
+        )
+        self.labels = torch.randint(0, model.num_classes, (self.batch,)).to(device)
+        self.kwargs: dict[str, Tensor] = {"y": self.labels} if model.class_cond else {}
+        if isinstance(model, SuperResSettings):
+            self.kwargs["low_res"] = low_res_of(ops.start_map(self.images), model.small_size)
+        # New networks have zeros in them, with which half of the work would multiply.
+        self.weights = {k: v + 0.02 * torch.randn_like(v) for k, v in build_model(model).state_dict().items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    @property
+    def autocast(self) -> Any:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.precision])
+
+    def diffusion(self) -> Any:
+        return create_diffusion(self.config.diffusion, self.config.model.learn_sigma)
+
+
+# --- the reference ---
+
+
+def seed(case: Case, checkout: Path | None = None) -> Step:
+    """improved-diffusion's step: its operations stated anew, or with a checkout its own network and losses."""
+    diffusion = case.diffusion()
+    model: nn.Module
+    if checkout is None:
+        model = SeedUNet(case.config.model)
+        check_same_function(case, model)
+        losses = lambda network, x, t, kwargs: diffusion.training_losses(network, x, t, kwargs, torch.randn_like(x))
+    else:
+        model, theirs = _from_checkout(case, checkout)
+        losses = lambda network, x, t, kwargs: theirs.training_losses(network, x, t, model_kwargs=kwargs)
+    model.load_state_dict(case.weights)
+    fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
+    step = SeedStep(model.to(case.device), losses, diffusion.num_timesteps, fp16=fp16)
+    return lambda: step(case.images, case.kwargs)
+
+
+def _from_checkout(case: Case, checkout: Path) -> tuple[nn.Module, Any]:
+    """The network and the process of a checkout of improved-diffusion."""
+    if not (checkout / "improved_diffusion" / "script_util.py").is_file():
+        raise UserError(f"--seed_checkout {checkout} is no checkout of improved-diffusion: it has no script_util.py")
+    sys.path.insert(0, str(checkout))
+    from improved_diffusion import script_util
+
+    model, diffusion = case.config.model, case.config.diffusion
+    given = {**model.model_dump(mode="json"), **diffusion.model_dump(mode="json"), "use_checkpoint": False}
+    if isinstance(model, SuperResSettings):
+        create, defaults = script_util.sr_create_model_and_diffusion, script_util.sr_model_and_diffusion_defaults()
+    else:
+        create, defaults = script_util.create_model_and_diffusion, script_util.model_and_diffusion_defaults()
+    return create(**{name: given.get(name, value) for name, value in defaults.items()})
+
+
+def check_same_function(case: Case, theirs: nn.Module) -> None:
+    """Both sides must compute the same thing, or their times say nothing."""
+    settings = case.config.model
+    ours = build_model(settings).eval()
+    ours.load_state_dict(case.weights)
+    theirs.load_state_dict(case.weights)
+    x, t = torch.randn(1, settings.in_channels, *settings.size_hw), torch.tensor([3.0])
+    kwargs = {name: value[:1].cpu() for name, value in case.kwargs.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t, **kwargs), theirs.eval()(x, t, **kwargs), atol=1e-3, rtol=1e-3)
+
+
+# --- what others would run ---
+
+
+def _plain_step(case: Case, model: nn.Module, losses: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
+    """A well-written loop around any network: fused AdamW, averages by foreach, no wait for the device."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    averages = [p.detach().clone() for p in parameters]
+    scaler = torch.amp.GradScaler(case.device.type, enabled=case.precision == "fp16")
+
+    def step() -> None:
+        x = (case.images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        t = torch.randint(0, case.config.diffusion.diffusion_steps, (case.batch,), device=case.device)
+        loss = losses(x, t, torch.randn_like(x)).mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1e-4)
+
+    return step
+
+
+def _compiled(model: nn.Module, case: Case) -> Any:
+    model.to(case.device, memory_format=torch.channels_last).train()
+    return torch.compile(model, **compilation.compile_kwargs(case.device, 0))
+
+
+def compiled_seed(case: Case) -> Step:
+    """The reference's network, channels-last and compiled as one graph in that layout, under autocast."""
+    diffusion, model = case.diffusion(), SeedUNet(case.config.model)
+    model.load_state_dict(case.weights)
+    network = _compiled(model, case)
+
+    def called(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
+        with case.autocast:
+            return network(x, t, **kwargs).float()
+
+    return _plain_step(
+        case, model, lambda x, t, noise: diffusion.training_losses(called, x, t, case.kwargs, noise)["loss"]
+    )
+
+
+def diffusers_unet(case: Case) -> nn.Module:
+    """diffusers' UNet2DModel of the same widths, depths, places of attention and outputs."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise UserError(f"the variant diffusers needs diffusers ({error}); pip install -e '.[peers]'") from error
+    s = case.config.model
+    channels = s.level_channels
+    attends = [2**level in s.attention_factors for level in range(len(channels))]
+    kind = lambda way, level: ("Attn" if attends[level] else "") + f"{way}Block2D"
+    return UNet2DModel(
+        sample_size=s.size_hw,
+        in_channels=s.network_in_channels,
+        out_channels=s.out_channels,
+        layers_per_block=s.num_res_blocks,
+        block_out_channels=channels,
+        down_block_types=tuple(kind("Down", level) for level in range(len(channels))),
+        up_block_types=tuple(kind("Up", level) for level in reversed(range(len(channels)))),
+        attention_head_dim=channels[-1] // s.num_heads,
+        norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift" if s.use_scale_shift_norm else "default",
+        dropout=s.dropout,
+        num_class_embeds=s.num_classes if s.class_cond else None,
+    )
+
+
+def diffusers(case: Case) -> Step:
+    """diffusers' network compiled, channels-last, under autocast, on the plain squared error of its examples."""
+    if isinstance(case.config.model, SuperResSettings):
+        raise UserError("the variant diffusers has no super-resolution network; leave it out")
+    torch.manual_seed(0)
+    model, process = diffusers_unet(case), case.diffusion()
+    network = _compiled(model, case)
+    labels = {"class_labels": case.labels} if case.config.model.class_cond else {}
+
+    def losses(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        x_t = process.q_sample(x, t, noise)
+        with case.autocast:
+            output = network(x_t, t, **labels).sample
+        return F.mse_loss(output[:, : x.shape[1]].float(), noise)
+
+    return _plain_step(case, model, losses)
+
+
+# --- ours ---
+
+
+def ours(case: Case, cuda_graph: bool = False, **changes: Any) -> Step:
+    """The trainer as train.py runs it: DeepSpeed's engine, counter-based noise, metrics and averages included."""
+    train = case.config.train
+    update = {"batch_size": case.batch, "microbatch": -1, "precision": case.precision, "grad_clip": 0.0}
+    update |= {"compile": True, "cuda_graph": cuda_graph, "zero_stage": min(train.zero_stage, 1), "lr": 1e-4}
+    if case.precision == "fp32":
+        update["zero_stage"] = 0
+    model = build_model(case.config.model)
+    model.load_state_dict(case.weights)
+    settings = train.model_copy(update={**update, **changes})
+    trainer = Trainer(settings, {}, model, case.diffusion(), SameBatch(case.images, case.labels), case.processes)  # type: ignore[arg-type]
+    if case.precision == "fp16":
+        trainer.stepper.load_scaler_state({"cur_scale": 2.0**12})  # else its first steps would be left out
+    return trainer.take_step
+
+
+@dataclass(frozen=True)
+class Lever:
+    """Something of ours that can be left out."""
+
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of the trainer."""
+    patches: tuple[tuple[Any, str, Any], ...] = ()
+    """(object, attribute, value instead) while a step runs."""
+    gpu_only: bool = True
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        undo = [mock.patch.object(owner, name, value) for owner, name, value in self.patches]
+        for patch in undo:
+            patch.start()
+        try:
+            yield
+        finally:
+            for patch in reversed(undo):
+                patch.stop()
+
+
+def _one_by_one(blocks: Any, emb: Tensor) -> list[Tensor]:
+    return [block.emb_layers(emb) for block in blocks]
+
+
+def _ordinary_weight(weight: Tensor, x: Tensor) -> Tensor:
+    return weight.to(x.dtype)
+
+
+def _never(*_: Any) -> str:
+    return "switched off"
+
+
+LEVERS: dict[str, Lever] = {
+    "compile": Lever(changes={"compile": False}, gpu_only=False),
+    "kernels": Lever(patches=((ops, "_mode", "reference"),)),
+    "group norm kernel": Lever(patches=((ops, "_norm_unsupported", _never),)),
+    "attention kernel": Lever(patches=((ops, "_flash_is_better", _never),)),
+    "noising and loss kernels": Lever(patches=((ops, "_map_unsupported", _never),)),
+    "transposed upsampling": Lever(patches=((ops, "upsample_conv", reference.upsample_conv),)),
+    "virtual concat of skips": Lever(patches=((ops, "skip_conv1x1", reference.skip_conv1x1),)),
+    "weights laid out once": Lever(patches=((ops, "conv_weight", _ordinary_weight),)),
+    "one embedding product": Lever(patches=((unet, "project_embedding", _one_by_one),), gpu_only=False),
+    "optimiser kernel": Lever(),
+}
+
+
+def without(case: Case, lever: str) -> Step:
+    """Ours with one lever off, both when it is compiled and when it runs."""
+    chosen = LEVERS[lever]
+    with chosen.off():
+        step = ours(case, **chosen.changes)
+    if lever == "optimiser kernel":
+        step.__self__.optimizer.fused_kernel = False  # type: ignore[attr-defined]
+
+    def run() -> None:
+        with chosen.off():
+            step()
+
+    return run
