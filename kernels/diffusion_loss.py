@@ -220,10 +220,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)  # no map of zeros for the second output
 
 
-def _differentiate(ctx: Any, dterms: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dterms: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
+    if dterms is None:
+        return (None,) * 12
     return grad * dterms[0].to(grad.dtype)[:, None, None, None], *(None,) * 11
 
 

@@ -19,12 +19,24 @@ from fastdiff.settings import UserError, merge, what_is_wrong
 from fastdiff.training.optimizer import AdamWEMA
 from fastdiff.training.settings import TrainSettings
 
+BUCKET = 50_000_000
+"""Elements that ZeRO reduces at once. DeepSpeed's own 500 million would take 1 GB in 16 bits."""
+
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
 _OURS = {
     "optimizer": "the optimiser is AdamW by train.lr and train.weight_decay",
     "scheduler": "the learning rate follows train.lr_warmup_steps and train.lr_anneal_steps",
     "amp": "use train.precision",
     "torch_autocast": "use train.precision",
+}
+# Those that say nothing which the settings don't.
+_KNOWN = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+    "zero_allow_untested_optimizer",
 }
 
 
@@ -78,6 +90,26 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
         raise UserError(f"deepspeed.{theirs}: {what_is_wrong(error)}") from None
 
 
+def needs_engine(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> str:
+    """Why a step must go through DeepSpeed; empty where one process can take it alone (`steps.DeviceStep`).
+
+    Alone there is nothing to share out, and DeepSpeed's 16-bit optimisers would wait for the GPU in every step.
+    """
+    if world_size > 1:
+        return f"{world_size} processes"
+    if train.zero_stage > 1:
+        return f"zero_stage {train.zero_stage}"
+    followed = {"zero_optimization": {"stage"}, "fp16": {"enabled"}, "bf16": {"enabled"}}
+    for section, value in deepspeed.items():
+        if section in followed:
+            others = sorted(set(value) - followed[section])
+            if others:
+                return f"deepspeed.{section}.{others[0]}"
+        elif section not in _KNOWN:
+            return f"deepspeed.{section}"
+    return ""
+
+
 def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON for the settings, with the user's own laid over it."""
     micro, accumulation = split_batch(train, world_size)
@@ -92,14 +124,18 @@ def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": train.grad_clip,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            **({"reduce_bucket_size": BUCKET} if train.zero_stage else {}),
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
-    if train.cuda_graph:  # the step is ours, see steps.DeviceStep; DeepSpeed only holds float32 weights
-        _refuse_for_graph(deepspeed, world_size)
-        derived["zero_optimization"] = {"stage": 0}
-        return {**derived, "gradient_clipping": 0.0}
+    engine_only = needs_engine(train, deepspeed, world_size)
+    if train.cuda_graph and engine_only:
+        raise UserError(f"--cuda_graph True can't be had with {engine_only}; leave one of them out")
+    if not engine_only:  # the step is ours, see steps.DeviceStep; DeepSpeed only holds float32 weights
+        return {**derived, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
     if train.precision == "bf16":
         derived["bf16"] = {"enabled": True}
     if train.precision == "fp16":
@@ -110,15 +146,6 @@ def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size
     result = merge(derived, without_auto)
     result["train_micro_batch_size_per_gpu"] = micro  # the user's is a limit, as microbatch is
     return result
-
-
-def _refuse_for_graph(deepspeed: dict[str, Any], world_size: int) -> None:
-    """What a step without DeepSpeed can't do."""
-    if world_size > 1:
-        raise UserError(f"--cuda_graph True works on one GPU, not on {world_size} processes; leave it out")
-    beyond = set(deepspeed.get("zero_optimization", {})) - {"stage"} if deepspeed else set()
-    if beyond:
-        raise UserError(f"--cuda_graph True can't follow deepspeed.zero_optimization.{min(beyond)}; give one of them")
 
 
 def _import_deepspeed() -> Any:

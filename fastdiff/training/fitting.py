@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -17,6 +18,7 @@ from fastdiff.models import BackboneSettings, SuperResSettings, build_model
 from fastdiff.models.precision import body_dtype
 from fastdiff.processes import Processes
 from fastdiff.settings import UserError
+from fastdiff.training.engine import needs_engine
 from fastdiff.training.memory import Memory, estimate
 from fastdiff.training.settings import TrainSettings
 
@@ -40,6 +42,7 @@ def fit(
     train: TrainSettings,
     diffusion: GaussianDiffusion,
     processes: Processes,
+    deepspeed: dict[str, Any],
     before: int | None = None,
     always_estimate: bool = False,
 ) -> Fit:
@@ -58,10 +61,13 @@ def fit(
 
     available = available_memory(processes)
     dtype = body_dtype(train.precision, processes.device)
+    on_device = not needs_engine(train, deepspeed, processes.world_size)
     estimates: dict[bool, Memory] = {}
     for recompute in (False, True) if model.use_checkpoint == "auto" else (model.use_checkpoint is True,):
         settings = model.model_copy(update={"use_checkpoint": recompute})
-        estimates[recompute] = estimate(settings, train, diffusion, dtype, processes.device, processes.world_size)
+        estimates[recompute] = estimate(
+            settings, train, diffusion, dtype, processes.device, processes.world_size, on_device
+        )
         wanted = min(8, share) if train.microbatch == "auto" else micro
         if estimates[recompute].most(int(available * (1 - SPARE))) >= wanted:
             break

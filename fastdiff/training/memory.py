@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.models import BackboneSettings, SuperResSettings, build_model
+from fastdiff.training.engine import BUCKET
 from fastdiff.training.settings import TrainSettings
 
 
@@ -102,18 +103,22 @@ def estimate(
     dtype: torch.dtype,
     device: torch.device,
     world_size: int = 1,
+    on_device: bool = False,
 ) -> Memory:
-    """For the network that the settings describe, its body computed in `dtype`, on `device`, which is not touched."""
+    """For the network that the settings describe, its body computed in `dtype`, on `device`, which is not touched.
+
+    on_device says that the step goes past DeepSpeed (`steps.DeviceStep`), and weights are float32.
+    """
+    halves = train.precision != "fp32" and not on_device
     sizes = (2, 4)
     # Ops choose by device: fake tensors can stand for the CPU's, and tensors on the meta device for a GPU's.
     stand_in = FakeTensorMode() if device.type == "cpu" else torch.device("meta")
     with stand_in:
         network = build_model(model.model_copy(update={"use_checkpoint": model.use_checkpoint is True}))
         process = replace(diffusion)  # one that keeps no table of stand-ins
-        peaks = [_peak(network, process, dtype, device, size, train) for size in sizes]
+        peaks = [_peak(network, process, dtype, device, size, train.kernels, halves) for size in sizes]
     count = sum(p.numel() for p in network.parameters())
     per_image = (peaks[1] - peaks[0]) // (sizes[1] - sizes[0])
-    halves = train.precision != "fp32" and not train.cuda_graph
     shared = [world_size if train.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     master = 4 * count // shared[0] if halves else 0
     return Memory(
@@ -122,7 +127,8 @@ def estimate(
         optimizer=8 * count // shared[0] + master,
         averages=4 * count // shared[0] * len(train.ema_rate),
         per_image=per_image,
-        fixed=max(0, peaks[0] - sizes[0] * per_image),
+        fixed=max(0, peaks[0] - sizes[0] * per_image)
+        + (BUCKET * (2 if halves else 4) if train.zero_stage and not on_device else 0),
     )
 
 
@@ -132,11 +138,11 @@ def _peak(
     dtype: torch.dtype,
     device: torch.device,
     batch: int,
-    train: TrainSettings,
+    kernels: str,
+    halves: bool,
 ) -> int:
     """Most bytes alive in a forward and backward pass, gradients of weights apart."""
     settings = network.settings
-    halves = train.precision != "fp32" and not train.cuda_graph
     network.train().set_precision(dtype)
     for p in network.parameters():
         p.data = p.data.to(dtype if halves else torch.float32)
@@ -148,7 +154,7 @@ def _peak(
     if isinstance(settings, SuperResSettings):
         kwargs["low_res"] = torch.empty(batch, settings.in_channels, *settings.small_size)
     noise = ops.CounterNoise(0, index, (settings.in_channels, H, W))
-    mode: ops.Mode = "triton" if device.type == "cuda" and train.kernels != "reference" else "auto"
+    mode: ops.Mode = "triton" if device.type == "cuda" and kernels != "reference" else "auto"
     with ops.using(mode, anywhere=True), LiveBytes() as live:
         diffusion.training_losses(network, images, index, kwargs, noise)["loss"].mean().backward()
     return live.peak

@@ -27,7 +27,7 @@ from fastdiff.sampling.pictures import grid, save_grid, to_uint8
 from fastdiff.settings import UserError, what_is_wrong
 from fastdiff.training import checkpoints, compilation
 from fastdiff.training.checkpoints import Snapshot
-from fastdiff.training.engine import deepspeed_config, start_processes
+from fastdiff.training.engine import deepspeed_config, needs_engine, start_processes
 from fastdiff.training.fitting import fit
 from fastdiff.training.profile import StepProfiler
 from fastdiff.training.trainer import Trainer, low_res_of
@@ -49,7 +49,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         _check_same_model(folder, config)
     preview = _preview_diffusion(config)
     processes = current()
-    loader = _open_loader(config, processes, snapshot)
+    loader = _open_loader(config, processes, snapshot, build_cache=not dry_run)
     processes = start_processes()
     notes = choose_kernels(settings.kernels, processes.device)
     torch.set_float32_matmul_precision("highest")
@@ -82,12 +82,14 @@ def _settle(
     """The settings with every auto replaced by what it comes to here, and lines that say so."""
     train, step = config.train, snapshot.step if snapshot else 0
     before = snapshot.state.get("microbatch") if snapshot else None
-    fitted = fit(config.model, train, diffusion, processes, before, always_estimate=dry_run)
+    fitted = fit(config.model, train, diffusion, processes, config.deepspeed, before, always_estimate=dry_run)
     compiles, why = compilation.decide(train, processes.device, train.last_step - step)
     update = {"compile": compiles and not dry_run, "microbatch": fitted.microbatch}
     model = config.model.model_copy(update={"use_checkpoint": fitted.use_checkpoint})
     settled = config.model_copy(update={"train": train.model_copy(update=update), "model": model})
-    return settled, [f"torch.compile: {'yes' if compiles else 'no'} ({why})", *fitted.lines]
+    why_engine = needs_engine(train, config.deepspeed, processes.world_size)
+    step_line = f"step: through DeepSpeed ({why_engine})" if why_engine else "step: on the device alone (one process)"
+    return settled, [step_line, f"torch.compile: {'yes' if compiles else 'no'} ({why})", *fitted.lines]
 
 
 def _check(config: Config) -> None:
@@ -160,7 +162,7 @@ def _preview_diffusion(config: Config) -> GaussianDiffusion | None:
     return create_diffusion(settings, config.model.learn_sigma)
 
 
-def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None) -> Loader:
+def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None, build_cache: bool) -> Loader:
     known = snapshot.state.get("class_names") if snapshot else None
     loader = open_images(
         config.data,
@@ -172,6 +174,7 @@ def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None
         seed=config.train.seed,
         device=processes.device,
         class_names=known if config.model.class_cond else None,
+        build_cache=build_cache,
     )
     if config.model.class_cond:
         count = len(loader.class_names)

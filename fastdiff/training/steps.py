@@ -79,7 +79,7 @@ class EngineStep:
 
 
 class DeviceStep:
-    """On one device, without a number from the host: what CUDA graphs replay. On a CPU the same calls run plainly.
+    """On one device, without a number from the host: nothing waits, and with cuda_graph CUDA graphs replay it.
 
     Parameters and gradients are float32 here whatever the precision; the network casts weights where it uses them. A
     micro-batch is one graph and the update another, so that any accumulation needs the memory of one micro-batch.
@@ -101,7 +101,7 @@ class DeviceStep:
         self._inputs: Batch | None = None
         self._steps = 0
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if train.cuda_graph and device.type == "cuda" else None
 
     @property
     def skipped_steps(self) -> int:
@@ -113,9 +113,14 @@ class DeviceStep:
         self._skipped.fill_(count)
 
     def take(self, micro_batches: list[Batch], lr: float, seed_dropout: Callable[[int], None]) -> None:
-        """Forward and backward for each micro-batch, then the update."""
+        """Forward and backward for each micro-batch, then the update. The learning rate is a float32 here."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr  # for the checkpoint
         for i, batch in enumerate(micro_batches):
-            self._put(batch)
+            if self._stream is None:
+                self._inputs = batch
+            else:
+                self._put(batch)
             seed_dropout(i)
             self._run("more" if i else "first", functools.partial(self._accumulate, first=i == 0))
         self._lr.fill_(lr)
@@ -153,7 +158,8 @@ class DeviceStep:
             prepare()  # what must reach the device before, for a capture takes no copies from the host
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
+        # thread_local: the loader's threads go on with CUDA calls of their own.
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         self._graphs[name] = graph
 

@@ -27,7 +27,7 @@ from fastdiff.processes import Processes
 from fastdiff.settings import UserError
 from fastdiff.training import checkpoints, compilation
 from fastdiff.training.checkpoints import Snapshot, Writer
-from fastdiff.training.engine import create_engine, split_batch
+from fastdiff.training.engine import create_engine, needs_engine, split_batch
 from fastdiff.training.masters import Masters
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.settings import TrainSettings
@@ -81,7 +81,7 @@ class Trainer:
         self.ema = {str(rate): self.masters.clone() for rate in train.ema_rate}
         self.optimizer.attach_averages(self.masters.flats, {float(rate): a for rate, a in self.ema.items()})
         self.stepper: EngineStep | DeviceStep
-        if train.cuda_graph:
+        if not needs_engine(train, deepspeed, processes.world_size):
             self.stepper = DeviceStep(self.losses, self.optimizer, model, train, self.accumulation)
         else:
             # Of gradients that DeepSpeed doesn't clip, the optimiser's own pass gives the norm.
