@@ -23,7 +23,7 @@ from fastdiff import ops
 from fastdiff.config import Config
 from fastdiff.diffusion import create_diffusion
 from fastdiff.images import Batch
-from fastdiff.models import SuperResSettings, build_model, unet
+from fastdiff.models import SuperResSettings, blocks, build_model, unet
 from fastdiff.models.precision import DTYPES
 from fastdiff.processes import Processes
 from fastdiff.settings import UserError
@@ -290,6 +290,7 @@ LEVERS: dict[str, Lever] = {
     "virtual concat of skips": Lever(patches=((ops, "skip_conv1x1", reference.skip_conv1x1),)),
     "weights laid out once": Lever(patches=((ops, "conv_weight", _ordinary_weight),)),
     "one embedding product": Lever(patches=((unet, "project_embedding", _one_by_one),), gpu_only=False),
+    "residual sum in the norm": Lever(patches=((blocks, "_sums_wait", lambda *_: False),)),
     "optimiser kernel": Lever(),
 }
 

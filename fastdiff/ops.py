@@ -136,20 +136,21 @@ def choices(device: torch.device) -> list[Choice]:
     """What `device` gets for each op, for a run to say at its start."""
     if _mode == "reference":
         return [Choice("all", "PyTorch", "kernels reference")]
-    if not HAVE_TRITON:
-        return [Choice("all", "PyTorch", "Triton is not installed")]
-    if _mode == "auto" and device.type != "cuda":
-        return [
-            Choice("add_group_norm_silu, group_norm_silu", "PyTorch, own backward pass", "eager on a CPU"),
-            Choice("all others", "PyTorch", "no GPU"),
-        ]
+    convolved = [
+        Choice("upsample_conv", "one transposed convolution", "4/9 of the operations"),
+        Choice("skip_conv1x1", "two matrix products", "no concatenated map"),
+    ]
+    if not HAVE_TRITON or (_mode == "auto" and device.type != "cuda"):
+        why = "no GPU" if HAVE_TRITON else "Triton is not installed"
+        norms = Choice("add_group_norm_silu, group_norm_silu", "PyTorch, own backward pass", "eager on a CPU")
+        norms = norms if device.type == "cpu" else Choice("group_norm_silu", "PyTorch", why)
+        return [norms, *convolved, Choice("all others", "PyTorch", why)]
     why = "kernels triton" if _mode == "triton" else "a GPU"
     attention = "everywhere" if _mode == "triton" else "head sizes that flash attention pads or refuses; else SDPA"
     return [
         Choice("add_group_norm_silu, group_norm_silu, q_sample, diffusion_loss, sampler_step", "Triton", why),
         Choice("attention", "Triton", attention),
-        Choice("upsample_conv", "one transposed convolution", "4/9 of the operations"),
-        Choice("skip_conv1x1", "two matrix products", "no concatenated map"),
+        *convolved,
         *(
             [Choice("norm and conv3x3 without gradients", "Triton", "fused_convolutions")]
             if _fused_convolutions
@@ -326,8 +327,7 @@ def _flash_is_better(L: int, D: int) -> str:
 
 def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """1x1 convolution of cat(x, skip); see `reference.skip_conv1x1`."""
-    chosen = convolutions if uses_kernels(x) else reference
-    return chosen.skip_conv1x1(x, skip, weight, bias)
+    return _convolutions().skip_conv1x1(x, skip, weight, bias)
 
 
 def conv_weight(weight: Tensor, x: Tensor) -> Tensor:
@@ -337,8 +337,12 @@ def conv_weight(weight: Tensor, x: Tensor) -> Tensor:
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest-neighbour enlargement by 2 and a 3x3 convolution; see `reference.upsample_conv`."""
-    chosen = convolutions if uses_kernels(x) else reference
-    return chosen.upsample_conv(x, weight, bias)
+    return _convolutions().upsample_conv(x, weight, bias)
+
+
+def _convolutions() -> Any:
+    """PyTorch either way: in fewer operations unless the definitions themselves are wanted."""
+    return reference if _mode == "reference" else convolutions
 
 
 # --- noise, and diffusion maths ---

@@ -32,6 +32,8 @@ class _ConvWeight(torch.autograd.Function):
 
 def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[C_out, C_in, kh, kw] → the same values in `dtype`, channels-last; the gradient comes back contiguous."""
+    if torch.compiler.is_compiling():  # which fuses these; flattening makes the gradient contiguous
+        return weight.flatten().to(dtype).view(weight.shape).contiguous(memory_format=torch.channels_last)
     return _ConvWeight.apply(weight, dtype)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LossScale:
-    """Halves when gradients overflow, doubles after `window` steps without. Nothing here waits for the device.
+    """Halves when gradients overflow, doubles after every `window` steps without. Nothing here waits for the device.
 
     cur_scale            float32 scalar, at first 2^20 (improved-diffusion's).
     cur_iter             int64 scalar, updates so far, skipped ones too.
@@ -25,7 +25,8 @@ class LossScale:
     def update(self, found_inf: Tensor) -> None:
         """After a step: found_inf is a scalar on the device, not 0 where gradients overflowed."""
         overflow = found_inf != 0
-        grows = (self.cur_iter - self.last_overflow_iter) % self.window == 0
+        quiet = self.cur_iter - self.last_overflow_iter - 1
+        grows = (quiet > 0) & (quiet % self.window == 0)
         raised = torch.where(grows, 2 * self.cur_scale, self.cur_scale)
         self.cur_scale.copy_(torch.where(overflow, (self.cur_scale / 2).clamp(min=1.0), raised))
         self.last_overflow_iter.copy_(torch.where(overflow, self.cur_iter, self.last_overflow_iter))

@@ -14,6 +14,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastdiff.hardware import device_name, find, measure_rates
+from fastdiff.models import BackboneSettings, work
+from fastdiff.models.precision import DTYPES
+from fastdiff.roofline import Machine, predict
+from fastdiff.training.settings import TrainSettings
 from fastdiff.training.steps import WARM_UP
 
 SETTLING = WARM_UP + 2
@@ -43,34 +48,57 @@ def classify(names: Iterable[str]) -> str:
     return OTHER
 
 
+def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, device: torch.device) -> dict[str, float]:
+    """The least milliseconds of each class in a step of `batch` images, by known or measured rates."""
+    name = device_name(device)
+    known = find(name) if train.precision != "fp32" else None
+    if known:
+        machine = Machine(name, known.matmul_flops, known.copy_bytes, known.peak_flops)
+    else:
+        rates = measure_rates(device, dtype=torch.float32 if device.type == "cpu" else DTYPES[train.precision])
+        machine = Machine(name, rates.matmul_flops, rates.copy_bytes, None)
+    element = work.SINGLE if train.precision == "fp32" or device.type == "cpu" else work.HALF
+    updated = work.optimiser_bytes(len(train.ema_rate), half_copy=False)
+    ops = work.operations(settings, element)
+    predicted = predict(ops, batch, machine, launch_us=0.0, optimiser_bytes=updated)
+    return {name: share.ms for name, share in predicted.shares.items() if share.ms}
+
+
 @dataclass(frozen=True)
 class Breakdown:
-    """Milliseconds per step. On a GPU `classes` are times of its kernels, and the gaps are when it ran none; on a CPU
-    they are the operations' own times, and the gaps what Python took between them."""
+    """Milliseconds per step of `batch` images. On a GPU `classes` are times of its kernels, and the gaps are when it
+    ran none; on a CPU they are the operations' own times, and the gaps what Python took between them."""
 
     steps: int
     batch: int
     step_ms: float
     classes: dict[str, float]
+    floor: dict[str, float]
+    """The least they could take, by `fastdiff.roofline`."""
     device: str
 
     def rows(self) -> list[str]:
         """A table for people, largest first."""
         ordered = sorted(self.classes.items(), key=lambda item: -item[1])
-        lines = [f"{'':18}{'ms/step':>10}{'share':>8}"]
-        lines += [f"{name:18}{ms:10.2f}{ms / self.step_ms:8.1%}" for name, ms in ordered if ms]
+        lines = [f"{'':18}{'ms/step':>10}{'share':>8}{'floor':>10}"]
+        for name, ms in ordered:
+            if ms:
+                least = f"{self.floor[name]:10.2f}" if name in self.floor else f"{'-':>10}"
+                lines.append(f"{name:18}{ms:10.2f}{ms / self.step_ms:8.1%}{least}")
         rate = 1e3 * self.batch / self.step_ms
-        return [*lines, f"{'step':18}{self.step_ms:10.2f}{1:8.1%}   {rate:.4g} images/s, {self.steps} steps"]
+        whole = f"{'step':18}{self.step_ms:10.2f}{1:8.1%}{sum(self.floor.values()):10.2f}"
+        return [*lines, f"{whole}   {rate:.4g} images/s, {self.steps} steps on {self.device}"]
 
 
 class StepProfiler:
     """Watches `steps` steps of a run once it has settled; `advance` after each step returns the result once.
 
-    Writes trace.json.gz, profile.json and profile.txt into the folder.
+    batch is this process's share, floor what `floor_of` says. Writes trace.json.gz, profile.json and profile.txt into
+    the folder.
     """
 
-    def __init__(self, steps: int, folder: Path, batch: int, device: torch.device) -> None:
-        self.steps, self.folder, self.batch, self.device = steps, folder, batch, device
+    def __init__(self, steps: int, folder: Path, batch: int, device: torch.device, floor: dict[str, float]) -> None:
+        self.steps, self.folder, self.batch, self.device, self.floor = steps, folder, batch, device, floor
         self._seen = 0
         self._profile: Any = None
         self._start = self._waited = 0.0
@@ -101,8 +129,8 @@ class StepProfiler:
         times[WAIT] = waited
         times[GAPS] = max(0.0, seconds - busy - waited)
         per_step = {name: 1e3 * each / self.steps for name, each in times.items()}
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        result = Breakdown(self.steps, self.batch, 1e3 * seconds / self.steps, per_step, name)
+        name = device_name(self.device)
+        result = Breakdown(self.steps, self.batch, 1e3 * seconds / self.steps, per_step, self.floor, name)
         self._write(result)
         self._profile = None
         return result

@@ -29,7 +29,7 @@ from fastdiff.training import checkpoints, compilation
 from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.engine import deepspeed_config, needs_engine, start_processes
 from fastdiff.training.fitting import fit
-from fastdiff.training.profile import StepProfiler
+from fastdiff.training.profile import StepProfiler, floor_of
 from fastdiff.training.trainer import Trainer, low_res_of
 
 
@@ -264,10 +264,12 @@ class _Run:
 
     def _profiler(self) -> StepProfiler | None:
         """On rank 0 for the setting `profile`."""
-        train = self.config.train
+        train, device = self.config.train, self.processes.device
         if not train.profile or not self.processes.is_main:
             return None
-        return StepProfiler(train.profile, self.folder / "profile", train.batch_size, self.processes.device)
+        share = train.batch_size // self.processes.world_size
+        floor = floor_of(self.config.model, train, share, device)
+        return StepProfiler(train.profile, self.folder / "profile", share, device, floor)
 
     def _profile(self, profiler: StepProfiler, reporter: Reporter) -> None:
         with self._off_the_clock():  # writing the trace takes seconds

@@ -1,0 +1,92 @@
+"""A trainer of a tiny network on images made up on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.images import Batch
+from fastdiff.models import UNetSettings, build_model
+from fastdiff.training import checkpoints
+from fastdiff.training.engine import start_processes
+from fastdiff.training.settings import TrainSettings
+from fastdiff.training.trainer import Trainer
+
+MODEL: dict[str, Any] = {
+    "image_size": 8,
+    "num_channels": 32,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "attention_resolutions": "4",
+    "learn_sigma": True,
+    "dropout": 0.1,
+}
+
+
+class MadeUp:
+    """Random images [B, 8, 8, 3] that depend on their position in the stream alone."""
+
+    class_names = ["only"]
+    num_images = 1000
+    loader_name = "made up"
+    unreadable: list[Any] = []
+
+    def __init__(self, batch_size: int, size: int = 8) -> None:
+        self.batch_size, self.size, self.position = batch_size, size, 0
+
+    def __next__(self) -> Batch:
+        positions = torch.arange(self.position, self.position + self.batch_size)
+        generator = torch.Generator().manual_seed(self.position)
+        shape = (self.batch_size, self.size, self.size, 3)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        self.position += self.batch_size
+        return Batch(images, torch.zeros(self.batch_size, dtype=torch.int64), positions)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def small_trainer(
+    snapshot: checkpoints.Snapshot | None = None,
+    model: dict[str, Any] | None = None,
+    deepspeed: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Trainer:
+    """Four images a step, in two micro-batches unless settings say otherwise; no weight starts at zero."""
+    given = {"batch_size": 4, "microbatch": 2, "lr": 1e-3, "ema_rate": "0.9,0.99", "seed": 3, **settings}
+    train = TrainSettings(**given)
+    network_settings = UNetSettings(**{**MODEL, **(model or {})})
+    torch.manual_seed(0)
+    network = build_model(network_settings)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50, noise_schedule="cosine"), learn_sigma=True)
+    loader = MadeUp(train.batch_size, network_settings.image_size[0])
+    return Trainer(train, deepspeed or {}, network, diffusion, loader, start_processes(), snapshot)  # type: ignore[arg-type]
+
+
+def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
+    """Metrics of each of so many steps."""
+    made = []
+    for _ in range(steps):
+        trainer.take_step()
+        made.append(trainer.read_metrics())
+    return made
+
+
+def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments."""
+    moments, _ = trainer._moments()
+    sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
+    gathered = {kind: trainer.masters.gather(tensors) or {} for kind, tensors in sets.items()}
+    return {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
+
+
+Made = Callable[..., Trainer]

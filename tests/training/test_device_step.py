@@ -1,0 +1,227 @@
+"""A step on the device alone equals one through DeepSpeed, and asks the device for nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from training.small_trainer import losses_of, small_trainer, weights_of
+
+from fastdiff import ops
+from fastdiff.settings import UserError
+from fastdiff.training import checkpoints, steps
+from fastdiff.training.engine import needs_engine, start_processes
+from fastdiff.training.loss_scale import LossScale
+from fastdiff.training.settings import TrainSettings
+from fastdiff.training.steps import DeviceStep, EngineStep
+
+# A section that only DeepSpeed can follow, and that changes nothing in the numbers.
+THROUGH_ENGINE = {"wall_clock_breakdown": False}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"microbatch": -1},
+        {"grad_clip": 0.5, "weight_decay": 0.1},
+        {"schedule_sampler": "loss-second-moment", "lr_warmup_steps": 3, "lr_anneal_steps": 50},
+    ],
+    ids=["plain", "one micro-batch", "clipped", "loss-aware"],
+)
+def test_equals_deepspeed(settings: dict[str, Any]) -> None:
+    """Losses, norms, weights, averages and moments, with dropout and accumulation."""
+    alone, engine = small_trainer(**settings), small_trainer(deepspeed=THROUGH_ENGINE, **settings)
+    assert isinstance(alone.stepper, DeviceStep)
+    assert isinstance(engine.stepper, EngineStep)
+    for ours, theirs in zip(losses_of(alone, 4), losses_of(engine, 4), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=2e-5), name
+    assert_same_weights(weights_of(alone), weights_of(engine), rtol=1e-4, atol=2e-6)
+
+
+def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float, atol: float) -> None:
+    """All but a few: where a gradient is hardly there, AdamW's first steps are lr whichever way rounding points."""
+    assert ours.keys() == theirs.keys()
+    for kind in {name.split("/")[0] for name in ours}:
+        names = [name for name in ours if name.startswith(f"{kind}/")]
+        a, b = (torch.cat([side[name].flatten() for name in names]) for side in (ours, theirs))
+        assert torch.isclose(a, b, rtol=rtol, atol=atol).float().mean() > 0.99, kind
+
+
+def test_what_needs_the_engine() -> None:
+    plain = TrainSettings()
+    assert needs_engine(plain, {}, 1) == ""
+    given = {
+        "train_batch_size": 1,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True},
+        "gradient_clipping": 1,
+    }
+    assert needs_engine(plain, given, 1) == ""
+    assert needs_engine(plain, {}, 2) == "2 processes"
+    assert needs_engine(TrainSettings(zero_stage=2), {}, 1) == "zero_stage 2"
+    offload = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    assert needs_engine(plain, offload, 1) == "deepspeed.zero_optimization.offload_optimizer"
+    assert needs_engine(plain, {"fp16": {"enabled": True, "loss_scale": 8}}, 1) == "deepspeed.fp16.loss_scale"
+    with pytest.raises(UserError, match="--cuda_graph True can't be had with deepspeed.flops_profiler; leave one"):
+        small_trainer(cuda_graph=True, deepspeed={"flops_profiler": {"enabled": False}})
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device: numbers read from it, results whose size depends on values."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.name().split(".")[0].startswith(self.WAITING):
+            self.seen[func.name()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("sampler", ["uniform", "loss-second-moment"])
+def test_never_waits(precision: str, sampler: str) -> None:
+    trainer = small_trainer(precision=precision, schedule_sampler=sampler, grad_clip=1.0, zero_stage=1)
+    with Waits() as waits:
+        trainer.take_step()
+        trainer.take_step()
+    assert not waits.seen
+    with Waits() as waits:
+        trainer.read_metrics()
+    assert waits.seen, "the one place that may wait"
+
+
+def test_never_waits_for_a_loss_scale() -> None:
+    """fp16's scale, skips and norm stay on the device, too."""
+    trainer = small_trainer(precision="fp16", grad_clip=1.0)
+    trainer.model.set_precision(torch.float32)  # halves are slow on a CPU; the scale works all the same
+    trainer.take_step()
+    with Waits() as waits:
+        trainer.take_step()
+    assert not waits.seen
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("cuda_graph", [False, True], ids=["", "cuda graph"])
+def test_never_waits_gpu(cuda_graph: bool) -> None:
+    trainer = small_trainer(precision="bf16", cuda_graph=cuda_graph)
+    losses_of(trainer, steps.WARM_UP + 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            trainer.take_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("microbatch", [-1, 2])
+def test_cuda_graph_gpu(precision: str, microbatch: int) -> None:
+    """Replayed steps give what plain ones give, before and after a checkpoint would be taken."""
+    settings = {"precision": precision, "microbatch": microbatch, "grad_clip": 1.0}
+    plain, graphed = small_trainer(**settings), small_trainer(cuda_graph=True, **settings)
+    for ours, theirs in zip(losses_of(graphed, 8), losses_of(plain, 8), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
+
+
+# --- the loss scale ---
+
+
+def _deepspeeds(window: int) -> Any:
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    start_processes()  # it asks for its rank
+    return DynamicLossScaler(2.0**20, window, 1, 1, False, raise_error_at_min_scale=False)
+
+
+@pytest.mark.parametrize("window", [1, 3, 1000])
+def test_loss_scale_follows_deepspeeds(window: int) -> None:
+    ours, theirs = LossScale(window, torch.device("cpu")), _deepspeeds(window)
+    generator = torch.Generator().manual_seed(window)
+    for _ in range(200):
+        overflow = bool(torch.rand((), generator=generator) < 0.2)
+        ours.update(torch.tensor(float(overflow)))
+        theirs.update_scale(overflow)
+        state = ours.state_dict()
+        assert {name: getattr(theirs, name) for name in LossScale.NAMES} == state
+    again = LossScale(window, torch.device("cpu"))
+    again.load_state_dict(state)
+    assert again.state_dict() == state
+
+
+def test_overflow_skips_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, averages and moments stay, the scale halves, the step is counted; and then training goes on."""
+    trainer = small_trainer(precision="fp16", fp16_scale_growth=1.0)
+    trainer.model.set_precision(torch.float32)
+    step = trainer.stepper
+    assert isinstance(step, DeviceStep)
+    trainer.take_step()
+    before = {name: value.clone() for name, value in weights_of(trainer).items()}
+    scale = step.scaler_state()["cur_scale"]
+    losses = step.losses
+    step.losses = lambda network, batch: losses(network, batch) * float("inf")
+    trainer.take_step()
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
+    assert step.scaler_state()["cur_scale"] == scale / 2
+    step.losses = losses
+    trainer.take_step()
+    metrics = trainer.read_metrics()
+    assert metrics["skipped_steps"] == 1
+    assert metrics["lg_loss_scale"] == torch.tensor(scale / 2).log2().item()
+    assert metrics["grad_norm"] < float("inf")
+    assert not torch.equal(weights_of(trainer)["model/out.2.weight"], before["model/out.2.weight"])
+    assert all(torch.isfinite(value).all() for value in weights_of(trainer).values())
+
+
+def test_scaled_steps_equal_plain_ones() -> None:
+    """A loss scale, and its inverse on the gradients, change nothing but rounding."""
+    scaled, plain = small_trainer(precision="fp16", grad_clip=0.7), small_trainer(grad_clip=0.7)
+    scaled.model.set_precision(torch.float32)
+    for ours, theirs in zip(losses_of(scaled, 3), losses_of(plain, 3), strict=True):
+        for name in ("loss", "mse", "vb", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_resume_with_a_loss_scale(tmp_path: Path) -> None:
+    """The scale and the count of skipped steps come back."""
+    trainer = small_trainer(precision="fp16", fp16_scale_growth=0.5)
+    trainer.model.set_precision(torch.float32)
+    losses_of(trainer, 3)
+    trainer.stepper.skipped_steps = 2
+    trainer.save(tmp_path, {})
+    snapshot = checkpoints.read(tmp_path / "step_000003", ["0.9", "0.99"])
+    resumed = small_trainer(snapshot, precision="fp16", fp16_scale_growth=0.5)
+    resumed.model.set_precision(torch.float32)
+    assert resumed.stepper.scaler_state() == trainer.stepper.scaler_state()
+    assert resumed.stepper.skipped_steps == 2
+    assert losses_of(resumed, 2) == losses_of(trainer, 2)
+
+
+def test_kernel_steps_on_the_device() -> None:
+    """The optimiser's kernel with its learning rate, scale and overflow flag on the device."""
+    made = {}
+    for mode in ("reference", "triton"):
+        with ops.using(mode):  # type: ignore[arg-type]
+            trainer = small_trainer(precision="fp16", grad_clip=0.5, weight_decay=0.1, model={"channel_mult": "1"})
+            trainer.model.set_precision(torch.float32)
+            with ops.using("reference"):  # the network itself in the interpreter would take long
+                losses = trainer.losses
+                made[mode] = (losses_of(trainer, 2), weights_of(trainer))
+            assert losses
+            assert trainer.optimizer.fused_kernel == (mode == "triton")
+    for ours, theirs in zip(made["triton"][0], made["reference"][0], strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert_same_weights(made["triton"][1], made["reference"][1], rtol=1e-3, atol=2e-5)

@@ -1,0 +1,174 @@
+"""What a step will take of memory, against what it takes; and what is settled by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastdiff import ops
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.models import UNetSettings, build_model
+from fastdiff.processes import Processes
+from fastdiff.settings import UserError
+from fastdiff.training import fitting
+from fastdiff.training.memory import LiveBytes, Memory, estimate
+from fastdiff.training.settings import TrainSettings
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+ALONE = Processes(0, 0, 1, CPU)
+NETWORK = UNetSettings(image_size=32, num_channels=32, num_res_blocks=1, learn_sigma=True, dropout=0.1)
+
+
+@pytest.fixture
+def diffusion() -> GaussianDiffusion:
+    return create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=True)
+
+
+def _measured(settings: UNetSettings, diffusion: GaussianDiffusion, batch: int) -> int:
+    """Most bytes that the allocator gave out in a forward and backward pass."""
+    network = build_model(settings).train()
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    index = torch.arange(batch)
+    images = torch.zeros(batch, *settings.size_hw, 3, dtype=torch.uint8)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        noise = ops.CounterNoise(0, index, (3, *settings.size_hw))
+        diffusion.training_losses(network, images, index, {}, noise)["loss"].mean().backward()
+    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True], ids=["", "recomputing"])
+def test_within_ten_percent(use_checkpoint: bool, diffusion: GaussianDiffusion) -> None:
+    settings = NETWORK.model_copy(update={"use_checkpoint": use_checkpoint})
+    memory = estimate(settings, TrainSettings(), diffusion, torch.float32, CPU, on_device=True)
+    for batch in (3, 9):
+        found = memory.of(batch) - memory.states
+        assert found == pytest.approx(_measured(settings, diffusion, batch), rel=0.1)
+
+
+def test_recomputing_saves_memory(diffusion: GaussianDiffusion) -> None:
+    plain = estimate(NETWORK, TrainSettings(), diffusion, torch.bfloat16, GPU)
+    again = NETWORK.model_copy(update={"use_checkpoint": True})
+    assert estimate(again, TrainSettings(), diffusion, torch.bfloat16, GPU).per_image < 0.6 * plain.per_image
+
+
+def test_states() -> None:
+    """Bytes per parameter by precision and ZeRO stage; AdamW's moments are 8, an average 4."""
+    diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=True)
+    count = sum(p.numel() for p in build_model(NETWORK).parameters())
+
+    def per_parameter(world_size: int = 1, on_device: bool = False, **train: Any) -> float:
+        memory = estimate(NETWORK, TrainSettings(**train), diffusion, torch.float32, GPU, world_size, on_device)
+        return memory.states / count
+
+    assert per_parameter() == 4 + 4 + 8 + 4
+    assert per_parameter(ema_rate="0.9,0.99") == 4 + 4 + 8 + 8
+    assert per_parameter(precision="bf16", on_device=True) == 4 + 4 + 8 + 4
+    assert per_parameter(precision="bf16") == 2 + (2 + 4) + (4 + 8) + 4
+    assert per_parameter(4, precision="bf16", zero_stage=1) == pytest.approx(2 + 2 + (4 + 4 + 8 + 4) / 4, rel=1e-3)
+    assert per_parameter(4, precision="bf16", zero_stage=3) == pytest.approx((2 + 2 + 4 + 4 + 8 + 4) / 4, rel=1e-3)
+
+
+def test_live_bytes() -> None:
+    with LiveBytes(block=1) as live:
+        a = torch.empty(100, dtype=torch.uint8, device="meta")
+        view = a[10:]
+        b = torch.empty(50, dtype=torch.uint8, device="meta")
+        assert live.now == live.peak == 150
+        del a
+        assert live.now == 150, "the view keeps it"
+        del view
+        assert (live.now, live.peak) == (50, 150)
+        del b
+    assert live.now == 0
+
+
+def test_does_not_touch_the_process(diffusion: GaussianDiffusion) -> None:
+    """The tables it makes are stand-ins, and must not be found by the run that follows."""
+    estimate(NETWORK, TrainSettings(), diffusion, torch.float32, CPU)
+    x, t = torch.zeros(2, 3, 32, 32), torch.tensor([0, 3])
+    assert torch.isfinite(diffusion.q_sample(x, t)).all()
+
+
+# --- what is settled ---
+
+MEMORY = Memory(weights=100, gradients=100, optimizer=200, averages=100, per_image=50, fixed=100)
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Memory for eight images without recomputing, half as much per image with it; larger is faster, up to four."""
+    few = Memory(100, 100, 200, 100, per_image=25, fixed=100)
+    monkeypatch.setattr(fitting, "available_memory", lambda processes: int((600 + 8 * 50) / (1 - fitting.SPARE)) + 1)
+    monkeypatch.setattr(fitting, "estimate", lambda settings, *a: few if settings.use_checkpoint else MEMORY)
+    monkeypatch.setattr(
+        fitting, "_time", lambda network, diffusion, device, size: size / min(size, 4) * (1 + size / 100)
+    )
+    return monkeypatch
+
+
+def _fit(diffusion: GaussianDiffusion, use_checkpoint: Any = False, before: int | None = None, **train: Any) -> Any:
+    settings = NETWORK.model_copy(update={"use_checkpoint": use_checkpoint})
+    return fitting.fit(settings, TrainSettings(**train), diffusion, ALONE, {}, before)
+
+
+def test_most_that_fits() -> None:
+    assert MEMORY.of(3) == 750
+    assert MEMORY.most(750) == 3
+    assert MEMORY.most(749) == 2
+    assert MEMORY.most(10) == 0
+
+
+def test_microbatch_auto(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> None:
+    """The fastest of the largest that fit and share the batch out evenly."""
+    assert _fit(diffusion, batch_size=48, microbatch="auto").microbatch == 4
+    made = _fit(diffusion, batch_size=48, microbatch="auto")
+    assert [word for word in ("8:", "6:", "4:", "3:", "12:") if word in made.lines[0]] == ["8:", "6:", "4:", "3:"]
+    assert _fit(diffusion, batch_size=14, microbatch="auto").microbatch == 7
+    assert _fit(diffusion, batch_size=48, microbatch="auto", before=6).microbatch == 6, "as the run began"
+    assert _fit(diffusion, batch_size=48, microbatch="auto", before=16).microbatch == 4, "which doesn't fit here"
+
+
+def test_use_checkpoint_auto(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> None:
+    assert _fit(diffusion, "auto", batch_size=8).use_checkpoint is False
+    assert _fit(diffusion, "auto", batch_size=16).use_checkpoint is True
+    assert _fit(diffusion, "auto", batch_size=16, microbatch=8).use_checkpoint is False
+    assert _fit(diffusion, "auto", batch_size=512, microbatch="auto").use_checkpoint is False
+
+
+def test_too_large(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> None:
+    room.setattr(fitting, "available_memory", lambda processes: 500)
+    with pytest.raises(UserError, match="--microbatch auto: not even one image fits, .*; try --use_checkpoint True"):
+        _fit(diffusion, batch_size=8, microbatch="auto")
+
+    def full(network: Any, diffusion: Any, device: Any, size: int) -> float:
+        if size > 3:
+            raise torch.OutOfMemoryError("full")
+        return 1.0
+
+    room.setattr(fitting, "available_memory", lambda processes: 10**6)
+    room.setattr(fitting, "_time", full)
+    assert _fit(diffusion, batch_size=6, microbatch="auto").microbatch == 3
+
+
+def test_nothing_to_settle(diffusion: GaussianDiffusion) -> None:
+    made = _fit(diffusion, batch_size=12, microbatch=5)
+    assert (made.microbatch, made.use_checkpoint, made.lines) == (4, False, [])
+
+
+def test_really_tried() -> None:
+    """Without stand-ins: the tiny network on this machine."""
+    tiny = UNetSettings(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
+    plain = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=False)
+    made = fitting.fit(tiny, TrainSettings(batch_size=4, microbatch="auto"), plain, ALONE, {})
+    assert made.microbatch in (1, 2, 4)
+    assert "images/s" in made.lines[0]
+    assert "expected memory" in made.lines[1]
