@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GOLDEN ?= tests/golden
 
-.PHONY: help setup demo test test-golden test-gpu lint bench bench-kernels aot
+.PHONY: help setup demo test test-golden test-gpu lint bench bench-gpu bench-kernels aot
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
@@ -46,9 +46,15 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastdiff kernels
 
-bench: $(READY)  ## a training step against improved-diffusion's operations, figures in benchmarks/results
-	mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/bench_step.py --json benchmarks/results/step.json
+bench: $(READY)  ## training steps against improved-diffusion's and others', for a small network on a CPU: minutes
+	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
+	$(BIN)/python benchmarks/bench_train.py --quick --json benchmarks/results/train_quick.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/train_quick.json \
+	    --markdown benchmarks/results/train_quick.md --chart benchmarks/results/train_quick.svg
+
+bench-gpu: $(READY)  ## the same for the published networks on a GPU, nine minutes at a time; repeat until nothing is left
+	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
+	$(BIN)/python benchmarks/bench_gpu.py
 
 bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peers, figures in benchmarks/results
 	mkdir -p benchmarks/results

@@ -21,6 +21,7 @@ setup(
         "deepspeed>=0.19",
         "numpy>=1.26",
         "pillow>=10.1",
+        "psutil>=5.9",
         "pydantic>=2.9",
         "safetensors>=0.4",
         "tensorboard>=2.16",
@@ -31,8 +32,12 @@ setup(
     extras_require={
         "demo": ["scikit-learn>=1.4"],
         "datasets": ["lmdb>=1.4"],
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "lmdb>=1.4", "scikit-learn>=1.4"],
+        "test": [
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
+            *("lmdb>=1.4", "matplotlib>=3.8", "scikit-learn>=1.4"),
+        ],
         "benchmark": ["pytest-benchmark>=5", "matplotlib>=3.8"],
+        "peers": ["diffusers>=0.35"],
         "evaluation": ["torch-fidelity>=0.3"],
         "lint": ["ruff>=0.9", "mypy>=1.14"],
     },

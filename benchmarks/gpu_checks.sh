@@ -34,8 +34,7 @@ if command -v compute-sanitizer > /dev/null; then
 fi
 step figures "$python" -m pytest -q -W ignore -o python_files='bench_*.py' -o python_functions='bench_*' \
     -o timeout=3600 benchmarks/bench_*.py --benchmark-json "$results/kernels.json"
-step train_step "$python" benchmarks/bench_step.py --image_size 64 --num_channels 128 --num_res_blocks 3 \
-    --batch_size 64 --variants fp32,bf16,fp16,bf16+compile --json "$results/step.json"
+step training "$python" -m pytest -q --maxfail=40 -k gpu tests/training tests/benchmarks tests/images
 echo
 printf '%s\n' "${summary[@]}"
 exit "$failed"

@@ -18,9 +18,9 @@ The terms are weights, float32 masters, two moments, averages, and gradients. St
 keep their part: DeepSpeed's default, 1.5 times what stage 0 sends. Stage 3 never releases the S parameters of tensors
 up to stage3_param_persistence_threshold (100,000), and gathers the others f = 1 times per micro-batch where it keeps
 them from the forward to the backward pass, which it does while 2 P is within stage3_max_reuse_distance (a billion
-elements), and else f = 2 times. The bucket is reduce_bucket_size (500 million elements) times w: at stages 1 and 2 in
-the backward pass, at stage 3 always. A 16-bit step makes float32 copies of the gradients, 4 P (stage 0) or 4 P / n,
-when the activations are gone: the greater of both counts. Activations are `work.saved_bytes` per image of a
+elements), and else f = 2 times. The bucket is reduce_bucket_size (the trainer's 50 million elements) times w: at stages
+1 and 2 in the backward pass, at stage 3 always. A 16-bit step makes float32 copies of the gradients, 4 P (stage 0) or
+4 P / n, when the activations are gone: the greater of both counts. Activations are `work.saved_bytes` per image of a
 micro-batch; workspaces and fragmentation come on top. A GPU alone sends nothing.
 
 A ring of n sends (n - 1) / n of a tensor per GPU for a reduce-scatter or an all-gather, twice that for an all-reduce.
@@ -51,14 +51,13 @@ from fastdiff import hardware
 from fastdiff.models import BackboneSettings, work
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
+from fastdiff.training.engine import BUCKET
 
 try:  # run as a script, or imported beside its neighbour
     import roofline
 except ImportError:
     from benchmarks import roofline
 
-BUCKET = 500_000_000
-"""DeepSpeed's reduce_bucket_size, elements."""
 PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold, elements of one tensor."""
 REUSE = 1_000_000_000
@@ -335,7 +334,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--latency_us", type=float, default=5, help="per message and doubling (default: 5, assumed)")
     parser.add_argument("--overlap", type=float, default=0.5, help="share that hides communication (default: 0.5)")
-    parser.add_argument("--bucket", type=int, default=BUCKET, help="reduce_bucket_size (default: DeepSpeed's 5e8)")
+    parser.add_argument(
+        "--bucket", type=int, default=BUCKET, help="reduce_bucket_size, in elements (default: the trainer's)"
+    )
     parser.add_argument(
         "--usd_per_hour", type=float, default=USD_PER_HOUR, help=f"of a GPU (default: {USD_PER_HOUR:g}, an assumption)"
     )

@@ -110,6 +110,13 @@ def needs_engine(train: TrainSettings, deepspeed: dict[str, Any], world_size: in
     return ""
 
 
+def _zero(stage: int, world_size: int) -> dict[str, Any]:
+    if not stage:
+        return {"stage": 0}
+    overlap = {"overlap_comm": True} if world_size > 1 and torch.cuda.is_available() else {}
+    return {"stage": stage, "reduce_bucket_size": BUCKET, **overlap}
+
+
 def deepspeed_config(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> dict[str, Any]:
     """DeepSpeed's JSON for the settings, with the user's own laid over it."""
     micro, accumulation = split_batch(train, world_size)
