@@ -19,6 +19,7 @@ own rounding is added.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +59,7 @@ class DaliLoader(Loader):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pipeline: Pipeline | None = None
+        self._failed: deque[Pipeline | None] = deque(maxlen=2)
         self._halvings = 1
         self._undecodable: set[int] = set()  # by DALI, though Pillow can
 
@@ -117,7 +119,10 @@ class DaliLoader(Loader):
         try:
             return sources, self._run(encoded)
         except (RuntimeError, ValueError, IndexError) as error:  # DALI keeps the type its operator raised
-            self._pipeline = None  # DALI's pipelines don't survive an error
+            # DALI's pipelines don't survive an error. Threads of this one may still be at work on other files: when it
+            # goes at once the process has been seen to crash, so it goes with the second next.
+            self._failed.append(self._pipeline)
+            self._pipeline = None
             if len(sources) == 1:
                 return self._decode([self._refetch(sources[0][0], error)])
         middle = len(sources) // 2
