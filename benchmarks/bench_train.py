@@ -44,7 +44,14 @@ except ImportError:
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICK: dict[str, Any] = {
-    "model": {"image_size": 32, "num_channels": 64, "num_res_blocks": 1, "channel_mult": "1,2,2", "learn_sigma": True},
+    "model": {
+        "image_size": 32,
+        "num_channels": 64,
+        "num_res_blocks": 1,
+        "channel_mult": "1,2",
+        "attention_resolutions": "16",
+        "learn_sigma": True,
+    },
     "diffusion": {"diffusion_steps": 4000, "noise_schedule": "cosine"},
 }
 VARIANTS: dict[str, Callable[[Case], Step]] = {
@@ -71,7 +78,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", default="cifar10_uncond", help="names in configs/, JSON files, or quick")
     parser.add_argument("--batches", default="", help="images per step, one number or one per configuration")
-    parser.add_argument("--precisions", default="", help="of fp32, bf16, fp16 (default: bf16 on a GPU, else fp32,bf16)")
+    parser.add_argument(
+        "--precisions",
+        default="",
+        help="of fp32, bf16, fp16 (default: bf16 on a GPU, else fp32, and bf16 if the CPU has it)",
+    )
     parser.add_argument("--variants", default="", help=f"of {', '.join(VARIANTS)} (default: what runs here)")
     parser.add_argument("--levers", default="", help=f"all, or of {', '.join(LEVERS)}: each is timed off")
     parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds that count")
@@ -84,6 +95,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         args.configs, args.rounds, args.seconds = "quick", min(args.rounds, 6), min(args.seconds, 0.7)
+        args.variants = args.variants or "reference,diffusers,ours,ours eager"
     return args
 
 
@@ -288,7 +300,9 @@ def settings_of(
     )
     usual_variants = ["reference", "reference+compile", "diffusers", "ours", "ours eager"]
     if not gpu and not bf16:
-        print("this CPU has no bf16 instructions: in bf16 ours computes in fp32, others would take ten times as long")
+        print(
+            "this CPU has no bf16 instructions: in bf16 ours computes in fp32, others take ten times as long: left out"
+        )
     variants = chosen(args.variants, list(VARIANTS), usual_variants, "--variants")
     possible = [name for name, lever in LEVERS.items() if gpu or not lever.gpu_only]
     levers = possible if args.levers == "all" else chosen(args.levers, list(LEVERS), [], "--levers")
