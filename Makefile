@@ -48,9 +48,9 @@ lint: $(READY)  ## ruff and mypy
 
 bench: $(READY)  ## training steps against improved-diffusion's and others', for a small network on a CPU: minutes
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
-	$(BIN)/python benchmarks/bench_train.py --quick --json benchmarks/results/train_quick.json
-	$(BIN)/python benchmarks/report.py benchmarks/results/train_quick.json \
-	    --markdown benchmarks/results/train_quick.md --chart benchmarks/results/train_quick.svg
+	$(BIN)/python benchmarks/bench_train.py --quick --json benchmarks/results/train_quick_cpu.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/train_quick_cpu.json \
+	    --markdown benchmarks/results/train_quick_cpu.md --chart benchmarks/results/train_quick_cpu.svg
 
 bench-gpu: $(READY)  ## the same for the published networks on a GPU, nine minutes at a time; repeat until nothing is left
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt

@@ -295,9 +295,8 @@ def settings_of(
         usual = min(config.train.batch_size, 128 if gpu else 8) if name != "quick" else 8
         cases.append((name, config, batches[i % len(batches)] if batches else usual))
     bf16 = gpu or body_dtype("bf16", device) == torch.bfloat16
-    precisions = chosen(
-        args.precisions, ["fp32", "bf16", "fp16"], ["bf16"] if gpu else ["fp32", "bf16"], "--precisions"
-    )
+    usual_precisions = ["bf16"] if gpu else ["fp32", "bf16"] if bf16 else ["fp32"]
+    precisions = chosen(args.precisions, ["fp32", "bf16", "fp16"], usual_precisions, "--precisions")
     usual_variants = ["reference", "reference+compile", "diffusers", "ours", "ours eager"]
     if not gpu and not bf16:
         print(

@@ -284,10 +284,10 @@ def chart(results: Results, files: Sequence[Path]) -> None:
         figure.text(0.15 / width, head - 0.24 / height, where, size=8.5, color=PALE, va="center")
         if any(lined):
             note = (
-                "Lines are predictions by benchmarks/roofline.py: the roofline (solid) at all of the matmul and copy "
-                "rates, the target (dotted) at 80% and 90%."
+                "Lines are predictions by benchmarks/roofline.py: the roofline (solid) at all of\n"
+                "the matmul and copy rates, the target (dotted) at 80% and 90% of them."
             )
-            figure.text(0.15 / width, 0.16 / height, note, size=8, color=PALE, va="center")
+            figure.text(0.15 / width, 0.2 / height, note, size=8, color=PALE, va="center")
         for file in files:
             try:
                 figure.savefig(file, dpi=160, metadata={"Date": None} if file.suffix == ".svg" else None)
