@@ -347,20 +347,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:
-    """Ours over every variant beside it, by configuration and precision."""
+    """Ours (eager, where that alone was timed) over every variant beside it, by configuration, precision and batch."""
     out = []
-    for row in rows:
-        if row["variant"] != "ours":
-            continue
-        peers = [
-            other
-            for other in rows
-            if other is not row
-            and not other["variant"].startswith("ours")
-            and all(other[key] == row[key] for key in ("config", "precision", "batch"))
-        ]
-        against = ", ".join(f"{other['ms'][1] / row['ms'][1]:.2f} x {other['variant']}" for other in peers)
-        out.append(f"{row['config']} {row['precision']} {against}")
+    for key in dict.fromkeys((row["config"], row["precision"], row["batch"]) for row in rows):
+        here = {row["variant"]: row["ms"][1] for row in rows if (row["config"], row["precision"], row["batch"]) == key}
+        mine = next((name for name in ("ours", "ours eager", "ours +cuda_graph") if name in here), None)
+        others = [name for name in here if not name.startswith("ours")]
+        if mine and others:
+            against = ", ".join(f"{here[name] / here[mine]:.2f} x {name}" for name in others)
+            out.append(f"{Path(key[0]).stem} {key[1]} {against}")
     return out
 
 

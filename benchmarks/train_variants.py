@@ -106,7 +106,13 @@ def seed(case: Case, checkout: Path | None = None) -> Step:
     else:
         model, theirs = _from_checkout(case, checkout)
         losses = lambda network, x, t, kwargs: theirs.training_losses(network, x, t, model_kwargs=kwargs)
-    model.load_state_dict(case.weights)
+    try:
+        model.load_state_dict(case.weights)
+    except RuntimeError as error:
+        raise UserError(
+            "--seed_checkout: the original builds another network for these settings (it knows images of 32, 64 and "
+            "256 pixels, with one channel_mult each); leave the flag out"
+        ) from error
     fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
     step = SeedStep(model.to(case.device), losses, diffusion.num_timesteps, fp16=fp16)
     return lambda: step(case.images, case.kwargs)

@@ -39,7 +39,9 @@ def test_results(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     argv += ["--rounds", "2", "--seconds", "0.01", "--threads", "1", "--json", str(results)]
     bench_train.main(argv)
     shown = capsys.readouterr().out
-    assert shown.splitlines()[-1].startswith("ratios: ")
+    last = shown.splitlines()[-1]
+    assert last.startswith("ratios: small fp32 ")
+    assert last.endswith(" x reference")
     content = json.loads(results.read_text())
     assert {row["variant"] for row in content["rows"]} == {"reference", "ours eager"}
     for row in content["rows"]:
