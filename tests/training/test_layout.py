@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,6 +90,47 @@ def test_every_map_is_channels_last(settings: BackboneSettings) -> None:
     upsampling = sum(isinstance(m, UpsampleConv) for m in network.modules())  # whose taps go back to 3x3 ones besides
     passes = 3 if settings.use_checkpoint else 2
     assert 2 * convolutions <= sum(layouts.weights.values()) <= passes * convolutions + upsampling
+
+
+@pytest.mark.parametrize("name", ["unet", "super-resolution"])
+def test_compiled_graphs_keep_the_layout(name: str) -> None:
+    """The graphs of the compiled network, forward and backward, copy no map to another layout.
+
+    Small images that are enlarged are let off: Inductor makes their clone part of the interpolation.
+    """
+    settings = NETWORKS[name]
+    wrong: list[str] = []
+    convolutions = Counter[bool]()
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        for node in graph.graph.nodes:
+            made = node.meta.get("val")
+            if node.op != "call_function" or not isinstance(made, Tensor) or made.dim() != 4:
+                continue
+            operation = str(node.target).removeprefix("aten.").split(".")[0]
+            if made.shape[0] == BATCH and operation == "convolution":
+                convolutions[_channels_last(made)] += 1
+            if made.shape[0] == BATCH and made.shape[1] > 4 and operation in COPIES:
+                source = node.args[0].meta["val"]
+                if source.shape == made.shape and source.stride() != made.stride():
+                    wrong.append(f"{operation} {tuple(made.shape)}")
+        return make_boxed_func(graph.forward)
+
+    diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=True)
+    network = build_model(settings).train()
+    torch._dynamo.reset()
+    network.forward = torch.compile(  # type: ignore[method-assign]
+        network.forward, fullgraph=True, dynamic=False, backend=aot_autograd(fw_compiler=look, bw_compiler=look)
+    )
+    images, index = torch.zeros(BATCH, *settings.size_hw, 3, dtype=torch.uint8), torch.arange(BATCH)
+    kwargs: dict[str, Tensor] = {}
+    if isinstance(settings, SuperResSettings):
+        kwargs["low_res"] = low_res_of(ops.start_map(images), settings.small_size)
+    noise = ops.CounterNoise(0, index, (3, *settings.size_hw))
+    diffusion.training_losses(network, images, index, kwargs, noise)["loss"].mean().backward()
+    assert convolutions[True] > 20
+    assert not convolutions[False]
+    assert not wrong
 
 
 def test_a_wrong_layout_is_seen() -> None:
