@@ -84,7 +84,9 @@ def _settle(
     before = snapshot.state.get("microbatch") if snapshot else None
     fitted = fit(config.model, train, diffusion, processes, config.deepspeed, before, always_estimate=dry_run)
     compiles, why = compilation.decide(train, processes.device, train.last_step - step)
-    update = {"compile": compiles and not dry_run, "microbatch": fitted.microbatch}
+    if dry_run:
+        compiles, why = False, "a dry run takes one step"
+    update = {"compile": compiles, "microbatch": fitted.microbatch}
     model = config.model.model_copy(update={"use_checkpoint": fitted.use_checkpoint})
     settled = config.model_copy(update={"train": train.model_copy(update=update), "model": model})
     why_engine = needs_engine(train, config.deepspeed, processes.world_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,6 +86,3 @@ def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
     gathered = {kind: trainer.masters.gather(tensors) or {} for kind, tensors in sets.items()}
     return {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
-
-
-Made = Callable[..., Trainer]
