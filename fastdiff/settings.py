@@ -64,7 +64,7 @@ def _split(value: Any) -> Any:
     return [value] if isinstance(value, (int, float)) else value
 
 
-def _join(values: tuple[float, ...]) -> str:
+def _join(values: tuple[float | str, ...]) -> str:
     return ",".join(str(value) for value in values)
 
 
@@ -73,6 +73,9 @@ Ints = Annotated[tuple[int, ...], BeforeValidator(_split), PlainSerializer(_join
 
 Floats = Annotated[tuple[float, ...], BeforeValidator(_split), PlainSerializer(_join)]
 """Numbers, written '0.9999,0.999' or as a JSON list."""
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_join)]
+"""Words, written 'npz,png' or as a JSON list."""
 
 
 def _switch(value: Any) -> Any:

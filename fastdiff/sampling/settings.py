@@ -4,49 +4,148 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
+from fastdiff.diffusion.plans import SOLVERS, Solver
+from fastdiff.diffusion.spacing import Spacing
 from fastdiff.kernel_choice import Kernels
-from fastdiff.settings import Settings
+from fastdiff.settings import Count, Floats, Settings, Switch, Words
 
 Precision = Literal["fp32", "bf16", "fp16"]
+FORMATS = ("npz", "png", "zip", "tar")
 
 
-class SampleSettings(Settings):
-    """Drawing images from a checkpoint."""
+class DrawSettings(Settings):
+    """What all sampling jobs have in common."""
 
     model_path: str = ""
     """The checkpoint: a .pt file, or a folder of checkpoints (its newest EMA is taken)."""
+    preset: str = ""
+    """Settings of a published checkpoint by its name, for a .pt file that carries none, e.g. cifar10_uncond."""
     num_samples: int = Field(10000, ge=1)
     """Images to draw."""
-    batch_size: int = Field(16, ge=1)
-    """Images at a time, per process."""
-    clip_denoised: bool = True
-    """Clip the predicted x_0 to [-1, 1] at every step."""
+    batch_size: Count = 16
+    """Images at a time, per process; auto: what is fastest of that which fits, tried out once and remembered."""
+    solver: Solver = "ddpm"
+    """ddpm: ancestral sampling; ddim; dpmpp_2m, dpmpp_3m: DPM-Solver++, and with _sde its stochastic form; unipc;
+    heun: two evaluations a step, as EDM does it."""
+    steps: int = Field(0, ge=0)
+    """Steps of the solver, spread as `spacing` says; 0: those that timestep_respacing keeps."""
+    spacing: Spacing = "uniform"
+    """How `steps` are spread over the chain: evenly in t, in its square root, in log SNR, or as Karras et al. do."""
+    sigma_max: float = Field(160.0, gt=0)
+    """With `steps`: the largest noise to start from, in units of the image; a cosine chain goes on to 80,000."""
     use_ddim: bool = False
-    """DDIM instead of ancestral sampling."""
+    """The same as solver ddim."""
     eta: float = Field(0.0, ge=0, le=1)
     """Noise of DDIM: 0 none, 1 as much as DDPM."""
+    clip_denoised: bool = True
+    """Clip the predicted x_0 to [-1, 1] at every step."""
+    guidance: float = Field(1.0, ge=0)
+    """Weight of classifier-free guidance, or of guide_model_path; 1: none."""
+    guidance_interval: Floats = ()
+    """Guide only at these noise levels, LOW,HIGH in units of the image, e.g. 0.2,5; empty: at all."""
+    guide_model_path: str = ""
+    """Autoguidance: a weaker checkpoint to steer away from, instead of the null class."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Image i of a job depends on the seed and i, not on batch size or process count."""
-    classes: str = ""
-    """Classes to draw in turn, by number or name, e.g. 0,5,7; empty: each image's class at random."""
     precision: Precision = "fp32"
     """Arithmetic of the network's body."""
+    use_fp16: bool = False
+    """The same as precision fp16."""
+    compile: Switch = "auto"
+    """Compile the network with torch.compile. auto: on a GPU, and on a CPU for jobs long enough to win back the
+    minutes it takes."""
+    cuda_graph: Switch = "auto"
+    """Replay each step as a CUDA graph. auto: on a GPU."""
     kernels: Kernels = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
     fused_convolutions: bool = False
     """Experimental: norms computed inside Triton's 3x3 convolutions instead of beside cuDNN's."""
-    use_fp16: bool = False
-    """The same as precision fp16."""
     out_dir: str = ""
-    """Where files go; empty: the folder in OPENAI_LOGDIR, else runs/samples."""
+    """Where files go; the same job again goes on there. Empty: the folder in OPENAI_LOGDIR, else one of its own in
+    runs/samples."""
+    overwrite: bool = False
+    """Start over in a folder that holds another job, whose files are removed."""
+    save_as: Words = ("npz",)
+    """Files to make: npz, png (a folder), zip, tar (WebDataset), several separated by commas."""
     grid_images: int = Field(100, ge=0)
     """Images in the PNG grid; 0: no grid."""
+    trajectory: int = Field(0, ge=0)
+    """Images whose predicted x_0 over the steps becomes a strip and a GIF; 0: none."""
+
+    @field_validator("batch_size")
+    @classmethod
+    def _batch_size(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1, or auto, not {value}")
+        return value
+
+    @field_validator("save_as")
+    @classmethod
+    def _formats(cls, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if value not in FORMATS:
+                raise ValueError(f"must be of {', '.join(FORMATS)}, not {value!r}")
+        if not values:
+            raise ValueError(f"is empty; give one or more of {', '.join(FORMATS)}")
+        return tuple(dict.fromkeys(values))
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if values and (len(values) != 2 or not 0 <= values[0] < values[1]):
+            raise ValueError(f"must be two rising noise levels such as 0.2,5, not {','.join(map(str, values))}")
+        return values
+
+    @model_validator(mode="after")
+    def _agree(self) -> DrawSettings:
+        if self.use_ddim and self.solver != "ddim":
+            raise ValueError(f"use_ddim True contradicts solver {self.solver}")
+        if self.eta and self.solver != "ddim":
+            raise ValueError(f"eta {self.eta:g} is for solver ddim; {self.solver} has no eta")
+        if self.guidance_interval and self.guidance == 1:
+            raise ValueError("guidance_interval needs a guidance other than 1")
+        if self.guide_model_path and self.guidance == 1:
+            raise ValueError("guide_model_path needs a guidance other than 1")
+        if self.steps and self.steps < SOLVERS[self.solver].least_steps:
+            raise ValueError(f"steps {self.steps}: {self.solver} takes at least {SOLVERS[self.solver].least_steps}")
+        return self
 
 
-class SuperResSampleSettings(SampleSettings):
+class SampleSettings(DrawSettings):
+    """Drawing images from a checkpoint."""
+
+    classes: str = ""
+    """Classes to draw in turn, by number or name, e.g. 0,5,7; with weights at random, e.g. cat:3,dog:1; balanced: all
+    in turn; empty: each image's class at random."""
+    sr_model_path: str = ""
+    """A super-resolution checkpoint that enlarges the images as they come."""
+    sr_preset: str = ""
+    """Settings of a published super-resolution checkpoint by its name, e.g. upsample_256."""
+    sr_batch_size: Count = "auto"
+    """Images that are enlarged at a time, per process; auto as for batch_size."""
+    sr_steps: int = Field(0, ge=0)
+    """Steps of the solver when enlarging; 0: those that sr_timestep_respacing keeps."""
+    sr_timestep_respacing: str = ""
+    """timestep_respacing when enlarging."""
+
+    @field_validator("sr_batch_size")
+    @classmethod
+    def _sr_batch_size(cls, value: int | str) -> int | str:
+        return cls._batch_size(value)
+
+    @model_validator(mode="after")
+    def _cascade(self) -> SampleSettings:
+        if not self.sr_model_path:
+            for name in ("sr_preset", "sr_steps", "sr_timestep_respacing"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is for enlarging; name a checkpoint with sr_model_path")
+        return self
+
+
+class SuperResSampleSettings(DrawSettings):
     """Enlarging images with a super-resolution checkpoint."""
 
     num_samples: int = Field(10000, ge=1)
