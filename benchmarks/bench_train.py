@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fastdiff import ops
+from fastdiff import compilation, ops
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.hardware import device_name, find, measure_rates
 from fastdiff.models.precision import body_dtype
@@ -34,7 +34,6 @@ from fastdiff.models.work import train_flops
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
 from fastdiff.threads import use_free_cores
-from fastdiff.training import compilation
 from fastdiff.training.engine import start_processes
 
 try:  # run as a script, or imported beside its neighbours

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from fastdiff.kernels import reference
 from torch import Tensor, nn
 
-from fastdiff import ops
+from fastdiff import compilation, ops
 from fastdiff.config import Config
 from fastdiff.diffusion import create_diffusion
 from fastdiff.images import Batch
@@ -27,7 +27,6 @@ from fastdiff.models import SuperResSettings, blocks, build_model, unet
 from fastdiff.models.precision import DTYPES
 from fastdiff.processes import Processes
 from fastdiff.settings import UserError
-from fastdiff.training import compilation
 from fastdiff.training.trainer import Trainer, low_res_of
 
 try:  # run as a script, or imported beside its neighbour
@@ -171,7 +170,7 @@ def _plain_step(case: Case, model: nn.Module, losses: Callable[[Tensor, Tensor, 
 
 def _compiled(model: nn.Module, case: Case) -> Any:
     model.to(case.device, memory_format=torch.channels_last).train()
-    return torch.compile(model, **compilation.compile_kwargs(case.device, 0))
+    return torch.compile(model, **compilation.compile_kwargs(case.device))
 
 
 def compiled_seed(case: Case) -> Step:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.kernels import convolutions, group_norm_silu_eager, reference, reference_diffusion
+from fastdiff.kernels.convolutions import box_weight as upsample_taps
 from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow, image_uniform, update_ema
 from fastdiff.kernels.reference_diffusion import (
     LOSS_COLUMNS,
@@ -72,6 +73,7 @@ __all__ = [
     "uses_kernels",
     "update_ema",
     "upsample_conv",
+    "upsample_taps",
     "use",
     "using",
     "vb_terms_bpd",
@@ -336,7 +338,10 @@ def conv_weight(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Nearest-neighbour enlargement by 2 and a 3x3 convolution; see `reference.upsample_conv`."""
+    """Nearest-neighbour enlargement by 2 and a 3x3 convolution; see `reference.upsample_conv`.
+
+    Outside mode "reference" the weight may be what `upsample_taps` makes of it, once and for all.
+    """
     return _convolutions().upsample_conv(x, weight, bias)
 
 

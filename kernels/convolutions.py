@@ -32,9 +32,16 @@ class _ConvWeight(torch.autograd.Function):
 
 def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """[C_out, C_in, kh, kw] → the same values in `dtype`, channels-last; the gradient comes back contiguous."""
+    if not weight.requires_grad and is_arranged(weight, dtype):
+        return weight
     if torch.compiler.is_compiling():  # which fuses these; flattening makes the gradient contiguous
         return weight.flatten().to(dtype).view(weight.shape).contiguous(memory_format=torch.channels_last)
     return _ConvWeight.apply(weight, dtype)
+
+
+def is_arranged(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight is already as `conv_weight` would make it."""
+    return weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def box_weight(weight: Tensor) -> Tensor:
@@ -46,8 +53,11 @@ def box_weight(weight: Tensor) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `reference.upsample_conv`; the weight, in float32 if it is, is rounded to x's dtype after the sums."""
-    taps = conv_weight(box_weight(weight), x.dtype)
+    """As `reference.upsample_conv`; the weight, in float32 if it is, is rounded to x's dtype after the sums.
+
+    A weight of 4x4 taps, as `box_weight` gives them, is taken as it is.
+    """
+    taps = conv_weight(weight if weight.shape[-1] == 4 else box_weight(weight), x.dtype)
     return F.conv_transpose2d(x, taps, bias.to(x.dtype), stride=2, padding=1)
 
 

@@ -42,9 +42,11 @@ class InputConv(Conv2d):
     """The first convolution; it also takes maps padded to 8 channels with zeros (see `UNet.input_format`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, missing = self.weight, 8 - self.in_channels
-        if x.shape[1] == 8 and missing > 0:
+        weight, missing = self.weight, x.shape[1] - self.weight.shape[1]
+        if missing > 0:
             weight = F.pad(weight, (0, 0, 0, 0, 0, missing))
+        elif missing < 0:  # frozen for padded maps
+            weight = weight[:, : x.shape[1]]
         return self._conv_forward(x, ops.conv_weight(weight, x), self.bias.to(x.dtype))
 
 
@@ -202,10 +204,15 @@ def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor]:
     linears = [cast(Linear, block.emb_layers[1]) for block in blocks]
     if any(hasattr(linear.weight, "ds_id") for linear in linears):  # ZeRO-3 gathers weights module by module
         return [block.emb_layers(emb) for block in blocks]
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = torch.cat([linear.bias for linear in linears])
+    weight, bias = embedding_weights(blocks)
     projected = F.linear(F.silu(emb), weight.to(emb.dtype), bias.to(emb.dtype))
     return list(projected.split([block.emb_width for block in blocks], dim=1))
+
+
+def embedding_weights(blocks: Sequence[ResBlock]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of all blocks' embeddings as one product."""
+    linears = [cast(Linear, block.emb_layers[1]) for block in blocks]
+    return torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
 
 
 class SkipConv(Conv2d):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,7 @@ class UNet(nn.Module):
         super().__init__()
         self.settings = settings
         self.dtype = torch.float32
+        self.projection: tuple[Tensor, Tensor] | None = None  # of `project` as one product, where weights are frozen
         width, channels = settings.num_channels, settings.level_channels
         emb = 4 * width
         self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))
@@ -114,17 +115,33 @@ class UNet(nn.Module):
         padded = self.settings.network_in_channels == self.settings.in_channels <= 4 and ops.uses_kernels(first)
         return (self.dtype, 8) if padded else None
 
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """The timesteps' share of the conditioning, [B, 4 * num_channels] float32."""
+        return self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
+
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
         """The conditioning of every residual block, [B, 4 * num_channels] float32."""
-        emb = self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
+        emb = self.embed_time(timesteps)
         if (y is not None) != self.settings.class_cond:
             raise ValueError("labels y must be given exactly when the model is class-conditional")
         return emb if y is None else emb + self.label_emb(y).float()
 
-    def _walk(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    @property
+    def res_blocks(self) -> list[ResBlock]:
+        """In the order in which a map meets them."""
+        return [module for module in self.modules() if isinstance(module, ResBlock)]
+
+    def project(self, emb: Tensor) -> list[Tensor]:
+        """What each residual block takes of the conditioning `embed` gives: [B, its emb_width] float32 each."""
+        if self.projection is not None:
+            weight, bias = self.projection
+            projected = F.linear(F.silu(emb), weight, bias)
+            return list(projected.split([block.emb_width for block in self.res_blocks], dim=1))
+        return project_embedding(self.res_blocks, emb)
+
+    def _walk(self, x: Tensor, projected: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """Outputs of the input blocks, the middle block and the output blocks."""
-        blocks = [module for module in self.modules() if isinstance(module, ResBlock)]  # in the order of the walk
-        emb_outs = iter(project_embedding(blocks, self.embed(timesteps, y)))
+        emb_outs = iter(projected)
         use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
         h: Map = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if x.shape[1] == 1:  # one channel is both layouts at once: the strides must say which, or NCHW wins
@@ -141,17 +158,24 @@ class UNet(nn.Module):
         return [value(h) for h in down], value(middle), [value(h) for h in up]
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
-        if low_res is not None:
-            raise ValueError("low_res is for super-resolution models")
-        h = self._walk(x, timesteps, y)[2][-1]
+        return self.body(x, self.project(self.embed(timesteps, y)), low_res)
+
+    def body(self, x: Tensor, projected: Sequence[Tensor], low_res: Tensor | None = None) -> Tensor:
+        """Everything but the conditioning, which comes as `project` gives it: samplers find it beforehand."""
+        h = self._walk(self._with_low_res(x, low_res), projected)[2][-1]
         norm, _, conv = self.out
         return conv(norm(h.float()))
 
+    def _with_low_res(self, x: Tensor, low_res: Tensor | None) -> Tensor:
+        if low_res is not None:
+            raise ValueError("low_res is for super-resolution models")
+        return x
+
     def get_feature_vectors(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
     ) -> dict[str, list[Tensor] | Tensor]:
         """The output of every block: {"down": [...], "middle": map, "up": [...]}, each [B, C, H, W] in x's dtype."""
-        down, middle, up = self._walk(x, timesteps, y)
+        down, middle, up = self._walk(self._with_low_res(x, low_res), self.project(self.embed(timesteps, y)))
         return {
             "down": [h.to(x.dtype) for h in down],
             "middle": middle.to(x.dtype),
@@ -165,22 +189,19 @@ class UNet(nn.Module):
 
 
 class SuperResUNet(UNet):
-    """A UNet that also sees a small image, enlarged bilinearly: low_res [B, in_channels, h, w] float32."""
+    """A UNet that also sees a small image, low_res [B, in_channels, h, w] float32, enlarged bilinearly if need be."""
 
-    @staticmethod
-    def _with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
+    def _with_low_res(self, x: Tensor, low_res: Tensor | None) -> Tensor:
         if low_res is None:
             raise ValueError("a super-resolution model needs the small images as low_res")
-        enlarged = F.interpolate(low_res, x.shape[2:], mode="bilinear", align_corners=False)
-        return torch.cat([x, enlarged], dim=1)
+        return torch.cat([x, enlarged(low_res, x.shape[2:])], dim=1)
 
-    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
-        return super().forward(self._with_low_res(x, low_res), timesteps, y)
 
-    def get_feature_vectors(  # type: ignore[override]
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
-    ) -> dict[str, list[Tensor] | Tensor]:
-        return super().get_feature_vectors(self._with_low_res(x, low_res), timesteps, y)
+def enlarged(low_res: Tensor, size_hw: Sequence[int]) -> Tensor:
+    """Small images [B, C, h, w] at the size of the large ones; the same if they are that size already."""
+    if tuple(low_res.shape[2:]) == tuple(size_hw):
+        return low_res
+    return F.interpolate(low_res, tuple(size_hw), mode="bilinear", align_corners=False)
 
 
 def build_model(settings: BackboneSettings) -> UNet:

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from fastdiff import ops
+from fastdiff.compilation import keep_compiled_code, prepare_cudnn
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.images import Loader, open_images
@@ -53,8 +54,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     processes = start_processes()
     notes = choose_kernels(settings.kernels, processes.device)
     torch.set_float32_matmul_precision("highest")
-    compilation.keep_compiled_code()
-    compilation.prepare_cudnn()
+    keep_compiled_code()
+    prepare_cudnn()
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
     config, settled = _settle(config, diffusion, processes, snapshot, dry_run)
     torch.manual_seed(settings.seed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from training.small_trainer import MODEL, losses_of, small_trainer, weights_of
 
+from fastdiff import compilation as compiling
 from fastdiff import ops
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.blocks import AttentionBlock
@@ -32,7 +33,7 @@ def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo and AOTAutograd as ever, but their graphs run as they are: no minutes in a C++ compiler."""
     chosen = compilation.compile_kwargs
-    monkeypatch.setattr(compilation, "compile_kwargs", lambda *a: {**chosen(*a), "backend": "aot_eager"})
+    monkeypatch.setattr(compilation, "compile_kwargs", lambda *a, **k: {**chosen(*a, **k), "backend": "aot_eager"})
 
 
 THROUGH_ENGINE = {"wall_clock_breakdown": False}
@@ -107,17 +108,17 @@ def test_decision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not decide(TrainSettings(compile=False), GPU, 10**6)[0]
     assert decide(TrainSettings(compile=True), CPU, 1)[0]
     assert not decide(TrainSettings(), CPU, compilation.WORTHWHILE_STEPS - 1)[0]
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     compiles, why = decide(TrainSettings(), CPU, 10**6)
     assert not compiles
     assert "C++ compiler" in why
-    monkeypatch.setattr(compilation.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert decide(TrainSettings(), CPU, 10**6)[0]
 
 
 def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compilation.keep_compiled_code() == tmp_path / "fastdiff" / "inductor"
+    assert compiling.keep_compiled_code() == tmp_path / "fastdiff" / "inductor"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    assert compilation.keep_compiled_code() == Path("/elsewhere")
+    assert compiling.keep_compiled_code() == Path("/elsewhere")
