@@ -1,7 +1,18 @@
 """The diffusion process: schedules, losses, samplers. Knows no network, file or flag."""
 
+from fastdiff.diffusion.plans import SOLVERS, Plan, make_plan
 from fastdiff.diffusion.process import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.diffusion.spacing import keep_steps
 from fastdiff.diffusion.timesteps import create_sampler
 
-__all__ = ["DiffusionSettings", "GaussianDiffusion", "create_diffusion", "create_sampler"]
+__all__ = [
+    "SOLVERS",
+    "DiffusionSettings",
+    "GaussianDiffusion",
+    "Plan",
+    "create_diffusion",
+    "create_sampler",
+    "keep_steps",
+    "make_plan",
+]

@@ -6,7 +6,7 @@ Ho et al. 2020 (https://arxiv.org/abs/2006.11239); Nichol & Dhariwal 2021 (https
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -284,8 +284,13 @@ class GaussianDiffusion:
         return {"total_bpd": terms["vb"].sum(dim=1) + prior, "prior_bpd": prior, **terms}
 
 
-def create_diffusion(settings: DiffusionSettings, learn_sigma: bool) -> GaussianDiffusion:
-    """The process that the settings describe, for a network that predicts variances or not."""
+def create_diffusion(
+    settings: DiffusionSettings, learn_sigma: bool, kept: Sequence[int] | None = None
+) -> GaussianDiffusion:
+    """The process that the settings describe, for a network that predicts variances or not.
+
+    kept: the steps of the chain to keep, ascending, instead of a timestep_respacing; ValueError for both.
+    """
     if learn_sigma:
         var_type = ModelVarType.LEARNED_RANGE
     else:
@@ -295,7 +300,7 @@ def create_diffusion(settings: DiffusionSettings, learn_sigma: bool) -> Gaussian
     else:
         loss_type = LossType.RESCALED_MSE if settings.rescale_learned_sigmas else LossType.MSE
     return GaussianDiffusion(
-        Schedule.create(settings.noise_schedule, settings.diffusion_steps, settings.timestep_respacing),
+        Schedule.create(settings.noise_schedule, settings.diffusion_steps, settings.timestep_respacing, kept),
         mean_type=ModelMeanType.START_X if settings.predict_xstart else ModelMeanType.EPSILON,
         var_type=var_type,
         loss_type=loss_type,

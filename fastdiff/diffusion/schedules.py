@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,11 +101,22 @@ class Schedule:
     original_steps: int
 
     @staticmethod
-    def create(noise_schedule: str, diffusion_steps: int, timestep_respacing: str = "") -> Schedule:
-        """The named schedule, respaced: betas are those of a chain that jumps from kept step to kept step."""
-        kept = space_timesteps(diffusion_steps, timestep_respacing)
+    def create(
+        noise_schedule: str, diffusion_steps: int, timestep_respacing: str = "", kept: Sequence[int] | None = None
+    ) -> Schedule:
+        """The named schedule, respaced: betas are those of a chain that jumps from kept step to kept step.
+
+        The steps to keep are given by a respacing or as they are, ascending; ValueError for both, or for impossible
+        ones.
+        """
+        if kept is None:
+            kept = space_timesteps(diffusion_steps, timestep_respacing)
+        elif timestep_respacing:
+            raise ValueError(f"timestep_respacing {timestep_respacing} and kept steps: give one of them")
+        elif sorted({t for t in kept if 0 <= t < diffusion_steps}) != list(kept) or not kept:
+            raise ValueError(f"kept steps must ascend within 0..{diffusion_steps - 1}, not {list(kept)}")
         full = np.cumprod(1.0 - named_betas(noise_schedule, diffusion_steps))
-        alphas_cumprod = full[kept]
+        alphas_cumprod = full[list(kept)]
         betas = 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
         return Schedule(betas, np.array(kept, dtype=np.int64), diffusion_steps)
 
