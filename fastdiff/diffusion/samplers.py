@@ -3,20 +3,22 @@
 They know no progress bar, seed or file: `noise(t)` gives the standard normal noise [B, C, H, W] of step t, as a tensor
 or as counters, so a job can give every image its own seed and a test can feed recorded noise.
 
-From the network's output to the next x is one op whose coefficients, a table over t, tell the samplers apart.
+From the network's output to the next x is one op; solvers are tables of its coefficients (fastdiff.diffusion.plans).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.diffusion.plans import Plan, make_plan
 from fastdiff.diffusion.process import GaussianDiffusion, Model, ModelMeanType
 
 Noise = Callable[[int], ops.Noise]
@@ -24,55 +26,82 @@ Noise = Callable[[int], ops.Noise]
 
 @dataclass(frozen=True)
 class Step:
-    """The state after step t: the sample x_{t-1} (x_{t+1} in reverse) and the x_0 predicted from what it came from."""
+    """The state after step t: the sample x_{t-1} (x_{t+1} in reverse) and the x_0 predicted from what it came from.
+
+    t runs down to 0 with every solver. With Heun's, x_0 is predicted at the trial point.
+    """
 
     t: int
     sample: Tensor
     pred_xstart: Tensor
 
 
+@torch.no_grad()
+def solve(
+    predict: Callable[[Tensor, int], Tensor],
+    x: Tensor,
+    plan: Plan,
+    noise: Noise | None = None,
+    *,
+    epsilon: bool = True,
+    clip: bool = True,
+    input_dtype: torch.dtype | None = None,
+) -> Iterator[Step]:
+    """Carry out a plan from the noisiest step's x [B, C, H, W] float32; a Step after every complete row.
+
+    predict(network input, step) → the network's output [B, C or 2C, H, W] at that kept step of the schedule: the
+        noise, or x_0 if not `epsilon`. Its input is x, or x as `input_dtype` [B, 8, H, W] after a kernel's row.
+    noise(step) is asked for in rows that take it; None if the plan is not stochastic.
+    clip: the predicted x_0 to [-1, 1]. float64 x is computed in float64, which the kernels don't take.
+    """
+    if plan.stochastic and noise is None:
+        raise ValueError("the plan is stochastic and needs noise")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    table = torch.from_numpy(plan.coefficients).to(x.device, dtype)
+    takes_noise, history_used = plan.column("sigma") != 0, plan.history_used
+    history: deque[Tensor] = deque(maxlen=plan.history)
+    t = int(plan.complete.sum())
+    network_input = x
+    for row, step in enumerate(plan.steps.tolist()):
+        x, pred_xstart, network_input = ops.sampler_step(
+            predict(network_input, step),
+            x,
+            table[row].expand(len(x), -1),
+            noise(step) if noise is not None and takes_noise[row] else None,
+            history=tuple(itertools.islice(history, history_used[row])),
+            epsilon=epsilon,
+            clip=clip,
+            variance=plan.variance,
+            input_dtype=input_dtype,
+        )
+        history.appendleft(pred_xstart)
+        if plan.complete[row]:
+            t -= 1
+            yield Step(t, x, pred_xstart)
+
+
 def _timesteps(x: Tensor, t: int) -> Tensor:
     return torch.full((len(x),), t, device=x.device)
-
-
-def _table(diffusion: GaussianDiffusion, device: torch.device, **columns: np.ndarray) -> Tensor:
-    """Coefficients of ops.sampler_step at every t, [S, 10] float32; columns that aren't given are 0."""
-    s = diffusion.schedule
-    known = {"recip": s.sqrt_recip_alphas_cumprod, "recipm1": s.sqrt_recipm1_alphas_cumprod, **columns}
-    zeros = np.zeros(s.num_timesteps)
-    table = np.stack([known.get(name, zeros) for name in ops.STEP_COLUMNS], axis=1)
-    return torch.from_numpy(table.astype(np.float32)).to(device)
 
 
 def _loop(
     diffusion: GaussianDiffusion,
     model: Model,
     x: Tensor,
-    noise: Noise | None,
-    table: Tensor,
-    variance: str,
+    noise: Noise,
+    plan: Plan,
     clip_denoised: bool,
     model_kwargs: dict[str, Any] | None,
 ) -> Iterator[Step]:
-    """Every step from the last to the first, by a table of coefficients."""
     dtype, _ = getattr(model, "input_format", None) or (None, None)
-    network_input = x
-    for step in reversed(range(diffusion.num_timesteps)):
-        output = model(network_input, diffusion.model_timesteps(_timesteps(x, step)), **(model_kwargs or {}))
-        x, pred_xstart, network_input = ops.sampler_step(
-            output,
-            x,
-            table[step].expand(len(x), -1),
-            noise(step) if noise and step > 0 else None,
-            epsilon=diffusion.mean_type is ModelMeanType.EPSILON,
-            clip=clip_denoised,
-            variance=variance,
-            input_dtype=dtype,
-        )
-        yield Step(step, x, pred_xstart)
+
+    def predict(network_input: Tensor, step: int) -> Tensor:
+        return model(network_input, diffusion.model_timesteps(_timesteps(x, step)), **(model_kwargs or {}))
+
+    epsilon = diffusion.mean_type is ModelMeanType.EPSILON
+    yield from solve(predict, x, plan, noise, epsilon=epsilon, clip=clip_denoised, input_dtype=dtype)
 
 
-@torch.no_grad()
 def p_sample_loop(
     diffusion: GaussianDiffusion,
     model: Model,
@@ -82,21 +111,10 @@ def p_sample_loop(
     model_kwargs: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) from x = x_T [B, C, H, W] float32."""
-    s = diffusion.schedule
-    log_variance = getattr(s, diffusion.log_variance_table)
-    table = _table(
-        diffusion,
-        x.device,
-        x=s.posterior_mean_coef2,
-        x_start=s.posterior_mean_coef1,
-        sigma=np.ones_like(log_variance) if diffusion.learns_variance else np.exp(0.5 * log_variance),
-        low=s.posterior_log_variance_clipped,
-        high=log_variance,
-    )
-    yield from _loop(diffusion, model, x, noise, table, diffusion.variance, clip_denoised, model_kwargs)
+    plan = make_plan(diffusion, "ddpm")
+    yield from _loop(diffusion, model, x, noise, plan, clip_denoised, model_kwargs)
 
 
-@torch.no_grad()
 def ddim_sample_loop(
     diffusion: GaussianDiffusion,
     model: Model,
@@ -107,18 +125,8 @@ def ddim_sample_loop(
     eta: float = 0.0,
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): eta 0 is deterministic, 1 is as noisy as DDPM."""
-    s = diffusion.schedule
-    a_t, a_prev = s.alphas_cumprod, s.alphas_cumprod_prev
-    sigma = eta * np.sqrt((1 - a_prev) / (1 - a_t)) * np.sqrt(1 - a_t / a_prev)  # eq. 16
-    direction = np.sqrt(1 - a_prev - sigma**2)  # of the noise in eq. 12, here written out in x and x_0
-    table = _table(
-        diffusion,
-        x.device,
-        x=direction * s.sqrt_recip_alphas_cumprod / s.sqrt_recipm1_alphas_cumprod,
-        x_start=np.sqrt(a_prev) - direction / s.sqrt_recipm1_alphas_cumprod,
-        sigma=sigma,
-    )
-    yield from _loop(diffusion, model, x, noise if eta > 0 else None, table, "fixed", clip_denoised, model_kwargs)
+    plan = make_plan(diffusion, "ddim", eta)
+    yield from _loop(diffusion, model, x, noise, plan, clip_denoised, model_kwargs)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import numpy as np
@@ -45,11 +46,11 @@ def _wanted(log_noise: np.ndarray, steps: int, spacing: str) -> np.ndarray:
         return np.rint(np.linspace(0, last, steps)).astype(np.int64)
     if spacing == "quadratic":
         return np.rint(np.linspace(0, last**0.5, steps) ** 2).astype(np.int64)
-    ends = log_noise[[0, -1]]
+    least, most = float(log_noise[0]), float(log_noise[-1])
     if spacing == "logsnr":
-        targets = np.linspace(*ends, steps)
+        targets = np.linspace(least, most, steps)
     else:
-        targets = RHO * np.log(np.linspace(*np.exp(ends / RHO), steps))
+        targets = RHO * np.log(np.linspace(math.exp(least / RHO), math.exp(most / RHO), steps))
     above = np.searchsorted(log_noise, targets).clip(1, last)
     nearer_below = targets - log_noise[above - 1] < log_noise[above] - targets
     places = above - nearer_below
