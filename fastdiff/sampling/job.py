@@ -1,150 +1,291 @@
-"""A sampling job: many images by several processes into one npz, and a picture of the first of them.
+"""A sampling job: many images by any number of processes, which can be stopped at any moment and go on later.
 
-Image i depends on the seed and i alone. Each process draws the images rank, rank + world_size, … a batch at a time,
-straight into one array on disk that all share; rank 0 then packs it. No process ever holds more than a batch.
+Image i depends on the job's identity and i alone, so it does not matter who draws it, or when, or that two do.
+Processes share a folder and nothing else:
+
+    OUT/job.json                what the job is
+    OUT/claims/START-STOP.0     who is at which images, so that others take those elsewhere first
+    OUT/parts/START-STOP.npz    images that are drawn
+    OUT/samples_NxHxWxC.npz     all of them, put together by whoever finds all parts there
+
+Nobody waits for anybody: with no unclaimed images left, a process draws those that others are at but have not finished.
 """
 
 from __future__ import annotations
 
-import sys
 import time
-import zipfile
-from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.diffusion.samplers import Step
-from fastdiff.models import BackboneSettings
 from fastdiff.processes import Processes
-from fastdiff.sampling.draw import draw, labels_for
-from fastdiff.sampling.pictures import save_grid, to_uint8
-from fastdiff.sampling.settings import SampleSettings
+from fastdiff.sampling.claims import Claim, Claims, files_in, kept_alive
+from fastdiff.sampling.drawn import Draw, Drawn
+from fastdiff.sampling.exports import Source
+from fastdiff.sampling.files import sweep
+from fastdiff.sampling.outputs import Outputs, Trace
+from fastdiff.sampling.parts import DamagedPart, Range, Store, range_of, split
+from fastdiff.sampling.pictures import CHANNELS
+from fastdiff.sampling.progress import STATUS, Progress
+from fastdiff.sampling.record import agree, check_same, digest, new_record
+from fastdiff.sampling.writer import Writer, disk
+from fastdiff.settings import UserError
 
-Inputs = Callable[[Tensor], dict[str, Tensor]]
-"""Extra arguments of the network for images `index` [B] of the job: {"low_res": …}, {"y": …}."""
+
+@dataclass(frozen=True)
+class Job:
+    """What to draw, and what to make of it."""
+
+    identity: dict[str, Any]
+    """Everything that makes the images what they are, as JSON: setting → value. Not the count or batch size."""
+    count: int
+    """Images 0 to count - 1."""
+    shape: tuple[int, int, int]
+    """Height, width, channels."""
+    labelled: bool
+    seed: int
+    part_size: int
+    """Images per part, unless the folder's job has parts of another size."""
+    save_as: tuple[str, ...] = ("npz",)
+    """Of npz, png, zip, tar."""
+    grid_images: int = 0
+    """Images in the picture grid."""
+    grid_classes: int = 0
+    """More than 0: rows of the grid by class, so many classes."""
+    class_names: tuple[str, ...] | list[str] = ()
+    trajectory: int = 0
+    """Images whose x_0 predictions become a strip and a GIF."""
+    note: str = ""
+    """Ends the closing line."""
 
 
 def run_job(
-    model: Callable[..., Tensor],
-    diffusion: GaussianDiffusion,
-    model_settings: BackboneSettings,
-    settings: SampleSettings,
+    draw: Draw,
+    job: Job,
     processes: Processes,
     folder: Path,
     *,
-    chosen: list[int],
-    count: int,
-    inputs: Inputs | None = None,
-    note: str = "",
-) -> Path:
-    """Draw `count` images into folder/samples_NxHxWxC.npz (arr_0 images uint8, arr_1 labels int64) and a PNG grid.
+    overwrite: bool = False,
+    trace: Trace | None = None,
+) -> list[Path]:
+    """Draw what is missing of a job's images, together with whoever else does, and make its files.
 
-    chosen  classes to draw in turn; empty: at random. inputs may bring its own labels. Returns the npz's path.
+    draw       called for one range of images after another, each as large as a part or smaller.
+    overwrite  removes another job's files from the folder instead of refusing it.
+    trace      shows the way of job.trajectory images.
+
+    Returns the job's files (a folder for png), which another process may be about to make. Raises UserError when the
+    folder holds another job or can't be written to.
     """
-    channels, (height, width) = model_settings.in_channels, model_settings.size_hw
-    labelled = model_settings.class_cond
-    name = f"samples_{count}x{height}x{width}x{channels}"
-    images_file, labels_file = folder / f".{name}.images.npy", folder / f".{name}.labels.npy"
-    if processes.is_main:
-        np.lib.format.open_memmap(images_file, "w+", np.uint8, (count, height, width, channels)).flush()
-        if labelled:
-            np.lib.format.open_memmap(labels_file, "w+", np.int64, (count,)).flush()
-    processes.barrier()
-    images = np.lib.format.open_memmap(images_file, "r+")
-    labels = np.lib.format.open_memmap(labels_file, "r+") if labelled else None
-
-    mine = torch.arange(processes.rank, count, processes.world_size)
-    with _Progress(count, diffusion.num_timesteps, processes) as progress:
-        for index in mine.split(settings.batch_size) if len(mine) else ():  # an empty tensor splits into one part
-            there = index.to(processes.device)
-            kwargs: dict[str, Any] = inputs(there) if inputs else {}
-            if labelled and "y" not in kwargs:
-                kwargs["y"] = labels_for(there, chosen, model_settings.num_classes, settings.seed)
-            drawn = draw(
-                model,
-                diffusion,
-                there,
-                (channels, height, width),
-                seed=settings.seed,
-                clip_denoised=settings.clip_denoised,
-                use_ddim=settings.use_ddim,
-                eta=settings.eta,
-                model_kwargs=kwargs,
-                on_step=partial(progress.step, len(index)),
-            )
-            images[index.numpy()] = to_uint8(drawn).cpu().numpy()
-            if labels is not None:
-                labels[index.numpy()] = kwargs["y"].cpu().numpy()
-    images.flush()
-    if labels is not None:
-        labels.flush()
-    processes.barrier()
-
-    target = folder / f"{name}.npz"
-    if processes.is_main:
-        _pack(target, {"arr_0": images_file, **({"arr_1": labels_file} if labelled else {})})
-        print(f"{count} images in {target}{note}")
-        if settings.grid_images and channels in (1, 3, 4):  # others make no picture
-            picture = folder / f"{name}.png"
-            _picture(picture, images, labels, min(count, settings.grid_images), len(set(chosen)))
-            print(f"the first {min(count, settings.grid_images)} as a picture in {picture}")
-        images_file.unlink()
-        labels_file.unlink(missing_ok=True)
-    processes.barrier()
-    return target
+    if job.shape[2] not in CHANNELS:
+        for kind in job.save_as:
+            if kind != "npz":
+                raise UserError(f"--save_as: no {kind} can be made of {job.shape[2]} channels; npz takes any number")
+    record = new_record(job.identity, job.shape, job.labelled, job.seed, job.part_size)
+    with disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        record = agree(folder, record, overwrite)
+    return _Run(draw, job, processes, folder, record, trace).run()
 
 
-def _pack(target: Path, arrays: dict[str, Path]) -> None:
-    """The .npy files as one .npz, copied in pieces, whole or not at all."""
-    partial = target.with_name(f".{target.name}.partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        for name, file in arrays.items():
-            archive.write(file, f"{name}.npy")
-    partial.replace(target)
+class _DrawnElsewhere(Exception):
+    """Another process has finished the images that this one is at."""
 
 
-def _picture(path: Path, images: np.ndarray, labels: np.ndarray | None, count: int, classes: int) -> None:
-    """A grid of the first images; by class, a row (or several) each, when the classes were chosen."""
-    order = np.arange(count) if labels is None else np.argsort(labels[:count], kind="stable")
-    per_class = count // classes if classes and count % classes == 0 else None
-    save_grid(path, np.asarray(images[:count])[order], columns=per_class)
+class _Run:
+    """One process's part in a job."""
 
+    def __init__(
+        self, draw: Draw, job: Job, processes: Processes, folder: Path, record: dict[str, Any], trace: Trace | None
+    ) -> None:
+        self.draw, self.job, self.processes, self.folder, self.record = draw, job, processes, folder, record
+        self.trace = trace
+        self.store = Store(folder, job.shape, job.labelled, job.seed, digest(record["identity"]))
+        self.claims = Claims(folder / "claims")
+        pictures = job.shape[2] in CHANNELS
+        self.outputs = Outputs(
+            folder,
+            job.count,
+            job.shape,
+            job.save_as,
+            list(job.class_names),
+            (job.grid_images if pictures else 0, job.grid_classes),
+            job.trajectory if pictures and trace is not None else 0,
+        )
+        self.started = time.monotonic()
 
-class _Progress:
-    """A bar over network evaluations of all images, as far as this process can see; rank 0 shows it."""
+    def run(self) -> list[Path]:
+        with disk(self.folder):
+            there = self.job.count - self._missing()
+            if not self._to_make():
+                self._tidy()
+                if self.processes.is_main:
+                    print(f"{self._where()}: complete already{self.job.note}")
+                return self.outputs.paths()
+        if there and self.processes.is_main:
+            print(f"{there} of {self.job.count} images are there already, in {self.folder}", flush=True)
+        while True:
+            if self._missing():
+                self._draw_missing(there)
+            try:
+                with disk(self.folder):
+                    return self._finish(there)
+            except DamagedPart as damaged:
+                print(damaged, flush=True)
+                self.store.discard(damaged)
 
-    def __init__(self, count: int, steps: int, processes: Processes) -> None:
-        share = -(-count // processes.world_size)
-        self.steps, self.share, self.done = steps, share, 0.0
-        self.started = self.spoken = time.monotonic()
-        self.speaks = processes.is_main and not sys.stderr.isatty()
-        self.bar = tqdm(
-            total=share,
-            unit="image",
-            dynamic_ncols=True,
-            disable=not processes.is_main or not sys.stderr.isatty(),
-            bar_format="{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]",
+    def _missing(self) -> int:
+        return sum(stop - start for start, stop in self.store.missing(self.job.count))
+
+    def _to_make(self) -> list[str]:
+        """Outputs that are not there."""
+        usable = any(piece.path == self.outputs.path(".npz") for piece in self.store.merged())
+        return self.outputs.missing(usable)
+
+    # --- drawing ---
+
+    def _draw_missing(self, there: int) -> None:
+        """Draw until all images are on disk, whoever drew them."""
+        with disk(self.folder):
+            for place in (self.store.parts, self.claims.folder):
+                place.mkdir(exist_ok=True)
+        progress = Progress(
+            self.job.count, there, self._missing, self.claims.folder, self.processes.rank, self.processes.is_main
+        )
+        with Writer(self.store, self.folder) as writer, progress:
+            while True:
+                with disk(self.folder):
+                    check_same(self.folder, self.record)
+                    # Before the parts, because what has left either of these is in a part.
+                    held, pending = self.claims.held(), writer.pending()
+                    missing = self.store.missing(self.job.count)
+                    if not missing:
+                        return
+                    todo = [part for part in split(missing, self.record["part_size"]) if part not in pending]
+                    if not todo:
+                        writer.wait()
+                        continue
+                    part, claim = self._choose(todo, held)
+                    if claim is not None and self.store.path(part).exists():  # in the meantime
+                        claim.release()
+                        claim = None
+                if claim is not None:
+                    self._draw_part(part, claim, writer, progress)
+
+    def _choose(self, todo: list[Range], held: dict[str, Any]) -> tuple[Range, Claim | None]:
+        """What to draw next, and this process's claim on it, which is None when another was quicker.
+
+        First what nobody is at, each process from another place on; then what the fewest are at.
+        """
+        begin = len(todo) * self.processes.rank // max(self.processes.world_size, 1)
+        todo = [*todo[begin:], *todo[:begin]]
+        free = [part for part in todo if part.name not in held or held[part.name].gone]
+        part = free[0] if free else min(todo, key=lambda part: held[part.name].generation)
+        generation = held[part.name].generation + 1 if part.name in held else 0
+        return part, self.claims.take(part.name, generation)
+
+    def _draw_part(self, part: Range, claim: Claim, writer: Writer, progress: Progress) -> None:
+        def on_progress(images: float) -> None:
+            if progress.add(images):
+                writer.check()
+                if self.store.path(part).exists() or not claim.path.exists():
+                    raise _DrawnElsewhere
+
+        try:
+            drawn = self.draw(np.arange(part.start, part.stop), on_progress)
+            _check(drawn, part, self.job)
+        except BaseException as error:
+            claim.release()
+            if not isinstance(error, _DrawnElsewhere):
+                raise
+        else:
+            writer.put(part, drawn, claim)
+        progress.settle()
+
+    # --- putting together ---
+
+    def _finish(self, there: int) -> list[Path]:
+        """Make the files, unless another process does."""
+        name = f"merge-{self.job.count}"
+        lines: list[str] = []
+        claim = self.claims.take_alone(name)
+        if claim is None:
+            print(f"process {self.processes.rank}: all images are drawn; another process puts them together")
+            return self.outputs.paths()
+        with kept_alive(claim):
+            check_same(self.folder, self.record)
+            made = self._to_make()
+            try:
+                lines = self.outputs.make(made, self._source(), self.trace)
+            except FileNotFoundError:  # this process stood still so long that another has done and tidied up
+                if self._to_make():
+                    raise
+                made = []
+            self._tidy()
+        with suppress(OSError):
+            self.claims.folder.rmdir()
+        if made:
+            seconds = time.monotonic() - self.started
+            rate = f", {(self.job.count - there) / seconds:.3g} images/s" if there < self.job.count else ""
+            print(f"{self._where()}, {seconds:.1f} s{rate}{self.job.note}")
+            for line in lines:
+                print(line)
+        else:
+            print(f"process {self.processes.rank}: all images are drawn; another process has put them together")
+        return self.outputs.paths()
+
+    def _where(self) -> str:
+        return f"{self.job.count} images in {' and '.join(self.outputs.main().values())}"
+
+    def _source(self) -> Source:
+        """The images as they are on disk; raises DamagedPart when some are missing after all."""
+
+        def pieces(first: int) -> list[Any]:
+            chosen, missing = self.store.cover(self.job.count)
+            if missing:
+                raise DamagedPart(self.store.path(missing[0]), "it is missing")
+            return [
+                piece._replace(used=Range(max(piece.used.start, first), piece.used.stop))
+                for piece in chosen
+                if piece.used.stop > first
+            ]
+
+        return Source(
+            self.job.count,
+            self.job.shape,
+            self.job.labelled,
+            self.job.seed,
+            lambda first: self.store.read(pieces(first), self.record["part_size"]),
+            lambda: self.store.read_labels(pieces(0)),
         )
 
-    def step(self, images: int, step: Step) -> None:
-        self.bar.update(images / self.steps)
-        self.done += images / self.steps
-        now = time.monotonic()
-        if self.speaks and now - self.spoken >= 30:  # a log file gets a line now and then instead of a bar
-            rate = self.done / (now - self.started)
-            left = int((self.share - self.done) / rate)
-            print(f"{self.done:.1f} of {self.share} images, {rate:.3g} images/s, {left} s left", flush=True)
-            self.spoken = now
+    def _tidy(self) -> None:
+        """Remove what the job needs no more: parts that are in an npz, claims on images that are there, leftovers."""
+        self.outputs.tidy()
+        self.store.tidy()
+        folder = self.claims.folder
+        for name in files_in(folder):
+            part = range_of(name.rpartition(".")[0])
+            if name.endswith((STATUS, ".now")) or (part and part.stop <= self.job.count):
+                (folder / name).unlink(missing_ok=True)
+        for name, held in self.claims.held().items():
+            if held.gone:
+                for generation in range(held.generation + 1):
+                    (folder / f"{name}.{generation}").unlink(missing_ok=True)
+        sweep(folder, "")
+        sweep(self.folder)
+        with suppress(OSError):
+            folder.rmdir()
 
-    def __enter__(self) -> _Progress:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.bar.close()
+def _check(drawn: Drawn, part: Range, job: Job) -> None:
+    count = part.stop - part.start
+    assert drawn.images.shape == (count, *job.shape), (drawn.images.shape, count, job.shape)
+    assert drawn.images.dtype == np.uint8, drawn.images.dtype
+    if job.labelled:
+        assert drawn.labels is not None
+        assert drawn.labels.shape == (count,), drawn.labels.shape
+        assert drawn.labels.dtype == np.int64, drawn.labels.dtype

@@ -1,19 +1,30 @@
-"""Samples as pictures: 8-bit pixels and PNG grids."""
+"""Samples as pictures: 8-bit pixels, grids, and the way from noise to an image."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from fastdiff.sampling.files import whole
+
+CHANNELS = (1, 3, 4)
+"""Channels of which a picture can be made: gray, RGB, RGBA."""
+
 
 def to_uint8(samples: Tensor) -> Tensor:
     """[B, C, H, W] in [-1, 1] → [B, H, W, C] uint8; fractions are cut off, as improved-diffusion does."""
     return ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def picture(pixels: np.ndarray) -> Image.Image:
+    """[H, W, C] uint8 of 1, 3 or 4 channels."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.Image:
@@ -25,13 +36,34 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.
     for i, image in enumerate(images):
         y, x = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
         canvas[y : y + height, x : x + width] = image
-    picture = Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
-    enlarge = max(1, 768 // max(picture.size))  # small pictures would be unreadable on a screen
-    return picture.resize((picture.width * enlarge, picture.height * enlarge), Image.Resampling.NEAREST)
+    small = picture(canvas)
+    enlarge = max(1, 768 // max(small.size))  # small pictures would be unreadable on a screen
+    return small.resize((small.width * enlarge, small.height * enlarge), Image.Resampling.NEAREST)
 
 
 def save_grid(path: Path, images: np.ndarray, columns: int | None = None) -> None:
     """Write the grid as a PNG file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    grid(images, columns).save(partial, format="PNG")
-    partial.replace(path)
+    with whole(path, sync=False) as file:
+        grid(images, columns).save(file, format="PNG")
+
+
+def steps_shown(steps: int, columns: int = 12) -> list[int]:
+    """Up to columns - 1 of the steps' numbers, evenly spread, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, steps - 1, min(steps, columns - 1))})
+
+
+def strip(frames: list[np.ndarray], final: np.ndarray) -> Image.Image:
+    """A row per image, from noise to the image: up to 11 of the predictions and the final one.
+
+    frames  predictions of x_0 over the steps, each [n, H, W, C] uint8; final [n, H, W, C] uint8.
+    """
+    columns = [*(frames[step] for step in steps_shown(len(frames))), final] if frames else [final]
+    rows = np.stack(columns, axis=1)  # [n, columns, H, W, C]
+    return grid(rows.reshape(-1, *rows.shape[2:]), columns=len(columns))
+
+
+def save_animation(file: BinaryIO, frames: list[np.ndarray], final: np.ndarray) -> None:
+    """A GIF of all images side by side over the steps, about 4 s long; the final images stand for 2 s more."""
+    shown = [grid(frame).convert("RGB") for frame in [*frames, final]]
+    durations = [max(20, 4000 // len(shown) // 10 * 10)] * len(frames) + [2000]  # GIF counts hundredths of a second
+    shown[0].save(file, format="GIF", save_all=True, append_images=shown[1:], duration=durations, loop=0)

@@ -1,0 +1,192 @@
+"""Claims of processes on pieces of a job: files that only one process can create, with its name in them.
+
+A claim never makes anybody wait. It only says what others may leave to its owner while there is something else to do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+SILENT = 60.0  # seconds without a sign of life after which nobody counts on a process of another host any more
+_BEAT = 5.0
+
+
+class Owner(NamedTuple):
+    """A process: its host, its number there, and when it was started, because numbers are given out again."""
+
+    host: str
+    pid: int
+    started: int
+
+    @property
+    def tag(self) -> str:
+        """As a part of a file's name, e.g. node3.4711.98765."""
+        return f"{self.host}.{self.pid}.{self.started}"
+
+    def is_gone(self) -> bool:
+        """Whether the process is known to have ended, which only its own host can tell."""
+        return self.host == me().host and _started(self.pid) != self.started
+
+
+def parse(tag: str) -> Owner | None:
+    """The owner with this tag; None for anything else."""
+    found = re.fullmatch(r"([\w-]+)\.(\d+)\.(\d+)", tag.strip())
+    return Owner(found[1], int(found[2]), int(found[3])) if found else None
+
+
+def me() -> Owner:
+    """This process."""
+    return _owner(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _owner(pid: int) -> Owner:
+    try:  # containers of one name each count their processes from 1
+        space = "-" + re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        space = ""
+    return Owner(re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) + space, pid, _started(pid) or 0)
+
+
+def _started(pid: int) -> int | None:
+    """When a process of this host started, in the kernel's ticks (0 where that is not told); None without it."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if words[0] in "ZX" else int(words[19])
+    except (OSError, IndexError, ValueError):
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass  # somebody else's
+    return 0
+
+
+class Held(NamedTuple):
+    """The claims on one piece: their highest generation, and whether all their owners are known to have ended."""
+
+    generation: int
+    gone: bool
+
+
+class Claim(NamedTuple):
+    """A claim of this process."""
+
+    path: Path
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Claims:
+    """The claims in a folder, in files NAME.GENERATION. Further generations are further processes at the same piece."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._owners: dict[str, Owner] = {}  # what a claim says never changes
+
+    def held(self) -> dict[str, Held]:
+        """All claims there are, by piece."""
+        found: dict[str, Held] = {}
+        gone: dict[Owner | None, bool] = {None: False}  # None: its name is about to be written
+        for file in files_in(self.folder):
+            name, _, generation = file.rpartition(".")
+            if not name or not generation.isdecimal() or file.startswith("."):
+                continue
+            owner = self._owner(file)
+            if owner not in gone:
+                gone[owner] = owner is not None and owner.is_gone()
+            before = found.get(name, Held(-1, True))
+            found[name] = Held(max(before.generation, int(generation)), before.gone and gone[owner])
+        return found
+
+    def take(self, name: str, generation: int) -> Claim | None:
+        """Claim a piece; None when somebody else was quicker."""
+        claim = Claim(self.folder / f"{name}.{generation}")
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        try:
+            try:
+                descriptor = os.open(claim.path, flags, 0o644)
+            except FileNotFoundError:
+                self.folder.mkdir(exist_ok=True)
+                descriptor = os.open(claim.path, flags, 0o644)
+        except FileExistsError:
+            return None
+        try:
+            os.write(descriptor, me().tag.encode())
+        finally:
+            os.close(descriptor)
+        self._owners[claim.path.name] = me()
+        return claim
+
+    def take_alone(self, name: str) -> Claim | None:
+        """Claim a piece that only one process should be at; None while another is, as far as can be told."""
+        held = self.held().get(name)
+        if held is None:
+            return self.take(name, 0)
+        if not held.gone and not self._silent(f"{name}.{held.generation}"):
+            return None
+        return self.take(name, held.generation + 1)
+
+    def _silent(self, file: str) -> bool:
+        probe = self.folder / f".{me().tag}.now"  # the clock that counts is that of the file system
+        try:
+            probe.touch()
+            age = probe.stat().st_mtime - (self.folder / file).stat().st_mtime
+            probe.unlink(missing_ok=True)
+        except FileNotFoundError:
+            return False
+        return age > SILENT
+
+    def _owner(self, file: str) -> Owner | None:
+        if file not in self._owners:
+            try:
+                owner = parse((self.folder / file).read_text())
+            except (OSError, UnicodeDecodeError):
+                return None
+            if owner is None:
+                return None
+            self._owners[file] = owner
+        return self._owners[file]
+
+
+@contextmanager
+def kept_alive(claim: Claim) -> Iterator[None]:
+    """A claim that is given signs of life while the block runs, and is released then."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_BEAT):
+            try:
+                os.utime(claim.path)
+            except OSError:
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        claim.release()
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names in a folder; none when it isn't there."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
