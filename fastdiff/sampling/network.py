@@ -1,0 +1,68 @@
+"""A network from a checkpoint, ready to draw."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastdiff.diffusion import DiffusionSettings
+from fastdiff.models import BackboneSettings, UNet, build_model, weights
+from fastdiff.models.inference import freeze
+from fastdiff.models.precision import body_dtype
+from fastdiff.settings import UserError
+
+
+@dataclass(frozen=True)
+class Network:
+    """A frozen network on its device, with what its checkpoint says about it."""
+
+    model: UNet
+    diffusion: DiffusionSettings
+    file: Path
+    digest: str  # of the file's bytes
+    class_names: list[str]
+
+    @property
+    def settings(self) -> BackboneSettings:
+        return self.model.settings
+
+    @property
+    def known_classes(self) -> int:
+        """Of a model with room for 1000 classes that saw 10 in training, those 10."""
+        return len(self.class_names) or self.settings.num_classes
+
+
+def open_network(
+    settings: BackboneSettings,
+    diffusion: DiffusionSettings,
+    model_path: str,
+    precision: str,
+    device: torch.device,
+    flag: str = "--model_path",
+    frozen: bool = True,
+) -> Network:
+    """Read a checkpoint into the network that the settings describe. UserError where that can't be.
+
+    frozen False leaves the weights as they are, for ops in mode "reference".
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    file = weights.find(model_path, flag)
+    state = weights.read_state_dict(file, flag)
+    model = build_model(settings)
+    weights.load_into(model, state, file, flag)
+    model.to(device).eval().set_precision(body_dtype(precision, device))
+    if frozen:
+        freeze(model)
+    return Network(model, diffusion, file, _digest(file), weights.info_of(state).get("class_names", []))
+
+
+def _digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 22):
+            found.update(block)
+    return f"sha256:{found.hexdigest()[:16]}"

@@ -1,0 +1,284 @@
+"""Draws images by number: a network, a plan of its solver, and engines that run it in batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from fastdiff.compilation import keep_compiled_code, missing_compiler, prepare_cudnn
+from fastdiff.diffusion import create_diffusion
+from fastdiff.diffusion.plans import make_plan
+from fastdiff.diffusion.samplers import Step
+from fastdiff.diffusion.spacing import keep_steps
+from fastdiff.diffusion.streams import SAMPLES
+from fastdiff.hardware import device_name
+from fastdiff.models import SuperResSettings
+from fastdiff.models.work import forward_flops
+from fastdiff.sampling.batching import best_batch_size
+from fastdiff.sampling.drawn import Drawn
+from fastdiff.sampling.engine import Engine
+from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.labels import Labels
+from fastdiff.sampling.network import Network
+from fastdiff.sampling.pictures import to_uint8
+from fastdiff.sampling.settings import DrawSettings
+from fastdiff.settings import UserError
+
+Inputs = Callable[[Tensor], dict[str, Tensor]]
+"""Extra arguments of the network for images `index` [B] of the job: {"low_res": …}, {"y": …}."""
+
+WORTHWHILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
+"""Work of a process from which compiling pays on its own: about twenty minutes of two CPU cores, or (a prediction) one
+of a GPU. Compiling takes a minute."""
+MOST = {"cpu": 64, "cuda": 4096}  # images at a time that batch_size auto tries
+
+
+class Sampler:
+    """Draws any images of a job; image i is a function of the settings and i.
+
+    labels gives the classes of a class-conditional network, inputs the small images (and their classes) of one that
+    enlarges. count is how many images this process may come to draw: what pays depends on it.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        settings: DrawSettings,
+        device: torch.device,
+        *,
+        labels: Labels | None = None,
+        inputs: Inputs | None = None,
+        guide: Network | None = None,
+        stream: int = SAMPLES,
+        count: int = 16,
+        flag: str = "--",
+    ) -> None:
+        """flag is what the names of settings begin with in error messages. Raises UserError for what can't be."""
+        self.network, self.settings, self.device = network, settings, device
+        self.labels, self.inputs = labels, inputs
+        self.stream = stream
+        if settings.cuda_graph is True and device.type != "cuda":
+            raise UserError("--cuda_graph True needs a GPU; leave it out")
+        self.diffusion = self._diffusion(flag)
+        self.plan = make_plan(self.diffusion, settings.solver, settings.eta)
+        self.guidance = self._guidance(guide)
+        self._guide_digest = guide.digest if guide else ""
+        keep_compiled_code()
+        if device.type == "cuda":
+            prepare_cudnn()
+        self.cuda_graph = device.type == "cuda" and settings.cuda_graph is not False
+        self.compiled, why = self._compiles(count)
+        self.notes = [
+            f"{settings.solver}: {self.plan.num_evaluations} evaluations of the network per image",
+            f"torch.compile: {'yes' if self.compiled else 'no'} ({why}), CUDA graphs: "
+            f"{'yes' if self.cuda_graph else 'no'}",
+        ]
+        self.batch_size = self._batch_size(count)
+        self._engine: Engine | None = None
+
+    # --- what is drawn ---
+
+    def draw(self, index: np.ndarray, on_progress: Callable[[float], None] = lambda images: None) -> Drawn:
+        """Images `index` [n] int64 of the job; see `drawn.Draw`."""
+        images, labels = [], []
+        for part in torch.from_numpy(index).split(self.batch_size):
+            given = self._given(part.to(self.device))
+            share = len(part) / self._complete_steps
+
+            def tell(step: Step, share: float = share) -> None:
+                on_progress(share)
+
+            final = self._run(given, tell)
+            images.append(to_uint8(final).cpu().numpy())
+            if "y" in given:
+                labels.append(given["y"].cpu().numpy())
+        return Drawn(np.concatenate(images), np.concatenate(labels) if labels else None)
+
+    def trace(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """(predictions of x_0 after every step, the images), each [n, H, W, C] uint8, of images `index` [n]."""
+        frames: list[list[np.ndarray]] = []
+        finals = []
+        for part in torch.from_numpy(index).split(self.batch_size):
+            predictions: list[np.ndarray] = []
+
+            def keep(step: Step, predictions: list[np.ndarray] = predictions) -> None:
+                predictions.append(to_uint8(step.pred_xstart).cpu().numpy())
+
+            finals.append(to_uint8(self._run(self._given(part.to(self.device)), keep)).cpu().numpy())
+            frames.append(predictions)
+        return [np.concatenate(each) for each in zip(*frames, strict=True)], np.concatenate(finals)
+
+    def maps(self, index: Tensor, on_step: Callable[[Step], None] = lambda step: None) -> Tensor:
+        """Images `index` [n] int64 as [n, C, H, W] float32 in about [-1, 1], at most batch_size of them."""
+        return self._run(self._given(index.to(self.device)), on_step).clone()
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that makes image i what it is, by the names of the settings."""
+        settings, diffusion = self.settings, self.network.diffusion
+        found: dict[str, Any] = {"model_path": self.network.digest, "seed": settings.seed, "solver": settings.solver}
+        if settings.steps:
+            found |= {name: getattr(settings, name) for name in ("steps", "spacing", "sigma_max")}
+        if settings.solver == "ddim":
+            found["eta"] = settings.eta
+        if self.guidance.weight != 1:
+            found |= {"guidance": settings.guidance, "guidance_interval": list(settings.guidance_interval)}
+            found["guide_model_path"] = self._guide_digest
+        found |= {"clip_denoised": settings.clip_denoised, "precision": settings.precision}
+        training = {"use_kl", "rescale_learned_sigmas", "min_snr_gamma"}
+        found |= diffusion.model_dump(mode="json", exclude=training)
+        model = self.network.settings.model_dump(mode="json", exclude={"dropout", "use_checkpoint"})
+        found |= {name: value for name, value in model.items() if name not in found}
+        if self.labels is not None:
+            found["classes"] = {"classes": list(self.labels.chosen), "weights": list(self.labels.weights)}
+        return found
+
+    # --- how ---
+
+    @property
+    def flops(self) -> float:
+        """Of the network, per image of the job."""
+        return forward_flops(self.network.settings) * self.plan.num_evaluations
+
+    @property
+    def _complete_steps(self) -> int:
+        return int(self.plan.complete.sum())
+
+    def _diffusion(self, flag: str) -> Any:
+        settings, process = self.settings, self.network.diffusion
+        try:
+            kept = keep_steps(process, settings.steps, settings.spacing, settings.sigma_max) if settings.steps else None
+        except ValueError as error:
+            raise UserError(f"{flag}{error}") from None
+        return create_diffusion(process, self.network.settings.learn_sigma, kept)
+
+    def _guidance(self, guide: Network | None) -> Guidance:
+        settings, model = self.settings, self.network.settings
+        if settings.guidance == 1:
+            return Guidance()
+        if guide is None and not (model.class_cond and model.null_class):
+            raise UserError(
+                f"--guidance {settings.guidance:g}: the model has no null class to steer away from; train it with "
+                "--label_dropout 0.1, or name a weaker checkpoint by --guide_model_path"
+            )
+        if guide is not None:
+            _check_guide(self.network, guide)
+        low, high = settings.guidance_interval or (0.0, float("inf"))
+        return Guidance(settings.guidance, (low, high), guide.model if guide else None)
+
+    def _compiles(self, count: int) -> tuple[bool, str]:
+        if self.settings.compile != "auto":
+            return bool(self.settings.compile), f"compile {self.settings.compile}"
+        if missing := missing_compiler(self.device):
+            return False, missing
+        if self.settings.kernels == "reference":
+            return False, "kernels reference"
+        worthwhile = count * self.flops >= WORTHWHILE_FLOPS[self.device.type]
+        return worthwhile, "a long job" if worthwhile else "not worth it for so short a job"
+
+    def _batch_size(self, count: int) -> int:
+        wanted = self.settings.batch_size
+        if wanted != "auto":
+            return min(int(wanted), max(1, count))
+        key = {
+            "model": self.network.settings.model_dump(mode="json", exclude={"dropout", "use_checkpoint"}),
+            "device": device_name(self.device),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
+            "precision": self.settings.precision,
+            "kernels": self.settings.kernels,
+            "fused_convolutions": self.settings.fused_convolutions,
+            "guided": [self.guidance.weight != 1, self.guidance.guide is not None],
+            "torch": torch.__version__,
+        }
+        try:
+            size, how = best_batch_size(self._seconds, min(count, MOST[self.device.type]), key)
+        except torch.OutOfMemoryError:
+            raise UserError("--batch_size auto: not even one image fits in the GPU's memory") from None
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.notes.append(f"batch_size auto: {how}")
+        return size
+
+    def _seconds(self, size: int) -> float:
+        """Of one evaluation of `size` images, guided if any is, without graphs; infinite where that can't fit."""
+        settings = self.network.settings
+        C, (H, W) = settings.in_channels, settings.size_hw
+        if self.device.type == "cpu":
+            widest = max(c / 4**level for level, c in enumerate(settings.level_channels)) * 4
+            if 12 * size * H * W * widest > psutil.virtual_memory().available / 2:
+                return float("inf")
+        evaluation = self._evaluation(compiled=False)
+        y = torch.zeros(size, dtype=torch.int64, device=self.device) if settings.class_cond else None
+        low = None
+        if isinstance(settings, SuperResSettings):
+            low = torch.zeros(size, C, *settings.small_size, device=self.device)
+        given = evaluation.conditioning(y, low)
+        x = torch.zeros(size, C, H, W, device=self.device)
+        row = torch.zeros(1, dtype=torch.int64, device=self.device)
+        times = []
+        with torch.no_grad():
+            for _ in range(3):
+                start = time.perf_counter()
+                evaluation(x, row, given, any(evaluation.guided))
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    def _evaluation(self, compiled: bool) -> Evaluation:
+        return Evaluation(self.network.model, self.plan, self.diffusion, self.guidance, self.device, compiled)
+
+    def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> Tensor:
+        """The images as maps, valid until the next batch."""
+        for step in self._engine_of().steps(**given):
+            on_step(step)
+        return step.sample
+
+    def _engine_of(self) -> Engine:
+        """The engine, built when the first image is asked for."""
+        if self._engine is None:
+            with torch.no_grad():
+                evaluation = self._evaluation(self.compiled)
+            self._engine = Engine(
+                evaluation,
+                self.plan,
+                self.diffusion,
+                self.device,
+                batch_size=self.batch_size,
+                seed_stream=self.settings.seed | self.stream,
+                clip=self.settings.clip_denoised,
+                fixed_shape=self.compiled,
+                cuda_graph=self.cuda_graph,
+            )
+        return self._engine
+
+    def _given(self, index: Tensor) -> dict[str, Tensor]:
+        """Arguments of Engine.steps for images `index`."""
+        given = {"index": index, **(self.inputs(index) if self.inputs else {})}
+        if self.network.settings.class_cond and "y" not in given:
+            assert self.labels is not None
+            given["y"] = self.labels(index, self.settings.seed)
+        return given
+
+
+def _check_guide(network: Network, guide: Network) -> None:
+    """UserError unless the guide takes and gives what the network does."""
+    for section in ("settings", "diffusion"):
+        ours, theirs = getattr(network, section), getattr(guide, section)
+        names = ("class_cond", "num_classes", "learn_sigma", "in_channels", "image_size", "large_size", "small_size")
+        if section == "diffusion":
+            names = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps")  # type: ignore[assignment]
+        for name in names:
+            if name == "num_classes" and not ours.class_cond:
+                continue
+            if getattr(ours, name, None) != getattr(theirs, name, None):
+                raise UserError(
+                    f"--guide_model_path: {guide.file} has {name} {getattr(theirs, name, None)}, the model "
+                    f"{getattr(ours, name, None)}; a guide is a weaker version of the same model"
+                )
