@@ -36,6 +36,8 @@ class BackboneSettings(Settings):
     """Condition on class labels."""
     num_classes: int = Field(1000, ge=2)
     """Classes of a class-conditional model."""
+    null_class: bool = False
+    """An extra label, number num_classes, that stands for no class: for classifier-free guidance."""
     in_channels: int = Field(3, ge=1)
     """Image channels: 1 gray, 3 RGB, 4 RGBA."""
     use_checkpoint: Switch = False
@@ -58,6 +60,11 @@ class BackboneSettings(Settings):
         return self.in_channels
 
     @property
+    def num_labels(self) -> int:
+        """Rows of the table of label embeddings: the classes, and the null class after them."""
+        return self.num_classes + self.null_class
+
+    @property
     def level_mult(self) -> tuple[float, ...]:
         """Width multiple of each level, the standard table applied."""
         return self.channel_mult or _DEFAULT_MULT[max(self.size_hw)]
@@ -73,6 +80,8 @@ class BackboneSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> BackboneSettings:
+        if self.null_class and not self.class_cond:
+            raise ValueError("null_class True needs class_cond True")
         if self.num_channels % GROUPS:
             raise ValueError(
                 f"num_channels {self.num_channels} is not divisible by the {GROUPS} groups of the norms; "

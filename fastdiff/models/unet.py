@@ -67,7 +67,7 @@ class UNet(nn.Module):
         emb = 4 * width
         self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))
         if settings.class_cond:
-            self.label_emb = nn.Embedding(settings.num_classes, emb)
+            self.label_emb = nn.Embedding(settings.num_labels, emb)
 
         def res_block(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, emb, c_out, settings.dropout, settings.use_scale_shift_norm)
