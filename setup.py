@@ -34,7 +34,7 @@ setup(
         "datasets": ["lmdb>=1.4"],
         "test": [
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
-            *("lmdb>=1.4", "matplotlib>=3.8", "scikit-learn>=1.4"),
+            *("diffusers>=0.35", "lmdb>=1.4", "matplotlib>=3.8", "scikit-learn>=1.4"),
         ],
         "benchmark": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "peers": ["diffusers>=0.35"],

@@ -31,7 +31,9 @@ def final(data: Modes, diffusion: GaussianDiffusion, solver: str, x: Tensor = ST
 
 
 @pytest.mark.parametrize("data", [ONE_MODE, TWO_MODES], ids=["one mode", "two modes"])
-@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("dpmpp_3m", 3), ("unipc", 3), ("heun", 2)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("dpmpp_3m", 3), ("unipc", 3), ("heun", 2)]
+)
 def test_order(solver: str, order: int, data: Modes) -> None:
     """Twice the steps leave 2^-order of the error, here of quantiles before the last step, which is of order 1."""
     errors = []

@@ -10,8 +10,8 @@ from tiny import relative_error
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.samplers import ddim_reverse_loop, ddim_sample_loop, p_sample_loop
+from fastdiff.diffusion import SOLVERS, DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, make_plan
+from fastdiff.diffusion.samplers import ddim_reverse_loop, ddim_sample_loop, p_sample_loop, solve
 
 S = 0.5
 SHAPE = (3, 16, 16)
@@ -85,6 +85,21 @@ def test_respaced_chain_returns_the_spread(respacing: str) -> None:
     for sampler in (p_sample_loop, ddim_sample_loop):
         images = last(sampler(diffusion, model, start(), noise_source(), clip_denoised=False))
         assert images.std().item() == pytest.approx(S, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_returns_the_spread(solver: str, schedule: str) -> None:
+    """Few steps of a long chain in float32; ancestral sampling needs many."""
+    settings = DiffusionSettings(diffusion_steps=1000, noise_schedule=schedule, rescale_timesteps=False)
+    kept = keep_steps(settings, {"ddpm": 400, "ddim": 200}.get(solver, 60), "logsnr", 160.0)
+    diffusion = create_diffusion(settings, False, kept)
+    model = best_predictor(diffusion)
+    predict = lambda x, step: model(x, diffusion.model_timesteps(torch.full((len(x),), step)))
+    images = last(solve(predict, start(), make_plan(diffusion, solver), noise_source(), clip=False))
+    assert images.dtype == torch.float32
+    assert images.std().item() == pytest.approx(S, rel=TOLERANCE)
+    assert abs(images.mean().item()) < 5 * S / VALUES**0.5
 
 
 def test_predicting_the_start_is_the_same() -> None:
