@@ -41,7 +41,7 @@ class SuperResConfig(Config):
     """The same for super-resolution."""
 
     model: SuperResSettings = Field(default_factory=SuperResSettings)  # type: ignore[assignment]
-    sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)
+    sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)  # type: ignore[assignment]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,6 +87,15 @@ def load(
         print(json.dumps(shown, indent=2))
         sys.exit(0)
     return config, args
+
+
+def describe(name: str, path: str, kind: type[Config] = Config, preset: str = "") -> Config:
+    """The settings of a checkpoint besides the run's own, which the setting `name` of section sample names.
+
+    They are those that it carries, or a preset's, or what its shapes show. Raises UserError for what can't be.
+    """
+    layers: list[tuple[str, Layer]] = [("", {"sample": {name: path, "preset": preset}})]
+    return _resolve(kind, _checkpoint_layer(("sample", name), layers, kind))
 
 
 def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]) -> _Parser:
