@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -100,16 +100,9 @@ class Claims:
     def held(self) -> dict[str, Held]:
         """All claims there are, by piece."""
         found: dict[str, Held] = {}
-        gone: dict[Owner | None, bool] = {None: False}  # None: its name is about to be written
-        for file in files_in(self.folder):
-            name, _, generation = file.rpartition(".")
-            if not name or not generation.isdecimal() or file.startswith("."):
-                continue
-            owner = self._owner(file)
-            if owner not in gone:
-                gone[owner] = owner is not None and owner.is_gone()
+        for name, generation, gone in self._all():
             before = found.get(name, Held(-1, True))
-            found[name] = Held(max(before.generation, int(generation)), before.gone and gone[owner])
+            found[name] = Held(max(before.generation, generation), before.gone and gone)
         return found
 
     def take(self, name: str, generation: int) -> Claim | None:
@@ -133,12 +126,30 @@ class Claims:
 
     def take_alone(self, name: str) -> Claim | None:
         """Claim a piece that only one process should be at; None while another is, as far as can be told."""
-        held = self.held().get(name)
-        if held is None:
-            return self.take(name, 0)
-        if not held.gone and not self._silent(f"{name}.{held.generation}"):
+        claims = [(generation, gone) for piece, generation, gone in self._all() if piece == name]
+        if any(not gone and not self._silent(f"{name}.{generation}") for generation, gone in claims):
             return None
-        return self.take(name, held.generation + 1)
+        return self.take(name, max((generation for generation, _ in claims), default=-1) + 1)
+
+    def tidy(self, needless: Callable[[str], bool]) -> None:
+        """Remove the claims of processes that have ended, and all claims on needless pieces."""
+        for name, generation, gone in self._all():
+            if gone or needless(name):
+                (self.folder / f"{name}.{generation}").unlink(missing_ok=True)
+
+    def _all(self) -> list[tuple[str, int, bool]]:
+        """(piece, generation, whether the owner is known to have ended) of every claim."""
+        found = []
+        gone: dict[Owner | None, bool] = {None: False}  # None: its name is about to be written
+        for file in files_in(self.folder):
+            name, _, generation = file.rpartition(".")
+            if not name or not generation.isdecimal() or file.startswith("."):
+                continue
+            owner = self._owner(file)
+            if owner not in gone:
+                gone[owner] = owner is not None and owner.is_gone()
+            found.append((name, int(generation), gone[owner]))
+        return found
 
     def _silent(self, file: str) -> bool:
         probe = self.folder / f".{me().tag}.now"  # the clock that counts is that of the file system

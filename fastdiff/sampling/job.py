@@ -213,6 +213,9 @@ class _Run:
         lines: list[str] = []
         claim = self.claims.take_alone(name)
         if claim is None:
+            self.store.tidy()  # the other may have done so before this process's last part
+            with suppress(OSError):
+                self.claims.folder.rmdir()
             print(f"process {self.processes.rank}: all images are drawn; another process puts them together")
             return self.outputs.paths()
         with kept_alive(claim):
@@ -268,13 +271,9 @@ class _Run:
         self.store.tidy()
         folder = self.claims.folder
         for name in files_in(folder):
-            part = range_of(name.rpartition(".")[0])
-            if name.endswith((STATUS, ".now")) or (part and part.stop <= self.job.count):
+            if name.endswith((STATUS, ".now")):
                 (folder / name).unlink(missing_ok=True)
-        for name, held in self.claims.held().items():
-            if held.gone:
-                for generation in range(held.generation + 1):
-                    (folder / f"{name}.{generation}").unlink(missing_ok=True)
+        self.claims.tidy(lambda name: (part := range_of(name)) is not None and part.stop <= self.job.count)
         sweep(folder, "")
         sweep(self.folder)
         with suppress(OSError):

@@ -162,7 +162,7 @@ class Store:
         """Labels in order, a file's at a time."""
         for piece in pieces:
             if piece.path.parent == self.parts:
-                with _damage(piece.path), np.load(piece.path, allow_pickle=False) as content:
+                with _damage(piece.path), open(piece.path, "rb") as file, np.load(file, allow_pickle=False) as content:
                     labels = content["labels"]
             else:
                 labels = self._map(piece.path)[1]
@@ -185,7 +185,7 @@ class Store:
     def _read_part(self, piece: Piece) -> Drawn:
         count = piece.holds.stop - piece.holds.start
         with _damage(piece.path):
-            with np.load(piece.path, allow_pickle=False) as content:
+            with open(piece.path, "rb") as file, np.load(file, allow_pickle=False) as content:
                 images, labels = content["images"], content["labels"] if self.labelled else None
                 digest = str(content["job"])
             if digest != self.digest:
