@@ -13,9 +13,11 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.14",
-    # kernels/ lies at the top of the repository and is imported as fastdiff.kernels.
-    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
-    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels"},
+    # kernels/ and configs/ lie at the top of the repository and belong to the package as fastdiff.kernels and
+    # fastdiff.configs.
+    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels", "fastdiff.configs"],
+    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.configs": "configs"},
+    package_data={"fastdiff.configs": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, ValidationError
 
+from fastdiff.checkpoint_settings import Layer, preset_of, settings_of
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.images.settings import DataSettings
-from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.nll_settings import NllSettings
+from fastdiff.presets import Preset, download, find_preset
 from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
-from fastdiff.settings import Settings, UserError, did_you_mean, merge, what_is_wrong
+from fastdiff.settings import Settings, UserError, did_you_mean, is_true, merge, what_is_wrong
 from fastdiff.training.engine import adopt
 from fastdiff.training.settings import TrainSettings
 
-Layer = dict[str, dict[str, Any]]
+_SWITCHES = {"use_fp16": ("precision", "fp16"), "use_ddim": ("solver", "ddim")}  # improved-diffusion's → ours
+_SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
 
 
 class Config(Settings):
@@ -80,12 +82,16 @@ def load(
     config = _resolve(kind, layers)
     if "train" in sections:
         config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
+        given = any("null_class" in layer.get("model", {}) for layer in (file_layer, flag_layer))
+        config = _with_null_class(config, given)
     if args.print_config:
         shown = config.model_dump(mode="json", include={*sections, *(["deepspeed"] if "train" in sections else [])})
         if kind is SuperResConfig and "sample" in shown and "num_samples" not in config.sample.model_fields_set:
             del shown["sample"]["num_samples"]  # not given, it follows the small images, which a number would fix
         print(json.dumps(shown, indent=2))
         sys.exit(0)
+    if checkpoint:
+        config = _with_released_file(config, checkpoint)
     return config, args
 
 
@@ -94,8 +100,32 @@ def describe(name: str, path: str, kind: type[Config] = Config, preset: str = ""
 
     They are those that it carries, or a preset's, or what its shapes show. Raises UserError for what can't be.
     """
-    layers: list[tuple[str, Layer]] = [("", {"sample": {name: path, "preset": preset}})]
-    return _resolve(kind, _checkpoint_layer(("sample", name), layers, kind))
+    preset_flag = "--sr_preset" if name == "sr_model_path" else "--preset"
+    super_res = kind is SuperResConfig
+    found = preset_of(preset, super_res, preset_flag)
+    return _resolve(kind, [settings_of(path, f"--{name}", super_res, found, preset_flag=preset_flag)])
+
+
+def _with_null_class(config: Config, given: bool) -> Config:
+    """The null class switched on where labels are dropped; given says that the user gave null_class."""
+    dropped = f"--label_dropout {config.train.label_dropout:g}"
+    if not config.train.label_dropout or config.model.null_class:
+        return config
+    if not config.model.class_cond:
+        raise UserError(f"{dropped} needs a class-conditional model; give --class_cond True")
+    if given:
+        raise UserError(f"{dropped} contradicts null_class False; give one of them")
+    return config.model_copy(update={"model": config.model.model_copy(update={"null_class": True})})
+
+
+def _with_released_file(config: Config, setting: tuple[str, str]) -> Config:
+    """The checkpoint of a preset for which none is named: downloaded, unless that was done before."""
+    section, name = setting
+    settings = getattr(config, section)
+    if getattr(settings, name) or not getattr(settings, "preset", ""):
+        return config
+    file = download(find_preset(settings.preset))
+    return config.model_copy(update={section: settings.model_copy(update={name: str(file)})})
 
 
 def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]) -> _Parser:
@@ -122,10 +152,11 @@ def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]
         for name, field in settings.model_fields.items():
             default = json.loads(settings.__pydantic_serializer__.to_json(settings()))[name]
             text = " ".join((field.description or "").split()).replace("%", "%%")
-            is_switch = field.annotation is bool or True in get_args(field.annotation)
+            is_switch = field.annotation is bool or any(value is True for value in get_args(field.annotation))
             bare: dict[str, Any] = {"nargs": "?", "const": "True"} if is_switch else {}
             group.add_argument(
                 f"--{name}",
+                *([_SHORT[name]] if name in _SHORT else []),
                 dest=f"{section}.{name}",
                 metavar=_metavar(field.annotation),
                 help=f"{text} (default: {default if default != '' else 'empty'})",
@@ -139,7 +170,7 @@ def _metavar(annotation: Any) -> str:
         return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
-    if int in get_args(annotation):
+    if get_origin(annotation) is not tuple:
         return "auto|N"
     return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
 
@@ -162,45 +193,25 @@ def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Confi
 def _checkpoint_layer(
     setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
 ) -> list[tuple[str, Layer]]:
-    """The settings that the named checkpoint carries; of a bare state_dict, those that its shapes show."""
+    """The settings of the checkpoint that the layers name, or of the preset whose checkpoint is to be downloaded."""
     section, name = setting
-    given = [layer[section][name] for _, layer in layers if name in layer.get(section, {})]
-    if not given or not given[-1]:
-        return []
-    file = weights.find(str(given[-1]), f"--{name}")
-    state = weights.read_state_dict(file, f"--{name}")
-    info = weights.info_of(state)
-    super_res = kind is SuperResConfig
-    source = f"the settings in {file}"
-    if info:
-        if (info["kind"] == "super_res") != super_res:
-            raise UserError(f"--{name}: {file} is for {_scripts(not super_res)}")
-        return [(source, {"model": info["model"], "diffusion": info["diffusion"]})]
-    if mismatch := weights.script_mismatch(state, super_res):
-        raise UserError(f"--{name}: {file} does not fit: {mismatch}, which is for {_scripts(not super_res)}")
-    try:
-        model = weights.infer_settings(state, super_res)
-    except UserError as error:
-        raise UserError(f"--{name}: {file} can't be used: {error}") from None
-    del model["attention_factors"]  # the flag names image sizes, which can't be seen
-    known = {n for _, layer in layers for n in {**layer.get("model", {}), **layer.get("diffusion", {})}}
-    unseen = ("num_heads", "attention_resolutions", "diffusion_steps", "noise_schedule", "rescale_timesteps")
-    assumed = [n for n in (*_size_names(kind), *unseen) if n not in known]
-    if assumed:
-        logging.getLogger(__name__).warning(
-            "%s carries no settings; taken at their defaults, give them if it was trained otherwise: %s",
-            file,
-            ", ".join(assumed),
-        )
-    return [(source, {"model": model})]
+    preset = _preset(section, layers, kind)
+    given: Layer = {}
+    for _, layer in layers:
+        given = merge(given, layer)
+    path = given.get(section, {}).get(name)
+    if path:
+        return [settings_of(str(path), f"--{name}", kind is SuperResConfig, preset, given)]
+    return [(f"preset {preset.name}", preset.layer)] if preset else []
 
 
-def _scripts(super_res: bool) -> str:
-    return "super_res_train.py and super_res_sample.py" if super_res else "train.py, sample.py and nll.py"
-
-
-def _size_names(kind: type[Config]) -> tuple[str, ...]:
-    return ("large_size", "small_size") if kind is SuperResConfig else ("image_size",)
+def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:
+    """The preset that the last layer to name one names."""
+    named = [(source, layer[section]["preset"]) for source, layer in layers if "preset" in layer.get(section, {})]
+    if not named or "preset" not in _section_class(kind, section).model_fields:
+        return None
+    source, name = named[-1]
+    return preset_of(str(name), kind is SuperResConfig, f"{source}: {section}.preset" if source else "--preset")
 
 
 def _read_object(path: str) -> dict[str, Any]:
@@ -238,7 +249,7 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
                 merged[section] = merge(merged.get(section, {}), values)
                 continue
             known = _section_class(kind, section).model_fields
-            for name, value in _aliases(source, section, values).items():
+            for name, value in _aliases(source, section, values, known).items():
                 where = f"{source}: {section}.{name}" if source else f"--{name}"
                 if name not in known:
                     raise UserError(f"{where} is not a setting{_hint(kind, section, name)}")
@@ -250,24 +261,16 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
         raise UserError(_sentence(error, sources)) from None
 
 
-def _aliases(source: str, section: str, values: dict[str, Any]) -> dict[str, Any]:
-    """use_fp16 is precision fp16 by the seed's name."""
+def _aliases(source: str, section: str, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Switches of improved-diffusion as the choices they stand for."""
     values = dict(values)
-    if _is_true(values.get("use_fp16")):
-        del values["use_fp16"]
-        precision = values.setdefault("precision", "fp16")
-        if precision != "fp16":
-            where = f"{source}: {section}." if source else "--"
-            raise UserError(f"{where}use_fp16 True contradicts precision {precision}; give one of them")
+    for switch, (name, choice) in _SWITCHES.items():
+        if switch in known and is_true(values.get(switch)):
+            del values[switch]
+            if values.setdefault(name, choice) != choice:
+                where = f"{source}: {section}." if source else "--"
+                raise UserError(f"{where}{switch} True contradicts {name} {values[name]}; give one of them")
     return values
-
-
-def _is_true(value: Any) -> bool:
-    """Whether a setting of type bool would take the value for true."""
-    try:
-        return TypeAdapter(bool).validate_python(value)
-    except ValidationError:
-        return False  # the setting itself will say what is wrong
 
 
 def _hint(kind: type[Config], section: str, name: str) -> str:

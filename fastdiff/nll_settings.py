@@ -14,6 +14,8 @@ class NllSettings(Settings):
 
     model_path: str = ""
     """The checkpoint: a .pt file, or a folder of checkpoints (its newest EMA is taken)."""
+    preset: str = ""
+    """Settings of a published checkpoint by its name, for a .pt file that carries none, e.g. cifar10_uncond."""
     num_samples: int = Field(1000, ge=1)
     """Images to score: the first of the folder's listing."""
     batch_size: int = Field(1, ge=1)

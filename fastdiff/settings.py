@@ -130,6 +130,14 @@ Size = Annotated[tuple[int, int], BeforeValidator(_size), PlainSerializer(_show_
 """Height and width in pixels, written 64 for a square or '64x96' (height x width)."""
 
 
+def is_true(value: Any) -> bool:
+    """Whether a setting of type bool would take the value for true."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False  # the setting itself will say what is wrong
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid on `base`, object by object."""
     result = dict(base)

@@ -34,7 +34,12 @@ LAYERS: dict[str, set[str]] = {
         *("config", "diffusion", "hardware", "images", "kernel_choice", "models", "nll_settings", "ops", "processes"),
         *("reporting", "roofline", "sampling", "settings"),
     },
-    "config": {"diffusion", "images", "models", "nll_settings", "sampling", "settings", "training"},
+    "presets": {"diffusion", "models", "settings"},
+    "checkpoint_settings": {"models", "presets", "settings"},
+    "config": {
+        *("checkpoint_settings", "diffusion", "images", "models", "nll_settings", "presets", "sampling", "settings"),
+        "training",
+    },
 }
 # Outside package → the only files that may import it.
 OUTSIDE = {

@@ -65,20 +65,21 @@ def info_of(state: dict[str, Tensor]) -> dict[str, Any]:
     return json.loads(text) if isinstance(text, str) else {}
 
 
-def infer_settings(state: dict[str, Tensor], super_res: bool = False) -> dict[str, Any]:
+def infer_settings(state: dict[str, Tensor], super_res: bool = False, null_class: bool = False) -> dict[str, Any]:
     """Model settings that keys and shapes show. Heads, image size and everything about the process can't be seen.
 
+    null_class says that the last row of the labels' table is the null class, which can't be seen either.
     Raises UserError when the keys are not those of this network.
     """
     try:
-        return _infer(state, super_res)
+        return _infer(state, super_res, null_class)
     except KeyError as error:
         raise UserError(f"it has no {error.args[0]}, so it is not of this network") from None
     except (IndexError, ZeroDivisionError):
         raise UserError("its tensors have other axes than this network's") from None
 
 
-def _infer(state: dict[str, Tensor], super_res: bool) -> dict[str, Any]:
+def _infer(state: dict[str, Tensor], super_res: bool, null_class: bool) -> dict[str, Any]:
     width = state["input_blocks.0.0.weight"].shape[0]
     in_channels = state["input_blocks.0.0.weight"].shape[1] // (2 if super_res else 1)
     out_channels = state["out.2.weight"].shape[0]
@@ -111,7 +112,7 @@ def _infer(state: dict[str, Tensor], super_res: bool) -> dict[str, Any]:
         "attention_factors": attention,
     }
     if "label_emb.weight" in state:
-        shown["num_classes"] = state["label_emb.weight"].shape[0]
+        shown["num_classes"] = state["label_emb.weight"].shape[0] - null_class
     if emb != 4 * width:
         raise UserError(f"its time embedding has {emb} channels, this network's would have {4 * width}")
     return shown
@@ -155,14 +156,27 @@ def _difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict,
             if tuple(value) != tuple(settings.level_mult):
                 hints.append(f"--channel_mult {','.join(map(str, value))}")
         elif name == "num_classes":
-            if value != settings.num_classes:
-                hints.append(f"--num_classes {value}")
+            hints += _label_hints(settings, rows=value)
         elif value != getattr(settings, name):
             hints.append(f"--{name} {value}")
     if hints:
         return f"it was trained with {' '.join(hints)}"
     name = next(iter(sorted(own.items() ^ given.items())))[0]
     return f"{name} is {given.get(name, 'missing')} in the file, {own.get(name, 'absent')} in the model"
+
+
+def _label_hints(settings: BackboneSettings, rows: int) -> list[str]:
+    """Flags that make a table of labels as long as the file's."""
+    if rows == settings.num_labels:
+        return []
+    if rows in (settings.num_classes, settings.num_classes + 1):  # the null class alone explains it
+        return [f"--null_class {rows > settings.num_classes}"]
+    return [f"--num_classes {rows - settings.null_class}"]
+
+
+def add_null_class(table: Tensor) -> Tensor:
+    """A table of label embeddings [num_classes, C] with a row of zeros for the null class after it."""
+    return torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
 _EMA = re.compile(r"ema_([0-9.]+)_(\d+)\.pt$")

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastdiff.models import weights
 from fastdiff.settings import UserError
 
+LABELS = "label_emb.weight"
 _STEP = re.compile(r"(?:ema_[0-9.]+_|model|opt)(\d+)\.pt$")
 
 
@@ -152,6 +153,14 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
     else:
         snapshot.notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
     return snapshot
+
+
+def add_null_class(snapshot: Snapshot) -> None:
+    """Lengthen the table of labels by the null class: zeros in the weights, the averages and the moments."""
+    for state in (snapshot.model, *snapshot.ema.values(), snapshot.exp_avg, snapshot.exp_avg_sq):
+        if state:
+            state[LABELS] = weights.add_null_class(state[LABELS])
+    snapshot.notes.append("the checkpoint has no null class: its row of the labels' table starts at zero")
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -99,6 +99,8 @@ def _check(config: Config) -> None:
     train, model = config.train, config.model
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to train on")
+    if train.label_dropout and not model.null_class:
+        raise UserError(f"--label_dropout {train.label_dropout:g} needs class_cond True and null_class True")
     if train.cuda_graph and not torch.cuda.is_available():
         raise UserError("--cuda_graph True needs a GPU; leave it out")
     if train.precision == "fp16" and not torch.cuda.is_available():
@@ -123,6 +125,10 @@ def _snapshot(config: Config, previous: Path | None) -> tuple[Snapshot | None, s
         return None, ""
     with torch.device("meta"):
         model = build_model(config.model)
+    labels = snapshot.model.get(checkpoints.LABELS)
+    lacks_null_class = labels is not None and tuple(labels.shape[:1]) == (config.model.num_classes,)
+    if config.model.null_class and lacks_null_class and not previous:
+        checkpoints.add_null_class(snapshot)
     flag = "--run_dir" if previous else "--resume_checkpoint"
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if own != {name: tuple(value.shape) for name, value in snapshot.model.items()}:
@@ -140,7 +146,8 @@ def _check_same_model(folder: Path, config: Config) -> None:
         raise UserError(f"--run_dir: {folder} holds a run of {script}; give another --run_dir, or use that script")
     for section in ("model", "diffusion"):
         now = getattr(config, section).model_dump(mode="json")
-        for name, value in stored.get(section, {}).items():
+        absent = {"null_class": False} if section == "model" else {}  # from runs of before there was one
+        for name, value in {**absent, **stored.get(section, {})}.items():
             if name in now and name != "use_checkpoint" and now[name] != value:
                 raise UserError(
                     f"--run_dir: {folder} holds a run with {section}.{name} {value}, now it is {now[name]}; "

@@ -32,6 +32,8 @@ class TrainSettings(Settings):
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
     """Of AdamW, on every parameter."""
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of labels replaced by the null class in training, for guidance (0.1 is usual)."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly."""
     lr_anneal_steps: int = Field(0, ge=0)

@@ -1,8 +1,8 @@
 """The training loop: one optimiser step is a few micro-batches through DeepSpeed's engine, then the averages.
 
-A step is a function of the settings, the state and its number: images come from a seeded order, timesteps and noise
-from counters (seed, position of the image in the stream), dropout from a seed per step. So a run that resumes goes on
-exactly, and noise and timesteps don't depend on the number of processes.
+A step is a function of the settings, the state and its number: images come from a seeded order, timesteps, noise
+and dropped labels from counters (seed, position of the image in the stream), dropout from a seed per step. So a run
+that resumes goes on exactly, and what counters decide doesn't depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion, create_sampler
-from fastdiff.diffusion.streams import NOISE, TIMESTEPS
+from fastdiff.diffusion.streams import LABEL_DROPOUT, NOISE, TIMESTEPS
 from fastdiff.images import Batch, Loader
 from fastdiff.images.loader import to_device
 from fastdiff.models import SuperResSettings, UNet
@@ -121,7 +121,7 @@ class Trainer:
         t, weights = self.draw_timesteps(batch)
         model_kwargs = {}
         if self.model_settings.class_cond:
-            model_kwargs["y"] = batch.labels
+            model_kwargs["y"] = self.labels_of(batch)
         if isinstance(self.model_settings, SuperResSettings):
             model_kwargs["low_res"] = low_res_of(ops.start_map(batch.images), self.model_settings.small_size)
         terms = self.diffusion.training_losses(network, batch.images, t, model_kwargs, self.noise_of(batch))
@@ -132,6 +132,13 @@ class Trainer:
     def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Timesteps and importance weights of a micro-batch."""
         return self.sampler.sample(ops.image_uniform(self.train.seed | TIMESTEPS, batch.positions, 0))
+
+    def labels_of(self, batch: Batch) -> Tensor:
+        """Labels [B] int64 of a micro-batch, a share of them replaced by the null class (Ho & Salimans 2022)."""
+        if not self.train.label_dropout:
+            return batch.labels
+        uniform = ops.image_uniform(self.train.seed | LABEL_DROPOUT, batch.positions, 0)
+        return batch.labels.masked_fill(uniform < self.train.label_dropout, self.model_settings.num_classes)
 
     def noise_of(self, batch: Batch) -> ops.CounterNoise:
         """The noise of a micro-batch, named by the images' positions in the stream."""
