@@ -170,9 +170,9 @@ def _metavar(annotation: Any) -> str:
         return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
-    if get_origin(annotation) is not tuple:
-        return "auto|N"
-    return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
+    if get_origin(annotation) is tuple:
+        return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
+    return "|".join(map(_metavar, get_args(annotation)))
 
 
 def _section_class(kind: type[Config], section: str) -> type[Settings]:

@@ -232,14 +232,97 @@ def test_use_fp16_in_layers(tmp_path: Path) -> None:
     assert read("train", "--config", file, "--use_fp16").train.precision == "fp16"
 
 
+# --- use_ddim, the seed's name; second names of flags ---
+
+
+@pytest.mark.parametrize("script", ["sample", "super_res_sample"])
+@pytest.mark.parametrize("words", [["--use_ddim", "True"], ["--use_ddim"], ["--use_ddim", "1"], ["--solver", "ddim"]])
+def test_use_ddim(script: str, words: list[str]) -> None:
+    config = read(script, *words, "--eta", 0.5)
+    assert (config.sample.solver, config.sample.eta) == ("ddim", 0.5)
+
+
+def test_use_ddim_agrees_or_is_refused(tmp_path: Path) -> None:
+    assert read("sample", "--use_ddim", "False", "--solver", "unipc").sample.solver == "unipc"
+    assert read("sample", "--use_ddim", "True", "--solver", "ddim").sample.solver == "ddim"
+    message = refusal(sample.main, ["--use_ddim", "True", "--solver", "heun"])
+    assert message == "--use_ddim True contradicts solver heun; give one of them"
+    file = json_file(tmp_path, {"sample": {"use_ddim": True, "solver": "heun"}})
+    assert f"{file}: sample.use_ddim True contradicts solver heun" in refusal(sample.main, ["--config", file])
+    file = json_file(tmp_path, {"model": {"use_ddim": True}})
+    assert "model.use_ddim is not a setting; it belongs in section sample" in refusal(sample.main, ["--config", file])
+
+
+def test_use_ddim_in_layers(tmp_path: Path) -> None:
+    """A flag wins over the file by either name."""
+    file = json_file(tmp_path, {"sample": {"use_ddim": True}})
+    assert read("sample", "--config", file, "--eta", 0.5).sample.solver == "ddim"
+    assert read("sample", "--config", file, "--solver", "dpmpp_2m").sample.solver == "dpmpp_2m"
+    file = json_file(tmp_path, {"sample": {"solver": "dpmpp_2m"}})
+    assert read("sample", "--config", file, "--use_ddim").sample.solver == "ddim"
+
+
+def test_second_names_of_flags() -> None:
+    for script in ("sample", "super_res_sample"):
+        settings = read(script, "--out", "here", "--grid", 9).sample
+        assert (settings.out_dir, settings.grid_images) == ("here", 9)
+        assert read(script, "--out_dir", "here", "--grid_images=9").sample == settings
+    assert read("nll", "--out", "here").nll.out_dir == "here"
+    assert "did you mean --grid?" in refusal(sample.main, ["--gridd", "3"])
+    assert "--out is not a flag" in refusal(train.main, ["--out", "here"])
+
+
+def test_a_flag_for_a_number_needs_its_value() -> None:
+    """Only switches may stand alone."""
+    assert "--zero_stage" in refusal(train.main, ["--zero_stage"])
+    assert read("train", "--compile").train.compile is True
+    assert read("sample", "--cuda_graph").sample.cuda_graph is True
+
+
+# --- label_dropout, which needs the null class ---
+
+
+def test_label_dropout_switches_the_null_class_on(tmp_path: Path) -> None:
+    assert not read("train", "--class_cond", "True").model.null_class
+    for script in ("train", "super_res_train"):
+        config = read(script, "--class_cond", "True", "--label_dropout", 0.1, "--num_classes", 5)
+        assert config.model.null_class
+        assert config.model.num_labels == 6
+        assert config.train.label_dropout == 0.1
+    old = save(unet(class_cond=True, num_classes=5), tmp_path / "model000001.pt")  # its settings have no null class
+    assert read("train", "--resume_checkpoint", old, "--label_dropout", 0.1).model.num_labels == 6
+    file = json_file(tmp_path, {"model": {"class_cond": True}, "train": {"label_dropout": 0.1}})
+    assert read("train", "--config", file).model.null_class
+    assert not read("sample", "--config", file).model.null_class  # how it was trained, the checkpoint says
+
+
+def test_label_dropout_that_cannot_be(tmp_path: Path) -> None:
+    message = refusal(train.main, ["--label_dropout", "0.1"])
+    assert message == "--label_dropout 0.1 needs a class-conditional model; give --class_cond True"
+    words = ["--class_cond", "True", "--null_class", "False", "--label_dropout", "0.1"]
+    assert "--label_dropout 0.1 contradicts null_class False" in refusal(train.main, words)
+    file = json_file(tmp_path, {"model": {"class_cond": True, "null_class": False}})
+    assert "contradicts null_class False" in refusal(train.main, ["--config", file, "--label_dropout", "0.1"])
+    for script in ("train", "sample"):
+        message = refusal(SCRIPTS[script][0], ["--null_class", "True"])
+        assert message == "null_class True needs class_cond True"
+
+
 # --- what is shown ---
 
 UNLIKE_DEFAULTS = {
     "model": {"num_channels": 64, "channel_mult": "0.5,1,2", "attention_resolutions": "", "class_cond": True},
     "diffusion": {"noise_schedule": "cosine", "timestep_respacing": "ddim50", "use_kl": True},
     "data": {"labels": "folder", "num_workers": 3},
-    "train": {"ema_rate": "0.9,0.99", "lr": 3.3e-5, "batch_size": 8, "zero_stage": 1, "use_fp16": True},
-    "sample": {"eta": 0.1, "classes": "1,2", "precision": "bf16"},
+    "train": {
+        **{"ema_rate": "0.9,0.99", "lr": 3.3e-5, "batch_size": 8, "zero_stage": 1, "use_fp16": True},
+        "label_dropout": 0.1,
+    },
+    "sample": {
+        **{"use_ddim": True, "eta": 0.1, "precision": "bf16", "batch_size": "auto", "cuda_graph": False},
+        **{"steps": 12, "spacing": "karras", "sigma_max": 80.5, "guidance": 2.5, "guidance_interval": "0.2,5.0"},
+        **{"save_as": "png,zip", "trajectory": 3, "overwrite": True, "out_dir": "here"},
+    },
     "nll": {"num_samples": 7, "clip_denoised": False},
 }
 
@@ -249,6 +332,8 @@ def test_print_config_round_trip(script: str, tmp_path: Path, capsys: pytest.Cap
     main, sections, kind = SCRIPTS[script]
     size = {"large_size": "64x96", "small_size": "16x24"} if kind is SuperResConfig else {"image_size": "64x96"}
     values = {name: value for section in sections for name, value in UNLIKE_DEFAULTS[section].items()} | size
+    if script == "sample":
+        values |= {"classes": "1,2", "sr_model_path": "large.pt", "sr_steps": 7, "sr_batch_size": 5}
     ds = tmp_path / "ds.json"
     ds.write_text(json.dumps({"gradient_clipping": 1.5}))
     trains = "train" in sections
@@ -265,10 +350,13 @@ def test_print_config_round_trip(script: str, tmp_path: Path, capsys: pytest.Cap
     assert read(script, "--config", again) == config
     for name, value in values.items():
         shown = next(printed[section][name] for section in sections if name in printed[section])
-        if not isinstance(value, str) and name != "use_fp16":  # the alias shows as its precision
+        if not isinstance(value, str) and name not in ("use_fp16", "use_ddim"):  # these show as what they stand for
             assert shown == value, name
     if trains:
         assert (config.train.grad_clip, config.train.precision) == (1.5, "fp16")
+        assert config.model.null_class  # for label_dropout
+    if "sample" in sections:
+        assert config.sample.solver == "ddim"
 
 
 def test_print_config_shows_the_checkpoints_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,6 +401,13 @@ def test_choices_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for choices in ("fp32|bf16|fp16", "linear|cosine", "uniform|loss-second-moment", "auto|dali|pillow"):
         assert choices in text
+    for form in ("--image_size N|HxW", "--attention_resolutions A,B,..", "--ema_rate A,B,..", "--microbatch auto|N"):
+        assert form in text
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    text = capsys.readouterr().out
+    for form in ("--save_as A,B,..", "--batch_size auto|N", "--cuda_graph [auto|True|False]", "uniform|quadratic"):
+        assert form in text
 
 
 def test_settings_do_not_change() -> None:
