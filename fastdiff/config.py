@@ -193,7 +193,7 @@ def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Confi
 def _checkpoint_layer(
     setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
 ) -> list[tuple[str, Layer]]:
-    """The settings of the checkpoint that the layers name, or of the preset whose checkpoint is to be downloaded."""
+    """The settings of the checkpoint that the layers name, or of a preset whose released file is to be fetched."""
     section, name = setting
     preset = _preset(section, layers, kind)
     given: Layer = {}

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 import fastdiff
+from fastdiff.compilation import cache_folder
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
@@ -100,20 +101,15 @@ def preset_for_file(path: str | Path) -> Preset | None:
     return next((preset for preset in PRESETS.values() if preset.released and preset.released == stem), None)
 
 
-def cache_folder() -> Path:
-    """Where released checkpoints are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdiff" / "checkpoints"
-
-
 def download(preset: Preset, folder: Path | None = None, progress: bool = True, flag: str = "--preset") -> Path:
-    """The released checkpoint, fetched into `folder` (default `cache_folder()`) unless it is there; its path.
+    """The released checkpoint's path, fetched into `folder` (default ~/.cache/fastdiff/checkpoints) unless it is there.
 
     Of several processes one fetches it and the others wait. The file appears whole or not at all. Raises UserError
     where it can't be had.
     """
     if not preset.released:
         raise UserError(f"{flag} {preset.name}: no checkpoint of it was released; name one with --model_path")
-    folder = folder or cache_folder()
+    folder = folder or cache_folder() / "checkpoints"
     file = folder / f"{preset.released}.pt"
     if file.is_file():
         return file

@@ -45,9 +45,9 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     deepspeed_config(settings, config.deepspeed, current().world_size)  # refuses early what can't be
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
     previous = checkpoints.latest(folder / "checkpoints")
-    snapshot, source = _snapshot(config, previous)
     if previous:
         _check_same_model(folder, config)
+    snapshot, source = _snapshot(config, previous)
     preview = _preview_diffusion(config)
     processes = current()
     loader = _open_loader(config, processes, snapshot, build_cache=not dry_run)
