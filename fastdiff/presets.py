@@ -120,7 +120,8 @@ def download(preset: Preset, folder: Path | None = None, progress: bool = True, 
             if not file.is_file():
                 _fetch(preset, file, progress, flag)
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
         raise UserError(
             f"{flag} {preset.name}: {preset.url} can't be fetched into {folder} ({reason}); fetch it by other means "
             "and name the file with --model_path"

@@ -33,6 +33,7 @@ from tiny import (
 from fastdiff import nll, sample, super_res_sample, super_res_train, train
 from fastdiff.images.index import index_images
 from fastdiff.images.packing import pack
+from fastdiff.nll_settings import NllSettings
 from fastdiff.settings import UserError
 from fastdiff.training.checkpoints import Writer
 from fastdiff.training.engine import split_batch
@@ -187,10 +188,12 @@ OUT_OF_RANGE = {
     "dropout": ["-0.1", "1", "nan", "x"],
     "learn_sigma": ["maybe", "2"],
     "num_classes": ["1", "0"],
+    "null_class": ["maybe"],
     "in_channels": ["0", "-3", "2", "5"],
     "image_size": ["0", "-8", "7", "8x7", "x", "8x8x8"],
     "diffusion_steps": ["1", "0", "1e3"],
     "noise_schedule": ["square", "Cosine"],
+    "min_snr_gamma": ["-1", "nan", "x"],
     "timestep_respacing": ["9", "0", "ddim5", "ddim", "ddim0", "x", "5,5", "1.5", "-1"],
     "loader": ["tensorflow"],
     "labels": ["suffix"],
@@ -200,6 +203,7 @@ OUT_OF_RANGE = {
     "microbatch": ["0", "-2"],
     "lr": ["0", "-1e-4", "nan", "inf"],
     "weight_decay": ["-1", "nan"],
+    "label_dropout": ["-0.1", "1", "nan", "x"],
     "lr_anneal_steps": ["-1"],
     "lr_warmup_steps": ["-1"],
     "max_steps": ["-1"],
@@ -230,19 +234,56 @@ def test_out_of_range_in_training(name: str, world: World) -> None:
     ("name", "values"),
     [
         ("num_samples", ["0", "-1", "x"]),
-        ("batch_size", ["0"]),
+        ("batch_size", ["0", "-1", "2.5", "many"]),
         ("seed", ["-1"]),
+        ("preset", ["cifar10", "demo"]),
+        ("solver", ["euler", "DDIM"]),
+        ("steps", ["-1", "2.5", "x"]),
+        ("spacing", ["linear"]),
+        ("sigma_max", ["0", "-1", "nan", "x"]),
+        ("use_ddim", ["perhaps"]),
+        ("use_fp16", ["perhaps"]),
         ("eta", ["-0.1", "1.1", "nan"]),
+        ("guidance", ["-1", "nan", "x"]),
+        ("guidance_interval", ["1", "5,1", "-1,2", "1,2,3", "low,high"]),
+        ("compile", ["perhaps"]),
+        ("cuda_graph", ["perhaps"]),
+        ("kernels", ["cuda"]),
+        ("fused_convolutions", ["perhaps"]),
+        ("overwrite", ["perhaps"]),
+        ("save_as", ["jpg", "npz,jpg"]),
         ("grid_images", ["-1"]),
+        ("trajectory", ["-1", "x"]),
         ("precision", ["fp64"]),
         ("clip_denoised", ["perhaps"]),
     ],
 )
 def test_out_of_range_in_sampling(name: str, values: list[str], world: World) -> None:
     for value in values:
-        says(world.sample(f"--{name}={value}"), f"--{name}", value)
-        if name not in ("eta", "grid_images"):
-            says(world.nll(f"--{name}={value}"), f"--{name}", value)
+        shown = re.split(r"[,.]", value)[0]
+        says(world.sample(f"--{name}={value}"), f"--{name}", shown)
+        says(world.super_res_sample(f"--{name}={value}"), f"--{name}", shown)
+        if name in NllSettings.model_fields:
+            says(world.nll(f"--{name}={value}"), f"--{name}", shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("sr_steps", ["-1", "x"]), ("sr_batch_size", ["0", "many"]), ("sr_preset", ["cifar10_uncond"])]
+)
+def test_out_of_range_in_a_cascade(name: str, values: list[str], world: World) -> None:
+    for value in values:
+        says(world.sample(f"--{name}={value}", sr_model_path=world.super_res), f"--{name}", value)
+
+
+def test_sampling_settings_that_contradict(world: World) -> None:
+    """What is wrong between two settings, each fine alone."""
+    says(world.sample(use_ddim=True, solver="unipc"), "--use_ddim True contradicts solver unipc")
+    says(world.sample(eta=0.5), "eta 0.5", "solver ddim")
+    says(world.sample(eta=0.5, solver="heun"), "eta 0.5", "solver ddim", "heun has no eta")
+    says(world.sample(guidance_interval="0.2,5"), "guidance_interval needs a guidance other than 1")
+    says(world.sample(guide_model_path=world.model), "guide_model_path needs a guidance other than 1")
+    for name, value in {"sr_steps": 5, "sr_timestep_respacing": "3"}.items():
+        says(world.sample(**{name: value}), name, "enlarging", "sr_model_path")
 
 
 def test_the_same_in_json_names_file_and_key(world: World) -> None:
@@ -587,7 +628,7 @@ def test_resume_with_another_network(world: World) -> None:
 
 def test_classes(world: World) -> None:
     says(world.sample(classes="0"), "--classes", "not class-conditional")
-    says(world.super_res_sample(classes="0"), "--classes", "come with the small images")
+    says(world.super_res_sample(classes="0"), "--classes is not a flag of this script")
     for word in ("zebra", "2", "-1", "1.5", "²"):
         message = world.sample(model_path=world.class_cond, classes=f"cat,{word}")
         says(message, f"--classes: {word} is not a class", "0 to 1", "cat, dog")
