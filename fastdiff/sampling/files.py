@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from fastdiff.sampling.claims import files_in, me, parse
+from fastdiff.sampling.claims import SILENT, files_in, me, parse
 
 PARTIAL = ".partial"
+_FORGOTTEN = 10 * SILENT  # seconds that a process of another host writes nothing; clocks differ
 
 
 def partial_of(path: Path) -> Path:
@@ -50,14 +52,14 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def sweep(folder: Path, finished: str | None = None) -> None:
-    """Remove unfinished files of processes that have ended, and all of those whose name begins with `finished`."""
+def sweep(folder: Path) -> None:
+    """Remove unfinished files of processes that have ended, as far as can be told, and of this one."""
     for name in files_in(folder):
         if not name.startswith(".") or not name.endswith(PARTIAL):
             continue
-        words = name[1 : -len(PARTIAL)].rsplit(".", 3)
-        owner = parse(".".join(words[1:]))
+        owner = parse(".".join(name[1 : -len(PARTIAL)].rsplit(".", 3)[1:]))
         if owner is None:
             continue  # not of this kind
-        if owner == me() or owner.is_gone() or (finished is not None and words[0].startswith(finished)):
-            (folder / name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if owner == me() or owner.is_gone() or time.time() - (folder / name).stat().st_mtime > _FORGOTTEN:
+                (folder / name).unlink()

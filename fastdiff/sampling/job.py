@@ -134,8 +134,8 @@ class _Run:
                 with disk(self.folder):
                     return self._finish(there)
             except DamagedPart as damaged:
-                print(damaged, flush=True)
                 self.store.discard(damaged)
+                print(damaged, flush=True)
 
     def _missing(self) -> int:
         return sum(stop - start for start, stop in self.store.missing(self.job.count))
@@ -209,7 +209,7 @@ class _Run:
 
     def _finish(self, there: int) -> list[Path]:
         """Make the files, unless another process does."""
-        name = f"merge-{self.job.count}"
+        name = f"merge-{self.outputs.key}"
         lines: list[str] = []
         claim = self.claims.take_alone(name)
         if claim is None:
@@ -223,9 +223,9 @@ class _Run:
             made = self._to_make()
             try:
                 lines = self.outputs.make(made, self._source(), self.trace)
-            except FileNotFoundError:  # this process stood still so long that another has done and tidied up
+            except FileNotFoundError as error:  # this process stood still so long that others have tidied up
                 if self._to_make():
-                    raise
+                    raise DamagedPart(Path(str(error.filename)), "it has vanished") from error
                 made = []
             self._tidy()
         with suppress(OSError):
@@ -273,8 +273,16 @@ class _Run:
         for name in files_in(folder):
             if name.endswith((STATUS, ".now")):
                 (folder / name).unlink(missing_ok=True)
-        self.claims.tidy(lambda name: (part := range_of(name)) is not None and part.stop <= self.job.count)
-        sweep(folder, "")
+        holes = self.store.missing(self.job.count)  # of a job whose images are needed no more, or of another format
+
+        def needless(name: str) -> bool:
+            part = range_of(name)
+            if part is None or part.stop > self.job.count:
+                return False
+            return all(hole.start >= part.stop or hole.stop <= part.start for hole in holes)
+
+        self.claims.tidy(needless)
+        sweep(folder)
         sweep(self.folder)
         with suppress(OSError):
             folder.rmdir()

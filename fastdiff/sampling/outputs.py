@@ -44,6 +44,11 @@ class Outputs:
         self.grid_images, self.grid_classes = min(grid[0], count), grid[1]
         self.trajectory = min(trajectory, count)
 
+    @property
+    def key(self) -> str:
+        """What is made, as a part of a file's name."""
+        return "-".join([str(self.count), *self.formats, str(self.grid_images), str(self.trajectory)])
+
     def path(self, ending: str) -> Path:
         return self.folder / f"{self.name}{ending}"
 
@@ -108,9 +113,8 @@ class Outputs:
 
     def tidy(self) -> None:
         """Remove unfinished files."""
-        sweep(self.folder, self.name)
-        if "png" in self.formats:
-            sweep(self.images, "")
+        sweep(self.folder)
+        sweep(self.images)
 
     def _written(self) -> set[int]:
         return {index for name in files_in(self.images) if (index := exports.index_in(name)) is not None}

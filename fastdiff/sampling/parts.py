@@ -169,7 +169,8 @@ class Store:
             yield np.array(labels[piece.used.start - piece.holds.start : piece.used.stop - piece.holds.start])
 
     def discard(self, damaged: DamagedPart) -> None:
-        damaged.path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, IsADirectoryError):
+            damaged.path.unlink()
 
     def tidy(self) -> None:
         """Remove the parts whose images are in an npz, and what processes that ended have left unfinished."""

@@ -134,7 +134,8 @@ def test_whole_files(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     sweep(tmp_path)
     assert names(tmp_path) == [f".a.npz.{other.tag}.partial", ".b", ".of.somebody.partial", "a.npz"]
-    sweep(tmp_path, "a")
+    os.utime(tmp_path / f".a.npz.{other.tag}.partial", (0, 0))  # nothing has been written for long
+    sweep(tmp_path)
     assert names(tmp_path) == [".b", ".of.somebody.partial", "a.npz"]
 
 
@@ -235,7 +236,7 @@ def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.Captu
     other.start()
     started = claims._started(other.pid)
     assert started is not None
-    (folder / "claims" / "merge-23.0").write_text(Owner(me().host, other.pid, started).tag)
+    (folder / "claims" / "merge-23-npz-0-0.0").write_text(Owner(me().host, other.pid, started).tag)
     run_job(drawing(), job(), place(1, 2), folder)
     assert "process 1: all images are drawn; another process puts them together" in capsys.readouterr().out
     assert not list(folder.glob("*.npz"))
