@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.kernel_choice import choose_kernels
     from fastdiff.likelihood import save_terms, score
     from fastdiff.processes import current, join, make_writable, output_folder
-    from fastdiff.sampling.draw import load_model
+    from fastdiff.sampling.network import open_network
     from fastdiff.settings import UserError
 
     settings = config.nll
@@ -31,7 +31,14 @@ def main(argv: list[str] | None = None) -> None:
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to score")
     chosen = choose_kernels(settings.kernels, processes.device)
-    model, info = load_model(config.model, settings.model_path, settings.precision, processes.device)
+    network = open_network(
+        config.model,
+        config.diffusion,
+        settings.model_path,
+        settings.precision,
+        processes.device,
+        frozen=settings.kernels != "reference",
+    )
     loader = open_images(
         config.data,
         size_hw=config.model.size_hw,
@@ -40,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         rank=processes.rank,
         world_size=processes.world_size,
         device=processes.device,
-        class_names=info.get("class_names") or None if config.model.class_cond else None,
+        class_names=network.class_names or None if config.model.class_cond else None,
         limit=settings.num_samples,
     )
     if config.model.class_cond and len(loader.class_names) > config.model.num_classes:
@@ -54,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.is_main:
         print("\n".join(chosen))
     totals, terms = score(
-        model,
+        network.model,
         diffusion,
         loader,
         processes,

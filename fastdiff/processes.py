@@ -51,11 +51,14 @@ def current() -> Processes:
     )
 
 
-def join() -> Processes:
-    """`current()`, and the process group of torch.distributed when there are several processes."""
+def join(group: bool = True) -> Processes:
+    """`current()`, and the process group of torch.distributed when there are several processes.
+
+    Without a group the processes go their own ways from here on, and each reports its own errors.
+    """
     global _started
     processes = current()
-    if processes.world_size > 1 and not dist.is_initialized():
+    if group and processes.world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     _started = True
     return processes

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter, ValidationError
 
@@ -55,6 +55,18 @@ def what_is_wrong(error: ValidationError) -> str:
         return first["msg"].removeprefix("Value error, ")
     kind = first["type"].split("_")[0]  # of int_parsing, int_type, int_from_float
     return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {first['input']!r}"
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def validated(kind: type[S], values: Mapping[str, Any]) -> S:
+    """The settings of these values; UserError, which names the value, where they can't be."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(f"{place + ': ' if place else ''}{what_is_wrong(error)}") from None
 
 
 def _split(value: Any) -> Any:

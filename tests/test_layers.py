@@ -22,23 +22,30 @@ LAYERS: dict[str, set[str]] = {
     "ops": {"kernels"},
     "threads": set(),
     "kernel_choice": {"ops", "settings", "threads"},
+    "compilation": set(),
     "hardware": set(),
     "roofline": {"models"},
     "diffusion": {"ops", "settings"},
     "models": {"ops", "settings"},
     "images": {"processes", "settings"},
-    "sampling": {"diffusion", "images", "kernel_choice", "models", "ops", "processes", "settings"},
+    "sampling": {
+        *("compilation", "diffusion", "hardware", "images", "kernel_choice", "models", "ops", "processes", "settings"),
+    },
     "nll_settings": {"kernel_choice", "sampling", "settings"},
     "likelihood": {"diffusion", "images", "ops", "processes"},
     "training": {
-        *("config", "diffusion", "hardware", "images", "kernel_choice", "models", "nll_settings", "ops", "processes"),
-        *("reporting", "roofline", "sampling", "settings"),
+        *("compilation", "config", "diffusion", "hardware", "images", "kernel_choice", "models", "nll_settings", "ops"),
+        *("processes", "reporting", "roofline", "sampling", "settings"),
     },
-    "presets": {"diffusion", "models", "settings"},
+    "presets": {"compilation", "diffusion", "models", "settings"},
     "checkpoint_settings": {"models", "presets", "settings"},
     "config": {
         *("checkpoint_settings", "diffusion", "images", "models", "nll_settings", "presets", "sampling", "settings"),
         "training",
+    },
+    "build": {"config", "diffusion", "models", "presets", "sampling", "settings"},
+    "api": {
+        *("build", "config", "diffusion", "kernel_choice", "models", "presets", "processes", "sampling", "settings"),
     },
 }
 # Outside package → the only files that may import it.
@@ -47,7 +54,7 @@ OUTSIDE = {
     "nvidia": ("images/",),
     "triton": ("kernels/", "ops.py"),
     "tensorboard": ("reporting.py",),
-    "PIL": ("images/", "sampling/"),
+    "PIL": ("api.py", "images/", "sampling/"),
     "pydantic": ("settings.py", "config.py", "nll_settings.py", "/settings.py", "training/"),
 }
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from fastdiff import ops
 from fastdiff.diffusion.process import GaussianDiffusion
+from fastdiff.diffusion.spacing import Spacing
 
 Solver = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "heun"]
 HISTORY = ("earlier1", "earlier2", "earlier3")
@@ -72,6 +73,8 @@ class SolverInfo(NamedTuple):
     make: Callable[[GaussianDiffusion, float], Plan]
     """From a process and the noise eta (0 but for ddim) to the rows."""
     least_steps: int
+    spacing: Spacing
+    """What suits it: multistep solvers want even steps in log SNR."""
     description: str
 
 
@@ -250,12 +253,20 @@ def _heun(diffusion: GaussianDiffusion, eta: float) -> Plan:
 
 
 SOLVERS: dict[str, SolverInfo] = {
-    "ddpm": SolverInfo(_ddpm, 1, "ancestral sampling, as noisy as the chain it was trained on"),
-    "ddim": SolverInfo(_ddim, 1, "first order; deterministic, or with noise by eta"),
-    "dpmpp_2m": SolverInfo(partial(_dpmpp, order=2, noisy=False), 2, "DPM-Solver++, second order, deterministic"),
-    "dpmpp_3m": SolverInfo(partial(_dpmpp, order=3, noisy=False), 3, "DPM-Solver++, third order, deterministic"),
-    "dpmpp_2m_sde": SolverInfo(partial(_dpmpp, order=2, noisy=True), 2, "DPM-Solver++, second order, with noise"),
-    "dpmpp_3m_sde": SolverInfo(partial(_dpmpp, order=3, noisy=True), 3, "DPM-Solver++, third order, with noise"),
-    "unipc": SolverInfo(_unipc, 2, "UniPC: second order, corrected by the next evaluation; deterministic"),
-    "heun": SolverInfo(_heun, 2, "second order, two evaluations a step; deterministic"),
+    "ddpm": SolverInfo(_ddpm, 1, "uniform", "ancestral sampling, as noisy as the chain it was trained on"),
+    "ddim": SolverInfo(_ddim, 1, "uniform", "first order; deterministic, or with noise by eta"),
+    "dpmpp_2m": SolverInfo(
+        partial(_dpmpp, order=2, noisy=False), 2, "logsnr", "DPM-Solver++, second order, deterministic"
+    ),
+    "dpmpp_3m": SolverInfo(
+        partial(_dpmpp, order=3, noisy=False), 3, "logsnr", "DPM-Solver++, third order, deterministic"
+    ),
+    "dpmpp_2m_sde": SolverInfo(
+        partial(_dpmpp, order=2, noisy=True), 2, "logsnr", "DPM-Solver++, second order, with noise"
+    ),
+    "dpmpp_3m_sde": SolverInfo(
+        partial(_dpmpp, order=3, noisy=True), 3, "logsnr", "DPM-Solver++, third order, with noise"
+    ),
+    "unipc": SolverInfo(_unipc, 2, "logsnr", "UniPC: second order, corrected by the next evaluation; deterministic"),
+    "heun": SolverInfo(_heun, 2, "karras", "second order, two evaluations a step; deterministic"),
 }

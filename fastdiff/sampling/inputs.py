@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ class BaseImages:
             raise UserError("--base_samples is missing: give an .npz of small images, or a folder of them")
         if not path.exists():
             raise UserError(f"--base_samples: {path} does not exist; give an .npz of small images, or a folder of them")
+        self.path = path
         self._files: list[Path] | None = None
         self.labels: np.ndarray | None = None
         if path.is_dir():
@@ -41,6 +43,16 @@ class BaseImages:
                     f"--base_samples: {path} has label {strange[0]}, the model classes 0 to {settings.num_classes - 1}"
                 )
 
+    @property
+    def digest(self) -> str:
+        """Of the small images: two jobs with the same digest enlarge the same."""
+        found = hashlib.sha256()
+        if self._files is None:
+            found.update(self._images.tobytes())
+        for file in self._files or ():
+            found.update(f"{file.relative_to(self.path)} {file.stat().st_size}\n".encode())
+        return f"sha256:{found.hexdigest()[:16]}"
+
     def __len__(self) -> int:
         return len(self._images) if self._files is None else len(self._files)
 
@@ -52,11 +64,15 @@ class BaseImages:
         else:
             mode = MODES[self.settings.in_channels]
             images = np.stack([load_image(self._files[row], self.settings.small_size, mode) for row in rows])
-        small = torch.from_numpy(images).to(index.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        arguments = {"low_res": small}
+        arguments = {"low_res": as_low_res(images, index.device)}
         if self.settings.class_cond and self.labels is not None:
             arguments["y"] = torch.from_numpy(self.labels[rows]).to(index.device)
         return arguments
+
+
+def as_low_res(images: np.ndarray, device: torch.device) -> Tensor:
+    """Images [N, h, w, C] uint8 as a super-resolution model sees them: [N, C, h, w] float32 in [-1, 1]."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.ndarray | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdiff.compilation import keep_compiled_code, missing_compiler, prepare_cudnn
 from fastdiff.diffusion import create_diffusion
-from fastdiff.diffusion.plans import make_plan
+from fastdiff.diffusion.plans import SOLVERS, make_plan
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.spacing import keep_steps
 from fastdiff.diffusion.streams import SAMPLES
@@ -43,7 +43,7 @@ class Sampler:
     """Draws any images of a job; image i is a function of the settings and i.
 
     labels gives the classes of a class-conditional network, inputs the small images (and their classes) of one that
-    enlarges. count is how many images this process may come to draw: what pays depends on it.
+    enlarges. count is how many images this process may come to draw, 0 if unknown: what pays depends on it.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Sampler:
         inputs: Inputs | None = None,
         guide: Network | None = None,
         stream: int = SAMPLES,
-        count: int = 16,
+        count: int = 0,
         flag: str = "--",
     ) -> None:
         """flag is what the names of settings begin with in error messages. Raises UserError for what can't be."""
@@ -66,7 +66,10 @@ class Sampler:
         if settings.cuda_graph is True and device.type != "cuda":
             raise UserError("--cuda_graph True needs a GPU; leave it out")
         self.diffusion = self._diffusion(flag)
-        self.plan = make_plan(self.diffusion, settings.solver, settings.eta)
+        try:
+            self.plan = make_plan(self.diffusion, settings.solver, settings.eta)
+        except ValueError as error:  # of a respacing that keeps too few steps
+            raise UserError(f"{flag}solver: {error}") from None
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
         keep_compiled_code()
@@ -123,7 +126,7 @@ class Sampler:
         settings, diffusion = self.settings, self.network.diffusion
         found: dict[str, Any] = {"model_path": self.network.digest, "seed": settings.seed, "solver": settings.solver}
         if settings.steps:
-            found |= {name: getattr(settings, name) for name in ("steps", "spacing", "sigma_max")}
+            found |= {"steps": settings.steps, "spacing": self._spacing, "sigma_max": settings.sigma_max}
         if settings.solver == "ddim":
             found["eta"] = settings.eta
         if self.guidance.weight != 1:
@@ -146,13 +149,18 @@ class Sampler:
         return forward_flops(self.network.settings) * self.plan.num_evaluations
 
     @property
+    def _spacing(self) -> str:
+        settings = self.settings
+        return SOLVERS[settings.solver].spacing if settings.spacing == "auto" else settings.spacing
+
+    @property
     def _complete_steps(self) -> int:
         return int(self.plan.complete.sum())
 
     def _diffusion(self, flag: str) -> Any:
         settings, process = self.settings, self.network.diffusion
         try:
-            kept = keep_steps(process, settings.steps, settings.spacing, settings.sigma_max) if settings.steps else None
+            kept = keep_steps(process, settings.steps, self._spacing, settings.sigma_max) if settings.steps else None
         except ValueError as error:
             raise UserError(f"{flag}{error}") from None
         return create_diffusion(process, self.network.settings.learn_sigma, kept)
@@ -184,7 +192,8 @@ class Sampler:
     def _batch_size(self, count: int) -> int:
         wanted = self.settings.batch_size
         if wanted != "auto":
-            return min(int(wanted), max(1, count))
+            return min(int(wanted), count or int(wanted))
+        most = MOST[self.device.type]
         key = {
             "model": self.network.settings.model_dump(mode="json", exclude={"dropout", "use_checkpoint"}),
             "device": device_name(self.device),
@@ -196,7 +205,7 @@ class Sampler:
             "torch": torch.__version__,
         }
         try:
-            size, how = best_batch_size(self._seconds, min(count, MOST[self.device.type]), key)
+            size, how = best_batch_size(self._seconds, min(count or most, most), key)
         except torch.OutOfMemoryError:
             raise UserError("--batch_size auto: not even one image fits in the GPU's memory") from None
         finally:

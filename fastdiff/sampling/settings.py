@@ -21,7 +21,8 @@ class DrawSettings(Settings):
     model_path: str = ""
     """The checkpoint: a .pt file, or a folder of checkpoints (its newest EMA is taken)."""
     preset: str = ""
-    """Settings of a published checkpoint by its name, for a .pt file that carries none, e.g. cifar10_uncond."""
+    """Settings of a published checkpoint by its name, for a .pt file that carries none, e.g. cifar10_uncond; without
+    model_path that checkpoint is fetched."""
     num_samples: int = Field(10000, ge=1)
     """Images to draw."""
     batch_size: Count = 16
@@ -31,8 +32,9 @@ class DrawSettings(Settings):
     heun: two evaluations a step, as EDM does it."""
     steps: int = Field(0, ge=0)
     """Steps of the solver, spread as `spacing` says; 0: those that timestep_respacing keeps."""
-    spacing: Spacing = "uniform"
-    """How `steps` are spread over the chain: evenly in t, in its square root, in log SNR, or as Karras et al. do."""
+    spacing: Literal["auto"] | Spacing = "auto"
+    """How `steps` are spread over the chain: evenly in t, in its square root, in log SNR, or as Karras et al. do; auto:
+    as suits the solver."""
     sigma_max: float = Field(160.0, gt=0)
     """With `steps`: the largest noise to start from, in units of the image; a cosine chain goes on to 80,000."""
     use_ddim: bool = False
@@ -123,7 +125,8 @@ class SampleSettings(DrawSettings):
     sr_model_path: str = ""
     """A super-resolution checkpoint that enlarges the images as they come."""
     sr_preset: str = ""
-    """Settings of a published super-resolution checkpoint by its name, e.g. upsample_256."""
+    """Settings of a published super-resolution checkpoint by its name, e.g. upsample_256; without sr_model_path that
+    checkpoint is fetched."""
     sr_batch_size: Count = "auto"
     """Images that are enlarged at a time, per process; auto as for batch_size."""
     sr_steps: int = Field(0, ge=0)
@@ -138,8 +141,8 @@ class SampleSettings(DrawSettings):
 
     @model_validator(mode="after")
     def _cascade(self) -> SampleSettings:
-        if not self.sr_model_path:
-            for name in ("sr_preset", "sr_steps", "sr_timestep_respacing"):
+        if not self.sr_model_path and not self.sr_preset:
+            for name in ("sr_steps", "sr_timestep_respacing"):
                 if getattr(self, name):
                     raise ValueError(f"{name} is for enlarging; name a checkpoint with sr_model_path")
         return self

@@ -43,12 +43,15 @@ def no_logdir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(folder: Path) -> Arrays:
-    """What is in the only npz of a folder, which holds nothing else but a picture."""
+    """Images and labels in the only npz of a folder, which holds nothing else but a picture and what the job was."""
     names = sorted(path.name for path in folder.iterdir())
-    assert len(names) <= 2, f"left behind: {names}"
-    assert all(re.fullmatch(r"samples_\d+x\d+x\d+x\d+\.(npz|png)", name) for name in names), names
+    assert len(names) <= 3, f"left behind: {names}"
+    assert all(re.fullmatch(r"job\.json|samples_\d+x\d+x\d+x\d+\.(npz|png)", name) for name in names), names
     with np.load(next(folder.glob("*.npz")), allow_pickle=False) as content:
-        return dict(content)
+        arrays = dict(content)
+    np.testing.assert_array_equal(arrays.pop("index"), np.arange(len(arrays["arr_0"])))
+    assert arrays.pop("seed").shape == ()
+    return arrays
 
 
 @pytest.fixture
@@ -88,7 +91,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = save(unet(class_cond=True, num_classes=5), tmp_path / "model000001.pt")
     out = tmp_path / "deep" / "out"
     sample.main(flags({"model_path": checkpoint, "num_samples": 7, "batch_size": 3, "out_dir": out}))
-    assert sorted(path.name for path in out.iterdir()) == ["samples_7x8x8x3.npz", "samples_7x8x8x3.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["job.json", "samples_7x8x8x3.npz", "samples_7x8x8x3.png"]
     arrays = read(out)
     assert set(arrays) == {"arr_0", "arr_1"}
     assert (arrays["arr_0"].dtype, arrays["arr_0"].shape) == (np.uint8, (7, 8, 8, 3))
@@ -111,7 +114,7 @@ def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_without_classes_and_without_a_grid(tmp_path: Path, run: Callable[..., Arrays]) -> None:
     checkpoint = save(unet(), tmp_path / "model000001.pt")
     assert set(run(checkpoint)) == {"arr_0"}
-    assert [path.name for path in (tmp_path / "out1").iterdir()] == ["samples_7x8x8x3.npz"]
+    assert sorted(path.name for path in (tmp_path / "out1").iterdir()) == ["job.json", "samples_7x8x8x3.npz"]
 
 
 def test_grid_of_some(tmp_path: Path) -> None:
@@ -125,11 +128,13 @@ def test_grid_of_some(tmp_path: Path) -> None:
 
 
 def test_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--out_dir, else OPENAI_LOGDIR, else runs/samples."""
+    """--out_dir, else OPENAI_LOGDIR, else a folder of the job's own in runs/samples."""
     monkeypatch.chdir(tmp_path)
     words = flags({"model_path": save(unet(), tmp_path / "model000001.pt"), "num_samples": 1, "grid_images": 0})
-    sample.main(words)
-    assert (tmp_path / "runs" / "samples" / "samples_1x8x8x3.npz").is_file()
+    for seed in (0, 1, 0):
+        sample.main([*words, "--seed", str(seed)])
+    found = list((tmp_path / "runs" / "samples").glob("model000001-*/samples_1x8x8x3.npz"))
+    assert len(found) == 2
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logdir"))
     sample.main(words)
     assert (tmp_path / "logdir" / "samples_1x8x8x3.npz").is_file()
@@ -249,7 +254,7 @@ def test_run_folder(tmp_path: Path, run: Callable[..., Arrays]) -> None:
 
 def test_bf16(tmp_path: Path, run: Callable[..., Arrays], monkeypatch: pytest.MonkeyPatch) -> None:
     """Near to fp32, but not it: 8 bits of mantissa in the body, x_t and the sampler in fp32."""
-    monkeypatch.setattr("fastdiff.sampling.draw.body_dtype", lambda precision, device: DTYPES[precision])
+    monkeypatch.setattr("fastdiff.sampling.network.body_dtype", lambda precision, device: DTYPES[precision])
     checkpoint = save(unet(), tmp_path / "model000001.pt")
     full, half = (run(checkpoint, precision=p, use_ddim=True)["arr_0"].astype(int) for p in ("fp32", "bf16"))
     difference = np.abs(full - half)

@@ -1,0 +1,230 @@
+"""Models in three lines:
+
+model = fastdiff.load("runs/NAME")
+samples = model.sample(16, classes="cat,dog", solver="dpmpp_2m", steps=20)
+samples.save("grid.png")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from fastdiff.build import labels_of
+from fastdiff.config import Config, SuperResConfig, describe
+from fastdiff.diffusion import create_diffusion
+from fastdiff.diffusion.samplers import ddim_reverse_loop
+from fastdiff.diffusion.spacing import keep_steps
+from fastdiff.diffusion.streams import ENLARGED, SAMPLES
+from fastdiff.kernel_choice import Kernels, choose_kernels
+from fastdiff.models import BackboneSettings, SuperResSettings, weights
+from fastdiff.presets import download, find_preset, is_preset
+from fastdiff.processes import current
+from fastdiff.sampling.inputs import as_low_res
+from fastdiff.sampling.network import Network, open_network
+from fastdiff.sampling.pictures import grid, save_grid
+from fastdiff.sampling.sampler import Inputs, Sampler
+from fastdiff.sampling.settings import SampleSettings
+from fastdiff.settings import UserError, validated
+
+STEPS = 20  # of a fast solver, unless said otherwise
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images [n, H, W, C] uint8, their labels [n] int64 (None without classes), and what draws them again."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    seed: int
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """All images as one picture."""
+        return grid(self.images, columns)
+
+    def save(self, path: str | Path, columns: int | None = None) -> None:
+        """An .npz as sample.py writes it, or the grid as a picture (.png)."""
+        path = Path(path)
+        if path.suffix != ".npz":
+            save_grid(path, self.images, columns)
+            return
+        labels = {} if self.labels is None else {"arr_1": self.labels}
+        arrays = {"arr_0": self.images, **labels, "seed": np.int64(self.seed), "index": self.index}
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+
+def load(
+    path_or_preset: str | Path,
+    *,
+    preset: str = "",
+    precision: str = "",
+    device: torch.device | str | None = None,
+    kernels: Kernels = "auto",
+    compile: bool | str = "auto",
+    cuda_graph: bool | str = "auto",
+) -> Model:
+    """A checkpoint, ready to draw.
+
+    path_or_preset  a .pt file, a run's folder, or the name of a published checkpoint (`fastdiff.presets`), which is
+                    downloaded once.
+    preset          settings for a .pt file that carries none.
+    precision       fp32, bf16 or fp16; the default is bf16 on a GPU that has it, else fp32.
+    Raises UserError for what can't be read or doesn't fit.
+    """
+    place = torch.device(device) if device is not None else current().device
+    path = str(path_or_preset)
+    if not Path(path).exists() and is_preset(path):
+        preset, path = path, str(download(find_preset(path)))
+    if not precision:
+        precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    choose_kernels(kernels, place)
+    state = weights.read_state_dict(weights.find(path, "load"), "load")
+    info = weights.info_of(state)
+    super_res = info["kind"] == "super_res" if info else bool(weights.script_mismatch(state, super_res=False))
+    kind = SuperResConfig if super_res else Config
+    del state
+    config = describe("model_path", path, kind, preset)
+    network = open_network(
+        config.model, config.diffusion, path, precision, place, "load", frozen=kernels != "reference"
+    )
+    shared = {"precision": precision, "kernels": kernels, "compile": compile, "cuda_graph": cuda_graph}
+    return Model(network, place, shared)
+
+
+class Model:
+    """A checkpoint that draws; `load` makes one."""
+
+    def __init__(self, network: Network, device: torch.device, defaults: dict[str, Any]) -> None:
+        self.network, self.device = network, device
+        self._defaults = defaults
+        self._sampler: tuple[Any, Sampler] | None = None
+
+    @property
+    def settings(self) -> BackboneSettings:
+        """Of the network."""
+        return self.network.settings
+
+    @property
+    def class_names(self) -> list[str]:
+        """Empty where the checkpoint knows none."""
+        return self.network.class_names
+
+    def sample(
+        self,
+        n: int = 16,
+        *,
+        classes: str | int | Sequence[str | int] = "",
+        solver: str = "dpmpp_2m",
+        steps: int = STEPS,
+        seed: int = 0,
+        start: int = 0,
+        guide: Model | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Samples:
+        """Images start to start + n - 1 of the job that the settings describe, as sample.py draws them.
+
+        classes   in turn, or anything that --classes takes.
+        steps     0: every step that the checkpoint's timestep_respacing keeps.
+        guide     a weaker model, for autoguidance.
+        settings  any other of sample.py's: spacing, eta, guidance, batch_size, …
+        Raises UserError for settings that can't be.
+        """
+        if isinstance(self.settings, SuperResSettings):
+            raise UserError("sample: this model enlarges images; call enlarge")
+        if isinstance(classes, Sequence) and not isinstance(classes, str):
+            classes = ",".join(map(str, classes))
+        given = {"solver": solver, "steps": steps, "seed": seed, "classes": str(classes), **settings}
+        sampler = self._sampler_of(given, guide, n)
+        return self._draw(sampler, seed, start, n, progress)
+
+    def enlarge(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        *,
+        solver: str = "dpmpp_2m",
+        steps: int = STEPS,
+        seed: int = 0,
+        progress: bool = False,
+        **settings: Any,
+    ) -> Samples:
+        """Small images [n, h, w, C] uint8, enlarged by a super-resolution model; labels [n] of a class-conditional one.
+
+        Raises UserError for images of another size and settings that can't be.
+        """
+        wanted = self.settings
+        if not isinstance(wanted, SuperResSettings):
+            raise UserError("enlarge: this model draws images; call sample")
+        shape = (*wanted.small_size, wanted.in_channels)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+            raise UserError(f"enlarge: images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
+        if wanted.class_cond and (labels is None or len(labels) != len(images)):
+            raise UserError("enlarge: the model is class-conditional; give as many labels as images")
+
+        def inputs(index: Tensor) -> dict[str, Tensor]:
+            rows = index.cpu().numpy()
+            found = {"low_res": as_low_res(images[rows], index.device)}
+            if wanted.class_cond and labels is not None:
+                found["y"] = torch.from_numpy(np.asarray(labels, dtype=np.int64)[rows]).to(index.device)
+            return found
+
+        sampler = self._sampler_of(
+            {"solver": solver, "steps": steps, "seed": seed, **settings}, None, len(images), inputs
+        )
+        return self._draw(sampler, seed, 0, len(images), progress)
+
+    def encode(self, images: np.ndarray, labels: np.ndarray | None = None, *, steps: int = 100) -> Tensor:
+        """The noise [n, C, H, W] float32 that DDIM with as many steps makes these images [n, H, W, C] uint8 of."""
+        process, settings = self.network.diffusion, self.settings
+        kept = keep_steps(process, steps, "uniform", float("inf")) if steps else None
+        diffusion = create_diffusion(process, settings.learn_sigma, kept)
+        x = as_low_res(images, self.device)
+        kwargs = {} if labels is None else {"y": torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self.device)}
+        for step in ddim_reverse_loop(diffusion, self.network.model, x, model_kwargs=kwargs):
+            x = step.sample
+        return x
+
+    def _sampler_of(
+        self, given: dict[str, Any], guide: Model | None, count: int, inputs: Inputs | None = None
+    ) -> Sampler:
+        """The sampler for settings; kept for the next call with the same ones, for what is compiled is in it."""
+        settings = validated(SampleSettings, {**self._defaults, **given})
+        key = (settings, id(guide), min(count, 64))
+        if inputs is None and self._sampler is not None and self._sampler[0] == key:
+            return self._sampler[1]
+        sampler = Sampler(
+            self.network,
+            settings,
+            self.device,
+            labels=None if inputs else labels_of(self.network, settings.classes),
+            inputs=inputs,
+            guide=guide.network if guide else None,
+            stream=ENLARGED if inputs else SAMPLES,
+            count=count,
+            flag="",
+        )
+        self._sampler = None if inputs else (key, sampler)
+        return sampler
+
+    def _draw(self, sampler: Sampler, seed: int, start: int, n: int, progress: bool) -> Samples:
+        index = np.arange(start, start + n)
+        with tqdm(total=n, unit="image", disable=not progress, bar_format=_BAR) as bar:
+            on_progress: Callable[[float], Any] = bar.update
+            drawn = sampler.draw(index, on_progress)
+        return Samples(drawn.images, drawn.labels, seed, index)
+
+
+_BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
