@@ -1,12 +1,13 @@
-"""Tables and charts of what benchmarks/bench_train.py measured, beside the roofline.
+"""Tables and charts of what benchmarks/bench_train.py and bench_sampling.py measured, beside the roofline.
 
     python benchmarks/report.py benchmarks/results/train.json
     python benchmarks/report.py train.json --markdown train.md --chart train.svg --chart train.png
 
-Every row is one variant's training step: `reference` (improved-diffusion's operations), `reference+compile`,
-`diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles. There is a table and a
-panel for each configuration, precision and batch. The roofline is benchmarks/roofline.py's: of the GPU that the results
-name, or else of the rates measured with them; a configuration that isn't known here gets none.
+Every row is one variant's training step, or its drawing: `reference` (improved-diffusion's operations),
+`reference+compile`, `diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles.
+There is a table and a panel for each configuration, precision and batch, of drawing for each solver too. The roofline
+is benchmarks/roofline.py's, of training: of the GPU that the results name, or else of the rates measured with them; a
+configuration that isn't known here gets none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,20 +54,35 @@ class Row:
     """Share of the matmul rate that was measured in the same process."""
     peak_memory_gb: float | None
     start_seconds: float | None
+    solver: str = ""
+    """Of drawing, with its steps; empty for a training step."""
+    evaluations_per_second: tuple[float, float, float] | None = None
+    """Of the network, of drawing: images times evaluations."""
+
+    @property
+    def rate(self) -> tuple[float, float, float]:
+        """What the chart shows: evaluations per second of drawing, else images per second."""
+        return self.evaluations_per_second or self.images_per_second
 
 
 @dataclass(frozen=True)
 class Results:
-    """A results file: where it was measured, and the rows."""
+    """A results file: where it was measured, the rows, and of drawing where its time goes."""
 
     place: dict[str, Any]
     rows: list[Row]
+    splits: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def sampling(self) -> bool:
+        return any(row.evaluations_per_second for row in self.rows)
 
     def cases(self) -> dict[str, list[Row]]:
         """Rows by configuration, batch and precision, in the order of ORDER."""
         made: dict[str, list[Row]] = {}
         for row in self.rows:
-            made.setdefault(f"{row.config}, batch {row.batch}, {row.precision}", []).append(row)
+            name = f"{row.config}, batch {row.batch}, {row.precision}" + (f", {row.solver}" if row.solver else "")
+            made.setdefault(name, []).append(row)
         rank = {name: i for i, name in enumerate(ORDER)}
         return {name: sorted(rows, key=lambda row: rank.get(row.variant, len(ORDER))) for name, rows in made.items()}
 
@@ -86,6 +102,7 @@ def read(path: Path) -> Results:
         rows = [_row(entry) for entry in content["rows"]]
         place = {name: content[name] for name in ("device", "torch", "commit", "date", "command", "threads")}
         place |= {name: float(content[name]) for name in ("matmul_tflops", "copy_gbs")}
+        splits = list(content.get("splits", []))
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/bench_train.py") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -93,11 +110,12 @@ def read(path: Path) -> Results:
         raise UserError(f"{path} is not what benchmarks/bench_train.py writes: {what}") from None
     if not rows:
         raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
-    return Results(place, rows)
+    return Results(place, rows, splits)
 
 
 def _row(entry: dict[str, Any]) -> Row:
-    names = ("ms", "images_per_second", *([] if entry["ratio"] is None else ["ratio"]))
+    names = ["ms", "images_per_second", *([] if entry["ratio"] is None else ["ratio"])]
+    names += ["evaluations_per_second"] if "evaluations_per_second" in entry else []
     triples: dict[str, Any] = {"ratio": None, **{name: tuple(float(v) for v in entry[name]) for name in names}}
     for name in names:
         if len(triples[name]) != 3:
@@ -108,6 +126,7 @@ def _row(entry: dict[str, Any]) -> Row:
     }
     texts: dict[str, Any] = {name: str(entry[name]) for name in ("config", "variant", "precision")}
     ratio_to = str(entry.get("ratio_to", "reference"))
+    texts["solver"] = f"{entry['solver']} {entry['steps']}" if "solver" in entry else ""
     return Row(**texts, batch=int(entry["batch"]), ratio_to=ratio_to, **triples, **numbers)
 
 
@@ -133,9 +152,10 @@ def _known(config: str, precision: str) -> tuple[list[work.Operation], int] | No
 def bounds(results: Results, row: Row) -> Bounds | None:
     """The roofline of a row's configuration, batch and precision.
 
-    None for a configuration that isn't known, and for fp32 on a GPU, whose rates are those of 16-bit products.
+    None for a configuration that isn't known, for drawing, and for fp32 on a GPU, whose rates are those of 16-bit
+    products.
     """
-    known = _known(row.config, row.precision)
+    known = None if row.solver else _known(row.config, row.precision)  # it is of training
     if known is None:
         return None
     ops, optimiser_bytes = known
@@ -175,7 +195,7 @@ def markdown(results: Results) -> str:
     place = results.place
     threads = f", {place['threads']} threads" if place["threads"] else ""
     lines = [
-        "# Training throughput",
+        f"# {_title(results)}",
         "",
         f"{place['device']}{threads}, torch {place['torch']}, {place['date']}, commit {str(place['commit'])[:10]}. "
         f"Matrix products reach {place['matmul_tflops']:.4g} TFLOP/s, copies {place['copy_gbs']:.4g} GB/s. "
@@ -183,7 +203,33 @@ def markdown(results: Results) -> str:
     ]
     for name, rows in results.cases().items():
         lines += ["", f"## {name}", "", *_table(results, rows)]
+    lines += _split_table(results)
     return "\n".join(lines) + "\n"
+
+
+def _title(results: Results) -> str:
+    return "Sampling throughput" if results.sampling else "Training throughput"
+
+
+def _split_table(results: Results) -> list[str]:
+    """Where the time of ours goes while it draws; nothing where that was not measured."""
+    if not results.splits:
+        return []
+    lines = [
+        "",
+        "## Where our time goes",
+        "",
+        "| case | ms per evaluation | network | sampler's step | to the host | GPU idle | job of | files' share |",
+        "|---|" + "---:|" * 7,
+    ]
+    for entry in results.splits:
+        parts, job = entry["split"], entry["job"]
+        shares = [f"{parts[name] / parts['all']:.1%}" for name in ("network", "step", "to_host")]
+        idle = "–" if parts["gaps"] is None else f"{parts['gaps'] / parts['all']:.1%}"
+        case = f"{entry['config']}, batch {entry['batch']}, {entry['precision']}, {entry['solver']}"
+        cells = [case, _short(1e3 * parts["all"]), *shares, idle, f"{job['images']} images", f"{job['overhead']:.2%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _table(results: Results, rows: Sequence[Row]) -> list[str]:
@@ -198,6 +244,9 @@ def _table(results: Results, rows: Sequence[Row]) -> list[str]:
         "peak GB",
         "start s",
     ]
+    if results.sampling:
+        heads[1:2] = ["ms per evaluation", "evaluations/s"]
+        heads.remove("of roofline")
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         bound = bounds(results, row)
@@ -213,6 +262,9 @@ def _table(results: Results, rows: Sequence[Row]) -> list[str]:
             "–" if row.peak_memory_gb is None else f"{row.peak_memory_gb:.2f}",
             "–" if row.start_seconds is None else f"{row.start_seconds:.1f}",
         ]
+        if results.sampling:
+            cells.insert(2, _short(row.rate[1]))
+            del cells[heads.index("of matmul") + 1]
         lines.append("| " + " | ".join(cells) + " |")
     bound = bounds(results, main_row(rows))
     if bound:
@@ -276,7 +328,8 @@ def chart(results: Results, files: Sequence[Path]) -> None:
         lined = [_panel(figure.add_subplot(grid[i]), results, *panel) for i, panel in enumerate(panels.items())]
         place = results.place
         head = 1 - 0.28 / height
-        title = "Training throughput, images per second"
+        unit = "evaluations of the network" if results.sampling else "images"
+        title = f"{_title(results)}, {unit} per second"
         figure.text(0.15 / width, head, title, size=13, weight="bold", color=INK, va="center")
         where = (
             f"{place['device']}, torch {place['torch']}, {place['date']}; medians and quartiles, × the reference's rate"
@@ -298,9 +351,9 @@ def chart(results: Results, files: Sequence[Path]) -> None:
 def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
     """Bars of one case; whether the roofline is among them."""
     bound = bounds(results, main_row(rows))
-    reach = max(max(row.images_per_second[2] for row in rows), bound.ceiling if bound else 0)
+    reach = max(max(row.rate[2] for row in rows), bound.ceiling if bound else 0)
     for i, row in enumerate(rows):
-        low, middle, high = row.images_per_second
+        low, middle, high = row.rate
         axes.barh(i, middle, height=0.68, color=COLOURS.get(row.variant, LEVER_OFF), zorder=2)
         whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
         axes.errorbar(middle, i, xerr=whiskers, color=INK, elinewidth=0.9, capsize=2.2, zorder=3)
@@ -340,7 +393,7 @@ def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a JSON file of benchmarks/bench_train.py")
+    parser.add_argument("results", type=Path, help="a JSON file of bench_train.py or bench_sampling.py")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     parser.add_argument(
         "--chart", type=Path, metavar="FILE", action="append", default=[], help="write a bar chart, .svg or .png"

@@ -6,7 +6,7 @@
 A small classifier is trained on the data. The distance of a row is Fréchet's (Heusel et al. 2017,
 https://arxiv.org/abs/1706.08500) between the classifier's 64 features of the drawn images and of the real ones, the
 mean over random subsets of --compare images, because the distance of a sample falls with its size; its spread is the
-standard deviation over resamplings with replacement. The floor is that of real images left out. `of its class` is the
+standard deviation over resamplings with replacement. The floor is that of as many real images from the others. `of its class` is the
 share of drawn images that the classifier holds for the class that was asked for.
 
 All rows draw the same images by number. Rows are written as they are done, and rows that --json holds are not drawn
@@ -123,13 +123,19 @@ def distance_and_spread(features: Tensor, real: Moments, size: int, seed: int = 
     return float(distances.mean()), float(spread.std())
 
 
-def noise_floor(features: Tensor, size: int, seed: int = 0) -> tuple[float, float]:
-    """Distance of `size` real images, at most half, from the rest: mean and deviation over random choices."""
-    generator = torch.Generator().manual_seed(seed)
+def noise_floor(features: Tensor, labels: np.ndarray, size: int, seed: int = 0) -> tuple[float, float]:
+    """Distance of `size` real images, at most half, from the rest: mean and deviation over random choices.
+
+    They are chosen from the classes [N] in turn, as the drawn ones are.
+    """
+    generator = np.random.default_rng(seed)
     size = min(size, len(features) // 2)
     found = []
     for _ in range(REPEATS):
-        order = torch.randperm(len(features), generator=generator)
+        turn = np.zeros(len(labels))  # of an image within its class, with chance among those of one turn
+        for label in np.unique(labels):
+            turn[labels == label] = generator.permutation(int((labels == label).sum()))
+        order = torch.from_numpy(np.argsort(turn + generator.random(len(turn))))
         found.append(frechet_distance(Moments.of(features[order[:size]]), Moments.of(features[order[size:]])))
     return float(np.mean(found)), float(np.std(found, ddof=1))
 
@@ -459,7 +465,7 @@ def main(argv: list[str] | None = None) -> None:
     features, _ = seen(judge, images, device)
     tried, truth = read_images(args.test_dir, network)[:2] if args.test_dir else (images, labels)
     right = float((seen(judge, tried, device)[1] == truth).mean())
-    floor, floor_spread = noise_floor(features, args.compare)
+    floor, floor_spread = noise_floor(features, labels, args.compare)
     print(f"classifier right on {right:.1%}; real images' distance {floor:.2f} ± {floor_spread:.2f}", flush=True)
     study = Study(network, guide, device, judge, Moments.of(features), args)
     model = network.settings

@@ -1,0 +1,373 @@
+"""Drawing images: ours, each lever of ours off, the reference, and what others would run, in one process.
+
+    python benchmarks/bench_sampling.py --quick --json quick.json                  two CPU cores, minutes
+    python benchmarks/bench_sampling.py --configs imagenet64_270M --batches 256,16,1 --precisions bf16
+    python benchmarks/bench_sampling.py --configs cifar10_uncond --levers all --seed_checkout improved-diffusion
+
+Everybody draws whole batches, from noise to pixels on the host, with as many evaluations of a network; batches take
+turns, and a ratio is made within each round: the reference's time over ours, so that above 1 ours is faster.
+`reference` is improved-diffusion's way (eager, channels-first, its p_sample loop; fp16 on a GPU, fp32 on a CPU);
+`reference+compile` its network compiled, channels-last, in a loop written well; `diffusers` a UNet2DModel of the same
+shape, run likewise (pip install -e '.[peers]'). Those have DDPM and DDIM only, and take a DDPM step for each evaluation
+of another solver of ours. `ours -X` is ours without lever X, timed beside ours. A split of our time, and what a small
+job spends on files, follow with --split. The last line is the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff import compilation, ops
+from fastdiff.config import Config
+from fastdiff.diffusion.plans import SOLVERS
+from fastdiff.hardware import find, measure_rates
+from fastdiff.models.precision import body_dtype
+from fastdiff.models.work import forward_flops
+from fastdiff.processes import run_script
+from fastdiff.sampling.drawn import Drawn
+from fastdiff.sampling.job import Job, run_job
+from fastdiff.sampling.pictures import to_uint8
+from fastdiff.settings import UserError
+from fastdiff.threads import use_free_cores
+from fastdiff.training.engine import start_processes
+
+try:  # run as a script, or imported beside its neighbours
+    from bench_train import build, chosen, free, load, measure, place, quartiles, synchronize
+    from sampling_variants import GPU_ONLY, LEVERS, Draw, DrawCase, compiled_seed, diffusers, our_engine, ours, seed
+except ImportError:
+    from benchmarks.bench_train import build, chosen, free, load, measure, place, quartiles, synchronize
+    from benchmarks.sampling_variants import (
+        GPU_ONLY,
+        LEVERS,
+        Draw,
+        DrawCase,
+        compiled_seed,
+        diffusers,
+        our_engine,
+        ours,
+        seed,
+    )
+
+VARIANTS: dict[str, Callable[[DrawCase], Draw]] = {
+    "reference": seed,
+    "reference+compile": compiled_seed,
+    "diffusers": diffusers,
+    "ours": ours,
+    "ours eager": lambda case: ours(case, compiled=False, cuda_graph=False),
+}
+Rows = list[dict[str, Any]]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", default="cifar10_uncond", help="names in configs/, JSON files, or quick")
+    parser.add_argument("--batches", default="", help="images at a time, each for every configuration")
+    parser.add_argument("--precisions", default="", help="of fp32, bf16, fp16 (default: bf16 on a GPU, else fp32)")
+    parser.add_argument("--solvers", default="ddpm", help=f"of {', '.join(SOLVERS)}")
+    parser.add_argument("--steps", type=int, default=20, help="of the solver, in every batch drawn")
+    parser.add_argument("--variants", default="", help=f"of {', '.join(VARIANTS)} (default: all)")
+    parser.add_argument("--levers", default="", help=f"all, or of {', '.join(LEVERS)}: each is timed off")
+    parser.add_argument("--split", action="store_true", help="also where our time goes, and what a job's files cost")
+    parser.add_argument("--rounds", type=int, default=6, help="interleaved rounds that count")
+    parser.add_argument("--seconds", type=float, default=1.0, help="length of a variant's turn in a round, at least")
+    parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: the cores that are free")
+    parser.add_argument("--seed_checkout", type=Path, help="improved-diffusion's own code as the reference")
+    parser.add_argument("--quick", action="store_true", help="a small network, few evaluations and rounds")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --json already holds")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.configs, args.steps, args.split = "quick", 5, True
+        args.rounds, args.seconds = min(args.rounds, 5), min(args.seconds, 0.7)
+    return args
+
+
+# --- throughput ---
+
+
+def rows_of(
+    case: DrawCase, config: str, built: dict[str, Any], times: dict[str, list[float]], base: str, args: Any
+) -> Rows:
+    """The table's rows of variants timed together; ratios are base's time over each one's."""
+    evaluations, rows = case.evaluations, []
+    for name, seconds in times.items():
+        low, middle, high = quartiles(seconds)
+        ratio = quartiles([b / s for b, s in zip(times[base], seconds, strict=True)]) if base in times else None
+        rate = case.batch * evaluations / middle
+        achieved = forward_flops(case.config.model) * rate
+        rows.append(
+            {
+                "config": config,
+                "variant": name,
+                "precision": case.precision,
+                "batch": case.batch,
+                "solver": case.solver,
+                "steps": case.steps,
+                "evaluations": evaluations,
+                "ms": [1e3 * value / evaluations for value in (low, middle, high)],
+                "images_per_second": [case.batch / value for value in (high, middle, low)],
+                "evaluations_per_second": [case.batch * evaluations / value for value in (high, middle, low)],
+                "ratio": ratio,
+                "ratio_to": base,
+                "mfu": achieved / args.peak_flops if args.peak_flops else None,
+                "mfu_measured": achieved / args.matmul_flops,
+                "peak_memory_gb": built[name].peak_memory / 1e9,
+                "start_seconds": built[name].start_seconds,
+            }
+        )
+    return rows
+
+
+def run_case(config: str, case: DrawCase, variants: list[str], levers: list[str], args: Any) -> Rows:
+    """One configuration, precision, batch and solver: all variants in turns, then each lever beside ours."""
+    built = {}
+    for variant in variants:
+        make = VARIANTS[variant]
+        if variant == "reference" and args.seed_checkout:
+            make = lambda case: seed(case, args.seed_checkout)
+        try:
+            built[variant] = build(lambda make=make: make(case), case.device)
+        except (UserError, torch.OutOfMemoryError) as error:
+            print(f"  {variant} left out: {str(error).splitlines()[0]}", flush=True)
+        else:
+            print(f"  {variant}: first batch after {built[variant].start_seconds:.1f} s", flush=True)
+    rows = rows_of(case, config, built, measure(built, args.rounds, args.seconds), "reference", args)
+    for row in rows:
+        print(line_of(row), flush=True)
+    free(built)
+    for lever in levers:
+        pair = {"ours": build(lambda: ours(case), case.device)}
+        pair[f"ours -{lever}"] = build(lambda lever=lever: ours(case, **LEVERS[lever]), case.device)
+        row = rows_of(case, config, pair, measure(pair, args.rounds, args.seconds), "ours", args)[1]
+        print(line_of(row), flush=True)
+        rows.append(row)
+        free(pair)
+    return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+    low, ratio, high = row["ratio"] or [float("nan")] * 3
+    mfu = row["mfu"] or row["mfu_measured"]
+    return (
+        f"  {row['config']:18}{row['precision']:6}{row['batch']:5} {row['solver']:10}{row['variant']:30}"
+        f"{row['ms'][1]:9.2f} ms/evaluation{row['evaluations_per_second'][1]:10.4g} evaluations/s"
+        f"{row['images_per_second'][1]:9.4g} images/s  {mfu:6.1%}"
+        f"  {ratio:5.2f} ({low:.2f} .. {high:.2f}) x {row['ratio_to']}"
+    )
+
+
+def summary(rows: Rows) -> list[str]:
+    """Ours (eager, where that alone was timed) over every variant beside it."""
+    out = []
+    keys = ("config", "precision", "batch", "solver")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        here = {row["variant"]: row["ms"][1] for row in rows if tuple(row[name] for name in keys) == key}
+        mine = next((name for name in ("ours", "ours eager") if name in here), None)
+        others = [name for name in here if not name.startswith("ours")]
+        if mine and others:
+            against = ", ".join(f"{here[name] / here[mine]:.2f} x {name}" for name in others)
+            out.append(f"{key[0]} {key[1]} batch {key[2]} {key[3]} {against}")
+    return out
+
+
+# --- where the time goes ---
+
+
+class _Constant:
+    """In the place of an evaluation: the same output every time, so that what remains is the step."""
+
+    def __init__(self, evaluation: Any, output: Tensor) -> None:
+        self.settings, self.input_format = evaluation.settings, evaluation.input_format
+        self.guided, self.conditioning, self.output = evaluation.guided, evaluation.conditioning, output
+
+    def __call__(self, *_: Any) -> Tensor:
+        return self.output
+
+
+def seconds_of(work: Callable[[], Any], seconds: float) -> float:
+    """The median of some repetitions, after one off the clock."""
+    work()
+    times: list[float] = []
+    while not times or sum(times) < seconds or len(times) < 5:
+        synchronize()
+        start = time.perf_counter()
+        work()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def kernel_seconds(work: Callable[[], Any]) -> float:
+    """That kernels and copies of one repetition keep the GPU busy."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        work()
+        synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) / 1e6
+
+
+def split(case: DrawCase, compiled: bool, seconds: float) -> dict[str, float | None]:
+    """Seconds per evaluation of ours: all, and of it the sampler's step with its noise, and the copy to the host.
+
+    The network is the rest. gaps: of all, when the GPU has nothing to do; a CPU has no such thing (None).
+    """
+    gpu = case.device.type == "cuda"
+    engine = our_engine(case, compiled, gpu)
+    index, y, low_res = torch.arange(case.batch, device=case.device), case.kwargs.get("y"), case.kwargs.get("low_res")
+    last = engine.draw(index, y, low_res)
+    draw = lambda: to_uint8(engine.draw(index, y, low_res)).cpu()
+    whole = seconds_of(draw, seconds)
+    host = seconds_of(lambda: to_uint8(last).cpu(), seconds / 10)
+    for _ in range(3 if gpu else 0):
+        draw()
+    gaps = whole - kernel_seconds(draw) if gpu else None
+    idle = our_engine(case, False, gpu)
+    model = case.config.model
+    shape = (case.batch, model.out_channels, *model.size_hw)
+    output = torch.randn(shape, device=case.device).contiguous(memory_format=torch.channels_last)
+    idle.evaluation = _Constant(idle.evaluation, output)  # type: ignore[assignment]
+    step = seconds_of(lambda: idle.draw(index, y, low_res), seconds)
+    found = {"all": whole, "step": step, "to_host": host, "network": max(0.0, whole - step - host), "gaps": gaps}
+    return {name: None if value is None else value / case.evaluations for name, value in found.items()}
+
+
+def job_overhead(case: DrawCase, compiled: bool, parts: int) -> dict[str, float]:
+    """Of a job of so many batches, each a part: images, wall seconds, and the share of them not spent on drawing."""
+    engine = our_engine(case, compiled, case.device.type == "cuda")
+    spent = 0.0
+
+    def draw(index: np.ndarray, on_progress: Callable[[float], None]) -> Drawn:
+        nonlocal spent
+        start = time.perf_counter()
+        count = len(index)
+        given = {name: value[:count] for name, value in case.kwargs.items()}
+        images = to_uint8(engine.draw(torch.from_numpy(index).to(case.device), **given)).cpu().numpy()
+        spent += time.perf_counter() - start
+        on_progress(count)
+        return Drawn(images, None)
+
+    draw(np.arange(case.batch), lambda images: None)
+    spent = 0.0
+    model = case.config.model
+    shape = (*model.size_hw, model.in_channels)
+    job = Job({"benchmark": "sampling"}, parts * case.batch, shape, False, 0, case.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        run_job(draw, job, case.processes, Path(folder) / "job")
+        wall = time.perf_counter() - start
+    return {"images": job.count, "wall_seconds": wall, "drawing_seconds": spent, "overhead": 1 - spent / wall}
+
+
+def split_lines(entry: dict[str, Any]) -> list[str]:
+    """What a person reads of a split and a job."""
+    parts, job = entry["split"], entry["job"]
+    gaps = "launch gaps do not apply to a CPU" if parts["gaps"] is None else f"GPU idle {1e3 * parts['gaps']:.3f} ms"
+    ms = ", ".join(f"{name} {1e3 * parts[name]:.3f}" for name in ("network", "step", "to_host"))
+    return [
+        f"  ms of {1e3 * parts['all']:.3f} per evaluation: {ms}; {gaps}",
+        f"  a job of {job['images']} images: {job['wall_seconds']:.2f} s, of which {job['overhead']:.2%} not drawing",
+    ]
+
+
+# --- settings and main ---
+
+
+def settings_of(args: Any, device: torch.device) -> tuple[list[tuple[str, Config]], list[int], list[str], list[str]]:
+    """(configurations, batches, precisions, solvers) that the flags come to on a device."""
+    gpu = device.type == "cuda"
+    configs = [(Path(name.strip()).stem, load(name.strip())) for name in args.configs.split(",")]
+    try:
+        batches = [int(word) for word in args.batches.split(",")] if args.batches else [8, 1] if args.quick else [8]
+    except ValueError:
+        raise UserError(f"--batches: {args.batches} must be whole numbers such as 256,16,1") from None
+    if min(batches) < 1:
+        raise UserError(f"--batches: {min(batches)} is no number of images; give 1 or more")
+    usual = ["bf16"] if gpu else ["fp32"]
+    precisions = chosen(args.precisions, ["fp32", "bf16", "fp16"], usual, "--precisions")
+    for precision in precisions:
+        if not gpu and precision != "fp32" and body_dtype(precision, device) == torch.float32:
+            print(f"this CPU has no {precision} instructions: ours computes in fp32 there")
+        if not gpu and precision == "fp16":
+            raise UserError("--precisions: fp16 needs a GPU; on a CPU use bf16 or fp32")
+    solvers = chosen(args.solvers, list(SOLVERS), ["ddpm"], "--solvers")
+    return configs, batches, precisions, solvers
+
+
+def variants_of(args: Any, batch: int, device: torch.device) -> tuple[list[str], list[str]]:
+    """Variants and levers for a batch. A quick run compiles for its first batch only: that takes a minute each."""
+    usual = list(VARIANTS)
+    if args.quick:
+        usual = ["reference", "diffusers", "ours", "ours eager"] if batch > 1 else ["reference", "ours eager"]
+    variants = chosen(args.variants, list(VARIANTS), usual, "--variants")
+    possible = [name for name in LEVERS if device.type == "cuda" or name not in GPU_ONLY]
+    return variants, possible if args.levers == "all" else chosen(args.levers, list(LEVERS), [], "--levers")
+
+
+def begin(args: Any, device: torch.device) -> dict[str, Any]:
+    """The report's head, and what --resume keeps."""
+    rates, gpu = measure_rates(device), find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    args.matmul_flops, args.peak_flops = rates.matmul_flops, gpu.peak_flops if gpu else None
+    names = ("configs", "batches", "precisions", "solvers", "steps", "levers", "rounds")
+    given = " ".join(f"--{name} {getattr(args, name)}" for name in names if getattr(args, name))
+    report: dict[str, Any] = {**place(args, device, rates), "kind": "sampling", "rows": [], "splits": []}
+    report["command"] = f"python benchmarks/bench_sampling.py {'--quick' if args.quick else given}"
+    if args.resume and args.json and args.json.is_file():
+        before = json.loads(args.json.read_text())
+        report |= {name: before[name] for name in ("rows", "splits")}
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    processes = start_processes()
+    device = processes.device
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    elif device.type == "cpu":
+        use_free_cores()
+    configs, batches, precisions, solvers = settings_of(args, device)
+    for batch in batches:
+        variants_of(args, batch, device)
+    ops.use("auto")
+    compilation.keep_compiled_code()
+    if device.type == "cuda":
+        compilation.prepare_cudnn()
+    report = begin(args, device)
+    print(
+        f"{report['device']}, torch {torch.__version__}, {report['threads']} threads, matrix product "
+        f"{report['matmul_tflops']:.4g} TFLOP/s, copy {report['copy_gbs']:.4g} GB/s",
+        flush=True,
+    )
+    keys = ("config", "precision", "batch", "solver")
+    cases = [(name, c, p, b, s) for name, c in configs for p in precisions for b in batches for s in solvers]
+    for name, config, precision, batch, solver in cases:
+        label = {"config": name, "precision": precision, "batch": batch, "solver": solver}
+        if any(all(row[key] == label[key] for key in keys) for row in report["rows"]):
+            continue
+        print(f"{name}, {precision}, batch {batch}, {solver}", flush=True)
+        case = DrawCase(config, batch, precision, processes, solver, args.steps)
+        variants, levers = variants_of(args, batch, device)
+        report["rows"] += run_case(name, case, variants, levers, args)
+        if args.split and "ours" in variants:
+            # The engine is compiled a second time there, from code that is kept.
+            entry = {**label, "split": split(case, True, args.seconds), "job": job_overhead(case, True, 8)}
+            report["splits"].append(entry)
+            print("\n".join(split_lines(entry)), flush=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+    print("ratios: " + "; ".join(summary(report["rows"])))
+
+
+if __name__ == "__main__":
+    run_script(main, "bench_sampling.py")

@@ -1,0 +1,288 @@
+"""Ways to draw a batch: ours, ours with one lever off, the reference, and what others would run.
+
+Every factory gives a function that draws one batch from noise to uint8 pixels on the host, with the same number of
+evaluations of networks with the same weights (diffusers' has its own).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdiff import compilation
+from fastdiff.diffusion import GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.plans import Plan, make_plan
+from fastdiff.diffusion.process import ModelMeanType, ModelVarType
+from fastdiff.diffusion.spacing import keep_steps
+from fastdiff.diffusion.streams import SAMPLES
+from fastdiff.models import SuperResSettings, UNet, build_model
+from fastdiff.models.inference import freeze
+from fastdiff.models.precision import DTYPES, body_dtype
+from fastdiff.sampling.engine import Engine
+from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.pictures import to_uint8
+from fastdiff.settings import UserError
+
+try:  # run as a script, or imported beside its neighbours
+    from seed_step import SeedUNet
+    from train_variants import Case, _from_checkout, check_same_function, diffusers_unet
+except ImportError:
+    from benchmarks.seed_step import SeedUNet
+    from benchmarks.train_variants import Case, _from_checkout, check_same_function, diffusers_unet
+
+Draw = Callable[[], Tensor]
+"""draw() → images [B, H, W, C] uint8 on the host."""
+Network = Callable[..., Tensor]
+SIGMA_MAX = 160.0
+
+
+@dataclass
+class DrawCase(Case):
+    """A configuration at a batch and a precision, and a solver with its steps spread evenly over the chain."""
+
+    solver: str = "ddpm"
+    steps: int = 20
+
+    def diffusion(self) -> GaussianDiffusion:
+        settings = self.config.diffusion
+        return create_diffusion(
+            settings, self.config.model.learn_sigma, keep_steps(settings, self.steps, "uniform", SIGMA_MAX)
+        )
+
+    def plan(self) -> Plan:
+        return make_plan(self.diffusion(), self.solver)
+
+    @property
+    def evaluations(self) -> int:
+        return self.plan().num_evaluations
+
+    def with_evaluations(self) -> DrawCase:
+        """The same for a solver that evaluates once per step: the reference's own, which has as many steps then."""
+        other = copy.copy(self)  # with the same weights
+        other.solver, other.steps = "ddim" if self.solver == "ddim" else "ddpm", self.evaluations
+        return other
+
+
+# --- the reference ---
+
+
+class SeedLoop:
+    """improved-diffusion's way from noise to images, its operations stated anew one by one.
+
+    Every coefficient is looked up in a numpy table that goes to the device at every step; with on_device the tables
+    are there once, as a loop written well has them.
+    """
+
+    def __init__(self, network: Network, diffusion: GaussianDiffusion, ddim: bool, on_device: bool = False) -> None:
+        self.network, self.diffusion, self.ddim, self.on_device = network, diffusion, ddim, on_device
+        self.tables: dict[str, Tensor] = {}
+
+    def _at(self, name: str, t: Tensor, x: Tensor) -> Tensor:
+        if not self.on_device:
+            values = torch.from_numpy(getattr(self.diffusion.schedule, name)).to(t.device)[t].float()
+        else:
+            if name not in self.tables:
+                self.tables[name] = torch.from_numpy(getattr(self.diffusion.schedule, name)).float().to(t.device)
+            values = self.tables[name][t]
+        return values[:, None, None, None].expand(x.shape)
+
+    def _shown(self, t: Tensor) -> Tensor:
+        if self.on_device:
+            return self.diffusion.model_timesteps(t)
+        schedule = self.diffusion.schedule
+        original = torch.tensor(schedule.timestep_map.tolist(), device=t.device, dtype=t.dtype)[t]
+        return original.float() * (1000.0 / schedule.original_steps) if self.diffusion.rescale_timesteps else original
+
+    def _log_variance(self, values: Tensor | None, t: Tensor, x: Tensor) -> Tensor:
+        """Of the step back, with its variance beside it as the original always has it."""
+        if values is None:
+            small = self.diffusion.var_type is ModelVarType.FIXED_SMALL
+            self._at("posterior_variance" if small else "fixed_large_variance", t, x)
+            return self._at(self.diffusion.log_variance_table, t, x)
+        log_variance = values
+        if self.diffusion.var_type is ModelVarType.LEARNED_RANGE:
+            low, high = self._at("posterior_log_variance_clipped", t, x), self._at("log_betas", t, x)
+            share = (values + 1) / 2
+            log_variance = share * high + (1 - share) * low
+        log_variance.exp()
+        return log_variance
+
+    def step(self, x: Tensor, i: int, noise: Tensor, kwargs: dict[str, Tensor]) -> Tensor:
+        """x_{i-1} of x_i [B, C, H, W]."""
+        t = torch.tensor([i] * len(x), device=x.device)
+        output = self.network(x, self._shown(t), **kwargs)
+        values = None
+        if self.diffusion.learns_variance:
+            output, values = output.split(x.shape[1], dim=1)
+        log_variance = self._log_variance(values, t, x)
+        if self.diffusion.mean_type is ModelMeanType.EPSILON:
+            recip, recipm1 = self._at("sqrt_recip_alphas_cumprod", t, x), self._at("sqrt_recipm1_alphas_cumprod", t, x)
+            output = recip * x - recipm1 * output
+        x_start = output.clamp(-1, 1)
+        mean = self._at("posterior_mean_coef1", t, x) * x_start + self._at("posterior_mean_coef2", t, x) * x
+        self._at("posterior_variance", t, x)
+        self._at("posterior_log_variance_clipped", t, x)
+        mask = (t != 0).float().view(-1, 1, 1, 1)
+        if not self.ddim:
+            return mean + mask * (0.5 * log_variance).exp() * noise
+        recip, recipm1 = self._at("sqrt_recip_alphas_cumprod", t, x), self._at("sqrt_recipm1_alphas_cumprod", t, x)
+        eps = (recip * x - x_start) / recipm1
+        kept, before = self._at("alphas_cumprod", t, x), self._at("alphas_cumprod_prev", t, x)
+        sigma = 0.0 * ((1 - before) / (1 - kept)).sqrt() * (1 - kept / before).sqrt()
+        return x_start * before.sqrt() + (1 - before - sigma**2).sqrt() * eps + mask * sigma * noise
+
+    @torch.no_grad()
+    def __call__(
+        self, x: Tensor, kwargs: dict[str, Tensor], noise: Callable[[Tensor], Tensor] = torch.randn_like
+    ) -> Tensor:
+        for i in reversed(range(self.diffusion.num_timesteps)):
+            x = self.step(x, i, noise(x), kwargs)
+        return x
+
+
+def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
+    """improved-diffusion's sampler: its operations stated anew, or with a checkout its own network and loop."""
+    case = case.with_evaluations()
+    ddim, size = case.solver == "ddim", (case.batch, case.config.model.in_channels, *case.config.model.size_hw)
+    fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
+    model: nn.Module
+    if checkout is None:
+        model = SeedUNet(case.config.model)
+        check_same_function(case, model)
+        loop = SeedLoop(model, case.diffusion(), ddim)
+        draw = lambda: loop(torch.randn(*size, device=case.device), case.kwargs)
+    else:
+        respaced = case.config.diffusion.model_copy(update={"timestep_respacing": str(case.steps)})
+        same = Case(case.config.model_copy(update={"diffusion": respaced}), case.batch, case.precision, case.processes)
+        model, theirs = _from_checkout(same, checkout)
+        method = theirs.ddim_sample_loop if ddim else theirs.p_sample_loop
+        draw = lambda: method(model, size, model_kwargs=case.kwargs)
+    try:
+        model.load_state_dict(case.weights)
+    except RuntimeError as error:
+        raise UserError(
+            "--seed_checkout: the original builds another network for these settings; leave the flag out"
+        ) from error
+    model.to(case.device).eval()
+    if fp16:
+        model.convert_to_fp16()
+    return lambda: to_uint8(draw()).cpu()
+
+
+# --- what others would run ---
+
+
+def _plain(case: DrawCase, network: Network) -> Draw:
+    """A well-written loop around any network: tables on the device, channels-last, no wait for the device."""
+    case = case.with_evaluations()
+    loop = SeedLoop(network, case.diffusion(), case.solver == "ddim", on_device=True)
+    size = (case.batch, case.config.model.in_channels, *case.config.model.size_hw)
+
+    def draw() -> Tensor:
+        x = torch.randn(*size, device=case.device).contiguous(memory_format=torch.channels_last)
+        return to_uint8(loop(x, case.kwargs)).cpu()
+
+    return draw
+
+
+def _compiled(model: nn.Module, case: DrawCase) -> Any:
+    model.to(case.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return torch.compile(model, **compilation.compile_kwargs(case.device))
+
+
+def compiled_seed(case: DrawCase) -> Draw:
+    """The reference's network with its convolutions in the precision asked for, channels-last and compiled."""
+    model = SeedUNet(case.config.model)
+    model.load_state_dict(case.weights)
+    if case.precision != "fp32":
+        for blocks in (model.input_blocks, model.middle_block, model.output_blocks):
+            for module in blocks.modules():
+                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                    module.to(DTYPES[case.precision])
+    return _plain(case, _compiled(model, case))
+
+
+def diffusers(case: DrawCase) -> Draw:
+    """diffusers' network, all of it in the precision asked for, channels-last and compiled."""
+    if isinstance(case.config.model, SuperResSettings):
+        raise UserError("the variant diffusers has no super-resolution network; leave it out")
+    torch.manual_seed(0)
+    dtype = torch.float32 if case.precision == "fp32" else DTYPES[case.precision]
+    network = _compiled(diffusers_unet(case).to(dtype), case)
+
+    def called(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        labels = {} if y is None else {"class_labels": y}
+        return network(x.to(dtype), t, **labels).sample.float()
+
+    return _plain(case, called)
+
+
+# --- ours ---
+
+
+class _EmbeddedEachTime:
+    """A network that finds its conditioning anew at every evaluation."""
+
+    def __init__(self, precomputed: Any, plan: Plan, diffusion: GaussianDiffusion, device: torch.device) -> None:
+        self.model, self.body, self.labels = precomputed.model, precomputed.body, precomputed.labels
+        self.timesteps = diffusion.model_timesteps(torch.from_numpy(plan.steps).to(device))
+
+    def __call__(self, x: Tensor, row: Tensor, classes: Tensor | None, low_res: Tensor | None) -> Tensor:
+        emb = self.model.embed_time(self.timesteps.index_select(0, row).expand(len(x)))
+        return self.body(x, self.model.project(emb if classes is None else emb + classes), low_res)
+
+
+def our_network(case: DrawCase, frozen: bool = True) -> UNet:
+    model = build_model(case.config.model)
+    model.load_state_dict(case.weights)
+    model.to(case.device).eval().requires_grad_(False).set_precision(body_dtype(case.precision, case.device))
+    return freeze(model) if frozen else model
+
+
+@torch.no_grad()
+def our_engine(
+    case: DrawCase, compiled: bool, cuda_graph: bool, frozen: bool = True, precomputed: bool = True
+) -> Engine:
+    """The engine as sampling jobs run it."""
+    diffusion, plan = case.diffusion(), case.plan()
+    evaluation = Evaluation(our_network(case, frozen), plan, diffusion, Guidance(), case.device, compiled)
+    if not precomputed:
+        evaluation.network = _EmbeddedEachTime(evaluation.network, plan, diffusion, case.device)  # type: ignore[assignment]
+    return Engine(
+        evaluation,
+        plan,
+        diffusion,
+        case.device,
+        batch_size=case.batch,
+        seed_stream=SAMPLES,
+        fixed_shape=compiled,
+        cuda_graph=cuda_graph,
+    )
+
+
+def ours(case: DrawCase, compiled: bool = True, cuda_graph: bool = True, **changes: bool) -> Draw:
+    """The engine with its noise by counters. Without a GPU there are no graphs."""
+    engine = our_engine(case, compiled, cuda_graph and case.device.type == "cuda", **changes)
+    return lambda: drawn_by(engine, case)
+
+
+def drawn_by(engine: Engine, case: DrawCase) -> Tensor:
+    """A batch of the engine, as pixels on the host."""
+    index = torch.arange(case.batch, device=case.device)
+    return to_uint8(engine.draw(index, case.kwargs.get("y"), case.kwargs.get("low_res"))).cpu()
+
+
+LEVERS: dict[str, dict[str, bool]] = {
+    "weights frozen once": {"frozen": False},
+    "embeddings precomputed": {"precomputed": False},
+    "compile": {"compiled": False},
+    "graphs": {"cuda_graph": False},
+}
+"""What `ours` is given to leave it out."""
+GPU_ONLY = ("graphs",)
