@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GOLDEN ?= tests/golden
 
-.PHONY: help setup demo test test-golden test-gpu lint bench bench-gpu bench-kernels aot
+.PHONY: help setup demo test test-golden test-gpu lint bench bench-sampling bench-gpu bench-kernels aot
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
 setup: $(READY)  ## make .venv with fastdiff and all it needs (Python 3.10 to 3.13)
 
@@ -51,6 +51,12 @@ bench: $(READY)  ## training steps against improved-diffusion's and others', for
 	$(BIN)/python benchmarks/bench_train.py --quick --json benchmarks/results/train_quick_cpu.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/train_quick_cpu.json \
 	    --markdown benchmarks/results/train_quick_cpu.md --chart benchmarks/results/train_quick_cpu.svg
+
+bench-sampling: $(READY)  ## drawing against improved-diffusion's and others', for a small network on a CPU: minutes
+	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
+	$(BIN)/python benchmarks/bench_sampling.py --quick --json benchmarks/results/sampling_quick_cpu.json
+	$(BIN)/python benchmarks/report.py benchmarks/results/sampling_quick_cpu.json \
+	    --markdown benchmarks/results/sampling_quick_cpu.md --chart benchmarks/results/sampling_quick_cpu.svg
 
 bench-gpu: $(READY)  ## the same for the published networks on a GPU, nine minutes at a time; repeat until nothing is left
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt

@@ -1,4 +1,4 @@
-"""Everything about training throughput that is to be measured on a GPU, in parts that fit into nine minutes together.
+"""All throughput that is to be measured on a GPU, training and drawing, in parts that fit into nine minutes each.
 
     python benchmarks/bench_gpu.py                     the parts that --results lacks, in order, until time is up
     python benchmarks/bench_gpu.py --only 270M levers  some parts
@@ -45,6 +45,23 @@ def _levers(*names: str) -> tuple[str, ...]:
     return _train("imagenet64_uncond", 128, "--variants", "ours", "--levers", ",".join(names))
 
 
+def _draw(config: str, batches: str, *more: str) -> tuple[str, ...]:
+    given = (
+        "--configs",
+        config,
+        "--batches",
+        batches,
+        "--steps",
+        "10",
+        "--rounds",
+        "5",
+        "--seconds",
+        "0.6",
+        "--resume",
+    )
+    return (str(HERE / "bench_sampling.py"), *given, *more)
+
+
 ALL = ("--variants", "reference,reference+compile,diffusers,ours")
 PARTS = (
     Part("270M", 4.5, _train("imagenet64_270M", 128, *ALL)),
@@ -57,6 +74,12 @@ PARTS = (
     Part("levers 2", 6, _levers("attention kernel", "noising and loss kernels", "optimiser kernel")),
     Part("levers 3", 6, _levers("transposed upsampling", "virtual concat of skips", "weights laid out once")),
     Part("levers 4", 4, _levers("one embedding product", "residual sum in the norm")),
+    Part("sampling 270M", 7, _draw("imagenet64_270M", "256", *ALL, "--split")),
+    Part("sampling cifar10", 6, _draw("cifar10_uncond", "512", *ALL, "--split")),
+    Part("sampling one", 4, _draw("imagenet64_270M", "1", "--variants", "reference,ours,ours eager")),
+    Part("sampling few", 4, _draw("imagenet64_270M", "16", "--variants", "reference,ours,ours eager")),
+    Part("sampling levers", 7, _draw("cifar10_uncond", "512", "--variants", "ours", "--levers=all")),
+    Part("sampling levers few", 7, _draw("cifar10_uncond", "16", "--variants", "ours", "--levers=all")),
     Part("loaders", 2, (str(HERE / "bench_data.py"), "--quick")),
 )
 

@@ -6,8 +6,8 @@
 A small classifier is trained on the data. The distance of a row is Fréchet's (Heusel et al. 2017,
 https://arxiv.org/abs/1706.08500) between the classifier's 64 features of the drawn images and of the real ones, the
 mean over random subsets of --compare images, because the distance of a sample falls with its size; its spread is the
-standard deviation over resamplings with replacement. The floor is that of as many real images from the others. `of its class` is the
-share of drawn images that the classifier holds for the class that was asked for.
+standard deviation over resamplings with replacement. The floor is that of as many real images from the others.
+`of its class` is the share of drawn images that the classifier holds for the class that was asked for.
 
 All rows draw the same images by number. Rows are written as they are done, and rows that --json holds are not drawn
 again. On a CPU, and for a network of 0.1 GFLOP, the whole takes half an hour of one core.

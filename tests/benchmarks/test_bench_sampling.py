@@ -1,0 +1,257 @@
+"""The benchmarks of drawing, at sizes that say nothing about speed, and the distance between sets of images."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import pictures, refusal, save, unet
+
+from benchmarks import bench_sampling, bench_train, report, sampling_quality, sampling_variants
+from fastdiff.config import Config, SuperResConfig
+from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
+from fastdiff.processes import Processes
+from fastdiff.training.engine import start_processes
+
+MODEL: dict[str, Any] = {
+    "image_size": 8,
+    "num_channels": 32,
+    "channel_mult": "1,2",
+    "num_res_blocks": 1,
+    "attention_resolutions": "4",
+    "learn_sigma": True,
+}
+DIFFUSION = {"diffusion_steps": 20, "noise_schedule": "cosine"}
+
+
+@pytest.fixture(scope="module")
+def processes() -> Processes:
+    return start_processes()
+
+
+def case_of(processes: Processes, solver: str = "ddpm", steps: int = 4, **changes: Any) -> sampling_variants.DrawCase:
+    model = {**MODEL, **changes}
+    config = Config.model_validate({"model": model, "diffusion": DIFFUSION})
+    return sampling_variants.DrawCase(config, 2, "fp32", processes, solver, steps)
+
+
+# --- throughput ---
+
+
+def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows for every variant with all that the report reads; --resume measures nothing again; table and chart."""
+    config, results = tmp_path / "small.json", tmp_path / "results.json"
+    config.write_text(json.dumps({"model": MODEL, "diffusion": DIFFUSION}))
+    argv = ["--configs", str(config), "--batches", "2", "--solvers", "heun", "--steps", "3", "--rounds", "2"]
+    argv += ["--variants", "reference,ours eager", "--seconds", "0.001", "--threads", "1", "--json", str(results)]
+    bench_sampling.main(argv)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("ratios: small fp32 batch 2 heun ")
+    assert last.endswith(" x reference")
+    content = json.loads(results.read_text())
+    assert [row["variant"] for row in content["rows"]] == ["reference", "ours eager"]
+    for row in content["rows"]:
+        assert row["evaluations"] == 5  # two a step, and one for the last
+        assert row["images_per_second"][1] * 5 == pytest.approx(row["evaluations_per_second"][1])
+        assert row["ms"][1] == pytest.approx(2e3 / row["evaluations_per_second"][1])
+    bench_sampling.main([*argv, "--resume"])
+    assert json.loads(results.read_text())["rows"] == content["rows"]
+    content["splits"] = [
+        {
+            **{"config": "small", "precision": "fp32", "batch": 2, "solver": "heun"},
+            "split": {"all": 0.01, "network": 0.009, "step": 0.0008, "to_host": 0.0002, "gaps": None},
+            "job": {"images": 16, "wall_seconds": 2.0, "drawing_seconds": 1.9, "overhead": 0.05},
+        }
+    ]
+    results.write_text(json.dumps(content))
+    table, drawn = tmp_path / "table.md", tmp_path / "chart.svg"
+    report.main([str(results), "--markdown", str(table), "--chart", str(drawn)])
+    text = table.read_text()
+    assert "# Sampling throughput" in text
+    assert "## small, batch 2, fp32, heun 3" in text
+    assert "| variant | ms per evaluation | evaluations/s | images/s | × reference |" in text
+    assert "| small, batch 2, fp32, heun | 10.0 | 90.0% | 8.0% | 2.0% | – | 16 images | 5.00% |" in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("|") and "heun" not in line}
+    assert widths == {10, 9}
+    assert "evaluations of the network per second" in drawn.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--configs", "nothing"], "--configs: nothing is neither a file nor one of quick, baseline"),
+        (["--variants", "theirs"], "--variants: 'theirs' is not one of reference"),
+        (["--levers", "luck"], "--levers: 'luck' is not one of weights frozen once"),
+        (["--solvers", "euler"], "--solvers: 'euler' is not one of ddpm"),
+        (["--batches", "many"], "--batches: many must be whole numbers"),
+        (["--batches", "0"], "--batches: 0 is no number of images"),
+    ],
+)
+def test_refusals(argv: list[str], message: str) -> None:
+    assert message in refusal(bench_sampling.main, argv)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+@pytest.mark.parametrize("changes", [{}, {"learn_sigma": False}])
+def test_the_reference_draws_what_we_draw(
+    solver: str, on_device: bool, changes: dict[str, Any], processes: Processes
+) -> None:
+    """From the same noise, in all steps."""
+    case = case_of(processes, solver, 5, **changes)
+    diffusion, network = case.diffusion(), sampling_variants.our_network(case, frozen=False)
+    generator = torch.Generator().manual_seed(1)
+    x, *noises = torch.randn(6, 2, 3, 8, 8, generator=generator)
+    ours = p_sample_loop if solver == "ddpm" else ddim_sample_loop
+    for step in ours(diffusion, network, x, lambda t: noises[t]):
+        wanted = step.sample
+    left = iter(reversed(noises))
+    loop = sampling_variants.SeedLoop(network, diffusion, solver == "ddim", on_device)
+    torch.testing.assert_close(loop(x, {}, lambda x: next(left)), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("lever", ["weights frozen once", "embeddings precomputed"])
+@pytest.mark.parametrize("class_cond", [False, True])
+def test_levers_change_no_image(lever: str, class_cond: bool, processes: Processes) -> None:
+    case = case_of(processes, class_cond=class_cond, num_classes=3)
+    with_it = sampling_variants.ours(case, compiled=False, cuda_graph=False)()
+    without = sampling_variants.ours(case, compiled=False, cuda_graph=False, **sampling_variants.LEVERS[lever])()
+    assert with_it.shape == (2, 8, 8, 3)
+    assert (with_it.int() - without.int()).abs().max() <= 1
+
+
+def test_everybody_draws_images_of_the_config(processes: Processes) -> None:
+    config = SuperResConfig.model_validate(
+        {
+            "model": {
+                **{name: value for name, value in MODEL.items() if name != "image_size"},
+                "large_size": 16,
+                "small_size": 4,
+                "class_cond": True,
+                "num_classes": 3,
+            },
+            "diffusion": DIFFUSION,
+        }
+    )
+    case = sampling_variants.DrawCase(config, 2, "fp32", processes, "dpmpp_2m", 3)
+    for drawn in (sampling_variants.seed(case)(), bench_sampling.VARIANTS["ours eager"](case)()):
+        assert drawn.shape == (2, 16, 16, 3)
+        assert drawn.dtype == torch.uint8
+
+
+def test_split_and_job(processes: Processes) -> None:
+    case = case_of(processes)
+    parts = bench_sampling.split(case, False, 0.01)
+    assert parts["gaps"] is None
+    known = [value for value in parts.values() if value is not None]
+    assert len(known) == 4
+    assert all(0 <= value <= known[0] for value in known)
+    job = bench_sampling.job_overhead(case, False, 3)
+    assert job["images"] == 6
+    assert 0 < job["drawing_seconds"] < job["wall_seconds"]
+    assert job["overhead"] == pytest.approx(1 - job["drawing_seconds"] / job["wall_seconds"])
+    lines = bench_sampling.split_lines({"split": parts, "job": job})
+    assert "launch gaps do not apply to a CPU" in lines[0]
+
+
+def test_quick_compiles_for_one_batch_only() -> None:
+    args = bench_sampling.parse(["--quick"])
+    compiled = {"reference+compile", "diffusers", "ours"}
+    assert compiled & set(bench_sampling.variants_of(args, 8, torch.device("cpu"))[0])
+    assert not compiled & set(bench_sampling.variants_of(args, 1, torch.device("cpu"))[0])
+    assert bench_train.load(args.configs).model.num_channels == 64
+
+
+# --- the distance ---
+
+
+def test_distance_of_normal_sets() -> None:
+    """In one dimension it is (m - m')^2 + (s - s')^2, and with commuting covariances the sum over their axes."""
+    one = sampling_quality.Moments(torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
+    two = sampling_quality.Moments(torch.tensor([4.0]).double(), torch.tensor([[25.0]]).double())
+    assert sampling_quality.frechet_distance(one, two) == pytest.approx(9 + 9)
+    axes = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+
+    def moments(mean: float, deviations: list[float]) -> sampling_quality.Moments:
+        variances = torch.tensor(deviations).double() ** 2
+        return sampling_quality.Moments(torch.full((3,), mean).double(), axes @ torch.diag(variances) @ axes.T)
+
+    got = sampling_quality.frechet_distance(moments(0, [1, 2, 0]), moments(2, [3, 2, 1]))
+    assert got == pytest.approx(3 * 4 + 4 + 0 + 1)
+
+
+def test_distance_of_covariances_that_do_not_commute() -> None:
+    """2 x 2: tr (A B)^1/2 = sqrt(tr AB + 2 sqrt(det AB))."""
+    a, b = (torch.tensor(rows).double() for rows in ([[2.0, 1.0], [1.0, 3.0]], [[5.0, -2.0], [-2.0, 1.0]]))
+    product = a @ b
+    wanted = a.trace() + b.trace() - 2 * math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
+    zero = torch.zeros(2).double()
+    got = sampling_quality.frechet_distance(sampling_quality.Moments(zero, a), sampling_quality.Moments(zero, b))
+    assert got == pytest.approx(float(wanted))
+
+
+def test_subsets_and_floor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(300, 4, generator=generator)
+    real = sampling_quality.Moments.of(torch.randn(3000, 4, generator=generator))
+    small, _ = sampling_quality.distance_and_spread(features, real, 30)
+    large, spread = sampling_quality.distance_and_spread(features, real, 300)
+    assert large < small, "fewer images are further away"
+    assert spread > 0
+    labels = np.arange(300) % 10
+    floor, _ = sampling_quality.noise_floor(features, labels, 50)
+    assert 0 < floor < sampling_quality.distance_and_spread(features + 2, real, 50)[0]
+
+
+def test_classifier_learns() -> None:
+    """Bright and dark images are told apart, and the same seed learns the same."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    images = (generator.integers(0, 100, (40, 8, 8, 1)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+    first, again = (
+        sampling_quality.train_classifier(images, labels, 2, torch.device("cpu"), steps=12) for _ in range(2)
+    )
+    features, classes = sampling_quality.seen(first, images, torch.device("cpu"))
+    assert features.shape == (40, sampling_quality.FEATURES)
+    assert (classes == labels).mean() > 0.9
+    assert torch.equal(features, sampling_quality.seen(again, images, torch.device("cpu"))[0])
+
+
+def test_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows, table, chart and strip; a second run draws nothing, and one with another seed is refused."""
+    model = unet(class_cond=True, num_classes=2)
+    file = save(model, tmp_path / "ema_0.99_000010.pt", ["a", "b"])
+    pictures(tmp_path / "data", [f"{'ab'[i % 2]}_{i}" for i in range(30)])
+    rows = (
+        sampling_quality.Row("dpmpp_2m", 3),
+        sampling_quality.Row("ddim", 2, "uniform", 2.0),
+        sampling_quality.Row("ddpm", 0),
+    )
+    monkeypatch.setattr(sampling_quality, "ROWS", rows)
+    train = sampling_quality.train_classifier
+    monkeypatch.setattr(sampling_quality, "train_classifier", lambda *given: train(*given, steps=3))
+    argv = ["--model_path", str(file), "--data_dir", str(tmp_path / "data"), "--json", str(tmp_path / "q.json")]
+    argv += ["--num_samples", "12", "--slow_samples", "12", "--compare", "12", "--batch_size", "12"]
+    shown = ["--markdown", str(tmp_path / "q.md"), "--chart", str(tmp_path / "q.svg")]
+    sampling_quality.main([*argv, *shown, "--strip", str(tmp_path / "q.png")])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("distances: best within 20 evaluations ")
+    assert "ddim 2 uniform, guidance 2: left out" in out
+    content = json.loads((tmp_path / "q.json").read_text())
+    assert [row["solver"] for row in content["rows"]] == ["dpmpp_2m", "ddpm"]
+    assert [row["evaluations"] for row in content["rows"]] == [3, 6]
+    assert all(row["distance"] > 0 and 0 <= row["accuracy"] <= 1 for row in content["rows"])
+    assert "| ddpm | all | – | – | 6 |" in (tmp_path / "q.md").read_text()
+    assert "dpmpp_2m uniform" in (tmp_path / "q.svg").read_text()
+    with Image.open(tmp_path / "q.png") as strip:
+        assert strip.width > 500
+    monkeypatch.setattr(sampling_quality.Study, "measure", lambda *_: pytest.fail("drawn again"))
+    sampling_quality.main(argv)
+    assert json.loads((tmp_path / "q.json").read_text())["rows"] == content["rows"]
+    assert "is of another study (seed 0, now 1)" in refusal(sampling_quality.main, [*argv, "--seed", "1"])
