@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,4 +70,5 @@ def _write(cache: Path, content: dict[str, int]) -> None:
         partial.write_text(json.dumps(content, indent=1, sort_keys=True))
         partial.replace(cache)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

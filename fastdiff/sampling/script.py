@@ -11,6 +11,7 @@ from typing import Any
 from fastdiff.processes import Processes, make_writable
 from fastdiff.sampling.cascade import Cascade
 from fastdiff.sampling.job import Job, run_job
+from fastdiff.sampling.record import NAME
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import DrawSettings
 
@@ -33,7 +34,9 @@ def run(
     last = sampler.upsampler if isinstance(sampler, Cascade) else sampler
     first = sampler.base if isinstance(sampler, Cascade) else sampler
     shape = last.network.settings
-    folder = make_writable(_folder(settings, first, identity), "--out_dir")
+    folder = _folder(settings, first, identity)
+    if not (folder / NAME).is_file():
+        make_writable(folder, "--out_dir")
     if processes.is_main:
         print("\n".join([*notes, *sampler.notes]), flush=True)
     labels = first.labels

@@ -32,7 +32,7 @@ class DrawSettings(Settings):
     heun: two evaluations a step, as EDM does it."""
     steps: int = Field(0, ge=0)
     """Steps of the solver, spread as `spacing` says; 0: those that timestep_respacing keeps."""
-    spacing: Literal["auto"] | Spacing = "auto"
+    spacing: Literal["auto", Spacing] = "auto"
     """How `steps` are spread over the chain: evenly in t, in its square root, in log SNR, or as Karras et al. do; auto:
     as suits the solver."""
     sigma_max: float = Field(160.0, gt=0)

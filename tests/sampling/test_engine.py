@@ -16,6 +16,7 @@ from fastdiff.diffusion.samplers import solve
 from fastdiff.diffusion.streams import SAMPLES
 from fastdiff.models import UNet
 from fastdiff.models.inference import freeze
+from fastdiff.sampling import evaluation
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.evaluation import Evaluation, Guidance
 
@@ -55,8 +56,8 @@ def engine(
     model: UNet, diffusion: GaussianDiffusion, plan: Plan, guidance: Guidance | None = None, **settings: Any
 ) -> Engine:
     with torch.no_grad():
-        evaluation = Evaluation(freeze(model), plan, diffusion, guidance or Guidance(), CPU)
-    return Engine(evaluation, plan, diffusion, CPU, **{"batch_size": 3, "seed_stream": SEED, **settings})
+        outputs = Evaluation(freeze(model), plan, diffusion, guidance or Guidance(), CPU)
+    return Engine(outputs, plan, diffusion, CPU, **{"batch_size": 3, "seed_stream": SEED, **settings})
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
@@ -122,9 +123,9 @@ def guided_output(weight: float, **settings: Any) -> tuple[Tensor, Tensor, Tenso
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
         outputs = [model(x, t, y=y) for y in (CLASSES, torch.full_like(CLASSES, 5))]
-        evaluation = Evaluation(freeze(model), plan, diffusion, Guidance(weight, **settings), CPU)
-        given = evaluation.conditioning(CLASSES, None)
-        return evaluation(x, row, given, evaluation.guided[2]), *outputs
+        guided = Evaluation(freeze(model), plan, diffusion, Guidance(weight, **settings), CPU)
+        given = guided.conditioning(CLASSES, None)
+        return guided(x, row, given, guided.guided[2]), *outputs
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 3.0])
@@ -159,10 +160,33 @@ def test_autoguidance() -> None:
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
         ours, theirs = strong(x, t), weak(x, t)
-        evaluation = Evaluation(freeze(strong), plan, diffusion, Guidance(2.0, guide=freeze(weak)), CPU)
-        got = evaluation(x, row, evaluation.conditioning(None, None), True)
+        guided = Evaluation(freeze(strong), plan, diffusion, Guidance(2.0, guide=freeze(weak)), CPU)
+        got = guided(x, row, guided.conditioning(None, None), True)
     assert_close(got[:, :3], 2 * ours[:, :3] - theirs[:, :3])
     assert_close(got[:, 3:], ours[:, 3:])
+
+
+def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph without breaks for guided rows and one for the others, whatever the row, the batch and its size."""
+    kwargs = evaluation.compile_kwargs
+    monkeypatch.setattr(
+        evaluation,
+        "compile_kwargs",
+        lambda *a, **k: {"fullgraph": kwargs(*a, **k)["fullgraph"], "backend": "aot_eager"},
+    )
+    model = unet(class_cond=True, num_classes=5, null_class=True, learn_sigma=True)
+    diffusion = process(model)
+    plan = make_plan(diffusion, "dpmpp_2m")
+    guidance = Guidance(2.0, (0.3, 3.0))
+    want = engine(model, diffusion, plan, guidance).draw(INDEX, CLASSES)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = Evaluation(model, plan, diffusion, guidance, CPU, compiled=True)
+    drawer = Engine(compiled, plan, diffusion, CPU, batch_size=3, seed_stream=SEED, fixed_shape=True)
+    assert_close(drawer.draw(INDEX, CLASSES), want)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert_close(drawer.draw(INDEX, CLASSES), want)
+        assert_close(drawer.draw(INDEX[:2], CLASSES[:2]), want[:2])
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -186,9 +210,9 @@ def test_graphs_replay_the_same_on_a_gpu(solver: str) -> None:
     plan = make_plan(diffusion, solver)
     guidance = Guidance(2.0, (0.5, 5.0))
     with torch.no_grad():
-        evaluation = Evaluation(freeze(model), plan, diffusion, guidance, device)
+        outputs = Evaluation(freeze(model), plan, diffusion, guidance, device)
     plain, graphed = (
-        Engine(evaluation, plan, diffusion, device, batch_size=3, seed_stream=SEED, cuda_graph=graph)
+        Engine(outputs, plan, diffusion, device, batch_size=3, seed_stream=SEED, cuda_graph=graph)
         for graph in (False, True)
     )
     index, y = INDEX.to(device), CLASSES.to(device)

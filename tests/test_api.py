@@ -1,0 +1,116 @@
+"""`fastdiff.load`: models in three lines, the same images as the scripts'."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import flags, save, super_res, unet
+
+import fastdiff
+from fastdiff import sample
+from fastdiff.settings import UserError
+
+CLASSES = ["ape", "bee", "cat"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model = unet(class_cond=True, num_classes=3, null_class=True)
+    return save(model, tmp_path / "model.pt", CLASSES, predict_xstart=True)
+
+
+def test_the_same_images_as_the_script(checkpoint: Path, tmp_path: Path) -> None:
+    given = {"solver": "dpmpp_2m", "steps": 4, "seed": 2, "guidance": 2.0}
+    sample.main(flags({"model_path": checkpoint, "num_samples": 6, "classes": "cat,0", "out_dir": tmp_path, **given}))
+    with np.load(tmp_path / "samples_6x8x8x3.npz") as content:
+        script = dict(content)
+    model = fastdiff.load(checkpoint)
+    assert model.class_names == CLASSES
+    samples = model.sample(6, classes=["cat", 0], **given)
+    np.testing.assert_array_equal(samples.labels, script["arr_1"])
+    assert np.abs(samples.images.astype(int) - script["arr_0"]).max() <= 1
+    later = model.sample(2, classes="cat,0", start=4, **given)
+    assert np.abs(later.images.astype(int) - samples.images[4:]).max() <= 1
+    np.testing.assert_array_equal(later.index, [4, 5])
+
+
+def test_saving(checkpoint: Path, tmp_path: Path) -> None:
+    samples = fastdiff.load(checkpoint).sample(4, steps=2)
+    samples.save(tmp_path / "a.npz")
+    samples.save(tmp_path / "a.png")
+    with np.load(tmp_path / "a.npz") as content:
+        np.testing.assert_array_equal(content["arr_0"], samples.images)
+        assert set(content) == {"arr_0", "arr_1", "seed", "index"}
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == samples.grid().size
+
+
+def test_a_sampler_is_kept_for_the_same_settings(checkpoint: Path) -> None:
+    model = fastdiff.load(checkpoint)
+    first = model.sample(3, steps=2)
+    kept = model._sampler
+    again = model.sample(3, steps=2)
+    assert model._sampler is kept
+    np.testing.assert_array_equal(first.images, again.images)
+    model.sample(3, steps=3)
+    assert model._sampler is not kept
+
+
+def test_autoguidance(checkpoint: Path) -> None:
+    model = fastdiff.load(checkpoint)
+    plain = model.sample(3, steps=3)
+    guided = model.sample(3, steps=3, guidance=2.0, guide=fastdiff.load(checkpoint))
+    assert np.abs(guided.images.astype(int) - plain.images).max() <= 1  # guided by itself
+
+
+def test_enlarging(tmp_path: Path) -> None:
+    model = fastdiff.load(save(super_res(), tmp_path / "large.pt", predict_xstart=True))
+    small = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    large = model.enlarge(small, steps=3)
+    assert large.images.shape == (3, 16, 16, 3)
+    other = model.enlarge(255 - small, steps=3)
+    assert (other.images != large.images).any()
+    with pytest.raises(UserError, match="the model takes uint8"):
+        model.enlarge(small[:, :4])
+    with pytest.raises(UserError, match="call enlarge"):
+        model.sample(1)
+
+
+def test_encoding_and_drawing_give_the_image_back(checkpoint: Path) -> None:
+    """On the exact flow of a network that doesn't move: x_0 predicted is x_t's own share."""
+    model = fastdiff.load(checkpoint)
+    images = np.full((2, 8, 8, 3), 128, np.uint8)
+    noise = model.encode(images, labels=np.array([0, 1]), steps=4)
+    assert noise.shape == (2, 3, 8, 8)
+    assert bool(noise.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"solver": "euler"}, ["solver", "dpmpp_2m"]),
+        ({"steps": 99}, ["steps 99", "6"]),
+        ({"guidance": -1}, ["guidance"]),
+        ({"colour": 1}, ["colour"]),
+        ({"classes": "cow"}, ["cow"]),
+    ],
+    ids=str,
+)
+def test_refusals(settings: dict[str, object], words: list[str], checkpoint: Path) -> None:
+    model = fastdiff.load(checkpoint)
+    with pytest.raises(UserError) as caught:
+        model.sample(2, **settings)  # type: ignore[arg-type]
+    assert all(word in str(caught.value) for word in words), caught.value
+    with pytest.raises(UserError, match="does not exist"):
+        fastdiff.load("no/such/file.pt")
+
+
+def test_importing_is_cheap() -> None:
+    """`import fastdiff` alone brings no torch."""
+    code = "import fastdiff, sys; assert 'torch' not in sys.modules; assert not hasattr(fastdiff, 'nothing')"
+    subprocess.run([sys.executable, "-c", code], check=True)
