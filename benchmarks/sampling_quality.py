@@ -67,12 +67,13 @@ class Row:
 ROWS = (
     *(Row("dpmpp_2m", steps, spacing) for steps in (20, 10) for spacing in ("uniform", "logsnr", "karras")),
     *(Row("dpmpp_3m", 20, spacing) for spacing in ("uniform", "logsnr")),
-    *(Row("dpmpp_2m_sde", 20, spacing) for spacing in ("uniform", "logsnr")),
+    *(Row("dpmpp_2m_sde", 20, spacing) for spacing in ("uniform", "logsnr", "karras")),
+    *(Row("dpmpp_2m_sde", 10, spacing) for spacing in ("uniform", "logsnr")),
     *(Row("unipc", steps, spacing) for steps in (20, 10) for spacing in ("uniform", "logsnr")),
     Row("heun", 10),  # 19 evaluations
     Row("heun", 10, "karras"),
     *(Row("ddim", steps) for steps in (20, 10)),
-    Row("ddpm", 20),
+    *(Row("ddpm", steps) for steps in (20, 10)),
     *(Row("dpmpp_2m", 20, "logsnr", weight) for weight in (1.5, 2.5)),
     *(Row(solver, 50) for solver in ("ddim", "ddpm")),
     *(Row("ddpm", steps) for steps in (250, 0, 100)),
