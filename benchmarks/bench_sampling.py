@@ -320,7 +320,8 @@ def begin(args: Any, device: torch.device) -> dict[str, Any]:
     names = ("configs", "batches", "precisions", "solvers", "steps", "levers", "rounds")
     given = " ".join(f"--{name} {getattr(args, name)}" for name in names if getattr(args, name))
     report: dict[str, Any] = {**place(args, device, rates), "kind": "sampling", "rows": [], "splits": []}
-    report["command"] = f"python benchmarks/bench_sampling.py {'--quick' if args.quick else given}"
+    threads = f" --threads {args.threads}" if args.threads else ""
+    report["command"] = f"python benchmarks/bench_sampling.py {'--quick' if args.quick else given}{threads}"
     if args.resume and args.json and args.json.is_file():
         before = json.loads(args.json.read_text())
         report |= {name: before[name] for name in ("rows", "splits")}
