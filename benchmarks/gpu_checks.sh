@@ -35,6 +35,7 @@ fi
 step figures "$python" -m pytest -q -W ignore -o python_files='bench_*.py' -o python_functions='bench_*' \
     -o timeout=3600 benchmarks/bench_*.py --benchmark-json "$results/kernels.json"
 step training "$python" -m pytest -q --maxfail=40 -k gpu tests/training tests/benchmarks tests/images
+step sampling "$python" -m pytest -q --maxfail=40 tests/sampling tests/diffusion tests/test_api.py
 echo
 printf '%s\n' "${summary[@]}"
 exit "$failed"

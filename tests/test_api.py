@@ -8,11 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import flags, save, super_res, unet
 
 import fastdiff
 from fastdiff import sample
+from fastdiff.diffusion import create_diffusion
+from fastdiff.diffusion.samplers import ddim_reverse_loop
+from fastdiff.diffusion.spacing import keep_steps
+from fastdiff.ops import start_map
 from fastdiff.settings import UserError
 
 CLASSES = ["ape", "bee", "cat"]
@@ -81,13 +86,18 @@ def test_enlarging(tmp_path: Path) -> None:
         model.sample(1)
 
 
-def test_encoding_and_drawing_give_the_image_back(checkpoint: Path) -> None:
-    """On the exact flow of a network that doesn't move: x_0 predicted is x_t's own share."""
+def test_encoding_is_the_reverse_flow(checkpoint: Path) -> None:
     model = fastdiff.load(checkpoint)
-    images = np.full((2, 8, 8, 3), 128, np.uint8)
-    noise = model.encode(images, labels=np.array([0, 1]), steps=4)
-    assert noise.shape == (2, 3, 8, 8)
-    assert bool(noise.isfinite().all())
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    labels = np.array([2, 0])
+    noise = model.encode(images, labels, steps=4)
+    process = create_diffusion(model.network.diffusion, False, keep_steps(model.network.diffusion, 4, "uniform", 1e9))
+    y = {"y": torch.from_numpy(labels)}
+    with torch.no_grad():
+        for step in ddim_reverse_loop(process, model.network.model, start_map(torch.from_numpy(images)), True, y):
+            want = step.sample
+    torch.testing.assert_close(noise, want)
+    assert (noise - start_map(torch.from_numpy(images))).abs().mean() > 0.1
 
 
 @pytest.mark.parametrize(
