@@ -167,17 +167,24 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def summary(rows: Rows) -> list[str]:
-    """Ours (eager, where that alone was timed) over every variant beside it."""
+    """Ours (eager, where that alone was timed) over every variant beside it: medians of the rounds' ratios."""
     out = []
     keys = ("config", "precision", "batch", "solver")
     for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
-        here = {row["variant"]: row["ms"][1] for row in rows if tuple(row[name] for name in keys) == key}
+        here = {row["variant"]: row for row in rows if tuple(row[name] for name in keys) == key}
         mine = next((name for name in ("ours", "ours eager") if name in here), None)
         others = [name for name in here if not name.startswith("ours")]
         if mine and others:
-            against = ", ".join(f"{here[name] / here[mine]:.2f} x {name}" for name in others)
+            against = ", ".join(f"{_times(here[mine], here[name]):.2f} x {name}" for name in others)
             out.append(f"{key[0]} {key[1]} batch {key[2]} {key[3]} {against}")
     return out
+
+
+def _times(mine: dict[str, Any], other: dict[str, Any]) -> float:
+    """How many times as fast: by the rounds where the table has that ratio, else by the medians."""
+    if mine["ratio"] and other["variant"] == mine["ratio_to"]:
+        return mine["ratio"][1]
+    return other["ms"][1] / mine["ms"][1]
 
 
 # --- where the time goes ---
