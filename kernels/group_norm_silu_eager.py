@@ -2,6 +2,7 @@
 
 Shapes   x [B, C, H, W], read and written channels-last as [B, L, C]; weight, bias [C]; scale, shift [B, C] or None.
 Passes   forward: sum, centre, sum of squares, scale-and-shift, SiLU. backward: SiLU, two sums, two multiply-adds.
+         Without gradients all of it in one map.
          torch's own channels-last group norm walks each group with a stride instead, about twice as long.
 Source   dx = P g + Q (x - mean) + D per image and channel, from the two sums that dweight and dbias need anyway.
 """
@@ -14,6 +15,63 @@ import torch
 import torch.nn.functional as F
 from fastdiff.kernels.reference import residual_sum
 from torch import Tensor
+
+
+class _Normed:
+    """What a norm finds of x [B, C, H, W] on its way to h [B, L, C], the map before SiLU."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        offset: Tensor | None,
+        num_groups: int,
+        eps: float,
+        in_place: bool,
+    ) -> None:
+        """in_place: h takes the memory of the centred map."""
+        B, C, H, W = x.shape
+        self.num_groups, self.size = num_groups, H * W * (C // num_groups)
+        x = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
+        sums = x.sum(dim=1)
+        centre = self.over_group(sums)
+        if offset is not None:  # moves the mean, and no element on its own
+            offset = offset.float().expand(B, C)
+            centre = self.over_group(sums + H * W * offset) - offset
+        self.centered = x - centre[:, None]  # before squaring: exact for |mean| >> std
+        self.rstd = (self.over_group(self.centered.square().sum(dim=1)) + eps).rsqrt()
+        if scale is not None and shift is not None:
+            self.gain, constant = weight * (1 + scale), bias * (1 + scale) + shift
+        else:
+            self.gain, constant = weight.expand(B, C), bias.expand(B, C)
+        slope, out = (self.rstd * self.gain)[:, None], self.centered if in_place else None
+        self.h = torch.addcmul(constant[:, None], self.centered, slope, out=out)
+        self.excess = sums / (H * W) - centre if offset is not None else None
+
+    def over_group(self, sums: Tensor) -> Tensor:
+        """Sums over the pixels [B, C] → their mean over each group, [B, C]."""
+        groups = sums.view(len(sums), self.num_groups, -1)
+        return (groups.sum(-1, keepdim=True) / self.size).expand_as(groups).reshape(sums.shape)
+
+
+def _without_gradient(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """All in one map: fresh memory costs as much as a pass over it."""
+    B, C, H, W = x.shape
+    h = _Normed(x, weight, bias, scale, shift, offset, num_groups, eps, in_place=True).h
+    return (F.silu(h, inplace=True) if silu else h).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -31,28 +89,12 @@ class _GroupNormSiLU(torch.autograd.Function):
         silu: bool,
     ) -> Tensor:
         B, C, H, W = x.shape
-        count = H * W * (C // num_groups)
-
-        def over_group(sums: Tensor) -> Tensor:  # [B, C] → mean over each group, [B, C]
-            groups = sums.view(B, num_groups, -1)
-            return (groups.sum(-1, keepdim=True) / count).expand_as(groups).reshape(B, C)
-
-        x = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
-        sums = x.sum(dim=1)
-        centre = over_group(sums)
-        if offset is not None:  # moves the mean, and no element on its own
-            offset = offset.float().expand(B, C)
-            centre = over_group(sums + H * W * offset) - offset
-        centered = x - centre[:, None]  # before squaring: exact for |mean| >> std
-        rstd = (over_group(centered.square().sum(dim=1)) + eps).rsqrt()
-        if scale is not None and shift is not None:
-            gain, constant = weight * (1 + scale), bias * (1 + scale) + shift
-        else:
-            gain, constant = weight.expand(B, C), bias.expand(B, C)
-        h = torch.addcmul(constant[:, None], centered, (rstd * gain)[:, None])
-        excess = sums / (H * W) - centre if offset is not None else None
-        ctx.save_for_backward(centered, h if silu else None, rstd, gain, weight, bias, scale, excess)
-        ctx.over_group, ctx.shape = over_group, (B, H, W, C)
+        found = _Normed(x, weight, bias, scale, shift, offset, num_groups, eps, in_place=False)
+        h = found.h
+        ctx.save_for_backward(
+            *(found.centered, h if silu else None, found.rstd, found.gain, weight, bias, scale, found.excess)
+        )
+        ctx.over_group, ctx.shape = found.over_group, (B, H, W, C)
         y = F.silu(h) if silu else h
         return y.view(B, H, W, C).permute(0, 3, 1, 2)
 
@@ -97,7 +139,10 @@ def group_norm_silu(
         x = torch.cat([x, skip], dim=1)
     if offset is not None and offset.dim() == 1:
         offset = offset.expand(x.shape[0], -1)
-    h = _GroupNormSiLU.apply(x.float(), weight.float(), bias.float(), scale, shift, offset, num_groups, eps, silu)
+    tensors = (x, weight, bias, scale, shift, offset)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    apply = _GroupNormSiLU.apply if needs_grad else _without_gradient
+    h = apply(x.float(), weight.float(), bias.float(), scale, shift, offset, num_groups, eps, silu)
     if dropout > 0:
         h = F.dropout(h, dropout)
     return h.to(x.dtype)

@@ -334,6 +334,25 @@ def test_eager_on_a_cpu(dtype: torch.dtype) -> None:
         assert_no_worse(ours[name], theirs[name], exact[name], name)
 
 
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("left_out", ["", "scale", "offset", "skip"])
+def test_eager_on_a_cpu_without_gradients(left_out: str, silu: bool) -> None:
+    """The same to the last bit in less memory, and nothing that was given is written over."""
+    given = {name: value.cpu() for name, value in inputs(2, 64, 32, 5, 3, torch.float32).items()}
+    for name in ("scale", "shift") if left_out == "scale" else (left_out,):
+        given.pop(name, None)
+    if left_out == "skip":
+        given = {name: value[..., :64] if value.dim() < 3 else value for name, value in given.items()}
+    before = {name: value.clone() for name, value in given.items()}
+    with torch.no_grad():
+        plain = group_norm_silu_eager.add_group_norm_silu(**given, silu=silu)
+    learned = {name: value.clone().requires_grad_() for name, value in given.items()}
+    for ours, want in zip(plain, group_norm_silu_eager.add_group_norm_silu(**learned, silu=silu), strict=True):
+        assert torch.equal(ours, want)
+    for name, value in given.items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_choice() -> None:
     """The kernel, the definition, and what a CPU gets by itself agree; an offset [C] serves all images."""
     given = inputs(2, 32, 0, 2, 3, torch.float32)
