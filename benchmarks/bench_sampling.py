@@ -16,6 +16,7 @@ job spends on files, follow with --split. The last line is the ratios.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import tempfile
 import time
@@ -42,10 +43,10 @@ from fastdiff.threads import use_free_cores
 from fastdiff.training.engine import start_processes
 
 try:  # run as a script, or imported beside its neighbours
-    from bench_train import build, chosen, free, load, measure, place, quartiles, synchronize
+    from bench_train import chosen, load, place, quartiles, synchronize, time_variants
     from sampling_variants import GPU_ONLY, LEVERS, Draw, DrawCase, compiled_seed, diffusers, our_engine, ours, seed
 except ImportError:
-    from benchmarks.bench_train import build, chosen, free, load, measure, place, quartiles, synchronize
+    from benchmarks.bench_train import chosen, load, place, quartiles, synchronize, time_variants
     from benchmarks.sampling_variants import (
         GPU_ONLY,
         LEVERS,
@@ -130,29 +131,12 @@ def rows_of(
 
 def run_case(config: str, case: DrawCase, variants: list[str], levers: list[str], args: Any) -> Rows:
     """One configuration, precision, batch and solver: all variants in turns, then each lever beside ours."""
-    built = {}
-    for variant in variants:
-        make = VARIANTS[variant]
-        if variant == "reference" and args.seed_checkout:
-            make = lambda case: seed(case, args.seed_checkout)
-        try:
-            built[variant] = build(lambda make=make: make(case), case.device)
-        except (UserError, torch.OutOfMemoryError) as error:
-            print(f"  {variant} left out: {str(error).splitlines()[0]}", flush=True)
-        else:
-            print(f"  {variant}: first batch after {built[variant].start_seconds:.1f} s", flush=True)
-    rows = rows_of(case, config, built, measure(built, args.rounds, args.seconds), "reference", args)
-    for row in rows:
-        print(line_of(row), flush=True)
-    free(built)
-    for lever in levers:
-        pair = {"ours": build(lambda: ours(case), case.device)}
-        pair[f"ours -{lever}"] = build(lambda lever=lever: ours(case, **LEVERS[lever]), case.device)
-        row = rows_of(case, config, pair, measure(pair, args.rounds, args.seconds), "ours", args)[1]
-        print(line_of(row), flush=True)
-        rows.append(row)
-        free(pair)
-    return rows
+    makers = {variant: functools.partial(VARIANTS[variant], case) for variant in variants}
+    if "reference" in makers and args.seed_checkout:
+        makers["reference"] = lambda: seed(case, args.seed_checkout)
+    without = {lever: functools.partial(ours, case, **LEVERS[lever]) for lever in levers}
+    rows_from = lambda built, times, base: rows_of(case, config, built, times, base, args)
+    return time_variants(makers, without, lambda: ours(case), rows_from, line_of, case.device, args)
 
 
 def line_of(row: dict[str, Any]) -> str:

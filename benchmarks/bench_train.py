@@ -14,6 +14,7 @@ written after every configuration, and with --resume those already there are kep
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import subprocess
@@ -219,25 +220,42 @@ def rows_of(
 def run_case(name: str, case: Case, variants: list[str], levers: list[str], args: Any) -> list[dict[str, Any]]:
     """One configuration, precision and batch: first all variants in turns, then each lever beside ours."""
     flops, label = train_flops(case.config.model), (name, case.precision, case.batch)
+    makers = {variant: functools.partial(VARIANTS[variant], case) for variant in variants}
+    if "reference" in makers and args.seed_checkout:
+        makers["reference"] = lambda: seed(case, args.seed_checkout)
+    without_each = {lever: functools.partial(without, case, lever) for lever in levers}
+    rows_from = lambda built, times, base: rows_of(label, built, times, base, flops, args)
+    return time_variants(makers, without_each, lambda: ours(case), rows_from, line_of, case.device, args)
+
+
+def time_variants(
+    makers: dict[str, Callable[[], Step]],
+    without: dict[str, Callable[[], Step]],
+    ours: Callable[[], Step],
+    rows_from: Callable[[dict[str, Built], dict[str, list[float]], str], list[dict[str, Any]]],
+    line_of: Callable[[dict[str, Any]], str],
+    device: torch.device,
+    args: Any,
+) -> list[dict[str, Any]]:
+    """Rows of all variants, timed in turns, and of ours without each lever, beside ours. Prints them as they come.
+
+    rows_from(what was built, its times, the name of the base) makes rows. A variant that can't be built is left out.
+    """
     built = {}
-    for variant in variants:
-        make = VARIANTS[variant]
-        if variant == "reference" and args.seed_checkout:
-            make = lambda case: seed(case, args.seed_checkout)
+    for variant, make in makers.items():
         try:
-            built[variant] = build(lambda make=make: make(case), case.device)
+            built[variant] = build(make, device)
         except (UserError, torch.OutOfMemoryError) as error:
             print(f"  {variant} left out: {str(error).splitlines()[0]}", flush=True)
         else:
-            print(f"  {variant}: first step after {built[variant].start_seconds:.1f} s", flush=True)
-    rows = rows_of(label, built, measure(built, args.rounds, args.seconds), "reference", flops, args)
+            print(f"  {variant}: begun after {built[variant].start_seconds:.1f} s", flush=True)
+    rows = rows_from(built, measure(built, args.rounds, args.seconds), "reference")
     for row in rows:
         print(line_of(row), flush=True)
     free(built)
-    for lever in levers:
-        pair = {"ours": build(lambda: ours(case), case.device)}
-        pair[f"ours -{lever}"] = build(lambda lever=lever: without(case, lever), case.device)
-        row = rows_of(label, pair, measure(pair, args.rounds, args.seconds), "ours", flops, args)[1]
+    for lever, make in without.items():
+        pair = {"ours": build(ours, device), f"ours -{lever}": build(make, device)}
+        row = rows_from(pair, measure(pair, args.rounds, args.seconds), "ours")[1]
         print(line_of(row), flush=True)
         rows.append(row)
         free(pair)

@@ -23,6 +23,7 @@ class _Normed:
     def __init__(
         self,
         x: Tensor,
+        in_place: bool,
         weight: Tensor,
         bias: Tensor,
         scale: Tensor | None,
@@ -30,7 +31,6 @@ class _Normed:
         offset: Tensor | None,
         num_groups: int,
         eps: float,
-        in_place: bool,
     ) -> None:
         """in_place: h takes the memory of the centred map."""
         B, C, H, W = x.shape
@@ -57,20 +57,11 @@ class _Normed:
         return (groups.sum(-1, keepdim=True) / self.size).expand_as(groups).reshape(sums.shape)
 
 
-def _without_gradient(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:
-    """All in one map: fresh memory costs as much as a pass over it."""
+def _without_gradient(x: Tensor, *given: Any) -> Tensor:
+    """As `_GroupNormSiLU.apply`, all in one map: fresh memory costs as much as a pass over it."""
+    *settings, silu = given
     B, C, H, W = x.shape
-    h = _Normed(x, weight, bias, scale, shift, offset, num_groups, eps, in_place=True).h
+    h = _Normed(x, True, *settings).h
     return (F.silu(h, inplace=True) if silu else h).view(B, H, W, C).permute(0, 3, 1, 2)
 
 
@@ -89,7 +80,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         silu: bool,
     ) -> Tensor:
         B, C, H, W = x.shape
-        found = _Normed(x, weight, bias, scale, shift, offset, num_groups, eps, in_place=False)
+        found = _Normed(x, False, weight, bias, scale, shift, offset, num_groups, eps)
         h = found.h
         ctx.save_for_backward(
             *(found.centered, h if silu else None, found.rstd, found.gain, weight, bias, scale, found.excess)

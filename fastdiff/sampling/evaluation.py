@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,9 +126,3 @@ class Evaluation:
 def coefficient_rows(plan: Plan, device: torch.device) -> Tensor:
     """A plan's table on the device, [E, 10] float32."""
     return torch.from_numpy(plan.coefficients.astype(np.float32)).to(device)
-
-
-def noise_levels(diffusion: GaussianDiffusion, steps: Sequence[int]) -> list[float]:
-    """sigma / alpha of kept steps."""
-    schedule = diffusion.schedule
-    return [float((1 / schedule.alphas_cumprod[step] - 1) ** 0.5) for step in steps]
