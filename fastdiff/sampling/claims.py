@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 SILENT = 60.0  # seconds without a sign of life after which nobody counts on a process of another host any more
 _BEAT = 5.0
+_NAMELESS = 5.0  # seconds that a claim may be without its owner's name
 
 
 class Owner(NamedTuple):
@@ -140,18 +141,22 @@ class Claims:
     def _all(self) -> list[tuple[str, int, bool]]:
         """(piece, generation, whether the owner is known to have ended) of every claim."""
         found = []
-        gone: dict[Owner | None, bool] = {None: False}  # None: its name is about to be written
+        gone: dict[Owner, bool] = {}
         for file in files_in(self.folder):
             name, _, generation = file.rpartition(".")
             if not name or not generation.isdecimal() or file.startswith("."):
                 continue
             owner = self._owner(file)
+            if owner is None:  # its name is about to be written, unless it ended just before
+                found.append((name, int(generation), self._silent(file, _NAMELESS)))
+                continue
             if owner not in gone:
-                gone[owner] = owner is not None and owner.is_gone()
+                gone[owner] = owner.is_gone()
             found.append((name, int(generation), gone[owner]))
         return found
 
-    def _silent(self, file: str) -> bool:
+    def _silent(self, file: str, seconds: float = SILENT) -> bool:
+        """Whether nothing has been written to a claim for so long."""
         probe = self.folder / f".{me().tag}.now"  # the clock that counts is that of the file system
         try:
             probe.touch()
@@ -159,7 +164,7 @@ class Claims:
             probe.unlink(missing_ok=True)
         except FileNotFoundError:
             return False
-        return age > SILENT
+        return age > seconds
 
     def _owner(self, file: str) -> Owner | None:
         if file not in self._owners:

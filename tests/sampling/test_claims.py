@@ -103,6 +103,21 @@ def test_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == ["merge.0", "merge.1", "merge.2"]
 
 
+def test_a_claim_without_a_name(tmp_path: Path) -> None:
+    """Whoever ended between making the file and writing its name into it holds nothing for long."""
+    nameless = tmp_path / "merge.0"
+    nameless.touch()
+    others = Claims(tmp_path)
+    assert others.held() == {"merge": Held(0, False)}
+    assert others.take_alone("merge") is None
+    past = time.time() - 10
+    os.utime(nameless, (past, past))
+    assert others.held() == {"merge": Held(0, True)}
+    others.tidy(lambda name: False)
+    assert not nameless.exists()
+    assert others.take_alone("merge") is not None
+
+
 def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "_BEAT", 0.01)
     claim = Claims(tmp_path).take("merge", 0)
