@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import pictures, refusal, save, unet
 
-from benchmarks import bench_sampling, bench_train, report, sampling_quality, sampling_variants
+from benchmarks import bench_sampling, bench_train, image_features, report, sampling_quality, sampling_variants
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
 from fastdiff.processes import Processes
@@ -173,16 +173,16 @@ def test_quick_compiles_for_one_batch_only() -> None:
 
 def test_distance_of_normal_sets() -> None:
     """In one dimension it is (m - m')^2 + (s - s')^2, and with commuting covariances the sum over their axes."""
-    one = sampling_quality.Moments(torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
-    two = sampling_quality.Moments(torch.tensor([4.0]).double(), torch.tensor([[25.0]]).double())
-    assert sampling_quality.frechet_distance(one, two) == pytest.approx(9 + 9)
+    one = image_features.Moments(torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
+    two = image_features.Moments(torch.tensor([4.0]).double(), torch.tensor([[25.0]]).double())
+    assert image_features.frechet_distance(one, two) == pytest.approx(9 + 9)
     axes = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
 
-    def moments(mean: float, deviations: list[float]) -> sampling_quality.Moments:
+    def moments(mean: float, deviations: list[float]) -> image_features.Moments:
         variances = torch.tensor(deviations).double() ** 2
-        return sampling_quality.Moments(torch.full((3,), mean).double(), axes @ torch.diag(variances) @ axes.T)
+        return image_features.Moments(torch.full((3,), mean).double(), axes @ torch.diag(variances) @ axes.T)
 
-    got = sampling_quality.frechet_distance(moments(0, [1, 2, 0]), moments(2, [3, 2, 1]))
+    got = image_features.frechet_distance(moments(0, [1, 2, 0]), moments(2, [3, 2, 1]))
     assert got == pytest.approx(3 * 4 + 4 + 0 + 1)
 
 
@@ -192,21 +192,21 @@ def test_distance_of_covariances_that_do_not_commute() -> None:
     product = a @ b
     wanted = a.trace() + b.trace() - 2 * math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
     zero = torch.zeros(2).double()
-    got = sampling_quality.frechet_distance(sampling_quality.Moments(zero, a), sampling_quality.Moments(zero, b))
+    got = image_features.frechet_distance(image_features.Moments(zero, a), image_features.Moments(zero, b))
     assert got == pytest.approx(float(wanted))
 
 
 def test_subsets_and_floor() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(300, 4, generator=generator)
-    real = sampling_quality.Moments.of(torch.randn(3000, 4, generator=generator))
-    small, _ = sampling_quality.distance_and_spread(features, real, 30)
-    large, spread = sampling_quality.distance_and_spread(features, real, 300)
+    real = image_features.Moments.of(torch.randn(3000, 4, generator=generator))
+    small, _ = image_features.distance_and_spread(features, real, 30)
+    large, spread = image_features.distance_and_spread(features, real, 300)
     assert large < small, "fewer images are further away"
     assert spread > 0
     labels = np.arange(300) % 10
-    floor, _ = sampling_quality.noise_floor(features, labels, 50)
-    assert 0 < floor < sampling_quality.distance_and_spread(features + 2, real, 50)[0]
+    floor, _ = image_features.noise_floor(features, labels, 50)
+    assert 0 < floor < image_features.distance_and_spread(features + 2, real, 50)[0]
 
 
 def test_classifier_learns() -> None:
@@ -214,13 +214,11 @@ def test_classifier_learns() -> None:
     generator = np.random.default_rng(0)
     labels = np.arange(40) % 2
     images = (generator.integers(0, 100, (40, 8, 8, 1)) + 150 * labels[:, None, None, None]).astype(np.uint8)
-    first, again = (
-        sampling_quality.train_classifier(images, labels, 2, torch.device("cpu"), steps=12) for _ in range(2)
-    )
-    features, classes = sampling_quality.seen(first, images, torch.device("cpu"))
-    assert features.shape == (40, sampling_quality.FEATURES)
+    first, again = (image_features.train_classifier(images, labels, 2, torch.device("cpu"), steps=12) for _ in range(2))
+    features, classes = image_features.seen(first, images, torch.device("cpu"))
+    assert features.shape == (40, image_features.FEATURES)
     assert (classes == labels).mean() > 0.9
-    assert torch.equal(features, sampling_quality.seen(again, images, torch.device("cpu"))[0])
+    assert torch.equal(features, image_features.seen(again, images, torch.device("cpu"))[0])
 
 
 def test_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,7 +232,7 @@ def test_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         sampling_quality.Row("ddpm", 0),
     )
     monkeypatch.setattr(sampling_quality, "ROWS", rows)
-    train = sampling_quality.train_classifier
+    train = image_features.train_classifier
     monkeypatch.setattr(sampling_quality, "train_classifier", lambda *given: train(*given, steps=3))
     argv = ["--model_path", str(file), "--data_dir", str(tmp_path / "data"), "--json", str(tmp_path / "q.json")]
     argv += ["--num_samples", "12", "--slow_samples", "12", "--compare", "12", "--batch_size", "12"]
