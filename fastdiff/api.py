@@ -39,6 +39,12 @@ SOLVER, STEPS = "dpmpp_2m_sde", 20
 """Unless said otherwise. Of all solvers with 20 evaluations it came nearest to the whole chain on a network trained
 briefly (benchmarks/results/sampling_quality_digits.md): noise mends what such a network gets wrong."""
 
+DRAWING = (
+    *("solver", "steps", "spacing", "sigma_max", "eta", "clip_denoised", "guidance", "guidance_interval", "seed"),
+    *("classes", "batch_size"),
+)
+"""Settings of a call. Others of sample.py's belong to `load`, or to jobs and their files."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -141,7 +147,7 @@ class Model:
         classes   in turn, or anything that --classes takes.
         steps     0: every step that the checkpoint's timestep_respacing keeps.
         guide     a weaker model, for autoguidance.
-        settings  any other of sample.py's: spacing, eta, guidance, batch_size, …
+        settings  others of `DRAWING`: spacing, eta, guidance, batch_size, …
         Raises UserError for settings that can't be.
         """
         if isinstance(self.settings, SuperResSettings):
@@ -173,8 +179,7 @@ class Model:
         shape = (*wanted.small_size, wanted.in_channels)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
             raise UserError(f"enlarge: images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
-        if wanted.class_cond and (labels is None or len(labels) != len(images)):
-            raise UserError("enlarge: the model is class-conditional; give as many labels as images")
+        _check_labels("enlarge", wanted, labels, len(images))
 
         def inputs(index: Tensor) -> dict[str, Tensor]:
             rows = index.cpu().numpy()
@@ -189,9 +194,21 @@ class Model:
         return self._draw(sampler, seed, 0, len(images), progress)
 
     def encode(self, images: np.ndarray, labels: np.ndarray | None = None, *, steps: int = 100) -> Tensor:
-        """The noise [n, C, H, W] float32 that DDIM with as many steps makes these images [n, H, W, C] uint8 of."""
+        """The noise [n, C, H, W] float32 that DDIM with as many steps makes these images [n, H, W, C] uint8 of.
+
+        labels [n] of a class-conditional model. Raises UserError for images and steps that can't be.
+        """
         process, settings = self.network.diffusion, self.settings
-        kept = keep_steps(process, steps, "uniform", float("inf")) if steps else None
+        shape = (*settings.size_hw, settings.in_channels)
+        if isinstance(settings, SuperResSettings):
+            raise UserError("encode: this model enlarges images; give one that draws them")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
+            raise UserError(f"encode: images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
+        _check_labels("encode", settings, labels, len(images))
+        try:
+            kept = keep_steps(process, steps, "uniform", float("inf")) if steps else None
+        except ValueError as error:
+            raise UserError(f"encode: {error}") from None
         diffusion = create_diffusion(process, settings.learn_sigma, kept)
         x = as_low_res(images, self.device)
         kwargs = {} if labels is None else {"y": torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self.device)}
@@ -203,8 +220,13 @@ class Model:
         self, given: dict[str, Any], guide: Model | None, count: int, inputs: Inputs | None = None
     ) -> Sampler:
         """The sampler for settings; kept for the next call with the same ones, for what is compiled is in it."""
+        for name in given:
+            if name in SampleSettings.model_fields and name not in DRAWING:
+                raise UserError(f"{name} is not a setting of a model's images; those are {', '.join(DRAWING)}")
         settings = validated(SampleSettings, {**self._defaults, **given})
-        key = (settings, id(guide), min(count, 64))
+        if guide is not None and settings.guidance == 1:
+            raise UserError("guide needs a guidance other than 1")
+        key = (settings, guide, count)
         if inputs is None and self._sampler is not None and self._sampler[0] == key:
             return self._sampler[1]
         sampler = Sampler(
@@ -227,6 +249,17 @@ class Model:
             on_progress: Callable[[float], Any] = bar.update
             drawn = sampler.draw(index, on_progress)
         return Samples(drawn.images, drawn.labels, seed, index)
+
+
+def _check_labels(call: str, settings: BackboneSettings, labels: np.ndarray | None, count: int) -> None:
+    """UserError unless there is a class for each image exactly where the model has classes."""
+    if (labels is not None) != settings.class_cond:
+        says = "needs labels, one for each image" if settings.class_cond else "has no classes; leave labels out"
+        raise UserError(f"{call}: the model {says}")
+    if labels is not None and not (
+        np.shape(labels) == (count,) and all(0 <= label < settings.num_labels for label in labels)
+    ):
+        raise UserError(f"{call}: labels must be {count} numbers from 0 to {settings.num_labels - 1}")
 
 
 _BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"

@@ -107,6 +107,8 @@ def test_encoding_is_the_reverse_flow(checkpoint: Path) -> None:
         ({"steps": 99}, ["steps 99", "6"]),
         ({"guidance": -1}, ["guidance"]),
         ({"colour": 1}, ["colour"]),
+        ({"out_dir": "x"}, ["out_dir", "guidance"]),
+        ({"sr_model_path": "x"}, ["sr_model_path"]),
         ({"classes": "cow"}, ["cow"]),
     ],
     ids=str,
@@ -116,6 +118,14 @@ def test_refusals(settings: dict[str, object], words: list[str], checkpoint: Pat
     with pytest.raises(UserError) as caught:
         model.sample(2, **settings)  # type: ignore[arg-type]
     assert all(word in str(caught.value) for word in words), caught.value
+    with pytest.raises(UserError, match="guide needs"):
+        model.sample(2, guide=model)
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    for labels, steps in ((None, 4), (np.array([0]), 4), (np.array([0, 9]), 4), (np.array([0, 1]), 99)):
+        with pytest.raises(UserError, match="^encode: "):
+            model.encode(images, labels, steps=steps)
+    with pytest.raises(UserError, match="the model takes uint8"):
+        model.encode(images[:, :4], np.array([0, 1]))
     with pytest.raises(UserError, match="does not exist"):
         fastdiff.load("no/such/file.pt")
 

@@ -34,8 +34,8 @@ Inputs = Callable[[Tensor], dict[str, Tensor]]
 """Extra arguments of the network for images `index` [B] of the job: {"low_res": …}, {"y": …}."""
 
 WORTHWHILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
-"""Work of a process from which compiling pays on its own: about twenty minutes of two CPU cores, or (a prediction) one
-of a GPU. Compiling takes a minute."""
+"""Work of a process from which compiling pays on its own: ten to twenty minutes of two CPU cores, or (a prediction) one
+of a GPU. Compiling takes a minute or two."""
 MOST = {"cpu": 64, "cuda": 4096}  # images at a time that batch_size auto tries
 
 
@@ -69,7 +69,7 @@ class Sampler:
         try:
             self.plan = make_plan(self.diffusion, settings.solver, settings.eta)
         except ValueError as error:  # of a respacing that keeps too few steps
-            raise UserError(f"{flag}solver: {error}") from None
+            raise UserError(f"{flag.removesuffix('sr_')}solver: {error}") from None
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
         keep_compiled_code()
@@ -117,10 +117,6 @@ class Sampler:
             frames.append(predictions)
         return [np.concatenate(each) for each in zip(*frames, strict=True)], np.concatenate(finals)
 
-    def maps(self, index: Tensor, on_step: Callable[[Step], None] = lambda step: None) -> Tensor:
-        """Images `index` [n] int64 as [n, C, H, W] float32 in about [-1, 1], at most batch_size of them."""
-        return self._run(self._given(index.to(self.device)), on_step).clone()
-
     def identity(self) -> dict[str, Any]:
         """Everything that makes image i what it is, by the names of the settings."""
         settings, diffusion = self.settings, self.network.diffusion
@@ -162,7 +158,8 @@ class Sampler:
         try:
             kept = keep_steps(process, settings.steps, self._spacing, settings.sigma_max) if settings.steps else None
         except ValueError as error:
-            raise UserError(f"{flag}{error}") from None
+            own = str(error).startswith("steps")  # sigma_max is one for all
+            raise UserError(f"{flag if own else flag.removesuffix('sr_')}{error}") from None
         return create_diffusion(process, self.network.settings.learn_sigma, kept)
 
     def _guidance(self, guide: Network | None) -> Guidance:

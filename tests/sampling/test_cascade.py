@@ -87,6 +87,8 @@ def test_cascades_that_do_not_fit(base: Path, enlarger: Path, tmp_path: Path) ->
         assert "train.py" in refusal(sample.main, flags({**given, "sr_model_path": base}))
         assert "--sr_steps" in refusal(sample.main, flags({**given, "sr_model_path": enlarger, "sr_steps": 99}))
         assert "sr_steps" in refusal(sample.main, flags({**given, "sr_steps": 2}))
+        few = {"sr_model_path": enlarger, "sr_timestep_respacing": 2, "solver": "dpmpp_3m"}
+        assert refusal(sample.main, flags({**given, **few})).startswith("--solver: ")
 
 
 # --- guidance ---
