@@ -5,17 +5,49 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from fastdiff import exit_codes
 from fastdiff.settings import UserError
 
 _started = False  # once true, an error may be one rank's alone, and each rank reports its own
+_script = ""
+_peers: Peers | None = None
+_SAME_ERROR = 2.0
+"""Seconds in which rank 0 makes the same error as this rank, or the launcher, seeing that, ends this rank."""
+
+
+class StopWith(Exception):
+    """Ends a script with an exit code (fastdiff.exit_codes) and one sentence."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Peers(Protocol):
+    """What a script's end needs of whoever watches the other ranks: see `fastdiff.watchdog`."""
+
+    def report_end(self, reason: str, code: int) -> None:
+        """Tell the other ranks why this one ends."""
+
+    def is_said(self, reason: str, patience: float) -> bool:
+        """Whether rank 0 ends for the same reason within `patience` seconds."""
+
+    def explain(self) -> str | None:
+        """One sentence on the rank whose end made this one fail; None where none is known. Waits some seconds."""
+
+    def speaks(self) -> bool:
+        """Whether it falls to this rank to say so."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +83,27 @@ def current() -> Processes:
     )
 
 
-def join(group: bool = True) -> Processes:
+def script_name() -> str:
+    """Name of the script that `run_script` runs; empty where the package is a library."""
+    return _script
+
+
+def set_peers(peers: Peers | None) -> None:
+    """Name who watches the other ranks."""
+    global _peers
+    _peers = peers
+
+
+def join(group: bool = True, timeout: timedelta = timedelta(minutes=30)) -> Processes:
     """`current()`, and the process group of torch.distributed when there are several processes.
 
-    Without a group the processes go their own ways from here on, and each reports its own errors.
+    Without a group the processes go their own ways from here on, and each reports its own errors. timeout is that of
+    every collective.
     """
     global _started
     processes = current()
     if group and processes.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo", timeout=timeout)
     _started = True
     return processes
 
@@ -82,23 +126,79 @@ def make_writable(folder: Path, flag: str) -> Path:
 
 
 def run_script(main: Callable[[], None], name: str) -> None:
-    """Run a script's main. A UserError ends it with one sentence and exit code 2."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Run a script's main, and end with one of `fastdiff.exit_codes`.
+
+    A UserError or StopWith ends it with one sentence. Where another rank's end made a collective fail, the last line
+    says which rank's and why, instead of a traceback.
+    """
+    global _script
+    _script = name
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    code = 0
+    code = exit_codes.DONE
     try:
         main()
     except UserError as error:
-        who = f"{name}: error" if rank == 0 else f"{name}: error on rank {rank}"
-        if rank == 0 or _started:
-            print(f"{who}: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = exit_codes.USER_ERROR
+        _say_once(str(error), code, "error")
+    except StopWith as error:
+        code = error.code
+        _say_once(str(error), code)
     except KeyboardInterrupt:
+        code = exit_codes.INTERRUPTED
+        if _peers:
+            _peers.report_end("stopped by Ctrl-C", code)
         print(f"{name}: stopped", file=sys.stderr, flush=True)
-        code = 130
+    except Exception as error:
+        if _peers is None:
+            raise
+        code = _failed(error, _peers)
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
     if code:
         sys.stdout.flush()
         # Other ranks may wait in a collective: leave without the clean-up that would wait for them.
-        os._exit(code) if _started else sys.exit(code)
+        os._exit(code) if _started or _peers else sys.exit(code)
+
+
+def _say_once(reason: str, code: int, what: str = "") -> None:
+    """Print why this rank ends, unless it is for the reason that rank 0 gives."""
+    rank = int(os.environ.get("RANK", "0"))
+    if _peers:
+        _peers.report_end(reason, code)
+    if rank:
+        what = f"{what or 'ended'} on rank {rank}"
+        if _peers and _peers.is_said(reason, _SAME_ERROR):
+            return
+        if not _peers and not _started:
+            time.sleep(_SAME_ERROR)
+    start = f"{_script}: {what}: " if what else f"{_script}: "
+    print(start + reason, file=sys.stderr, flush=True)
+
+
+def _failed(error: Exception, peers: Peers) -> int:
+    """Say what an exception was about, this rank's own or another rank's end; the exit code."""
+    if not is_broken_collective(error):
+        traceback.print_exception(error)
+        peers.report_end(_first_line(error), 1)
+        return 1
+    line = peers.explain()
+    if line is None:
+        traceback.print_exception(error)
+        line = f"a collective failed, though every rank still gives signs of life: {_first_line(error)}"
+        peers.report_end(line, exit_codes.PEER_LOST)
+    if peers.speaks():
+        print(f"{_script}: {line}", file=sys.stderr, flush=True)
+    return exit_codes.PEER_LOST
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    """Whether an exception comes from a collective whose other side failed: gloo and NCCL name themselves."""
+    words = ("gloo", "nccl", "processgroup", "connection closed by peer", "connection reset by peer")
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastdiff.training.settings import TrainSettings
 
 BUCKET = 50_000_000
 """Elements that ZeRO reduces at once. DeepSpeed's own 500 million would take 1 GB in 16 bits."""
+_TIMEOUT_MARGIN = 2.0  # minutes
 
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
 _OURS = {
@@ -176,14 +178,21 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def start_processes() -> Processes:
-    """Join the other processes, with DeepSpeed's communication set up."""
-    processes = join()
+def start_processes(stall_minutes: float = 10.0) -> Processes:
+    """Join the other processes, with DeepSpeed's communication set up.
+
+    Every collective may take stall_minutes and a margin, in which the watchdog ends what hangs and says why.
+    """
+    timeout = timedelta(minutes=stall_minutes + _TIMEOUT_MARGIN)
+    # DeepSpeed makes its groups without naming a time-out: torch's default becomes ours.
+    c10d = dist.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    processes = join(timeout=timeout)
     deepspeed = _import_deepspeed()
     backend = "nccl" if processes.device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # alone, without a launcher: no port is needed
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return processes
 
 

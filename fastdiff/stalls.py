@@ -1,0 +1,53 @@
+"""Where a rank is, and which of several ranks it is that the others wait for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fastdiff.signs_of_life import Sign
+
+_PACKAGE = str(Path(__file__).parent) + os.sep
+
+
+def behind(signs: list[Sign]) -> list[Sign]:
+    """Those of the ranks that have not come to the collective in which the others wait; none where it can't be told.
+
+    First by how many collectives each has entered: who waits has entered one more. Then by who isn't inside
+    torch.distributed.
+    """
+    fewest = min(sign.collectives for sign in signs)
+    late = [sign for sign in signs if sign.collectives == fewest]
+    if len(late) == len(signs):
+        late = [sign for sign in signs if not sign.waits]
+    return late if len(late) < len(signs) else []
+
+
+def collectives() -> int:
+    """How many collectives this process has entered, over all process groups."""
+    if not dist.is_initialized():
+        return 0
+    count = 0
+    for group in list(dist.distributed_c10d._world.pg_map):
+        try:
+            count += group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+        except (RuntimeError, AttributeError):  # a group that doesn't count
+            continue
+    return count
+
+
+def where(thread: int | None) -> tuple[str, bool]:
+    """Where a thread is, "file.py:line" by preference in this package, and whether it is inside torch.distributed."""
+    frame = sys._current_frames().get(thread or 0)
+    code, waits, ours = "", False, False
+    while frame and not ours:
+        name = frame.f_code.co_filename
+        waits = waits or f"torch{os.sep}distributed{os.sep}" in name or f"deepspeed{os.sep}comm{os.sep}" in name
+        ours = name.startswith(_PACKAGE)
+        if ours or not code:
+            code = f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return code, waits
