@@ -28,7 +28,7 @@ class UniformSampler:
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Learn from the unweighted losses [B] at t [B] of this rank; a collective call."""
+        """Learn from the unweighted losses [B] at t [B] of this rank, but not from non-finite ones; collective."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -72,16 +72,17 @@ class LossSecondMomentSampler(UniformSampler):
             t, losses = _gather(t), _gather(losses)
         depth = self.history.shape[1]
         # Place of each new loss among those of its timestep, and how many come after it: a batch may hold several.
-        same = t[:, None] == t[None, :]
+        finite = losses.isfinite()
+        same = (t[:, None] == t[None, :]) & finite
         before = torch.tril(same, diagonal=-1).sum(dim=1)
         after = torch.triu(same, diagonal=1).sum(dim=1)
-        new = torch.zeros_like(self.counts).index_add_(0, t, torch.ones_like(t))
+        new = torch.zeros_like(self.counts).index_add_(0, t, finite.long())
         overflow = (self.counts + new - depth).clamp(min=0)
         # Shift each history left by what no longer fits, then lay the new losses behind what is left.
         columns = torch.arange(depth, device=self.device)[None, :] + overflow[:, None]
         shifted = self.history.gather(1, columns.clamp(max=depth - 1)) * (columns < self.counts[:, None])
         column = self.counts[t] - overflow[t] + before
-        keep = (after < depth) & (column >= 0)
+        keep = finite & (after < depth) & (column >= 0)
         flat = torch.cat([shifted.flatten(), shifted.new_zeros(1)])  # the last place takes what is not kept
         flat[torch.where(keep, t * depth + column, flat.numel() - 1)] = losses
         # In place: a CUDA graph reads and writes the same memory at every replay.

@@ -36,10 +36,10 @@ class OnDevice:
 class AdamWEMA(torch.optim.AdamW):
     """torch.optim.AdamW, state and all, which moves attached averages.
 
-    fused_kernel     one Triton launch for everything; False: torch's fused AdamW, then `ops.update_ema`.
-    keeps_grad_norm  each step leaves the norm of the gradients that it saw in `last_grad_norm`, a scalar on the device;
-                     of use where one call of `step` sees them all (stage 0), and after any clipping.
-    averages         rate → the averages, in the order in which they were attached.
+    fused_kernel  one Triton launch for everything; False: torch's fused AdamW, then `ops.update_ema`.
+    overflow      set before a call of `step`, it makes that change nothing; under the name by which DeepSpeed's engine
+                  asks whether its optimiser did.
+    averages      rate → the averages, in the order in which they were attached.
     """
 
     def __init__(
@@ -56,8 +56,7 @@ class AdamWEMA(torch.optim.AdamW):
         # A GradScaler then unscales and skips by itself, and `step` need not know of it.
         self._step_supports_amp_scaling = False
         self.fused_kernel = fused_kernel
-        self.keeps_grad_norm = False
-        self.last_grad_norm: Tensor | None = None
+        self.overflow = False
         self.averages: dict[float, list[Tensor]] = {}
         self._of: dict[int, tuple[Tensor, list[Tensor]]] = {}  # id → the tensor, which keeps the id taken; its averages
         self._lists: dict[tuple[int, ...], tuple[list[list[Tensor]], Any]] = {}
@@ -86,7 +85,8 @@ class AdamWEMA(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step_all(None)
+        if not self.overflow:
+            self._step_all(None)
         return loss
 
     @torch.no_grad()
@@ -95,14 +95,11 @@ class AdamWEMA(torch.optim.AdamW):
         self._step_all(given)
 
     def _step_all(self, given: OnDevice | None) -> None:
-        squares = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
-                squares.append(self._update(group, params, given))
+                self._update(group, params, given)
             self._follow([p for p in group["params"] if p.grad is None], given)
-        if self.keeps_grad_norm and squares:
-            self.last_grad_norm = torch.stack(squares).sum().sqrt()
 
     def prepare(self) -> None:
         """Bring to the device what a step with the gradients of now needs there beside them."""
@@ -121,8 +118,8 @@ class AdamWEMA(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._lists.clear()
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], given: OnDevice | None) -> Tensor:
-        """Steps parameters that have gradients; the sum of squares of these if it is wanted."""
+    def _update(self, group: dict[str, Any], params: list[Tensor], given: OnDevice | None) -> None:
+        """Steps parameters that have gradients."""
         if group["amsgrad"] or group["maximize"]:
             raise ValueError(
                 "AdamWEMA knows neither amsgrad nor maximize; got a group that sets one: set them to False"
@@ -136,12 +133,11 @@ class AdamWEMA(torch.optim.AdamW):
         exp_avgs, exp_avg_sqs, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         if self.fused_kernel:
             torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]))
-            square = self._kernel_lists(params, exp_avgs, exp_avg_sqs, steps).step(
-                grads, **numbers, grad_scale=grad_scale, found_inf=found_inf, norm=self.keeps_grad_norm
+            self._kernel_lists(params, exp_avgs, exp_avg_sqs, steps).step(
+                grads, **numbers, grad_scale=grad_scale, found_inf=found_inf
             )
             torch.autograd.graph.increment_version(params)
-            return square
-        square = torch.nn.utils.get_total_norm(grads).square() if self.keeps_grad_norm else grads[0].new_empty(0)
+            return
         if grad_scale is not None:
             grads = list(torch._foreach_mul(grads, grad_scale))
         adamw(
@@ -149,7 +145,6 @@ class AdamWEMA(torch.optim.AdamW):
             **{"fused": True, "amsgrad": False, "maximize": False, "found_inf": found_inf, **numbers},
         )
         self._follow(params, given)
-        return square
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         state = self.state[p]

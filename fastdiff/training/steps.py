@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.images import Batch
 from fastdiff.models import UNet
+from fastdiff.training.guards import Skips, guarded
 from fastdiff.training.loss_scale import LossScale
 from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as
+from fastdiff.training.schedule import learning_rate, learning_rate_on_device
 from fastdiff.training.settings import TrainSettings
 
 Losses = Callable[[Any, Batch], Tensor]
@@ -24,38 +27,61 @@ WARM_UP = 3
 
 
 class EngineStep:
-    """Through DeepSpeed: any number of processes, any ZeRO stage."""
+    """Through DeepSpeed: any number of processes, any ZeRO stage.
+
+    A step with a non-finite loss or gradient changes nothing on any rank. DeepSpeed's own optimisers see to that, each
+    in its way and all by the reduced gradients; for the plain one, which looks at nothing, `_look` does it.
+    """
 
     def __init__(self, losses: Losses, engine: Any, optimizer: AdamWEMA, model: UNet, accumulation: int) -> None:
         self.losses, self.engine, self.optimizer, self.model = losses, engine, optimizer, model
         self.accumulation = accumulation
-        self.skipped_steps = 0
+        self.skipped_steps, self._streak = 0, 0
         self.grad_norms: list[Tensor | float] = []
         self.plain = engine.optimizer is optimizer  # fp32 without ZeRO: DeepSpeed puts nothing around the optimiser
 
-    def take(self, micro_batches: list[Batch], lr: float, seed_dropout: Callable[[int], None]) -> None:
-        """Forward and backward for each micro-batch, then the update."""
+    def take(
+        self, micro_batches: list[Batch], train: TrainSettings, step: int, seed_dropout: Callable[[int], None]
+    ) -> None:
+        """Forward and backward for each micro-batch, then the update. `step` counts those before, skipped or not."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(train, step - self.skipped_steps)
+        loss_scale = self.scaler_state().get("cur_scale", 1.0)
         for i, batch in enumerate(micro_batches):
             seed_dropout(i)
-            self.engine.backward(self.losses(self.engine, batch))
-            if i == self.accumulation - 1:
-                self._note_gradient_norm(before=True)
+            self.engine.backward(guarded(self.losses(self.engine, batch)))
+            if i == self.accumulation - 1 and self.plain:
+                self._look()
             self.engine.step()
-        self._note_gradient_norm(before=False)
-        if not self.engine.was_step_applied():  # then the averages stayed as they were, too
-            self.skipped_steps += 1
-
-    def _note_gradient_norm(self, before: bool) -> None:
-        """Without ZeRO and in fp32 the gradients are the parameters' own: clipped in the step, and gone after it."""
-        if before and self.plain and not self.optimizer.keeps_grad_norm:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.grad_norms.append(torch.nn.utils.get_total_norm(gradients))
-        elif not before and not self.plain:
+        if not self.plain:
             self.grad_norms.append(self.engine.get_global_grad_norm())
-        elif not before and self.optimizer.last_grad_norm is not None:
-            self.grad_norms.append(self.optimizer.last_grad_norm)
+        if self.engine.was_step_applied():
+            self._streak = 0
+        else:
+            self.skipped_steps += 1
+            # Not where fp16's scale fell: see Skips.
+            self._streak += self.scaler_state().get("cur_scale", 1.0) >= loss_scale
+
+    def _look(self) -> None:
+        """The norm of the gradients, which are the parameters' own here, before they are clipped."""
+        gradients = [laid_out_as(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = float(ops.squared_norm(gradients).sqrt())
+        self.optimizer.overflow = not math.isfinite(norm)
+        self.grad_norms.append(norm)
+
+    def bad_streak(self) -> int:
+        """Steps skipped in a row up to now."""
+        return self._streak
+
+    def start_over(self) -> None:
+        """Weights and moments were replaced by those of a good checkpoint."""
+        self._streak = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped_steps": self.skipped_steps, "bad_streak": self._streak}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped_steps, self._streak = state["skipped_steps"], state["bad_streak"]
 
     def scaler_state(self) -> dict[str, float]:
         """The dynamic loss scale of fp16; empty without one."""
@@ -81,6 +107,9 @@ class EngineStep:
 class DeviceStep:
     """On one device, without a number from the host: nothing waits, and with cuda_graph CUDA graphs replay it.
 
+    A step with a non-finite loss or gradient changes nothing but its count, in every precision. To know of it before
+    the update costs another pass over the gradients: 4 bytes an element beside the update's 28 and 8 per average.
+
     Parameters and gradients are float32 here whatever the precision; the network casts weights where it uses them. A
     micro-batch is one graph and the update another, so that any accumulation needs the memory of one micro-batch.
     """
@@ -92,12 +121,11 @@ class DeviceStep:
         self.scale: LossScale | None = None
         if train.precision == "fp16":
             self.scale = LossScale(max(1, round(1 / train.fp16_scale_growth)), device)
-        optimizer.keeps_grad_norm = not (self.scale or self.grad_clip)
         self.grad_norms: list[Tensor | float] = []
         self._parameters = list(model.parameters())
-        self._lr = torch.zeros((), device=device)
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._grad_norm = torch.zeros((), device=device)
-        self._skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._skips = Skips(device)
         self._inputs: Batch | None = None
         self._steps = 0
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
@@ -105,17 +133,39 @@ class DeviceStep:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps whose gradients overflowed. Waits for the device if there can be any."""
-        return int(self._skipped) if self.scale else 0
+        """Steps with a non-finite loss or gradient. Waits for the device."""
+        return self._skips.read()[0]
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
-        self._skipped.fill_(count)
+        self._skips.set(count, 0)
 
-    def take(self, micro_batches: list[Batch], lr: float, seed_dropout: Callable[[int], None]) -> None:
-        """Forward and backward for each micro-batch, then the update. The learning rate is a float32 here."""
+    def bad_streak(self) -> int:
+        """Steps skipped in a row up to now, or up to a step or two ago on a GPU, which is not waited for."""
+        return self._skips.poll()[1]
+
+    def start_over(self) -> None:
+        """Weights and moments were replaced by those of a good checkpoint, maybe in other places."""
+        self._skips.set(self.skipped_steps, 0)
+        self._graphs.clear()
+        self._steps = 0
+
+    def state_dict(self) -> dict[str, int]:
+        skipped, streak = self._skips.read()
+        return {"skipped_steps": skipped, "bad_streak": streak}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skips.set(state["skipped_steps"], state["bad_streak"])
+
+    def take(
+        self, micro_batches: list[Batch], train: TrainSettings, step: int, seed_dropout: Callable[[int], None]
+    ) -> None:
+        """Forward and backward for each micro-batch, then the update. `step` counts those before, skipped or not.
+
+        The learning rate is computed where the skipped steps are counted, and is a float32 here.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr  # for the checkpoint
+            group["lr"] = learning_rate(train, max(0, step - self._skips.known[0]))  # for the checkpoint
         for i, batch in enumerate(micro_batches):
             if self._stream is None:
                 self._inputs = batch
@@ -123,8 +173,9 @@ class DeviceStep:
                 self._put(batch)
             seed_dropout(i)
             self._run("more" if i else "first", functools.partial(self._accumulate, first=i == 0))
-        self._lr.fill_(lr)
-        self._run("update", self._update, prepare=self.optimizer.prepare)
+        self._step.fill_(step)
+        self._run("update", functools.partial(self._update, train), prepare=self.optimizer.prepare)
+        self._skips.publish()
         self.grad_norms.append(self._grad_norm.clone())
         self._steps += 1
 
@@ -169,27 +220,27 @@ class DeviceStep:
         if first:
             for p in self._parameters:
                 p.grad = None
-        loss = self.losses(self.model, self._inputs) / self.accumulation
+        loss = guarded(self.losses(self.model, self._inputs)) / self.accumulation
         (loss if self.scale is None else loss * self.scale.cur_scale).backward()
         for p in self._parameters:
             if p.grad is not None:
                 p.grad = laid_out_as(p, p.grad)
 
-    def _update(self) -> None:
-        """Clip, AdamW, averages, loss scale."""
-        if self.optimizer.keeps_grad_norm:
-            self.optimizer.step_on_device(OnDevice(self._lr))
-            if self.optimizer.last_grad_norm is not None:
-                self._grad_norm.copy_(self.optimizer.last_grad_norm)
-            return
+    def _update(self, train: TrainSettings) -> None:
+        """Clip, AdamW, averages, loss scale; none of them where a gradient is not finite."""
         squared = ops.squared_norm([p.grad for p in self._parameters if p.grad is not None])
         loss_scale = self.scale.cur_scale if self.scale else 1.0
         grad_scale, found_inf = ops.grad_scale_and_overflow(squared, loss_scale, self.grad_clip)
         self._grad_norm.copy_(squared.sqrt() / loss_scale)
-        self.optimizer.step_on_device(OnDevice(self._lr, grad_scale, found_inf if self.scale else None))
+        lr = learning_rate_on_device(train, self._step - self._skips.counts[0]).float()
+        scaled = self.scale is not None or self.grad_clip > 0
+        self.optimizer.step_on_device(OnDevice(lr, grad_scale if scaled else None, found_inf))
+        searching = None
         if self.scale:
+            before = self.scale.cur_scale.clone()
             self.scale.update(found_inf)
-            self._skipped += found_inf.to(torch.int64)
+            searching = self.scale.cur_scale < before
+        self._skips.note(found_inf != 0, searching)
 
     def scaler_state(self) -> dict[str, float]:
         """The dynamic loss scale of fp16; empty without one."""
