@@ -31,6 +31,8 @@ _OURS = {
     "amp": "use train.precision",
     "torch_autocast": "use train.precision",
 }
+# Section → the switch in it without which DeepSpeed would let non-finite gradients through.
+_CHECKS = {"bf16": "check_grad_overflow", "zero_optimization": "compute_grad_norm"}
 # Those that say nothing which the settings don't.
 _KNOWN = {
     "train_batch_size",
@@ -69,6 +71,9 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
             raise UserError(f"deepspeed.{section} must be a JSON object, not {deepspeed[section]!r}")
     if all(deepspeed.get(section, {}).get("enabled") for section in ("fp16", "bf16")):
         raise UserError("deepspeed.fp16 and deepspeed.bf16 are both enabled; enable one of them")
+    for section, switch in _CHECKS.items():
+        if deepspeed.get(section, {}).get(switch) is False:
+            raise UserError(f"deepspeed.{section}.{switch} false can't be given: by it bad steps are found and skipped")
     named: dict[str, tuple[str, Any]] = {}
     if "train_batch_size" in deepspeed:
         named["batch_size"] = ("train_batch_size", deepspeed["train_batch_size"])

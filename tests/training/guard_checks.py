@@ -1,0 +1,93 @@
+"""A step with a non-finite loss or gradient is as if it hadn't been. Run by test_guards.py, alone or by torchrun.
+
+python guard_checks.py STAGE:PRECISION:WHAT [STAGE:PRECISION:WHAT ...]
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from training.small_trainer import small_trainer
+
+from fastdiff.training.trainer import Trainer
+
+SETTINGS: dict[str, Any] = {"lr_warmup_steps": 5, "lr_anneal_steps": 20, "weight_decay": 0.1}
+THROUGH_ENGINE = {"wall_clock_breakdown": False}
+"""A section that only DeepSpeed can follow, and that changes nothing in the numbers."""
+
+
+@contextmanager
+def spoilt(trainer: Trainer, what: str, micro: int = 1, rank: int = 0) -> Iterator[None]:
+    """In here one micro-batch of one rank has a bad loss ("loss": inf, its gradients finite) or bad gradients."""
+    losses, seen = trainer.stepper.losses, iter(range(1000))
+
+    def spoil(network: Any, batch: Any) -> Tensor:
+        loss = losses(network, batch)
+        if next(seen) % trainer.accumulation != micro or trainer.processes.rank != rank:
+            return loss
+        if what == "loss":
+            return loss + math.inf
+        loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+    trainer.stepper.losses = spoil
+    yield
+    trainer.stepper.losses = losses
+
+
+def state(trainer: Trainer) -> dict[str, Tensor]:
+    """Everything that a step changes, on rank 0; on others nothing."""
+    moments, updates = trainer._moments()
+    sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
+    gathered = {kind: trainer.masters.gather(tensors) or {} for kind, tensors in sets.items()}
+    whole = {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
+    return {**whole, "updates": torch.tensor(updates)}
+
+
+def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] | None = None, **settings: Any) -> None:
+    """Good, bad, good equals good, nothing, good, bit for bit; a bad step alone changes no bit."""
+    made = {"zero_stage": stage, "precision": precision, "batch_size": 8, **SETTINGS, **settings}
+    trainer = small_trainer(deepspeed=deepspeed, **made)
+    case = (type(trainer.stepper).__name__, stage, precision, what, trainer.processes.world_size)
+    assert trainer.accumulation > 1
+    trainer.take_step()
+    before = state(trainer)
+    with spoilt(trainer, what, rank=trainer.processes.world_size - 1):
+        trainer.take_step()
+    assert trainer.step == 2
+    assert trainer.stepper.skipped_steps == trainer.stepper.bad_streak() == 1, case
+    for name, value in state(trainer).items():
+        assert torch.equal(value, before[name]), (*case, name)
+    trainer.take_step()
+    assert trainer.stepper.state_dict() == {"skipped_steps": 1, "bad_streak": 0}, case
+
+    other = small_trainer(deepspeed=deepspeed, **made)
+    other.take_step()
+    next(other.loader)
+    other.step += 1
+    other.stepper.load_state_dict({"skipped_steps": 1, "bad_streak": 1})
+    other.take_step()
+    after, wanted = state(trainer), state(other)
+    for name, value in wanted.items():
+        assert torch.equal(after[name], value), (*case, name)
+    assert int(wanted["updates"]) == 2
+    if wanted.keys() != {"updates"}:
+        assert not torch.equal(before["model/out.2.weight"], wanted["model/out.2.weight"])
+    metrics = trainer.read_metrics()
+    assert metrics["skipped_steps"] == 1
+    assert math.isfinite(metrics["loss"])
+    assert math.isfinite(metrics["grad_norm"])
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for case in sys.argv[1:]:
+        zero_stage, dtype, kind = case.split(":")
+        check_skip(int(zero_stage), dtype, kind, microbatch=2)
+        print(f"skipped: {case}", flush=True)
