@@ -236,10 +236,15 @@ def diffusers(case: Case) -> Step:
 
 
 def ours(case: Case, cuda_graph: bool = False, **changes: Any) -> Step:
-    """The trainer as train.py runs it: DeepSpeed's engine, counter-based noise, metrics and averages included."""
+    """The trainer's step as train.py takes it: counter-based noise, metrics and averages included."""
+    return trainer_of(case, compile=True, cuda_graph=cuda_graph, **changes).take_step
+
+
+def trainer_of(case: Case, **changes: Any) -> Trainer:
+    """The trainer as train.py makes it."""
     train = case.config.train
     update = {"batch_size": case.batch, "microbatch": -1, "precision": case.precision, "grad_clip": 0.0}
-    update |= {"compile": True, "cuda_graph": cuda_graph, "zero_stage": min(train.zero_stage, 1), "lr": 1e-4}
+    update |= {"compile": False, "zero_stage": min(train.zero_stage, 1), "lr": 1e-4}
     if case.precision == "fp32":
         update["zero_stage"] = 0
     model = build_model(case.config.model)
@@ -248,7 +253,7 @@ def ours(case: Case, cuda_graph: bool = False, **changes: Any) -> Step:
     trainer = Trainer(settings, {}, model, case.diffusion(), SameBatch(case.images, case.labels), case.processes)  # type: ignore[arg-type]
     if case.precision == "fp16":
         trainer.stepper.load_scaler_state({"cur_scale": 2.0**12})  # else its first steps would be left out
-    return trainer.take_step
+    return trainer
 
 
 @dataclass(frozen=True)

@@ -3,47 +3,70 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
+
+from fastdiff.settings import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Reporter:
     """Writes a run's metrics into its folder and shows progress. On ranks other than 0, and in a dry run, it is mute.
 
-    progress.csv is kept when a run resumes; a metric that appears later gets a column of its own.
+    progress.csv is kept when a run resumes; a metric that appears later gets a column of its own. Whatever can't be
+    written ends in a UserError.
     """
 
-    def __init__(self, folder: Path | None, total_steps: int, first_step: int, batch_size: int) -> None:
-        self.folder = folder
-        self.batch_size = batch_size
+    def __init__(self, folder: Path | None, total_steps: int, first_step: int) -> None:
+        self.folder, self.total_steps = folder, total_steps
         self._bar: tqdm | None = None
-        self._tensorboard = None
+        self._tensorboard: SummaryWriter | None = None
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         folder.mkdir(parents=True, exist_ok=True)
-        self._csv, self._log = folder / "progress.csv", (folder / "log.txt").open("a", buffering=1)
-        # Rows after the checkpoint that the run resumes from will be made again.
-        rows = [row for row in _read_rows(self._csv) if int(row.get("step", 0)) <= first_step]
-        self._columns = list(dict.fromkeys(name for row in rows for name in row))
-        if rows:
-            self._rewrite(rows)
-        else:
-            self._csv.unlink(missing_ok=True)
+        self._csv = folder / "progress.csv"
+        with self._writing("log.txt"):
+            self._log = (folder / "log.txt").open("a", buffering=1)
         self._warnings = logging.FileHandler(folder / "log.txt")  # warnings of other modules belong in the log too
         self._warnings.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger().addHandler(self._warnings)
-        self._tensorboard = SummaryWriter(str(folder), purge_step=first_step)
+        self.rewind(first_step)
+
+    def rewind(self, step: int) -> None:
+        """Go on from `step`: rows after it will be made again."""
+        if self.folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        rows = [row for row in _read_rows(self._csv) if int(row["step"]) <= step]
+        self._columns = list(dict.fromkeys(name for row in rows for name in row))
+        with self._writing("progress.csv"):
+            if rows:
+                self._rewrite(rows)
+            else:
+                self._csv.unlink(missing_ok=True)
+        with self._writing("the TensorBoard events"):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            self._tensorboard = SummaryWriter(str(self.folder), purge_step=step)
+        if self._bar is not None:
+            self._bar.close()
         self._bar = tqdm(
-            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+            total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
     def say(self, message: str) -> None:
@@ -52,31 +75,52 @@ class Reporter:
             return
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        with self._writing("log.txt"):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def advance(self) -> None:
         """One step done."""
         if self._bar is not None:
             self._bar.update()
 
-    def write(self, step: int, total_steps: int, metrics: Mapping[str, float], images_per_second: float) -> None:
+    def write(self, step: int, total_steps: int, metrics: Mapping[str, float], seconds_left: float) -> None:
         """The metrics of a log interval that ended with `step` steps done."""
         if self.folder is None:
             return
-        row = {"step": step, **metrics}
-        self._append(row)
-        for name, value in metrics.items():
-            if self._tensorboard is not None and math.isfinite(value):
-                self._tensorboard.add_scalar(name, value, step)
-        remaining = (total_steps - step) * self.batch_size / max(images_per_second, 1e-9)
+        with self._writing("progress.csv"):
+            self._append({"step": step, **metrics})
+        with self._writing("the TensorBoard events"):
+            for name, value in metrics.items():
+                if self._tensorboard is not None and math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, step)
         shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "mse", "vb", "grad_norm") if name in metrics]
-        pace = f"{images_per_second:.4g} images/s  ETA {_duration(remaining)}"
-        self.say(f"step {step}/{total_steps}  {'  '.join(shown)}  {pace}")
+        bad = [f"skipped {metrics['skipped_steps']:.0f}"] if metrics.get("skipped_steps") else []
+        pace = f"{metrics.get('images_per_second', 0):.4g} images/s  ETA {_duration(seconds_left)}"
+        self.say(f"step {step}/{total_steps}  {'  '.join(shown + bad)}  {pace}")
 
-    def picture(self, name: str, step: int, image) -> None:
+    def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """An [H, W, C] uint8 picture for TensorBoard."""
         if self._tensorboard is not None:
-            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+            with self._writing("the TensorBoard events"):
+                self._tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def sync(self) -> None:
+        """Wait until all that was written is on disk."""
+        if self.folder is None:
+            return
+        with self._writing("progress.csv"):
+            for path in (self._csv, self.folder / "log.txt"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"--run_dir: {what} in {self.folder} can't be written ({reason})") from error
 
     def _append(self, row: dict[str, float]) -> None:
         fresh = [name for name in row if name not in self._columns]
@@ -93,6 +137,8 @@ class Reporter:
             writer = csv.DictWriter(file, self._columns, restval="")
             writer.writeheader()
             writer.writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self._csv)
 
     def __enter__(self) -> Reporter:
@@ -103,19 +149,24 @@ class Reporter:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with suppress(OSError) if error else self._writing("the TensorBoard events"):
+            if self._tensorboard is not None:
+                self._tensorboard.close()
         if self.folder is not None:
             logging.getLogger().removeHandler(self._warnings)
-            self._warnings.close()
-            self._log.close()
+            with suppress(OSError) if error else self._writing("log.txt"):
+                self._warnings.close()
+                self._log.close()
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
+    """Whole rows; one that was cut off when the machine went down is left out."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+    text = path.read_bytes().decode(errors="replace").replace("\0", "")
+    whole = text[: text.rfind("\n") + 1]
+    rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(io.StringIO(whole, newline=""))]
+    return [row for row in rows if row.get("step", "").isdecimal()]
 
 
 def _duration(seconds: float) -> str:

@@ -7,17 +7,50 @@ the classes into sections and reads them from files and flags.
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 
 class UserError(Exception):
     """Something the user gave is wrong. The message is one sentence naming what, and what would be right.
 
-    Scripts print it without a traceback and exit with code 2.
+    Scripts print it without a traceback and exit with code 2. Whatever it quotes, it is one line.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Text with what would break its line, or move the cursor, written as escapes."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def quoted(value: Any) -> str:
+    """A value as messages show it: its repr, cut in the middle where it is long."""
+    try:
+        return _QUOTES.repr(value)
+    except ValueError:  # Python refuses to write numbers of thousands of digits
+        return "a number of thousands of digits"
+
+
+_QUOTES = reprlib.Repr()
+_QUOTES.maxlevel, _QUOTES.maxstring, _QUOTES.maxother, _QUOTES.maxlong = 4, 100, 100, 60
 
 
 class Settings(BaseModel):
@@ -31,6 +64,14 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,  # "timestep_respacing": 250
     )
+
+    @field_validator("*")
+    @classmethod
+    def _in_64_bits(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and not -(2**63) <= number < 2**63 for number in numbers):
+            raise ValueError(f"must fit in 64 bits, not {quoted(value)}")
+        return value
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -52,9 +93,13 @@ def what_is_wrong(error: ValidationError) -> str:
     """The first complaint about a value: 'must be a whole number, not 2.5'."""
     first = error.errors()[0]
     if first["type"] == "value_error":  # from a validator of ours, which tells the value itself
-        return first["msg"].removeprefix("Value error, ")
+        return _cut(first["msg"].removeprefix("Value error, "))
     kind = first["type"].split("_")[0]  # of int_parsing, int_type, int_from_float
-    return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {first['input']!r}"
+    return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {quoted(first['input'])}"
+
+
+def _cut(text: str, length: int = 500) -> str:
+    return text if len(text) <= length else f"{text[: length - 100]} ... {text[-95:]}"
 
 
 S = TypeVar("S", bound=Settings)
@@ -97,7 +142,7 @@ def _switch(value: Any) -> Any:
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
-        raise ValueError(f"must be auto, True or False, not {value!r}") from None
+        raise ValueError(f"must be auto, True or False, not {quoted(value)}") from None
 
 
 Switch = Annotated[Literal["auto", True, False], BeforeValidator(_switch)]
@@ -112,11 +157,35 @@ def _count(value: Any) -> Any:
             return int(value)
     if value == "auto" or type(value) is int:
         return value
-    raise ValueError(f"must be auto or a whole number, not {value!r}")
+    raise ValueError(f"must be auto or a whole number, not {quoted(value)}")
 
 
 Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
 """A whole number, or auto for one that is found when the run starts."""
+
+
+def _interval(value: Any) -> Any:
+    """'30min', '30 m' → '30min'; '2h' → '120min'; text of digits → a number of steps."""
+    given = value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*(m|min|minutes?|h|hours?)?\s*", value.lower())
+        if match and match[2]:
+            minutes = float(match[1]) * (60 if match[2].startswith("h") else 1)
+            if minutes > 0:
+                return f"{minutes:g}min"
+        elif match and match[1].isdecimal():
+            value = int(match[1])
+    if type(value) is not int or value < 1:
+        raise ValueError(f"must be a number of steps of at least 1, or minutes such as 30min, not {quoted(given)}")
+    return value
+
+
+Interval = Annotated[int | str, BeforeValidator(_interval)]
+"""A number of steps, or minutes as '30min'."""
+
+
+MAX_SIDE = 16384
+"""Pixels of a side; more is a slip of the keyboard, or a file that means harm."""
 
 
 def _size(value: Any) -> Any:
@@ -128,9 +197,9 @@ def _size(value: Any) -> Any:
         value = [value]
     sides = [int(v) if isinstance(v, str) and v.strip().isdecimal() else v for v in value]
     if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
-        raise ValueError(f"a size is a whole number of pixels (64) or height x width (64x96), not {given!r}")
-    if min(sides) < 1:
-        raise ValueError(f"a size must be at least 1 pixel, not {given!r}")
+        raise ValueError(f"a size is a whole number of pixels (64) or height x width (64x96), not {quoted(given)}")
+    if min(sides) < 1 or max(sides) > MAX_SIDE:
+        raise ValueError(f"a size must be 1 to {MAX_SIDE} pixels, not {quoted(given)}")
     return sides[0], sides[-1]
 
 

@@ -35,7 +35,7 @@ from fastdiff.images.index import index_images
 from fastdiff.images.packing import pack
 from fastdiff.nll_settings import NllSettings
 from fastdiff.settings import UserError
-from fastdiff.training.checkpoints import Writer
+from fastdiff.training.saving import Writer
 from fastdiff.training.engine import split_batch
 from fastdiff.training.settings import TrainSettings
 
@@ -593,6 +593,7 @@ def run_folder(world: World, name: str) -> Path:
 @pytest.mark.parametrize("file", ["model000002.pt", "ema_0.9999_000002.pt", "opt000002.pt", "state.pt"])
 def test_resume_from_files_that_would_run_code(file: str, world: World) -> None:
     step = run_folder(world, f"run_{file}")
+    (step / "manifest.json").unlink()  # which would tell that the file is not the one that was written
     marker = world.folder / "ran"
     torch.save({"state": RunsCode(marker)}, step / file)
     run = step.parent.parent
@@ -610,7 +611,11 @@ def test_resume_from_truncated_files(file: str, world: World) -> None:
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         (step / file).write_bytes(whole[:size])
         with nothing_written(run):
-            says(world.train(run_dir=run), "--run_dir", file, "is not a checkpoint")
+            says(world.train(run_dir=run), "--run_dir", "none of the 1 checkpoints", file, f"has {size} bytes")
+            says(world.train(resume_checkpoint=step), "--resume_checkpoint", file, "is damaged")
+    (step / "manifest.json").unlink()
+    with nothing_written(run):
+        says(world.train(run_dir=run), "--run_dir", file, "is not a checkpoint")
 
 
 def test_resume_with_another_network(world: World) -> None:

@@ -17,7 +17,7 @@ KERNELS = PACKAGE.parent / "kernels"
 LAYERS: dict[str, set[str]] = {
     "kernels": set(),
     "settings": set(),
-    "reporting": set(),
+    "reporting": {"settings"},
     "exit_codes": set(),
     "processes": {"exit_codes", "settings"},
     "preemption": {"exit_codes", "processes"},
@@ -39,8 +39,9 @@ LAYERS: dict[str, set[str]] = {
     "nll_settings": {"kernel_choice", "sampling", "settings"},
     "likelihood": {"diffusion", "images", "ops", "processes"},
     "training": {
-        *("compilation", "config", "diffusion", "hardware", "images", "kernel_choice", "models", "nll_settings", "ops"),
-        *("processes", "reporting", "roofline", "sampling", "settings"),
+        *("compilation", "config", "diffusion", "exit_codes", "hardware", "images", "kernel_choice", "models"),
+        *("nll_settings", "ops", "preemption", "processes", "reporting", "roofline", "sampling", "settings"),
+        "watchdog",
     },
     "presets": {"compilation", "diffusion", "models", "settings"},
     "checkpoint_settings": {"models", "presets", "settings"},

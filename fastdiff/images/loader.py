@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,11 @@ class Loader(ABC):
                 self.num_images,
             )
         self._position = int(state["position"])
+        self._stream = None
+
+    def reseed(self, seed: int) -> None:
+        """Go on at the same place of the stream of another seed."""
+        self._order = replace(self._order, seed=seed)
         self._stream = None
 
     def close(self) -> None:

@@ -1,18 +1,9 @@
-"""Checkpoints on disk: a folder per step with files that know no world size, under improved-diffusion's names.
-
-checkpoints/step_NNNNNN/
-    modelNNNNNN.pt  ema_RATE_NNNNNN.pt  optNNNNNN.pt   as improved-diffusion's, N counting the updates they hold
-    state.pt                                            the rest of what a restart needs
-checkpoints/latest                                      the name of the newest whole folder
-"""
+"""Checkpoints as training states: reading them, ours and improved-diffusion's (`saving` writes them)."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.models import weights
 from fastdiff.settings import UserError
+from fastdiff.training import checkpoint_files
 
 LABELS = "label_emb.weight"
 _STEP = re.compile(r"(?:ema_[0-9.]+_|model|opt)(\d+)\.pt$")
@@ -40,97 +32,17 @@ class Snapshot:
     notes: list[str] = field(default_factory=list)
 
 
-class Writer:
-    """Writes one checkpoint folder, piece by piece so that only one piece is in memory, whole or not at all."""
-
-    def __init__(self, folder: Path, step: int, info: dict[str, Any]) -> None:
-        self.step, self.info = step, info
-        self.final = folder / f"step_{step:06d}"
-        self.partial = folder / f".step_{step:06d}.partial"
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-
-    def weights(self, rate: str | None, state: dict[str, Tensor]) -> None:
-        """The model (rate None) or an average of it."""
-        name = f"model{self.step:06d}.pt" if rate is None else f"ema_{rate}_{self.step:06d}.pt"
-        torch.save(weights.with_info(state, self.info), self.partial / name)
-
-    def optimizer(
-        self, exp_avg: dict[str, Tensor], exp_avg_sq: dict[str, Tensor], updates: int, group: dict[str, Any]
-    ) -> None:
-        """AdamW's state as torch.optim.AdamW.state_dict() has it, parameters numbered in the model's order."""
-        state = {
-            i: {"step": torch.tensor(float(updates)), "exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
-            for i, name in enumerate(exp_avg)
-        }
-        groups = [{**group, "params": list(range(len(state)))}]
-        torch.save({"state": state, "param_groups": groups}, self.partial / f"opt{self.step:06d}.pt")
-
-    def finish(self, state: dict[str, Any]) -> Path:
-        """The rest, then the folder's real name, then the pointer to it; each on disk before the next."""
-        torch.save(state, self.partial / "state.pt")
-        for file in self.partial.iterdir():
-            _sync(file)
-        _sync(self.partial)
-        shutil.rmtree(self.final, ignore_errors=True)
-        self.partial.rename(self.final)
-        pointer = self.final.parent / ".latest.partial"
-        pointer.write_text(self.final.name + "\n")
-        _sync(pointer)
-        pointer.rename(self.final.parent / "latest")
-        _sync(self.final.parent)
-        return self.final
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write(folder: Path, step: int, info: dict[str, Any], fill: Callable[[Writer], dict[str, Any]]) -> Path:
-    """A checkpoint folder written by `fill`, which returns the rest; UserError when the disk won't take it."""
-    try:
-        writer = Writer(folder, step, info)
-        return writer.finish(fill(writer))
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-            raise
-        shutil.rmtree(folder / f".step_{step:06d}.partial", ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"run_dir: the checkpoint of step {step} can't be written to {folder} ({reason})") from error
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint folder of a run, by the pointer or, without it, by number."""
-    pointer = folder / "latest"
-    if pointer.is_file():
-        named = folder / pointer.read_text().strip()
-        if (named / "state.pt").is_file():
-            return named
-    whole = sorted(path for path in folder.glob("step_*") if (path / "state.pt").is_file())
-    return whole[-1] if whole else None
-
-
 def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Snapshot:
     """A checkpoint: one of our step folders, or a model or ema .pt file with what lies beside it.
 
-    What a bare .pt lacks (averages, moments) is noted in `notes`, in sentences for the log.
+    What a bare .pt lacks (averages, moments), and which newer checkpoints are damaged, is noted in `notes`, in
+    sentences for the log. Raises UserError where nothing can be read.
     """
-    if place.is_dir():
-        inner = place if list(place.glob("*.pt")) else latest(place / "checkpoints") or latest(place)
-        models = sorted((inner or place).glob("model*.pt"))
-        if not models:
-            raise UserError(f"{flag}: {place} holds no modelNNNNNN.pt")
-        file = models[-1]
-    else:
-        file = place
+    file, notes = _model_file(place, flag)
     state = weights.read_state_dict(file, flag)
     match = _STEP.search(file.name)
     step = int(match[1]) if match else 0
-    snapshot = Snapshot(step=step, model=dict(state))
+    snapshot = Snapshot(step=step, model=dict(state), notes=notes)
     rest = file.parent / "state.pt"
     snapshot.state = weights.read(rest, flag) if rest.is_file() else {}
     if not isinstance(snapshot.state, dict):
@@ -153,6 +65,26 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
     else:
         snapshot.notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
     return snapshot
+
+
+def _model_file(place: Path, flag: str) -> tuple[Path, list[str]]:
+    """The model's file that a path means, and sentences about newer checkpoints that are damaged."""
+    notes: list[str] = []
+    if not place.is_dir():
+        return place, notes
+    folder = place
+    if not list(place.glob("*.pt")):
+        for checkpoints in (place / "checkpoints", place):
+            newest, notes = checkpoint_files.newest_whole(checkpoints, flag)
+            if newest:
+                folder = newest
+                break
+    elif (place / checkpoint_files.MANIFEST).is_file() and (wrong := checkpoint_files.damage(place)):
+        raise UserError(f"{flag}: {place} is damaged ({wrong}); take another checkpoint")
+    models = sorted(folder.glob("model*.pt"))
+    if not models:
+        raise UserError(f"{flag}: {place} holds no modelNNNNNN.pt")
+    return models[-1], notes
 
 
 def add_null_class(snapshot: Snapshot) -> None:
@@ -193,10 +125,8 @@ def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Pa
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(path)
+    """A JSON file, whole or not at all, on disk."""
+    checkpoint_files.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

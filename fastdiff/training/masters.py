@@ -82,6 +82,18 @@ class Masters:
             part = state[p.name].reshape(-1)[p.start : p.start + p.numel]
             tensors[p.flat].view(-1)[p.offset : p.offset + p.numel].copy_(part)
 
+    @torch.no_grad()
+    def load(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        """Take up weights on this rank: into the masters, and into what the network computes with."""
+        self.fill(self.detached(), state)
+        for name, parameter in module.named_parameters():
+            share = getattr(parameter, "ds_tensor", None)  # ZeRO-3: this rank's part, the last rank's padded
+            if share is None:
+                parameter.copy_(state[name])
+            else:
+                part = state[name].reshape(-1)[self.rank * share.numel() :][: share.numel()]
+                share.view(-1)[: part.numel()].copy_(part)
+
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place

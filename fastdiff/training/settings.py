@@ -7,8 +7,10 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from fastdiff.kernel_choice import Kernels
-from fastdiff.settings import Count, Floats, Settings, Switch
+from fastdiff.settings import Count, Floats, Interval, Settings, Switch, Words
 
+CHANGES = ("batch_size", "seed")
+"""What makes a run another one, and so must be allowed to change."""
 FOREVER = 1_000_000  # steps of a run that names no end
 
 
@@ -66,8 +68,23 @@ class TrainSettings(Settings):
     """Steps to profile, once the first ones are over: a trace and a table of where their time went; 0: none."""
     log_interval: int = Field(10, ge=1)
     """Steps between log lines."""
-    save_interval: int = Field(10000, ge=1)
-    """Steps between checkpoints; one is written at the end as well."""
+    save_interval: Interval = 10000
+    """Steps between checkpoints, or minutes (30min); one is written at the end as well."""
+    keep_last: int = Field(0, ge=0)
+    """Checkpoints that stay, older ones are removed; 0: all stay."""
+    keep_every: int = Field(0, ge=0)
+    """Checkpoints of steps that this divides stay in any case; 0: none does."""
+    save_in_background: Switch = "auto"
+    """Write checkpoints beside training, from a copy in memory. auto: where the copy fits."""
+    allow_change: Words = ()
+    """What may differ from the checkpoint that the run goes on from: batch_size, seed, or both."""
+    stall_minutes: float = Field(10.0, gt=0)
+    """A rank without progress for so long ends the run, which says where it hangs."""
+    max_bad_steps: int = Field(50, ge=0)
+    """So many steps in a row with a non-finite loss or gradient, which are skipped, take the run back to its last good
+    checkpoint, once, and then end it with a diagnosis; 0: it goes on for ever."""
+    detect_anomaly: bool = False
+    """Look for the first operation with a non-finite result, in forward and backward pass: slow."""
     sample_interval: int = Field(0, ge=0)
     """Steps between grids of samples from the first EMA; 0: none."""
     sample_count: int = Field(16, ge=1)
@@ -99,6 +116,19 @@ class TrainSettings(Settings):
         if isinstance(value, int) and value < 1 and value != -1:
             raise ValueError(f"must be at least 1, -1 for the whole share of the batch, or auto, not {value}")
         return value
+
+    @field_validator("allow_change")
+    @classmethod
+    def _changes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in CHANGES]:
+            raise ValueError(f"must be of {', '.join(CHANGES)}, not {unknown[0]!r}")
+        return names
+
+    @model_validator(mode="after")
+    def _keeping(self) -> TrainSettings:
+        if self.keep_every and not self.keep_last:
+            raise ValueError(f"keep_every {self.keep_every} needs keep_last, without which all checkpoints stay")
+        return self
 
     @model_validator(mode="after")
     def _precision(self) -> TrainSettings:

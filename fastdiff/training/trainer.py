@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,12 @@ from fastdiff.images.loader import to_device
 from fastdiff.models import SuperResSettings, UNet
 from fastdiff.processes import Processes
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoints, compilation
-from fastdiff.training.checkpoints import Snapshot, Writer
+from fastdiff.training import compilation, saving
+from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.engine import create_engine, needs_engine, split_batch
 from fastdiff.training.masters import Masters
 from fastdiff.training.metrics import LossMeter
+from fastdiff.training.schedule import learning_rate
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.steps import DeviceStep, EngineStep
 
@@ -37,16 +39,6 @@ from fastdiff.training.steps import DeviceStep, EngineStep
 def low_res_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
     """Images [B, C, H, W] made small by area averaging, as super-resolution models see them in training."""
     return F.interpolate(x, size_hw, mode="area")
-
-
-def learning_rate(train: TrainSettings, step: int) -> float:
-    """Of the update that follows `step` updates: a linear rise over lr_warmup_steps, a linear fall to 0."""
-    rate = train.lr
-    if train.lr_warmup_steps:
-        rate *= min(1.0, (step + 1) / train.lr_warmup_steps)
-    if train.lr_anneal_steps:
-        rate *= max(0.0, 1 - step / train.lr_anneal_steps)
-    return rate
 
 
 class Trainer:
@@ -84,12 +76,11 @@ class Trainer:
         if not needs_engine(train, deepspeed, processes.world_size):
             self.stepper = DeviceStep(self.losses, self.optimizer, model, train, self.accumulation)
         else:
-            # Of gradients that DeepSpeed doesn't clip, the optimiser's own pass gives the norm.
-            self.optimizer.keeps_grad_norm = self.engine.optimizer is self.optimizer and not train.grad_clip
             self.stepper = EngineStep(self.losses, self.engine, self.optimizer, model, self.accumulation)
         self.sampler = create_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
-        self.step = 0
+        self.step, self.samples = 0, 0  # optimiser steps taken, skipped ones too, and images
+        self.stream_seed, self.rollbacks = train.seed, 0
         self.waited = 0.0  # seconds, for images
         if snapshot:
             self._restore(snapshot)
@@ -107,8 +98,10 @@ class Trainer:
         batch = self._next_batch()
         cuts = (slice(i * self.micro, (i + 1) * self.micro) for i in range(self.accumulation))
         parts = [Batch(batch.images[cut], batch.labels[cut], batch.positions[cut]) for cut in cuts]
-        self.stepper.take(parts, learning_rate(self.train, self.step), self._seed_dropout)
+        self.last_batch = batch
+        self.stepper.take(parts, self.train, self.step, self._seed_dropout)
         self.step += 1
+        self.samples += self.train.batch_size
 
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
@@ -131,22 +124,22 @@ class Trainer:
 
     def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Timesteps and importance weights of a micro-batch."""
-        return self.sampler.sample(ops.image_uniform(self.train.seed | TIMESTEPS, batch.positions, 0))
+        return self.sampler.sample(ops.image_uniform(self.stream_seed | TIMESTEPS, batch.positions, 0))
 
     def labels_of(self, batch: Batch) -> Tensor:
         """Labels [B] int64 of a micro-batch, a share of them replaced by the null class (Ho & Salimans 2022)."""
         if not self.train.label_dropout:
             return batch.labels
-        uniform = ops.image_uniform(self.train.seed | LABEL_DROPOUT, batch.positions, 0)
+        uniform = ops.image_uniform(self.stream_seed | LABEL_DROPOUT, batch.positions, 0)
         return batch.labels.masked_fill(uniform < self.train.label_dropout, self.model_settings.num_classes)
 
     def noise_of(self, batch: Batch) -> ops.CounterNoise:
         """The noise of a micro-batch, named by the images' positions in the stream."""
         _, H, W, C = batch.images.shape
-        return ops.CounterNoise(self.train.seed | NOISE, batch.positions, (C, H, W))
+        return ops.CounterNoise(self.stream_seed | NOISE, batch.positions, (C, H, W))
 
     def _seed_dropout(self, micro: int) -> None:
-        entropy = [self.train.seed, self.step, self.processes.rank, micro]
+        entropy = [self.stream_seed, self.step, self.processes.rank, micro]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     # --- what is reported ---
@@ -159,49 +152,61 @@ class Trainer:
         if finite:
             metrics["grad_norm"] = sum(finite) / len(finite)
         self.stepper.grad_norms.clear()
-        metrics["samples"] = float(self.step * self.train.batch_size)
-        metrics["lr"] = learning_rate(self.train, max(0, self.step - 1))
+        metrics["samples"] = float(self.samples)
+        skipped = self.stepper.skipped_steps
+        metrics["lr"] = learning_rate(self.train, max(0, self.step - skipped - 1))
         if self.train.precision == "fp16":
             metrics["lg_loss_scale"] = math.log2(self.stepper.scaler_state()["cur_scale"])
-            metrics["skipped_steps"] = float(self.stepper.skipped_steps)
+        if skipped or self.train.precision == "fp16":
+            metrics["skipped_steps"] = float(skipped)
         return metrics
 
     # --- checkpoints ---
 
-    def save(self, folder: Any, info: dict[str, Any]) -> None:
-        """Write the state to `folder`/step_NNNNNN. Collective."""
+    def save(self, folder: Path, info: dict[str, Any]) -> None:
+        """Write the state to `folder`/step_NNNNNN, and wait for it. Collective."""
         if self.processes.is_main:
-            checkpoints.write(folder, self.step, info, self._fill)
+            saving.write(folder, self.step, info, self.fill)
         else:
-            self._fill(None)
+            self.fill(None)
         self.processes.barrier()
 
-    def _fill(self, writer: Writer | None) -> dict[str, Any]:
-        """Gather one set of tensors after another; on rank 0 each goes to disk before the next."""
+    @property
+    def state_bytes(self) -> int:
+        """What a checkpoint takes, to within some kilobytes: weights, averages, two moments."""
+        return 4 * (3 + len(self.ema)) * sum(shape.numel() for shape in self.masters.shapes.values())
+
+    def fill(self, sink: saving.Sink | None) -> dict[str, Any]:
+        """Give a sink (on rank 0; None on others) one set of tensors after another; returns the rest. Collective."""
         model = self.masters.gather(self.masters.flats)
-        if writer and model is not None:
-            writer.weights(None, model)
+        if sink and model is not None:
+            sink.weights(None, model)
         del model
         for rate, averages in self.ema.items():
             average = self.masters.gather(averages)
-            if writer and average is not None:
-                writer.weights(rate, average)
+            if sink and average is not None:
+                sink.weights(rate, average)
             del average
         moments, updates = self._moments()
         gathered = {key: self.masters.gather(tensors) for key, tensors in moments.items()}
-        if writer and gathered["exp_avg"] is not None and gathered["exp_avg_sq"] is not None:
+        if sink and gathered["exp_avg"] is not None and gathered["exp_avg_sq"] is not None:
             group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-            writer.optimizer(gathered["exp_avg"], gathered["exp_avg_sq"], updates, group)
+            sink.optimizer(gathered["exp_avg"], gathered["exp_avg_sq"], updates, group)
         return {
             "step": self.step,
             "updates": updates,
-            "skipped_steps": self.stepper.skipped_steps,
-            "samples": self.step * self.train.batch_size,
+            **self.stepper.state_dict(),
+            "samples": self.samples,
             "seed": self.train.seed,
+            "stream_seed": self.stream_seed,
+            "rollbacks": self.rollbacks,
+            "settings": self.train.model_dump(mode="json"),
             "loader": self.loader.state_dict(),
             "class_names": list(self.loader.class_names),
             "timestep_sampler": self.sampler.state_dict(),
             "loss_scaler": self.stepper.scaler_state() if self.train.precision == "fp16" else {},
+            "meter": self.meter.state_dict(),
+            "grad_norms": [float(norm) for norm in self.stepper.grad_norms if norm is not None],
             "world_size": self.processes.world_size,
             "microbatch": self.micro,
         }
@@ -218,6 +223,20 @@ class Trainer:
             for key in ("exp_avg", "exp_avg_sq")
         }, updates
 
+    def roll_back(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot, and on from there with other images, timesteps and noise than the first time."""
+        self.masters.load(self.model, snapshot.model)
+        self.optimizer.state.clear()
+        self._restore(snapshot)
+        self.rollbacks += 1
+        self._take_stream(int(np.random.SeedSequence([self.train.seed, self.rollbacks]).generate_state(1)[0]))
+        self.stepper.start_over()
+
+    def _take_stream(self, seed: int) -> None:
+        """The seed of everything that is drawn per image."""
+        self.stream_seed = seed
+        self.loader.reseed(seed)
+
     def _restore(self, snapshot: Snapshot) -> None:
         for rate, averages in self.ema.items():
             self.masters.fill(averages, snapshot.ema.get(rate, snapshot.model))
@@ -232,12 +251,19 @@ class Trainer:
                 self.optimizer.state[flat]["step"] = updates.to(flat.device, copy=True)
         self.step = snapshot.step
         state = snapshot.state
-        self.stepper.skipped_steps = state.get("skipped_steps", 0)
-        if "loader" in state:
-            self.loader.load_state_dict(state["loader"])
+        self.stepper.load_state_dict({name: state.get(name, 0) for name in ("skipped_steps", "bad_streak")})
+        # A bare checkpoint doesn't say how many images it has seen: as many as these steps would have taken.
+        self.samples = state.get("samples", snapshot.step * self.train.batch_size)
+        self.loader.load_state_dict(state.get("loader") or {**self.loader.state_dict(), "position": self.samples})
+        self.rollbacks = state.get("rollbacks", 0)
+        if self.rollbacks and state.get("seed") == self.train.seed:
+            self._take_stream(state["stream_seed"])
         if state.get("timestep_sampler"):
             try:
                 self.sampler.load_state_dict(state["timestep_sampler"])
             except ValueError as error:
                 raise UserError(f"--schedule_sampler: {error}; keep the checkpoint's diffusion steps") from None
         self.stepper.load_scaler_state(state.get("loss_scaler", {}))
+        if "meter" in state:
+            self.meter.load_state_dict(state["meter"])
+        self.stepper.grad_norms[:] = state.get("grad_norms", [])

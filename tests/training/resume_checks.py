@@ -1,6 +1,6 @@
 """N steps against k steps, a checkpoint, and N - k steps: bit for bit. Run by test_resume.py, alone or by torchrun.
 
-python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION [STAGE:PRECISION ...]
+python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION:LOADER:K,K.. [...]
 """
 
 from __future__ import annotations
@@ -29,27 +29,29 @@ MODEL = UNetSettings(
     class_cond=True,
     num_classes=5,
 )
-DIFFUSION = DiffusionSettings(diffusion_steps=5, noise_schedule="cosine")
+DIFFUSION = DiffusionSettings(diffusion_steps=2, noise_schedule="cosine")
 
 
-def make_trainer(data: Path, snapshot: checkpoints.Snapshot | None = None, **settings: object) -> Trainer:
+def make_trainer(
+    data: Path, snapshot: checkpoints.Snapshot | None = None, loader: str = "pillow", **settings: object
+) -> Trainer:
     """A trainer with everything that has state: averages, dropout, micro-batches, loss-aware timesteps."""
     processes = start_processes()
-    train = TrainSettings(
-        batch_size=8,
-        microbatch=2,
-        lr=1e-3,
-        lr_warmup_steps=2,
-        lr_anneal_steps=20,
-        weight_decay=0.01,
-        ema_rate="0.9,0.99",
-        schedule_sampler="loss-second-moment",
-        grad_clip=1.0,
-        seed=3,
-        **settings,
-    )
+    given = {
+        "batch_size": 8,
+        "microbatch": 2,
+        "lr": 1e-3,
+        "lr_warmup_steps": 2,
+        "lr_anneal_steps": 20,
+        "weight_decay": 0.01,
+        "ema_rate": "0.9,0.99",
+        "schedule_sampler": "loss-second-moment",
+        "grad_clip": 1.0,
+        "seed": 3,
+    }
+    train = TrainSettings(**{**given, **settings})
     images = open_images(
-        DataSettings(data_dir=str(data), loader="pillow", random_flip=True),
+        DataSettings(data_dir=str(data), loader=loader, random_flip=True),
         size_hw=MODEL.size_hw,
         channels=3,
         batch_size=train.batch_size,
@@ -82,37 +84,48 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     return {**whole, "history": trainer.sampler.history, "updates": torch.tensor(updates)}
 
 
-def check_exact_resume(data: Path, work: Path, stage: int, precision: str) -> dict[str, torch.Tensor] | None:
-    """Five steps at once equal two, a checkpoint and three more. Returns the final state, on rank 0."""
+def check_exact_resume(
+    data: Path, work: Path, stage: int, precision: str, loader: str, at: list[int]
+) -> dict[str, torch.Tensor] | None:
+    """Five steps at once equal k, a checkpoint and the rest, for each k. Returns the final state, on rank 0."""
     settings = {"zero_stage": stage, "precision": precision}
-    straight = make_trainer(data, **settings)
-    losses = steps(straight, 2)
-    folder = work / f"zero{stage}-{precision}-{straight.processes.world_size}"
-    straight.save(folder, {})
-    losses += steps(straight, 3)
+    straight = make_trainer(data, None, loader, **settings)
+    folder = work / f"zero{stage}-{precision}-{loader}-{straight.processes.world_size}"
+    losses = []
+    for step in range(1, 6):
+        losses += steps(straight, 1)
+        if step in at:
+            straight.save(folder, {})
     final = state(straight)
     straight.loader.close()
-    snapshot = checkpoints.read(folder / "step_000002", ["0.9", "0.99"])
-    assert not snapshot.notes, snapshot.notes
-    resumed = make_trainer(data, snapshot, **settings)
-    assert resumed.step == 2
-    again = steps(resumed, 3)
-    assert again == losses[2:], (stage, precision, again, losses[2:])
-    resumed_final = state(resumed)
-    resumed.loader.close()
-    if final is not None and resumed_final is not None:
-        for name, value in final.items():
-            assert torch.equal(value, resumed_final[name]), (stage, precision, name)
-        assert all(torch.isfinite(value).all() for value in final.values())
+    for k in at:
+        snapshot = checkpoints.read(folder / f"step_{k:06d}", ["0.9", "0.99"])
+        assert not snapshot.notes, snapshot.notes
+        resumed = make_trainer(data, snapshot, loader, **settings)
+        assert resumed.step == k
+        again = steps(resumed, 5 - k)
+        assert again == losses[k:], (stage, precision, loader, k, again, losses[k:])
+        resumed_final = state(resumed)
+        resumed.loader.close()
+        if final is not None and resumed_final is not None:
+            for name, value in final.items():
+                assert torch.equal(value, resumed_final[name]), (stage, precision, loader, k, name)
+            assert all(torch.isfinite(value).all() for value in final.values())
     return final
+
+
+def parts_of(case: str) -> tuple[int, str, str, list[int]]:
+    """STAGE:PRECISION:LOADER:K,K.. apart."""
+    stage, precision, loader, at = case.split(":")
+    return int(stage), precision, loader, [int(k) for k in at.split(",")]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     data_folder, work_folder = Path(sys.argv[1]), Path(sys.argv[2])
     for case in sys.argv[3:]:
-        zero_stage, dtype = case.split(":")
-        result = check_exact_resume(data_folder, work_folder, int(zero_stage), dtype)
+        zero_stage, dtype, pixels, after = parts_of(case)
+        result = check_exact_resume(data_folder, work_folder, zero_stage, dtype, pixels, after)
         if result is not None:
-            torch.save(result, work_folder / f"final-{zero_stage}-{dtype}.pt")
-            print(f"exact: stage {zero_stage}, {dtype}", flush=True)
+            torch.save(result, work_folder / f"final-{zero_stage}-{dtype}-{pixels}.pt")
+            print(f"exact: {case}", flush=True)

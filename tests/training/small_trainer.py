@@ -34,11 +34,11 @@ class MadeUp:
     unreadable: list[Any] = []
 
     def __init__(self, batch_size: int, size: int = 8) -> None:
-        self.batch_size, self.size, self.position = batch_size, size, 0
+        self.batch_size, self.size, self.position, self.seed = batch_size, size, 0, 0
 
     def __next__(self) -> Batch:
         positions = torch.arange(self.position, self.position + self.batch_size)
-        generator = torch.Generator().manual_seed(self.position)
+        generator = torch.Generator().manual_seed(self.position + self.seed)
         shape = (self.batch_size, self.size, self.size, 3)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         self.position += self.batch_size
@@ -46,6 +46,9 @@ class MadeUp:
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
+
+    def reseed(self, seed: int) -> None:
+        self.seed = seed
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]

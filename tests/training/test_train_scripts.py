@@ -63,14 +63,18 @@ def test_a_run_and_the_same_command_again(data: Path, tmp_path: Path, capsys: py
         flags(data, run, "--max_steps", "4", "--save_interval", "2", "--sample_interval", "2", "--ema_rate", "0.9,0.5")
     )
     assert {p.name for p in run.iterdir() if not p.name.startswith("events")} == {
-        "config.json", "log.txt", "progress.csv", "checkpoints", "samples",
+        "config.json", "log.txt", "progress.csv", "status.json", ".lock", "checkpoints", "samples",
     }  # fmt: skip
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("done", 4, 0)
     assert list(run.glob("events*"))
     names = {p.name for p in (run / "checkpoints").iterdir()}
     assert names == {"latest", "step_000002", "step_000004"}
     assert (run / "checkpoints" / "latest").read_text().strip() == "step_000004"
     files = {p.name for p in (run / "checkpoints" / "step_000004").iterdir()}
-    assert files == {"model000004.pt", "ema_0.9_000004.pt", "ema_0.5_000004.pt", "opt000004.pt", "state.pt"}
+    assert files == {
+        "model000004.pt", "ema_0.9_000004.pt", "ema_0.5_000004.pt", "opt000004.pt", "state.pt", "manifest.json",
+    }  # fmt: skip
     with Image.open(run / "samples" / "step_000004.png") as picture:
         assert picture.mode == "RGB"
     with (run / "progress.csv").open() as file:
@@ -205,6 +209,7 @@ def test_checkpoints_that_do_not_belong_together(data: Path, tmp_path: Path) -> 
     train.main(flags(data, tmp_path / "run", "--max_steps", "1"))
     step = tmp_path / "run" / "checkpoints" / "step_000001"
     resume = ["--resume_checkpoint", str(step)]
+    (step / "manifest.json").unlink()  # or it would tell at once that these aren't the files that were written
     average = step / "ema_0.9999_000001.pt"
     whole = average.read_bytes()
     state = torch.load(average, weights_only=True)

@@ -1,0 +1,43 @@
+"""What any rank asks for, all do after the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Agreement:
+    """Wishes of this rank, given after each step; those of all ranks, known one step later and without waiting.
+
+    The exchange of a step runs beside the next one, over a group of its own on the CPU, so it costs the GPU nothing and
+    keeps ranks at most one step apart. A lone process knows at once.
+    """
+
+    def __init__(self, world_size: int, wishes: int, timeout: timedelta) -> None:
+        self._alone = world_size == 1
+        self._group = None if self._alone else dist.new_group(backend="gloo", timeout=timeout)
+        self._flags = torch.zeros(wishes, dtype=torch.uint8)
+        self._running: Any = None
+
+    def exchange(self, wishes: Sequence[bool]) -> list[bool]:
+        """Give this step's wishes; what any rank wished after the step before (alone: after this one). Collective."""
+        if self._alone:
+            return list(wishes)
+        agreed = self._take()
+        self._flags = torch.tensor(wishes, dtype=torch.uint8)
+        self._running = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def _take(self) -> list[bool]:
+        if self._running is not None:
+            self._running.wait()
+            self._running = None
+        return [bool(flag) for flag in self._flags]
+
+    def close(self) -> None:
+        """Let the last exchange end. Collective."""
+        self._take()

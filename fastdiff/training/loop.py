@@ -1,0 +1,335 @@
+"""The loop around the trainer: when to log, save, draw, go back and stop, and into which files."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from fastdiff import exit_codes
+from fastdiff.config import Config
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.preemption import StopSignals
+from fastdiff.processes import StopWith
+from fastdiff.reporting import Reporter
+from fastdiff.training import checkpoint_files, checkpoints, resuming
+from fastdiff.training.agreement import Agreement
+from fastdiff.training.checkpoint_files import step_of
+from fastdiff.training.previews import draw_preview
+from fastdiff.training.profile import StepProfiler, floor_of
+from fastdiff.training.saving import Saver
+from fastdiff.training.trainer import Trainer
+from fastdiff.watchdog import Watchdog
+
+LONG = 3600.0
+"""Seconds that something which is no step may take: compiling, drawing, writing."""
+
+
+class Loop:
+    """A run from its present step to its last, in its folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        trainer: Trainer,
+        preview: GaussianDiffusion | None,
+        notes: list[str],
+        started: float,
+        signals: StopSignals,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config, self.folder, self.trainer, self.preview = config, folder, trainer, preview
+        self.notes, self.started, self.signals, self.watchdog = notes, started, signals, watchdog
+        self.train, self.processes = config.train, trainer.processes
+        self.checkpoints = folder / "checkpoints"
+        self._start_interval(time.perf_counter())
+        self.info = {
+            "kind": resuming.kind_of(config),
+            "model": config.model.model_dump(mode="json"),
+            "diffusion": config.diffusion.model_dump(mode="json"),
+            "class_names": trainer.loader.class_names if config.model.class_cond else [],
+        }
+        every = config.train.save_interval
+        self.save_seconds = 60 * float(every.removesuffix("min")) if isinstance(every, str) else None
+        self.save_steps = None if isinstance(every, str) else every
+        self.last_save = time.monotonic()
+
+    def go(self, source: str, notes: list[str]) -> None:
+        """Train to the end. StopWith when a signal or numbers that stay bad end it before."""
+        train, trainer = self.train, self.trainer
+        main = self.processes.is_main
+        limit = timedelta(minutes=train.stall_minutes)
+        with Reporter(self.folder if main else None, train.last_step, trainer.step) as reporter:
+            self.reporter = reporter
+            self._introduce(source, notes)
+            self.saver = self._open_saver() if main else None
+            self.agreement = Agreement(self.processes.world_size, 3, limit)
+            try:
+                self._take_steps(source)
+            finally:
+                if self.saver:
+                    self.saver.close()
+            self.agreement.close()
+            unreadable = len(trainer.loader.unreadable)
+            skipped = f" ({unreadable} unreadable files left out, named in the log)" if unreadable else ""
+            reporter.say(f"done: {trainer.step} steps, {trainer.samples} images{skipped}, in {self.folder}")
+
+    def _take_steps(self, source: str) -> None:
+        train, trainer, reporter = self.train, self.trainer, self.reporter
+        saved = trainer.step if source else -1
+        first = trainer.step + 1
+        profiler = self._profiler()
+        self.watchdog.progress("the first step", LONG)
+        for step in trainer.run():
+            self.watchdog.progress(f"step {step}")
+            reporter.advance()
+            if step == first:
+                self._first_step_done()
+            if profiler:
+                self._profile(profiler)
+            if self.saver:
+                self.saver.check()
+            stop, save_now, gone_bad = self.agreement.exchange(
+                (bool(self.signals.requested), self._save_is_due(), self._gone_bad())
+            )
+            if gone_bad:
+                self._go_back()
+                continue
+            last = step == train.last_step
+            if step % train.log_interval == 0 or last:
+                self._log()
+            if save_now or last or stop or (self.save_steps and step % self.save_steps == 0):
+                self._save()
+                saved = step
+            if stop:
+                self._stop()
+            if self.preview and (step % train.sample_interval == 0 or last):
+                self._draw()
+        if saved < trainer.step:
+            self._save()
+        self._finish_saving()
+
+    # --- starting ---
+
+    def _introduce(self, source: str, notes: list[str]) -> None:
+        trainer, loader, reporter = self.trainer, self.trainer.loader, self.reporter
+        if self.processes.is_main:
+            content = {"kind": resuming.kind_of(self.config), **self.config.model_dump(mode="json")}
+            checkpoints.write_json(self.folder / "config.json", content)
+            notes = [*notes, *checkpoint_files.tidy(self.checkpoints)]
+        classes = f" in {len(loader.class_names)} classes" if self.config.model.class_cond else ""
+        reporter.say(
+            f"{millions(trainer)} parameters, {loader.num_images} images{classes} ({loader.loader_name}), batch "
+            f"{self.train.batch_size} = {self.processes.world_size} x {trainer.micro} x {trainer.accumulation}, "
+            f"{self.train.precision} on {self.processes.device}, in {self.folder}"
+        )
+        for line in self.notes:
+            reporter.say(line)
+        if source:
+            reporter.say(f"resuming from {source} at step {trainer.step}")
+        for note in notes:
+            reporter.say(note)
+
+    def _open_saver(self) -> Saver:
+        train = self.train
+        return Saver(
+            self.checkpoints,
+            keep_last=train.keep_last,
+            keep_every=train.keep_every,
+            background=train.save_in_background,
+            told=self.reporter.say,
+        )
+
+    def _profiler(self) -> StepProfiler | None:
+        """On rank 0 for the setting `profile`."""
+        train, device = self.train, self.processes.device
+        if not train.profile or not self.processes.is_main:
+            return None
+        share = train.batch_size // self.processes.world_size
+        floor = floor_of(self.config.model, train, share, device)
+        return StepProfiler(train.profile, self.folder / "profile", share, device, floor)
+
+    def _profile(self, profiler: StepProfiler) -> None:
+        with self._off_the_clock():  # writing the trace takes seconds
+            if found := profiler.advance(self.trainer.waited):
+                self.reporter.say("\n".join([f"profile, in {profiler.folder}:", *found.rows()]))
+
+    def _first_step_done(self) -> None:
+        """How long starting took. It doesn't count in images/s: the first step compiles."""
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        built = self.interval_start - self.started
+        self.reporter.say(f"started in {built:.1f} s, first step {now - self.interval_start:.1f} s")
+        if self.train.log_interval > 1 and self.trainer.step % self.train.log_interval:
+            self._start_interval(now)
+
+    # --- reporting ---
+
+    def _start_interval(self, now: float) -> None:
+        self.interval_start, self.interval_step, self.interval_waited = now, self.trainer.step, self.trainer.waited
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        """Saving and drawing don't count in images/s."""
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
+
+    def _log(self) -> None:
+        trainer = self.trainer
+        metrics = trainer.read_metrics()
+        now = time.perf_counter()
+        seconds = max(now - self.interval_start, 1e-9)
+        metrics |= {
+            "images_per_second": (trainer.step - self.interval_step) * self.train.batch_size / seconds,
+            "data_wait": (trainer.waited - self.interval_waited) / seconds,
+            "memory_gb": memory_gb(self.processes.device),
+        }
+        remaining = (self.train.last_step - trainer.step) * seconds / max(1, trainer.step - self.interval_step)
+        self.reporter.write(trainer.step, self.train.last_step, metrics, remaining)
+        self._start_interval(time.perf_counter())
+
+    def _draw(self) -> None:
+        """A grid of samples; left out when the run is about to stop."""
+        assert self.preview is not None
+        trainer = self.trainer
+        self.watchdog.progress(f"drawing after step {trainer.step}", LONG)
+        with self._off_the_clock():
+            file = self.folder / "samples" / f"step_{trainer.step:06d}.png"
+            picture = draw_preview(trainer, self.preview, file, wanted=not self.signals.requested)
+            if picture is not None:
+                self.reporter.picture("samples", trainer.step, picture)
+            self.processes.barrier()
+
+    # --- saving and stopping ---
+
+    def _save_is_due(self) -> bool:
+        """By the clock of rank 0, for an interval in minutes."""
+        if self.save_seconds is None or not self.processes.is_main:
+            return False
+        return time.monotonic() - self.last_save >= self.save_seconds
+
+    def _save(self) -> None:
+        """Take the state of now; it is on disk when this returns, or some time later. Collective."""
+        self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
+        self.last_save = time.monotonic()
+        with self._off_the_clock():
+            self.reporter.sync()
+            if self.saver:
+                self.saver.save(self.trainer.step, self.info, self.trainer.fill, self.trainer.state_bytes)
+            else:
+                self.trainer.fill(None)
+
+    def _finish_saving(self) -> None:
+        """Until everything is on disk: then ranks may leave, which makes launchers end the others. Collective."""
+        self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
+        if self.saver:
+            self.saver.wait()
+        self.processes.barrier()
+        self.signals.finish()
+
+    def _stop(self) -> None:
+        """What SIGTERM and SIGUSR1 ask for, once the step is saved."""
+        self._finish_saving()
+        name = self.signals.requested or "a signal to another rank"
+        raise StopWith(
+            exit_codes.PREEMPTED,
+            f"stopped by {name} after step {self.trainer.step}; everything is saved in {self.folder}, and the same "
+            "command goes on from there",
+        )
+
+    # --- numbers that stay bad ---
+
+    def _gone_bad(self) -> bool:
+        limit = self.train.max_bad_steps
+        return bool(limit) and self.trainer.stepper.bad_streak() >= limit
+
+    def _go_back(self) -> None:
+        """To the last checkpoint from before the numbers went bad; StopWith where that was done already. Collective."""
+        trainer = self.trainer
+        self.watchdog.progress("going back", LONG)
+        self.agreement.exchange((False, False, False))  # drops what was wished before this
+        bad = trainer.stepper.bad_streak()
+        if self.saver:
+            self.saver.wait()
+        self.processes.barrier()
+        before = [p for p in checkpoint_files.listed(self.checkpoints) if step_of(p) <= trainer.step - bad]
+        good = [p for p in before if not checkpoint_files.damage(p)]
+        if trainer.rollbacks or not good:
+            self._diverged(bad, "once more" if trainer.rollbacks else "and there is no checkpoint from before")
+        target = good[-1]
+        self.reporter.say(
+            f"{bad} steps in a row had a non-finite loss or gradient and were skipped: going back to {target}, and on "
+            "with other images, timesteps and noise"
+        )
+        trainer.roll_back(checkpoints.read(target, [str(rate) for rate in self.train.ema_rate], "--run_dir"))
+        self.processes.barrier()
+        if self.processes.is_main:
+            for newer in checkpoint_files.listed(self.checkpoints):
+                if step_of(newer) > trainer.step:
+                    checkpoint_files.remove(newer)
+            checkpoint_files.point_to(target)
+        self.reporter.rewind(trainer.step)
+        self._start_interval(time.perf_counter())
+
+    def _diverged(self, bad: int, why: str) -> None:
+        from fastdiff.training.diagnosis import diagnose
+
+        lines, content = diagnose(self.trainer)
+        for line in lines:
+            self.reporter.say(line)
+        if self.processes.is_main:
+            checkpoints.write_json(self.folder / "diagnosis.json", content)
+        self.processes.barrier()
+        self.signals.finish()
+        raise StopWith(
+            exit_codes.DIVERGED,
+            f"{bad} steps in a row had a non-finite loss or gradient, {why}; the diagnosis is in the log and in "
+            f"{self.folder / 'diagnosis.json'}: try a lower --lr, --grad_clip 1, --precision bf16 or fp32, or "
+            "--detect_anomaly True",
+        )
+
+
+def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) -> None:
+    """One step, and a report of what a run would take."""
+    start = time.perf_counter()
+    trainer.take_step()
+    metrics = trainer.read_metrics()
+    seconds = time.perf_counter() - start
+    if not trainer.processes.is_main:
+        return
+    names = ("config.json", "log.txt", "progress.csv", "status.json", "samples/", "checkpoints/")
+    print(
+        "\n".join(notes) + "\n"
+        f"parameters     {millions(trainer)}\n"
+        f"images         {trainer.loader.num_images} ({trainer.loader.loader_name})\n"
+        f"batch          {config.train.batch_size} = {trainer.processes.world_size} processes x {trainer.micro} "
+        f"images x {trainer.accumulation} times\n"
+        f"first loss     {metrics['loss']:.4f}\n"
+        f"first step     {seconds:.1f} s, start-up included\n"
+        f"peak memory    {memory_gb(trainer.device):.2f} GB on {trainer.device}\n"
+        f"a checkpoint   {trainer.state_bytes / 1e9:.2f} GB\n"
+        f"would write    {', '.join(str(folder / name) for name in names)}\n"
+        "nothing was written"
+    )
+
+
+def millions(trainer: Trainer) -> str:
+    """The number of parameters, as 120.3M."""
+    return f"{sum(shape.numel() for shape in trainer.masters.shapes.values()) / 1e6:.1f}M"
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory used so far: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)

@@ -1,0 +1,67 @@
+"""Grids of samples during training, always from the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+
+from fastdiff import ops
+from fastdiff.config import Config
+from fastdiff.diffusion import GaussianDiffusion, create_diffusion
+from fastdiff.models import SuperResSettings, build_model
+from fastdiff.sampling.draw import draw
+from fastdiff.sampling.pictures import grid, save_grid, to_uint8
+from fastdiff.settings import UserError, what_is_wrong
+from fastdiff.training.trainer import Trainer, low_res_of
+
+
+def preview_diffusion(config: Config) -> GaussianDiffusion | None:
+    """The process of the grids; None where none are wanted. UserError for a sample_respacing that can't be."""
+    if not config.train.sample_interval:
+        return None
+    try:
+        settings = type(config.diffusion).model_validate(
+            {**config.diffusion.model_dump(), "timestep_respacing": config.train.sample_respacing}
+        )
+    except ValidationError as error:
+        raise UserError(f"--sample_respacing: {what_is_wrong(error).replace('timestep_respacing ', '')}") from None
+    return create_diffusion(settings, config.model.learn_sigma)
+
+
+def draw_preview(trainer: Trainer, diffusion: GaussianDiffusion, file: Path, wanted: bool = True) -> np.ndarray | None:
+    """A grid [H, W, C] uint8 of samples from the first average, saved as `file`: on rank 0; None elsewhere. Collective.
+
+    wanted False on rank 0 leaves it out.
+    """
+    average = trainer.masters.gather(trainer.ema[str(trainer.train.ema_rate[0])])
+    if not trainer.processes.is_main or average is None or not wanted:
+        return None
+    images = _draw(trainer, diffusion, average)
+    file.parent.mkdir(exist_ok=True)
+    save_grid(file, images)
+    return np.array(grid(images).convert("RGB"))
+
+
+def _draw(trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, torch.Tensor]) -> np.ndarray:
+    settings, train, device = trainer.model_settings, trainer.train, trainer.device
+    model = build_model(settings)
+    model.load_state_dict(average)
+    model.to(device).eval().set_precision(trainer.model.dtype)
+    index = torch.arange(train.sample_count, device=device)
+    kwargs: dict[str, Any] = {}
+    batch = next(trainer.loader.once()) if isinstance(settings, SuperResSettings) else None
+    if batch is not None and isinstance(settings, SuperResSettings):
+        x = ops.start_map(batch.images[: train.sample_count])
+        kwargs["low_res"] = low_res_of(x, settings.small_size)
+        index = index[: len(x)]
+    if settings.class_cond:
+        classes = torch.tensor(range(len(trainer.loader.class_names)), device=device)
+        kwargs["y"] = classes[index % len(classes)] if batch is None else batch.labels[: len(index)]
+    shape = (settings.in_channels, *settings.size_hw)
+    use_ddim = train.sample_respacing.startswith("ddim")
+    drawn = draw(model, diffusion, index, shape, seed=train.seed, use_ddim=use_ddim, model_kwargs=kwargs)
+    return to_uint8(drawn).cpu().numpy()
