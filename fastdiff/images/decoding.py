@@ -81,7 +81,7 @@ def main() -> None:
         bad = []
         for position, name in enumerate(names):
             try:
-                block[position] = load_image((root / name).read_bytes(), size, mode)
+                block[position] = load_image(root / name, size, mode)
             except Exception as error:  # Pillow's decoders raise many kinds
                 bad.append([position, what_is_wrong(error)])
         sys.stdout.buffer.write(json.dumps(bad).encode() + b"\n" + block.data.cast("B"))

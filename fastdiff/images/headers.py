@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from PIL import Image
 
+from fastdiff.images.files import MAX_PASSES, max_pixels, scans_of
+
 _JPEG_FRAMES = range(0xC0, 0xD0)
 _JPEG_NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # Huffman tables, an extension, arithmetic-coding tables
 _JPEG_BASELINE, _JPEG_PROGRESSIVE, _JPEG_ADOBE = 0xC0, 0xC2, 0xEE
@@ -29,6 +31,8 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
     except IndexError:  # the header ends early
         return None
     if size is None or 0 in size or size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        return None
+    if data[:2] == b"\xff\xd8" and scans_of(data) * size[0] * size[1] > MAX_PASSES * max_pixels():
         return None
     return size
 

@@ -16,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from fastdiff.images.files import read_file
 from fastdiff.images.index import Listing
 from fastdiff.images.pixels import MODES, load_image
-from fastdiff.settings import UserError
+from fastdiff.settings import UserError, one_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,8 +29,12 @@ TOLERATED = 0.01
 
 
 def what_is_wrong(error: Exception) -> str:
-    """Why an image can't be read, in few words."""
-    return "no picture" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+    """Why an image can't be read, in few words on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror  # the file is named already
+    return one_line(str(error))[:200] or type(error).__name__
 
 
 class Reader:
@@ -78,7 +83,7 @@ class Reader:
     def attempt(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
         """decode(index, bytes of the file), or None for an image that can't be read, which is then named."""
         try:
-            return decode(index, self.listing.path(index).read_bytes())
+            return decode(index, read_file(self.listing.path(index)))
         except Exception as error:  # Pillow's decoders raise many kinds; all are about this one file
             self.reject(index, what_is_wrong(error))
             return None
@@ -86,7 +91,7 @@ class Reader:
     def retry(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
         """The same for an image found unreadable before, which counts as readable if it now is."""
         try:
-            found = decode(index, self.listing.path(index).read_bytes())
+            found = decode(index, read_file(self.listing.path(index)))
         except Exception:  # named when it was first met
             return None
         with self._lock:
@@ -99,7 +104,9 @@ class Reader:
             if index in self._bad:
                 return
             self._bad[index] = reason
-        logger.warning("unreadable image, replaced by the next one: %s (%s)", self.listing.path(index), reason)
+        logger.warning(
+            "unreadable image, replaced by the next one: %s (%s)", one_line(str(self.listing.path(index))), reason
+        )
 
     def stop_if_too_many(self) -> None:
         """UserError, which names some, when more images are unreadable than may be."""

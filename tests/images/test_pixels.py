@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fastdiff.images.headers import plain_size
 from fastdiff.images.pixels import load_image, plan
 
 
@@ -46,9 +50,13 @@ def test_a_picture_at_the_target_is_untouched(photo):
 @pytest.mark.parametrize("kind", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
 @pytest.mark.parametrize("size", [(67, 45), (19, 23), (301, 203), (32, 64)])
 def test_squares_follow_the_recipe_in_every_mode(photo, kind, mode, size):
-    image = Image.fromarray(np.asarray(photo(*size).convert("L")).astype(np.uint16) * 257) if kind == "I;16" else None
-    image = image or photo(*size).convert(kind)
-    data = encoded(image, "TIFF" if kind == "CMYK" else "PNG")
+    image = photo(*size).convert("L" if kind == "I;16" else kind)
+    if kind == "I;16":  # which counts by its high bytes
+        low_bytes = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint16)
+        data = encoded(Image.fromarray(np.asarray(image).astype(np.uint16) * 256 + low_bytes))
+        np.testing.assert_array_equal(load_image(data, (32, 32), mode), restated(image, 32, mode))
+        return
+    data = encoded(image, "JPEG" if kind == "CMYK" else "PNG")
     got = load_image(data, (32, 32), mode)
     assert got.dtype == np.uint8
     assert got.shape == (32, 32, {"L": 1, "RGB": 3, "RGBA": 4}[mode])
@@ -98,6 +106,82 @@ def test_the_first_frame_of_an_animation_is_read(photo):
     frames = [photo(40, 40, seed).convert("P", palette=Image.Palette.ADAPTIVE) for seed in range(3)]
     moving = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(load_image(moving, (32, 32), "RGB"), restated(frames[0], 32, "RGB"))
+
+
+@pytest.mark.parametrize("kind", ["gray", "colour"])
+def test_16_bits_become_their_high_byte(kind, photo):
+    """The same for gray and for colour, where Pillow does it."""
+    wide = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    if kind == "gray":
+        data = encoded(Image.fromarray(wide))
+    else:
+        data = png_16_bit_colour(np.stack([wide, wide.T, 65535 - wide], -1))
+    got = load_image(data, (32, 32), "RGB")
+    expected = wide[..., None] if kind == "gray" else np.stack([wide, wide.T, 65535 - wide], -1)
+    np.testing.assert_array_equal(got, np.broadcast_to(expected >> 8, (32, 32, 3)))
+
+
+def png_16_bit_colour(pixels: np.ndarray) -> bytes:
+    """A PNG of uint16 [H, W, 3], which Pillow can't write."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, _ = pixels.shape
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def test_the_content_decides_and_not_the_name(photo, tmp_path):
+    image = photo(32, 32)
+    (tmp_path / "really_jpeg.png").write_bytes(encoded(image, "JPEG"))
+    (tmp_path / "really_png.gif").write_bytes(encoded(image, "PNG"))
+    expected = load_image(encoded(image, "JPEG"), (32, 32), "RGB")
+    np.testing.assert_array_equal(load_image(tmp_path / "really_jpeg.png", (32, 32), "RGB"), expected)
+    np.testing.assert_array_equal(load_image(tmp_path / "really_png.gif", (32, 32), "RGB"), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP", "PDF", "ICO", "JPEG2000"])
+def test_other_kinds_are_named(kind, photo):
+    with pytest.raises(ValueError, match=r"its content is .*; JPEG, PNG, GIF and WebP are read"):
+        load_image(encoded(photo(40, 40), kind), (32, 32), "RGB")
+
+
+def test_web_pages_and_heic_are_named():
+    for data, name in ((b"<!DOCTYPE html><html>", "HTML"), (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC")):
+        with pytest.raises(ValueError, match=f"its content is {name}"):
+            load_image(data, (32, 32), "RGB")
+
+
+def test_files_are_bounded_before_they_are_read(photo, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "a.png")  # to which nobody writes
+    with pytest.raises(ValueError, match="no regular file"):
+        load_image(tmp_path / "a.png", (32, 32), "RGB")
+    (tmp_path / "b.png").write_bytes(encoded(photo(32, 32)))
+    monkeypatch.setattr("fastdiff.images.files.MAX_FILE_BYTES", 100)
+    with pytest.raises(ValueError, match="at most 100 are read"):
+        load_image(tmp_path / "b.png", (32, 32), "RGB")
+
+
+def test_webp_is_refused_by_its_canvas(photo):
+    data = bytearray(encoded(photo(16, 16), "WEBP", exif=b"Exif\0\0II*\0"))
+    assert data[12:16] == b"VP8X"
+    data[24:30] = b"\xff\xff\x00\xff\xff\x00"
+    with pytest.raises(ValueError, match="65536x65536 pixels"):
+        load_image(bytes(data), (32, 32), "RGB")
+
+
+def test_a_jpeg_of_countless_scans_is_refused(photo, monkeypatch):
+    data = encoded(photo(64, 64), "JPEG", progressive=True)
+    start = data.index(b"\xff\xda")
+    many = data[:-2] + data[start:-2] * 300 + data[-2:]
+    load_image(many, (32, 32), "RGB")  # 12 million pixels take no time
+    assert plain_size(many) == (64, 64)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    with pytest.raises(ValueError, match="scans of 4096 pixels"):
+        load_image(many, (32, 32), "RGB")
+    assert plain_size(many) is None
 
 
 def test_cut_off_files_are_refused(photo):
