@@ -4,8 +4,8 @@
     python benchmarks/bench_saving.py --config imagenet64_270M --batch 128 --precision bf16 --folder DISK
 
 Three windows of the same number of steps take turns: `none` saves nothing; `beside` saves at its start, in the
-background; `waiting` saves at its start and waits. `cost` is how much longer a window took than the one without, so what
-training lost by a checkpoint; `stood still` is the part of it in which no step ran. Medians and quartiles.
+background; `waiting` saves at its start and waits. `cost` is how much longer a window took than the one without, so
+what training lost by a checkpoint; `stood still` is the part of it in which no step ran. Medians and quartiles.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ from fastdiff.images.index import index_images
 from fastdiff.images.packing import pack
 from fastdiff.nll_settings import NllSettings
 from fastdiff.settings import UserError
-from fastdiff.training.saving import Writer
 from fastdiff.training.engine import split_batch
+from fastdiff.training.saving import Writer
 from fastdiff.training.settings import TrainSettings
 
 SCRIPTS = Path(train.__file__).parent
