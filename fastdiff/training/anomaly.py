@@ -34,6 +34,7 @@ class _Where:
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {module: name for name, module in model.named_modules()}
+        self.weights = {id(parameter): name for name, parameter in model.named_parameters()}
         self.root = model
         self.stack: list[str] = []
         self.in_loss = False
@@ -81,11 +82,11 @@ class _Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         given = list(_floats((args, kwargs)))
         # What is written in place must be looked at before.
-        before = _report(given) if func._schema.is_mutable else None
+        before = self._report(given) if func._schema.is_mutable else None
         result = func(*args, **kwargs)
         made = [tensor for tensor in _floats(result) if not _finite(tensor)]
         if made:
-            finite, words = before or _report(given)
+            finite, words = before or self._report(given)
             raise NonFinite(_sentence(func, place, finite, words, made[0]))
         return result
 
@@ -98,6 +99,12 @@ class _Watch(TorchDispatchMode):
         numbers = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float))
         return all(map(math.isfinite, numbers))  # else it is asked to make such values
 
+    def _report(self, tensors: list[Tensor]) -> tuple[bool, list[str]]:
+        """Whether all are finite, and each in words."""
+        names = (self.where.weights.get(id(tensor), "") for tensor in tensors)
+        words = [f"{name} {_words(tensor)}".strip() for name, tensor in zip(names, tensors, strict=True)]
+        return all(map(_finite, tensors)), words
+
 
 def _floats(values: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(values):
@@ -107,11 +114,6 @@ def _floats(values: Any) -> Iterator[Tensor]:
 
 def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
-
-
-def _report(tensors: list[Tensor]) -> tuple[bool, list[str]]:
-    """Whether all are finite, and each in words."""
-    return all(map(_finite, tensors)), [_words(tensor) for tensor in tensors]
 
 
 def _words(tensor: Tensor) -> str:
@@ -128,15 +130,10 @@ def _words(tensor: Tensor) -> str:
 def _sentence(func: Any, place: tuple[str, str], finite: bool, given: list[str], made: Tensor) -> str:
     name = func._schema.name.replace("::", ".")
     head = f"in the {place[1]} {name} in {place[0]} "
+    of = "; ".join(given) or "no input"
     if finite:
-        return (
-            head
-            + f"is the first operation to make a non-finite value: {_words(made)}, of {'; '.join(given) or 'no input'}"
-        )
-    return (
-        head
-        + f"is the first operation to be given a non-finite value, by the weights or the images: {'; '.join(given)}"
-    )
+        return f"{head}is the first operation to make a non-finite value: {_words(made)}, of {of}"
+    return f"{head}is the first operation to be given a non-finite value, by the weights or the images: {of}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ that resumes goes on exactly, and what counters decide doesn't depend on the num
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -99,7 +100,7 @@ class Trainer:
         cuts = (slice(i * self.micro, (i + 1) * self.micro) for i in range(self.accumulation))
         parts = [Batch(batch.images[cut], batch.labels[cut], batch.positions[cut]) for cut in cuts]
         self.last_batch = batch
-        self.stepper.take(parts, self.train, self.step, self._seed_dropout)
+        self.stepper.take(parts, self.train, self.step, functools.partial(self.seed_dropout, self.step))
         self.step += 1
         self.samples += self.train.batch_size
 
@@ -138,8 +139,9 @@ class Trainer:
         _, H, W, C = batch.images.shape
         return ops.CounterNoise(self.stream_seed | NOISE, batch.positions, (C, H, W))
 
-    def _seed_dropout(self, micro: int) -> None:
-        entropy = [self.stream_seed, self.step, self.processes.rank, micro]
+    def seed_dropout(self, step: int, micro: int) -> None:
+        """Before a micro-batch of the step that follows `step` others."""
+        entropy = [self.stream_seed, step, self.processes.rank, micro]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     # --- what is reported ---
