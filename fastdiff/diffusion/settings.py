@@ -13,7 +13,7 @@ from fastdiff.settings import Settings
 class DiffusionSettings(Settings):
     """The forward chain, what the network predicts, and the loss."""
 
-    diffusion_steps: int = Field(1000, ge=2)
+    diffusion_steps: int = Field(1000, ge=2, le=100_000)
     """T, the length of the forward chain."""
     noise_schedule: Literal["linear", "cosine"] = "linear"
     """linear: Ho et al. 2020, section 4. cosine: Nichol & Dhariwal 2021, eq. 17."""

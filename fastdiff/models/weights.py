@@ -1,4 +1,4 @@
-"""Weights on disk: safe reading, and what settings a bare state_dict shows by its keys and shapes.
+"""Weights on disk: a file's state_dict, and what settings a bare one shows by its keys and shapes.
 
 A file is a plain `state_dict` under improved-diffusion's names. Ours carry the settings they were trained with in the
 state_dict's metadata, which other programs ignore.
@@ -7,9 +7,7 @@ state_dict's metadata, which other programs ignore.
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,52 +15,64 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.models.safe_reading import is_there, read
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
-from fastdiff.models.unet import UNet
-from fastdiff.settings import UserError
+from fastdiff.models.unet import UNet, build_model
+from fastdiff.settings import UserError, quoted
 
 _METADATA_KEY = "fastdiff"
-
-
-def read(path: Path, flag: str, mmap: bool = False) -> Any:
-    """torch.load without code: UserError for a file that is missing, damaged, or would run code."""
-    if not path.is_file():
-        raise UserError(f"{flag}: {path} does not exist; give the path of a .pt checkpoint")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about pickle protocols; what can't be read raises
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "weights_only" in str(error).lower() and "GLOBAL" in str(error):
-            raise UserError(
-                f"{flag}: {path} holds Python objects that would run code when loaded; it is refused, "
-                "a checkpoint holds tensors only"
-            ) from None
-        raise UserError(f"{flag}: {path} is not a checkpoint, or is damaged") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError):
-        raise UserError(f"{flag}: {path} is not a checkpoint, or is truncated") from None
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_state_dict(path: Path, flag: str) -> OrderedDict[str, Tensor]:
-    """The state_dict in a file; UserError when it is something else."""
+    """The state_dict in a file; UserError when it is something else, or the settings that it carries are none."""
     state = read(path, flag)
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not named or not state:
         raise UserError(f"{flag}: {path} holds no state_dict; give a model or ema .pt file")
+    if problem := _problem_of(_text(state)):
+        raise UserError(f"{flag}: the settings in {path} are damaged ({problem}); give another checkpoint")
     return state if isinstance(state, OrderedDict) else OrderedDict(state)
 
 
 def with_info(state: dict[str, Tensor], info: dict[str, Any]) -> OrderedDict[str, Tensor]:
     """The state_dict with settings and the like (JSON) in its metadata."""
     carrier = OrderedDict(state)
-    carrier._metadata = {_METADATA_KEY: json.dumps(info)}  # type: ignore[attr-defined]
+    if info:
+        carrier._metadata = {_METADATA_KEY: json.dumps(info)}  # type: ignore[attr-defined]
     return carrier
 
 
 def info_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """What `with_info` put in; empty for a file of another program."""
+    text = _text(state)
+    return {} if text is None else json.loads(text)
+
+
+def _text(state: dict[str, Tensor]) -> Any:
     metadata = getattr(state, "_metadata", None)
-    text = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
-    return json.loads(text) if isinstance(text, str) else {}
+    return metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+
+
+def _problem_of(text: Any) -> str:
+    """What is wrong with the settings that a file carries; empty for sound ones, or none."""
+    if text is None:
+        return ""
+    try:
+        info = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return "they are no JSON"
+    if not isinstance(info, dict):
+        return "they are no JSON object"
+    if info.get("kind") not in ("unet", "super_res"):
+        return f"kind is {quoted(info.get('kind'))}, not unet or super_res"
+    for section in ("model", "diffusion"):
+        if not isinstance(info.get(section), dict):
+            return f"{section} is {quoted(info.get(section))}, not an object"
+    names = info.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return f"class_names is {quoted(names)}, not a list of names"
+    return ""
 
 
 def infer_settings(state: dict[str, Tensor], super_res: bool = False, null_class: bool = False) -> dict[str, Any]:
@@ -128,13 +138,48 @@ def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
     return "it is no super-resolution model" if super_res else "it is a super-resolution model"
 
 
+def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path, flag: str) -> None:
+    """UserError where `load_into` would raise one for a network of these settings, which isn't built for it.
+
+    For settings that come with the file: they could describe a network larger than any machine.
+    """
+    if settings.num_res_blocks * len(settings.level_mult) > len(state):
+        raise UserError(
+            f"{flag}: {path} does not fit the model: it has {len(state)} tensors, which is too few for num_res_blocks "
+            f"{settings.num_res_blocks}"
+        )
+    try:
+        with torch.device("meta"):
+            model = build_model(settings)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{flag}: {path}: no network of its settings can be built ({error})") from None
+    _compare(model, state, path, flag)
+
+
 def load_into(model: UNet, state: dict[str, Tensor], path: Path, flag: str) -> None:
-    """Strict loading; where keys or shapes differ, a UserError that says which settings would fit."""
+    """Strict loading; where keys or shapes differ, a UserError that says which settings would fit.
+
+    Weights that aren't finite floating-point numbers are refused too.
+    """
+    _compare(model, state, path, flag)
+    for name, value in state.items():
+        if value.dtype not in _DTYPES:
+            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise UserError(f"{flag}: {name} in {path} is {value.dtype}, weights are of {kinds}")
+    model.load_state_dict(state)
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"{flag}: {name} in {path} is not finite (NaN or infinity): that run had diverged; give an earlier "
+                "checkpoint"
+            )
+
+
+def _compare(model: UNet, state: dict[str, Tensor], path: Path, flag: str) -> None:
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if own != given:
         raise UserError(f"{flag}: {path} does not fit the model: {_difference(model.settings, state, own, given)}")
-    model.load_state_dict(state)
 
 
 def _difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
@@ -179,7 +224,7 @@ def add_null_class(table: Tensor) -> Tensor:
     return torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
-_EMA = re.compile(r"ema_([0-9.]+)_(\d+)\.pt$")
+_EMA = re.compile(r"ema_([0-9]+(?:\.[0-9]+)?)_(\d+)\.pt$")
 _MODEL = re.compile(r"model(\d+)\.pt$")
 
 
@@ -188,7 +233,7 @@ def find(path: str, flag: str) -> Path:
     if not path:
         raise UserError(f"{flag} is missing: give a .pt checkpoint or a run's folder")
     place = Path(path)
-    if not place.is_dir():
+    if not is_there(place, flag, "dir"):
         return place
     candidates = [*place.glob("*.pt"), *place.glob("step_*/*.pt"), *place.glob("checkpoints/step_*/*.pt")]
     ranked = []

@@ -52,6 +52,7 @@ def open_network(
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     file = weights.find(model_path, flag)
     state = weights.read_state_dict(file, flag)
+    weights.check_fits(settings, state, file, flag)
     model = build_model(settings)
     weights.load_into(model, state, file, flag)
     model.to(device).eval().set_precision(body_dtype(precision, device))

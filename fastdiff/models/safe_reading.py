@@ -1,0 +1,125 @@
+"""Reading files of torch.save that came from elsewhere.
+
+Nothing in such a file is run; its checksums are compared; and reading it takes no more memory than twice its size, for
+it is mapped, not unpacked, and tensors larger than what lies in the file are refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastdiff.settings import UserError, quoted
+
+_ZIP = b"PK\3\4"
+
+
+def read(path: Path, flag: str) -> Any:
+    """What a file of torch.save holds, without running code: tensors on the CPU, in plain containers.
+
+    Raises UserError for a file that is missing, damaged, would run code, or would take far more memory than it has
+    bytes.
+    """
+    if not is_there(path, flag, "file"):
+        raise UserError(f"{flag}: {path} does not exist; give the path of a .pt checkpoint")
+    try:
+        with path.open("rb") as file:
+            is_zip = file.read(4) == _ZIP
+        if is_zip:
+            _check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols and the like; what can't be read raises
+            # Mapped, a storage ends where the file does. Unmapped, torch believes the length that the pickle states.
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+            return _Plain(2 * path.stat().st_size + (1 << 20)).copy(content)
+    except _Refused as error:
+        raise UserError(f"{flag}: {path} is refused: {error}") from None
+    except PermissionError as error:
+        raise UserError(f"{flag}: {path} can't be read ({error.strerror}); give a file that can") from None
+    except Exception as error:  # whatever a damaged file leads zipfile, pickle and torch to
+        if isinstance(error, pickle.UnpicklingError) and _names_code(str(error)):
+            raise UserError(
+                f"{flag}: {path} holds Python objects that would run code when loaded; it is refused, "
+                "a checkpoint holds tensors only"
+            ) from None
+        raise UserError(f"{flag}: {path} is not a checkpoint, or is damaged") from None
+
+
+def _names_code(message: str) -> bool:
+    return "Unsupported global" in message or "weights_only" in message.lower() and "GLOBAL" in message
+
+
+class _Refused(Exception):
+    """A file that is whole, but not what a checkpoint may be."""
+
+
+def _check_archive(path: Path) -> None:
+    """_Refused for a zip that is compressed, which torch.save's never are, or whose checksums are wrong."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise _Refused("its parts are compressed, which a checkpoint's are not")
+        if (damaged := archive.testzip()) is not None:
+            raise _Refused(f"the checksum of {damaged} in it is wrong, so it is damaged")
+
+
+class _Plain:
+    """Copies what was loaded, so that nothing of the file's own making stays: attributes of tensors and dictionaries
+    (which can hide their methods), loops, or tensors that repeat a few numbers endlessly."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._bytes_left = most_bytes
+        self._copies: dict[int, Any] = {}
+        self._inside: set[int] = set()
+        self._alive: list[Any] = []  # an id is its object's for as long as that lives
+
+    def copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if not isinstance(value, (dict, list, tuple)) or isinstance(value, torch.Size):
+            return value
+        if id(value) in self._inside or len(self._inside) > 50:
+            raise _Refused("its contents are nested without end")
+        if id(value) not in self._copies:
+            self._inside.add(id(value))
+            self._copies[id(value)] = self._container(value)
+            self._inside.remove(id(value))
+            self._alive.append(value)
+        return self._copies[id(value)]
+
+    def _container(self, value: dict | list | tuple) -> Any:
+        if not isinstance(value, dict):
+            return (list if isinstance(value, list) else tuple)(self.copy(item) for item in value)
+        items = ((key, self.copy(item)) for key, item in dict.items(value))
+        if not isinstance(value, OrderedDict):
+            return dict(items)
+        copied = OrderedDict(items)
+        if isinstance(metadata := value.__dict__.get("_metadata"), dict):
+            copied._metadata = self.copy(metadata)  # type: ignore[attr-defined]
+        return copied
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        plain = value.detach()
+        dense = plain.layout == torch.strided and plain.device.type == "cpu" and not plain.is_quantized
+        if type(plain) is not Tensor or not dense or plain.is_nested:
+            raise _Refused("it holds a tensor that is not a plain one of numbers")
+        size = plain.numel() * plain.itemsize
+        self._bytes_left -= size
+        if size > plain.untyped_storage().nbytes() or self._bytes_left < 0:
+            raise _Refused(f"its tensors, such as one of shape {list(plain.shape)}, claim more bytes than the file has")
+        return plain.clone()
+
+
+def is_there(place: Path, flag: str, kind: Literal["file", "dir"]) -> bool:
+    """Path.is_file or is_dir; UserError where the system refuses to tell, as for a name of thousands of letters."""
+    try:
+        return place.is_file() if kind == "file" else place.is_dir()
+    except OSError as error:
+        raise UserError(f"{flag}: {quoted(str(place))} can't be opened ({error.strerror}); name a checkpoint") from None
