@@ -14,11 +14,12 @@ from pydantic import Field, ValidationError
 from fastdiff.checkpoint_settings import Layer, preset_of, settings_of
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.images.settings import DataSettings
+from fastdiff.json_files import read_json
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.nll_settings import NllSettings
 from fastdiff.presets import Preset, download, find_preset
 from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
-from fastdiff.settings import Settings, UserError, did_you_mean, is_true, merge, what_is_wrong
+from fastdiff.settings import Settings, UserError, did_you_mean, is_true, merge, quoted, shortened, what_is_wrong
 from fastdiff.training.engine import adopt
 from fastdiff.training.settings import TrainSettings
 
@@ -215,14 +216,9 @@ def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -
 
 
 def _read_object(path: str) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); give the path of a JSON file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from error
+    content = read_json(Path(path))
     if not isinstance(content, dict):
-        raise UserError(f'{path}: must be a JSON object such as {{"train": {{}}}}, not {str(content)[:40]!r}')
+        raise UserError(f'{path}: must be a JSON object such as {{"train": {{}}}}, not {quoted(content)}')
     return content
 
 
@@ -234,9 +230,9 @@ def _read_json(path: str, kind: type[Config]) -> Layer:
                 s for s in kind.model_fields if s != "deepspeed" and section in _section_class(kind, s).model_fields
             ]
             hint = f"; it belongs in section {owners[0]}" if owners else did_you_mean(section, kind.model_fields)
-            raise UserError(f"{path}: {section} is not a section{hint}")
+            raise UserError(f"{path}: {shortened(section)} is not a section{hint}")
         if not isinstance(value, dict):
-            raise UserError(f"{path}: section {section} must be a JSON object, not {value!r}")
+            raise UserError(f"{path}: section {section} must be a JSON object, not {quoted(value)}")
     return content
 
 
@@ -250,7 +246,7 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
                 continue
             known = _section_class(kind, section).model_fields
             for name, value in _aliases(source, section, values, known).items():
-                where = f"{source}: {section}.{name}" if source else f"--{name}"
+                where = f"{source}: {section}.{shortened(name)}" if source else f"--{name}"
                 if name not in known:
                     raise UserError(f"{where} is not a setting{_hint(kind, section, name)}")
                 merged.setdefault(section, {})[name] = value

@@ -93,12 +93,13 @@ def what_is_wrong(error: ValidationError) -> str:
     """The first complaint about a value: 'must be a whole number, not 2.5'."""
     first = error.errors()[0]
     if first["type"] == "value_error":  # from a validator of ours, which tells the value itself
-        return _cut(first["msg"].removeprefix("Value error, "))
+        return shortened(first["msg"].removeprefix("Value error, "))
     kind = first["type"].split("_")[0]  # of int_parsing, int_type, int_from_float
     return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {quoted(first['input'])}"
 
 
-def _cut(text: str, length: int = 500) -> str:
+def shortened(text: str, length: int = 500) -> str:
+    """Text without its middle where it is long: a message is to be read."""
     return text if len(text) <= length else f"{text[: length - 100]} ... {text[-95:]}"
 
 

@@ -17,6 +17,7 @@ KERNELS = PACKAGE.parent / "kernels"
 LAYERS: dict[str, set[str]] = {
     "kernels": set(),
     "settings": set(),
+    "json_files": {"settings"},
     "reporting": {"settings"},
     "exit_codes": set(),
     "processes": {"exit_codes", "settings"},
@@ -46,8 +47,8 @@ LAYERS: dict[str, set[str]] = {
     "presets": {"compilation", "diffusion", "models", "settings"},
     "checkpoint_settings": {"models", "presets", "settings"},
     "config": {
-        *("checkpoint_settings", "diffusion", "images", "models", "nll_settings", "presets", "sampling", "settings"),
-        "training",
+        *("checkpoint_settings", "diffusion", "images", "json_files", "models", "nll_settings", "presets", "sampling"),
+        *("settings", "training"),
     },
     "build": {"config", "diffusion", "models", "presets", "sampling", "settings"},
     "api": {
