@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -167,6 +168,8 @@ def _say_once(reason: str, code: int, what: str = "") -> None:
         _peers.report_end(reason, code)
     if rank:
         what = f"{what or 'ended'} on rank {rank}"
+        if code == exit_codes.USER_ERROR:  # the launcher's signal says that rank 0 has ended, most likely by the same
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if _peers and _peers.is_said(reason, _SAME_ERROR):
             return
         if not _peers and not _started:

@@ -16,10 +16,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 
 _PREFIX = "fastdiff"
+_PATIENCE = timedelta(seconds=20)
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,14 @@ class End:
 
     rank: int
     """Who tells."""
+    pid: int
     code: int
     """Its exit code."""
     reason: str
     line: str
     """The sentence that other ranks print."""
-    verdict: bool
-    """It is about another rank than the one who tells."""
+    about: Literal["itself", "lost", "late"]
+    """Whose end it is: the teller's own, or that of the teller who found another rank lost, or late."""
 
 
 @dataclass
@@ -100,6 +103,18 @@ def gone(pid: int) -> bool:
     return state in "ZX"
 
 
+def listens(port: int) -> bool:
+    """Whether some process of this machine listens at a TCP port (Linux; elsewhere False)."""
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+        except OSError:
+            continue
+        if any(row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port for row in rows):
+            return True
+    return False
+
+
 class Exchange:
     """Tells this rank's signs, and keeps the others'.
 
@@ -124,14 +139,17 @@ class Exchange:
         self._beat = self._read = 0
         self._stale: dict[int, tuple[int, int]] = {}  # (pid, beat) of an earlier start's ranks, by rank
         self._first = True
+        self._old_ends: list[End] = []  # that were there at the first look: perhaps an earlier start's
         threading.Thread(target=self._run, name="signs of life", daemon=True).start()
 
     def send(self, end: End, patience: float) -> bool:
         """Tell an end; whether that was done within `patience` seconds."""
-        sent = threading.Event()
+        sent, until = threading.Event(), time.monotonic() + patience
         self._outbox.put((end, sent))
-        self._wake.set()
-        return sent.wait(patience)
+        while not sent.is_set() and self.broken is None and time.monotonic() < until:
+            self._wake.set()
+            sent.wait(0.1)
+        return sent.is_set()
 
     def exchange_now(self) -> None:
         """Don't wait for the interval."""
@@ -145,29 +163,49 @@ class Exchange:
         store: dist.TCPStore | None = None
         while self._open:
             try:
+                self._check_host()
                 store = store or self._connect()
                 if store:
                     self._exchange(store)
                     self.at, self.broken = time.monotonic(), None
             except (RuntimeError, OSError):  # torch's errors of connections and stores are RuntimeErrors
                 store = None
+                self.dead = self._gone()
                 self.broken = self.broken or time.monotonic()
             self._wake.wait(self.interval)
             self._wake.clear()
 
     def _connect(self) -> dist.TCPStore | None:
-        """A client of the store; None while nobody answers there yet."""
-        try:  # a TCPStore would try on for its whole time-out, and say so on stderr
+        """A client of the store; None where there is none yet."""
+        if not (self.at or self._is_up()):
+            return None
+        return dist.TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
+
+    def _is_up(self) -> bool:
+        """Whether the store is there, by other means than a connection: a server that loses one looks up its name."""
+        if agent_hosts_store() or dist.is_initialized():
+            return True
+        if self.rank == 0:  # on its way into the group, where it waits for ranks that may have failed before
+            return listens(self.address[1])
+        if self._outbox.empty():
+            return False
+        try:
             socket.create_connection(self.address, timeout=2).close()
         except OSError:
-            if self.at is not None:
-                raise
-            return None
-        patience = timedelta(seconds=20)
-        return dist.TCPStore(*self.address, is_master=False, wait_for_workers=False, timeout=patience)
+            return False
+        return True
+
+    def _check_host(self) -> None:
+        """ConnectionError when the store went with rank 0: a TCPStore would print a C++ trace before it says so."""
+        host = self.peers.get(0)
+        if host and not agent_hosts_store() and host.sign.machine == self._machine and gone(host.sign.pid):
+            raise ConnectionError("the store is gone")
+
+    def _gone(self) -> set[int]:
+        return {rank for rank, seen in self.peers.items() if seen.sign.machine == self._machine and gone(seen.sign.pid)}
 
     def _exchange(self, store: dist.TCPStore) -> None:
-        dead = {rank for rank, seen in self.peers.items() if self.here(seen.sign) and gone(seen.sign.pid)}
+        dead = self._gone()
         self._beat += 1
         store.set(f"{_PREFIX}/sign/{self.rank}", json.dumps(asdict(self.tell(self._beat))))
         while not self._outbox.empty():
@@ -181,6 +219,10 @@ class Exchange:
         now = time.monotonic()
         for value in store.multi_get([f"{_PREFIX}/sign/{r}" for r in known]):
             self._note(Sign(**json.loads(value)), now)
+        for end in list(self._old_ends):
+            if end.rank in self.peers and self.peers[end.rank].sign.pid == end.pid:
+                self._old_ends.remove(end)
+                self.ends.append((now, end))
         self._first = False
         self.dead = dead  # only now: one that told its end before it went has been heard
 
@@ -197,12 +239,10 @@ class Exchange:
 
     def _read_ends(self, store: dist.TCPStore) -> None:
         count = store.add(f"{_PREFIX}/ends", 0)
-        if self._first and agent_hosts_store():
-            self._read = count
         while self._read < count and store.check([key := f"{_PREFIX}/end/{self._read + 1}"]):
             self._read += 1
-            self.ends.append((time.monotonic(), End(**json.loads(store.get(key)))))
-
-    def here(self, sign: Sign) -> bool:
-        """Whether a rank runs on this machine."""
-        return sign.machine == self._machine
+            end = End(**json.loads(store.get(key)))
+            if self._first and agent_hosts_store():
+                self._old_ends.append(end)
+            else:
+                self.ends.append((time.monotonic(), end))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch.distributed as dist
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from fastdiff.signs_of_life import Sign
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], f"{os.sep}site-packages{os.sep}", "<")
 
 
 def behind(signs: list[Sign]) -> list[Sign]:
@@ -40,13 +42,13 @@ def collectives() -> int:
 
 
 def where(thread: int | None) -> tuple[str, bool]:
-    """Where a thread is, "file.py:line" by preference in this package, and whether it is inside torch.distributed."""
+    """Where a thread is, "file.py:line" outside of libraries, and whether it is inside torch.distributed."""
     frame = sys._current_frames().get(thread or 0)
     code, waits, ours = "", False, False
     while frame and not ours:
         name = frame.f_code.co_filename
         waits = waits or f"torch{os.sep}distributed{os.sep}" in name or f"deepspeed{os.sep}comm{os.sep}" in name
-        ours = name.startswith(_PACKAGE)
+        ours = name.startswith(_PACKAGE) or not any(part in name for part in _LIBRARIES)
         if ours or not code:
             code = f"{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back

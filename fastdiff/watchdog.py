@@ -11,11 +11,15 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fastdiff.exit_codes import DONE, PEER_LOST, PREEMPTED
 from fastdiff.processes import Processes, script_name, set_peers
 from fastdiff.signs_of_life import End, Exchange, Seen, Sign, agent_hosts_store, this_machine
 from fastdiff.stalls import behind, collectives, where
+
+_SLOW_STORE = 8.0
+"""Seconds that an exchange may take: a store that lost a client may look up that one's name before it goes on."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Watchdog:
         self._collectives = 0
         self._done = False
         self._ending = threading.Lock()  # held by whoever ends the process, for good
+        self._took_over = False
         self._open = True
         self._reported_stall = False
         self._started = time.monotonic()
@@ -104,7 +109,8 @@ class Watchdog:
     def report_end(self, reason: str, code: int) -> None:
         """Tell the other ranks, and torchrun, why this one ends; the watch is off from here on."""
         self._take_over()
-        self._tell_end(End(self.rank, code, reason, f"rank {self.rank} ({self._host}) ended: {reason}", False))
+        line = f"rank {self.rank} ({self._host}) ended: {reason}"
+        self._tell_end(End(self.rank, os.getpid(), code, reason, line, about="itself"))
 
     def is_said(self, reason: str, patience: float) -> bool:
         """Whether rank 0 ends for the same reason within `patience` seconds."""
@@ -118,23 +124,25 @@ class Watchdog:
     def explain(self) -> str | None:
         """After a collective failed: the sentence on the rank that ended, or None where every rank is alive."""
         self._take_over()
-        failed, patience = time.monotonic(), 4 * self.interval + 1
-        line: str | None = None
-        while line is None and time.monotonic() < failed + patience + 1:
+        failed, line = time.monotonic(), None
+        while line is None and time.monotonic() < failed + 4 * self.interval + _SLOW_STORE:
             time.sleep(0.05)
             line = self._known_end() or self._vanished()
-            late = time.monotonic() > failed + patience
-            silent = [seen for seen in self._others().values() if late and seen.at < failed and not seen.sign.done]
+            # Everybody else has had the time for four signs, and this rank has read them.
+            read = self.exchange and self.exchange.at and self.exchange.at > failed + 4 * self.interval
+            silent = [seen for seen in self._others().values() if read and seen.at < failed and not seen.sign.done]
             if line is None and silent:
                 line = _without_a_word(silent[0].sign)
+            if read and line is None:
+                return None
         if line:
-            self._tell_end(End(self.rank, PEER_LOST, line, line, True))
+            self._tell_verdict(line, "lost")
         return line
 
     def speaks(self) -> bool:
         """Whether this is the lowest rank on its machine that still gives signs of life."""
         now, exchange = time.monotonic(), self.exchange
-        ended = {end.rank for _, end in self._ends() if not end.verdict}
+        ended = {end.rank for _, end in self._ends() if end.about == "itself"}
         for rank, seen in self._others().items():
             fresh = now - seen.at < self.timing.silence and not (exchange and rank in exchange.dead)
             if rank < self.rank and fresh and rank not in ended and seen.sign.machine == self._machine:
@@ -143,17 +151,24 @@ class Watchdog:
 
     def _take_over(self) -> None:
         """From here on this thread ends the process; the other one, if it was first, ends it at any moment."""
-        if not self._ending.acquire(blocking=False):
+        if not self._took_over and not self._ending.acquire(blocking=False):
             time.sleep(60)
+        self._took_over = True
+
+    def _tell_verdict(self, line: str, about: Literal["lost", "late"]) -> None:
+        self._tell_end(End(self.rank, os.getpid(), PEER_LOST, line, line, about))
 
     def _tell_end(self, end: End) -> None:
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             message = {"message": end.line, "extraInfo": {"timestamp": str(int(time.time()))}}
             Path(file).write_text(json.dumps({"message": message}))
-        if self.exchange:
-            self.exchange.send(end, patience=3.0)
-            if self.rank == 0 and not agent_hosts_store():
-                time.sleep(2 * self.interval)  # the store goes with this process: let the others read
+        if not self.exchange:
+            return
+        hosts = self.rank == 0 and not agent_hosts_store()
+        before_store = 0.0 if hosts else 2.0
+        told = self.exchange.send(end, before_store if self.exchange.at is None else _SLOW_STORE)
+        if told and hosts:
+            time.sleep(2 * self.interval)  # the store goes with this process: let the others read
 
     # --- what is known of the others ---
 
@@ -231,12 +246,14 @@ class Watchdog:
                 self._forgive(now)  # it is this process that was stopped, or its machine
             before = now
             self._look()
-            stalled = None
-            line = self._overdue_end(now) or self._vanished() or self._silent(now)
-            if line is None:
-                line = stalled = self._late(now)
+            line: str | None
+            about: Literal["lost", "late"] = "lost"
+            if told := self._overdue_end(now):
+                line, about = told.line, "late" if told.about == "late" else "lost"
+            elif not (line := self._vanished() or self._silent(now)):
+                line, about = self._late(now), "late"
             if line and self._open and not self._done and self._ending.acquire(blocking=False):
-                self._end(line, with_stacks=stalled is not None)
+                self._end(line, about)
 
     def _forgive(self, now: float) -> None:
         for seen in self._others().values():
@@ -244,11 +261,11 @@ class Watchdog:
         if self.exchange and self.exchange.at is not None:
             self.exchange.at = now
 
-    def _overdue_end(self, now: float) -> str | None:
+    def _overdue_end(self, now: float) -> End | None:
         """Another rank's end, once this one has had time to run into it. One that has saved doesn't end the others."""
         for at, end in self._ends():
-            if end.verdict or (end.code not in (DONE, PREEMPTED) and now - at > self.timing.grace):
-                return end.line
+            if end.about != "itself" or (end.code not in (DONE, PREEMPTED) and now - at > self.timing.grace):
+                return end
         return None
 
     def _late(self, now: float) -> str | None:
@@ -265,7 +282,8 @@ class Watchdog:
         late = behind(signs)
         if late:
             overdue = [sign for sign in late if sign.idle > sign.allowed]
-            if not overdue:
+            # The others' signs are some seconds old: only who has waited for long waits for the late one.
+            if not overdue or any(sign.idle < 4 * self.interval for sign in signs):
                 return None
             sign = max(overdue, key=lambda sign: sign.idle)
             at = f"at {sign.place}" + (f", in {sign.code}" if sign.code else "")
@@ -288,10 +306,10 @@ class Watchdog:
             name = script_name() or "fastdiff"
             print(f"{name}: no progress for {idle:.0f} s at {self._place}; it waits on", file=sys.stderr, flush=True)
 
-    def _end(self, line: str, with_stacks: bool) -> None:
+    def _end(self, line: str, about: Literal["lost", "late"]) -> None:
         """End this process from the watchdog's thread."""
-        self._tell_end(End(self.rank, PEER_LOST, line, line, True))
-        if with_stacks:
+        self._tell_verdict(line, about)
+        if about == "late":
             faulthandler.dump_traceback(all_threads=True)
         if self.speaks():
             print(f"{script_name() or 'fastdiff'}: {line}", file=sys.stderr, flush=True)

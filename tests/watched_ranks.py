@@ -1,0 +1,127 @@
+"""Two ranks per case that die, hang or end as the case says, under the watchdog. Prints what became of them as JSON.
+
+    python watched_ranks.py CASE CASE ...
+
+All cases run at once, from one process that has imported torch: a start for each would take most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fastdiff.preemption import StopSignals
+from fastdiff.processes import StopWith, current, join, run_script
+from fastdiff.settings import UserError
+from fastdiff.watchdog import Timing, Watchdog
+
+TIMING = Timing(interval=0.4, silence=6.0, grace=3.0, linger=3.0)
+STALL = 5.0
+STEP = 50
+"""At which things happen."""
+
+
+def work(case: str) -> None:
+    """A loop like training's: a collective per step, which also agrees on whether to stop."""
+    me = int(os.environ["RANK"])
+    with StopSignals() as signals, Watchdog(current(), STALL, TIMING) as watchdog:
+        watchdog.progress("joining", allowed=30)
+        if case == "early error" and me == 1:
+            raise UserError("no such folder")
+        if case == "same error":
+            raise UserError("bad flag")
+        join(timeout=timedelta(minutes=5))
+        for step in range(80):
+            watchdog.progress(f"step {step}")
+            if step == STEP:
+                happen(case, me, watchdog)
+            stop = torch.tensor(float(signals.requested is not None))
+            dist.all_reduce(stop)
+            if stop:
+                signals.finish()
+                raise StopWith(75, f"saved after step {step}")
+            time.sleep(0.02)
+
+
+def happen(case: str, me: int, watchdog: Watchdog) -> None:
+    pid = os.getpid()
+    if case == "same late error":
+        raise UserError("disk full")
+    if case == "killed host" and me == 0:
+        os.kill(pid, signal.SIGKILL)
+    if case == "slow" and me == 0:
+        watchdog.progress("drawing", allowed=30)
+        time.sleep(1.4 * STALL)
+    if me == 0:
+        return
+    if case == "killed":
+        os.kill(pid, signal.SIGKILL)
+    if case == "stopped":
+        os.kill(pid, signal.SIGSTOP)
+    if case == "bug":
+        raise ValueError("no such key")
+    if case == "error":
+        raise UserError("bad file")
+    if case == "stuck":
+        time.sleep(60)
+    if case == "asked to stop":
+        os.kill(pid, signal.SIGUSR1)
+    if case == "asked twice":
+        assert watchdog.exchange
+        for _ in range(2):  # rank 0 waits in a collective, where Python runs no handlers
+            os.kill(watchdog.exchange.peers[0].sign.pid, signal.SIGTERM)
+            time.sleep(1.2)
+
+
+def start(case: str, rank: int, port: int, folder: Path) -> int:
+    """Fork a rank; its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    with (folder / f"{case}-{rank}").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    run_script(lambda: work(case), "train.py")
+    os._exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def main(cases: list[str], limit: float = 40.0) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, ports = Path(name), {case: free_port() for case in cases}
+        running = {start(case, rank, ports[case], folder): (case, rank) for case in cases for rank in (0, 1)}
+        codes: dict[str, list[int]] = {case: [0, 0] for case in cases}
+        until = time.monotonic() + limit
+        while running:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                case, rank = running.pop(pid)
+                codes[case][rank] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() < until and set(running.values()) != {("stopped", 1)}:
+                time.sleep(0.05)
+            else:  # what a launcher does
+                for pid in running:
+                    os.kill(pid, signal.SIGKILL)
+        words = {case: [(folder / f"{case}-{rank}").read_text() for rank in (0, 1)] for case in cases}
+    print(json.dumps({case: {"codes": codes[case], "words": words[case]} for case in cases}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
