@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from training.small_trainer import small_trainer
 
+from fastdiff.training.diagnosis import diagnose
 from fastdiff.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {"lr_warmup_steps": 5, "lr_anneal_steps": 20, "weight_decay": 0.1}
@@ -85,8 +86,45 @@ def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] 
     assert math.isfinite(metrics["grad_norm"])
 
 
+def check_diagnosis(settings: dict[str, Any]) -> None:
+    """Of a step whose gradients were spoilt: the images, timesteps and losses of the step, finite norms by block."""
+    trainer = small_trainer(lr_anneal_steps=10, **settings)
+    trainer.loader.batch_size = trainer.micro * trainer.accumulation  # a rank's share, as real loaders give
+    trainer.take_step()
+    trainer.read_metrics()
+    with spoilt(trainer, "gradient"):
+        trainer.take_step()
+    lines, content = diagnose(trainer)
+    images = trainer.processes.world_size * len(trainer.last_batch.positions)
+    assert (content["images"], content["step"], content["skipped_steps"], content["skipped_in_a_row"]) == (
+        images,
+        2,
+        1,
+        1,
+    )
+    assert content["lr"] == trainer.train.lr * 0.9
+    t, _ = trainer.draw_timesteps(trainer.last_batch)
+    timesteps = dict(zip(trainer.last_batch.positions.tolist(), t.tolist(), strict=True))
+    assert all(timesteps[each["position"]] == each["timestep"] for each in content["worst"])
+    losses = [each["loss"] for each in content["worst"]]
+    assert losses == sorted(losses, reverse=True)
+    if trainer.processes.world_size == 1:  # MadeUp gives all ranks the same images, but not the same dropout
+        assert math.isclose(sum(losses) / len(losses), trainer.read_metrics()["loss"], rel_tol=1e-2)
+    assert list(content["blocks"]) == [
+        *("time_embed", "input_blocks.0", "input_blocks.1", "input_blocks.2", "input_blocks.3", "middle_block"),
+        *("output_blocks.0", "output_blocks.1", "output_blocks.2", "output_blocks.3", "out"),
+    ]
+    for numbers in content["blocks"].values():
+        assert all(math.isfinite(number) and number > 0 for number in numbers.values())
+    assert not content["bad_weights"] + content["bad_gradients"]
+    assert lines[0].startswith("diagnosis after step 2: 1 steps skipped, the last 1 in a row")
+    trainer.take_step()  # nothing was changed by looking
+    assert trainer.stepper.bad_streak() == 0
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    check_diagnosis({"zero_stage": 2, "batch_size": 8})
     for case in sys.argv[1:]:
         zero_stage, dtype, kind = case.split(":")
         check_skip(int(zero_stage), dtype, kind, microbatch=2)
