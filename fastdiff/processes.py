@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fastdiff import exit_codes
+from fastdiff.rendezvous import agent_hosts_store, fresh_store
 from fastdiff.settings import UserError
 
 _started = False  # once true, an error may be one rank's alone, and each rank reports its own
@@ -104,7 +105,16 @@ def join(group: bool = True, timeout: timedelta = timedelta(minutes=30)) -> Proc
     global _started
     processes = current()
     if group and processes.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if processes.device.type == "cuda" else "gloo", timeout=timeout)
+        backend, rank, world_size = (
+            "nccl" if processes.device.type == "cuda" else "gloo",
+            processes.rank,
+            processes.world_size,
+        )
+        if agent_hosts_store():
+            store = fresh_store(rank, world_size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout)
     _started = True
     return processes
 

@@ -20,6 +20,8 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from fastdiff.rendezvous import agent_hosts_store
+
 _PREFIX = "fastdiff"
 _PATIENCE = timedelta(seconds=20)
 
@@ -85,11 +87,6 @@ def this_machine() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:  # no Linux
         return socket.gethostname()
-
-
-def agent_hosts_store() -> bool:
-    """Whether the store is torchrun's, and outlives rank 0."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def gone(pid: int) -> bool:

@@ -15,7 +15,8 @@ from typing import Literal
 
 from fastdiff.exit_codes import DONE, PEER_LOST, PREEMPTED
 from fastdiff.processes import Processes, script_name, set_peers
-from fastdiff.signs_of_life import End, Exchange, Seen, Sign, agent_hosts_store, this_machine
+from fastdiff.rendezvous import agent_hosts_store
+from fastdiff.signs_of_life import End, Exchange, Seen, Sign, this_machine
 from fastdiff.stalls import behind, collectives, where
 
 _SLOW_STORE = 8.0
