@@ -21,6 +21,7 @@ from fastdiff.reporting import Reporter
 from fastdiff.training import checkpoint_files, checkpoints, resuming
 from fastdiff.training.agreement import Agreement
 from fastdiff.training.checkpoint_files import step_of
+from fastdiff.training.diagnosis import diagnose
 from fastdiff.training.previews import draw_preview
 from fastdiff.training.profile import StepProfiler, floor_of
 from fastdiff.training.saving import Saver
@@ -281,8 +282,6 @@ class Loop:
         self._start_interval(time.perf_counter())
 
     def _diverged(self, bad: int, why: str) -> None:
-        from fastdiff.training.diagnosis import diagnose
-
         lines, content = diagnose(self.trainer)
         for line in lines:
             self.reporter.say(line)

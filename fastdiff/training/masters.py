@@ -87,10 +87,10 @@ class Masters:
         """Take up weights on this rank: into the masters, and into what the network computes with."""
         self.fill(self.detached(), state)
         for name, parameter in module.named_parameters():
-            share = getattr(parameter, "ds_tensor", None)  # ZeRO-3: this rank's part, the last rank's padded
-            if share is None:
+            if parameter.numel() == state[name].numel():  # else ZeRO-3 holds it in parts only
                 parameter.copy_(state[name])
-            else:
+            share = getattr(parameter, "ds_tensor", None)  # its part on this rank, the last rank's padded
+            if share is not None:
                 part = state[name].reshape(-1)[self.rank * share.numel() :][: share.numel()]
                 share.view(-1)[: part.numel()].copy_(part)
 

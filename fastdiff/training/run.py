@@ -20,6 +20,7 @@ from fastdiff.preemption import StopSignals
 from fastdiff.processes import Processes, StopWith, current, make_writable, output_folder
 from fastdiff.settings import UserError
 from fastdiff.training import compilation, loop, resuming
+from fastdiff.training.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.engine import deepspeed_config, needs_engine, start_processes
 from fastdiff.training.fitting import fit
@@ -65,6 +66,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             make_writable(folder, "--run_dir")
         if writes and not known:
             open_things.enter_context(resuming.lock(folder))
+        if settings.detect_anomaly:
+            open_things.enter_context(detect_anomaly(model))
         with _clear_words(folder, trainer, writes=writes):
             if dry_run:
                 loop.dry_run(config, folder, trainer, [*notes, *settled])
@@ -87,6 +90,9 @@ def _clear_words(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]
     except StopWith as stop:
         tell("preempted" if stop.code == exit_codes.PREEMPTED else "diverged", stop.code, str(stop))
         raise
+    except NonFinite as found:
+        tell("diverged", exit_codes.DIVERGED, str(found))
+        raise StopWith(exit_codes.DIVERGED, str(found)) from None
     except torch.OutOfMemoryError as error:
         reason = (
             f"the GPU's memory is full with {trainer.micro} images at once; try --microbatch auto, a smaller "

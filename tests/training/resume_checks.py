@@ -1,12 +1,13 @@
 """N steps against k steps, a checkpoint, and N - k steps: bit for bit. Run by test_resume.py, alone or by torchrun.
 
-python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION:LOADER:K,K.. [...]
+python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION:LOADER:K,K.. [...] [back:STAGE:PRECISION ...]
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ DIFFUSION = DiffusionSettings(diffusion_steps=2, noise_schedule="cosine")
 
 
 def make_trainer(
-    data: Path, snapshot: checkpoints.Snapshot | None = None, loader: str = "pillow", **settings: object
+    data: Path, snapshot: checkpoints.Snapshot | None = None, loader: str = "pillow", **settings: Any
 ) -> Trainer:
     """A trainer with everything that has state: averages, dropout, micro-batches, loss-aware timesteps."""
     processes = start_processes()
@@ -61,7 +62,9 @@ def make_trainer(
     )
     torch.manual_seed(train.seed)
     diffusion = create_diffusion(DIFFUSION, MODEL.learn_sigma)
-    return Trainer(train, {}, build_model(MODEL), diffusion, images, processes, snapshot)
+    # Of these networks ZeRO-3 would keep every parameter whole on every rank.
+    deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 3000}} if train.zero_stage == 3 else {}
+    return Trainer(train, deepspeed, build_model(MODEL), diffusion, images, processes, snapshot)
 
 
 def steps(trainer: Trainer, count: int) -> list[float]:
@@ -114,6 +117,37 @@ def check_exact_resume(
     return final
 
 
+def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
+    """Going back in place equals a new start from the checkpoint that takes the same other stream."""
+    settings = {"zero_stage": stage, "precision": precision}
+    trainer = make_trainer(data, None, **settings)
+    steps(trainer, 2)
+    folder = work / f"back{stage}-{precision}-{trainer.processes.world_size}"
+    trainer.save(folder, {})
+    first = steps(trainer, 3)
+    snapshot = checkpoints.read(folder / "step_000002", ["0.9", "0.99"])
+    trainer.roll_back(snapshot)
+    assert (trainer.step, trainer.rollbacks) == (2, 1)
+    other = steps(trainer, 3)
+    assert other != first
+    final = state(trainer)
+    trainer.save(folder, {})
+    trainer.loader.close()
+
+    fresh = make_trainer(data, snapshot, **settings)
+    fresh.rollbacks = 1
+    fresh._take_stream(trainer.stream_seed)
+    assert steps(fresh, 3) == other
+    fresh_final = state(fresh)
+    fresh.loader.close()
+    if final is not None and fresh_final is not None:
+        assert all(torch.equal(value, fresh_final[name]) for name, value in final.items())
+
+    later = make_trainer(data, checkpoints.read(folder / "step_000005", ["0.9", "0.99"]), **settings)
+    assert (later.stream_seed, later.rollbacks) == (trainer.stream_seed, 1)  # kept by the checkpoint
+    later.loader.close()
+
+
 def parts_of(case: str) -> tuple[int, str, str, list[int]]:
     """STAGE:PRECISION:LOADER:K,K.. apart."""
     stage, precision, loader, at = case.split(":")
@@ -124,6 +158,10 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     data_folder, work_folder = Path(sys.argv[1]), Path(sys.argv[2])
     for case in sys.argv[3:]:
+        if case.startswith("back:"):
+            _, zero_stage, dtype = case.split(":")
+            check_roll_back(data_folder, work_folder, int(zero_stage), dtype)
+            continue
         zero_stage, dtype, pixels, after = parts_of(case)
         result = check_exact_resume(data_folder, work_folder, zero_stage, dtype, pixels, after)
         if result is not None:

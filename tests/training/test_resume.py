@@ -1,4 +1,4 @@
-"""Resuming is exact, at every step, ZeRO stage and precision, with both loaders, in one process and in two."""
+"""Resuming and going back are exact: at every step, ZeRO stage and precision, with both loaders, with one process and two."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ CASES = [
 ]
 
 
+BACK = ["0:fp32", "0:bf16", "1:bf16", "2:fp32", "3:bf16"]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"))
@@ -37,7 +40,8 @@ def test_one_process(case: str, data: Path, tmp_path: Path) -> None:
 def two_processes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case by two processes; the folder with their checkpoints and final states."""
     work = tmp_path_factory.mktemp("two")
-    run_two([str(HERE / "resume_checks.py"), str(data), str(work), *CASES])
+    back = [f"back:{case}" for case in BACK]
+    run_two([str(HERE / "resume_checks.py"), str(data), str(work), *CASES, *back])
     return work
 
 
@@ -54,6 +58,18 @@ def test_two_processes(case: str, two_processes: Path) -> None:
     name = case.rpartition(":")[0].replace(":", "-")
     final = torch.load(two_processes / f"final-{name}.pt", weights_only=True)
     assert int(final["updates"]) == 5
+
+
+@pytest.mark.parametrize("case", BACK)
+def test_going_back_alone(case: str, data: Path, tmp_path: Path) -> None:
+    stage, precision = case.split(":")
+    resume_checks.check_roll_back(data, tmp_path, int(stage), precision)
+
+
+@pytest.mark.parametrize("case", BACK)
+def test_going_back_in_two_processes(case: str, two_processes: Path) -> None:
+    folder = two_processes / f"back{case.replace(':', '-')}-2"
+    assert checkpoints.read(folder / "step_000005", ["0.9"]).state["rollbacks"] == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

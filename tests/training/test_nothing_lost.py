@@ -1,0 +1,263 @@
+"""A run that is stopped, meets damage or bad numbers, or is started with other settings."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from training.pictures_folder import make_pictures
+from training.test_train_scripts import flags
+
+from fastdiff import exit_codes, train
+from fastdiff.images import Batch
+from fastdiff.processes import StopWith
+from fastdiff.settings import UserError
+from fastdiff.training import checkpoint_files, resuming
+from fastdiff.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps whose checkpoints there are, all whole."""
+    folders = checkpoint_files.listed(run / "checkpoints")
+    assert [checkpoint_files.damage(folder) for folder in folders] == [""] * len(folders)
+    return [checkpoint_files.step_of(folder) for folder in folders]
+
+
+def status_of(run: Path) -> tuple[str, int, int | None]:
+    status = json.loads((run / "status.json").read_text())
+    return status["state"], status["step"], status["exit_code"]
+
+
+def rows_of(run: Path) -> list[dict[str, str]]:
+    with (run / "progress.csv").open() as file:
+        return [
+            {k: v for k, v in row.items() if k not in ("images_per_second", "data_wait", "memory_gb") and v}
+            for row in csv.DictReader(file)
+        ]
+
+
+def same_weights(run: Path, other: Path, step: int) -> bool:
+    name = f"checkpoints/step_{step:06d}/ema_0.9999_{step:06d}.pt"
+    a, b = (torch.load(folder / name, weights_only=True) for folder in (run, other))
+    return all(torch.equal(a[key], b[key]) for key in b)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
+    """Have something happen within a step, once."""
+    take = Trainer.take_step
+
+    def take_step(self: Trainer) -> None:
+        if self.step + 1 == step and not done:
+            done.append(True)
+            act()
+        take(self)
+
+    done: list[bool] = []
+    monkeypatch.setattr(Trainer, "take_step", take_step)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_asked_to_stop(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is finished and saved; the same command goes on to what an undisturbed run ends with."""
+    argv = flags(data, tmp_path / "run", "--max_steps", "7", "--log_interval", "3")
+    with monkeypatch.context() as patched:
+        at_step(patched, 4, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        with pytest.raises(StopWith, match=f"stopped by {name} after step 4; everything is saved") as stop:
+            train.main(argv)
+    assert stop.value.code == exit_codes.PREEMPTED == 75
+    assert steps_of(tmp_path / "run") == [4]
+    assert status_of(tmp_path / "run") == ("preempted", 4, 75)
+    train.main(argv)
+    assert status_of(tmp_path / "run") == ("done", 7, 0)
+    train.main(flags(data, tmp_path / "straight", "--max_steps", "7", "--log_interval", "3"))
+    assert same_weights(tmp_path / "run", tmp_path / "straight", 7)
+    # Step 4 was in the middle of a log interval: its row is over the steps of both lives.
+    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == ["3", "6", "7"]
+
+
+def test_a_damaged_newest_checkpoint(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train.main(flags(data, run, "--max_steps", "4", "--save_interval", "2"))
+    file = run / "checkpoints" / "step_000004" / "opt000004.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (run / "checkpoints" / ".step_000006.partial").mkdir()
+    train.main(flags(data, run, "--max_steps", "6", "--save_interval", "2"))
+    out = capsys.readouterr().out
+    assert "step_000004 is damaged (opt000004.pt has another content than was written) and left out" in out
+    assert "at step 2" in out
+    assert "an unfinished checkpoint (step_000006) is cleared away" in out
+    assert steps_of(run) == [2, 4, 6]
+    train.main(flags(data, tmp_path / "straight", "--max_steps", "6"))
+    assert same_weights(run, tmp_path / "straight", 6)
+
+
+def test_keeping_few_and_saving_by_the_clock(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train.main(flags(data, run, "--max_steps", "9", "--save_interval", "1", "--keep_last", "2", "--keep_every", "4"))
+    assert steps_of(run) == [4, 8, 9]
+    often = tmp_path / "often"
+    train.main(flags(data, often, "--max_steps", "4", "--save_interval", "0.0001min"))
+    assert steps_of(often) == [1, 2, 3, 4]
+    seldom = tmp_path / "seldom"
+    train.main(flags(data, seldom, "--max_steps", "4", "--save_interval", "30 minutes"))
+    assert steps_of(seldom) == [4]
+
+
+def test_in_the_foreground_too(data: Path, tmp_path: Path) -> None:
+    for beside in ("True", "False"):
+        more = ("--max_steps", "3", "--save_interval", "1", "--save_in_background", beside)
+        train.main(flags(data, tmp_path / beside, *more))
+    assert steps_of(tmp_path / "True") == steps_of(tmp_path / "False") == [1, 2, 3]
+    assert same_weights(tmp_path / "True", tmp_path / "False", 2)
+
+
+def test_another_batch_or_seed_must_be_allowed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    train.main(flags(data, run, "--max_steps", "2"))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for name, value in (("batch_size", "6"), ("seed", "1")):
+        for folder, more in ((run, ()), (tmp_path / "new", ("--resume_checkpoint", str(run)))):
+            with pytest.raises(UserError, match=f"--{name} {value}: .*--allow_change {name}"):
+                train.main(flags(data, folder, "--max_steps", "3", f"--{name}", value, *more))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    capsys.readouterr()
+    more = ("--batch_size", "6", "--seed", "1", "--lr", "2e-3", "--allow_change", "batch_size,seed")
+    train.main(flags(data, run, "--max_steps", "3", "--log_interval", "1", *more))
+    out = capsys.readouterr().out
+    assert "batch_size is 6 from here on; it was 4" in out
+    assert "seed is 1 from here on; it was 0" in out
+    assert "lr is 0.002 from here on; it was 0.001" in out
+    assert "max_steps is" not in out
+    assert rows_of(run)[-1]["samples"] == "14"
+
+
+def test_two_runs_in_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    train.main(flags(data, run, "--max_steps", "1"))
+    monkeypatch.setattr(resuming, "LOCK_WAIT", 0.1)
+    with (run / ".lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"process \d+ on .* is training in .*run; stop it"):
+            train.main(flags(data, run, "--max_steps", "2"))
+    train.main(flags(data, run, "--max_steps", "2"))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, bad: Callable[[Trainer], bool]) -> None:
+    """Losses are NaN in the steps that `bad` says."""
+    real = Trainer.losses
+
+    def losses(self: Trainer, network: Any, batch: Batch) -> Tensor:
+        loss = real(self, network, batch)
+        return loss * float("nan") if bad(self) else loss
+
+    monkeypatch.setattr(Trainer, "losses", losses)
+
+
+def test_going_back_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bad numbers from step 6 on, with the first stream of images: back to step 4, and on with another."""
+    run = tmp_path / "run"
+    spoil(monkeypatch, lambda trainer: trainer.step >= 5 and trainer.stream_seed == trainer.train.seed)
+    more = ("--max_steps", "14", "--save_interval", "4", "--log_interval", "1", "--max_bad_steps", "5")
+    train.main(flags(data, run, *more))
+    out = capsys.readouterr().out
+    assert "5 steps in a row had a non-finite loss or gradient" in out
+    assert "going back to" in out
+    assert status_of(run) == ("done", 14, 0)
+    assert steps_of(run) == [4, 8, 12, 14]
+    rows = rows_of(run)
+    assert [int(row["step"]) for row in rows] == list(range(1, 15))
+    assert all("skipped_steps" not in row for row in rows)  # what was skipped is gone with the way that led there
+    state = torch.load(run / "checkpoints" / "step_000014" / "state.pt", weights_only=True)
+    assert state["rollbacks"] == 1
+    assert state["stream_seed"] != 0
+    assert state["updates"] == 14
+    # A run that goes on keeps to the new stream: with the old one its numbers would go bad again.
+    train.main([*flags(data, run, *more), "--max_steps", "16"])
+    assert torch.load(run / "checkpoints/step_000016/state.pt", weights_only=True)["skipped_steps"] == 0
+
+
+def test_numbers_that_stay_bad(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Back once, then a diagnosis and exit code 77; the good checkpoint is still there."""
+    run = tmp_path / "run"
+    spoil(monkeypatch, lambda trainer: trainer.step >= 3)
+    more = ("--max_steps", "40", "--save_interval", "2", "--log_interval", "1", "--max_bad_steps", "3")
+    with pytest.raises(StopWith, match="once more; the diagnosis is in") as stop:
+        train.main(flags(data, run, *more))
+    assert stop.value.code == exit_codes.DIVERGED == 77
+    assert status_of(run)[::2] == ("diverged", 77)
+    out = capsys.readouterr().out
+    assert out.count("going back to") == 1
+    diagnosis = json.loads((run / "diagnosis.json").read_text())
+    assert diagnosis
+    assert "timestep" in out
+    assert 2 in steps_of(run)
+    skipped = [row["skipped_steps"] for row in rows_of(run) if "skipped_steps" in row]
+    assert skipped == sorted(skipped, key=float)
+
+
+def test_bad_numbers_before_any_checkpoint(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(monkeypatch, lambda trainer: True)
+    with pytest.raises(StopWith, match="there is no checkpoint from before"):
+        train.main(flags(data, tmp_path / "run", "--max_steps", "40", "--max_bad_steps", "3"))
+    assert not steps_of(tmp_path / "run")
+
+
+def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first operation is named, with exit code 77."""
+    at_step(monkeypatch, 3, lambda: None)
+    real = Trainer.take_step
+
+    def take_step(self: Trainer) -> None:
+        if self.step == 1:
+            self.masters.flats[5].detach().view(-1)[0] = 3e38
+        real(self)
+
+    monkeypatch.setattr(Trainer, "take_step", take_step)
+    with pytest.raises(StopWith) as stop:
+        train.main(flags(data, tmp_path / "run", "--max_steps", "4", "--detect_anomaly", "True"))
+    assert stop.value.code == exit_codes.DIVERGED
+    assert "input_blocks" in str(stop.value)
+    assert status_of(tmp_path / "run")[::2] == ("diverged", 77)
+    with pytest.raises(UserError, match="--detect_anomaly True contradicts compile True"):
+        train.main(flags(data, tmp_path / "other", "--detect_anomaly", "True", "--compile", "True"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--save_interval", "0"), "at least 1, or minutes such as 30min, not '0'"),
+        (("--save_interval", "ten"), "or minutes such as 30min, not 'ten'"),
+        (("--save_interval", "0min"), "or minutes such as 30min"),
+        (("--keep_every", "4"), "keep_every 4 needs keep_last"),
+        (("--allow_change", "lr"), "must be of batch_size, seed, not 'lr'"),
+        (("--stall_minutes", "0"), "stall_minutes"),
+        (("--max_bad_steps", "-1"), "max_bad_steps"),
+    ],
+)
+def test_settings_that_can_not_be(given: tuple[str, str], message: str, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        train.main(flags(data, tmp_path / "run", *given))
+    assert not (tmp_path / "run").exists()
