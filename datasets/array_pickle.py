@@ -2,6 +2,9 @@
 
 A pickle can name any function of any module and have it called. This reader admits only the names that an array's
 pickle needs, and even those stand for the harmless classes below: no function of numpy is ever called by a file.
+
+Memory is bounded by the file's size too: the reader is Python's own, not the one in C, which lets ten bytes ask for
+64 GB of places to remember things in; and texts that a file has encoded again and again are counted.
 """
 
 from __future__ import annotations
@@ -42,24 +45,31 @@ def _reconstruct(*_ignored: object) -> _Array:
     return _Array()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """Stands for _codecs.encode, by which Python 3 writes bytes for readers of Python 2."""
-    if encoding not in ("latin1", b"latin1"):
-        raise ValueError("bytes in another encoding than latin1")
-    return text.encode("latin1")
-
-
 _ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
 }
 
 
-class _Reader(pickle.Unpickler):
+class _Reader(pickle._Unpickler):
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._bytes_left = 2 * len(data)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """Stands for _codecs.encode, by which Python 3 writes bytes for readers of Python 2."""
+        if encoding not in ("latin1", b"latin1"):
+            raise ValueError("bytes in another encoding than latin1")
+        self._bytes_left -= len(text)
+        if self._bytes_left < 0:
+            raise ValueError("more bytes than the file has")
+        return text.encode("latin1")
+
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         if (module, name) not in _ADMITTED:
             raise UserError(f"it asks for {module}.{name}, which such a file never needs")
         return _ADMITTED[module, name]
@@ -68,7 +78,7 @@ class _Reader(pickle.Unpickler):
 def read(data: bytes, origin: str) -> dict[str, Any]:
     """The dictionary that a pickle holds, with its byte strings for keys turned into text."""
     try:
-        content = _Reader(io.BytesIO(data), encoding="bytes").load()
+        content = _Reader(data).load()
         pairs = [(key.decode("ascii") if isinstance(key, bytes) else key, value) for key, value in content.items()]
     except UserError as error:
         raise UserError(f"{origin} is not safe to read: {error}") from None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from fastdiff.settings import UserError, shortened
 
@@ -16,8 +18,8 @@ MAX_DEPTH = 50
 def read_json(path: Path) -> Any:
     """A JSON file's content. UserError, which names the file, for what can't be read or isn't strict JSON.
 
-    Refused besides: files of more than MAX_BYTES, values nested deeper than MAX_DEPTH, NaN and infinity, which JSON
-    doesn't know, and objects with a key twice, of which readers take now the first and now the last.
+    Refused besides: files of more than MAX_BYTES, values nested deeper than MAX_DEPTH, numbers that aren't
+    finite, and objects with a key twice, of which readers take now the first and now the last.
     """
     try:
         with path.open("rb") as file:
@@ -28,13 +30,12 @@ def read_json(path: Path) -> Any:
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB; give a JSON file of settings")
     try:
-        content = json.loads(data, object_pairs_hook=_object, parse_constant=_no_number)
+        content = json.loads(data, object_pairs_hook=_object)
     except RecursionError:
         raise UserError(f"{path}: is nested too deeply; at most {MAX_DEPTH} levels are read") from None
     except ValueError as error:  # of JSON, of UTF-8, of a number of thousands of digits, or one of those below
         raise UserError(f"{path}: is not JSON ({shortened(str(error), 200)})") from error
-    if _is_deep(content):
-        raise UserError(f"{path}: is nested too deeply; at most {MAX_DEPTH} levels are read")
+    _check(content, path)
     return content
 
 
@@ -46,17 +47,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-def _is_deep(content: Any) -> bool:
-    level = [content]
+def _check(content: Any, path: Path) -> None:
+    """UserError for a number that isn't finite, or values nested too deeply."""
+    level = [("", content)]
     for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for value in level
-            if isinstance(value, (dict, list))
-            for inner in (value.values() if isinstance(value, dict) else value)
-        ]
-    return bool(level)
+        for key, value in level:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{path}: {shortened(key)} must be a finite number, not {value}")
+        level = [(f"{key}.{name}".lstrip("."), inner) for key, value in level for name, inner in _inside(value)]
+    if level:
+        raise UserError(f"{path}: is nested too deeply; at most {MAX_DEPTH} levels are read")
+
+
+def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()

@@ -49,11 +49,11 @@ def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
     root = Path(data_dir)
     if not str(data_dir):
         raise UserError("no image folder is given: name one with --data_dir")
-    if not root.exists():
-        raise UserError(f"the image folder {root} does not exist; give one that does (--data_dir)")
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder of images but a file; give the folder that holds it")
     try:
+        if not root.exists():
+            raise UserError(f"the image folder {root} does not exist; give one that does (--data_dir)")
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder of images but a file; give the folder that holds it")
         paths = list(_walk(root, frozenset()))
         if not paths:
             found = "holds no images" if any(root.iterdir()) else "is empty"

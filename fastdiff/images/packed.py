@@ -54,7 +54,10 @@ def _length(path: Path) -> int:
 
 def is_packed(folder: str | Path) -> bool:
     """Whether the folder is a packed one, and whole."""
-    return bool(str(folder)) and (Path(folder) / RECORD).is_file()
+    try:
+        return bool(str(folder)) and (Path(folder) / RECORD).is_file()
+    except OSError:  # one that can't be entered, or whose name is too long: whoever lists it says so
+        return False
 
 
 def replacements(count: int, unreadable: Iterable[int]) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,14 @@ from torch import Tensor
 
 from fastdiff.images import DataSettings, label_images, list_images, load_image
 from fastdiff.images.pixels import MODES
+from fastdiff.images.reader import what_is_wrong
 from fastdiff.models import SuperResSettings
-from fastdiff.settings import UserError
+from fastdiff.settings import UserError, quoted
+
+LARGE = 256 << 20
+"""Bytes that an array may have however small its file."""
+EXPANSION = 100
+"""How many times its file's bytes a larger array may have: compressed images are rarely a tenth of themselves."""
 
 
 class BaseImages:
@@ -23,8 +31,13 @@ class BaseImages:
         path = Path(source)
         if not source:
             raise UserError("--base_samples is missing: give an .npz of small images, or a folder of them")
-        if not path.exists():
-            raise UserError(f"--base_samples: {path} does not exist; give an .npz of small images, or a folder of them")
+        try:
+            if not path.exists():
+                raise UserError(
+                    f"--base_samples: {path} does not exist; give an .npz of small images, or a folder of them"
+                )
+        except OSError as error:
+            raise UserError(f"--base_samples: {quoted(source)} can't be opened ({error.strerror})") from error
         self.path = path
         self._files: list[Path] | None = None
         self.labels: np.ndarray | None = None
@@ -63,11 +76,19 @@ class BaseImages:
             images = self._images[rows]
         else:
             mode = MODES[self.settings.in_channels]
-            images = np.stack([load_image(self._files[row], self.settings.small_size, mode) for row in rows])
+            images = np.stack([self._load(self._files[row], mode) for row in rows])
         arguments = {"low_res": as_low_res(images, index.device)}
         if self.settings.class_cond and self.labels is not None:
             arguments["y"] = torch.from_numpy(self.labels[rows]).to(index.device)
         return arguments
+
+    def _load(self, file: Path, mode: str) -> np.ndarray:
+        try:
+            return load_image(file, self.settings.small_size, mode)
+        except Exception as error:  # Pillow's decoders raise many kinds
+            raise UserError(
+                f"--base_samples: {file} can't be read ({what_is_wrong(error)}); mend it, or take it out of the folder"
+            ) from error
 
 
 def as_low_res(images: np.ndarray, device: torch.device) -> Tensor:
@@ -76,29 +97,60 @@ def as_low_res(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.ndarray | None]:
-    """arr_0 and arr_1 of an npz of small images; UserError when they aren't what the model takes."""
+    """arr_0 and arr_1 of an npz of small images; UserError when they aren't what the model takes.
+
+    Each array's header is looked at before the array is read, and one that would unpack to more than LARGE bytes and
+    EXPANSION times the file's is refused, so that a small file takes little memory.
+    """
+    wanted = (*settings.small_size, settings.in_channels)
+    nameless = UserError(f"--base_samples: {path} has no arr_0; give an .npz as sample.py writes it")
     try:
         with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            if isinstance(content, np.ndarray) or "arr_0" not in content:
-                raise UserError(f"--base_samples: {path} has no arr_0; give an .npz as sample.py writes it")
-            images = content["arr_0"]
-            labels = content.get("arr_1")
+            is_npy = file.read(6) == np.lib.format.MAGIC_PREFIX  # a single array
+        if is_npy:
+            raise nameless
+        with zipfile.ZipFile(path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                raise nameless
+            shape, dtype = _header(archive, "arr_0", path)
+            if dtype != np.uint8 or len(shape) != 4 or shape[1:] != wanted or not shape[0]:
+                raise UserError(
+                    f"--base_samples: arr_0 of {path} is {quoted(dtype)} {quoted(list(shape))}, the model takes uint8 "
+                    f"[N, {', '.join(map(str, wanted))}]"
+                )
+            images = _array(archive, "arr_0")
+            if "arr_1.npy" not in archive.namelist():
+                return images, None
+            label_shape, label_dtype = _header(archive, "arr_1", path)
+            if label_shape != shape[:1] or label_dtype.kind not in "iu":
+                raise UserError(
+                    f"--base_samples: arr_1 of {path} is {quoted(label_dtype)} {quoted(list(label_shape))}, the "
+                    f"{shape[0]} images need as many whole numbers"
+                )
+            return images, _array(archive, "arr_1").astype(np.int64)
     except UserError:
         raise
     except Exception as error:  # zipfile, numpy and the operating system each have their own
         raise UserError(f"--base_samples: {path} is not an .npz of arrays, or is damaged") from error
-    wanted = (*settings.small_size, settings.in_channels)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != wanted or not len(images):
+
+
+def _header(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array; UserError where it would take far more memory than its file has bytes."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.file_size > max(LARGE, EXPANSION * path.stat().st_size):
         raise UserError(
-            f"--base_samples: arr_0 of {path} is {images.dtype} {list(images.shape)}, the model takes uint8 "
-            f"[N, {', '.join(map(str, wanted))}]"
+            f"--base_samples: {name} of {path} would unpack to {entry.file_size} bytes, {EXPANSION} times the file's; "
+            "give an .npz that is not compressed"
         )
-    if labels is None:
-        return images, None
-    if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-        raise UserError(
-            f"--base_samples: arr_1 of {path} is {labels.dtype} {list(labels.shape)}, the {len(images)} images need as "
-            "many whole numbers"
-        )
-    return images, labels.astype(np.int64)
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)  # type: ignore[arg-type]
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize > entry.file_size:
+        raise ValueError("not as many numbers as the header says")
+    return shape, dtype
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
