@@ -1,4 +1,4 @@
-"""Resuming and going back are exact: at every step, ZeRO stage and precision, with both loaders, with one process and two."""
+"""Resuming and going back are exact: at every step, ZeRO stage and precision, with both loaders, on one rank and two."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CASES = [f"{stage}:{precision}:pillow:2" for precision in ("fp32", "bf16") for s
 # The rate still rises after 1 step, an epoch ends in the 2nd and the 4th, timesteps follow the losses from the 3rd on.
 CASES = [
     *(case.replace(":2", ":1,2,3,4") if case in ("0:fp32:pillow:2", "2:bf16:pillow:2") else case for case in CASES),
-    *("0:fp32:dali:1,2,3,4", "1:bf16:dali:3"),
+    *("0:fp32:dali:1,3", "1:bf16:dali:3"),
 ]
 
 
-BACK = ["0:fp32", "0:bf16", "1:bf16", "2:fp32", "3:bf16"]
+BACK = ["0:fp32", "1:bf16", "2:fp32", "3:bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def two_processes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_two(command: list[str], expect: int = 0) -> str:
     """A script by two processes under torchrun; its output."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=500, cwd=HERE.parent.parent)
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=900, cwd=HERE.parent.parent)
     assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout
 
