@@ -30,7 +30,7 @@ class Timing:
     interval: float | None = None
     """Between signs of life; None: 1 for few processes, 5 for many."""
     silence: float = 40.0
-    """Without a sign of a rank, after which it counts as lost."""
+    """Without a sign of a rank, after which it counts as lost; at most stall_seconds."""
     grace: float = 10.0
     """For a rank to end by itself after another one has."""
     linger: float = 5.0
@@ -53,6 +53,7 @@ class Watchdog:
     def __init__(self, processes: Processes, stall_seconds: float = 600.0, timing: Timing | None = None) -> None:
         self.rank, self.world_size, self.stall_seconds = processes.rank, processes.world_size, stall_seconds
         self.timing = timing or Timing()
+        self.silence = min(self.timing.silence, stall_seconds)
         self.interval = self.timing.interval or min(5.0, max(1.0, processes.world_size / 16))
         self._host, self._machine = socket.gethostname(), this_machine()
         self._main = threading.main_thread().ident
@@ -145,7 +146,7 @@ class Watchdog:
         now, exchange = time.monotonic(), self.exchange
         ended = {end.rank for _, end in self._ends() if end.about == "itself"}
         for rank, seen in self._others().items():
-            fresh = now - seen.at < self.timing.silence and not (exchange and rank in exchange.dead)
+            fresh = now - seen.at < self.silence and not (exchange and rank in exchange.dead)
             if rank < self.rank and fresh and rank not in ended and seen.sign.machine == self._machine:
                 return False
         return True
@@ -166,8 +167,10 @@ class Watchdog:
         if not self.exchange:
             return
         hosts = self.rank == 0 and not agent_hosts_store()
-        before_store = 0.0 if hosts else 2.0
-        told = self.exchange.send(end, before_store if self.exchange.at is None else _SLOW_STORE)
+        patience = 0.0 if hosts else 2.0  # before there is a store
+        if self.exchange.at:
+            patience = _SLOW_STORE if time.monotonic() - self.exchange.at < _SLOW_STORE else 0.5
+        told = self.exchange.send(end, patience)
         if told and hosts:
             time.sleep(2 * self.interval)  # the store goes with this process: let the others read
 
@@ -219,7 +222,7 @@ class Watchdog:
 
     def _silent(self, now: float) -> str | None:
         """A rank that gave no sign of life for too long."""
-        exchange, others, limit = self.exchange, self._others(), self.timing.silence
+        exchange, others, limit = self.exchange, self._others(), self.silence
         if exchange is None:
             return None
         if exchange.at is not None and exchange.broken is None and now - exchange.at > limit:
@@ -230,7 +233,7 @@ class Watchdog:
         for rank, seen in sorted(others.items()):
             if now - seen.at > limit and not seen.sign.done and rank not in told and exchange.broken is None:
                 return f"{seen.sign.who} gave no sign of life for {limit:.0f} s, last at {seen.sign.place}"
-        if now - self._started > max(limit, self.stall_seconds) and exchange.at is not None:
+        if now - self._started > max(limit, self._allowed) and exchange.at is not None:
             missing = [rank for rank in range(self.world_size) if rank != self.rank and rank not in others]
             if missing:
                 return f"rank {missing[0]} gave no sign of life since the start {now - self._started:.0f} s ago"
@@ -243,7 +246,7 @@ class Watchdog:
         while self._open:
             time.sleep(min(1.0, self.interval))
             now = time.monotonic()
-            if now - before > max(5.0, 0.3 * self.timing.silence):
+            if now - before > max(5.0, 0.3 * self.silence):
                 self._forgive(now)  # it is this process that was stopped, or its machine
             before = now
             self._look()
