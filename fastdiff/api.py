@@ -30,7 +30,7 @@ from fastdiff.presets import download, find_preset, is_preset
 from fastdiff.processes import current
 from fastdiff.sampling.inputs import as_low_res
 from fastdiff.sampling.network import Network, open_network
-from fastdiff.sampling.pictures import grid, save_grid
+from fastdiff.sampling.pictures import grid, non_finite, save_grid
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import SampleSettings
 from fastdiff.settings import UserError, validated
@@ -214,6 +214,8 @@ class Model:
         kwargs = {} if labels is None else {"y": torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self.device)}
         for step in ddim_reverse_loop(diffusion, self.network.model, x, model_kwargs=kwargs):
             x = step.sample
+        if bad := (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+            raise UserError(f"encode: {non_finite(bad)}; try another checkpoint, or load this one with precision fp32")
         return x
 
     def _sampler_of(

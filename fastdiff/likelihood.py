@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from fastdiff.processes import Processes
 TERMS = ("vb", "mse", "xstart_mse")
 
 
+class NonFiniteBound(ValueError):
+    """The bound of an image is not finite; says which image's."""
+
+
 def score(
     model: Callable[..., Tensor],
     diffusion: GaussianDiffusion,
@@ -35,7 +40,8 @@ def score(
     """The bound of every image of the loader in bits per dimension, [N] in the listing's order, and the mean terms.
 
     The terms vb, mse and xstart_mse are [T], means over the images, index 0 the largest timestep. Each image counts
-    once, whatever the batch size and the number of processes. Complete on rank 0.
+    once, whatever the batch size and the number of processes. Complete on rank 0. Raises NonFiniteBound for the first
+    image whose bound, or any output of the network that it is made of, is not finite.
     """
     count, steps = loader.num_images, diffusion.num_timesteps
     totals = torch.zeros(count, dtype=torch.float64)
@@ -56,7 +62,17 @@ def score(
             return ops.image_noise(seed | BOUND, positions, t, shape)
 
         kwargs = {"y": batch.labels} if class_cond else {}
-        result = diffusion.calc_bpd_loop(model, x_start, clip_denoised, kwargs, noise)
+        watch = torch.zeros(len(positions), device=x_start.device)  # clipping makes 1 of an infinite output
+
+        def watched(*args: Any, watch: Tensor = watch, **kwargs: Any) -> Tensor:
+            output = model(*args, **kwargs)
+            watch += output.sum(dim=(1, 2, 3), dtype=torch.float32)
+            return output
+
+        result = diffusion.calc_bpd_loop(watched, x_start, clip_denoised, kwargs, noise)
+        bad = (~(result["total_bpd"] + watch).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise NonFiniteBound(f"the bound of image {int(batch.positions[bad[0]])} of the listing is not finite")
         totals[batch.positions] = result["total_bpd"].double().cpu()
         for name in TERMS:
             sums[name] += result[name].double().sum(dim=0).cpu()

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.diffusion import create_diffusion
     from fastdiff.images import open_images
     from fastdiff.kernel_choice import choose_kernels
-    from fastdiff.likelihood import save_terms, score
+    from fastdiff.likelihood import NonFiniteBound, save_terms, score
     from fastdiff.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.network import open_network
     from fastdiff.settings import UserError
@@ -60,15 +60,21 @@ def main(argv: list[str] | None = None) -> None:
     processes = join()
     if processes.is_main:
         print("\n".join(chosen))
-    totals, terms = score(
-        network.model,
-        diffusion,
-        loader,
-        processes,
-        class_cond=config.model.class_cond,
-        clip_denoised=settings.clip_denoised,
-        seed=settings.seed,
-    )
+    try:
+        totals, terms = score(
+            network.model,
+            diffusion,
+            loader,
+            processes,
+            class_cond=config.model.class_cond,
+            clip_denoised=settings.clip_denoised,
+            seed=settings.seed,
+        )
+    except NonFiniteBound as error:
+        advice = "" if settings.precision == "fp32" else ", or --precision fp32"
+        raise UserError(
+            f"--model_path: {error}, and nothing is written; try another checkpoint or average of its weights{advice}"
+        ) from None
     if processes.is_main:
         files = save_terms(folder, terms)
         print(f"{len(totals)} images: {totals.mean():.4f} bits/dim (standard error {_standard_error(totals):.4f})")

@@ -63,7 +63,7 @@ def _nll(b_x, b_mean, b_lv):
     b_each = tl.where(b_p >= 1e-12, 1.0 / tl.maximum(b_p, 1e-12), 0.0)
     b_dmean = b_each * b_inv * (b_pp - b_pm)
     b_dlv = b_each * 0.5 * (b_plus * b_pp - b_minus * b_pm)
-    return -tl.log(tl.maximum(b_p, 1e-12)), b_dmean, b_dlv
+    return -tl.log(tl.maximum(b_p, 1e-12, propagate_nan=tl.PropagateNan.ALL)), b_dmean, b_dlv
 
 
 @triton.jit

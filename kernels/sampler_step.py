@@ -49,8 +49,8 @@ def _one_channel(
         b_pred = tl.load(p_out, mask=m, other=0.0).to(tl.float32)
         if EPSILON:
             b_pred = tl.load(p_coef) * b_x - tl.load(p_coef + 1) * b_pred
-        if CLIP:
-            b_pred = tl.minimum(tl.maximum(b_pred, -1.0), 1.0)
+        if CLIP:  # nan stays nan, as torch.clamp has it
+            b_pred = tl.clamp(b_pred, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
         b_next = tl.load(p_coef + 2) * b_x + tl.load(p_coef + 3) * b_pred
         if h1_ptr is not None:
             b_next += tl.load(p_coef + 4) * tl.load(h1_ptr + o_next, mask=m, other=0.0)

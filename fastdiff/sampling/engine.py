@@ -33,6 +33,7 @@ class _State:
     history: list[Tensor]  # earlier predictions, the latest first
     row: Tensor  # [1] int64
     index: Tensor  # [B] int64
+    watch: Tensor  # [B] float32, the sum of all outputs: finite as long as they are
     given: dict[str, Tensor]  # Evaluation.conditioning
 
 
@@ -91,6 +92,14 @@ class Engine:
             if complete:
                 yield Step(step, state.x[:count], state.pred_xstart[:count])
 
+    def finite(self, count: int) -> Tensor:
+        """Whether each of the first `count` images of the last batch is finite, and all that made it was, [n] bool.
+
+        An image shows it only in part: clipping makes 1 of an infinite prediction.
+        """
+        assert self._state is not None
+        return (self._state.watch + self._state.x.sum(dim=(1, 2, 3))).isfinite()[:count]
+
     def draw(self, index: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         """The images [n, C, H, W] float32 in about [-1, 1]."""
         for step in self.steps(index, y, low_res):
@@ -107,6 +116,7 @@ class Engine:
         if state.input is not state.x:
             state.input.zero_()
             state.input[:, : x.shape[1]].copy_(x)
+        state.watch.zero_()
         for earlier in state.history:
             earlier.zero_()
         state.index.copy_(index)
@@ -129,6 +139,7 @@ class Engine:
             history=[place(C, torch.float32) for _ in range(self.plan.history)],
             row=self._rows[:1].clone(),
             index=index.clone(),
+            watch=torch.zeros(B, device=self.device),
             given={name: value.clone() for name, value in given.items()},
         )
 
@@ -163,6 +174,7 @@ class Engine:
         """A row of the plan, in place. A row whose sigma is 0 comes out the same with noise and without."""
         B = len(state.x)
         output = self.evaluation(state.input, state.row, state.given, guided)
+        state.watch += output.sum(dim=(1, 2, 3), dtype=torch.float32)
         noise = None
         if noisy:
             draws = self._draws.index_select(0, state.row).expand(B).contiguous()

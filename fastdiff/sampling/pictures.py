@@ -15,6 +15,17 @@ from fastdiff.sampling.files import whole
 
 CHANNELS = (1, 3, 4)
 """Channels of which a picture can be made: gray, RGB, RGBA."""
+NAMED = 5
+"""Images whose numbers an error gives."""
+
+
+def non_finite(images: list[int]) -> str:
+    """images 3, 7 and 12 came out with values that are not finite"""
+    named = [str(image) for image in images[:NAMED]]
+    if more := len(images) - len(named):
+        named.append(f"{more} other{'s' * (more > 1)}")
+    listed = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else named[0]
+    return f"image{'s' * (len(images) > 1)} {listed} came out with values that are not finite"
 
 
 def to_uint8(samples: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.evaluation import Evaluation, Guidance
 from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.network import Network
-from fastdiff.sampling.pictures import to_uint8
+from fastdiff.sampling.pictures import non_finite, to_uint8
 from fastdiff.sampling.settings import DrawSettings
 from fastdiff.settings import UserError
 
@@ -60,7 +60,7 @@ class Sampler:
         flag: str = "--",
     ) -> None:
         """flag is what the names of settings begin with in error messages. Raises UserError for what can't be."""
-        self.network, self.settings, self.device = network, settings, device
+        self.network, self.settings, self.device, self.flag = network, settings, device, flag
         self.labels, self.inputs = labels, inputs
         self.stream = stream
         if settings.cuda_graph is True and device.type != "cuda":
@@ -88,7 +88,7 @@ class Sampler:
     # --- what is drawn ---
 
     def draw(self, index: np.ndarray, on_progress: Callable[[float], None] = lambda images: None) -> Drawn:
-        """Images `index` [n] int64 of the job; see `drawn.Draw`."""
+        """Images `index` [n] int64 of the job; see `drawn.Draw`. UserError where one is not finite."""
         images, labels = [], []
         for part in torch.from_numpy(index).split(self.batch_size):
             given = self._given(part.to(self.device))
@@ -241,10 +241,24 @@ class Sampler:
         return Evaluation(self.network.model, self.plan, self.diffusion, self.guidance, self.device, compiled)
 
     def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> Tensor:
-        """The images as maps, valid until the next batch."""
-        for step in self._engine_of().steps(**given):
+        """The images as maps, valid until the next batch. UserError where one is not finite."""
+        engine = self._engine_of()
+        for step in engine.steps(**given):
             on_step(step)
+        # Waits for the device, once a batch: the images are about to be fetched.
+        if bad := given["index"][~engine.finite(len(given["index"]))].tolist():
+            raise UserError(self._refusal(bad))
         return step.sample
+
+    def _refusal(self, bad: list[int]) -> str:
+        """What to say of images that are not finite."""
+        flag = self.flag.removesuffix("sr_")  # one for all networks
+        advice = ["another checkpoint or average of its weights" + (f" ({self.flag}model_path)" if self.flag else "")]
+        if self.settings.precision != "fp32":
+            advice.append(f"{flag}precision fp32")
+        if self.guidance.weight != 1:
+            advice.append(f"a {flag}guidance nearer 1 than {self.guidance.weight:g}")
+        return f"{non_finite(bad)}, and are not written; try {', or '.join(advice)}"
 
     def _engine_of(self) -> Engine:
         """The engine, built when the first image is asked for."""

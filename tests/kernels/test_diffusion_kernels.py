@@ -210,6 +210,22 @@ def test_sampler_step_without_noise() -> None:
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
+def test_nan_stays_nan() -> None:
+    """Clipping and the likelihood's floor hide none, so that whoever looks at the results sees it."""
+    output, x = channels_last(normal(3, 6, 4, 4)), normal(3, 3, 4, 4, seed=1)
+    output[0, 1, 2, 3] = output[1, 4, 0, 0] = output[2, 2, 1, 1] = float("nan")
+    rows = 0.5 * normal(3, 10, seed=2)
+    noise = reference.image_noise(7, INDEX, 0, (3, 4, 4))
+    ours = sampler_step(output, x, rows, noise, variance="range")
+    theirs = reference_diffusion.sampler_step(output, x, rows, noise, variance="range")
+    for got, want in zip(ours[:2], theirs[:2], strict=True):
+        assert torch.equal(got.isnan(), want.isnan())
+    assert [each.isnan().any().item() for each in ours[0]] == [True, True, True]
+    _, rows = coefficients([0, 0, 0], learn_sigma=True)
+    for got in diffusion_loss(output, images(3, 4, 4), rows, noise, variance="range")[::2]:  # the loss, the bound
+        assert got.isnan().all()
+
+
 # --- registration, and what is refused ---
 
 
