@@ -43,7 +43,16 @@ def compile_kwargs(device: torch.device, fullgraph: bool = True, frozen: bool = 
     return {"fullgraph": fullgraph, "dynamic": False, **({"options": options} if options else {})}
 
 
-def prepare_cudnn() -> None:
-    """Let cuDNN time all its plans for every shape that comes; by default it looks at ten."""
-    torch.backends.cudnn.benchmark = True
+def prepare_cudnn(deterministic: bool = False) -> None:
+    """Let cuDNN time all its plans for every shape that comes; by default it looks at ten.
+
+    deterministic: no choice by time, and only algorithms that give the same bits every time. To be called before cuBLAS
+    is first used.
+    """
+    torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.benchmark_limit = 0
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is filled
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -117,7 +117,7 @@ def wait_for_moment(life: Life, run: Path, kind: str, rng: random.Random) -> boo
     if kind == "training":
         wanted = _rows(run) + rng.randint(0, 2)
         return _sleep(life, lambda: _started(life) and _rows(run) >= wanted) and _linger(rng, 0.08)
-    writes = rng.randint(1, 2)
+    writes = rng.randint(1, 3)
     for _ in range(writes):
         if not _sleep(life, lambda: not _writing(run)) or not _sleep(life, lambda: _writing(run)):
             return False
@@ -211,7 +211,7 @@ def torment(argv: list[str], run: Path, kills: int, rng: random.Random, tally: T
     begun = time.monotonic()
     while (done := sum(tally.kills.values())) < kills:
         life = Life(argv, log)
-        kind = rng.choices(("starting", "training", "writing"), (1, 2, 3))[0]
+        kind = rng.choices(("starting", "training", "writing"), (1, 3, 3))[0]
         if not wait_for_moment(life, run, kind, rng):
             life.close()
             if life.process.returncode == 0:
@@ -248,6 +248,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.folder or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
+        if any(work.iterdir()):
+            parser.error(f"--folder: {work} must be empty")
         make_pictures(work / "pictures")
         try:
             print(f"an undisturbed run of {steps} steps first", flush=True)

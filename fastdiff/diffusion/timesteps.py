@@ -24,7 +24,9 @@ class UniformSampler:
         """Timesteps [B] int64 and importance weights 1 / (T p_t) [B] float32, for uniform [B] float64 in (0, 1)."""
         p = self.weights()
         p = p / p.sum()
-        t = torch.searchsorted(p.cumsum(0), uniform.to(p), right=True).clamp(max=self.num_timesteps - 1)
+        # In whole numbers, whose running sum is the same on every device and every time.
+        edges = (p * 2.0**48).round().long().cumsum(0)
+        t = torch.searchsorted(edges, (uniform.to(p) * edges[-1]).long(), right=True).clamp(max=self.num_timesteps - 1)
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:

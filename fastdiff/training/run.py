@@ -56,7 +56,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         notes = choose_kernels(settings.kernels, processes.device)
         torch.set_float32_matmul_precision("highest")
         keep_compiled_code()
-        prepare_cudnn()
+        prepare_cudnn(settings.deterministic)
         diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
         config, settled = _settle(config, diffusion, processes, snapshot, dry_run)
         torch.manual_seed(settings.seed)

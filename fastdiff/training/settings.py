@@ -78,6 +78,9 @@ class TrainSettings(Settings):
     """Write checkpoints beside training, from a copy in memory. auto: where the copy fits."""
     allow_change: Words = ()
     """What may differ from the checkpoint that the run goes on from: batch_size, seed, or both."""
+    deterministic: bool = False
+    """The same numbers, bit for bit, on every run on the same GPUs: slower algorithms where need be, none chosen by
+    their time. On a CPU that is always so."""
     stall_minutes: float = Field(10.0, gt=0)
     """A rank without progress for so long ends the run, which says where it hangs."""
     max_bad_steps: int = Field(50, ge=0)

@@ -1,4 +1,4 @@
-"""Resuming and going back are exact: at every step, ZeRO stage and precision, with both loaders, on one rank and two."""
+"""Resuming and going back are exact: at any step, ZeRO stage and precision, with both loaders, on one rank and two."""
 
 from __future__ import annotations
 

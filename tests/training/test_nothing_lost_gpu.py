@@ -1,0 +1,97 @@
+"""Exact resumption, going back, saving beside training and skipped steps on a GPU; fp16's loss scale included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training.small_trainer import losses_of, small_trainer, weights_of
+
+from fastdiff.compilation import prepare_cudnn
+from fastdiff.training import checkpoint_files, checkpoints
+from fastdiff.training.saving import Saver
+from fastdiff.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+WAYS: list[dict[str, Any]] = [
+    {"precision": "fp32"},
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"precision": "fp16", "cuda_graph": True},
+    {"precision": "bf16", "cuda_graph": True, "schedule_sampler": "loss-second-moment"},
+    {"precision": "bf16", "zero_stage": 2},
+    {"precision": "fp16", "zero_stage": 3},
+]
+IDS = ["-".join(map(str, way.values())) for way in WAYS]
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    prepare_cudnn(deterministic=True)
+    yield
+    prepare_cudnn()
+
+
+def same(a: Trainer, b: Trainer) -> list[str]:
+    """What differs between two trainers."""
+    ours, theirs = weights_of(a), weights_of(b)
+    wrong = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    if a.stepper.scaler_state() != b.stepper.scaler_state():
+        wrong.append(f"loss scale {a.stepper.scaler_state()} {b.stepper.scaler_state()}")
+    if a.stepper.state_dict() != b.stepper.state_dict():
+        wrong.append("skipped steps")
+    return wrong
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_exact_resume_gpu(way: dict[str, Any], at: int, tmp_path: Path) -> None:
+    """Ten steps at once equal k, a checkpoint and the rest. fp16 begins at 2^20 and so with skipped steps."""
+    straight = small_trainer(**way)
+    first = losses_of(straight, at)
+    straight.save(tmp_path, {})
+    rest = losses_of(straight, 10 - at)
+    resumed = small_trainer(checkpoints.read(tmp_path / f"step_{at:06d}", ["0.9", "0.99"]), **way)
+    assert losses_of(resumed, 10 - at) == rest, (first, rest)
+    assert same(resumed, straight) == []
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+def test_going_back_gpu(way: dict[str, Any], tmp_path: Path) -> None:
+    trainer = small_trainer(**way)
+    losses_of(trainer, 4)
+    trainer.save(tmp_path, {})
+    losses_of(trainer, 4)
+    snapshot = checkpoints.read(tmp_path / "step_000004", ["0.9", "0.99"])
+    trainer.roll_back(snapshot)
+    other = losses_of(trainer, 6)
+    fresh = small_trainer(snapshot, **way)
+    fresh._take_stream(trainer.stream_seed)
+    assert losses_of(fresh, 6) == other
+    assert same(trainer, fresh) == []
+
+
+@pytest.mark.parametrize("way", WAYS, ids=IDS)
+def test_saving_beside_gpu(way: dict[str, Any], tmp_path: Path) -> None:
+    """What is written is the state of the moment of saving, though steps go on meanwhile, undisturbed."""
+    saving, alone = small_trainer(**way), small_trainer(**way)
+    saver = Saver(tmp_path, background=True)
+    losses_of(saving, 5)
+    saver.save(saving.step, {}, saving.fill, saving.state_bytes)
+    losses_of(saving, 5)
+    saver.wait()
+    saver.close()
+    losses_of(alone, 5)
+    alone.save(tmp_path / "alone", {})
+    losses_of(alone, 5)
+    assert same(saving, alone) == []
+    a, b = (checkpoint_files.newest_whole(folder)[0] for folder in (tmp_path, tmp_path / "alone"))
+    assert a is not None
+    assert b is not None
+    ours, theirs = checkpoints.read(a, ["0.9", "0.99"]), checkpoints.read(b, ["0.9", "0.99"])
+    assert all(torch.equal(ours.model[name], value) for name, value in theirs.model.items())
+    assert all(torch.equal(ours.exp_avg[name], value) for name, value in theirs.exp_avg.items())
+    assert ours.state["loss_scaler"] == theirs.state["loss_scaler"]
