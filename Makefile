@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GOLDEN ?= tests/golden
 
-.PHONY: help setup demo test test-golden test-gpu lint bench bench-sampling bench-gpu bench-kernels aot
+.PHONY: help setup demo test chaos test-golden test-gpu lint bench bench-sampling bench-gpu bench-kernels aot
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
@@ -33,6 +33,9 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 
 test: $(READY)  ## all tests, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+chaos: $(READY)  ## kill a small training run a hundred times at random instants; nothing may be lost (KILLS=100)
+	$(BIN)/python tests/chaos.py --kills $(or $(KILLS),100)
 
 test-golden: $(READY)  ## the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
 	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/test_golden_*.py

@@ -56,7 +56,7 @@ class Tally:
     partial: int = 0
 
 
-def command(data: Path, run: Path, steps: int, processes: int) -> list[str]:
+def command(data: Path, run: Path, steps: int, processes: int, more: str) -> list[str]:
     """A small run with everything that has state, which saves every third step."""
     launcher = [sys.executable]
     if processes > 1:
@@ -66,10 +66,19 @@ def command(data: Path, run: Path, steps: int, processes: int) -> list[str]:
     training = (
         f"--num_classes 3 --batch_size 4 --microbatch {2 // processes} --lr 1e-3 --lr_anneal_steps {2 * steps} "
         f"--max_steps {steps} --ema_rate 0.9,0.99 --schedule_sampler loss-second-moment --random_flip True --seed 5 "
-        f"--loader pillow --log_interval 2 --save_interval 3 --keep_last 3 --zero_stage {processes - 1}"
+        f"--deterministic True --loader pillow --log_interval 2 --save_interval 3 --keep_last 3 --zero_stage {processes - 1}"
     )
     flags = f"{model} {process} {training}".split()
-    return [*launcher, str(ROOT / "fastdiff" / "train.py"), *flags, "--data_dir", str(data), "--run_dir", str(run)]
+    return [
+        *launcher,
+        str(ROOT / "fastdiff" / "train.py"),
+        *flags,
+        "--data_dir",
+        str(data),
+        "--run_dir",
+        str(run),
+        *more.split(),
+    ]
 
 
 def make_pictures(folder: Path, count: int = 14) -> None:
@@ -241,6 +250,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, metavar="N")
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2), help="ranks, under torchrun if there are 2")
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default: 0)")
+    parser.add_argument("--flags", default="", help="more flags for train.py, e.g. '--precision bf16'")
     parser.add_argument("--folder", type=Path, help="where to work; kept (default: a temporary folder)")
     args = parser.parse_args()
     tally, start = Tally(), time.monotonic()
@@ -253,11 +263,13 @@ def main() -> int:
         make_pictures(work / "pictures")
         try:
             print(f"an undisturbed run of {steps} steps first", flush=True)
-            alone = Life(command(work / "pictures", work / "alone", steps, args.processes), work / "alone.txt")
+            alone = Life(
+                command(work / "pictures", work / "alone", steps, args.processes, args.flags), work / "alone.txt"
+            )
             if alone.process.wait(timeout=3600):
                 raise Lost(f"the undisturbed run failed:\n{(work / 'alone.txt').read_text()[-2000:]}")
             alone.close()
-            argv = command(work / "pictures", work / "run", steps, args.processes)
+            argv = command(work / "pictures", work / "run", steps, args.processes, args.flags)
             torment(argv, work / "run", args.kills, random.Random(args.seed), tally)
             compare(work / "run", work / "alone", steps)
             verdict, code = "nothing was lost", 0

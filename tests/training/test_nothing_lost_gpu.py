@@ -55,7 +55,7 @@ def test_exact_resume_gpu(way: dict[str, Any], at: int, tmp_path: Path) -> None:
     straight.save(tmp_path, {})
     rest = losses_of(straight, 10 - at)
     resumed = small_trainer(checkpoints.read(tmp_path / f"step_{at:06d}", ["0.9", "0.99"]), **way)
-    assert losses_of(resumed, 10 - at) == rest, (first, rest)
+    assert repr(losses_of(resumed, 10 - at)) == repr(rest), first  # a skipped step's norm may be NaN
     assert same(resumed, straight) == []
 
 
@@ -70,7 +70,7 @@ def test_going_back_gpu(way: dict[str, Any], tmp_path: Path) -> None:
     other = losses_of(trainer, 6)
     fresh = small_trainer(snapshot, **way)
     fresh._take_stream(trainer.stream_seed)
-    assert losses_of(fresh, 6) == other
+    assert repr(losses_of(fresh, 6)) == repr(other)
     assert same(trainer, fresh) == []
 
 
