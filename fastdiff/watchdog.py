@@ -127,12 +127,12 @@ class Watchdog:
         """After a collective failed: the sentence on the rank that ended, or None where every rank is alive."""
         self._take_over()
         failed, line = time.monotonic(), None
-        while line is None and time.monotonic() < failed + 4 * self.interval + _SLOW_STORE:
+        while line is None and time.monotonic() < failed + 5 * self.interval + _SLOW_STORE:
             time.sleep(0.05)
             line = self._known_end() or self._vanished()
-            # Everybody else has had the time for four signs, and this rank has read them.
-            read = self.exchange and self.exchange.at and self.exchange.at > failed + 4 * self.interval
-            silent = [seen for seen in self._others().values() if read and seen.at < failed and not seen.sign.done]
+            at = self.exchange.at if self.exchange and self.exchange.at else failed
+            read = at > failed + 5 * self.interval  # time for some signs of everybody who is alive
+            silent = [s for s in self._others().values() if read and s.at < at - 3 * self.interval and not s.sign.done]
             if line is None and silent:
                 line = _without_a_word(silent[0].sign)
             if read and line is None:
