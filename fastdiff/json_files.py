@@ -11,7 +11,7 @@ from typing import Any
 
 from fastdiff.settings import UserError, shortened
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
 
 

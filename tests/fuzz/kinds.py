@@ -1,0 +1,36 @@
+"""The kinds of cases, with their bounds."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fuzz import arrays, checkpoints, command_lines, pictures
+from fuzz.cases import Kind
+
+
+class Bounded(NamedTuple):
+    """A kind of cases."""
+
+    cases: Kind
+    count: int
+    """How many CI runs."""
+    limit_seconds: float = 20.0
+    """After which a case counts as hung."""
+    bound_bytes: int = 512 << 20
+    """By which a process may grow over all its cases."""
+
+
+KINDS = {
+    "pictures": Bounded(pictures.cases, 2000, bound_bytes=2 << 30),
+    "bombs": Bounded(pictures.bombs, 2, limit_seconds=60.0, bound_bytes=4 << 30),
+    "loaders": Bounded(pictures.loader_cases, 12, limit_seconds=60.0),
+    "settings": Bounded(command_lines.settings, 700),
+    "json": Bounded(command_lines.json_texts, 350),
+    "words": Bounded(command_lines.words, 350),
+    "checkpoints": Bounded(checkpoints.cases, 500),
+    "sampling": Bounded(checkpoints.sampling_cases, 40),
+    "npz": Bounded(arrays.npz_cases, 250),
+    "parts": Bounded(arrays.part_cases, 150),
+    "packed": Bounded(arrays.packed_cases, 150),
+    "pickles": Bounded(arrays.pickle_cases, 200),
+}
