@@ -66,7 +66,8 @@ def command(data: Path, run: Path, steps: int, processes: int, more: str) -> lis
     training = (
         f"--num_classes 3 --batch_size 4 --microbatch {2 // processes} --lr 1e-3 --lr_anneal_steps {2 * steps} "
         f"--max_steps {steps} --ema_rate 0.9,0.99 --schedule_sampler loss-second-moment --random_flip True --seed 5 "
-        f"--deterministic True --loader pillow --log_interval 2 --save_interval 3 --keep_last 3 --zero_stage {processes - 1}"
+        f"--deterministic True --loader pillow --log_interval 2 --save_interval 3 --keep_last 3 "
+        f"--zero_stage {processes - 1}"
     )
     flags = f"{model} {process} {training}".split()
     return [

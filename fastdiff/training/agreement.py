@@ -38,6 +38,16 @@ class Agreement:
             self._running = None
         return [bool(flag) for flag in self._flags]
 
+    def any(self, wish: bool) -> bool:
+        """Whether any rank wishes it now. Collective; waits, and drops what an exchange has on its way."""
+        if self._alone:
+            return wish
+        self._take()
+        flag = torch.tensor([wish], dtype=torch.uint8)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        self._flags.zero_()
+        return bool(flag)
+
     def close(self) -> None:
         """Let the last exchange end. Collective."""
         self._take()

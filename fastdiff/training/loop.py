@@ -30,6 +30,8 @@ from fastdiff.watchdog import Watchdog
 
 LONG = 3600.0
 """Seconds that something which is no step may take: compiling, drawing, writing."""
+WRITING = 20.0
+"""Seconds that ranks wait in one go for the one that writes."""
 
 
 class Loop:
@@ -109,7 +111,7 @@ class Loop:
             if save_now or last or stop or (self.save_steps and step % self.save_steps == 0):
                 self._save()
                 saved = step
-            if stop:
+            if stop and not last:
                 self._stop()
             if self.preview and (step % train.sample_interval == 0 or last):
                 self._draw()
@@ -223,6 +225,7 @@ class Loop:
         self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
         self.last_save = time.monotonic()
         with self._off_the_clock():
+            self._wait_for_writing()
             self.reporter.sync()
             if self.saver:
                 self.saver.save(self.trainer.step, self.info, self.trainer.fill, self.trainer.state_bytes)
@@ -231,11 +234,14 @@ class Loop:
 
     def _finish_saving(self) -> None:
         """Until everything is on disk: then ranks may leave, which makes launchers end the others. Collective."""
-        self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
-        if self.saver:
-            self.saver.wait()
-        self.processes.barrier()
+        self._wait_for_writing()
         self.signals.finish()
+
+    def _wait_for_writing(self) -> None:
+        """Until rank 0 has written what it was given; however long that takes, no collective waits for all of it."""
+        self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
+        while self.agreement.any(self.saver is not None and not self.saver.wait(WRITING)):
+            continue
 
     def _stop(self) -> None:
         """What SIGTERM and SIGUSR1 ask for, once the step is saved."""
@@ -257,11 +263,8 @@ class Loop:
         """To the last checkpoint from before the numbers went bad; StopWith where that was done already. Collective."""
         trainer = self.trainer
         self.watchdog.progress("going back", LONG)
-        self.agreement.exchange((False, False, False))  # drops what was wished before this
         bad = trainer.stepper.bad_streak()
-        if self.saver:
-            self.saver.wait()
-        self.processes.barrier()
+        self._wait_for_writing()  # and wishes from before this are dropped
         before = [p for p in checkpoint_files.listed(self.checkpoints) if step_of(p) <= trainer.step - bad]
         good = [p for p in before if not checkpoint_files.damage(p)]
         if trainer.rollbacks or not good:

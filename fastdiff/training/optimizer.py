@@ -182,8 +182,7 @@ class AdamWEMA(torch.optim.AdamW):
             averages = [self._averages_of(p)[i] for p in params]
             if params and given is not None and given.found_inf is not None:
                 share = (1 - rate) * (given.found_inf == 0).to(params[0])
-                for average, p in zip(averages, params, strict=True):
-                    average.lerp_(p, share)
+                torch._foreach_lerp_(averages, params, [share] * len(params))
             elif params:
                 ops.update_ema(averages, params, rate)
 

@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,8 +156,8 @@ class Saver:
     ) -> None:
         self.folder, self.keep_last, self.keep_every, self.background = folder, keep_last, keep_every, background
         self._told = told
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._running: Future[tuple[int, list[int]]] | None = None
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: futures.Future[tuple[int, list[int]]] | None = None
 
     def save(self, step: int, info: dict[str, Any], fill: Fill, size: int) -> None:
         """Take the state of now, and write it: when this returns, or some time later (`wait`).
@@ -190,11 +190,13 @@ class Saver:
         if self._running is not None and self._running.done():
             self.wait()
 
-    def wait(self) -> None:
-        """Until everything is on disk; UserError if that failed."""
-        if self._running is not None:
-            running, self._running = self._running, None
-            self._report(running.result())
+    def wait(self, seconds: float | None = None) -> bool:
+        """Until everything is on disk, or so long: whether it is. UserError if that failed."""
+        if self._running is None or not futures.wait([self._running], seconds).done:
+            return self._running is None
+        running, self._running = self._running, None
+        self._report(running.result())
+        return True
 
     def close(self) -> None:
         """End the thread, once it has written."""
