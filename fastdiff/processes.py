@@ -42,8 +42,8 @@ class Peers(Protocol):
     def report_end(self, reason: str, code: int) -> None:
         """Tell the other ranks why this one ends."""
 
-    def is_said(self, reason: str, patience: float) -> bool:
-        """Whether rank 0 ends for the same reason within `patience` seconds."""
+    def is_said(self, reason: str, code: int, patience: float) -> bool:
+        """Whether rank 0 says it within `patience` seconds: the same reason, or the same code but for wrong input."""
 
     def explain(self) -> str | None:
         """One sentence on the rank whose end made this one fail; None where none is known. Waits some seconds."""
@@ -180,7 +180,7 @@ def _say_once(reason: str, code: int, what: str = "") -> None:
         what = f"{what or 'ended'} on rank {rank}"
         if code == exit_codes.USER_ERROR:  # the launcher's signal says that rank 0 has ended, most likely by the same
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if _peers and _peers.is_said(reason, _SAME_ERROR):
+        if _peers and _peers.is_said(reason, code, _SAME_ERROR):
             return
         if not _peers and not _started:
             time.sleep(_SAME_ERROR)

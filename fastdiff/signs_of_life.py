@@ -148,6 +148,10 @@ class Exchange:
             sent.wait(0.1)
         return sent.is_set()
 
+    def others_ends(self) -> list[tuple[float, End]]:
+        """When other ranks' ends came, and what they are, the first one first."""
+        return [(at, end) for at, end in list(self.ends) if end.rank != self.rank]
+
     def exchange_now(self) -> None:
         """Don't wait for the interval."""
         self._wake.set()

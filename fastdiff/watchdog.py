@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdiff.exit_codes import DONE, PEER_LOST, PREEMPTED
+from fastdiff import verdicts
+from fastdiff.exit_codes import PEER_LOST, USER_ERROR
 from fastdiff.processes import Processes, script_name, set_peers
 from fastdiff.rendezvous import agent_hosts_store
-from fastdiff.signs_of_life import End, Exchange, Seen, Sign, this_machine
-from fastdiff.stalls import behind, collectives, where
+from fastdiff.signs_of_life import End, Exchange, Sign, this_machine
+from fastdiff.stalls import collectives, where
 
 _SLOW_STORE = 8.0
 """Seconds that an exchange may take: a store that lost a client may look up that one's name before it goes on."""
@@ -100,8 +101,8 @@ class Watchdog:
         hosts = self.rank == 0 and not agent_hosts_store()
         while time.monotonic() - start < self.timing.linger and not exchange.broken and exchange.at:
             told = told or exchange.at > start + 0.02
-            waits = self._others() if hosts else {}
-            if told and all(seen.sign.done or rank in exchange.dead for rank, seen in waits.items()):
+            waits = list(exchange.peers.items()) if hosts else []
+            if told and all(seen.sign.done or rank in exchange.dead for rank, seen in waits):
                 return
             exchange.exchange_now()
             time.sleep(0.05)
@@ -114,11 +115,12 @@ class Watchdog:
         line = f"rank {self.rank} ({self._host}) ended: {reason}"
         self._tell_end(End(self.rank, os.getpid(), code, reason, line, about="itself"))
 
-    def is_said(self, reason: str, patience: float) -> bool:
-        """Whether rank 0 ends for the same reason within `patience` seconds."""
+    def is_said(self, reason: str, code: int, patience: float) -> bool:
+        """Whether rank 0 says it within `patience` seconds: the same reason, or the same code but for wrong input."""
         until = time.monotonic() + patience
-        while time.monotonic() < until:
-            if any(end.rank == 0 and end.reason == reason for _, end in self._ends()):
+        while self.exchange and time.monotonic() < until:
+            ends = [end for _, end in self.exchange.others_ends() if end.rank == 0 and end.about == "itself"]
+            if any(end.reason == reason or end.code == code != USER_ERROR for end in ends):
                 return True
             time.sleep(0.05)
         return False
@@ -126,30 +128,27 @@ class Watchdog:
     def explain(self) -> str | None:
         """After a collective failed: the sentence on the rank that ended, or None where every rank is alive."""
         self._take_over()
-        failed, line = time.monotonic(), None
+        exchange, failed, line = self.exchange, time.monotonic(), None
+        if exchange is None:
+            return None
         while line is None and time.monotonic() < failed + 5 * self.interval + _SLOW_STORE:
             time.sleep(0.05)
-            line = self._known_end() or self._vanished()
-            at = self.exchange.at if self.exchange and self.exchange.at else failed
-            read = at > failed + 5 * self.interval  # time for some signs of everybody who is alive
-            silent = [s for s in self._others().values() if read and s.at < at - 3 * self.interval and not s.sign.done]
-            if line is None and silent:
-                line = _without_a_word(silent[0].sign)
-            if read and line is None:
-                return None
+            line = verdicts.first_end(exchange) or verdicts.vanished(exchange)
+            if line is None and exchange.at and exchange.at > failed + 5 * self.interval:
+                line = verdicts.stopped_telling(exchange)  # whoever is alive has told that by now
+                break
         if line:
             self._tell_verdict(line, "lost")
         return line
 
     def speaks(self) -> bool:
         """Whether this is the lowest rank on its machine that still gives signs of life."""
-        now, exchange = time.monotonic(), self.exchange
-        ended = {end.rank for _, end in self._ends() if end.about == "itself"}
-        for rank, seen in self._others().items():
-            fresh = now - seen.at < self.silence and not (exchange and rank in exchange.dead)
-            if rank < self.rank and fresh and rank not in ended and seen.sign.machine == self._machine:
-                return False
-        return True
+        exchange, now = self.exchange, time.monotonic()
+        if exchange is None:
+            return True
+        ended = {end.rank for _, end in exchange.others_ends() if end.about == "itself"} | exchange.dead
+        lower = [seen for rank, seen in list(exchange.peers.items()) if rank < self.rank and rank not in ended]
+        return not any(seen.sign.machine == self._machine and now - seen.at < self.silence for seen in lower)
 
     def _take_over(self) -> None:
         """From here on this thread ends the process; the other one, if it was first, ends it at any moment."""
@@ -174,7 +173,7 @@ class Watchdog:
         if told and hosts:
             time.sleep(2 * self.interval)  # the store goes with this process: let the others read
 
-    # --- what is known of the others ---
+    # --- what this rank tells ---
 
     def _sign(self, beat: int) -> Sign:
         self._look()
@@ -191,54 +190,6 @@ class Watchdog:
         if count != self._collectives:
             self._collectives, self._progress_at = count, time.monotonic()
 
-    def _others(self) -> dict[int, Seen]:
-        return dict(self.exchange.peers) if self.exchange else {}
-
-    def _ends(self) -> list[tuple[float, End]]:
-        ends = list(self.exchange.ends) if self.exchange else []
-        return [(at, end) for at, end in ends if end.rank != self.rank]
-
-    def _known_end(self) -> str | None:
-        """The first end that a rank told of."""
-        return next((end.line for _, end in self._ends()), None)
-
-    def _vanished(self) -> str | None:
-        """A rank whose process is gone though it told no end, on this machine or with the store."""
-        exchange, others = self.exchange, self._others()
-        if exchange is None:
-            return None
-        told = {end.rank for _, end in self._ends()}
-        for rank in sorted(exchange.dead - told):
-            if rank in others and not others[rank].sign.done:
-                return _without_a_word(others[rank].sign)
-        if exchange.broken is None or time.monotonic() - exchange.broken < self.interval:
-            return None
-        host, port = exchange.address
-        if agent_hosts_store():
-            return f"torchrun's store at {host}:{port} is gone (torchrun was killed there, or its node went down)"
-        if 0 in others:
-            return None if others[0].sign.done else _without_a_word(others[0].sign)
-        return f"rank 0, at {host}:{port}, is gone without a word (killed, or its node went down)"
-
-    def _silent(self, now: float) -> str | None:
-        """A rank that gave no sign of life for too long."""
-        exchange, others, limit = self.exchange, self._others(), self.silence
-        if exchange is None:
-            return None
-        if exchange.at is not None and exchange.broken is None and now - exchange.at > limit:
-            who = "torchrun's store" if agent_hosts_store() or 0 not in others else others[0].sign.who
-            host, port = exchange.address
-            return f"{who} at {host}:{port} gave no answer for {limit:.0f} s (its node or the network is down)"
-        told = {end.rank for _, end in self._ends()}
-        for rank, seen in sorted(others.items()):
-            if now - seen.at > limit and not seen.sign.done and rank not in told and exchange.broken is None:
-                return f"{seen.sign.who} gave no sign of life for {limit:.0f} s, last at {seen.sign.place}"
-        if now - self._started > max(limit, self._allowed) and exchange.at is not None:
-            missing = [rank for rank in range(self.world_size) if rank != self.rank and rank not in others]
-            if missing:
-                return f"rank {missing[0]} gave no sign of life since the start {now - self._started:.0f} s ago"
-        return None
-
     # --- the watch ---
 
     def _watch(self) -> None:
@@ -250,55 +201,31 @@ class Watchdog:
                 self._forgive(now)  # it is this process that was stopped, or its machine
             before = now
             self._look()
-            line: str | None
-            about: Literal["lost", "late"] = "lost"
-            if told := self._overdue_end(now):
-                line, about = told.line, "late" if told.about == "late" else "lost"
-            elif not (line := self._vanished() or self._silent(now)):
-                line, about = self._late(now), "late"
-            if line and self._open and not self._done and self._ending.acquire(blocking=False):
-                self._end(line, about)
+            if self.exchange is None:
+                self._report_own_stall(now)
+            elif (found := self._judge(self.exchange, now)) and self._may_end():
+                self._end(*found)
+
+    def _may_end(self) -> bool:
+        """Whether this thread is to end the process: the main thread isn't about to, and there is more to do."""
+        return self._open and not self._done and self._ending.acquire(blocking=False)
+
+    def _judge(self, exchange: Exchange, now: float) -> tuple[str, Literal["lost", "late"]] | None:
+        if end := verdicts.overdue_end(exchange, now, self.timing.grace):
+            return end.line, "late" if end.about == "late" else "lost"
+        if line := verdicts.vanished(exchange) or verdicts.silent(exchange, now, self.silence):
+            return line, "lost"
+        if now - self._started > max(self.silence, self._allowed) and (line := verdicts.missing(exchange)):
+            return line, "lost"
+        return (line, "late") if (line := verdicts.late(exchange, self._sign(0))) else None
 
     def _forgive(self, now: float) -> None:
-        for seen in self._others().values():
+        if self.exchange is None:
+            return
+        for seen in list(self.exchange.peers.values()):
             seen.at = now
-        if self.exchange and self.exchange.at is not None:
+        if self.exchange.at is not None:
             self.exchange.at = now
-
-    def _overdue_end(self, now: float) -> End | None:
-        """Another rank's end, once this one has had time to run into it. One that has saved doesn't end the others."""
-        for at, end in self._ends():
-            if end.about != "itself" or (end.code not in (DONE, PREEMPTED) and now - at > self.timing.grace):
-                return end
-        return None
-
-    def _late(self, now: float) -> str | None:
-        """The rank that the others wait for, once it has had its time."""
-        if self.world_size == 1:
-            self._report_own_stall(now)
-            return None
-        signs = [self._sign(0)]
-        for seen in self._others().values():
-            if not seen.sign.done:
-                signs.append(seen.sign)
-        if len(self._others()) < self.world_size - 1:
-            return None  # not all have started
-        late = behind(signs)
-        if late:
-            overdue = [sign for sign in late if sign.idle > sign.allowed]
-            # The others' signs are some seconds old: only who has waited for long waits for the late one.
-            if not overdue or any(sign.idle < 4 * self.interval for sign in signs):
-                return None
-            sign = max(overdue, key=lambda sign: sign.idle)
-            at = f"at {sign.place}" + (f", in {sign.code}" if sign.code else "")
-            return f"{sign.who} is late: no progress for {sign.idle:.0f} s {at}; the others wait for it"
-        if any(sign.idle <= sign.allowed for sign in signs):
-            return None
-        idle, places = min(sign.idle for sign in signs), sorted({sign.place for sign in signs})
-        return (
-            f"no rank made progress for {idle:.0f} s, at {' and '.join(places)}; which one holds the others up can't "
-            "be told, all have entered the same collectives"
-        )
 
     def _report_own_stall(self, now: float) -> None:
         idle = now - self._progress_at
@@ -319,7 +246,3 @@ class Watchdog:
             print(f"{script_name() or 'fastdiff'}: {line}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(PEER_LOST)
-
-
-def _without_a_word(sign: Sign) -> str:
-    return f"{sign.who} is gone without a word (killed, or its node went down), last at {sign.place}"

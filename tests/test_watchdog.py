@@ -52,11 +52,11 @@ def test_nothing_is_said_where_nothing_is_wrong(case: str, outcomes: dict[str, A
 
 @pytest.mark.parametrize(("case", "lost"), [("killed", 1), ("killed host", 0)])
 def test_a_killed_rank(case: str, lost: int, outcomes: dict[str, Any]) -> None:
-    """Of rank 0 the store dies too."""
+    """Of rank 0 the store dies too, of which torch may print a trace before."""
     other = 1 - lost
     assert outcomes[case]["codes"][lost] == -9
     assert outcomes[case]["codes"][other] == 76
-    (line,) = outcomes[case]["words"][other].splitlines()
+    line = last_lines(outcomes[case])[other]
     assert re.fullmatch(
         rf"train\.py: rank {lost} \(\S+, pid \d+\) is gone without a word \(.*\), last at step \d+", line
     )
@@ -65,7 +65,7 @@ def test_a_killed_rank(case: str, lost: int, outcomes: dict[str, Any]) -> None:
 def test_a_stopped_rank(outcomes: dict[str, Any]) -> None:
     assert outcomes["stopped"]["codes"] == [76, -9]
     (line,) = outcomes["stopped"]["words"][0].splitlines()
-    assert re.fullmatch(r"train\.py: rank 1 \(\S+, pid \d+\) gave no sign of life for 6 s, last at step \d+", line)
+    assert re.fullmatch(r"train\.py: rank 1 \(\S+, pid \d+\) gave no sign of life for 5 s, last at step \d+", line)
 
 
 def test_a_stuck_rank_is_told_from_the_one_that_waits_for_it(outcomes: dict[str, Any]) -> None:
@@ -104,7 +104,8 @@ def test_an_error_before_the_ranks_have_joined(outcomes: dict[str, Any]) -> None
 
 
 def test_a_signal_to_one_rank_stops_all(outcomes: dict[str, Any]) -> None:
-    assert outcomes["asked to stop"] == {"codes": [75, 75], "words": ["train.py: saved after step 50\n", ""]}
+    said = "train.py: saved after step 50, by a signal to another rank\n"
+    assert outcomes["asked to stop"] == {"codes": [75, 75], "words": [said, ""]}
 
 
 def test_a_second_signal_ends_a_rank_inside_a_collective(outcomes: dict[str, Any]) -> None:

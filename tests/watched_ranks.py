@@ -25,7 +25,7 @@ from fastdiff.processes import StopWith, current, join, run_script
 from fastdiff.settings import UserError
 from fastdiff.watchdog import Timing, Watchdog
 
-TIMING = Timing(interval=0.4, silence=6.0, grace=3.0, linger=3.0)
+TIMING = Timing(interval=0.4, silence=5.0, grace=3.0, linger=3.0)
 STALL = 5.0
 STEP = 50
 """At which things happen."""
@@ -49,7 +49,8 @@ def work(case: str) -> None:
             dist.all_reduce(stop)
             if stop:
                 signals.finish()
-                raise StopWith(75, f"saved after step {step}")
+                why = "a signal" if signals.requested else "a signal to another rank"
+                raise StopWith(75, f"saved after step {step}, by {why}")
             time.sleep(0.02)
 
 
