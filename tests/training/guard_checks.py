@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from training.small_trainer import small_trainer
 
@@ -128,4 +129,5 @@ if __name__ == "__main__":
     for case in sys.argv[1:]:
         zero_stage, dtype, kind = case.split(":")
         check_skip(int(zero_stage), dtype, kind, microbatch=2)
-        print(f"skipped: {case}", flush=True)
+        if dist.get_rank() == 0:
+            print(f"skipped: {case}", flush=True)
