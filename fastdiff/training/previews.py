@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.config import Config
@@ -17,6 +19,8 @@ from fastdiff.sampling.draw import draw
 from fastdiff.sampling.pictures import grid, save_grid, to_uint8
 from fastdiff.settings import UserError, what_is_wrong
 from fastdiff.training.trainer import Trainer, low_res_of
+
+logger = logging.getLogger(__name__)
 
 
 def preview_diffusion(config: Config) -> GaussianDiffusion | None:
@@ -40,13 +44,17 @@ def draw_preview(trainer: Trainer, diffusion: GaussianDiffusion, file: Path, wan
     average = trainer.masters.gather(trainer.ema[str(trainer.train.ema_rate[0])])
     if not trainer.processes.is_main or average is None or not wanted:
         return None
-    images = _draw(trainer, diffusion, average)
+    drawn = _draw(trainer, diffusion, average)
+    if not drawn.isfinite().all():
+        logger.warning("the samples after step %d are not finite: no grid of them is written", trainer.step)
+        return None
+    images = to_uint8(drawn).cpu().numpy()
     file.parent.mkdir(exist_ok=True)
     save_grid(file, images)
     return np.array(grid(images).convert("RGB"))
 
 
-def _draw(trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, torch.Tensor]) -> np.ndarray:
+def _draw(trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, Tensor]) -> Tensor:
     settings, train, device = trainer.model_settings, trainer.train, trainer.device
     model = build_model(settings)
     model.load_state_dict(average)
@@ -63,5 +71,4 @@ def _draw(trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, tor
         kwargs["y"] = classes[index % len(classes)] if batch is None else batch.labels[: len(index)]
     shape = (settings.in_channels, *settings.size_hw)
     use_ddim = train.sample_respacing.startswith("ddim")
-    drawn = draw(model, diffusion, index, shape, seed=train.seed, use_ddim=use_ddim, model_kwargs=kwargs)
-    return to_uint8(drawn).cpu().numpy()
+    return draw(model, diffusion, index, shape, seed=train.seed, use_ddim=use_ddim, model_kwargs=kwargs)

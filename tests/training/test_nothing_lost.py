@@ -21,7 +21,7 @@ from fastdiff import exit_codes, train
 from fastdiff.images import Batch
 from fastdiff.processes import StopWith
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoint_files, resuming
+from fastdiff.training import checkpoint_files, previews, resuming
 from fastdiff.training.trainer import Trainer
 
 
@@ -223,6 +223,15 @@ def test_bad_numbers_before_any_checkpoint(
     with pytest.raises(StopWith, match="there is no checkpoint from before"):
         train.main(flags(data, tmp_path / "run", "--max_steps", "40", "--max_bad_steps", "3"))
     assert not steps_of(tmp_path / "run")
+
+
+def test_previews_that_are_not_finite(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(previews, "draw", lambda *_, **__: torch.full((4, 3, 8, 8), float("nan")))
+    train.main(flags(data, tmp_path / "run", "--max_steps", "2", "--sample_interval", "1"))
+    assert "the samples after step 1 are not finite" in caplog.text
+    assert not (tmp_path / "run" / "samples").exists()
 
 
 def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
