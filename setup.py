@@ -35,7 +35,7 @@ setup(
         "demo": ["scikit-learn>=1.4"],
         "datasets": ["lmdb>=1.4"],
         "test": [
-            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"),
             *("diffusers>=0.35", "lmdb>=1.4", "matplotlib>=3.8", "scikit-learn>=1.4"),
         ],
         "benchmark": ["pytest-benchmark>=5", "matplotlib>=3.8"],

@@ -239,12 +239,15 @@ def _read_json(path: str, kind: type[Config]) -> Layer:
 def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
     merged: Layer = {}
     sources: dict[tuple[str, str], str] = {}
+    givers: dict[str, list[str]] = {}  # of each section, but for flags
     for source, layer in layers:
         for section, values in layer.items():
             if section == "deepspeed":
                 merged[section] = merge(merged.get(section, {}), values)
                 continue
             known = _section_class(kind, section).model_fields
+            if source and values:
+                givers.setdefault(section, []).append(source)
             for name, value in _aliases(source, section, values, known).items():
                 where = f"{source}: {section}.{shortened(name)}" if source else f"--{name}"
                 if name not in known:
@@ -254,7 +257,7 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_sentence(error, sources)) from None
+        raise UserError(_sentence(error, sources, givers)) from None
 
 
 def _aliases(source: str, section: str, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -282,11 +285,12 @@ def _hint(kind: type[Config], section: str, name: str) -> str:
     return f"; it belongs in section {owners[0]}" if owners else ""
 
 
-def _sentence(error: ValidationError, sources: dict[tuple[str, str], str]) -> str:
+def _sentence(error: ValidationError, sources: dict[tuple[str, str], str], givers: dict[str, list[str]]) -> str:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     message = what_is_wrong(error)
-    if len(location) < 2:
-        return message
+    if len(location) < 2:  # between settings of a section, wherever each is from
+        named = " with ".join(givers.get(location[0], [])) if location else ""
+        return f"{named}: {message}" if named else message
     section, name = location[0], location[1]
     return f"{sources.get((section, name), f'{section}.{name}')}: {message}"

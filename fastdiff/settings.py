@@ -30,9 +30,10 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(_WORD.sub(lambda found: shortened(found[0]), one_line(message)))
 
 
+_WORD = re.compile(r"\S{600,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

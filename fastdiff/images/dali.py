@@ -134,7 +134,8 @@ class DaliLoader(Loader):
         shown, _ = self._reader.read(index, self._reader.reference)
         if shown == index and index not in self._undecodable:
             self._undecodable.add(index)
-            logger.warning("DALI can't decode %s, Pillow does: %s", self._reader.listing.path(index), error)
+            reason = " ".join(str(error).split())[:300]  # of many lines
+            logger.warning("DALI can't decode %s, Pillow does: %s", self._reader.listing.path(index), reason)
         return self._fetch(index)
 
     def _run(self, encoded: list[Encoded]) -> Tensor:

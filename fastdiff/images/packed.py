@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class Packed:
     ) -> Listing:
         """What `index_images` gave for the original folder; paths begin with the packed one."""
         names = _read_json(self.folder, NAMES)
+        if not isinstance(names, list) or not all(isinstance(name, str) and _is_path(name) for name in names):
+            raise _damaged(self.folder, f"{NAMES} is no list of names")
         labels, classes = label_images([self.folder / name for name in names], self.folder, labels_mode, class_names)
         listing = Listing(self.folder, names, labels, classes)
         if listing.fingerprint != self.record["listing"]:
@@ -97,15 +100,16 @@ class Packed:
 def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str) -> Packed:
     """Open a packed folder that the flag named. UserError where it is damaged or of another size."""
     record = _read_json(folder, RECORD)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(
+            f"{flag}: {folder} was packed by another version of fastdiff; delete it and run datasets/pack.py again"
+        )
     try:
-        if record["format"] != FORMAT:
-            raise UserError(
-                f"{flag}: {folder} was packed by another version of fastdiff; delete it and run datasets/pack.py again"
-            )
-        held = (*record["size"], record["channels"])
-        shape = (record["num_images"], *held)
-    except (KeyError, TypeError):
+        _check(record)
+    except (KeyError, TypeError, ValueError):
         raise _damaged(folder, f"{RECORD} lacks an entry") from None
+    held = (*record["size"], record["channels"])
+    shape = (record["num_images"], *held)
     if held != (*size_hw, channels):
         raise UserError(
             f"{flag}: {folder} holds images of {_shape(*held)}, {_shape(*size_hw, channels)} are wanted; give a folder "
@@ -118,6 +122,26 @@ def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise _damaged(folder, f"{PIXELS} holds {pixels.dtype} {list(pixels.shape)}, not uint8 {list(shape)}")
     return Packed(folder, record, pixels.view(np.ndarray))
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check(record: dict[str, Any]) -> None:
+    """KeyError, TypeError or ValueError where packed.json's entries aren't what they should be."""
+    height, width = record["size"]
+    numbers = (height, width, record["channels"], record["num_images"])
+    if any(type(number) is not int or number < 1 for number in numbers):
+        raise ValueError("no size")
+    if not isinstance(record["class_names"], list) or not isinstance(record["listing"], str):
+        raise TypeError("no names")
+    for entry in record["unreadable"]:
+        if not 0 <= int(entry["index"]) < record["num_images"] or not isinstance(entry["reason"], str):
+            raise ValueError("no image")
 
 
 def finish_record(described: dict[str, Any], class_names: list[str], unreadable: list[dict[str, Any]]) -> str:
@@ -133,7 +157,7 @@ def _shape(height: int, width: int, channels: int) -> str:
 def _read_json(folder: Path, name: str) -> Any:
     try:
         return json.loads((folder / name).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, f"{name}: {error}") from None
 
 

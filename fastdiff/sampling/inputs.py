@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import zipfile
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from fastdiff.images import DataSettings, label_images, list_images, load_image
 from fastdiff.images.pixels import MODES
 from fastdiff.images.reader import what_is_wrong
 from fastdiff.models import SuperResSettings
-from fastdiff.settings import UserError, quoted
+from fastdiff.sampling import arrays
+from fastdiff.settings import UserError, one_line, quoted
 
 LARGE = 256 << 20
 """Bytes that an array may have however small its file."""
@@ -112,45 +112,25 @@ def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.nda
         with zipfile.ZipFile(path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 raise nameless
-            shape, dtype = _header(archive, "arr_0", path)
+            most = max(LARGE, EXPANSION * path.stat().st_size)
+            shape, dtype = arrays.header(archive, "arr_0", most)
             if dtype != np.uint8 or len(shape) != 4 or shape[1:] != wanted or not shape[0]:
                 raise UserError(
                     f"--base_samples: arr_0 of {path} is {quoted(dtype)} {quoted(list(shape))}, the model takes uint8 "
                     f"[N, {', '.join(map(str, wanted))}]"
                 )
-            images = _array(archive, "arr_0")
+            images = arrays.read(archive, "arr_0", most)
             if "arr_1.npy" not in archive.namelist():
                 return images, None
-            label_shape, label_dtype = _header(archive, "arr_1", path)
+            label_shape, label_dtype = arrays.header(archive, "arr_1", most)
             if label_shape != shape[:1] or label_dtype.kind not in "iu":
                 raise UserError(
                     f"--base_samples: arr_1 of {path} is {quoted(label_dtype)} {quoted(list(label_shape))}, the "
                     f"{shape[0]} images need as many whole numbers"
                 )
-            return images, _array(archive, "arr_1").astype(np.int64)
+            return images, arrays.read(archive, "arr_1", most).astype(np.int64)
     except UserError:
         raise
     except Exception as error:  # zipfile, numpy and the operating system each have their own
-        raise UserError(f"--base_samples: {path} is not an .npz of arrays, or is damaged") from error
-
-
-def _header(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an array; UserError where it would take far more memory than its file has bytes."""
-    entry = archive.getinfo(f"{name}.npy")
-    if entry.file_size > max(LARGE, EXPANSION * path.stat().st_size):
-        raise UserError(
-            f"--base_samples: {name} of {path} would unpack to {entry.file_size} bytes, {EXPANSION} times the file's; "
-            "give an .npz that is not compressed"
-        )
-    with archive.open(entry) as file:
-        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)  # type: ignore[arg-type]
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize > entry.file_size:
-        raise ValueError("not as many numbers as the header says")
-    return shape, dtype
-
-
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(f"{name}.npy") as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+        reason = one_line(str(error))[:200]
+        raise UserError(f"--base_samples: {path} is not an .npz of arrays, or is damaged ({reason})") from error

@@ -6,6 +6,8 @@ can be read off the names.
 
 from __future__ import annotations
 
+import errno
+import math
 import re
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastdiff.sampling import arrays
 from fastdiff.sampling.claims import files_in
 from fastdiff.sampling.drawn import Drawn
 from fastdiff.sampling.files import sweep, whole
@@ -162,10 +165,11 @@ class Store:
         """Labels in order, a file's at a time."""
         for piece in pieces:
             if piece.path.parent == self.parts:
-                with _damage(piece.path), open(piece.path, "rb") as file, np.load(file, allow_pickle=False) as content:
-                    labels = content["labels"]
+                with _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
+                    labels: np.ndarray | None = arrays.read(archive, "labels", piece.path.stat().st_size + (1 << 20))
             else:
                 labels = self._map(piece.path)[1]
+            assert labels is not None
             yield np.array(labels[piece.used.start - piece.holds.start : piece.used.stop - piece.holds.start])
 
     def discard(self, damaged: DamagedPart) -> None:
@@ -186,9 +190,11 @@ class Store:
     def _read_part(self, piece: Piece) -> Drawn:
         count = piece.holds.stop - piece.holds.start
         with _damage(piece.path):
-            with open(piece.path, "rb") as file, np.load(file, allow_pickle=False) as content:
-                images, labels = content["images"], content["labels"] if self.labelled else None
-                digest = str(content["job"])
+            most = 2 * count * math.prod(self.shape) + (1 << 20)
+            with zipfile.ZipFile(piece.path) as archive:
+                images = arrays.read(archive, "images", most)
+                labels = arrays.read(archive, "labels", most) if self.labelled else None
+                digest = str(arrays.read(archive, "job", most))
             if digest != self.digest:
                 raise ValueError("it is of another job")
             if images.shape != (count, *self.shape) or images.dtype != np.uint8:
@@ -264,7 +270,9 @@ def _damage(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, zipfile.BadZipFile) as error:
         raise DamagedPart(path, str(error)) from error
-    except (OSError, MemoryError):
+    except (OSError, MemoryError) as error:
+        if getattr(error, "errno", None) == errno.EINVAL:  # a place before the file's start, by its list of arrays
+            raise DamagedPart(path, "its list of arrays is wrong") from error
         raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
         raise DamagedPart(path, str(error).strip() or type(error).__name__) from error

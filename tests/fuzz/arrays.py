@@ -44,7 +44,7 @@ def npy(shape: tuple[int, ...], descr: str = "|u1", data: bytes = b"", version: 
 def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
     """A zip of these."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
+    with zipfile.ZipFile(buffer, "w", compression, compresslevel=1) as archive:
         for name, data in members.items():
             archive.writestr(f"{name}.npy", data)
     return buffer.getvalue()
@@ -169,6 +169,7 @@ def _read_job(place: Path, file: Path) -> tuple[str, str]:
 def packed_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     """A packed folder one of whose files is damaged."""
     pictures(folder / "pictures", ["a_1", "a_2", "b_1"])
+    shutil.rmtree(folder / "packed", ignore_errors=True)
     pack(index_images(folder / "pictures"), (8, 8), 3, folder / "packed", workers=1, flag="--data_dir")
     whole = {path.name: path.read_bytes() for path in (folder / "packed").iterdir()}
     for index in range(start, stop):

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fuzz.kinds import KINDS
+from fuzz.kinds import ALL
 
 HERE = Path(__file__).resolve().parents[1]
 START_SECONDS = 120.0
@@ -53,7 +53,7 @@ class Report:
         self.most_bytes = max(self.most_bytes, (line["bytes"], name), key=lambda pair: pair[0])
         if line["wrong"]:
             self.fail(line["end"], line["name"], line["wrong"])
-        elif line["bytes"] > KINDS[self.kind].bound_bytes:
+        elif line["bytes"] > ALL[self.kind].bound_bytes:
             self.fail(line["end"], line["name"], f"took {line['bytes'] / 2**20:.0f} MiB")
 
     def and_also(self, other: Report) -> Report:
@@ -113,7 +113,7 @@ def _run_process(report: Report, kind: str, seed: int, start: int, stop: int, fo
                 break
             line = json.loads(text)
             if "begin" in line:
-                at, name, limit = line["begin"], line["name"], KINDS[kind].limit_seconds
+                at, name, limit = line["begin"], line["name"], ALL[kind].limit_seconds
             else:
                 report.add(line)
                 start, limit = line["end"] + 1, START_SECONDS

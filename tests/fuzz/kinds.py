@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fuzz import arrays, checkpoints, command_lines, pictures
+from fuzz import arrays, broken, checkpoints, command_lines, pictures
 from fuzz.cases import Kind
 
 
@@ -23,7 +23,7 @@ class Bounded(NamedTuple):
 KINDS = {
     "pictures": Bounded(pictures.cases, 2000, bound_bytes=2 << 30),
     "bombs": Bounded(pictures.bombs, 2, limit_seconds=60.0, bound_bytes=4 << 30),
-    "loaders": Bounded(pictures.loader_cases, 12, limit_seconds=60.0),
+    "loaders": Bounded(pictures.loader_cases, 3, limit_seconds=60.0, bound_bytes=3 << 30),
     "settings": Bounded(command_lines.settings, 700),
     "json": Bounded(command_lines.json_texts, 350),
     "words": Bounded(command_lines.words, 350),
@@ -34,3 +34,5 @@ KINDS = {
     "packed": Bounded(arrays.packed_cases, 150),
     "pickles": Bounded(arrays.pickle_cases, 200),
 }
+ALL = {**KINDS, "broken": Bounded(broken.cases, 7, limit_seconds=1.0, bound_bytes=500 << 20)}
+"""With one for tests of the harness."""

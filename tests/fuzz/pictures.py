@@ -97,7 +97,7 @@ def loader_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Cas
         for i in range(_TOGETHER):
             (place / f"bad_{i:04d}.{rng.choice(EXTENSIONS)}").write_bytes(make(rng)[1])
         for i in range(101 * _TOGETHER):  # so that no more than 1% can be unreadable
-            (place / f"good_{i:04d}.png").write_bytes(encode(noise(rng, 8, 8), "PNG") if not i else b"")
+            (place / f"good_{i:04d}.png").write_bytes(encode(noise(rng, *SIZE), "PNG") if not i else b"")
             if i:
                 (place / f"good_{i:04d}.png").unlink()
                 (place / f"good_{i:04d}.png").hardlink_to(place / "good_0000.png")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fuzz.cases import MARKER, Outcome, attempt
-from fuzz.kinds import KINDS
+from fuzz.kinds import ALL
 
 SPARE_BYTES = 8 << 30
 _RUNNING = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect", "pty.spawn")
@@ -48,7 +48,7 @@ def main() -> None:
     logging.getLogger().addHandler(logging.NullHandler())
     torch.set_num_threads(1)
     os.chdir(folder)
-    cases = KINDS[kind].cases(folder, seed, start, stop)
+    cases = ALL[kind].cases(folder, seed, start, stop)
     begun = peak_bytes()
     for index in range(start, stop):
         case = next(cases)

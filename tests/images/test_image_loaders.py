@@ -292,3 +292,25 @@ def test_without_dali_auto_takes_pillow_and_dali_is_refused(folder, monkeypatch)
         assert isinstance(loader, PillowLoader)
     with pytest.raises(UserError, match="pip install nvidia-dali-cuda130.*--loader pillow"):
         open_images(DataSettings(data_dir=str(folder), loader="dali"), **given)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_rotation_is_ignored_by_both_loaders(loader_name, kind, tmp_path, photo, open_loader):
+    """All eight orientations of EXIF show the pixels as they are stored."""
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo(32, 32).save(tmp_path / f"a_{orientation}.{kind.lower()}", kind, exif=exif)
+    photo(32, 32).save(tmp_path / f"b.{kind.lower()}", kind)
+    images = next(open_loader(tmp_path, loader_name, batch_size=9, shuffle=False)).images.int()
+    expected = torch.from_numpy(load_image(tmp_path / f"b.{kind.lower()}", (32, 32), "RGB")).int()
+    assert (images - expected).abs().max() <= (2 if loader_name == "dali" and kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_the_same_to_both_loaders(loader_name, channels, tmp_path, open_loader):
+    """Gray of 16 bits shows its high byte: the whole scale, not white above a 256th of it."""
+    wide = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64 + 63
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    images = next(open_loader(tmp_path, loader_name, channels=channels, batch_size=1)).images
+    np.testing.assert_array_equal(images[0].numpy(), np.broadcast_to(wide[..., None] >> 8, (32, 32, channels)))
