@@ -117,7 +117,7 @@ def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str
         )
     try:
         pixels = np.lib.format.open_memmap(folder / PIXELS, mode="r")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy, mmap and Python's tokenizer, which reads the header, each have their own
         raise _damaged(folder, f"{PIXELS}: {error}") from None
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise _damaged(folder, f"{PIXELS} holds {pixels.dtype} {list(pixels.shape)}, not uint8 {list(shape)}")

@@ -155,7 +155,7 @@ def settings(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     """JSON files whose values are of any type."""
     _no_network()
     file = folder / "settings.json"
-    names = (str(file), "--", *_NAMES)
+    names = (str(file), "--", "deepspeed", *_NAMES)
     for index, content in enumerate(drawn(files, seed, start, stop), start):
         file.write_text(json.dumps(content))
         script = list(SCRIPTS)[index % len(SCRIPTS)]
