@@ -75,7 +75,7 @@ class End:
 
 @dataclass
 class Seen:
-    """The newest sign of a rank, and when (time.monotonic) it came."""
+    """The newest sign of a rank, and when (time.monotonic) the exchange began that brought it."""
 
     sign: Sign
     at: float
@@ -124,7 +124,7 @@ class Exchange:
         self.peers: dict[int, Seen] = {}
         self.ends: list[tuple[float, End]] = []  # when each came, in the order in which ranks ended
         self.at: float | None = None
-        """When the last complete exchange was; None before the first."""
+        """When the last complete exchange began; None before the first."""
         self.dead: set[int] = set()
         """Ranks on this machine whose processes are gone."""
         self.broken: float | None = None
@@ -167,8 +167,9 @@ class Exchange:
                 self._check_host()
                 store = store or self._connect()
                 if store:
-                    self._exchange(store)
-                    self.at, self.broken = time.monotonic(), None
+                    start = time.monotonic()
+                    self._exchange(store, start)
+                    self.at, self.broken = start, None
             except (RuntimeError, OSError):  # torch's errors of connections and stores are RuntimeErrors
                 store = None
                 self.dead = self._gone()
@@ -205,7 +206,7 @@ class Exchange:
     def _gone(self) -> set[int]:
         return {rank for rank, seen in self.peers.items() if seen.sign.machine == self._machine and gone(seen.sign.pid)}
 
-    def _exchange(self, store: dist.TCPStore) -> None:
+    def _exchange(self, store: dist.TCPStore, now: float) -> None:
         dead = self._gone()
         self._beat += 1
         store.set(f"{_PREFIX}/sign/{self.rank}", json.dumps(asdict(self.tell(self._beat))))
@@ -217,7 +218,6 @@ class Exchange:
         self._read_ends(store)
         known = [rank for rank in range(self.world_size) if rank != self.rank]
         known = [r for r in known if r in self.peers or r in self._stale or store.check([f"{_PREFIX}/sign/{r}"])]
-        now = time.monotonic()
         for value in store.multi_get([f"{_PREFIX}/sign/{r}" for r in known]):
             self._note(Sign(**json.loads(value)), now)
         for end in list(self._old_ends):

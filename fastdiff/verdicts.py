@@ -51,15 +51,20 @@ def stopped_telling(exchange: Exchange) -> str | None:
     return None
 
 
+def unanswered(exchange: Exchange, since: float) -> str | None:
+    """After a broken connection: that the store too has given no answer since then."""
+    if exchange.at and exchange.at > since:
+        return None
+    return f"{_host(exchange)} gives no answer any more (killed, or its node or the network is down)"
+
+
 def silent(exchange: Exchange, now: float, limit: float) -> str | None:
     """A rank that gave no sign of life for more than `limit` seconds, or the store no answer."""
     if exchange.at is None or exchange.broken is not None:
         return None
     others = dict(exchange.peers)
     if now - exchange.at > limit:
-        who = "torchrun's store" if agent_hosts_store() or 0 not in others else others[0].sign.who
-        host, port = exchange.address
-        return f"{who} at {host}:{port} gave no answer for {limit:.0f} s (its node or the network is down)"
+        return f"{_host(exchange)} gave no answer for {limit:.0f} s (its node or the network is down)"
     told = {end.rank for _, end in exchange.others_ends()}
     for rank, seen in sorted(others.items()):
         if now - seen.at > limit and not seen.sign.done and rank not in told:
@@ -96,6 +101,14 @@ def late(exchange: Exchange, own: Sign) -> str | None:
         f"no rank made progress for {idle:.0f} s, at {' and '.join(places)}; which one holds the others up can't "
         "be told, all have entered the same collectives"
     )
+
+
+def _host(exchange: Exchange) -> str:
+    """Who has the store, and where."""
+    host, port = exchange.address
+    if agent_hosts_store():
+        return f"torchrun's store at {host}:{port}"
+    return f"{exchange.peers[0].sign.who if 0 in exchange.peers else 'rank 0'} at {host}:{port}"
 
 
 def _without_a_word(sign: Sign) -> str:

@@ -100,7 +100,7 @@ class Watchdog:
         exchange.exchange_now()
         hosts = self.rank == 0 and not agent_hosts_store()
         while time.monotonic() - start < self.timing.linger and not exchange.broken and exchange.at:
-            told = told or exchange.at > start + 0.02
+            told = told or exchange.at > start
             waits = list(exchange.peers.items()) if hosts else []
             if told and all(seen.sign.done or rank in exchange.dead for rank, seen in waits):
                 return
@@ -137,6 +137,7 @@ class Watchdog:
             if line is None and exchange.at and exchange.at > failed + 5 * self.interval:
                 line = verdicts.stopped_telling(exchange)  # whoever is alive has told that by now
                 break
+        line = line or verdicts.unanswered(exchange, failed)
         if line:
             self._tell_verdict(line, "lost")
         return line

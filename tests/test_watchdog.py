@@ -20,6 +20,7 @@ from fastdiff.stalls import behind
 from fastdiff.watchdog import Watchdog
 
 HERE = Path(__file__).parent
+OPTIONS = "timeout:1 attempts:1"
 CASES = [
     *("quiet", "slow", "killed", "killed host", "stopped", "stuck", "bug", "error", "same error", "same late error"),
     *("early error", "asked to stop", "asked twice"),
@@ -34,7 +35,8 @@ def outcomes() -> dict[str, Any]:
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        # Stores look up the names of clients that they lose; a name server that doesn't answer takes 5 s, or here 1.
+        env={**os.environ, **{"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "RES_OPTIONS": OPTIONS}},
     )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
