@@ -135,7 +135,8 @@ class Watchdog:
             time.sleep(0.05)
             line = verdicts.first_end(exchange) or verdicts.vanished(exchange)
             if line is None and exchange.at and exchange.at > failed + 5 * self.interval:
-                line = verdicts.stopped_telling(exchange)  # whoever is alive has told that by now
+                # Whoever is alive has told that by now.
+                line = verdicts.stopped_telling(exchange) or verdicts.missing(exchange)
                 break
         line = line or verdicts.unanswered(exchange, failed)
         if line:
