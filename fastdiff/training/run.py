@@ -17,7 +17,7 @@ from fastdiff.images import Loader, open_images
 from fastdiff.kernel_choice import choose_kernels
 from fastdiff.models import build_model
 from fastdiff.preemption import StopSignals
-from fastdiff.processes import Processes, StopWith, current, make_writable, output_folder
+from fastdiff.processes import Processes, StopWith, current, is_broken_collective, make_writable, output_folder
 from fastdiff.settings import UserError
 from fastdiff.training import compilation, loop, resuming
 from fastdiff.training.anomaly import NonFinite, detect_anomaly
@@ -102,6 +102,8 @@ def _clear_words(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]
         raise UserError(reason) from error
     except BaseException as error:
         code = exit_codes.USER_ERROR if isinstance(error, UserError) else 1
+        if is_broken_collective(error):
+            code = exit_codes.PEER_LOST
         with suppress(OSError, UserError):  # the disk may be what is wrong
             tell("failed", code, f"{error}" or type(error).__name__)
         raise
