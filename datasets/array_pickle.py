@@ -54,6 +54,9 @@ _ADMITTED = {
 
 
 class _Reader(pickle._Unpickler):
+    # Without bytearrays, which are made as long as the file says before their bytes are read.
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
         self._bytes_left = 2 * len(data)

@@ -23,6 +23,6 @@ def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
         Case("code", read(lambda: Path(MARKER).touch())),
         Case("exception", read(lambda: 1 // 0)),
         Case("nameless", lambda: (REFUSED, "something is wrong"), ("file.pt",)),
-        Case("memory", read(lambda: len(b"x" * 2_000_000_000))),
+        Case("memory", read(lambda: len(b"x" * 800_000_000))),
     ]
     yield from made[start:stop]

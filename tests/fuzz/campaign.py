@@ -103,14 +103,19 @@ def _run_process(report: Report, kind: str, seed: int, start: int, stop: int, fo
         assert process.stdout is not None
         at, name, hung = start, "start", False
         limit = START_SECONDS
+        waiting = b""
         while start < stop:
-            if not select.select([process.stdout], [], [], limit)[0]:
-                process.kill()
-                hung = True
-                break
-            text = process.stdout.readline()
-            if not text:
-                break
+            if b"\n" not in waiting:
+                if not select.select([process.stdout], [], [], limit)[0]:
+                    process.kill()
+                    hung = True
+                    break
+                more = os.read(process.stdout.fileno(), 1 << 16)  # readline would keep lines that select can't see
+                if not more:
+                    break
+                waiting += more
+                continue
+            text, _, waiting = waiting.partition(b"\n")
             line = json.loads(text)
             if "begin" in line:
                 at, name, limit = line["begin"], line["name"], ALL[kind].limit_seconds

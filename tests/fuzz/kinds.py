@@ -34,5 +34,5 @@ KINDS = {
     "packed": Bounded(arrays.packed_cases, 150),
     "pickles": Bounded(arrays.pickle_cases, 200),
 }
-ALL = {**KINDS, "broken": Bounded(broken.cases, 7, limit_seconds=1.0, bound_bytes=500 << 20)}
+ALL = {**KINDS, "broken": Bounded(broken.cases, 7, limit_seconds=3.0, bound_bytes=500 << 20)}
 """With one for tests of the harness."""

@@ -162,6 +162,8 @@ def test_pickles_that_ask_for_memory() -> None:
     read = array_pickle().read
     with pytest.raises(UserError, match="batch_1"):
         read(b"\x80\x02]r\xff\xff\xff\x7f.", "batch_1")  # remembered as number 2 billion: 16 GB in C's reader
+    with pytest.raises(UserError, match="batch_1"):
+        read(b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".", "batch_1")  # 8 GB of zeros
     text, copy = b"X\x10\x27\0\0" + b"a" * 10_000, b"h\0h\1U\6latin1\x86Ra"
     with pytest.raises(UserError, match="more bytes than the file has"):
         read(b"\x80\x02c_codecs\nencode\nq\x000" + text + b"q\x010]" + copy * 99 + b".", "batch_1")
