@@ -24,7 +24,7 @@ def test_there_are_as_many_cases_as_stated() -> None:
     assert counts["checkpoints and arrays"] >= 500
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bombs"])  # which take seconds each to make
 def test_nothing_goes_wrong(kind: str) -> None:
     if kind == "loaders":
         pytest.importorskip("nvidia.dali")
