@@ -237,7 +237,7 @@ def diffusers(case: Case) -> Step:
 
 def ours(case: Case, cuda_graph: bool = False, **changes: Any) -> Step:
     """The trainer's step as train.py takes it: counter-based noise, metrics and averages included."""
-    return trainer_of(case, compile=True, cuda_graph=cuda_graph, **changes).take_step
+    return trainer_of(case, **{"compile": True, "cuda_graph": cuda_graph, **changes}).take_step
 
 
 def trainer_of(case: Case, **changes: Any) -> Trainer:
