@@ -135,9 +135,12 @@ def test_who_is_late(signs: list[Sign], late: list[int]) -> None:
 
 def test_alone_a_stall_is_reported_and_waited_out(capfd: pytest.CaptureFixture[str]) -> None:
     alone = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    out = ""
     with Watchdog(alone, stall_seconds=0.1) as watchdog:
         watchdog.progress("step 1")
-        time.sleep(1.5)
-    out = capfd.readouterr().err
+        until = time.monotonic() + 30
+        while "waits on" not in out and time.monotonic() < until:
+            time.sleep(0.1)
+            out += capfd.readouterr().err
     assert "test_alone_a_stall" in out
     assert re.search(r"fastdiff: no progress for \d+ s at step 1; it waits on\n$", out)

@@ -27,7 +27,12 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(ROOT)]
 from network import INTERFACE, Node, two_nodes, why_impossible  # noqa: E402
 from training.pictures_folder import make_pictures  # noqa: E402
 
-STEPS, EVERY = 32, 4
+from fastdiff.training.checkpoint_files import listed, step_of  # noqa: E402
+
+STEPS, EVERY = 240, 4
+"""Of a whole run, and between two checkpoints: a run can't get to its end while it is being disturbed."""
+ALONE = 20
+"""Steps that one node goes on alone."""
 SILENCE = 18
 """Seconds without a sign of life after which a rank is lost, here by --stall_minutes."""
 LIMIT = 60.0
@@ -39,7 +44,7 @@ TOLERANCE = 2e-3
 MODEL = (
     "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 4 "
     "--diffusion_steps 100 --noise_schedule cosine --learn_sigma True --batch_size 4 --lr 1e-3 --loader pillow "
-    f"--compile False --log_interval 10 --max_steps {STEPS} --save_interval {EVERY} --stall_minutes {SILENCE / 60}"
+    f"--compile False --log_interval 10 --save_interval {EVERY} --stall_minutes {SILENCE / 60}"
 ).split()
 
 
@@ -59,8 +64,9 @@ class Job:
     def run(self) -> Path:
         return self.folder / "run"
 
-    def start(self, launcher: str) -> None:
-        script = [str(ROOT / "fastdiff" / "train.py"), *MODEL, "--data_dir", str(self.data), "--run_dir", str(self.run)]
+    def start(self, launcher: str, steps: int = STEPS) -> None:
+        folders = ["--data_dir", str(self.data), "--run_dir", str(self.run)]
+        script = [str(ROOT / "fastdiff" / "train.py"), *MODEL, "--max_steps", str(steps), *folders]
         hosts = self.folder / "hostfile"
         hosts.write_text("".join(f"{node.address} slots=1\n" for node in self.nodes))
         first = self.nodes[0].address
@@ -78,13 +84,18 @@ class Job:
     def log(self, node: Node) -> Path:
         return self.folder / f"{node.name}.log"
 
-    def wait_for(self, step: int) -> None:
-        """Until a checkpoint of a step is whole; Lost when the run ends before."""
+    def newest(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        return max((step_of(folder) for folder in listed(self.run / "checkpoints")), default=0)
+
+    def wait_for_newer(self, than: int) -> int:
+        """Until a newer checkpoint than that of a step is whole; its step. Lost when the run ends before."""
         until = time.monotonic() + 120
-        while not (self.run / "checkpoints" / f"step_{step:06d}").is_dir():
+        while (step := self.newest()) <= than:
             if time.monotonic() > until or any(node.process and node.process.poll() is not None for node in self.nodes):
-                raise Lost(f"no checkpoint of step {step}\n" + self.words())
-            time.sleep(0.05)
+                raise Lost(f"no checkpoint after step {than}\n" + self.words())
+            time.sleep(0.02)
+        return step
 
     def wait(self, limit: float) -> list[int]:
         """Until every node's processes have ended; their exit codes. Lost when that takes more than `limit` seconds."""
@@ -111,11 +122,11 @@ class Job:
         return {f"{i}/{name}": value for i, state in enumerate(loaded) for name, value in state.items()}
 
 
-def disturb(job: Job, launcher: str, after: int, what: str, act: Callable[[], None], alive: list[Node]) -> None:
-    """Start or go on, act once a checkpoint is there, and see all ranks end with a reason on the nodes still alive."""
+def disturb(job: Job, launcher: str, what: str, act: Callable[[], None], alive: list[Node]) -> None:
+    """Start or go on, act once that has saved, and see all ranks end with a reason on the nodes still alive."""
+    before = job.newest()
     job.start(launcher)
-    job.wait_for(after)
-    time.sleep(0.3)
+    after = job.wait_for_newer(before)
     start = time.monotonic()
     act()
     codes = job.wait(LIMIT)
@@ -129,12 +140,12 @@ def disturb(job: Job, launcher: str, after: int, what: str, act: Callable[[], No
         raise Lost("the run was over before it could be disturbed")
 
 
-def finish(job: Job, launcher: str) -> None:
-    job.start(launcher)
+def finish(job: Job, launcher: str, steps: int = STEPS) -> None:
+    job.start(launcher, steps)
     codes = job.wait(180)
     if any(codes):
         raise Lost(f"exit codes {codes}\n" + job.words())
-    print(f"{launcher}: {len(job.nodes)} nodes trained to step {STEPS}", flush=True)
+    print(f"{launcher}: {len(job.nodes)} nodes trained to step {steps}", flush=True)
 
 
 def status(job: Job) -> str:
@@ -151,15 +162,17 @@ def compare(job: Job, whole: Job, step: int, tolerance: float) -> None:
         raise Lost(f"weights after step {step} differ by {error:.2g}, more than {tolerance:g}")
 
 
-def stop_and_shrink(job: Job, whole: Job, nodes: tuple[Node, Node], launcher: str, after: int) -> None:
-    """SIGTERM to one rank saves and ends all; weights so far are the same; one node goes on to the end."""
-    disturb(job, launcher, after, "SIGTERM to rank 1", nodes[1].terminate_ranks, [nodes[0]])
+def stop_and_shrink(job: Job, whole: Job, nodes: tuple[Node, Node], launcher: str) -> None:
+    """SIGTERM to one rank saves and ends all; weights so far are the same; one node goes on for some steps."""
+    disturb(job, launcher, "SIGTERM to rank 1", nodes[1].terminate_ranks, [nodes[0]])
     if status(job) != "preempted":
         raise Lost(f"status.json says {status(job)}, not preempted")
-    compare(job, whole, after, 0.0)
+    stopped = job.newest()
+    compare(job, whole, stopped // EVERY * EVERY, 0.0)
     job.nodes = [nodes[0]]
-    finish(job, launcher)
-    compare(job, whole, STEPS, TOLERANCE)
+    last = (stopped + ALONE) // EVERY * EVERY
+    finish(job, launcher, last)
+    compare(job, whole, last, TOLERANCE)
 
 
 def main() -> None:
@@ -183,17 +196,17 @@ def main() -> None:
 
         try:
             finish(whole, "torchrun")
-            disturb(first, "torchrun", 4, "SIGKILL to node 1", nodes[1].kill, first_node)
-            disturb(first, "deepspeed", 8, "cable cut", nodes[1].cut, list(nodes))
+            disturb(first, "torchrun", "SIGKILL to node 1", nodes[1].kill, first_node)
+            disturb(first, "deepspeed", "cable cut", nodes[1].cut, list(nodes))
             mend()
-            stop_and_shrink(first, whole, nodes, "torchrun", 12)
+            stop_and_shrink(first, whole, nodes, "torchrun")
             if everything:
-                disturb(second, "deepspeed", 4, "SIGKILL to node 1", nodes[1].kill, first_node)
-                disturb(second, "deepspeed", 8, "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
-                disturb(second, "torchrun", 12, "cable cut", nodes[1].cut, list(nodes))
+                disturb(second, "deepspeed", "SIGKILL to node 1", nodes[1].kill, first_node)
+                disturb(second, "deepspeed", "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
+                disturb(second, "torchrun", "cable cut", nodes[1].cut, list(nodes))
                 mend()
-                disturb(second, "torchrun", 16, "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
-                stop_and_shrink(second, whole, nodes, "deepspeed", 20)
+                disturb(second, "torchrun", "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
+                stop_and_shrink(second, whole, nodes, "deepspeed")
         except Lost as error:
             print(error)
             print("two nodes: something was lost")
