@@ -144,6 +144,8 @@ def test_diffusion_loss(size: str, variance: str, kl: bool, epsilon: bool) -> No
         size = exact[i].flatten(1).abs().amax(1) if i == 3 else exact[i].abs()
         off, torchs = ((got[i].double() - exact[i]).reshape(3, -1).abs().amax(1) / size for got in (ours, theirs))
         budget = 4 * torchs.nan_to_num().max() + 8 * 2**-23
+        if name in ("loss", "vb"):  # a bound near 0 is a difference of terms of order 1, which float32 rounds
+            budget = budget + 2**-23 / size
         assert (off.nan_to_num() <= budget).all(), f"{name}: {off.tolist()}, torch {torchs.tolist()}"
 
 

@@ -209,9 +209,6 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing that could clean up may run afterwards."""
 
 
-OPERATIONS = ("rename", "replace", "mkdir", "unlink")
-
-
 @pytest.mark.parametrize("replaces", [False, True])
 def test_killed_between_any_two_operations(replaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At whatever file operation the process dies, what is listed is whole, and the newest is the old or the new."""

@@ -61,9 +61,11 @@ def test_compiled_once(settings: dict[str, Any], tmp_path: Path, no_backend: Non
         snapshot = checkpoints.read(tmp_path / "step_000002", ["0.9", "0.99"])
         resumed = small_trainer(snapshot, compile=True, **settings)
         assert losses_of(resumed, 2) == losses[2:]
+    # Compiled code rounds in other places; to bf16 where the CPU has it.
+    rounding = 2.0**-8 if settings.get("precision") == "bf16" else 1e-4
     for ours, theirs in zip(losses, plain, strict=True):
         for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-4), name
+            assert ours[name] == pytest.approx(value, rel=rounding), name
     for name, value in weights_of(trainer).items():
         assert torch.equal(weights_of(resumed)[name], value), name
 
