@@ -1,11 +1,12 @@
-"""What a checkpoint costs training: steps without one, beside one being written, and waiting for one.
+"""What safety costs training: steps without a checkpoint, beside one being written, and waiting for one; the guards.
 
     python benchmarks/bench_saving.py --json benchmarks/results/saving_quick_cpu.json
     python benchmarks/bench_saving.py --config imagenet64_270M --batch 128 --precision bf16 --folder DISK
 
 Three windows of the same number of steps take turns: `none` saves nothing; `beside` saves at its start, in the
 background; `waiting` saves at its start and waits. `cost` is how much longer a window took than the one without, so
-what training lost by a checkpoint; `stood still` is the part of it in which no step ran. Medians and quartiles.
+what training lost by a checkpoint; `stood still` is the part of it in which no step ran. `guards` is the pass over the
+gradients that finds non-finite ones. Medians and quartiles.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fastdiff import ops
 from fastdiff.hardware import device_name
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
@@ -74,6 +76,19 @@ def window(trainer: Trainer, folder: Path, way: str, steps: int) -> dict[str, fl
     return {"seconds": seconds + waited, "stood_still": stood_still + waited}
 
 
+def guards_ms(trainer: Trainer, repeats: int = 30) -> list[float]:
+    """Milliseconds of the gradients' norm, which a step without guards would not compute."""
+    trainer.take_step()
+    gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        float(ops.squared_norm(gradients))
+        times.append(1e3 * (time.perf_counter() - start))
+    return quartiles(times)
+
+
 def measure(trainer: Trainer, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
     """Windows of all kinds in turns: what each checkpoint cost."""
     made: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
@@ -91,14 +106,14 @@ def measure(trainer: Trainer, folder: Path, steps: int, rounds: int) -> dict[str
             "stood_still_ms": quartiles([1e3 * entry["stood_still"] for entry in made[way]]),
             "window_ratio": quartiles(ratios),
         }
-    return found
+    return {**found, "guards_ms": guards_ms(trainer)}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     processes = start_processes()
     use_free_cores()
-    case = Case(load(args.config), args.batch, args.precision, processes)
+    case = Case(load(args.config, "--config"), args.batch, args.precision, processes)
     trainer = trainer_of(case)
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary)
@@ -118,6 +133,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{way:8}  cost {cost:.1f} ms ({low:.1f} to {high:.1f}), stood still {still:.1f} ms; "
             f"the window took {ratio[1]:.3f} times as long ({ratio[0]:.3f} to {ratio[2]:.3f})"
         )
+    low, guards, high = found["guards_ms"]
+    print(f"guards    {guards:.2f} ms ({low:.2f} to {high:.2f}), {guards / found['step_ms'][1]:.2%} of a step")
     if args.json:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
         given = " ".join(f"--{key} {getattr(args, key)}" for key in ("config", "batch", "precision", "rounds"))

@@ -99,14 +99,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load(name: str) -> Config:
+def load(name: str, flag: str = "--configs") -> Config:
     """A configuration by its name in configs/ or its file."""
     if name == "quick":
         return Config.model_validate(QUICK)
     file = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
-        raise UserError(f"--configs: {name} is neither a file nor one of quick, {known}")
+        raise UserError(f"{flag}: {name} is neither a file nor one of quick, {known}")
     content = json.loads(file.read_text())
     kind = SuperResConfig if "large_size" in content.get("model", {}) else Config
     return kind.model_validate(content)

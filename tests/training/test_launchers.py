@@ -14,6 +14,10 @@ import tiny
 from training.pictures_folder import make_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCHERS = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--log_level", "error"],
+}
 FLAGS = tiny.flags(
     {
         **tiny.MODEL,
@@ -23,12 +27,12 @@ FLAGS = tiny.flags(
 )
 
 
-def start(launcher: list[str], folder: Path, steps: int) -> subprocess.Popen[str]:
-    """Training by two processes of a launcher, in `folder`/run."""
+def start(launcher: str, folder: Path, steps: int, *more: str) -> subprocess.Popen[str]:
+    """Training by two processes of a launcher, in `folder`/run. more: flags for torchrun."""
     data = make_pictures(folder / "pictures")
     script = [str(ROOT / "fastdiff" / "train.py"), *FLAGS, "--max_steps", str(steps)]
     return subprocess.Popen(
-        [*launcher, *script, "--data_dir", str(data), "--run_dir", str(folder / "run")],
+        [*LAUNCHERS[launcher], *more, *script, "--data_dir", str(data), "--run_dir", str(folder / "run")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -37,8 +41,8 @@ def start(launcher: list[str], folder: Path, steps: int) -> subprocess.Popen[str
     )
 
 
-def signal_rank(process: subprocess.Popen[str], rank: int, number: signal.Signals, folder: Path, step: int) -> None:
-    """Send a signal to a rank once there is a checkpoint of a step."""
+def pid_of(rank: int, process: subprocess.Popen[str], folder: Path, step: int) -> int:
+    """The process that is a rank, once there is a checkpoint of a step."""
     until = time.monotonic() + 200
     while not (folder / "run" / "checkpoints" / f"step_{step:06d}").is_dir():
         assert process.poll() is None, process.communicate()[0]
@@ -51,24 +55,23 @@ def signal_rank(process: subprocess.Popen[str], rank: int, number: signal.Signal
         except OSError:
             continue
         if mine and f"RANK={rank}".encode() in words:
-            os.kill(int(entry.name), number)
+            return int(entry.name)
+    raise AssertionError(f"no rank {rank}")
 
 
 def test_torchrun_starts_anew_after_a_death(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = start([*launcher, "--max_restarts", "2"], tmp_path, 40)
-    signal_rank(process, 1, signal.SIGKILL, tmp_path, 10)
+    process = start("torchrun", tmp_path, 200, "--max_restarts", "2")
+    os.kill(pid_of(1, process, tmp_path, 10), signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "is gone without a word" in said
     assert "resuming from" in said
-    assert said.rstrip().splitlines()[-1].startswith("done: 40 steps")
+    assert said.rstrip().splitlines()[-1].startswith("done: 200 steps")
 
 
 def test_a_signal_to_a_rank_comes_out_of_deepspeed_as_75(tmp_path: Path) -> None:
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--log_level", "error"]
-    process = start(launcher, tmp_path, 4000)
-    signal_rank(process, 1, signal.SIGUSR1, tmp_path, 5)
+    process = start("deepspeed", tmp_path, 4000)
+    os.kill(pid_of(1, process, tmp_path, 5), signal.SIGUSR1)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"

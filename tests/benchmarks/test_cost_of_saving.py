@@ -1,0 +1,49 @@
+"""The benchmark of what checkpoints cost, at a size that says nothing about speed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import refusal
+
+from benchmarks import bench_saving
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The benchmark takes all free cores; later tests get theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None) -> None:
+    model = {
+        "image_size": 8,
+        "num_channels": 32,
+        "channel_mult": "1,2",
+        "num_res_blocks": 1,
+        "attention_resolutions": "4",
+    }
+    config, results = tmp_path / "small.json", tmp_path / "results.json"
+    config.write_text(json.dumps({"model": model, "diffusion": {"diffusion_steps": 20, "noise_schedule": "cosine"}}))
+    argv = ["--config", str(config), "--batch", "2", "--rounds", "2", "--steps", "2", "--folder", str(tmp_path)]
+    bench_saving.main([*argv, "--json", str(results)])
+    shown = capsys.readouterr().out
+    content = json.loads(results.read_text())
+    for way in ("beside", "waiting"):
+        assert f"\n{way}" in shown
+        low, middle, high = content[way]["stood_still_ms"]
+        assert 0 < low <= middle <= high
+    assert 0 < content["guards_ms"][1] < content["step_ms"][1]
+    assert content["steps"] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["results.json", "small.json"]  # no checkpoint is left
+
+
+def test_refusals() -> None:
+    assert "--rounds must be at least 1, not 0" in refusal(bench_saving.main, ["--rounds", "0"])
+    assert "--config: nothing is neither a file nor" in refusal(bench_saving.main, ["--config", "nothing"])
