@@ -6,6 +6,7 @@ checkpoints/latest                      the name of the newest
 checkpoints/.step_NNNNNN.partial        one that is being written
 checkpoints/.step_NNNNNN.replaced       one that is being replaced by another of the same step
 checkpoints/.step_NNNNNN.removed        one that is being removed
+checkpoints/step_NNNNNN.damaged         one that was found damaged when the run went on from an older one
 
 A rename makes a folder appear or vanish whole, so a run killed between any two operations leaves only names with a dot
 behind, which `tidy` clears away.
@@ -174,14 +175,32 @@ def tidy(checkpoints: Path) -> list[str]:
     return notes
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int) -> list[int]:
+def set_aside(checkpoints: Path, step: int) -> list[str]:
+    """Take those after `step`, from which the run could not go on, out of the list; sentences on where they are now.
+
+    Listed, they would count among the newest, which stay when old ones are removed.
+    """
+    notes = []
+    for folder in listed(checkpoints):
+        if step_of(folder) > step:
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+            notes.append(f"{folder.name} is kept as {aside.name}")
+    return notes
+
+
+def prune(checkpoints: Path, keep_last: int, keep_every: int, sound: int | None = None) -> list[int]:
     """Remove all but the newest keep_last (0: all stay) and those of steps that keep_every (0: none) divides.
 
+    The newest of a step up to `sound` stays too: numbers were good until then, and the run may have to go back there.
     Returns the steps removed.
     """
     if not keep_last:
         return []
-    old = [folder for folder in listed(checkpoints)[:-keep_last] if not keep_every or step_of(folder) % keep_every]
+    folders = listed(checkpoints)
+    kept = {*folders[-keep_last:], *[f for f in folders if sound is not None and step_of(f) <= sound][-1:]}
+    old = [f for f in folders if f not in kept and (not keep_every or step_of(f) % keep_every)]
     for folder in old:
         remove(folder)
     return [step_of(folder) for folder in old]

@@ -126,7 +126,8 @@ class Loop:
         if self.processes.is_main:
             content = {"kind": resuming.kind_of(self.config), **self.config.model_dump(mode="json")}
             checkpoints.write_json(self.folder / "config.json", content)
-            notes = [*notes, *checkpoint_files.tidy(self.checkpoints)]
+            aside = checkpoint_files.set_aside(self.checkpoints, trainer.step)
+            notes = [*notes, *aside, *checkpoint_files.tidy(self.checkpoints)]
         classes = f" in {len(loader.class_names)} classes" if self.config.model.class_cond else ""
         reporter.say(
             f"{millions(trainer)} parameters, {loader.num_images} images{classes} ({loader.loader_name}), batch "
@@ -228,7 +229,9 @@ class Loop:
             self._wait_for_writing()
             self.reporter.sync()
             if self.saver:
-                self.saver.save(self.trainer.step, self.info, self.trainer.fill, self.trainer.state_bytes)
+                trainer = self.trainer
+                sound = trainer.step - trainer.stepper.bad_streak()
+                self.saver.save(trainer.step, self.info, trainer.fill, trainer.state_bytes, sound)
             else:
                 self.trainer.fill(None)
 

@@ -116,8 +116,8 @@ def write(folder: Path, step: int, info: dict[str, Any], fill: Fill, size: int =
         free = shutil.disk_usage(folder).free
         if free < size:
             raise UserError(
-                f"--run_dir: the checkpoint of step {step} needs {_gigabytes(size)}, {folder} has "
-                f"{_gigabytes(free)} left; {_advice(folder)}"
+                f"--run_dir: the checkpoint of step {step} needs {_size(size)}, {folder} has "
+                f"{_size(free)} left; {_advice(folder)}"
             )
         writer = Writer(folder, step, info)
         return writer.finish(fill(writer))
@@ -135,8 +135,8 @@ def _advice(folder: Path) -> str:
     return f"make room, or keep fewer with --keep_last ({left})"
 
 
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 class Saver:
@@ -159,10 +159,11 @@ class Saver:
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._running: futures.Future[tuple[int, list[int]]] | None = None
 
-    def save(self, step: int, info: dict[str, Any], fill: Fill, size: int) -> None:
+    def save(self, step: int, info: dict[str, Any], fill: Fill, size: int, sound: int | None = None) -> None:
         """Take the state of now, and write it: when this returns, or some time later (`wait`).
 
-        Raises UserError for this or an earlier checkpoint that the disk didn't take.
+        sound is the last step up to which no numbers were bad (see `checkpoint_files.prune`); None: this one. Raises
+        UserError for this or an earlier checkpoint that the disk didn't take.
         """
         self.wait()
         beside = self.background
@@ -171,13 +172,21 @@ class Saver:
         if beside:
             kept = _Kept()
             state = fill(kept)
-            self._running = self._thread.submit(self._write, step, info, kept.fill(state), size)
+            self._running = self._thread.submit(self._write, step, info, kept.fill(state), size, sound)
         else:
-            self._report(self._write(step, info, fill, size))
+            self._report(self._write(step, info, fill, size, sound))
 
-    def _write(self, step: int, info: dict[str, Any], fill: Fill, size: int) -> tuple[int, list[int]]:
+    def _write(
+        self, step: int, info: dict[str, Any], fill: Fill, size: int, sound: int | None
+    ) -> tuple[int, list[int]]:
+        removed: list[int] = []
+        if self.folder.is_dir() and shutil.disk_usage(self.folder).free < size:
+            removed = self._prune(sound)  # more lie there than may since keep_last is another
         write(self.folder, step, info, fill, size)
-        return step, checkpoint_files.prune(self.folder, self.keep_last, self.keep_every)
+        return step, [*removed, *self._prune(sound)]
+
+    def _prune(self, sound: int | None) -> list[int]:
+        return checkpoint_files.prune(self.folder, self.keep_last, self.keep_every, sound)
 
     def _report(self, done: tuple[int, list[int]]) -> None:
         step, removed = done

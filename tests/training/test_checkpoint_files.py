@@ -126,6 +126,47 @@ def test_keeping_few(tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_the_last_from_before_bad_numbers_stays(tmp_path: Path) -> None:
+    """However many are written while steps are skipped: the run may have to go back to it."""
+    saver = Saver(tmp_path, keep_last=2)
+    for step in range(1, 4):
+        saver.save(step, {}, fill_with(step), 0, step)
+    for step in range(4, 8):
+        saver.save(step, {}, fill_with(step), 0, 3)
+    assert [checkpoint_files.step_of(p) for p in checkpoint_files.listed(tmp_path)] == [3, 6, 7]
+    saver.save(8, {}, fill_with(8), 0, 8)
+    saver.close()
+    assert [checkpoint_files.step_of(p) for p in checkpoint_files.listed(tmp_path)] == [7, 8]
+
+
+def test_keep_last_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the message on a full disk advises: the same command with --keep_last goes on."""
+    usage = shutil.disk_usage(tmp_path)
+    for step in range(1, 5):
+        save(tmp_path, step)
+
+    def of_five(path: Path) -> Any:  # each folder takes 100 bytes
+        return usage._replace(free=450 - 100 * len(checkpoint_files.listed(tmp_path)))
+
+    monkeypatch.setattr(shutil, "disk_usage", of_five)
+    with pytest.raises(UserError, match="keep fewer with --keep_last .step_000004 is whole"):
+        Saver(tmp_path).save(5, {}, fill_with(5), 100)
+    told: list[str] = []
+    Saver(tmp_path, keep_last=2, told=told.append).save(5, {}, fill_with(5), 100)
+    assert [value_of(p) for p in checkpoint_files.listed(tmp_path)] == [4, 5]
+    assert told[-1] == "removed the checkpoints of steps 1, 2, 3"
+
+
+def test_a_damaged_one_does_not_count_among_the_newest(tmp_path: Path) -> None:
+    """Set aside, for keep_last would keep it in the place of a good one."""
+    save(tmp_path, 2)
+    flip(save(tmp_path, 4) / "state.pt")
+    assert checkpoint_files.set_aside(tmp_path, 2) == ["step_000004 is kept as step_000004.damaged"]
+    Saver(tmp_path, keep_last=1).save(3, {}, fill_with(3), 0)
+    assert checkpoint_files.newest_whole(tmp_path) == (tmp_path / "step_000003", [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000003", "step_000004.damaged"]
+
+
 def test_steps_beyond_six_digits_are_in_order(tmp_path: Path) -> None:
     for step in (999_999, 1_000_000, 2_000_000):
         save(tmp_path, step)
