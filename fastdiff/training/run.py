@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -101,6 +102,11 @@ def _clear_words(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]
         tell("failed", exit_codes.USER_ERROR, reason)
         raise UserError(reason) from error
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"--run_dir: {folder} can't be written to ({error.strerror}); make room: the same command goes on"
+            with suppress(OSError, UserError):
+                tell("failed", exit_codes.USER_ERROR, reason)
+            raise UserError(reason) from error
         code = exit_codes.USER_ERROR if isinstance(error, UserError) else 1
         if is_broken_collective(error):
             code = exit_codes.PEER_LOST

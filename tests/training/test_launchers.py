@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import tiny
+import torch
 from training.pictures_folder import make_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +37,7 @@ def start(launcher: str, folder: Path, steps: int, *more: str) -> subprocess.Pop
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})},
         start_new_session=True,
     )
 

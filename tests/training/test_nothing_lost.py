@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -111,6 +112,29 @@ def test_a_damaged_newest_checkpoint(data: Path, tmp_path: Path, capsys: pytest.
     assert same_weights(run, tmp_path / "straight", 6)
 
 
+@pytest.mark.parametrize("name", ["config.json", "status.json", "latest"])
+def test_a_disk_without_room_for_small_files(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, whichever file it is that finds the disk full; with room the run goes on."""
+    run = tmp_path / "run"
+    train.main(flags(data, run, "--max_steps", "1"))
+    write = checkpoint_files.write_text
+
+    def full(path: Path, text: str) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_files, "write_text", full)
+        with pytest.raises(UserError, match=r"--run_dir: .*can't be written.*No space left on device"):
+            train.main(flags(data, run, "--max_steps", "2"))
+    train.main(flags(data, run, "--max_steps", "3"))
+    assert status_of(run) == ("done", 3, 0)
+    assert steps_of(run)[-1] == 3
+
+
 def test_keeping_few_and_saving_by_the_clock(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train.main(flags(data, run, "--max_steps", "9", "--save_interval", "1", "--keep_last", "2", "--keep_every", "4"))
@@ -180,7 +204,8 @@ def test_going_back_once(
     and one is to be kept, and on with another stream."""
     run = tmp_path / "run"
     spoil(monkeypatch, lambda trainer: trainer.step >= 5 and trainer.stream_seed == trainer.train.seed)
-    more = "--max_steps 14 --save_interval 4 --log_interval 1 --max_bad_steps 5 --keep_last 1".split()
+    limits = ("--max_bad_steps", "5", "--keep_last", "1")
+    more = ("--max_steps", "14", "--save_interval", "4", "--log_interval", "1", *limits)
     train.main(flags(data, run, *more))
     out = capsys.readouterr().out
     assert "5 steps in a row had a non-finite loss or gradient" in out
