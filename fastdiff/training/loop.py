@@ -230,7 +230,7 @@ class Loop:
             self.reporter.sync()
             if self.saver:
                 trainer = self.trainer
-                sound = trainer.step - trainer.stepper.bad_streak()
+                sound = trainer.step - trainer.stepper.state_dict()["bad_streak"]  # of now, unlike bad_streak()
                 self.saver.save(trainer.step, self.info, trainer.fill, trainer.state_bytes, sound)
             else:
                 self.trainer.fill(None)
