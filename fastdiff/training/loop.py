@@ -30,8 +30,8 @@ from fastdiff.watchdog import Watchdog
 
 LONG = 3600.0
 """Seconds that something which is no step may take: compiling, drawing, writing."""
-WRITING = 20.0
-"""Seconds that ranks wait in one go for the one that writes."""
+TURN = 20.0
+"""Seconds that ranks wait in one go for the one that writes or draws."""
 
 
 class Loop:
@@ -62,7 +62,7 @@ class Loop:
         every = config.train.save_interval
         self.save_seconds = 60 * float(every.removesuffix("min")) if isinstance(every, str) else None
         self.save_steps = None if isinstance(every, str) else every
-        self.last_save = time.monotonic()
+        self.last_save = self.turn_began = time.monotonic()
 
     def go(self, source: str, notes: list[str]) -> None:
         """Train to the end. StopWith when a signal or numbers that stay bad end it before."""
@@ -202,16 +202,25 @@ class Loop:
         self._start_interval(time.perf_counter())
 
     def _draw(self) -> None:
-        """A grid of samples; left out when the run is about to stop."""
+        """A grid of samples; left out when the run is about to stop. Collective."""
         assert self.preview is not None
         trainer = self.trainer
         self.watchdog.progress(f"drawing after step {trainer.step}", LONG)
         with self._off_the_clock():
             file = self.folder / "samples" / f"step_{trainer.step:06d}.png"
-            picture = draw_preview(trainer, self.preview, file, wanted=not self.signals.requested)
+            self.turn_began = time.monotonic()
+            picture = draw_preview(trainer, self.preview, file, self._may_draw_on)
             if picture is not None:
                 self.reporter.picture("samples", trainer.step, picture)
-            self.processes.barrier()
+            while self.agreement.any(False):  # in turns with `_may_draw_on`
+                continue
+
+    def _may_draw_on(self) -> bool:
+        """Lets the others, who wait for rank 0, know that it is still drawing; False once the run is to stop."""
+        if time.monotonic() - self.turn_began > TURN:
+            self.agreement.any(True)
+            self.turn_began = time.monotonic()
+        return not self.signals.requested
 
     # --- saving and stopping ---
 
@@ -243,7 +252,7 @@ class Loop:
     def _wait_for_writing(self) -> None:
         """Until rank 0 has written what it was given; however long that takes, no collective waits for all of it."""
         self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
-        while self.agreement.any(self.saver is not None and not self.saver.wait(WRITING)):
+        while self.agreement.any(self.saver is not None and not self.saver.wait(TURN)):
             continue
 
     def _stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.config import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.samplers import Step
 from fastdiff.models import SuperResSettings, build_model
 from fastdiff.sampling.draw import draw
 from fastdiff.sampling.pictures import grid, save_grid, to_uint8
@@ -36,15 +38,24 @@ def preview_diffusion(config: Config) -> GaussianDiffusion | None:
     return create_diffusion(settings, config.model.learn_sigma)
 
 
-def draw_preview(trainer: Trainer, diffusion: GaussianDiffusion, file: Path, wanted: bool = True) -> np.ndarray | None:
+class _Abandoned(Exception):
+    """There is no time left to draw."""
+
+
+def draw_preview(
+    trainer: Trainer, diffusion: GaussianDiffusion, file: Path, go_on: Callable[[], bool] = lambda: True
+) -> np.ndarray | None:
     """A grid [H, W, C] uint8 of samples from the first average, saved as `file`: on rank 0; None elsewhere. Collective.
 
-    wanted False on rank 0 leaves it out.
+    go_on is asked on rank 0 before each of the sampler's steps, and leaves the grid out by False.
     """
     average = trainer.masters.gather(trainer.ema[str(trainer.train.ema_rate[0])])
-    if not trainer.processes.is_main or average is None or not wanted:
+    if not trainer.processes.is_main or average is None or not go_on():
         return None
-    drawn = _draw(trainer, diffusion, average)
+    try:
+        drawn = _draw(trainer, diffusion, average, go_on)
+    except _Abandoned:
+        return None
     if not drawn.isfinite().all():
         logger.warning("the samples after step %d are not finite: no grid of them is written", trainer.step)
         return None
@@ -54,7 +65,13 @@ def draw_preview(trainer: Trainer, diffusion: GaussianDiffusion, file: Path, wan
     return np.array(grid(images).convert("RGB"))
 
 
-def _draw(trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, Tensor]) -> Tensor:
+def _draw(
+    trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, Tensor], go_on: Callable[[], bool]
+) -> Tensor:
+    def check(_: Step) -> None:
+        if not go_on():
+            raise _Abandoned
+
     settings, train, device = trainer.model_settings, trainer.train, trainer.device
     model = build_model(settings)
     model.load_state_dict(average)
@@ -71,4 +88,4 @@ def _draw(trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, Ten
         kwargs["y"] = classes[index % len(classes)] if batch is None else batch.labels[: len(index)]
     shape = (settings.in_channels, *settings.size_hw)
     use_ddim = train.sample_respacing.startswith("ddim")
-    return draw(model, diffusion, index, shape, seed=train.seed, use_ddim=use_ddim, model_kwargs=kwargs)
+    return draw(model, diffusion, index, shape, seed=train.seed, use_ddim=use_ddim, model_kwargs=kwargs, on_step=check)

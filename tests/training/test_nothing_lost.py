@@ -8,6 +8,8 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,48 @@ def test_previews_that_are_not_finite(
     train.main(flags(data, tmp_path / "run", "--max_steps", "2", "--sample_interval", "1"))
     assert "the samples after step 1 are not finite" in caplog.text
     assert not (tmp_path / "run" / "samples").exists()
+
+
+def test_asked_to_stop_while_drawing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture is given up, for the time until the end may be short; the step before it was saved, and is again."""
+    drawn = previews.draw
+
+    def draw(*args: Any, on_step: Callable[[Any], None], **kwargs: Any) -> Tensor:
+        def stop(step: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            on_step(step)
+            raise AssertionError("it goes on drawing")
+
+        return drawn(*args, on_step=stop, **kwargs)
+
+    monkeypatch.setattr(previews, "draw", draw)
+    with pytest.raises(StopWith, match="stopped by SIGTERM after step 3"):
+        train.main(flags(data, tmp_path / "run", "--max_steps", "9", "--sample_interval", "2"))
+    assert status_of(tmp_path / "run") == ("preempted", 3, 75)
+    assert steps_of(tmp_path / "run") == [3]
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+IN_SHORT_TURNS = """
+import sys
+from fastdiff import train
+from fastdiff.training import loop
+loop.TURN = 0.0
+train.main(sys.argv[1:])
+"""
+
+
+def test_ranks_wait_in_turns_for_the_one_that_draws(data: Path, tmp_path: Path) -> None:
+    """No collective waits for a whole picture: here each of the sampler's steps ends a turn."""
+    script = tmp_path / "turns.py"
+    script.write_text(IN_SHORT_TURNS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    more = flags(data, tmp_path / "run", "--max_steps", "4", "--sample_interval", "2", "--sample_respacing", "ddim5")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    done = subprocess.run([*launcher, *more], capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == ["step_000002.png", "step_000004.png"]
+    assert status_of(tmp_path / "run") == ("done", 4, 0)
 
 
 def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
