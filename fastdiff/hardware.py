@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 MATMUL_SHARE = 788 / 989
@@ -118,3 +119,17 @@ def _best_seconds(fn: Callable[[], Any], device: torch.device, repeats: int) -> 
         synchronize()
         best = min(best, (time.perf_counter() - start) / calls)
     return best
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of the GPU, or of this machine or the part of it that a container grants."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        lines = (line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        cached = next(int(words[1]) for words in lines if words[0] == "file")  # cached files give way
+        return min(free, limit - used + cached)
+    except (OSError, ValueError, StopIteration):  # no container, or one without a limit
+        return free

@@ -13,15 +13,28 @@ from fastdiff.threads import use_free_cores
 Kernels = Literal["auto", "triton", "reference"]
 
 
-def choose_kernels(kernels: Kernels, device: torch.device, fused_convolutions: bool = False) -> list[str]:
+def choose_kernels(
+    kernels: Kernels, device: torch.device, fused_convolutions: bool = False, threads_before: int | None = None
+) -> list[str]:
     """Switch the ops to the setting, use a CPU's free cores, and say line by line what `device` gets and why.
 
-    Raises UserError where Triton's kernels can't run.
+    threads_before is how many threads a run had that goes on. Raises UserError where Triton's kernels can't run.
     """
     try:
         ops.use(kernels)
         ops.use_fused_convolutions(fused_convolutions)
     except ValueError as error:
         raise UserError(f"--{error}") from None
-    threads = [f"threads: {use_free_cores()}"] if device.type == "cpu" else []
+    threads = [_threads(threads_before)] if device.type == "cpu" else []
     return threads + [f"{choice.op}: {choice.implementation} ({choice.reason})" for choice in ops.choices(device)]
+
+
+def _threads(before: int | None) -> str:
+    count = use_free_cores(before)
+    if not before:
+        return f"threads: {count}"
+    return (
+        f"threads: {count}, as before"
+        if count == before
+        else (f"threads: {count}, where the run had {before}: its numbers differ in their last bits from here on")
+    )

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from fastdiff import exit_codes
+from fastdiff import exit_codes, screen
 from fastdiff.rendezvous import agent_hosts_store, fresh_store
 from fastdiff.settings import UserError
 
@@ -158,15 +158,15 @@ def run_script(main: Callable[[], None], name: str) -> None:
         code = exit_codes.INTERRUPTED
         if _peers:
             _peers.report_end("stopped by Ctrl-C", code)
-        print(f"{name}: stopped", file=sys.stderr, flush=True)
+        screen.show(f"{name}: stopped")
     except Exception as error:
         if _peers is None:
             raise
         code = _failed(error, _peers)
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
+    screen.flush()
     if code:
-        sys.stdout.flush()
         # Other ranks may wait in a collective: leave without the clean-up that would wait for them.
         os._exit(code) if _started or _peers else sys.exit(code)
 
@@ -185,22 +185,22 @@ def _say_once(reason: str, code: int, what: str = "") -> None:
         if not _peers and not _started:
             time.sleep(_SAME_ERROR)
     start = f"{_script}: {what}: " if what else f"{_script}: "
-    print(start + reason, file=sys.stderr, flush=True)
+    screen.show(start + reason)
 
 
 def _failed(error: Exception, peers: Peers) -> int:
     """Say what an exception was about, this rank's own or another rank's end; the exit code."""
     if not is_broken_collective(error):
-        traceback.print_exception(error)
+        screen.show("".join(traceback.format_exception(error)).rstrip())
         peers.report_end(_first_line(error), 1)
         return 1
     line = peers.explain()
     if line is None:
-        traceback.print_exception(error)
+        screen.show("".join(traceback.format_exception(error)).rstrip())
         line = f"a collective failed, though every rank still gives signs of life: {_first_line(error)}"
         peers.report_end(line, exit_codes.PEER_LOST)
     if peers.speaks():
-        print(f"{_script}: {line}", file=sys.stderr, flush=True)
+        screen.show(f"{_script}: {line}")
     return exit_codes.PEER_LOST
 
 

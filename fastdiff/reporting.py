@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from fastdiff import screen
 from fastdiff.settings import UserError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Reporter:
         with self._writing("the TensorBoard events"):
             if self._tensorboard is not None:
                 self._tensorboard.close()
-            self._tensorboard = SummaryWriter(str(self.folder), purge_step=step)
+            self._tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1)  # the first to be hidden
         if self._bar is not None:
             self._bar.close()
         self._bar = tqdm(
@@ -73,15 +74,17 @@ class Reporter:
         """A line for people, on the screen and in log.txt."""
         if self.folder is None:
             return
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
         with self._writing("log.txt"):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        with screen.that_may_be_gone(sys.stdout):
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
 
     def advance(self) -> None:
         """One step done."""
         if self._bar is not None:
-            self._bar.update()
+            with screen.that_may_be_gone(sys.stderr):
+                self._bar.update()
 
     def write(self, step: int, total_steps: int, metrics: Mapping[str, float], seconds_left: float) -> None:
         """The metrics of a log interval that ended with `step` steps done."""
@@ -165,8 +168,11 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         return []
     text = path.read_bytes().decode(errors="replace").replace("\0", "")
     whole = text[: text.rfind("\n") + 1]
-    rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(io.StringIO(whole, newline=""))]
-    return [row for row in rows if row.get("step", "").isdecimal()]
+    try:
+        rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(io.StringIO(whole, newline=""))]
+    except csv.Error as error:
+        raise UserError(f"--run_dir: {path} is no table of a run ({error}); move it away") from error
+    return [row for row in rows if row.get("step", "").isdecimal() and len(row["step"]) < 19]
 
 
 def _duration(seconds: float) -> str:

@@ -34,6 +34,7 @@ class UserError(Exception):
 
 
 _WORD = re.compile(r"\S{600,}")
+_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # of which no file's name can be made
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
@@ -65,6 +66,14 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,  # "timestep_respacing": 250
     )
+
+    @field_validator("*")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        texts = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(text, str) and _NO_TEXT.search(text) for text in texts):
+            raise ValueError(f"must be text without NUL and half characters, not {quoted(value)}")
+        return value
 
     @field_validator("*")
     @classmethod

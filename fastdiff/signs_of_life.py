@@ -100,6 +100,11 @@ def gone(pid: int) -> bool:
     return state in "ZX"
 
 
+def _may_hold_an_earlier_start() -> bool:
+    """Whether the store is torchrun's, which keeps what ranks said before they were started anew."""
+    return agent_hosts_store() and os.environ.get("TORCHELASTIC_MAX_RESTARTS") != "0"
+
+
 def listens(port: int) -> bool:
     """Whether some process of this machine listens at a TCP port (Linux; elsewhere False)."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
@@ -231,7 +236,7 @@ class Exchange:
         seen = self.peers.get(sign.rank)
         if seen is None:
             # torchrun's store may still hold what ranks of an earlier start said: only a sign that changes counts.
-            if self._first and agent_hosts_store():
+            if self._first and _may_hold_an_earlier_start():
                 self._stale[sign.rank] = (sign.pid, sign.beat)
             if self._stale.get(sign.rank) != (sign.pid, sign.beat):
                 self.peers[sign.rank] = Seen(sign, now)
@@ -243,7 +248,7 @@ class Exchange:
         while self._read < count and store.check([key := f"{_PREFIX}/end/{self._read + 1}"]):
             self._read += 1
             end = End(**json.loads(store.get(key)))
-            if self._first and agent_hosts_store():
+            if self._first and _may_hold_an_earlier_start():
                 self._old_ends.append(end)
             else:
                 self.ends.append((time.monotonic(), end))

@@ -19,11 +19,12 @@ def behind(signs: list[Sign]) -> list[Sign]:
     """Those of the ranks that have not come to the collective in which the others wait; none where it can't be told.
 
     First by how many collectives each has entered: who waits has entered one more. Then by who isn't inside
-    torch.distributed.
+    torch.distributed; also where the counts would name ranks that all wait and leave out one that doesn't, for gloo
+    counts what one rank gathers from another too.
     """
     fewest = min(sign.collectives for sign in signs)
     late = [sign for sign in signs if sign.collectives == fewest]
-    if len(late) == len(signs):
+    if len(late) == len(signs) or (all(sign.waits for sign in late) and not all(sign.waits for sign in signs)):
         late = [sign for sign in signs if not sign.waits]
     return late if len(late) < len(signs) else []
 

@@ -16,10 +16,14 @@ _INTERVAL = 0.25
 """Seconds over which the machine is watched."""
 
 
-def use_free_cores() -> int:
-    """Set torch's threads to the free cores, unless OMP_NUM_THREADS says how many; returns their number."""
+def use_free_cores(before: int | None = None) -> int:
+    """Set torch's threads to the free cores, unless OMP_NUM_THREADS says how many; returns their number.
+
+    before is how many a run had that goes on: as many again, where there are so many cores, for sums over another
+    number of threads differ in their last bits.
+    """
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(free_cores())
+        torch.set_num_threads(before if before and before <= _allowed() else free_cores())
     return torch.get_num_threads()
 
 

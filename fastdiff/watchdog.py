@@ -6,14 +6,13 @@ import faulthandler
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdiff import verdicts
+from fastdiff import screen, verdicts
 from fastdiff.exit_codes import PEER_LOST, USER_ERROR
 from fastdiff.processes import Processes, script_name, set_peers
 from fastdiff.rendezvous import agent_hosts_store
@@ -200,7 +199,7 @@ class Watchdog:
             time.sleep(min(1.0, self.interval))
             now = time.monotonic()
             if now - before > max(5.0, 0.3 * self.silence):
-                self._forgive(now)  # it is this process that was stopped, or its machine
+                self._forgive(now, now - before)  # it is this process that was stopped, or its machine
             before = now
             self._look()
             if self.exchange is None:
@@ -217,11 +216,13 @@ class Watchdog:
             return end.line, "late" if end.about == "late" else "lost"
         if line := verdicts.vanished(exchange) or verdicts.silent(exchange, now, self.silence):
             return line, "lost"
-        if now - self._started > max(self.silence, self._allowed) and (line := verdicts.missing(exchange)):
+        since = max(self._started, self._progress_at)
+        if now - since > max(self.silence, self._allowed) and (line := verdicts.missing(exchange)):
             return line, "lost"
         return (line, "late") if (line := verdicts.late(exchange, self._sign(0))) else None
 
-    def _forgive(self, now: float) -> None:
+    def _forgive(self, now: float, pause: float) -> None:
+        self._progress_at += pause
         if self.exchange is None:
             return
         for seen in list(self.exchange.peers.values()):
@@ -237,7 +238,7 @@ class Watchdog:
             self._reported_stall = True
             faulthandler.dump_traceback(all_threads=True)
             name = script_name() or "fastdiff"
-            print(f"{name}: no progress for {idle:.0f} s at {self._place}; it waits on", file=sys.stderr, flush=True)
+            screen.show(f"{name}: no progress for {idle:.0f} s at {self._place}; it waits on")
 
     def _end(self, line: str, about: Literal["lost", "late"]) -> None:
         """End this process from the watchdog's thread."""
@@ -245,6 +246,6 @@ class Watchdog:
         if about == "late":
             faulthandler.dump_traceback(all_threads=True)
         if self.speaks():
-            print(f"{script_name() or 'fastdiff'}: {line}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+            screen.show(f"{script_name() or 'fastdiff'}: {line}")
+        screen.flush()
         os._exit(PEER_LOST)

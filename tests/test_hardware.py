@@ -64,3 +64,7 @@ def test_rates_of_this_machine() -> None:
     rates = hardware.measure_rates(torch.device("cpu"), size=128, copy_size=1 << 22, repeats=2)
     assert 1e9 < rates.matmul_flops < 1e15
     assert 1e8 < rates.copy_bytes < 1e14
+
+
+def test_free_memory_is_read() -> None:
+    assert 10**6 < hardware.free_memory(torch.device("cpu")) < 10**14

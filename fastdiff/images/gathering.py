@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.hardware import free_memory
 from fastdiff.images.loader import Finish, Loader, Request, to_device
 from fastdiff.images.packed import PIXELS, Packed, replacements
 from fastdiff.settings import UserError
@@ -50,7 +51,7 @@ class PackedLoader(Loader):
         self._shape = packed.pixels.shape[1:]
         self._rows = packed.pixels.reshape(len(packed.pixels), -1)[:count]
         self._row_bytes = self._rows.shape[1]
-        self._in_memory = resident or self._rows.nbytes < 0.5 * _free_memory(torch.device("cpu"))
+        self._in_memory = resident or self._rows.nbytes < 0.5 * free_memory(torch.device("cpu"))
         self._file: int | None = None  # of rows to announce
         self._reading: threading.Thread | None = None
         self._closed = False
@@ -142,7 +143,7 @@ class PackedLoader(Loader):
             os.posix_fadvise(self._file, offset, self._row_bytes, os.POSIX_FADV_WILLNEED)
 
     def _check_memory(self) -> None:
-        free = _free_memory(self.device)
+        free = free_memory(self.device)
         if self._rows.nbytes > SHARE_OF_MEMORY * free:
             where = f"the GPU ({self.device})" if self.device.type == "cuda" else "memory"
             raise UserError(
@@ -204,23 +205,3 @@ def mirror(images: np.ndarray, flips: np.ndarray) -> None:
     for channel in range(before.shape[-1]):  # a copy per channel takes a quarter of one over tiny pixels
         after[..., channel] = before[:, :, ::-1, channel]
     images[which] = after
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of the GPU, or of this machine or the part of it that a container grants."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        free = _entry("/proc/meminfo", "MemAvailable:") * 1024
-    except (OSError, StopIteration):
-        return 1 << 62  # unknown: not Linux
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        return min(free, limit - used + _entry("/sys/fs/cgroup/memory.stat", "file"))  # cached files give way
-    except (OSError, ValueError, StopIteration):  # no container, or one without a limit
-        return free
-
-
-def _entry(file: str, name: str) -> int:
-    lines = (line.split() for line in Path(file).read_text().splitlines())
-    return next(int(words[1]) for words in lines if words[0] == name)

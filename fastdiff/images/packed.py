@@ -106,7 +106,7 @@ def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str
         )
     try:
         _check(record)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise _damaged(folder, f"{RECORD} lacks an entry") from None
     held = (*record["size"], record["channels"])
     shape = (record["num_images"], *held)

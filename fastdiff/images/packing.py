@@ -48,7 +48,7 @@ def read_state(partial: Path) -> dict[str, Any] | None:
     """How far a build is: {made_of, rows, unreadable, host, saved}; None where nothing is known."""
     try:
         state = json.loads((partial / STATE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 

@@ -1,12 +1,14 @@
 """Reading files of torch.save that came from elsewhere.
 
 Nothing in such a file is run; its checksums are compared; and reading it takes no more memory than twice its size, for
-it is mapped, not unpacked, and tensors larger than what lies in the file are refused.
+it is mapped, not unpacked, and what is larger than what lies in the file is refused.
 """
 
 from __future__ import annotations
 
-import pickle
+import io
+import mmap
+import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -19,6 +21,13 @@ from torch import Tensor
 from fastdiff.settings import UserError, quoted
 
 _ZIP = b"PK\3\4"
+_PICKLES = 5
+_NEEDED = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    *(("torch._utils", f"_rebuild_{what}") for what in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
+}
 
 
 def read(path: Path, flag: str) -> Any:
@@ -34,6 +43,8 @@ def read(path: Path, flag: str) -> Any:
             is_zip = file.read(4) == _ZIP
         if is_zip:
             _check_archive(path)
+        else:
+            _check_pickles(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols and the like; what can't be read raises
             # Mapped, a storage ends where the file does. Unmapped, torch believes the length that the pickle states.
@@ -41,19 +52,19 @@ def read(path: Path, flag: str) -> Any:
             return _Plain(2 * path.stat().st_size + (1 << 20)).copy(content)
     except _Refused as error:
         raise UserError(f"{flag}: {path} is refused: {error}") from None
+    except _NamesObjects as error:
+        raise UserError(
+            f"{flag}: {path} holds Python objects ({error}) that would run code when loaded, or take any amount of "
+            "memory; it is refused, a checkpoint holds tensors only"
+        ) from None
     except PermissionError as error:
         raise UserError(f"{flag}: {path} can't be read ({error.strerror}); give a file that can") from None
-    except Exception as error:  # whatever a damaged file leads zipfile, pickle and torch to
-        if isinstance(error, pickle.UnpicklingError) and _names_code(str(error)):
-            raise UserError(
-                f"{flag}: {path} holds Python objects that would run code when loaded; it is refused, "
-                "a checkpoint holds tensors only"
-            ) from None
+    except Exception:  # whatever a damaged file leads zipfile, pickle and torch to
         raise UserError(f"{flag}: {path} is not a checkpoint, or is damaged") from None
 
 
-def _names_code(message: str) -> bool:
-    return "Unsupported global" in message or "weights_only" in message.lower() and "GLOBAL" in message
+class _NamesObjects(Exception):
+    """A file that would make objects of Python which aren't tensors or containers of them."""
 
 
 class _Refused(Exception):
@@ -68,6 +79,34 @@ def _check_archive(path: Path) -> None:
                 raise _Refused("its parts are compressed, which a checkpoint's are not")
         if (damaged := archive.testzip()) is not None:
             raise _Refused(f"the checksum of {damaged} in it is wrong, so it is damaged")
+        for entry in archive.infolist():
+            if entry.filename.endswith(".pkl"):
+                _check_names(io.BytesIO(archive.read(entry)))
+
+
+def _check_pickles(path: Path) -> None:
+    """The same in a file from before zips, which begins with several pickles: about itself, its content, its keys."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for _ in range(_PICKLES):
+            _check_names(data)
+
+
+def _check_names(file: Any) -> None:
+    """_NamesObjects for a pickle that names anything but what tensors in plain containers need.
+
+    torch admits more, among it what makes gigabytes of a number: bytearray, copies of a tensor to a device.
+    """
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name not in ("GLOBAL", "INST", "STACK_GLOBAL"):
+            continue
+        module, _, name = str(argument).partition(" ")
+        kind = getattr(torch, name, None) if module == "torch" else None
+        if not (isinstance(kind, torch.dtype) or (module, name) in _NEEDED or _is_storage(module, name)):
+            raise _NamesObjects(f"{module}.{name}" if argument else "by names that it makes")
+
+
+def _is_storage(module: str, name: str) -> bool:
+    return module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
 
 
 class _Plain:

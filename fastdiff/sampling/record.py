@@ -105,6 +105,8 @@ def _read(folder: Path) -> dict[str, Any] | None:
             return found
         except FileNotFoundError:
             return None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         except ValueError:  # where there are no links, it may be half written
             age = time.time() - _changed(folder / NAME)
             if not 0 <= age < _PATIENCE or time.monotonic() - started > _PATIENCE:

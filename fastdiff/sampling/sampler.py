@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from fastdiff.diffusion.plans import SOLVERS, make_plan
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.spacing import keep_steps
 from fastdiff.diffusion.streams import SAMPLES
-from fastdiff.hardware import device_name
+from fastdiff.hardware import device_name, free_memory
 from fastdiff.models import SuperResSettings
 from fastdiff.models.work import forward_flops
 from fastdiff.sampling.batching import best_batch_size
@@ -217,7 +216,7 @@ class Sampler:
         C, (H, W) = settings.in_channels, settings.size_hw
         if self.device.type == "cpu":
             widest = max(c / 4**level for level, c in enumerate(settings.level_channels)) * 4
-            if 12 * size * H * W * widest > psutil.virtual_memory().available / 2:
+            if 12 * size * H * W * widest > free_memory(self.device) / 2:
                 return float("inf")
         evaluation = self._evaluation(compiled=False)
         y = torch.zeros(size, dtype=torch.int64, device=self.device) if settings.class_cond else None

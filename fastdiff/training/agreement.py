@@ -21,31 +21,38 @@ class Agreement:
         self._alone = world_size == 1
         self._group = None if self._alone else dist.new_group(backend="gloo", timeout=timeout)
         self._flags = torch.zeros(wishes, dtype=torch.uint8)
+        self._known = [False] * wishes  # of all ranks, and not yet given out
         self._running: Any = None
 
     def exchange(self, wishes: Sequence[bool]) -> list[bool]:
         """Give this step's wishes; what any rank wished after the step before (alone: after this one). Collective."""
         if self._alone:
             return list(wishes)
-        agreed = self._take()
+        self._take()
+        agreed, self._known = self._known, [False] * len(self._known)
         self._flags = torch.tensor(wishes, dtype=torch.uint8)
         self._running = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
-    def _take(self) -> list[bool]:
+    def forget(self, *which: int) -> None:
+        """Drop wishes given so far: what they were for is being done."""
+        self._take()
+        for number in which:
+            self._known[number] = False
+
+    def _take(self) -> None:
         if self._running is not None:
             self._running.wait()
             self._running = None
-        return [bool(flag) for flag in self._flags]
+            self._known = [known or bool(flag) for known, flag in zip(self._known, self._flags, strict=True)]
 
     def any(self, wish: bool) -> bool:
-        """Whether any rank wishes it now. Collective; waits, and drops what an exchange has on its way."""
+        """Whether any rank wishes it now. Collective; waits. The wishes of `exchange` are not touched."""
         if self._alone:
             return wish
         self._take()
         flag = torch.tensor([wish], dtype=torch.uint8)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        self._flags.zero_()
         return bool(flag)
 
     def close(self) -> None:

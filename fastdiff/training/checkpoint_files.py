@@ -130,7 +130,7 @@ def damage(checkpoint: Path) -> str:
             if checksum(file) != wanted["sha256"]:
                 return f"{name} has another content than was written"
         return "" if "state.pt" in files else "manifest.json names no state.pt"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no manifest"
         return f"manifest.json can't be read ({reason})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.models import weights
+from fastdiff.models.safe_reading import is_there
 from fastdiff.settings import UserError
 from fastdiff.training import checkpoint_files
+from fastdiff.training.metrics import LossMeter
 
 LABELS = "label_emb.weight"
 _STEP = re.compile(r"(?:ema_[0-9.]+_|model|opt)(\d+)\.pt$")
@@ -32,6 +35,34 @@ class Snapshot:
     notes: list[str] = field(default_factory=list)
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_loader(value: Any) -> bool:
+    counts = isinstance(value, dict) and all(_is_count(value.get(name)) for name in ("position", "num_images"))
+    return counts and isinstance(value.get("fingerprint"), str)
+
+
+def _numbers(value: Any) -> bool:
+    return all(isinstance(number, (int, float)) for number in value)
+
+
+_COUNTS = ("step", "updates", "skipped_steps", "bad_streak", "samples", "seed", "stream_seed", "rollbacks")
+_STATE: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys((*_COUNTS, "world_size", "microbatch", "threads"), _is_count),
+    "batch_size": _is_count,
+    "settings": lambda value: isinstance(value, dict),
+    "loader": _is_loader,
+    "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "timestep_sampler": lambda value: isinstance(value, dict),
+    "loss_scaler": lambda value: isinstance(value, dict) and _numbers(value.values()),
+    "meter": lambda value: isinstance(value, dict) and LossMeter.fits(value.get("sums")),
+    "grad_norms": lambda value: isinstance(value, list) and _numbers(value),
+}
+"""What each entry of state.pt must be, where it is there."""
+
+
 def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Snapshot:
     """A checkpoint: one of our step folders, or a model or ema .pt file with what lies beside it.
 
@@ -47,6 +78,9 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
     snapshot.state = weights.read(rest, flag) if rest.is_file() else {}
     if not isinstance(snapshot.state, dict):
         raise UserError(f"{flag}: {rest} holds no training state; take another checkpoint")
+    for name, value in snapshot.state.items():
+        if not _STATE.get(name, lambda _: True)(value):
+            raise UserError(f"{flag}: {name} in {rest} is not what a training state has; take another checkpoint")
     if not file.name.startswith("model"):
         snapshot.step, snapshot.state = 0, {}
         snapshot.notes.append(f"{file.name} is taken as first weights: a new run starts from it, at step 0")
@@ -61,7 +95,10 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
             snapshot.notes.append(f"no ema_{rate} beside {file.name}: that average starts as a copy of the weights")
     optimizer = file.with_name(f"opt{match[1]}.pt") if match else file
     if match and optimizer.is_file():
-        _read_optimizer(snapshot, weights.read(optimizer, flag), list(state), optimizer, flag)
+        try:
+            _read_optimizer(snapshot, weights.read(optimizer, flag), list(state), optimizer, flag)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{flag}: {optimizer} holds no moments of Adam (exp_avg, exp_avg_sq)") from error
     else:
         snapshot.notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
     return snapshot
@@ -70,7 +107,7 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
 def _model_file(place: Path, flag: str) -> tuple[Path, list[str]]:
     """The model's file that a path means, and sentences about newer checkpoints that are damaged."""
     notes: list[str] = []
-    if not place.is_dir():
+    if not is_there(place, flag, "dir"):
         return place, notes
     folder = place
     if not list(place.glob("*.pt")):
@@ -119,7 +156,8 @@ def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Pa
         raise UserError(f"{flag}: {file} holds no moments of Adam (exp_avg, exp_avg_sq)")
     for i, name in enumerate(names):
         snapshot.exp_avg[name], snapshot.exp_avg_sq[name] = moments[i]["exp_avg"], moments[i]["exp_avg_sq"]
-        if snapshot.exp_avg[name].shape != snapshot.model[name].shape:
+        shape = snapshot.model[name].shape
+        if snapshot.exp_avg[name].shape != shape or snapshot.exp_avg_sq[name].shape != shape:
             raise UserError(f"{flag}: {file} holds moments of another model ({name} differs in shape)")
     snapshot.state.setdefault("updates", int(moments[0]["step"]))
 
@@ -133,6 +171,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object written by `write_json`."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: can't be read as JSON ({error})") from error
     return content if isinstance(content, dict) else {}

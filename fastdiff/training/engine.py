@@ -23,6 +23,8 @@ from fastdiff.training.settings import TrainSettings
 BUCKET = 50_000_000
 """Elements that ZeRO reduces at once. DeepSpeed's own 500 million would take 1 GB in 16 bits."""
 _TIMEOUT_MARGIN = 2.0  # minutes
+_LONGEST = 60.0
+"""Minutes in which one rank may write, compile or draw while others wait for it."""
 
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
 _OURS = {
@@ -183,16 +185,24 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def start_processes(stall_minutes: float = 10.0) -> Processes:
+def collective_timeout(stall_minutes: float) -> timedelta:
+    """For collectives: longer than anything that is well takes, for it is the watchdog that ends what hangs."""
+    return timedelta(minutes=max(stall_minutes, _LONGEST) + _TIMEOUT_MARGIN)
+
+
+def start_processes(stall_minutes: float = 10.0, early: bool = False) -> Processes:
     """Join the other processes, with DeepSpeed's communication set up.
 
-    Every collective may take stall_minutes and a margin, in which the watchdog ends what hangs and says why.
+    The others must come within stall_minutes and a margin, or within `collective_timeout` where this process may be
+    early. From then on that is the time-out of every collective.
     """
-    timeout = timedelta(minutes=stall_minutes + _TIMEOUT_MARGIN)
+    timeout = collective_timeout(stall_minutes)
     # DeepSpeed makes its groups without naming a time-out: torch's default becomes ours.
     c10d = dist.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
-    processes = join(timeout=timeout)
+    processes = join(timeout=timeout if early else timedelta(minutes=stall_minutes + _TIMEOUT_MARGIN))
+    if processes.world_size > 1:
+        c10d._set_pg_timeout(timeout)
     deepspeed = _import_deepspeed()
     backend = "nccl" if processes.device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # alone, without a launcher: no port is needed

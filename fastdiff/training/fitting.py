@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.hardware import free_memory
 from fastdiff.models import BackboneSettings, SuperResSettings, build_model
 from fastdiff.models.precision import body_dtype
 from fastdiff.processes import Processes
@@ -95,9 +95,8 @@ def fit(
 
 def available_memory(processes: Processes) -> int:
     """Bytes that this process may take: what is free on its GPU, or its share of the free memory of the machine."""
-    if processes.device.type == "cuda":
-        return torch.cuda.mem_get_info(processes.device)[0]
-    return psutil.virtual_memory().available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    free = free_memory(processes.device)
+    return free if processes.device.type == "cuda" else free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _parts(share: int, limit: int) -> list[int]:

@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from fastdiff import exit_codes
 from fastdiff.config import Config
@@ -22,6 +23,7 @@ from fastdiff.training import checkpoint_files, checkpoints, resuming
 from fastdiff.training.agreement import Agreement
 from fastdiff.training.checkpoint_files import step_of
 from fastdiff.training.diagnosis import diagnose
+from fastdiff.training.engine import collective_timeout
 from fastdiff.training.previews import draw_preview
 from fastdiff.training.profile import StepProfiler, floor_of
 from fastdiff.training.saving import Saver
@@ -32,6 +34,8 @@ LONG = 3600.0
 """Seconds that something which is no step may take: compiling, drawing, writing."""
 TURN = 20.0
 """Seconds that ranks wait in one go for the one that writes or draws."""
+STOP, SAVE, BACK = range(3)
+"""What a rank may wish: to stop, to save, to go back."""
 
 
 class Loop:
@@ -68,12 +72,11 @@ class Loop:
         """Train to the end. StopWith when a signal or numbers that stay bad end it before."""
         train, trainer = self.train, self.trainer
         main = self.processes.is_main
-        limit = timedelta(minutes=train.stall_minutes)
         with Reporter(self.folder if main else None, train.last_step, trainer.step) as reporter:
             self.reporter = reporter
             self._introduce(source, notes)
             self.saver = self._open_saver() if main else None
-            self.agreement = Agreement(self.processes.world_size, 3, limit)
+            self.agreement = Agreement(self.processes.world_size, 3, collective_timeout(train.stall_minutes))
             try:
                 self._take_steps(source)
             finally:
@@ -102,7 +105,7 @@ class Loop:
             stop, save_now, gone_bad = self.agreement.exchange(
                 (bool(self.signals.requested), self._save_is_due(), self._gone_bad())
             )
-            if gone_bad:
+            if gone_bad and self._gone_bad():  # the step since that wish may have been a good one
                 self._go_back()
                 continue
             last = step == train.last_step
@@ -236,6 +239,7 @@ class Loop:
         self.last_save = time.monotonic()
         with self._off_the_clock():
             self._wait_for_writing()
+            self.agreement.forget(SAVE)
             self.reporter.sync()
             if self.saver:
                 trainer = self.trainer
@@ -276,12 +280,13 @@ class Loop:
         trainer = self.trainer
         self.watchdog.progress("going back", LONG)
         bad = trainer.stepper.bad_streak()
-        self._wait_for_writing()  # and wishes from before this are dropped
-        before = [p for p in checkpoint_files.listed(self.checkpoints) if step_of(p) <= trainer.step - bad]
-        good = [p for p in before if not checkpoint_files.damage(p)]
-        if trainer.rollbacks or not good:
-            self._diverged(bad, "once more" if trainer.rollbacks else "and there is no checkpoint from before")
-        target = good[-1]
+        self._wait_for_writing()
+        self.agreement.forget(SAVE, BACK)
+        if trainer.rollbacks:
+            self._diverged(bad, "once more")
+        target = self._last_good(trainer.step - bad)
+        if target is None:
+            self._diverged(bad, "and there is no checkpoint from before")
         self.reporter.say(
             f"{bad} steps in a row had a non-finite loss or gradient and were skipped: going back to {target}, and on "
             "with other images, timesteps and noise"
@@ -296,7 +301,24 @@ class Loop:
         self.reporter.rewind(trainer.step)
         self._start_interval(time.perf_counter())
 
-    def _diverged(self, bad: int, why: str) -> None:
+    def _last_good(self, sound: int) -> Path | None:
+        """The newest whole checkpoint of a step up to `sound`, as rank 0 sees it. Collective."""
+        before = [p for p in checkpoint_files.listed(self.checkpoints) if step_of(p) <= sound]
+        found = None
+        if self.processes.is_main:
+            found = next((p for p in reversed(before) if not checkpoint_files.damage(p)), None)
+        if self.processes.world_size == 1:
+            return found
+        box = [found.name if found else None]
+        dist.broadcast_object_list(box, src=0)
+        if box[0] is None:
+            return None
+        until = time.monotonic() + resuming.SHARED
+        while not (self.checkpoints / box[0] / checkpoint_files.MANIFEST).is_file() and time.monotonic() < until:
+            time.sleep(0.5)
+        return self.checkpoints / box[0]
+
+    def _diverged(self, bad: int, why: str) -> NoReturn:
         lines, content = diagnose(self.trainer)
         for line in lines:
             self.reporter.say(line)

@@ -21,6 +21,11 @@ class LossMeter:
         # [term, q0..q3 and all, sum/count/how many were not finite]
         self.sums = torch.zeros(len(_TERMS), 5, 3, dtype=torch.float64, device=device)
 
+    @staticmethod
+    def fits(sums: object) -> bool:
+        """Whether it is what `state_dict` gives, of any number of ranks."""
+        return isinstance(sums, Tensor) and sums.ndim == 4 and sums.shape[1:] == (len(_TERMS), 5, 3)
+
     def add(self, t: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
         """The terms [B] of a micro-batch at timesteps t [B]."""
         quartile = 4 * t // self.num_timesteps

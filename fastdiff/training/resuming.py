@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ import torch.distributed as dist
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.models import build_model, weights
 from fastdiff.processes import Processes
-from fastdiff.settings import UserError
+from fastdiff.settings import UserError, quoted
 from fastdiff.training import checkpoint_files, checkpoints
 from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.settings import CHANGES, TrainSettings
 
+LOCK = ".lock"
+SHARED = 60.0
+"""Seconds in which what one rank has written must be seen by those on other nodes."""
 LOCK_WAIT = 30.0
 """Seconds that a run waits for the one before it to end."""
 # Settings that say where and how to run, not what is trained: changing them changes no number, or only rounding.
@@ -106,18 +109,57 @@ def _check_same_model(folder: Path, config: Config) -> None:
                 )
 
 
-def check_agreement(processes: Processes, snapshot: Snapshot | None, source: str) -> None:
-    """UserError where ranks would go on from different checkpoints, as on file systems that lag. Collective."""
-    if processes.world_size == 1:
-        return
-    found: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(found, (source, snapshot.step if snapshot else 0))
+def agree(
+    processes: Processes, config: Config, folder: Path, snapshot: Snapshot | None, source: str
+) -> tuple[Snapshot | None, str]:
+    """What rank 0 goes on from, on every rank: others look again for a while where they found something else, as on
+    file systems that lag, or when rank 0 has waited for the run before to end. UserError where that doesn't help.
+    Collective.
+    """
+    found = _gathered(processes, source)
+    until = time.monotonic() + SHARED
+    while source != found[0] and time.monotonic() < until:
+        time.sleep(1)
+        snapshot, source = find_snapshot(config, folder)
     if any(each != found[0] for each in found):
-        rank, other = next((i, each) for i, each in enumerate(found) if each != found[0])
+        found = _gathered(processes, source)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(
+                f"--run_dir: rank 0 goes on from {found[0] or 'nothing'}, rank {rank} from {other or 'nothing'}; "
+                "all ranks must see the same folder: start again once they do"
+            )
+    return snapshot, source
+
+
+def _gathered(processes: Processes, source: str) -> list[str]:
+    found = [source] * processes.world_size
+    if processes.world_size > 1:
+        dist.all_gather_object(found, source)
+    return found
+
+
+def lock_new(folder: Path) -> AbstractContextManager[None]:
+    """`lock` for a folder that had none when the run looked for checkpoints.
+
+    UserError where another run has begun there since then, for it may have saved.
+    """
+    if (folder / LOCK).exists():
         raise UserError(
-            f"--run_dir: rank 0 goes on from {found[0][0] or 'nothing'}, rank {rank} from {other[0] or 'nothing'}; "
-            "all ranks must see the same folder: start again once they do"
+            f"--run_dir: another run has begun in {folder} since this one started; give another --run_dir, or start "
+            "again to go on from what that one has saved"
         )
+    return lock(folder)
+
+
+def is_known(folder: Path) -> bool:
+    """Whether a run has trained in this folder before, so that it can be locked. UserError where that can't be told."""
+    try:
+        return (folder / LOCK).is_file()
+    except OSError as error:
+        raise UserError(
+            f"--run_dir: {quoted(str(folder))} can't be opened ({error.strerror}); name another folder"
+        ) from error
 
 
 @contextmanager
@@ -127,7 +169,7 @@ def lock(folder: Path) -> Iterator[None]:
     The system lets go of the lock when the process ends, however it does.
     """
     try:
-        file = (folder / ".lock").open("a")
+        file = (folder / LOCK).open("a")
     except OSError as error:
         raise UserError(f"--run_dir: {folder} can't be written to ({error.strerror}); name another folder") from error
     with file:

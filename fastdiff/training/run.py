@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -46,15 +47,19 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         watchdog = open_things.enter_context(Watchdog(current(), 60 * settings.stall_minutes))
         watchdog.progress("starting", LONG)
         writes = current().is_main and not dry_run
-        known = (folder / ".lock").is_file()  # else nothing is written before all is known to be well
+        known = resuming.is_known(folder)  # else nothing is written before all is known to be well
         if writes and known:
             open_things.enter_context(resuming.lock(folder))
         snapshot, source = resuming.find_snapshot(config, folder)
         preview = preview_diffusion(config)
+        watchdog.progress("opening the images", math.inf)  # who packs them sees to it that it gets on
         loader = open_things.enter_context(_open_loader(config, current(), snapshot, build_cache=not dry_run))
-        processes = start_processes(settings.stall_minutes)
-        resuming.check_agreement(processes, snapshot, source)
-        notes = choose_kernels(settings.kernels, processes.device)
+        watchdog.progress("joining", LONG)
+        # Nodes that pack images for themselves are not ready at the same time.
+        processes = start_processes(settings.stall_minutes, early=config.data.cache != "none")
+        watchdog.progress("starting", LONG)
+        snapshot, source = resuming.agree(processes, config, folder, snapshot, source)
+        notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
         torch.set_float32_matmul_precision("highest")
         keep_compiled_code()
         prepare_cudnn(settings.deterministic)
@@ -63,10 +68,12 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         torch.manual_seed(settings.seed)
         model = build_model(config.model)
         trainer = Trainer(config.train, config.deepspeed, model, diffusion, loader, processes, snapshot)
+        found = snapshot.notes if snapshot else []
+        snapshot = None  # it takes as much memory as a checkpoint has bytes
         if writes:
             make_writable(folder, "--run_dir")
         if writes and not known:
-            open_things.enter_context(resuming.lock(folder))
+            open_things.enter_context(resuming.lock_new(folder))
         if settings.detect_anomaly:
             open_things.enter_context(detect_anomaly(model))
         with _clear_words(folder, trainer, writes=writes):
@@ -74,7 +81,13 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
                 loop.dry_run(config, folder, trainer, [*notes, *settled])
             else:
                 run = loop.Loop(config, folder, trainer, preview, [*notes, *settled], started, signals, watchdog)
-                run.go(source, snapshot.notes if snapshot else [])
+                run.go(source, found)
+
+
+def _threads_of(snapshot: Snapshot | None, processes: Processes) -> int | None:
+    """How many threads the run had on a CPU, if it had as many processes as now."""
+    state = snapshot.state if snapshot else {}
+    return state.get("threads") if state.get("world_size") == processes.world_size else None
 
 
 @contextmanager
@@ -123,7 +136,8 @@ def _settle(
     train, step = config.train, snapshot.step if snapshot else 0
     before = snapshot.state.get("microbatch") if snapshot else None
     fitted = fit(config.model, train, diffusion, processes, config.deepspeed, before, always_estimate=dry_run)
-    compiles, why = compilation.decide(train, processes.device, train.last_step - step)
+    stored = snapshot.state.get("settings", {}).get("compile") if snapshot else None
+    compiles, why = compilation.decide(train, processes.device, train.last_step - step, stored)
     if dry_run:
         compiles, why = False, "a dry run takes one step"
     if train.detect_anomaly:

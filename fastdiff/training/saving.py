@@ -16,10 +16,10 @@ from concurrent import futures
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
+from fastdiff.hardware import free_memory
 from fastdiff.models import weights
 from fastdiff.settings import UserError
 from fastdiff.training import checkpoint_files
@@ -168,7 +168,7 @@ class Saver:
         self.wait()
         beside = self.background
         if beside == "auto":
-            beside = size < MEMORY_SHARE * psutil.virtual_memory().available
+            beside = size < MEMORY_SHARE * free_memory(torch.device("cpu"))
         if beside:
             kept = _Kept()
             state = fill(kept)

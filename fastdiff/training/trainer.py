@@ -211,6 +211,7 @@ class Trainer:
             "grad_norms": [float(norm) for norm in self.stepper.grad_norms if norm is not None],
             "world_size": self.processes.world_size,
             "microbatch": self.micro,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
 
     def _moments(self) -> tuple[dict[str, list[Tensor]], int]:
@@ -265,6 +266,10 @@ class Trainer:
                 self.sampler.load_state_dict(state["timestep_sampler"])
             except ValueError as error:
                 raise UserError(f"--schedule_sampler: {error}; keep the checkpoint's diffusion steps") from None
+            except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+                raise UserError(
+                    "--schedule_sampler: the checkpoint's timestep_sampler holds no history; take another checkpoint"
+                ) from error
         self.stepper.load_scaler_state(state.get("loss_scaler", {}))
         if "meter" in state:
             self.meter.load_state_dict(state["meter"])

@@ -8,8 +8,6 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,13 @@ from torch import Tensor
 from training.pictures_folder import make_pictures
 from training.test_train_scripts import flags
 
-from fastdiff import exit_codes, train
+from fastdiff import exit_codes, threads, train
 from fastdiff.images import Batch
 from fastdiff.processes import StopWith
 from fastdiff.settings import UserError
 from fastdiff.training import checkpoint_files, previews, resuming
+from fastdiff.training.compilation import decide
+from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
 
 
@@ -285,26 +285,45 @@ def test_asked_to_stop_while_drawing(data: Path, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "run" / "samples").exists()
 
 
-IN_SHORT_TURNS = """
-import sys
-from fastdiff import train
-from fastdiff.training import loop
-loop.TURN = 0.0
-train.main(sys.argv[1:])
-"""
+def test_another_run_that_began_meanwhile(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two first starts at once: the later one must not start over, for it doesn't know what the other has saved."""
+    run, make = tmp_path / "run", Trainer.__init__
+
+    def build(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        (run / ".lock").touch()
+
+    run.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "__init__", build)
+        with pytest.raises(UserError, match="another run has begun in .*run since this one started"):
+            train.main(flags(data, run, "--max_steps", "2"))
+    assert not (run / "checkpoints").exists()
 
 
-def test_ranks_wait_in_turns_for_the_one_that_draws(data: Path, tmp_path: Path) -> None:
-    """No collective waits for a whole picture: here each of the sampler's steps ends a turn."""
-    script = tmp_path / "turns.py"
-    script.write_text(IN_SHORT_TURNS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    more = flags(data, tmp_path / "run", "--max_steps", "4", "--sample_interval", "2", "--sample_respacing", "ddim5")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
-    done = subprocess.run([*launcher, *more], capture_output=True, text=True, timeout=200, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == ["step_000002.png", "step_000004.png"]
-    assert status_of(tmp_path / "run") == ("done", 4, 0)
+def test_as_many_threads_and_compiled_as_before(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Either would change the last bits of sums, so neither is chosen anew on a CPU."""
+    count = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "_allowed", lambda: 2)
+    try:
+        for idle, steps in ((2, "2"), (1, "3")):
+            monkeypatch.setattr(threads, "_idle", lambda idle=idle: idle)
+            train.main(flags(data, tmp_path / "run", "--max_steps", steps))
+        assert torch.get_num_threads() == 2
+        assert "threads: 2, as before" in capsys.readouterr().out
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        train.main(flags(data, tmp_path / "run", "--max_steps", "4"))
+        assert "threads: 1, where the run had 2" in capsys.readouterr().out
+    finally:
+        torch.set_num_threads(count)
+    settings, cpu = TrainSettings(), torch.device("cpu")
+    assert decide(settings, cpu, 10**6, before=False) == (False, "as the run began")
+    assert not decide(settings, cpu, 10)[0]
+    assert decide(settings, cpu, 10, before=True)[0] == decide(settings, cpu, 10**6)[0]  # False without a compiler
 
 
 def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
