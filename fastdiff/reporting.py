@@ -45,7 +45,11 @@ class Reporter:
         self._warnings = logging.FileHandler(folder / "log.txt")  # warnings of other modules belong in the log too
         self._warnings.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger().addHandler(self._warnings)
-        self.rewind(first_step)
+        try:
+            self.rewind(first_step)
+        except UserError as error:
+            self.__exit__(UserError, error, None)
+            raise
 
     def rewind(self, step: int) -> None:
         """Go on from `step`: rows after it will be made again."""

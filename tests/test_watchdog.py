@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from fastdiff.processes import Processes
-from fastdiff.signs_of_life import Sign
+from fastdiff.signs_of_life import End, Exchange, Sign
 from fastdiff.stalls import behind
 from fastdiff.watchdog import Watchdog
 
@@ -127,10 +128,58 @@ def sign(rank: int, collectives: int, waits: bool) -> Sign:
         ([sign(0, 5, True), sign(1, 5, False)], [1]),  # counts that say nothing
         ([sign(0, 5, True), sign(1, 5, True)], []),  # the link, or a bug: nobody came too late
         ([sign(0, 5, False), sign(1, 5, False)], []),
+        ([sign(0, 7, False), sign(1, 6, True), sign(2, 6, True)], [0]),  # gloo counts what rank 0 gathered before
     ],
 )
 def test_who_is_late(signs: list[Sign], late: list[int]) -> None:
     assert [sign.rank for sign in behind(signs)] == late
+
+
+class Store:
+    """A store in which another rank has told its sign, and that it ended, before this one first looks."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {
+            "fastdiff/sign/1": json.dumps(asdict(sign(1, 0, False))),
+            "fastdiff/end/1": json.dumps(asdict(End(1, 101, 2, "no such folder", "rank 1 ended", "itself"))),
+        }
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def add(self, key: str, number: int) -> int:
+        return 1 + number
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> str:
+        return self.values[key]
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        return [self.values[key] for key in keys]
+
+
+@pytest.mark.parametrize(("restarts", "heard"), [("0", True), ("2", False)])
+def test_an_end_from_before_the_first_look(restarts: str, heard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store may still hold what an earlier start said, but only where ranks are started anew."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setattr(Exchange, "_run", lambda self: None)
+    exchange, store = Exchange(0, 2, lambda beat: sign(0, 0, False), 1.0), Store()
+    for _ in range(2):
+        exchange._exchange(store, time.monotonic())  # type: ignore[arg-type]
+    assert [end.reason for _, end in exchange.others_ends()] == (["no such folder"] if heard else [])
+
+
+def test_a_process_that_was_stopped_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by scontrol suspend: the time in which nobody ran is nobody's fault."""
+    alone = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    watchdog = Watchdog(alone, stall_seconds=5.0)
+    watchdog.progress("step 1")
+    before = watchdog._progress_at
+    watchdog._forgive(time.monotonic(), 100.0)
+    assert watchdog._progress_at == before + 100.0
 
 
 def test_alone_a_stall_is_reported_and_waited_out(capfd: pytest.CaptureFixture[str]) -> None:

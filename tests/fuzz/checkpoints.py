@@ -69,6 +69,7 @@ def code(rng: random.Random) -> Any:
             Calls(pickle.loads, pickle.dumps(Calls(builtins.exec, write))),
             Calls(torch.load, "other.pt", None, None),
             Calls(builtins.open, MARKER, "w"),
+            Calls(builtins.bytearray, 2_000_000_000),
         ]
     )
 

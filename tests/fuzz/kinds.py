@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fuzz import arrays, broken, checkpoints, command_lines, pictures
+from fuzz import arrays, broken, checkpoints, command_lines, pictures, states
 from fuzz.cases import Kind
 
 
@@ -29,6 +29,7 @@ KINDS = {
     "words": Bounded(command_lines.words, 350),
     "checkpoints": Bounded(checkpoints.cases, 500),
     "sampling": Bounded(checkpoints.sampling_cases, 40),
+    "states": Bounded(states.cases, 120),
     "npz": Bounded(arrays.npz_cases, 250),
     "parts": Bounded(arrays.part_cases, 150),
     "packed": Bounded(arrays.packed_cases, 150),

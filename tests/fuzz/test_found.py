@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny import info_for, pictures, unet
 
 from fastdiff.config import describe
@@ -19,10 +20,13 @@ from fastdiff.images.packed import open_packed
 from fastdiff.images.packing import pack
 from fastdiff.json_files import read_json
 from fastdiff.models import UNetSettings, weights
+from fastdiff.reporting import Reporter
 from fastdiff.sampling.parts import DamagedPart, Piece, Range, Store
 from fastdiff.settings import UserError
+from fastdiff.training import checkpoint_files, checkpoints
+from fastdiff.training.settings import TrainSettings
 from fuzz.arrays import array_pickle, npy, zipped
-from fuzz.checkpoints import Sets, saved
+from fuzz.checkpoints import Calls, Sets, saved
 
 
 def refused(data: bytes, folder: Path) -> str:
@@ -129,6 +133,59 @@ def test_nan_weights(tmp_path: Path) -> None:
 def test_names_too_long_for_the_system() -> None:
     with pytest.raises(UserError, match="--model_path: .*can't be opened"):
         weights.find("x" * 5000, "--model_path")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numbers_that_become_memory(legacy: bool, tmp_path: Path) -> None:
+    """torch.load would make 2 GB of it, and finds nothing wrong."""
+    data = saved({"a": torch.ones(1), "b": Calls(bytearray, 2_000_000_000)}, _use_new_zipfile_serialization=not legacy)
+    assert "bytearray" in refused(data, tmp_path)
+
+
+def test_all_kinds_of_tensors_pass(tmp_path: Path) -> None:
+    kinds = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.uint16, torch.bool]
+    content = {str(kind): torch.ones(2, dtype=kind) for kind in kinds}
+    content |= {"p": torch.nn.Parameter(torch.ones(2)), "size": torch.Size([1]), "kind": torch.float16, "text": "a"}
+    (tmp_path / "a.pt").write_bytes(saved(content))
+    assert list(weights.read(tmp_path / "a.pt", "--model_path")) == list(content)
+
+
+DEEP = "[" * 100_000
+
+
+def test_files_of_a_run_that_are_nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "step_000001").mkdir()
+    (tmp_path / "step_000001" / "manifest.json").write_text(DEEP)
+    assert "it is no manifest" in checkpoint_files.damage(tmp_path / "step_000001")
+    (tmp_path / "config.json").write_text(DEEP)
+    with pytest.raises(UserError, match="config.json: can't be read as JSON"):
+        checkpoints.read_json(tmp_path / "config.json")
+
+
+def test_tables_that_are_none(tmp_path: Path) -> None:
+    table = tmp_path / "progress.csv"
+    table.write_text("step,loss\n1," + "9" * 200_000 + "\n")
+    with pytest.raises(UserError, match="progress.csv is no table of a run"):
+        Reporter(tmp_path, 3, 1)
+    table.write_text("step,loss\n" + "1" * 5000 + ",2\n")  # left out
+    with Reporter(tmp_path, 3, 1) as reporter:
+        reporter.write(2, 3, {"loss": 1.0}, 0.0)
+    assert table.read_text().split() == ["step,loss", "2,1"]
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud800"])
+def test_text_of_which_no_name_can_be_made(text: str) -> None:
+    with pytest.raises(ValidationError, match="must be text without NUL"):
+        TrainSettings(run_dir=text)
+
+
+def test_a_part_that_unpacks_to_more_than_its_file(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    file = tmp_path / "parts" / "000000000-000020000.npz"
+    np.savez_compressed(file, images=np.zeros((20_000, 8, 8, 3), np.uint8), job=np.array("a"))
+    held = Range(0, 20_000)
+    with pytest.raises(DamagedPart, match="would unpack to"):
+        list(Store(tmp_path, (8, 8, 3), False, 0, "a").read([Piece(file, held, held)], 5))
 
 
 def test_a_part_whose_header_promises_terabytes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ TIMES = int(os.environ.get("FASTDIFF_FUZZ", "1"))
 MEANT = {
     "pictures": ("pictures",),
     "settings": ("settings", "json", "words"),
-    "checkpoints and arrays": ("checkpoints", "sampling", "npz", "parts", "packed", "pickles"),
+    "checkpoints and arrays": ("checkpoints", "sampling", "states", "npz", "parts", "packed", "pickles"),
 }
 
 

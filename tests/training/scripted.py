@@ -30,7 +30,7 @@ class ScriptedLoader:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position}
+        return {"position": self.position, "num_images": 1000, "fingerprint": "made up"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]

@@ -44,13 +44,13 @@ class MadeUp:
         self.position += self.batch_size
         return Batch(images, torch.zeros(self.batch_size, dtype=torch.int64), positions)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position, "num_images": 1000, "fingerprint": "made up"}
 
     def reseed(self, seed: int) -> None:
         self.seed = seed
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.position = state["position"]
 
 
