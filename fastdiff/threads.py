@@ -23,7 +23,8 @@ def use_free_cores(before: int | None = None) -> int:
     number of threads differ in their last bits.
     """
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(before if before and before <= _allowed() else free_cores())
+        again = before is not None and 0 < before <= max(1, _allowed() // _fellows())
+        torch.set_num_threads(before if before is not None and again else free_cores())
     return torch.get_num_threads()
 
 
@@ -33,11 +34,16 @@ def free_cores() -> int:
     Of several processes on this machine each takes its share of the cores, and looks at no one's load: its fellows'
     would be in it.
     """
-    cores, fellows = _allowed(), max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    cores, fellows = _allowed(), _fellows()
     if fellows > 1:
         return max(1, cores // fellows)
     idle = _idle()
     return max(1, cores if idle is None else min(cores, math.floor(idle + 0.5)))
+
+
+def _fellows() -> int:
+    """Processes of this run on this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _allowed() -> int:

@@ -50,6 +50,14 @@ def test_a_given_number_stands(machine: pytest.MonkeyPatch) -> None:
     assert threads.use_free_cores() == 2
 
 
+def test_a_run_that_goes_on_has_as_many_as_before(machine: pytest.MonkeyPatch) -> None:
+    assert threads.use_free_cores(before=12) == 12
+    for before in (17, 0, None):  # more than there are cores, or not known
+        assert threads.use_free_cores(before=before) == 5
+    machine.setenv("LOCAL_WORLD_SIZE", "2")
+    assert threads.use_free_cores(before=12) == 8
+
+
 def test_idle_cores_of_this_machine() -> None:
     idle = threads._idle()
     assert idle is None or -0.5 <= idle <= 1.5 * threads._allowed() + 1
