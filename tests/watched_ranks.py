@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,8 +28,8 @@ from fastdiff.processes import StopWith, current, join, run_script
 from fastdiff.settings import UserError
 from fastdiff.watchdog import Timing, Watchdog
 
-TIMING = Timing(interval=0.4, silence=5.0, grace=3.0, linger=3.0)
-STALL = 5.0
+TIMING = Timing(interval=0.4, silence=8.0, grace=3.0, linger=3.0)
+STALL = 8.0
 STEP = 50
 """At which things happen."""
 
@@ -107,15 +109,21 @@ def own_words(file: Path) -> str:
     return "".join(line for line in lines if not re.match(r"(\[rank\d\]:)?\[W\d{4} ", line))
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Below those that the system gives to whoever asks for any, or somebody else may have one before it is used."""
+    found: list[int] = []
+    for port in random.sample(range(20_000, 32_000), 1000):
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
-def main(cases: list[str], limit: float = 40.0) -> None:
+def main(cases: list[str], limit: float = 120.0) -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder, ports = Path(name), {case: free_port() for case in cases}
+        folder, ports = Path(name), dict(zip(cases, free_ports(len(cases)), strict=True))
         running = {start(case, rank, ports[case], folder): (case, rank) for case in cases for rank in (0, 1)}
         codes: dict[str, list[int]] = {case: [0, 0] for case in cases}
         until = time.monotonic() + limit

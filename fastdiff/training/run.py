@@ -52,11 +52,12 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             open_things.enter_context(resuming.lock(folder))
         snapshot, source = resuming.find_snapshot(config, folder)
         preview = preview_diffusion(config)
-        watchdog.progress("opening the images", math.inf)  # who packs them sees to it that it gets on
+        packs = config.data.cache != "none"
+        watchdog.progress("opening the images", math.inf if packs else LONG)  # who packs sees to it that it gets on
         loader = open_things.enter_context(_open_loader(config, current(), snapshot, build_cache=not dry_run))
         watchdog.progress("joining", LONG)
         # Nodes that pack images for themselves are not ready at the same time.
-        processes = start_processes(settings.stall_minutes, early=config.data.cache != "none")
+        processes = start_processes(settings.stall_minutes, early=packs)
         watchdog.progress("starting", LONG)
         snapshot, source = resuming.agree(processes, config, folder, snapshot, source)
         notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
