@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from types import FrameType
 from typing import Any
 
-from fastdiff import screen
 from fastdiff.exit_codes import INTERRUPTED
 from fastdiff.processes import script_name
 
@@ -91,5 +91,5 @@ class StopSignals:
             self._first_at = now
             self._requested = self._requested or name
         elif now - self._first_at > SAME:
-            screen.show(f"{script_name() or 'fastdiff'}: ended at once by a second {name}")
+            print(f"{script_name() or 'fastdiff'}: ended at once by a second {name}", file=sys.stderr, flush=True)
             os._exit(INTERRUPTED)

@@ -140,35 +140,40 @@ def run_script(main: Callable[[], None], name: str) -> None:
     """Run a script's main, and end with one of `fastdiff.exit_codes`.
 
     A UserError or StopWith ends it with one sentence. Where another rank's end made a collective fail, the last line
-    says which rank's and why, instead of a traceback.
+    says which rank's and why, instead of a traceback. Whether anybody reads what it prints makes no difference.
     """
     global _script
     _script = name
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    code = exit_codes.DONE
-    try:
-        main()
-    except UserError as error:
-        code = exit_codes.USER_ERROR
-        _say_once(str(error), code, "error")
-    except StopWith as error:
-        code = error.code
-        _say_once(str(error), code)
-    except KeyboardInterrupt:
-        code = exit_codes.INTERRUPTED
-        if _peers:
-            _peers.report_end("stopped by Ctrl-C", code)
-        screen.show(f"{name}: stopped")
-    except Exception as error:
-        if _peers is None:
-            raise
-        code = _failed(error, _peers)
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
-    screen.flush()
+    with screen.that_may_be_gone():
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        code = _code_of(main)
+        if dist.is_initialized() and not code:
+            dist.destroy_process_group()
     if code:
         # Other ranks may wait in a collective: leave without the clean-up that would wait for them.
         os._exit(code) if _started or _peers else sys.exit(code)
+
+
+def _code_of(main: Callable[[], None]) -> int:
+    """Run it, say why it ended, and tell the other ranks."""
+    try:
+        main()
+    except UserError as error:
+        _say_once(str(error), exit_codes.USER_ERROR, "error")
+        return exit_codes.USER_ERROR
+    except StopWith as error:
+        _say_once(str(error), error.code)
+        return error.code
+    except KeyboardInterrupt:
+        if _peers:
+            _peers.report_end("stopped by Ctrl-C", exit_codes.INTERRUPTED)
+        print(f"{_script}: stopped", file=sys.stderr, flush=True)
+        return exit_codes.INTERRUPTED
+    except Exception as error:
+        if _peers is None:
+            raise
+        return _failed(error, _peers)
+    return exit_codes.DONE
 
 
 def _say_once(reason: str, code: int, what: str = "") -> None:
@@ -185,22 +190,22 @@ def _say_once(reason: str, code: int, what: str = "") -> None:
         if not _peers and not _started:
             time.sleep(_SAME_ERROR)
     start = f"{_script}: {what}: " if what else f"{_script}: "
-    screen.show(start + reason)
+    print(start + reason, file=sys.stderr, flush=True)
 
 
 def _failed(error: Exception, peers: Peers) -> int:
     """Say what an exception was about, this rank's own or another rank's end; the exit code."""
     if not is_broken_collective(error):
-        screen.show("".join(traceback.format_exception(error)).rstrip())
+        traceback.print_exception(error)
         peers.report_end(_first_line(error), 1)
         return 1
     line = peers.explain()
     if line is None:
-        screen.show("".join(traceback.format_exception(error)).rstrip())
+        traceback.print_exception(error)
         line = f"a collective failed, though every rank still gives signs of life: {_first_line(error)}"
         peers.report_end(line, exit_codes.PEER_LOST)
     if peers.speaks():
-        screen.show(f"{_script}: {line}")
+        print(f"{_script}: {line}", file=sys.stderr, flush=True)
     return exit_codes.PEER_LOST
 
 

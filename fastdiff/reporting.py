@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from fastdiff import screen
 from fastdiff.settings import UserError
 
 if TYPE_CHECKING:
@@ -41,8 +40,9 @@ class Reporter:
         folder.mkdir(parents=True, exist_ok=True)
         self._csv = folder / "progress.csv"
         with self._writing("log.txt"):
-            self._log = (folder / "log.txt").open("a", buffering=1)
-        self._warnings = logging.FileHandler(folder / "log.txt")  # warnings of other modules belong in the log too
+            self._log = (folder / "log.txt").open("a", buffering=1, errors="backslashreplace")
+        # Warnings of other modules belong in the log too.
+        self._warnings = logging.FileHandler(folder / "log.txt", errors="backslashreplace")
         self._warnings.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
         logging.getLogger().addHandler(self._warnings)
         try:
@@ -80,15 +80,13 @@ class Reporter:
             return
         with self._writing("log.txt"):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
-        with screen.that_may_be_gone(sys.stdout):
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
     def advance(self) -> None:
         """One step done."""
         if self._bar is not None:
-            with screen.that_may_be_gone(sys.stderr):
-                self._bar.update()
+            self._bar.update()
 
     def write(self, step: int, total_steps: int, metrics: Mapping[str, float], seconds_left: float) -> None:
         """The metrics of a log interval that ended with `step` steps done."""

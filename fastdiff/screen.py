@@ -1,4 +1,4 @@
-"""Lines for people, on a screen, pipe or file that may be gone: no run ends because nobody reads what it says."""
+"""A screen, pipe or file for what a script says that may be gone: no script ends because nobody reads."""
 
 from __future__ import annotations
 
@@ -6,32 +6,53 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+from typing import Any, TextIO
+
+
+class _Lossy:
+    """A text stream that loses what can't be written: nobody reads any more, or the disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._losing():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._losing():
+            self._stream.flush()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:  # for good: Python's own flush at the end goes nowhere, too
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+        except OSError:
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextmanager
-def that_may_be_gone(stream: TextIO) -> Iterator[None]:
-    """What is written to the stream in here is lost, and no more, where that is closed, or its disk full."""
+def that_may_be_gone() -> Iterator[None]:
+    """In here nothing that is written to sys.stdout and sys.stderr raises: neither OSErrors nor names that aren't
+    Unicode, whose bytes are shown as escapes.
+    """
+    streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     try:
+        for name, stream in streams.items():
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, _Lossy(stream))
         yield
-    except BrokenPipeError:  # for good: later lines, and Python's own flush at the end, go nowhere
-        with suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-    except OSError:
-        pass
-
-
-def show(line: str, stream: TextIO | None = None) -> None:
-    """Print a line at once, on stderr unless told otherwise."""
-    stream = stream or sys.stderr
-    with that_may_be_gone(stream):
-        print(line, file=stream, flush=True)
-
-
-def flush() -> None:
-    """Before a process ends without Python's own clean-up."""
-    for stream in (sys.stdout, sys.stderr):
-        with that_may_be_gone(stream):
-            stream.flush()
+    finally:
+        for name, stream in streams.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)

@@ -34,7 +34,8 @@ class UserError(Exception):
 
 
 _WORD = re.compile(r"\S{600,}")
-_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # of which no file's name can be made
+# Of these no file's name can be made. U+DC80 to U+DCFF stand for the bytes of names that aren't Unicode.
+_NO_TEXT = re.compile(r"[\x00\ud800-\udc7f\udd00-\udfff]")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 

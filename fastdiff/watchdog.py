@@ -6,13 +6,14 @@ import faulthandler
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastdiff import screen, verdicts
+from fastdiff import verdicts
 from fastdiff.exit_codes import PEER_LOST, USER_ERROR
 from fastdiff.processes import Processes, script_name, set_peers
 from fastdiff.rendezvous import agent_hosts_store
@@ -238,7 +239,7 @@ class Watchdog:
             self._reported_stall = True
             faulthandler.dump_traceback(all_threads=True)
             name = script_name() or "fastdiff"
-            screen.show(f"{name}: no progress for {idle:.0f} s at {self._place}; it waits on")
+            print(f"{name}: no progress for {idle:.0f} s at {self._place}; it waits on", file=sys.stderr, flush=True)
 
     def _end(self, line: str, about: Literal["lost", "late"]) -> None:
         """End this process from the watchdog's thread."""
@@ -246,6 +247,6 @@ class Watchdog:
         if about == "late":
             faulthandler.dump_traceback(all_threads=True)
         if self.speaks():
-            screen.show(f"{script_name() or 'fastdiff'}: {line}")
-        screen.flush()
+            print(f"{script_name() or 'fastdiff'}: {line}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(PEER_LOST)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff import screen
+from fastdiff.images import DataSettings
 from fastdiff.reporting import Reporter
 
 
@@ -19,10 +20,11 @@ def test_a_reader_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as pipe, Reporter(tmp_path, 10, 0) as reporter:
         monkeypatch.setattr(sys, "stdout", pipe)
-        for line in ("one", "two"):
-            reporter.say(line)
-        screen.show("three", pipe)
-        screen.flush()
+        with screen.that_may_be_gone():
+            for line in ("one", "two"):
+                reporter.say(line)
+            print("three", flush=True)
+        assert sys.stdout is pipe
         monkeypatch.undo()
     assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
 
@@ -32,17 +34,18 @@ import sys
 from fastdiff.processes import StopWith, run_script
 
 def main():
-    for _ in range(1000):
-        sys.stdin.readline()
-    raise StopWith(75, "saved")
+    print("drawn", flush=True)
+    if sys.argv[1] == "75":
+        raise StopWith(75, "saved")
 
 run_script(main, "train.py")
 """
 
 
+@pytest.mark.parametrize("code", [0, 75])
 @pytest.mark.parametrize("place", ["closed", "/dev/full"])
-def test_exit_codes_need_no_reader(place: str) -> None:
-    command = [sys.executable, "-c", SCRIPT]
+def test_exit_codes_need_no_reader(place: str, code: int) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(code)]
     if place == "closed":
         reader, writer = os.pipe()
         os.close(reader)
@@ -50,4 +53,14 @@ def test_exit_codes_need_no_reader(place: str) -> None:
         writer = os.open(place, os.O_WRONLY)
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, timeout=100)
     os.close(writer)
-    assert done.returncode == 75
+    assert done.returncode == code
+
+
+def test_names_that_are_no_unicode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the system gives them to Python, a byte each that stands for itself."""
+    images = str(tmp_path / os.fsdecode(b"b\xff"))
+    assert DataSettings(data_dir=images).data_dir == images
+    with screen.that_may_be_gone(), Reporter(tmp_path, 3, 0) as reporter:
+        reporter.say(f"of {images}")
+    assert capsys.readouterr().out.endswith("b\\udcff\n")
+    assert (tmp_path / "log.txt").read_text().endswith("b\\udcff\n")

@@ -144,18 +144,25 @@ def lock_new(folder: Path) -> AbstractContextManager[None]:
 
     UserError where another run has begun there since then, for it may have saved.
     """
-    if (folder / LOCK).exists():
+    try:
+        (folder / LOCK).touch(exist_ok=False)
+    except FileExistsError:
         raise UserError(
             f"--run_dir: another run has begun in {folder} since this one started; give another --run_dir, or start "
             "again to go on from what that one has saved"
-        )
+        ) from None
     return lock(folder)
 
 
 def is_known(folder: Path) -> bool:
-    """Whether a run has trained in this folder before, so that it can be locked. UserError where that can't be told."""
+    """Whether a run has trained in this folder before, so that it can be locked. UserError where that can't be told, or
+    its name isn't Unicode, as TensorBoard needs it.
+    """
     try:
+        str(folder).encode()
         return (folder / LOCK).is_file()
+    except UnicodeEncodeError:
+        raise UserError(f"--run_dir: {quoted(str(folder))} is no Unicode; name another folder") from None
     except OSError as error:
         raise UserError(
             f"--run_dir: {quoted(str(folder))} can't be opened ({error.strerror}); name another folder"
