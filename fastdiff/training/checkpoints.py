@@ -48,10 +48,12 @@ def _numbers(value: Any) -> bool:
     return all(isinstance(number, (int, float)) for number in value)
 
 
-_COUNTS = ("step", "updates", "skipped_steps", "bad_streak", "samples", "seed", "stream_seed", "rollbacks")
+_COUNTS = (
+    *("step", "updates", "skipped_steps", "bad_streak", "samples", "seed", "stream_seed", "rollbacks"),
+    *("batch_size", "microbatch", "world_size", "threads"),
+)
 _STATE: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys((*_COUNTS, "world_size", "microbatch", "threads"), _is_count),
-    "batch_size": _is_count,
+    **dict.fromkeys(_COUNTS, _is_count),
     "settings": lambda value: isinstance(value, dict),
     "loader": _is_loader,
     "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),

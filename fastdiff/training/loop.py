@@ -34,8 +34,8 @@ LONG = 3600.0
 """Seconds that something which is no step may take: compiling, drawing, writing."""
 TURN = 20.0
 """Seconds that ranks wait in one go for the one that writes or draws."""
-STOP, SAVE, BACK = range(3)
-"""What a rank may wish: to stop, to save, to go back."""
+WISHES = STOP, SAVE, BACK = range(3)
+"""What a rank may wish, in the order in which it says so: to stop, to save, to go back."""
 
 
 class Loop:
@@ -76,7 +76,7 @@ class Loop:
             self.reporter = reporter
             self._introduce(source, notes)
             self.saver = self._open_saver() if main else None
-            self.agreement = Agreement(self.processes.world_size, 3, collective_timeout(train.stall_minutes))
+            self.agreement = Agreement(self.processes.world_size, len(WISHES), collective_timeout(train.stall_minutes))
             try:
                 self._take_steps(source)
             finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import refusal
+from tiny import DIFFUSION, MODEL, refusal
 
 from benchmarks import bench_saving
 
@@ -22,15 +22,8 @@ def threads() -> Iterator[None]:
 
 
 def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str], threads: None) -> None:
-    model = {
-        "image_size": 8,
-        "num_channels": 32,
-        "channel_mult": "1,2",
-        "num_res_blocks": 1,
-        "attention_resolutions": "4",
-    }
     config, results = tmp_path / "small.json", tmp_path / "results.json"
-    config.write_text(json.dumps({"model": model, "diffusion": {"diffusion_steps": 20, "noise_schedule": "cosine"}}))
+    config.write_text(json.dumps({"model": MODEL, "diffusion": DIFFUSION}))
     argv = ["--config", str(config), "--batch", "2", "--rounds", "2", "--steps", "2", "--folder", str(tmp_path)]
     bench_saving.main([*argv, "--json", str(results)])
     shown = capsys.readouterr().out

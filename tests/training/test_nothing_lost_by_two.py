@@ -25,7 +25,16 @@ IN_SHORT_TURNS = """
 import sys
 from fastdiff import train
 from fastdiff.training import loop
-loop.TURN = 0.0
+may_draw_on = loop.Loop._may_draw_on
+
+def counted(self):
+    began = self.turn_began
+    go_on = may_draw_on(self)
+    if self.turn_began != began:
+        print("a turn", flush=True)
+    return go_on
+
+loop.TURN, loop.Loop._may_draw_on = 0.0, counted
 train.main(sys.argv[1:])
 """
 
@@ -44,7 +53,8 @@ def by_two(code: str, folder: Path, argv: list[str]) -> str:
 def test_ranks_wait_in_turns_for_the_one_that_draws(data: Path, tmp_path: Path) -> None:
     """No collective waits for a whole picture: here each of the sampler's steps ends a turn."""
     more = ("--max_steps", "4", "--sample_interval", "2", "--sample_respacing", "ddim5")
-    by_two(IN_SHORT_TURNS, tmp_path, flags(data, tmp_path / "run", *more))
+    out = by_two(IN_SHORT_TURNS, tmp_path, flags(data, tmp_path / "run", *more))
+    assert out.count("a turn") == 2 * (1 + 5)  # before each of two pictures, and after each of their five steps
     assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == ["step_000002.png", "step_000004.png"]
     assert status_of(tmp_path / "run") == ("done", 4, 0)
 
