@@ -22,7 +22,7 @@ CLASSES = (
     "norms",
     "attention",
     "noising and loss",
-    "other",
+    "pointwise",
     "optimiser",
     "launch gaps",
 )
@@ -32,7 +32,7 @@ _KINDS = {
     "norms": ("group norm",),
     "attention": ("attention",),
     "noising and loss": ("noising", "loss"),
-    "other": ("residual", "skip"),
+    "pointwise": ("residual", "skip"),
 }
 CLASS_OF: dict[str, str] = {kind: name for name, kinds in _KINDS.items() for kind in kinds}
 

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,25 +26,47 @@ SETTLING = WARM_UP + 2
 
 CLASSES: dict[str, str] = {
     "communication": r"nccl|gloo|c10d|allreduce|all_reduce|allgather|reduce_scatter|broadcast",
-    "optimiser": r"adamw|Optimizer\.|multi_tensor|foreach|_squares|update_ema|lerp|clip_grad|total_norm",
-    "attention": r"flash|fmha|attention|softmax|_short$|_long$|_whole$",
-    "norms": r"group_?norm|slab_|backward_sums|apply_backward|^_?apply$|^_?moments$|finish_",
-    "convolutions": r"conv|cudnn|implicit_gemm|wgrad|dgrad|fprop|xmma|upsample|mkldnn_reorder",
+    "optimiser": r"adamw|Optimizer\.|multi_tensor|foreach|^_squares$|^_sum$|update_ema|lerp|clip_grad|total_norm",
+    "attention": r"flash|fmha|sdpa|attention|softmax|^_(forward|backward)_(short|long|whole)$|^_delta$",
+    "norms": r"group_?norm|RowwiseMoments|FusedParams|InternalGradients|GammaBeta"
+    r"|^_slab_|^_backward_sums$|^_apply(_backward)?$|^_(sum_)?moments$|^_finalize_|^_parameter_gradients$",
+    "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|wgrad|dgrad|fprop|upsample|mkldnn_reorder"
+    r"|^_pointers$|^_boxes$|^_merge$",
     "matrix products": r"addmm|\bmm\b|::mm|bmm|linear|gemm|nvjet|cutlass|matmul",
-    "noising and loss": r"q_sample|diffusion_loss|image_noise|philox|searchsorted",
-    "copies": r"memcpy|memset|aten::copy_|aten::_to_copy|aten::to$|aten::clone|aten::contiguous",
+    "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_noise|philox|searchsorted",
+    "copies": r"memcpy|memset|copy_kernel|CatArray|aten::copy_|aten::_to_copy|aten::to$|aten::clone|aten::contiguous",
 }
-"""Class → what the names of its operations or GPU kernels hold; the first that matches counts."""
+"""Class → what the names of its operations or GPU kernels hold; the first that matches counts. Our own Triton kernels
+have the names of their functions in `kernels/`."""
+POINTWISE, REDUCTIONS = "pointwise", "reductions"
+GENERAL: dict[str, str] = {
+    REDUCTIONS: r"reduce_kernel|aten::(sum|mean|var|std|amax|amin|all|any)$",
+    POINTWISE: r"elementwise|aten::(add|sub|mul|div|neg|exp|log|sqrt|rsqrt|square|pow|clamp|where|fill|zero|silu)_?$",
+}
+"""The same for operations that may belong to anything: these count where no name around them says more."""
 OTHER, GAPS, WAIT = "other", "launch gaps", "input wait"
-_PATTERNS = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in CLASSES.items()}
+_INDUCTOR = re.compile(r"triton_(poi|for|red|per|spl)_")
+"""Kernels that Inductor generates. The rest of a name lists the operations it was fused from, a convolution where it
+only adds that one's bias."""
+_INDUCTOR_CLASSES = {"poi": POINTWISE, "for": POINTWISE, "red": REDUCTIONS, "per": REDUCTIONS, "spl": REDUCTIONS}
 
 
-def classify(names: Iterable[str]) -> str:
+def _compiled(classes: dict[str, str]) -> list[tuple[str, re.Pattern[str]]]:
+    return [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in classes.items()]
+
+
+_PATTERNS = (_compiled(CLASSES), _compiled(GENERAL))
+
+
+def classify(names: Sequence[str]) -> str:
     """The class of an operation, by its own name or else by those around it, innermost first."""
-    for name in names:
-        for kind, pattern in _PATTERNS.items():
-            if pattern.search(name):
-                return kind
+    if generated := _INDUCTOR.match(names[0]):
+        return _INDUCTOR_CLASSES[generated[1]]
+    for patterns in _PATTERNS:
+        for name in names:
+            for kind, pattern in patterns:
+                if pattern.search(name):
+                    return kind
     return OTHER
 
 
@@ -123,11 +145,9 @@ class StepProfiler:
         self._synchronize()
         seconds = time.perf_counter() - self._start
         self._profile.stop()
-        spans = _gpu_times(self._profile) if self.device.type == "cuda" else _cpu_times(self._profile)
-        busy, times = spans
+        found = times_of(self._profile, self.device)
         waited = data_wait - self._waited
-        times[WAIT] = waited
-        times[GAPS] = max(0.0, seconds - busy - waited)
+        times = {**found.classes, WAIT: waited, GAPS: max(0.0, seconds - found.busy - waited)}
         per_step = {name: 1e3 * each / self.steps for name, each in times.items()}
         name = device_name(self.device)
         result = Breakdown(self.steps, self.batch, 1e3 * seconds / self.steps, per_step, self.floor, name)
@@ -146,34 +166,61 @@ class StepProfiler:
             torch.cuda.synchronize(self.device)
 
 
-def _cpu_times(watched: Any) -> tuple[float, dict[str, float]]:
-    """Seconds that operations took, and their own times by class; backward runs in a thread of its own."""
-    times: dict[str, float] = defaultdict(float)
+@dataclass(frozen=True)
+class Times:
+    """Where the time of everything that a torch profiler recorded went, in seconds."""
+
+    classes: dict[str, float]
+    """Sums by class; where kernels run beside each other, more than `busy` together."""
+    kernels: dict[str, tuple[float, int]]
+    """Name → (seconds, launches) of each GPU kernel or CPU operation, the costliest first."""
+    busy: float
+    """How long the GPU ran anything at all; on a CPU the operations' own times together."""
+
+
+def times_of(watched: profile, device: torch.device) -> Times:
+    """What a stopped profiler saw: of the GPU's kernels on a GPU, which it must have been told to record, else of the
+    operations."""
+    found = list(_kernels(watched) if device.type == "cuda" else _operations(watched))
+    classes: dict[str, float] = defaultdict(float)
+    kernels: dict[str, tuple[float, int]] = {}
+    for names, start, end in found:
+        seconds = (end - start) / 1e9
+        classes[classify(names)] += seconds
+        before, launches = kernels.get(names[0], (0.0, 0))
+        kernels[names[0]] = before + seconds, launches + 1
+    ordered = dict(sorted(kernels.items(), key=lambda item: -item[1][0]))
+    spans = [(start, end) for _, start, end in found]
+    busy = union(spans) / 1e9 if device.type == "cuda" else sum(classes.values())
+    return Times(dict(classes), ordered, busy)
+
+
+def _operations(watched: Any) -> Iterator[tuple[list[str], float, float]]:
+    """(its name and those around it, 0, nanoseconds it took itself) of each; backward runs in a thread of its own."""
     for event in watched.events():
         names, parent = [event.name], event.cpu_parent
         while parent is not None:
             names.append(parent.name)
             parent = parent.cpu_parent
-        times[classify(names)] += event.self_cpu_time_total / 1e6
-    return sum(times.values()), dict(times)
+        yield names, 0.0, 1e3 * event.self_cpu_time_total
 
 
-def _gpu_times(watched: Any) -> tuple[float, dict[str, float]]:
-    """Seconds in which the GPU ran anything, and its kernels' times by class."""
-    times: dict[str, float] = defaultdict(float)
-    spans = []
+def _kernels(watched: Any) -> Iterator[tuple[list[str], float, float]]:
+    """(its name, start, end in nanoseconds) of each kernel, copy and fill on the GPU.
+
+    Annotations (`record_function`, `ProfilerStep`) are left out: the profiler repeats them on the GPU's side, and they
+    span kernels that are counted themselves.
+    """
     for event in watched.profiler.kineto_results.events():
-        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.name().startswith("ProfilerStep"):
-            times[classify([event.name()])] += event.duration_ns() / 1e9
-            spans.append((event.start_ns(), event.start_ns() + event.duration_ns()))
-    return union(spans) / 1e9, dict(times)
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation():
+            yield [event.name()], event.start_ns(), event.start_ns() + event.duration_ns()
 
 
-def union(spans: Sequence[tuple[int, int]]) -> int:
+def union(spans: Sequence[tuple[float, float]]) -> float:
     """The length that intervals (start, end) cover together."""
-    total, reached = 0, None
+    total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
-        if reached is None or start > reached:
+        if start > reached:
             total += end - start
             reached = end
         elif end > reached:
