@@ -231,8 +231,10 @@ def _slab_forward(
                 b_d = tl.where(m, b_x - b_first, 0.0)
                 b_sum += b_d
                 b_sum2 += b_d * b_d
+            # A lane beyond the last pixel saw no value if the block is longer than the map; nothing divides by its 0.
             b_n = ((L - o_l + BLOCK_L - 1) // BLOCK_L).to(tl.float32)[:, None]
-            b_mean, b_m2 = _merge(b_first + b_sum / b_n, b_sum2 - b_sum * b_sum / b_n, b_n, L)
+            b_each = tl.maximum(b_n, 1.0)
+            b_mean, b_m2 = _merge(b_first + b_sum / b_each, b_sum2 - b_sum * b_sum / b_each, b_n, L)
             if second_ptr is not None:
                 tl.debug_barrier()  # other threads may read what a thread has stored
         b_centre, b_rstd = _finish_forward(

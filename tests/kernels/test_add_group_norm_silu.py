@@ -118,6 +118,14 @@ def test_every_way_through_memory(way: str, dtype: torch.dtype, monkeypatch: pyt
     check(inputs(2, 64, 32, 5, 3, dtype))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (6, 6), (7, 7)], ids=str)
+@pytest.mark.parametrize("way", ["looped slab", "split"])
+def test_a_block_longer_than_the_map(way: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows of the block see no pixel at all; their empty sums must not reach the result as 0 / 0."""
+    planned(monkeypatch, **{**WAYS[way], "rows": 64, "block_l": 64})
+    check(inputs(2, 64, 32, *size, torch.float32))
+
+
 @pytest.mark.parametrize("alone", [True, False], ids=["norm only", "read elsewhere"])
 @pytest.mark.parametrize("b_bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("way", WAYS)

@@ -80,6 +80,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 SPLIT = {"slab": False, "rows": 8, "block_l": 4, "block_c": 32}
 LOOPED = {"slab": True, "one_block": False, "block_l": 4, "programs": 3}
 WAYS = {"one block": {}, "looped slab": LOOPED, "split": SPLIT}
+LONG_BLOCKS = {"looped slab": {**LOOPED, "block_l": 64}, "split": {**SPLIT, "rows": 64, "block_l": 64}}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -153,19 +154,50 @@ def exact_dropout(given: Inputs, p: float, seed: Tensor) -> Tensor:
     return y * keep / (1 - drop_below(p) / 2**16)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_dropout(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_dropout(given: Inputs) -> Inputs:
     """The mask is the one its definition says, in the forward and in the backward pass."""
-    planned(monkeypatch, **WAYS[way])
-    given = inputs(2, 64, 32, 3, 5, torch.float32)
+    B, C1, H, W = given["x"].shape
+    upstream = channels_last(normal(B, given["weight"].shape[0], H, W, seed=6))
     seed = torch.tensor([123456789123], device=DEVICE)
-    upstream = channels_last(normal(2, 96, 3, 5, seed=6))
     ours = run(group_norm_silu, given, upstream, dropout=0.3, seed=seed)
     exact = run(lambda **kw: exact_dropout(kw, 0.3, seed), given, upstream, torch.float64)
     for name in exact:
         assert error(ours[name], exact[name]) < 2e-5 * max(1.0, exact[name].abs().max().item()), name
+    return ours
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dropout(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(monkeypatch, **WAYS[way])
+    ours = check_dropout(inputs(2, 64, 32, 3, 5, torch.float32))
     dropped = (ours["y"] == 0).double().mean().item()
     assert abs(dropped - 0.3) < 5 * (0.21 / ours["y"].numel()) ** 0.5
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("size", [(1, 1), (5, 3), (6, 6), (7, 7)], ids=str)
+@pytest.mark.parametrize("way", LONG_BLOCKS)
+def test_a_block_longer_than_the_map(
+    way: str, size: tuple[int, int], dropout: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows of the block see no pixel at all; their empty sums must not reach the result as 0 / 0."""
+    planned(monkeypatch, **LONG_BLOCKS[way])
+    given = inputs(2, 64, 32, *size, torch.float32)
+    if dropout:
+        check_dropout(given)
+    else:
+        check(given, torch.float32)
+
+
+@pytest.mark.parametrize("side", [6, 7])
+def test_plan_with_a_block_longer_than_the_map(side: int) -> None:
+    """The same without a changed plan: these sizes are too large for one block only because of dropout."""
+    chosen = plan(17, side * side, 576, 0, 18, 4, False, launch.processors(torch.device(DEVICE)), True)
+    if DEVICE == "cpu":  # a GPU with another number of multiprocessors may choose differently
+        assert chosen.slab
+        assert not chosen.one_block
+        assert chosen.block_l > side * side
+    check_dropout(inputs(17, 576, 0, side, side, torch.float32))
 
 
 def test_dropout_seeds() -> None:
