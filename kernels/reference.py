@@ -135,11 +135,13 @@ def philox(
 def _counters(index: Tensor, draw: int | Tensor, words: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Counters of `words` philox calls for each image: (call, draw, index low, index high), broadcast to [B, words]."""
     call = torch.arange(words, device=index.device)[None, :]
+    if not isinstance(draw, Tensor):  # filled in on the device: a copy from the host would be refused in a CUDA graph
+        draw = torch.full((1,), draw, device=index.device)
     index = index.long()[:, None]
     shape = (index.shape[0], words)
     return (
         call.expand(shape),
-        torch.as_tensor(draw, device=index.device).view(-1, 1).expand(shape),
+        draw.view(-1, 1).expand(shape),
         (index & _MASK).expand(shape),
         ((index >> 32) & _MASK).expand(shape),
     )

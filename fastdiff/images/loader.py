@@ -222,7 +222,7 @@ class Loader(ABC):
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to the device; to a GPU without waiting for it."""
-    if device.type != "cuda":
+    """The tensor on the device. A copy from the CPU to a GPU is made without waiting for it."""
+    if device.type != "cuda" or values.is_cuda:  # only memory of the CPU can be pinned
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)

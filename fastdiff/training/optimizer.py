@@ -132,7 +132,10 @@ class AdamWEMA(torch.optim.AdamW):
         states = [self._state_of(p) for p in params]
         exp_avgs, exp_avg_sqs, steps = ([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "step"))
         if self.fused_kernel:
-            torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).to(steps[0]))
+            if found_inf is None:
+                torch._foreach_add_(steps, 1)
+            else:  # a list of tensors, because one tensor alone would be read by the host and taken as a number
+                torch._foreach_add_(steps, [(found_inf == 0).to(steps[0])] * len(steps))
             self._kernel_lists(params, exp_avgs, exp_avg_sqs, steps).step(
                 grads, **numbers, grad_scale=grad_scale, found_inf=found_inf
             )

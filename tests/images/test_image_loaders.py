@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from fastdiff.images import DataSettings, load_image, open_images
 from fastdiff.images.cpu import PillowLoader
 from fastdiff.images.index import index_images
+from fastdiff.images.loader import to_device
 from fastdiff.images.reader import Reader
 from fastdiff.settings import UserError
 
@@ -314,3 +316,16 @@ def test_16_bits_are_the_same_to_both_loaders(loader_name, channels, tmp_path, o
     Image.fromarray(wide).save(tmp_path / "a.png")
     images = next(open_loader(tmp_path, loader_name, channels=channels, batch_size=1)).images
     np.testing.assert_array_equal(images[0].numpy(), np.broadcast_to(wide[..., None] >> 8, (32, 32, channels)))
+
+
+def test_what_is_on_the_gpu_is_not_pinned():
+    """Pinning is for memory of the CPU, and PyTorch refuses it for a tensor that a loader has made on the GPU."""
+    gpu = torch.device("cuda")
+    there = Mock(torch.Tensor, is_cuda=True, pin_memory=Mock(side_effect=RuntimeError("cannot pin")))
+    there.is_pinned.return_value = False
+    assert to_device(there, gpu) is there.to.return_value
+    there.to.assert_called_once_with(gpu)
+    here = Mock(torch.Tensor, is_cuda=False)
+    here.is_pinned.return_value = False
+    to_device(here, gpu)
+    here.pin_memory.return_value.to.assert_called_once_with(gpu, non_blocking=True)

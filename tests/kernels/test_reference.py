@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastdiff.kernels import reference
 from torch import Tensor
+from waits import Waits
 
 from fastdiff import ops
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
@@ -73,6 +74,15 @@ def test_image_noise_does_not_know_its_batch() -> None:
     assert torch.equal(ops.image_noise(3, index, 2, (3, 5, 2)).flatten(1), together.flatten(1)[:, : 3 * 5 * 2])
     assert together.dtype == torch.float32
     assert ops.image_noise(3, index[:0], 2, (3, 5, 7)).shape == (0, 3, 5, 7)
+
+
+def test_counters_copy_nothing_to_the_device() -> None:
+    """A training step draws timesteps by them inside a CUDA graph, which refuses copies of the host's numbers."""
+    with Waits() as waits:
+        reference.image_uniform(0, torch.arange(3), 1)
+        reference.image_noise(0, torch.arange(3), 1, (3, 4, 4))
+        reference.image_noise(0, torch.arange(3), torch.arange(3), (3, 4, 4))
+    assert not waits.seen
 
 
 def test_image_uniform() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images import Batch
+from fastdiff.images.loader import to_device
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.training import checkpoints
 from fastdiff.training.engine import start_processes
@@ -26,7 +27,7 @@ MODEL: dict[str, Any] = {
 
 
 class MadeUp:
-    """Random images [B, 8, 8, 3] that depend on their position in the stream alone."""
+    """Random images [B, 8, 8, 3] that depend on their position in the stream alone, on the GPU where there is one."""
 
     class_names = ["only"]
     num_images = 1000
@@ -35,6 +36,7 @@ class MadeUp:
 
     def __init__(self, batch_size: int, size: int = 8) -> None:
         self.batch_size, self.size, self.position, self.seed = batch_size, size, 0, 0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def __next__(self) -> Batch:
         positions = torch.arange(self.position, self.position + self.batch_size)
@@ -42,7 +44,8 @@ class MadeUp:
         shape = (self.batch_size, self.size, self.size, 3)
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
         self.position += self.batch_size
-        return Batch(images, torch.zeros(self.batch_size, dtype=torch.int64), positions)
+        labels = torch.zeros(self.batch_size, dtype=torch.int64)
+        return Batch(to_device(images, self.device), to_device(labels, self.device), positions)
 
     def state_dict(self) -> dict[str, Any]:
         return {"position": self.position, "num_images": 1000, "fingerprint": "made up"}

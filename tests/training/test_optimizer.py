@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from waits import Waits
 
 from fastdiff import ops
 from fastdiff.training import engine as engines
 from fastdiff.training.masters import Masters
-from fastdiff.training.optimizer import AdamWEMA
+from fastdiff.training.optimizer import AdamWEMA, OnDevice
 from fastdiff.training.settings import TrainSettings
 
 SHAPES = [(5, 3, 3, 3), (5,), (7, 11), (1,), (130, 4)]
@@ -271,6 +272,21 @@ def test_a_step_counts_as_a_change_in_place() -> None:
     version = params[0]._version
     optimizer.step()
     assert params[0]._version > version
+
+
+@pytest.mark.parametrize("fused_kernel", [True, False])
+def test_a_step_on_the_device_reads_nothing(fused_kernel: bool) -> None:
+    """Not even whether gradients overflowed: the count of steps then stays as it is, without the host's knowing."""
+    params, optimizer = alone(fused_kernel)
+    optimizer.attach_averages(params, {0.5: [torch.zeros_like(p) for p in params]})
+    for i, (found_inf, taken) in enumerate([(0.0, 1), (1.0, 1), (0.0, 2)]):
+        give_gradients(params, i)
+        given = OnDevice(torch.full((), 0.1), found_inf=torch.full((), found_inf))
+        optimizer.prepare()
+        with Waits() as waits:
+            optimizer.step_on_device(given)
+        assert not waits.seen
+        assert [int(optimizer.state[p]["step"]) for p in params] == [taken] * len(params)
 
 
 @pytest.mark.parametrize("fused_kernel", [True, False])
