@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import compilation, ops
 from fastdiff.config import Config
 from fastdiff.diffusion.plans import SOLVERS
 from fastdiff.hardware import find, measure_rates
@@ -39,14 +37,15 @@ from fastdiff.sampling.drawn import Drawn
 from fastdiff.sampling.job import Job, run_job
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.settings import UserError
-from fastdiff.threads import use_free_cores
-from fastdiff.training.engine import start_processes
 
 try:  # run as a script, or imported beside its neighbours
-    from bench_train import chosen, load, place, quartiles, synchronize, time_variants
+    from bench_train import Contest, chosen, load, place, quartiles
+    from result_file import Label, ResultFile
     from sampling_variants import GPU_ONLY, LEVERS, Draw, DrawCase, compiled_seed, diffusers, our_engine, ours, seed
+    from variant_timing import seconds_of, start, synchronize
 except ImportError:
-    from benchmarks.bench_train import chosen, load, place, quartiles, synchronize, time_variants
+    from benchmarks.bench_train import Contest, chosen, load, place, quartiles
+    from benchmarks.result_file import Label, ResultFile
     from benchmarks.sampling_variants import (
         GPU_ONLY,
         LEVERS,
@@ -58,6 +57,7 @@ except ImportError:
         ours,
         seed,
     )
+    from benchmarks.variant_timing import seconds_of, start, synchronize
 
 VARIANTS: dict[str, Callable[[DrawCase], Draw]] = {
     "reference": seed,
@@ -129,14 +129,18 @@ def rows_of(
     return rows
 
 
-def run_case(config: str, case: DrawCase, variants: list[str], levers: list[str], args: Any) -> Rows:
+def run_case(
+    label: Label, case: DrawCase, variants: list[str], levers: list[str], results: ResultFile, args: Any
+) -> None:
     """One configuration, precision, batch and solver: all variants in turns, then each lever beside ours."""
     makers = {variant: functools.partial(VARIANTS[variant], case) for variant in variants}
     if "reference" in makers and args.seed_checkout:
         makers["reference"] = lambda: seed(case, args.seed_checkout)
     without = {lever: functools.partial(ours, case, **LEVERS[lever]) for lever in levers}
-    rows_from = lambda built, times, base: rows_of(case, config, built, times, base, args)
-    return time_variants(makers, without, lambda: ours(case), rows_from, line_of, case.device, args)
+    rows_from = lambda built, times, base: rows_of(case, label["config"], built, times, base, args)
+    contest = Contest(label, case.device, rows_from, line_of, results, args.rounds, args.seconds)
+    contest.time_variants(makers)
+    contest.time_levers(without, lambda: ours(case))
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -185,16 +189,12 @@ class _Constant:
         return self.output
 
 
-def seconds_of(work: Callable[[], Any], seconds: float) -> float:
+def median_seconds(work: Callable[[], Any], seconds: float) -> float:
     """The median of some repetitions, after one off the clock."""
     work()
     times: list[float] = []
     while not times or sum(times) < seconds or len(times) < 5:
-        synchronize()
-        start = time.perf_counter()
-        work()
-        synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(seconds_of(work))
     return float(np.median(times))
 
 
@@ -217,8 +217,8 @@ def split(case: DrawCase, compiled: bool, seconds: float) -> dict[str, float | N
     index, y, low_res = torch.arange(case.batch, device=case.device), case.kwargs.get("y"), case.kwargs.get("low_res")
     last = engine.draw(index, y, low_res)
     draw = lambda: to_uint8(engine.draw(index, y, low_res)).cpu()
-    whole = seconds_of(draw, seconds)
-    host = seconds_of(lambda: to_uint8(last).cpu(), seconds / 10)
+    whole = median_seconds(draw, seconds)
+    host = median_seconds(lambda: to_uint8(last).cpu(), seconds / 10)
     for _ in range(3 if gpu else 0):
         draw()
     gaps = whole - kernel_seconds(draw) if gpu else None
@@ -227,7 +227,7 @@ def split(case: DrawCase, compiled: bool, seconds: float) -> dict[str, float | N
     shape = (case.batch, model.out_channels, *model.size_hw)
     output = torch.randn(shape, device=case.device).contiguous(memory_format=torch.channels_last)
     idle.evaluation = _Constant(idle.evaluation, output)  # type: ignore[assignment]
-    step = seconds_of(lambda: idle.draw(index, y, low_res), seconds)
+    step = median_seconds(lambda: idle.draw(index, y, low_res), seconds)
     found = {"all": whole, "step": step, "to_host": host, "network": max(0.0, whole - step - host), "gaps": gaps}
     return {name: None if value is None else value / case.evaluations for name, value in found.items()}
 
@@ -304,61 +304,51 @@ def variants_of(args: Any, batch: int, device: torch.device) -> tuple[list[str],
     return variants, possible if args.levers == "all" else chosen(args.levers, list(LEVERS), [], "--levers")
 
 
-def begin(args: Any, device: torch.device) -> dict[str, Any]:
-    """The report's head, and what --resume keeps."""
+def begin(args: Any, device: torch.device) -> ResultFile:
+    """The results with their head and with what --resume keeps."""
     rates, gpu = measure_rates(device), find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     args.matmul_flops, args.peak_flops = rates.matmul_flops, gpu.peak_flops if gpu else None
     names = ("configs", "batches", "precisions", "solvers", "steps", "levers", "rounds")
     given = " ".join(f"--{name} {getattr(args, name)}" for name in names if getattr(args, name))
-    report: dict[str, Any] = {**place(args, device, rates), "kind": "sampling", "rows": [], "splits": []}
     threads = f" --threads {args.threads}" if args.threads else ""
-    report["command"] = f"python benchmarks/bench_sampling.py {'--quick' if args.quick else given}{threads}"
-    if args.resume and args.json and args.json.is_file():
-        before = json.loads(args.json.read_text())
-        report |= {name: before[name] for name in ("rows", "splits")}
-    return report
+    command = f"python benchmarks/bench_sampling.py {'--quick' if args.quick else given}{threads}"
+    head = {**place(args, device, rates), "kind": "sampling", "command": command}
+    return ResultFile(args.json, head, args.resume, lists=("splits",))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    processes = start_processes()
+    processes = start(args.threads)
     device = processes.device
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    elif device.type == "cpu":
-        use_free_cores()
     configs, batches, precisions, solvers = settings_of(args, device)
     for batch in batches:
         variants_of(args, batch, device)
-    ops.use("auto")
-    compilation.keep_compiled_code()
-    if device.type == "cuda":
-        compilation.prepare_cudnn()
-    report = begin(args, device)
+    results = begin(args, device)
+    report = results.content
     print(
         f"{report['device']}, torch {torch.__version__}, {report['threads']} threads, matrix product "
         f"{report['matmul_tflops']:.4g} TFLOP/s, copy {report['copy_gbs']:.4g} GB/s",
         flush=True,
     )
-    keys = ("config", "precision", "batch", "solver")
     cases = [(name, c, p, b, s) for name, c in configs for p in precisions for b in batches for s in solvers]
     for name, config, precision, batch, solver in cases:
         label = {"config": name, "precision": precision, "batch": batch, "solver": solver}
-        if any(all(row[key] == label[key] for key in keys) for row in report["rows"]):
+        variants, levers = variants_of(args, batch, device)
+        splits = ["split"] if args.split and "ours" in variants else []
+        if not results.missing(label, [*variants, *(f"ours -{lever}" for lever in levers), *splits]):
             continue
         print(f"{name}, {precision}, batch {batch}, {solver}", flush=True)
-        case = DrawCase(config, batch, precision, processes, solver, args.steps)
-        variants, levers = variants_of(args, batch, device)
-        report["rows"] += run_case(name, case, variants, levers, args)
-        if args.split and "ours" in variants:
-            # The engine is compiled a second time there, from code that is kept.
-            entry = {**label, "split": split(case, True, args.seconds), "job": job_overhead(case, True, 8)}
-            report["splits"].append(entry)
-            print("\n".join(split_lines(entry)), flush=True)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print("ratios: " + "; ".join(summary(report["rows"])))
+        with results.guard(label, "the whole case"):
+            case = DrawCase(config, batch, precision, processes, solver, args.steps)
+            run_case(label, case, variants, levers, results, args)
+            for what in results.missing(label, splits):
+                with results.guard(label, what):
+                    # The engine is compiled a second time there, from code that is kept.
+                    entry = {**label, "split": split(case, True, args.seconds), "job": job_overhead(case, True, 8)}
+                    results.add({**entry, "variant": what}, "splits")
+                    print("\n".join(split_lines(entry)), flush=True)
+    print("ratios: " + "; ".join(summary(results.rows)))
+    results.end()
 
 
 if __name__ == "__main__":

@@ -33,11 +33,13 @@ from fastdiff.training.saving import Saver
 from fastdiff.training.trainer import Trainer
 
 try:  # run as a script, or imported beside its neighbours
-    from bench_train import load, quartiles, synchronize
+    from bench_train import load, quartiles
     from train_variants import Case, trainer_of
+    from variant_timing import synchronize
 except ImportError:
-    from benchmarks.bench_train import load, quartiles, synchronize
+    from benchmarks.bench_train import load, quartiles
     from benchmarks.train_variants import Case, trainer_of
+    from benchmarks.variant_timing import synchronize
 
 WAYS = ("none", "beside", "waiting")
 

@@ -8,18 +8,18 @@ Steps of all variants take turns, and a ratio is made within each round: the ref
 1 ours is faster. `reference` is improved-diffusion's way (eager, channels-first; fp16 on a GPU, fp32 on a CPU);
 `reference+compile` the same network compiled, channels-last, with a loop written well; `diffusers` its UNet2DModel of
 the same shape, run likewise (pip install -e '.[peers]'); `ours -X` ours without lever X, timed beside ours. Results are
-written after every configuration, and with --resume those already there are kept. The last line is the ratios.
+written with every row, and with --resume those already there are kept. A variant that fails is left out, with the
+reason in the results and the traceback on the error output; the exit code is 1 then. The last line is the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
 import subprocess
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,20 +27,21 @@ from typing import Any
 
 import torch
 
-from fastdiff import compilation, ops
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.hardware import device_name, find, measure_rates
 from fastdiff.models.precision import body_dtype
 from fastdiff.models.work import train_flops
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
-from fastdiff.threads import use_free_cores
-from fastdiff.training.engine import start_processes
 
 try:  # run as a script, or imported beside its neighbours
+    from result_file import Label, ResultFile, release_memory
     from train_variants import LEVERS, Case, Step, compiled_seed, diffusers, ours, seed, without
+    from variant_timing import Built, build, few_objects_to_collect, seconds_of, start
 except ImportError:
+    from benchmarks.result_file import Label, ResultFile, release_memory
     from benchmarks.train_variants import LEVERS, Case, Step, compiled_seed, diffusers, ours, seed, without
+    from benchmarks.variant_timing import Built, build, few_objects_to_collect, seconds_of, start
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICK: dict[str, Any] = {
@@ -62,16 +63,6 @@ VARIANTS: dict[str, Callable[[Case], Step]] = {
     "ours eager": lambda case: ours(case, compile=False),
     "ours +cuda_graph": lambda case: ours(case, cuda_graph=True),
 }
-
-
-@dataclass
-class Built:
-    """A variant that has taken its first step."""
-
-    step: Step
-    start_seconds: float
-    peak_memory: float
-    """Bytes that it and one step of it take."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -121,60 +112,29 @@ def chosen(given: str, known: list[str], default: list[str], flag: str) -> list[
     return names
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def measure(
+    built: dict[str, Built], rounds: int, seconds: float, guard: Callable[[str], AbstractContextManager[None]]
+) -> dict[str, list[float]]:
+    """Seconds per step of each variant in each round; their order rotates.
 
-
-def build(make: Callable[[], Step], device: torch.device) -> Built:
-    """Make a variant and take its first steps, off the clock but for the start."""
-    torch._dynamo.config.recompile_limit = 64  # variants share their code, and each compiles it for itself
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    start = time.perf_counter()
-    step = make()
-    step()
-    synchronize()
-    seconds = time.perf_counter() - start
-    for _ in range(4 if device.type == "cuda" else 1):  # until CUDA graphs are captured, too
-        step()
-    return Built(step, seconds, peak_memory(step, device, before))
-
-
-def peak_memory(step: Step, device: torch.device, before: int) -> float:
-    """Most bytes alive in a step, less what was there before the variant; on a CPU those that the step itself takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
-        step()
-    events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return float(peak)
-
-
-def measure(built: dict[str, Built], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds per step of each variant in each round; their order rotates."""
+    A variant whose step raises, where guard(its name) takes the exception, is not in the result.
+    """
     times: dict[str, list[float]] = {name: [] for name in built}
     counts = dict.fromkeys(built, 1)
     names = list(built)
-    for i in range(rounds + 1):  # the first round finds out how many steps fill a turn
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                built[name].step()
-            synchronize()
-            each = (time.perf_counter() - start) / counts[name]
-            if i:
-                times[name].append(each)
-            else:
-                counts[name] = max(1, round(seconds / each))
+    with few_objects_to_collect():
+        for i in range(rounds + 1):  # the first round finds out how many steps fill a turn
+            for name in names[i % len(names) :] + names[: i % len(names)] if names else []:
+                each = None
+                with guard(name):
+                    each = seconds_of(built[name].step, counts[name])
+                if each is None:
+                    names.remove(name)
+                    del built[name], times[name]
+                elif i:
+                    times[name].append(each)
+                else:
+                    counts[name] = max(1, round(seconds / each))
     return times
 
 
@@ -184,7 +144,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 
 def rows_of(
-    label: tuple[str, str, int],
+    label: Label,
     built: dict[str, Built],
     times: dict[str, list[float]],
     base: str,
@@ -192,18 +152,15 @@ def rows_of(
     args: Any,
 ) -> list[dict[str, Any]]:
     """The table's rows for one configuration, precision and batch; ratios are base's time over each one's."""
-    config, precision, batch = label
-    rows = []
+    rows, batch = [], label["batch"]
     for name, seconds in times.items():
         ms = [1e3 * value for value in quartiles(seconds)]
         ratio = quartiles([b / s for b, s in zip(times[base], seconds, strict=True)]) if base in times else None
         achieved = flops * batch / (ms[1] / 1e3)
         rows.append(
             {
-                "config": config,
+                **label,
                 "variant": name,
-                "precision": precision,
-                "batch": batch,
                 "ms": ms,
                 "images_per_second": [1e3 * batch / value for value in reversed(ms)],
                 "ratio": ratio,
@@ -217,57 +174,64 @@ def rows_of(
     return rows
 
 
-def run_case(name: str, case: Case, variants: list[str], levers: list[str], args: Any) -> list[dict[str, Any]]:
+def run_case(label: Label, case: Case, variants: list[str], levers: list[str], results: ResultFile, args: Any) -> None:
     """One configuration, precision and batch: first all variants in turns, then each lever beside ours."""
-    flops, label = train_flops(case.config.model), (name, case.precision, case.batch)
+    flops = train_flops(case.config.model)
     makers = {variant: functools.partial(VARIANTS[variant], case) for variant in variants}
     if "reference" in makers and args.seed_checkout:
         makers["reference"] = lambda: seed(case, args.seed_checkout)
     without_each = {lever: functools.partial(without, case, lever) for lever in levers}
     rows_from = lambda built, times, base: rows_of(label, built, times, base, flops, args)
-    return time_variants(makers, without_each, lambda: ours(case), rows_from, line_of, case.device, args)
+    contest = Contest(label, case.device, rows_from, line_of, results, args.rounds, args.seconds)
+    contest.time_variants(makers)
+    contest.time_levers(without_each, lambda: ours(case))
 
 
-def time_variants(
-    makers: dict[str, Callable[[], Step]],
-    without: dict[str, Callable[[], Step]],
-    ours: Callable[[], Step],
-    rows_from: Callable[[dict[str, Built], dict[str, list[float]], str], list[dict[str, Any]]],
-    line_of: Callable[[dict[str, Any]], str],
-    device: torch.device,
-    args: Any,
-) -> list[dict[str, Any]]:
-    """Rows of all variants, timed in turns, and of ours without each lever, beside ours. Prints them as they come.
+@dataclass
+class Contest:
+    """Variants of one case, timed in turns; rows are printed and written as soon as they are known."""
 
-    rows_from(what was built, its times, the name of the base) makes rows. A variant that can't be built is left out.
-    """
-    built = {}
-    for variant, make in makers.items():
-        try:
-            built[variant] = build(make, device)
-        except (UserError, torch.OutOfMemoryError) as error:
-            print(f"  {variant} left out: {str(error).splitlines()[0]}", flush=True)
-        else:
-            print(f"  {variant}: begun after {built[variant].start_seconds:.1f} s", flush=True)
-    rows = rows_from(built, measure(built, args.rounds, args.seconds), "reference")
-    for row in rows:
-        print(line_of(row), flush=True)
-    free(built)
-    for lever, make in without.items():
-        pair = {"ours": build(ours, device), f"ours -{lever}": build(make, device)}
-        row = rows_from(pair, measure(pair, args.rounds, args.seconds), "ours")[1]
-        print(line_of(row), flush=True)
-        rows.append(row)
-        free(pair)
-    return rows
+    label: Label
+    device: torch.device
+    rows_from: Callable[[dict[str, Built], dict[str, list[float]], str], list[dict[str, Any]]]
+    """(what was built, its times, the name of the base) → rows."""
+    line_of: Callable[[dict[str, Any]], str]
+    results: ResultFile
+    rounds: int
+    seconds: float
 
+    def time_variants(self, makers: dict[str, Callable[[], Step]]) -> None:
+        """All of them against the reference. If the results have all of them already, nothing is measured."""
+        if not self.results.missing(self.label, list(makers)):
+            return
+        self.results.forget(self.label, list(makers))
+        for row in self._rows(makers, "reference"):
+            self._keep(row)
 
-def free(built: dict[str, Built]) -> None:
-    built.clear()
-    torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    def time_levers(self, without: dict[str, Callable[[], Step]], ours: Callable[[], Step]) -> None:
+        """Ours without each lever beside ours, but those that the results have already."""
+        makers = {f"ours -{lever}": make for lever, make in without.items()}
+        for name in self.results.missing(self.label, list(makers)):
+            for row in self._rows({"ours": ours, name: makers[name]}, "ours"):
+                if row["variant"] == name:
+                    self._keep(row)
+
+    def _rows(self, makers: dict[str, Callable[[], Step]], base: str) -> list[dict[str, Any]]:
+        guard = functools.partial(self.results.guard, self.label)
+        built: dict[str, Built] = {}
+        for name, make in makers.items():
+            with guard(name):
+                built[name] = build(make, self.device)
+                print(f"  {name}: begun after {built[name].start_seconds:.1f} s", flush=True)
+        rows = self.rows_from(built, measure(built, self.rounds, self.seconds, guard), base)
+        built.clear()
+        torch._dynamo.reset()
+        release_memory()
+        return rows
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        print(self.line_of(row), flush=True)
+        self.results.add(row)
 
 
 def line_of(row: dict[str, Any]) -> str:
@@ -327,21 +291,13 @@ def settings_of(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    processes = start_processes()
+    processes = start(args.threads)
     device = processes.device
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    elif device.type == "cpu":
-        use_free_cores()
     cases, precisions, variants, levers = settings_of(args, device)
-    ops.use("auto")
-    compilation.keep_compiled_code()
-    compilation.prepare_cudnn()
     rates, gpu = measure_rates(device), find(device_name(device))
     args.matmul_flops, args.peak_flops = rates.matmul_flops, gpu.peak_flops if gpu else None
-    report: dict[str, Any] = {**place(args, device, rates), "rows": []}
-    if args.resume and args.json and args.json.is_file():
-        report["rows"] = json.loads(args.json.read_text())["rows"]
+    results = ResultFile(args.json, place(args, device, rates), args.resume)
+    report = results.content
     print(
         f"{report['device']}, torch {torch.__version__}, {report['threads']} threads, matrix product "
         f"{report['matmul_tflops']:.4g} TFLOP/s, copy {report['copy_gbs']:.4g} GB/s",
@@ -349,18 +305,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     for name, config, batch in cases:
         for precision in precisions:
-            done = {(row["config"], row["precision"], row["batch"]) for row in report["rows"]}
-            if (name, precision, batch) in done:
-                continue
-            print(f"{name}, {precision}, batch {batch}", flush=True)
+            label = {"config": name, "precision": precision, "batch": batch}
             here = variants
             if device.type == "cpu" and precision != "fp32" and body_dtype(precision, device) == torch.float32:
                 here = [v for v in variants if v == "reference" or v.startswith("ours")]
-            report["rows"] += run_case(name, Case(config, batch, precision, processes), here, levers, args)
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                args.json.write_text(json.dumps(report, indent=2) + "\n")
-    print("ratios: " + ", ".join(summary(report["rows"])))
+            if not results.missing(label, [*here, *(f"ours -{lever}" for lever in levers)]):
+                continue
+            print(f"{name}, {precision}, batch {batch}", flush=True)
+            with results.guard(label, "the whole case"):
+                run_case(label, Case(config, batch, precision, processes), here, levers, results, args)
+    print("ratios: " + ", ".join(summary(results.rows)))
+    results.end()
 
 
 def summary(rows: list[dict[str, Any]]) -> list[str]:

@@ -24,6 +24,7 @@ from fastdiff.diffusion.streams import SAMPLES
 from fastdiff.models import SuperResSettings, UNet, build_model
 from fastdiff.models.inference import freeze
 from fastdiff.models.precision import DTYPES, body_dtype
+from fastdiff.models.work import forward_flops
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.evaluation import Evaluation, Guidance
 from fastdiff.sampling.pictures import to_uint8
@@ -31,10 +32,10 @@ from fastdiff.settings import UserError
 
 try:  # run as a script, or imported beside its neighbours
     from seed_step import SeedUNet
-    from train_variants import Case, _from_checkout, check_same_function, diffusers_unet
+    from train_variants import Case, check_same_function, diffusers_unet, from_checkout
 except ImportError:
     from benchmarks.seed_step import SeedUNet
-    from benchmarks.train_variants import Case, _from_checkout, check_same_function, diffusers_unet
+    from benchmarks.train_variants import Case, check_same_function, diffusers_unet, from_checkout
 
 Draw = Callable[[], Tensor]
 """draw() → images [B, H, W, C] uint8 on the host."""
@@ -61,6 +62,16 @@ class DrawCase(Case):
     @property
     def evaluations(self) -> int:
         return self.plan().num_evaluations
+
+    def rates(self, seconds: float) -> dict[str, float | None]:
+        """Images and evaluations per second, ms per evaluation and share of the peak, of a batch drawn in `seconds`."""
+        evaluations = self.batch * self.evaluations / seconds
+        return {
+            "images_per_second": self.batch / seconds,
+            "evaluations_per_second": evaluations,
+            "ms_per_evaluation": 1e3 * seconds / self.evaluations,
+            "mfu": self.share_of_peak(forward_flops(self.config.model) * evaluations),
+        }
 
     def with_evaluations(self) -> DrawCase:
         """The same for a solver that evaluates once per step: the reference's own, which has as many steps then."""
@@ -153,22 +164,17 @@ def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
     fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
     model: nn.Module
     if checkout is None:
-        model = SeedUNet(case.config.model)
-        check_same_function(case, model)
+        check_same_function(case.config.model)
+        model = case.filled(SeedUNet)
         loop = SeedLoop(model, case.diffusion(), ddim)
         draw = lambda: loop(torch.randn(*size, device=case.device), case.kwargs)
     else:
         respaced = case.config.diffusion.model_copy(update={"timestep_respacing": str(case.steps)})
-        same = Case(case.config.model_copy(update={"diffusion": respaced}), case.batch, case.precision, case.processes)
-        model, theirs = _from_checkout(same, checkout)
+        respaced_case = copy.copy(case)
+        respaced_case.config = case.config.model_copy(update={"diffusion": respaced})
+        model, theirs = from_checkout(respaced_case, checkout)
         method = theirs.ddim_sample_loop if ddim else theirs.p_sample_loop
         draw = lambda: method(model, size, model_kwargs=case.kwargs)
-    try:
-        model.load_state_dict(case.weights)
-    except RuntimeError as error:
-        raise UserError(
-            "--seed_checkout: the original builds another network for these settings; leave the flag out"
-        ) from error
     model.to(case.device).eval()
     if fp16:
         model.convert_to_fp16()
@@ -198,8 +204,7 @@ def _compiled(model: nn.Module, case: DrawCase) -> Any:
 
 def compiled_seed(case: DrawCase) -> Draw:
     """The reference's network with its convolutions in the precision asked for, channels-last and compiled."""
-    model = SeedUNet(case.config.model)
-    model.load_state_dict(case.weights)
+    model = case.filled(SeedUNet)
     if case.precision != "fp32":
         for blocks in (model.input_blocks, model.middle_block, model.output_blocks):
             for module in blocks.modules():
@@ -212,7 +217,6 @@ def diffusers(case: DrawCase) -> Draw:
     """diffusers' network, all of it in the precision asked for, channels-last and compiled."""
     if isinstance(case.config.model, SuperResSettings):
         raise UserError("the variant diffusers has no super-resolution network; leave it out")
-    torch.manual_seed(0)
     dtype = torch.float32 if case.precision == "fp32" else DTYPES[case.precision]
     network = _compiled(diffusers_unet(case).to(dtype), case)
 
@@ -239,9 +243,8 @@ class _EmbeddedEachTime:
 
 
 def our_network(case: DrawCase, frozen: bool = True) -> UNet:
-    model = build_model(case.config.model)
-    model.load_state_dict(case.weights)
-    model.to(case.device).eval().requires_grad_(False).set_precision(body_dtype(case.precision, case.device))
+    model = case.filled(build_model)
+    model.eval().requires_grad_(False).set_precision(body_dtype(case.precision, case.device))
     return freeze(model) if frozen else model
 
 

@@ -6,12 +6,14 @@ Every factory gives a function that takes one whole optimiser step: forward and 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -22,9 +24,11 @@ from torch import Tensor, nn
 from fastdiff import compilation, ops
 from fastdiff.config import Config
 from fastdiff.diffusion import create_diffusion
+from fastdiff.hardware import device_name, find
 from fastdiff.images import Batch
-from fastdiff.models import SuperResSettings, blocks, build_model, unet
+from fastdiff.models import BackboneSettings, SuperResSettings, blocks, build_model, unet
 from fastdiff.models.precision import DTYPES
+from fastdiff.models.work import train_flops
 from fastdiff.processes import Processes
 from fastdiff.settings import UserError
 from fastdiff.training.trainer import Trainer, low_res_of
@@ -35,6 +39,7 @@ except ImportError:
     from benchmarks.seed_step import SeedStep, SeedUNet
 
 Step = Callable[[], None]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class SameBatch:
@@ -57,7 +62,11 @@ class SameBatch:
 
 @dataclass
 class Case:
-    """A configuration at a batch and a precision; all variants see the same images and start from the same weights."""
+    """A configuration at a batch and a precision; all variants see the same images and start from the same weights.
+
+    Images and weights are made on the device, from one seed: a few hundred million random numbers take seconds on a
+    CPU and milliseconds on a GPU. Processes of their own on the same kind of device make the same ones.
+    """
 
     config: Config
     batch: int
@@ -74,8 +83,10 @@ class Case:
         self.kwargs: dict[str, Tensor] = {"y": self.labels} if model.class_cond else {}
         if isinstance(model, SuperResSettings):
             self.kwargs["low_res"] = low_res_of(ops.start_map(self.images), model.small_size)
+        with device:
+            made = build_model(model).state_dict()
         # New networks have zeros in them, with which half of the work would multiply.
-        self.weights = {k: v + 0.02 * torch.randn_like(v) for k, v in build_model(model).state_dict().items()}
+        self.weights = {name: value + 0.02 * torch.randn_like(value) for name, value in made.items()}
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +101,23 @@ class Case:
     def diffusion(self) -> Any:
         return create_diffusion(self.config.diffusion, self.config.model.learn_sigma)
 
+    def filled(self, make: Callable[[BackboneSettings], Network]) -> Network:
+        """make(settings of the model) with the case's weights, on its device; no other values are ever drawn for it."""
+        with torch.device("meta"):
+            model = make(self.config.model)
+        model.load_state_dict({name: value.clone() for name, value in self.weights.items()}, assign=True)
+        return model
+
+    def rates(self, seconds: float) -> dict[str, float | None]:
+        """Images per second, and the share of the GPU's peak FLOP/s (None if unknown), of a step of `seconds`."""
+        images = self.batch / seconds
+        return {"images_per_second": images, "mfu": self.share_of_peak(train_flops(self.config.model) * images)}
+
+    def share_of_peak(self, flops: float) -> float | None:
+        """FLOP/s as a share of the device's peak; None for a device whose peak is not known."""
+        gpu = find(device_name(self.device))
+        return flops / gpu.peak_flops if gpu else None
+
 
 # --- the reference ---
 
@@ -99,26 +127,19 @@ def seed(case: Case, checkout: Path | None = None) -> Step:
     diffusion = case.diffusion()
     model: nn.Module
     if checkout is None:
-        model = SeedUNet(case.config.model)
-        check_same_function(case, model)
+        check_same_function(case.config.model)
+        model = case.filled(SeedUNet)
         losses = lambda network, x, t, kwargs: diffusion.training_losses(network, x, t, kwargs, torch.randn_like(x))
     else:
-        model, theirs = _from_checkout(case, checkout)
+        model, theirs = from_checkout(case, checkout)
         losses = lambda network, x, t, kwargs: theirs.training_losses(network, x, t, model_kwargs=kwargs)
-    try:
-        model.load_state_dict(case.weights)
-    except RuntimeError as error:
-        raise UserError(
-            "--seed_checkout: the original builds another network for these settings (it knows images of 32, 64 and "
-            "256 pixels, with one channel_mult each); leave the flag out"
-        ) from error
     fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
     step = SeedStep(model.to(case.device), losses, diffusion.num_timesteps, fp16=fp16)
     return lambda: step(case.images, case.kwargs)
 
 
-def _from_checkout(case: Case, checkout: Path) -> tuple[nn.Module, Any]:
-    """The network and the process of a checkout of improved-diffusion."""
+def from_checkout(case: Case, checkout: Path) -> tuple[nn.Module, Any]:
+    """The network, with the case's weights, and the process of a checkout of improved-diffusion."""
     if not (checkout / "improved_diffusion" / "script_util.py").is_file():
         raise UserError(f"--seed_checkout {checkout} is no checkout of improved-diffusion: it has no script_util.py")
     sys.path.insert(0, str(checkout))
@@ -130,19 +151,38 @@ def _from_checkout(case: Case, checkout: Path) -> tuple[nn.Module, Any]:
         create, defaults = script_util.sr_create_model_and_diffusion, script_util.sr_model_and_diffusion_defaults()
     else:
         create, defaults = script_util.create_model_and_diffusion, script_util.model_and_diffusion_defaults()
-    return create(**{name: given.get(name, value) for name, value in defaults.items()})
+    network, process = create(**{name: given.get(name, value) for name, value in defaults.items()})
+    try:
+        network.load_state_dict(case.weights)
+    except RuntimeError as error:
+        raise UserError(
+            "--seed_checkout: the original builds another network for these settings (it knows images of 32, 64 and "
+            "256 pixels, with one channel_mult each); leave the flag out"
+        ) from error
+    return network, process
 
 
-def check_same_function(case: Case, theirs: nn.Module) -> None:
-    """Both sides must compute the same thing, or their times say nothing."""
-    settings = case.config.model
-    ours = build_model(settings).eval()
-    ours.load_state_dict(case.weights)
-    theirs.load_state_dict(case.weights)
-    x, t = torch.randn(1, settings.in_channels, *settings.size_hw), torch.tensor([3.0])
-    kwargs = {name: value[:1].cpu() for name, value in case.kwargs.items()}
+@functools.cache
+def check_same_function(settings: BackboneSettings) -> None:
+    """Raise AssertionError unless the reference and ours compute the same, or their times say nothing.
+
+    Checked on a CPU at the fewest channels that the settings allow: the full width adds time and tests nothing more.
+    """
+    unit = math.lcm(32, settings.num_heads, max(1, settings.num_head_channels))  # 32 groups of a norm
+    fits = lambda width: all(int(mult * width) % unit == 0 for mult in settings.level_mult)
+    width = next(filter(fits, range(32, settings.num_channels, 32)), settings.num_channels)
+    narrow = settings.model_copy(update={"num_channels": width})
+    ours, theirs = build_model(narrow).eval(), SeedUNet(narrow).eval()
     with torch.no_grad():
-        torch.testing.assert_close(ours(x, t, **kwargs), theirs.eval()(x, t, **kwargs), atol=1e-3, rtol=1e-3)
+        for p in ours.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)  # new networks have zeros in them
+    theirs.load_state_dict(ours.state_dict())
+    x, t = torch.randn(1, narrow.in_channels, *narrow.size_hw), torch.tensor([3.0])
+    kwargs = {"y": torch.tensor([0])} if narrow.class_cond else {}
+    if isinstance(narrow, SuperResSettings):
+        kwargs["low_res"] = low_res_of(x, narrow.small_size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x, t, **kwargs), theirs(x, t, **kwargs), atol=1e-3, rtol=1e-3)
 
 
 # --- what others would run ---
@@ -175,8 +215,7 @@ def _compiled(model: nn.Module, case: Case) -> Any:
 
 def compiled_seed(case: Case) -> Step:
     """The reference's network, channels-last and compiled as one graph in that layout, under autocast."""
-    diffusion, model = case.diffusion(), SeedUNet(case.config.model)
-    model.load_state_dict(case.weights)
+    diffusion, model = case.diffusion(), case.filled(SeedUNet)
     network = _compiled(model, case)
 
     def called(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
@@ -189,7 +228,7 @@ def compiled_seed(case: Case) -> Step:
 
 
 def diffusers_unet(case: Case) -> nn.Module:
-    """diffusers' UNet2DModel of the same widths, depths, places of attention and outputs."""
+    """diffusers' UNet2DModel of the same widths, depths, places of attention and outputs, on the case's device."""
     try:
         from diffusers import UNet2DModel
     except ImportError as error:
@@ -198,27 +237,28 @@ def diffusers_unet(case: Case) -> nn.Module:
     channels = s.level_channels
     attends = [2**level in s.attention_factors for level in range(len(channels))]
     kind = lambda way, level: ("Attn" if attends[level] else "") + f"{way}Block2D"
-    return UNet2DModel(
-        sample_size=s.size_hw,
-        in_channels=s.network_in_channels,
-        out_channels=s.out_channels,
-        layers_per_block=s.num_res_blocks,
-        block_out_channels=channels,
-        down_block_types=tuple(kind("Down", level) for level in range(len(channels))),
-        up_block_types=tuple(kind("Up", level) for level in reversed(range(len(channels)))),
-        attention_head_dim=channels[-1] // s.num_heads,
-        norm_num_groups=32,
-        resnet_time_scale_shift="scale_shift" if s.use_scale_shift_norm else "default",
-        dropout=s.dropout,
-        num_class_embeds=s.num_classes if s.class_cond else None,
-    )
+    torch.manual_seed(0)
+    with case.device:
+        return UNet2DModel(
+            sample_size=s.size_hw,
+            in_channels=s.network_in_channels,
+            out_channels=s.out_channels,
+            layers_per_block=s.num_res_blocks,
+            block_out_channels=channels,
+            down_block_types=tuple(kind("Down", level) for level in range(len(channels))),
+            up_block_types=tuple(kind("Up", level) for level in reversed(range(len(channels)))),
+            attention_head_dim=channels[-1] // s.num_heads,
+            norm_num_groups=32,
+            resnet_time_scale_shift="scale_shift" if s.use_scale_shift_norm else "default",
+            dropout=s.dropout,
+            num_class_embeds=s.num_classes if s.class_cond else None,
+        )
 
 
 def diffusers(case: Case) -> Step:
     """diffusers' network compiled, channels-last, under autocast, on the plain squared error of its examples."""
     if isinstance(case.config.model, SuperResSettings):
         raise UserError("the variant diffusers has no super-resolution network; leave it out")
-    torch.manual_seed(0)
     model, process = diffusers_unet(case), case.diffusion()
     network = _compiled(model, case)
     labels = {"class_labels": case.labels} if case.config.model.class_cond else {}
@@ -247,8 +287,7 @@ def trainer_of(case: Case, **changes: Any) -> Trainer:
     update |= {"compile": False, "zero_stage": min(train.zero_stage, 1), "lr": 1e-4}
     if case.precision == "fp32":
         update["zero_stage"] = 0
-    model = build_model(case.config.model)
-    model.load_state_dict(case.weights)
+    model = case.filled(build_model)
     settings = train.model_copy(update={**update, **changes})
     trainer = Trainer(settings, {}, model, case.diffusion(), SameBatch(case.images, case.labels), case.processes)  # type: ignore[arg-type]
     if case.precision == "fp16":
