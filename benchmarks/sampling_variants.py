@@ -32,10 +32,10 @@ from fastdiff.settings import UserError
 
 try:  # run as a script, or imported beside its neighbours
     from seed_step import SeedUNet
-    from train_variants import Case, check_same_function, diffusers_unet, from_checkout
+    from train_variants import Case, check_same_function, diffusers_unet, from_checkout, without_our_ops
 except ImportError:
     from benchmarks.seed_step import SeedUNet
-    from benchmarks.train_variants import Case, check_same_function, diffusers_unet, from_checkout
+    from benchmarks.train_variants import Case, check_same_function, diffusers_unet, from_checkout, without_our_ops
 
 Draw = Callable[[], Tensor]
 """draw() → images [B, H, W, C] uint8 on the host."""
@@ -157,6 +157,7 @@ class SeedLoop:
         return x
 
 
+@without_our_ops
 def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
     """improved-diffusion's sampler: its operations stated anew, or with a checkout its own network and loop."""
     case = case.with_evaluations()
@@ -202,6 +203,7 @@ def _compiled(model: nn.Module, case: DrawCase) -> Any:
     return torch.compile(model, **compilation.compile_kwargs(case.device))
 
 
+@without_our_ops
 def compiled_seed(case: DrawCase) -> Draw:
     """The reference's network with its convolutions in the precision asked for, channels-last and compiled."""
     model = case.filled(SeedUNet)
@@ -213,6 +215,7 @@ def compiled_seed(case: DrawCase) -> Draw:
     return _plain(case, _compiled(model, case))
 
 
+@without_our_ops
 def diffusers(case: DrawCase) -> Draw:
     """diffusers' network, all of it in the precision asked for, channels-last and compiled."""
     if isinstance(case.config.model, SuperResSettings):

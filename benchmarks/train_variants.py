@@ -40,6 +40,7 @@ except ImportError:
 
 Step = Callable[[], None]
 Network = TypeVar("Network", bound=nn.Module)
+Result = TypeVar("Result")
 
 
 class SameBatch:
@@ -122,6 +123,28 @@ class Case:
 # --- the reference ---
 
 
+def without_our_ops(make: Callable[..., Callable[[], Result]]) -> Callable[..., Callable[[], Result]]:
+    """A factory of a variant that is not ours: neither its making nor any step of it uses one of our kernels.
+
+    Such variants call `fastdiff.diffusion` for their noising and their loss, whose ops would go to our kernels on a
+    GPU; here they are their definitions in PyTorch. The mode of `fastdiff.ops` before is restored after every step.
+    """
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Callable[[], Result]:
+        with ops.using("reference"):
+            step = make(*args, **kwargs)
+
+        def run() -> Result:
+            with ops.using("reference"):
+                return step()
+
+        return run
+
+    return made
+
+
+@without_our_ops
 def seed(case: Case, checkout: Path | None = None) -> Step:
     """improved-diffusion's step: its operations stated anew, or with a checkout its own network and losses."""
     diffusion = case.diffusion()
@@ -213,6 +236,7 @@ def _compiled(model: nn.Module, case: Case) -> Any:
     return torch.compile(model, **compilation.compile_kwargs(case.device))
 
 
+@without_our_ops
 def compiled_seed(case: Case) -> Step:
     """The reference's network, channels-last and compiled as one graph in that layout, under autocast."""
     diffusion, model = case.diffusion(), case.filled(SeedUNet)
@@ -255,6 +279,7 @@ def diffusers_unet(case: Case) -> nn.Module:
         )
 
 
+@without_our_ops
 def diffusers(case: Case) -> Step:
     """diffusers' network compiled, channels-last, under autocast, on the plain squared error of its examples."""
     if isinstance(case.config.model, SuperResSettings):

@@ -1,0 +1,82 @@
+"""What ours is compared with uses none of our kernels, also where kernels would run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
+from fastdiff import ops
+from fastdiff.config import Config
+from fastdiff.training.engine import start_processes
+
+CONFIG = Config.model_validate(
+    {
+        "model": {
+            "image_size": 8,
+            "num_channels": 32,
+            "channel_mult": "1,2",
+            "num_res_blocks": 1,
+            "attention_resolutions": "4",
+            "learn_sigma": True,
+        },
+        "diffusion": {"diffusion_steps": 40, "noise_schedule": "cosine"},
+    }
+)
+THEIRS = ("reference", "reference+compile", "diffusers")
+
+
+class KernelWanted(Exception):
+    """An op would have gone to its kernel."""
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op whose mode is not "reference" wants its kernel. Compilation, which takes long, changes nothing here."""
+
+    def uses_kernels(x: torch.Tensor, unsupported: str = "") -> bool:
+        if ops._mode != "reference":
+            raise KernelWanted
+        return False
+
+    monkeypatch.setattr(ops, "uses_kernels", uses_kernels)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+
+
+def case_of(script: Any) -> Any:
+    processes = start_processes()
+    if script is bench_train:
+        return train_variants.Case(CONFIG, 2, "fp32", processes)
+    return sampling_variants.DrawCase(CONFIG, 2, "fp32", processes, "ddpm", 3)
+
+
+@pytest.mark.parametrize("variant", THEIRS)
+@pytest.mark.parametrize("script", [bench_train, bench_sampling])
+def test_none_of_our_kernels(script: Any, variant: str) -> None:
+    """Neither when a variant is made nor in its steps; the mode of ours comes back in between."""
+    if variant == "diffusers":
+        pytest.importorskip("diffusers")
+    step = script.VARIANTS[variant](case_of(script))
+    assert ops._mode == "auto"
+    step()
+    step()
+    assert ops._mode == "auto"
+
+
+@pytest.mark.parametrize("script", [bench_train, bench_sampling])
+def test_ours_wants_its_kernels(script: Any) -> None:
+    with pytest.raises(KernelWanted):
+        script.VARIANTS["ours eager"](case_of(script))()
+
+
+def test_the_mode_comes_back_after_a_failure() -> None:
+    def fail() -> None:
+        assert ops._mode == "reference"
+        raise ZeroDivisionError
+
+    step = train_variants.without_our_ops(lambda: fail)()
+    with pytest.raises(ZeroDivisionError):
+        step()
+    assert ops._mode == "auto"
