@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GOLDEN ?= tests/golden
+PROOF ?= .gpu_proof
 
-.PHONY: help setup demo test chaos test-golden test-gpu lint bench bench-sampling bench-gpu bench-kernels aot
+.PHONY: help setup demo test chaos test-golden test-gpu lint bench bench-sampling gpu-proof bench-kernels aot
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
@@ -40,10 +41,8 @@ chaos: $(READY)  ## kill a small training run a hundred times at random instants
 test-golden: $(READY)  ## the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
 	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/test_golden_*.py
 
-test-gpu: $(READY)  ## the tests that need a GPU, and those of the kernels natively on it
-	$(BIN)/python -m pytest tests -k 'gpu and not kernels'
-	$(BIN)/python -m pytest tests/kernels --ignore=tests/kernels/test_aot.py
-	FASTDIFF_DEVICE=cuda $(BIN)/python -m pytest tests/test_golden_kernels.py tests/test_golden_model.py
+test-gpu: $(READY)  ## the tests that need a GPU, those of the kernels natively on it, and recorded numbers
+	$(BIN)/python benchmarks/gpu_proof.py --out $(PROOF) --again --only kernels golden 'gpu tests'
 
 lint: $(READY)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -62,9 +61,10 @@ bench-sampling: $(READY)  ## drawing against improved-diffusion's and others', f
 	$(BIN)/python benchmarks/report.py benchmarks/results/sampling_quick_cpu.json \
 	    --markdown benchmarks/results/sampling_quick_cpu.md --chart benchmarks/results/sampling_quick_cpu.svg
 
-bench-gpu: $(READY)  ## the same for the published networks on a GPU, nine minutes at a time; repeat until nothing is left
+gpu-proof: $(READY)  ## everything that only a GPU can prove, most valuable first: 40 minutes, or SECONDS=560; repeat for the rest
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
-	$(BIN)/python benchmarks/bench_gpu.py
+	$(BIN)/python benchmarks/gpu_proof.py --out $(PROOF) $(if $(SECONDS),--seconds $(SECONDS)); code=$$?; \
+	    $(BIN)/python benchmarks/report.py $(PROOF)/results.jsonl --keep benchmarks/results && exit $$code
 
 bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peers, figures in benchmarks/results
 	mkdir -p benchmarks/results

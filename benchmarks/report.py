@@ -2,6 +2,10 @@
 
     python benchmarks/report.py benchmarks/results/train.json
     python benchmarks/report.py train.json --markdown train.md --chart train.svg --chart train.png
+    python benchmarks/report.py results.jsonl --keep benchmarks/results          what gpu_proof.py found
+
+Of gpu_proof.py's results --keep copies the file to gpu_NAME_DATE.jsonl, by the GPU and the day, with tables and charts
+beside it. Drawing has a chart of its own there (NAME_sampling.svg), and a table of all parts follows the others.
 
 Every row is one variant's training step, or its drawing: `reference` (improved-diffusion's operations),
 `reference+compile`, `diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles.
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +31,11 @@ from fastdiff.models import work
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
 
-try:  # run as a script, or imported beside its neighbour
+try:  # run as a script, or imported beside its neighbours
+    import proof_log
     import roofline
 except ImportError:
-    from benchmarks import roofline
+    from benchmarks import proof_log, roofline
 
 ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
 COLOURS = {"reference": "#8c939c", "reference+compile": "#b4bac2", "diffusers": "#d9a441", "ours": "#1f6f8b"}
@@ -83,8 +89,17 @@ class Results:
         for row in self.rows:
             name = f"{row.config}, batch {row.batch}, {row.precision}" + (f", {row.solver}" if row.solver else "")
             made.setdefault(name, []).append(row)
-        rank = {name: i for i, name in enumerate(ORDER)}
-        return {name: sorted(rows, key=lambda row: rank.get(row.variant, len(ORDER))) for name, rows in made.items()}
+        return {name: sorted(rows, key=_rank) for name, rows in made.items()}
+
+
+def _plain(variant: str) -> str:
+    """A variant's name without the batch and precision in brackets that gpu_proof.py's rows may have."""
+    return variant.split(" (")[0]
+
+
+def _rank(row: Row) -> int:
+    name = _plain(row.variant)
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,46 @@ def read(path: Path) -> Results:
     if not rows:
         raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
     return Results(place, rows, splits)
+
+
+def read_proof(path: Path) -> list[Results]:
+    """The training and the drawing in results.jsonl of gpu_proof.py, where it has any. Raises UserError."""
+    try:
+        rows = proof_log.read_rows(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/gpu_proof.py") from error
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    heads = [row for row in rows if row["kind"] in ("start", "machine")]
+    if {row["kind"] for row in heads} != {"start", "machine"}:
+        raise UserError(f"{path} does not say where it was measured; run gpu_proof.py --only machine first")
+    place = {name: value for row in heads for name, value in row.items()} | {"threads": 0}
+    latest = proof_log.latest_throughput(rows)
+    found = []
+    for unit in ("images/s", "evaluations/s"):
+        ours = [row for row in latest if row["variant"].startswith("ours") and proof_log.rate_of(row)[1] == unit]
+        cases = {(row["config"], row["batch"]): row for row in reversed(ours)}  # the first of ours names the case
+        made = []
+        for mine in reversed(cases.values()):
+            here = [row for row in ours if (row["config"], row["batch"]) == (mine["config"], mine["batch"])]
+            peers = proof_log.peers_of(mine, latest)
+            base = next((row for row in peers if row["variant"] == "reference"), None)
+            made += [_beside(mine, base, row) for row in [*peers, *here]]
+        if made:
+            found.append(Results(place, made))
+    return found
+
+
+def _beside(mine: dict[str, Any], base: dict[str, Any] | None, row: dict[str, Any]) -> Row:
+    """A row of gpu_proof.py in the case of ours; its own batch and precision are named where they are others."""
+    differs = [row["precision"]] if row["precision"] != mine["precision"] else []
+    differs += [f"batch {row['batch']}"] if row["batch"] != mine["batch"] else []
+    name = row["variant"] + (f" ({', '.join(differs)})" if differs else "")
+    ratio = None
+    if base:
+        (low, middle, high), (slow, usual, fast) = (each["images_per_second"] for each in (row, base))
+        ratio = [low / fast, middle / usual, high / slow]
+    return _row({**row, "variant": name, "batch": mine["batch"], "precision": mine["precision"], "ratio": ratio})
 
 
 def _row(entry: dict[str, Any]) -> Row:
@@ -205,6 +260,43 @@ def markdown(results: Results) -> str:
         lines += ["", f"## {name}", "", *_table(results, rows)]
     lines += _split_table(results)
     return "\n".join(lines) + "\n"
+
+
+def proof_table(path: Path) -> str:
+    """Every part that gpu_proof.py ran: how it ended at last, what its tests said, and whatever else it found."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    ends: dict[str, dict[str, Any]] = {}
+    for row in proof_log.read_rows(path):
+        if row["part"] in ends and row["kind"] != "end":  # the part was run again
+            found[row["part"]] = []
+            del ends[row["part"]]
+        if row["kind"] == "end":
+            ends[row["part"]] = row
+        elif row["kind"] in ("tests", "failure", "fact", "note"):
+            found.setdefault(row["part"], []).append(row)
+    lines = ["# Parts", "", "| part | ended | seconds | found |", "|---|---|---:|---|"]
+    for part, end in ends.items():
+        said = " ".join("; ".join(map(_said, found.get(part, []))).split()).replace("|", "/")
+        lines.append(f"| {part} | {end['verdict']} | {end['seconds']:.0f} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def proof_name(path: Path) -> str:
+    """What results of gpu_proof.py are called: gpu_h100_2026-01-02."""
+    rows = proof_log.read_rows(path)
+    device = next(row["device"] for row in reversed(rows) if row["kind"] == "machine")
+    known = hardware.find(device)
+    name = known.name.split()[0] if known else device
+    day = next(row["date"] for row in reversed(rows) if row["kind"] == "start")
+    return f"gpu_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}_{day}"
+
+
+def _said(row: dict[str, Any]) -> str:
+    """The short values of a row; lists and tables stay in the file."""
+    values = {k: v for k, v in row.items() if k not in ("part", "kind", "at") and not isinstance(v, (list, dict))}
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )
 
 
 def _title(results: Results) -> str:
@@ -354,7 +446,7 @@ def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
     reach = max(max(row.rate[2] for row in rows), bound.ceiling if bound else 0)
     for i, row in enumerate(rows):
         low, middle, high = row.rate
-        axes.barh(i, middle, height=0.68, color=COLOURS.get(row.variant, LEVER_OFF), zorder=2)
+        axes.barh(i, middle, height=0.68, color=COLOURS.get(_plain(row.variant), LEVER_OFF), zorder=2)
         whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
         axes.errorbar(middle, i, xerr=whiskers, color=INK, elinewidth=0.9, capsize=2.2, zorder=3)
         ratio = "" if row.ratio is None or row.variant == row.ratio_to else f"  {row.ratio[1]:.2f}×"
@@ -393,19 +485,31 @@ def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a JSON file of bench_train.py or bench_sampling.py")
+    parser.add_argument("results", type=Path, help="a file of bench_train.py, bench_sampling.py or gpu_proof.py")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of gpu_proof.py's results, keep all of it there")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here too")
     parser.add_argument(
         "--chart", type=Path, metavar="FILE", action="append", default=[], help="write a bar chart, .svg or .png"
     )
     args = parser.parse_args(argv)
-    results = read(args.results)
-    text = markdown(results)
+    proof = args.results.suffix == ".jsonl"
+    if args.keep and not proof:
+        raise UserError(f"--keep is for results.jsonl of gpu_proof.py, not for {args.results}; use --markdown, --chart")
+    found = read_proof(args.results) if proof else [read(args.results)]
+    text = "\n".join([*map(markdown, found), *([proof_table(args.results)] if proof else [])])
     print(text, end="")
+    if args.keep:
+        base = args.keep / proof_name(args.results)
+        args.keep.mkdir(parents=True, exist_ok=True)
+        Path(f"{base}.jsonl").write_text(args.results.read_text())
+        args.markdown = args.markdown or Path(f"{base}.md")
+        args.chart = args.chart or [Path(f"{base}.svg")]
     if args.markdown:
         args.markdown.write_text(text)
-    if args.chart:
-        chart(results, args.chart)
+    for results in found:
+        second = "_sampling" if proof and results.sampling else ""
+        if args.chart:
+            chart(results, [file.with_stem(file.stem + second) for file in args.chart])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import refusal
 
-from benchmarks import bench_gpu, bench_train, report, train_variants
+from benchmarks import bench_train, report, train_variants
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.training.engine import start_processes
 
@@ -125,42 +125,3 @@ def test_every_variant_gpu() -> None:
 
 
 # --- the parts for a GPU ---
-
-
-def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench_gpu.main(["--results", str(tmp_path), "--list"]) == 3
-    assert capsys.readouterr().out.count("left") == len(bench_gpu.PARTS)
-    for part in bench_gpu.PARTS:
-        assert Path(part.command[0]).is_file()
-        assert part.minutes <= 8
-        part.file(tmp_path).write_text("{}")
-    assert bench_gpu.main(["--results", str(tmp_path), "--list"]) == 0
-    assert bench_gpu.main(["--results", str(tmp_path)]) == 0, "nothing is left to run"
-
-
-def test_parts_stop_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No part begins that might not end, one that fails is told, and one that is done is not run again."""
-    ran: list[str] = []
-
-    def run(argv: list[str], timeout: float) -> Any:
-        ran.append(Path(argv[-1]).stem)
-        if "lsun" in argv[-1]:
-            return type("Done", (), {"returncode": 2})
-        Path(argv[-1]).write_text("{}")
-        return type("Done", (), {"returncode": 0})
-
-    monkeypatch.setattr(bench_gpu.subprocess, "run", run)
-    assert bench_gpu.main(["--results", str(tmp_path), "--minutes", "4.2"]) == 1
-    short = [part for part in bench_gpu.PARTS[1:] if part.minutes <= 4.1]
-    assert ran == [f"gpu_{part.name.replace(' ', '_')}" for part in (bench_gpu.PARTS[0], *short)]
-    ran.clear()
-    assert bench_gpu.main(["--results", str(tmp_path), "--only", "270M", "lsun"]) == 1
-    assert ran == ["gpu_lsun"]
-
-
-def test_every_measured_lever_exists() -> None:
-    for part in bench_gpu.PARTS:
-        if "--levers" in part.command:
-            names = part.command[part.command.index("--levers") + 1].split(",")
-            assert set(names) <= set(train_variants.LEVERS)
-            assert part.minutes <= 8.8

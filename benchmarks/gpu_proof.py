@@ -1,0 +1,263 @@
+"""Prove and measure fastdiff on one GPU, the most valuable truths first, in as many minutes as there are.
+
+    python benchmarks/gpu_proof.py                       everything that is not done yet; may be repeated
+    python benchmarks/gpu_proof.py --seconds 560         ends within so many seconds
+    python benchmarks/gpu_proof.py --only machine "270M*"
+    python benchmarks/gpu_proof.py --list                the parts, and about how long each takes
+
+Every part runs in a process of its own with a limit, so that an exception, a lack of memory or a hang costs that part
+alone. Everything found is on disk at once (results.jsonl in --out; log.txt holds what was printed), so a command that
+is killed has lost nothing: the same command again does what is left. A table with ratios comes last. Exit code 0 when
+every part that was wanted came to its end, 3 when some are left for lack of time, 1 when one failed.
+
+`report.py results.jsonl` makes tables and charts. docs/gpu.md says how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import importlib
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, replace
+from datetime import date
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder: its modules are imported as benchmarks.NAME
+# A process that has opened CUDA can't be forked; this way torch asks the driver's library whether there is a GPU.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+from benchmarks.gpu_parts import PARTS, Context, Part  # noqa: E402
+from benchmarks.proof_log import FILE, OK, Log, Row, finished, read_rows, table  # noqa: E402
+
+BROUGHT = ROOT / ".gpu"
+"""Where pack.py puts what a machine without a network needs."""
+IMPORTS = ("deepspeed", "torch._inductor.compile_fx", "fastdiff.training.run", "fastdiff.sampling.sampler")
+"""Imported once, before parts are forked off: together they take many seconds."""
+PATIENCE = 4.0
+"""A part is stopped after so many times its predicted seconds, and 20 more."""
+CLOSING = 5.0
+"""Seconds kept for the table."""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scratch = Path(tempfile.gettempdir()) / "fastdiff_gpu_proof"
+    parser.add_argument(
+        "--out", type=Path, default=scratch / "out", help="folder for the results, the log and the table"
+    )
+    parser.add_argument("--work", type=Path, default=scratch, help="scratch folder: compiled code, images, runs")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="the command ends within them")
+    parser.add_argument("--only", nargs="+", metavar="PART", default=["*"], help="names, or patterns such as '270M*'")
+    parser.add_argument("--rest", type=Path, nargs="+", metavar="FILE", default=[], help="leave out what these did")
+    parser.add_argument("--again", action="store_true", help="run also what is done already")
+    parser.add_argument("--images", type=Path, help="folder or tar file to train on (default: made-up pictures)")
+    parser.add_argument("--commit", default="", help="the commit's name, where the checkout has no .git")
+    parser.add_argument("--stretch", type=float, default=1.0, help="multiplies every limit, for slow machines")
+    parser.add_argument("--spawn", action="store_true", help="start parts anew instead of forking: some seconds each")
+    parser.add_argument("--tiny", action="store_true", help="shrink everything, to see on any machine that it runs")
+    parser.add_argument("--list", action="store_true", help="print the parts")
+    args = parser.parse_args(argv)
+    names = [part.name for part in PARTS]
+    for word in args.only:
+        if not fnmatch.filter(names, word):
+            parser.error(f"--only: no part is called {word}; the parts are {', '.join(names)}")
+    for file in [*args.rest, *([args.images] if args.images else [])]:
+        if not file.exists():
+            parser.error(f"{file} does not exist")
+    return args
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Make the folders, and say where compiled code is kept: there, with what was brought along."""
+    for folder in (args.out, args.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    compiled = args.work / "compiled"
+    packed = BROUGHT / "compiled.tar.xz"
+    if packed.is_file() and not compiled.is_dir():
+        with tarfile.open(packed) as file:
+            file.extractall(args.work, filter="data")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    if args.images is None and (BROUGHT / "images.tar.xz").is_file():
+        args.images = BROUGHT / "images.tar.xz"
+    if args.tiny:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than everything else that is tiny
+
+
+def known_rows(args: argparse.Namespace) -> list[Row]:
+    """What earlier commands found, in the same folders or in the files of --rest."""
+    files = [args.out / FILE, args.work / FILE, *args.rest]
+    return [row for file in dict.fromkeys(files) if file.is_file() for row in read_rows(file)]
+
+
+@dataclass
+class Running:
+    """A part that has been started."""
+
+    part: Part
+    process: BaseProcess
+    began: float
+    until: float
+
+
+class Proof:
+    """Starts parts, stops those that outlast their limits, and remembers which failed."""
+
+    def __init__(self, args: argparse.Namespace, began: float, done: set[str]) -> None:
+        self.args, self.began, self.done = args, began, done
+        self.deadline = began + args.seconds - CLOSING
+        self.log = Log(tuple(dict.fromkeys((args.out, args.work))), began)
+        self.method = "spawn" if args.spawn else "fork"
+        self.beside: list[Running] = []
+        self.failed: list[str] = []
+        self.left: list[str] = []
+
+    def go(self, parts: list[Part]) -> None:
+        """Run the parts in order. Those that need the GPU alone wait for those that don't."""
+        for part in parts:
+            if part.name in self.done:
+                continue
+            if part.needs in self.failed or part.needs in self.left:
+                self.left.append(part.name)
+                continue
+            if part.alone:
+                self.wait_for_others()
+            if self.deadline - time.monotonic() < part.seconds:
+                self.left.append(part.name)
+                continue
+            running = self.start(part)
+            if part.alone or self.is_needed(part, parts):
+                self.finish(running)
+            else:
+                self.beside.append(running)
+        self.wait_for_others()
+
+    def is_needed(self, part: Part, parts: list[Part]) -> bool:
+        return any(other.needs == part.name for other in parts)
+
+    def wait_for_others(self) -> None:
+        while self.beside:
+            self.finish(self.beside.pop(0))
+
+    def start(self, part: Part) -> Running:
+        now = time.monotonic()
+        print(f"== {part.name}, {now - self.began:.0f} s after the start", flush=True)
+        until = min(now + self.args.stretch * (PATIENCE * part.seconds + 20), self.deadline)
+        images = self.args.images.resolve() if self.args.images else None
+        context = Context(part.name, self.log, self.args.out, self.args.work, images, self.args.tiny, until)
+        process = multiprocessing.get_context(self.method).Process(target=run_part, args=(context,), name=part.name)
+        process.start()
+        return Running(part, process, now, until)
+
+    def finish(self, running: Running) -> None:
+        """Wait for a part's end or end it, and write down which."""
+        name, process = running.part.name, running.process
+        process.join(max(0.0, running.until - time.monotonic()))
+        code = process.exitcode
+        stop(process)  # also what a part has started and left behind
+        if code == 0:
+            verdict = OK
+        else:
+            verdict = "stopped at its limit" if code is None else f"failed with exit code {code}"
+            self.failed.append(name)
+        self.log.write(name, "end", verdict=verdict, seconds=round(time.monotonic() - running.began, 1))
+        write_table(self.log)
+        if name == "machine" and code and self.method == "fork":
+            self.log.write(name, "note", reason="a forked process can't have this GPU: every part starts anew")
+            self.method = "spawn"
+            self.failed.remove(name)
+            self.finish(self.start(running.part))
+
+
+def run_part(context: Context) -> None:
+    """In the part's process: what it prints goes into log.txt; an exception becomes a row and exit code 1."""
+    os.setpgid(0, 0)  # so that it can be stopped with all that it has started
+    with (context.out / "log.txt").open("a", buffering=1) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout = sys.stderr = file
+        print(f"\n===== {context.part}", flush=True)
+        part = next(part for part in PARTS if part.name == context.part)
+        try:
+            part.run(context)
+        except Exception as error:
+            traceback.print_exc()
+            context.emit("note", error=f"{type(error).__name__}: {error}"[:600])
+            file.flush()
+            os._exit(1)
+    os._exit(0)  # the clean-up of CUDA and of process groups may hang, and its seconds are the next part's
+
+
+def stop(process: BaseProcess) -> None:
+    """Kill a part's process and all processes of its group that are still there."""
+    if process.pid:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # it may not have got as far as to have a group of its own
+    process.join()
+
+
+def write_table(log: Log) -> str:
+    text = table(read_rows(log.file))
+    (log.folders[0] / "table.txt").write_text(text + "\n")
+    return text
+
+
+def commit_of(args: argparse.Namespace) -> str:
+    given = args.commit
+    if not given and shutil.which("git"):
+        argv = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        given = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return given or "unknown"
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
+    args = parse(argv)
+    if args.list:
+        for part in PARTS:
+            print(f"{part.seconds:5.0f} s  {part.name}" + ("" if part.alone else "  (beside others)"))
+        return 0
+    args = argparse.Namespace(**{**vars(args), "out": args.out.resolve(), "work": args.work.resolve()})
+    prepare(args)
+    before = known_rows(args)
+    wanted = [part for part in PARTS if any(fnmatch.fnmatch(part.name, word) for word in args.only)]
+    if args.tiny:
+        wanted = [replace(part, seconds=5.0) for part in wanted]
+    proof = Proof(args, began, set() if args.again else finished(before))
+    if not (args.out / FILE).exists():
+        proof.log.copy(before)
+    command = "python benchmarks/gpu_proof.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    proof.log.write("all", "start", command=command, commit=commit_of(args), date=date.today().isoformat())
+    if not args.spawn:
+        for name in IMPORTS:
+            importlib.import_module(name)
+    proof.log.write("all", "note", importing_took=round(time.monotonic() - began, 1))
+    try:
+        proof.go(wanted)
+    finally:
+        for running in proof.beside:
+            stop(running.process)
+        print(write_table(proof.log), flush=True)
+    if proof.left:
+        print(f"left for another time: {', '.join(proof.left)}")
+    return 1 if proof.failed else 3 if proof.left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

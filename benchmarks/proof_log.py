@@ -1,0 +1,153 @@
+"""What benchmarks/gpu_proof.py found: one JSON line per finding, on disk as soon as it is known, and a table of them.
+
+Every line names its part, its kind and when it was written, in seconds since the command began:
+
+    start       command, commit, date                          machine     device, versions, measured rates
+    tests       passed, failed, skipped, and the verdict       failure     one failed test and its first line
+    throughput  a row of bench_train.py or bench_sampling.py   profile     ms per step by class, costliest kernels
+    figure      one kernel at one shape (kernel_figures.py)    fact        anything else that was measured
+    note        why something was left out                     end         ok, or how the part ended, and its seconds
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILE = "results.jsonl"
+OK = "ok"
+BASELINES = ("reference", "reference+compile", "diffusers")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Log:
+    """Appends rows to results.jsonl of each folder; the first folder's is the one to read."""
+
+    folders: tuple[Path, ...]
+    began: float
+    """time.monotonic() when the command began; the same clock in every process of a machine."""
+
+    @property
+    def file(self) -> Path:
+        return self.folders[0] / FILE
+
+    def write(self, part: str, kind: str, **fields: Any) -> None:
+        """Append one row and wait until it is on disk."""
+        row = {"part": part, "kind": kind, "at": round(time.monotonic() - self.began, 1), **fields}
+        for folder in self.folders:
+            _append(folder / FILE, [row])
+        print("   " + json.dumps(row, default=str)[:240], flush=True)
+
+    def copy(self, rows: Iterable[Row]) -> None:
+        """Append what earlier commands found to the file that is read."""
+        _append(self.file, rows)
+
+
+def _append(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("a") as file:
+        file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a results.jsonl; a last line that a killed command left half written is passed over.
+
+    Raises ValueError for a file of something else.
+    """
+    rows = []
+    lines = file.read_text().splitlines()
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if i == len(lines) - 1:
+                break
+            raise ValueError(f"{file}, line {i + 1}, is not JSON; give a {FILE} of gpu_proof.py") from None
+        if not isinstance(row, dict) or not {"part", "kind"} <= row.keys():
+            raise ValueError(f"{file}, line {i + 1}, has no part and kind; give a {FILE} of gpu_proof.py")
+        rows.append(row)
+    return rows
+
+
+def finished(rows: Iterable[Row]) -> set[str]:
+    """Names of the parts that came to their end."""
+    return {row["part"] for row in rows if row["kind"] == "end" and row["verdict"] == OK}
+
+
+def rate_of(row: Row) -> tuple[float, str]:
+    """The median rate of a throughput row and its unit."""
+    if "evaluations_per_second" in row:
+        return row["evaluations_per_second"][1], "evaluations/s"
+    return row["images_per_second"][1], "images/s"
+
+
+def latest_throughput(rows: Iterable[Row]) -> list[Row]:
+    """The last throughput row of every configuration, kind of work, variant, precision and batch."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row["kind"] == "throughput":
+            found[row["config"], rate_of(row)[1], row["variant"], row["precision"], row["batch"]] = row
+    return list(found.values())
+
+
+def peers_of(mine: Row, latest: Sequence[Row]) -> list[Row]:
+    """The baselines to put beside a row of ours: those of its batch, else of the largest batch below that fitted."""
+    same = [row for row in latest if row["config"] == mine["config"] and rate_of(row)[1] == rate_of(mine)[1]]
+    peers = []
+    for name in BASELINES:
+        here = [row for row in same if row["variant"] == name and row["batch"] <= mine["batch"]]
+        largest = max((row["batch"] for row in here), default=0)
+        peers += [row for row in here if row["batch"] == largest]
+    return peers
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """How many times as fast ours is as each baseline, by medians; other batches and precisions are named."""
+    lines = []
+    latest = latest_throughput(rows)
+    for mine in (row for row in latest if row["variant"].startswith("ours")):
+        for other in peers_of(mine, latest):
+            same = (mine["batch"], mine["precision"]) == (other["batch"], other["precision"])
+            beside = "" if same else f" ({other['precision']}, batch {other['batch']})"
+            (rate, unit), (base, _) = rate_of(mine), rate_of(other)
+            name = f"{mine['variant']}, {mine['precision']}, batch {mine['batch']}"
+            lines.append(f"{mine['config']}, {unit}: {name}, is {rate / base:.2f} times {other['variant']}{beside}")
+    return lines
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rates, verdicts, profiles and ratios for people; figures of single kernels stay in the file."""
+    lines = []
+    for row in rows:
+        kind = row["kind"]
+        if kind == "throughput":
+            lines.append(throughput_line(row))
+        elif kind == "profile":
+            classes = ", ".join(f"{name} {ms:.2f}" for name, ms in row["classes"].items())
+            lines.append(f"{row['part']:26} GPU busy {row['busy_ms']:.2f} of {row['wall_ms']:.2f} ms: {classes}")
+        elif kind in ("machine", "tests", "failure", "fact", "note") or (kind == "end" and row["verdict"] != OK):
+            said = {name: value for name, value in row.items() if name not in ("part", "kind", "at")}
+            lines.append(f"{row['part']:26} {'ended: ' if kind == 'end' else ''}{json.dumps(said)[:500]}")
+    return "\n".join([*lines, *ratios(rows)])
+
+
+def throughput_line(row: Row) -> str:
+    """One line for one variant."""
+    rate, unit = rate_of(row)
+    low, middle, high = row["ms"]
+    host = "" if row.get("host_ms") is None else f"  host {row['host_ms']:.2f} ms"
+    launches = "" if row.get("launches") is None else f"  {row['launches']:.0f} launches"
+    mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+    return (
+        f"{row['part']:26} {row['precision']:5} batch {row['batch']:<4} {rate:9.1f} {unit:14}"
+        f"{middle:9.3f} ms ({low:.3f} to {high:.3f}){mfu}{host}{launches}  peak {row['peak_memory_gb']:.2f} GB"
+        f"  first step after {row['start_seconds']:.1f} s"
+    )

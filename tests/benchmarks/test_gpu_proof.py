@@ -1,0 +1,210 @@
+"""gpu_proof.py: how it runs its parts and what it keeps of them; and all of its parts, on tiny inputs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks import gpu_proof, proof_log, report
+from benchmarks.gpu_parts import PARTS, ROOT, Context, Part
+from fastdiff.settings import UserError
+
+
+def measured(context: Context) -> None:
+    context.emit("fact", value=1)
+
+
+def broken(context: Context) -> None:
+    context.emit("fact", value=2)
+    raise ValueError("out of luck")
+
+
+def endless(context: Context) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    context.emit("fact", child=child.pid)
+    time.sleep(600)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[dict[str, Any]]]]:
+    """run(parts, *flags): (exit code, rows on disk)."""
+    monkeypatch.setattr(gpu_proof, "IMPORTS", ())
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # what the command sets is taken back
+
+    def run(parts: list[Part], *flags: str) -> tuple[int, list[dict[str, Any]]]:
+        monkeypatch.setattr(gpu_proof, "PARTS", parts)
+        code = gpu_proof.main(["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *flags])
+        return code, proof_log.read_rows(tmp_path / "out" / proof_log.FILE)
+
+    return run
+
+
+def ends(rows: list[dict[str, Any]]) -> dict[str, str]:
+    return {row["part"]: row["verdict"] for row in rows if row["kind"] == "end"}
+
+
+def test_a_failing_part_costs_itself_alone(run: Any, tmp_path: Path) -> None:
+    code, rows = run([Part("a", 1, broken), Part("b", 1, measured)])
+    assert code == 1
+    assert ends(rows) == {"a": "failed with exit code 1", "b": "ok"}
+    assert [row["value"] for row in rows if row["kind"] == "fact"] == [2, 1], "what a part found before it failed stays"
+    assert "out of luck" in next(row["error"] for row in rows if row["part"] == "a" and "error" in row)
+    assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
+    assert "out of luck" in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_a_part_is_stopped_at_its_limit_with_all_that_it_started(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_proof, "PATIENCE", -17.0)  # 3 seconds
+    code, rows = run([Part("a", 1, endless), Part("b", 1, measured)])
+    assert code == 1
+    assert ends(rows) == {"a": "stopped at its limit", "b": "ok"}
+    child = next(row["child"] for row in rows if "child" in row)
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_again_does_what_is_left(run: Any) -> None:
+    parts = [Part("a", 1, measured), Part("b", 1, broken), Part("c", 1, measured, needs="b"), Part("d", 500, measured)]
+    code, rows = run(parts, "--seconds", "60")
+    assert code == 1
+    assert ends(rows) == {"a": "ok", "b": "failed with exit code 1"}, "c needs b, and d takes longer than there is time"
+    parts[1] = Part("b", 1, measured)
+    code, rows = run(parts)
+    assert code == 0
+    assert ends(rows) == dict.fromkeys("abcd", "ok")
+    assert sum(row["part"] == "a" and row["kind"] == "fact" for row in rows) == 1, "a was done already"
+
+
+def test_results_of_another_folder_are_taken_over(run: Any, tmp_path: Path) -> None:
+    run([Part("a", 1, measured)])
+    before = tmp_path / "before.jsonl"
+    (tmp_path / "out" / proof_log.FILE).rename(before)
+    (tmp_path / "work" / proof_log.FILE).unlink()
+    code, rows = run([Part("a", 1, broken), Part("b", 1, measured)], "--rest", str(before))
+    assert code == 0
+    assert ends(rows) == {"a": "ok", "b": "ok"}
+    code, rows = run([Part("a", 1, broken)], "--again")
+    assert code == 1
+
+
+def test_parts_that_share_the_gpu_overlap_and_others_wait(run: Any) -> None:
+    def slow(context: Context) -> None:
+        time.sleep(0.8)
+        context.emit("fact", done=time.monotonic())
+
+    def begun(context: Context) -> None:
+        context.emit("fact", begun=time.monotonic())
+
+    parts = [Part("a", 1, slow, alone=False), Part("b", 1, begun, alone=False), Part("c", 1, begun)]
+    code, rows = run(parts)
+    assert code == 0
+    found = {row["part"]: row.get("done", row.get("begun")) for row in rows if row["kind"] == "fact"}
+    assert found["b"] < found["a"] < found["c"]
+
+
+def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / proof_log.FILE
+    whole = {"part": "a", "kind": "end", "verdict": "ok", "at": 1.0}
+    file.write_text(json.dumps(whole) + '\n{"part": "b", "ki')
+    assert proof_log.read_rows(file) == [whole]
+    file.write_text('{"part": "b", "ki\n' + json.dumps(whole) + "\n")
+    with pytest.raises(ValueError, match="line 1"):
+        proof_log.read_rows(file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--only", "nothing"], "no part is called nothing"), (["--rest", "/no/file"], "/no/file does not exist")],
+)
+def test_wrong_flags(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu_proof.main(flags)
+    assert words in capsys.readouterr().err
+
+
+def throughput(
+    variant: str, rate: float, precision: str = "bf16", batch: int = 128, draw: bool = False
+) -> dict[str, Any]:
+    spread = [0.9 * rate, rate, 1.1 * rate]
+    row = {"part": variant, "kind": "throughput", "at": 1.0, "config": "imagenet64_270M", "variant": variant}
+    row |= {"precision": precision, "batch": batch, "ratio": None, "images_per_second": spread, "mfu": 0.25}
+    row |= {"ms": [1e3 * batch / r for r in reversed(spread)], "peak_memory_gb": 20.0, "start_seconds": 9.0}
+    return row | ({"evaluations_per_second": spread, "solver": "ddpm", "steps": 10} if draw else {})
+
+
+HEAD = [
+    {
+        "part": "all",
+        "kind": "start",
+        "command": "python benchmarks/gpu_proof.py",
+        "commit": "0123",
+        "date": "2026-01-02",
+    },
+    {"part": "machine", "kind": "machine", "device": "NVIDIA H100 80GB HBM3", "torch": "2.11.0", "triton": "3.6.0"}
+    | {"matmul_tflops": 700.0, "copy_gbs": 3000.0},
+    {"part": "machine", "kind": "end", "verdict": "ok", "seconds": 4.2},
+]
+
+
+def test_ratios_name_what_differs() -> None:
+    rows = [throughput("ours", 900.0), throughput("reference", 300.0, "fp16", 64), throughput("diffusers", 600.0)]
+    assert proof_log.ratios(rows) == [
+        "imagenet64_270M, images/s: ours, bf16, batch 128, is 3.00 times reference (fp16, batch 64)",
+        "imagenet64_270M, images/s: ours, bf16, batch 128, is 1.50 times diffusers",
+    ]
+    rows.append(throughput("ours", 1200.0))
+    assert "is 4.00 times reference" in proof_log.ratios(rows)[0], "the last measurement counts"
+    rows.append(throughput("ours", 2000.0, batch=256, draw=True))
+    assert not any("evaluations" in line for line in proof_log.ratios(rows)), "drawing is compared with drawing"
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*HEAD, throughput("ours", 900.0), throughput("reference", 300.0, "fp16", 64)]
+    rows += [throughput("ours", 2000.0, batch=256, draw=True), throughput("reference", 800.0, "fp16", 256, draw=True)]
+    rows.append({"part": "kernels", "kind": "tests", "passed": 700, "verdict": "passed"})
+    rows.append({"part": "kernels", "kind": "end", "verdict": "ok", "seconds": 100.0})
+    file = tmp_path / "gpu.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = tmp_path / "kept"
+    report.main([str(file), "--keep", str(kept)])
+    base = "gpu_h100_2026-01-02"
+    assert {path.name for path in kept.iterdir()} == {
+        f"{base}{end}" for end in (".jsonl", ".md", ".svg", "_sampling.svg")
+    }
+    assert (kept / f"{base}.jsonl").read_text() == file.read_text()
+    text = (kept / f"{base}.md").read_text()
+    assert text == capsys.readouterr().out
+    assert "NVIDIA H100 80GB HBM3" in text
+    assert "reference (fp16, batch 64)" in text
+    assert "3.00 (2.45 to 3.67)" in text, "900 over 300, and the spread of both"
+    assert "Sampling throughput" in text
+    assert "| kernels | ok | 100 | passed 700, verdict passed |" in text
+    assert "reference (fp16, batch 64)" in (kept / f"{base}.svg").read_text()
+    file.write_text(json.dumps(HEAD[0]) + "\n")
+    with pytest.raises(UserError, match="--only machine"):
+        report.main([str(file)])
+
+
+def test_every_part_runs_tiny(tmp_path: Path) -> None:
+    """All parts come to their end on a CPU, so that none has rotted when a GPU is there."""
+    argv = [sys.executable, "benchmarks/gpu_proof.py", "--tiny", "--stretch", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+    argv += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    made = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + (tmp_path / "out" / "log.txt").read_text()[-20_000:]
+    rows = proof_log.read_rows(tmp_path / "out" / proof_log.FILE)
+    assert ends(rows) == {part.name: "ok" for part in PARTS}
+    timed = [row for row in rows if row["kind"] == "throughput"]
+    assert all(row["images_per_second"][1] > 0 for row in timed)
+    assert len(timed) >= 20
+    assert (tmp_path / "out" / "samples.png").stat().st_size > 100
+    assert "is" in (tmp_path / "out" / "table.txt").read_text()

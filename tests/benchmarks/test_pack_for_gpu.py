@@ -1,0 +1,62 @@
+"""What is packed for a GPU machine without a network."""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import pack_for_gpu
+
+
+def made(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    return folder
+
+
+def test_compiled_code_and_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = made(
+        tmp_path / "compiled",
+        "inductor/fxgraph/ab/graph",
+        "inductor/aotautograd/cd/entry",
+        "inductor/xy/choice.best_config",
+        "inductor/xy/module.py",
+        "triton/K1/_slab_forward.cubin",
+        "triton/K1/__grp___slab_forward.json",
+        "triton/K2/triton_poi_fused_add.cubin",
+    )
+    images = made(tmp_path, "pictures.tar.xz") / "pictures.tar.xz"
+    folder = tmp_path / "packed"
+    given = ["--packages", "--compiled", str(compiled), "--images", str(images), "--folder", str(folder)]
+    pack_for_gpu.main(given)
+    with tarfile.open(folder / "compiled.tar.xz") as file:
+        assert set(file.getnames()) == {
+            "compiled/inductor/fxgraph/ab/graph",
+            "compiled/inductor/aotautograd/cd/entry",
+            "compiled/triton/K1/_slab_forward.cubin",
+            "compiled/triton/K1/__grp___slab_forward.json",
+        }
+    assert (folder / "images.tar.xz").read_text() == "pictures.tar.xz"
+    assert "MiB in" in capsys.readouterr().out
+
+
+def test_install_script_is_for_any_folder(tmp_path: Path) -> None:
+    pack_for_gpu.main(["--packages", "--folder", str(tmp_path / "a b")])
+    script = f'set -eu; export SITE="{tmp_path}/site"; source "{tmp_path}/a b/install.sh"; echo "$PYTHONPATH"'
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said.startswith(f"{tmp_path}/site")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [("/no/such.tar.xz", "does not exist"), ("setup.py", "must be a .tar.xz file")]
+)
+def test_wrong_images(given: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        pack_for_gpu.main(["--images", given, "--folder", str(tmp_path / "x")])
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
