@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff.build import labels_of
+from fastdiff.compilation import tf32
 from fastdiff.config import Config, SuperResConfig, describe
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.samplers import ddim_reverse_loop
@@ -82,6 +83,7 @@ def load(
     kernels: Kernels = "auto",
     compile: bool | str = "auto",
     cuda_graph: bool | str = "auto",
+    allow_tf32: bool = False,
 ) -> Model:
     """A checkpoint, ready to draw.
 
@@ -89,6 +91,8 @@ def load(
                     downloaded once.
     preset          settings for a .pt file that carries none.
     precision       fp32, bf16 or fp16; the default is bf16 on a GPU that has it, else fp32.
+    allow_tf32      on a GPU, whether float32 products may round their factors to TF32; else they are exact, whatever
+                    the process has set for other networks.
     Raises UserError for what can't be read or doesn't fit.
     """
     place = torch.device(device) if device is not None else current().device
@@ -108,6 +112,7 @@ def load(
         config.model, config.diffusion, path, precision, place, "load", frozen=kernels != "reference"
     )
     shared = {"precision": precision, "kernels": kernels, "compile": compile, "cuda_graph": cuda_graph}
+    shared["allow_tf32"] = allow_tf32
     return Model(network, place, shared)
 
 
@@ -212,8 +217,9 @@ class Model:
         diffusion = create_diffusion(process, settings.learn_sigma, kept)
         x = as_low_res(images, self.device)
         kwargs = {} if labels is None else {"y": torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self.device)}
-        for step in ddim_reverse_loop(diffusion, self.network.model, x, model_kwargs=kwargs):
-            x = step.sample
+        with tf32(self._defaults["allow_tf32"]):
+            for step in ddim_reverse_loop(diffusion, self.network.model, x, model_kwargs=kwargs):
+                x = step.sample
         if bad := (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
             raise UserError(f"encode: {non_finite(bad)}; try another checkpoint, or load this one with precision fp32")
         return x

@@ -1,9 +1,12 @@
-"""How a network is compiled, and where what was compiled is kept for the next run."""
+"""How a network is compiled, where what was compiled is kept for the next run, and PyTorch's switches for a GPU."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +46,43 @@ def compile_kwargs(device: torch.device, fullgraph: bool = True, frozen: bool = 
     return {"fullgraph": fullgraph, "dynamic": False, **({"options": options} if options else {})}
 
 
-def prepare_cudnn(deterministic: bool = False) -> None:
-    """Let cuDNN time all its plans for every shape that comes; by default it looks at ten.
+def prepare_cudnn(deterministic: bool = False, benchmark_limit: int = 10) -> str:
+    """Let cuDNN time its plans for every shape of a convolution that comes, up to `benchmark_limit` of them (0: all);
+    returns a line that says so. PyTorch keeps the choice while the process runs, and has no way to store it.
 
     deterministic: no choice by time, and only algorithms that give the same bits every time. To be called before cuBLAS
     is first used.
     """
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.benchmark_limit = 0
+    torch.backends.cudnn.benchmark_limit = benchmark_limit
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # all is filled
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        return "cuDNN: its deterministic algorithms, by its own choice"
+    plans = f"up to {benchmark_limit}" if benchmark_limit else "all"
+    return f"cuDNN: the fastest of {plans} plans for each convolution, timed when that first comes"
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within the block, products of float32 matrices and float32 convolutions on a GPU may use TF32, or may not.
+
+    TF32 rounds the factors to 10 bits of mantissa, so that tensor cores can multiply them. By default PyTorch allows it
+    to cuDNN and not to cuBLAS. The state is the process's, not the thread's; the one from before comes back afterwards.
+    The Triton kernels of `kernels/` multiply float32 numbers exactly in either case.
+
+    PyTorch's older switches (`allow_tf32`) set its newer ones (`fp32_precision`) as well. The newer ones don't set the
+    older, and where the two disagree PyTorch raises an error as soon as it reads an older one, as parts of Inductor do.
+    `torch.backends.fp32_precision` doesn't reach convolutions in torch 2.11.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    if not allowed:  # Inductor recommends TF32 wherever it compiles a float32 product for a GPU
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

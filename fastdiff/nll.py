@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> None:
         sections=("model", "diffusion", "data", "nll"),
         checkpoint=("nll", "model_path"),
     )
+    from fastdiff.compilation import tf32
     from fastdiff.diffusion import create_diffusion
     from fastdiff.images import open_images
     from fastdiff.kernel_choice import choose_kernels
@@ -61,15 +62,16 @@ def main(argv: list[str] | None = None) -> None:
     if processes.is_main:
         print("\n".join(chosen))
     try:
-        totals, terms = score(
-            network.model,
-            diffusion,
-            loader,
-            processes,
-            class_cond=config.model.class_cond,
-            clip_denoised=settings.clip_denoised,
-            seed=settings.seed,
-        )
+        with tf32(settings.allow_tf32):
+            totals, terms = score(
+                network.model,
+                diffusion,
+                loader,
+                processes,
+                class_cond=config.model.class_cond,
+                clip_denoised=settings.clip_denoised,
+                seed=settings.seed,
+            )
     except NonFiniteBound as error:
         advice = "" if settings.precision == "fp32" else ", or --precision fp32"
         raise UserError(

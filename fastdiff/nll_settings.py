@@ -31,5 +31,8 @@ class NllSettings(Settings):
     run, reference keeps to PyTorch."""
     use_fp16: bool = False
     """The same as precision fp16."""
+    allow_tf32: bool = False
+    """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
+    products and convolutions at precision fp32, else of the time embedding and the last layer."""
     out_dir: str = ""
     """Where the terms go; empty: the folder in OPENAI_LOGDIR, else runs/nll."""

@@ -55,7 +55,8 @@ LAYERS: dict[str, set[str]] = {
     },
     "build": {"config", "diffusion", "models", "presets", "sampling", "settings"},
     "api": {
-        *("build", "config", "diffusion", "kernel_choice", "models", "presets", "processes", "sampling", "settings"),
+        *("build", "compilation", "config", "diffusion", "kernel_choice", "models", "presets", "processes", "sampling"),
+        "settings",
     },
 }
 # Outside package → the only files that may import it.

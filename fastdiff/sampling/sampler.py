@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.compilation import keep_compiled_code, missing_compiler, prepare_cudnn
+from fastdiff.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.plans import SOLVERS, make_plan
 from fastdiff.diffusion.samplers import Step
@@ -72,8 +72,6 @@ class Sampler:
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
         keep_compiled_code()
-        if device.type == "cuda":
-            prepare_cudnn()
         self.cuda_graph = device.type == "cuda" and settings.cuda_graph is not False
         self.compiled, why = self._compiles(count)
         self.notes = [
@@ -81,6 +79,8 @@ class Sampler:
             f"torch.compile: {'yes' if self.compiled else 'no'} ({why}), CUDA graphs: "
             f"{'yes' if self.cuda_graph else 'no'}",
         ]
+        if device.type == "cuda":
+            self.notes.append(prepare_cudnn(benchmark_limit=settings.cudnn_benchmark_limit))
         self.batch_size = self._batch_size(count)
         self._engine: Engine | None = None
 
@@ -128,6 +128,8 @@ class Sampler:
             found |= {"guidance": settings.guidance, "guidance_interval": list(settings.guidance_interval)}
             found["guide_model_path"] = self._guide_digest
         found |= {"clip_denoised": settings.clip_denoised, "precision": settings.precision}
+        if settings.allow_tf32:
+            found["allow_tf32"] = True
         training = {"use_kl", "rescale_learned_sigmas", "min_snr_gamma"}
         found |= diffusion.model_dump(mode="json", exclude=training)
         model = self.network.settings.model_dump(mode="json", exclude={"dropout", "use_checkpoint"})
@@ -195,6 +197,7 @@ class Sampler:
             "device": device_name(self.device),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
             "precision": self.settings.precision,
+            "allow_tf32": self.settings.allow_tf32,
             "kernels": self.settings.kernels,
             "fused_convolutions": self.settings.fused_convolutions,
             "guided": [self.guidance.weight != 1, self.guidance.guide is not None],
@@ -227,7 +230,7 @@ class Sampler:
         x = torch.zeros(size, C, H, W, device=self.device)
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
         times = []
-        with torch.no_grad():
+        with torch.no_grad(), tf32(self.settings.allow_tf32):
             for _ in range(3):
                 start = time.perf_counter()
                 evaluation(x, row, given, any(evaluation.guided))
@@ -241,9 +244,10 @@ class Sampler:
 
     def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> Tensor:
         """The images as maps, valid until the next batch. UserError where one is not finite."""
-        engine = self._engine_of()
-        for step in engine.steps(**given):
-            on_step(step)
+        with tf32(self.settings.allow_tf32):
+            engine = self._engine_of()
+            for step in engine.steps(**given):
+                on_step(step)
         # Waits for the device, once a batch: the images are about to be fetched.
         if bad := given["index"][~engine.finite(len(given["index"]))].tolist():
             raise UserError(self._refusal(bad))

@@ -55,11 +55,17 @@ class DrawSettings(Settings):
     """Arithmetic of the network's body."""
     use_fp16: bool = False
     """The same as precision fp16."""
+    allow_tf32: bool = False
+    """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
+    products and convolutions at precision fp32, else of the time embedding and the last layer."""
     compile: Switch = "auto"
     """Compile the network with torch.compile. auto: on a GPU, and on a CPU for jobs long enough to win back the
     minutes it takes."""
     cuda_graph: Switch = "auto"
     """Replay each step as a CUDA graph. auto: on a GPU."""
+    cudnn_benchmark_limit: int = Field(10, ge=0)
+    """On a GPU: how many plans cuDNN times for each shape of a convolution, at every start, to take the fastest; 0: all
+    of them, for which the first step takes longer and later ones may be faster."""
     kernels: Kernels = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""

@@ -173,8 +173,11 @@ class Loop:
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        built = self.interval_start - self.started
-        self.reporter.say(f"started in {built:.1f} s, first step {now - self.interval_start:.1f} s")
+        begun = self.interval_start
+        self.reporter.say(
+            f"first step after {now - self.started:.1f} s: {begun - self.started:.1f} s to start, {now - begun:.1f} s "
+            "for the step"
+        )
         if self.train.log_interval > 1 and self.trainer.step % self.train.log_interval:
             self._start_interval(now)
 

@@ -32,7 +32,7 @@ _QUIET = {
     *("run_dir", "name", "resume_checkpoint", "max_steps", "microbatch", "compile", "cuda_graph", "kernels", "profile"),
     *("log_interval", "save_interval", "sample_interval", "sample_count", "sample_respacing", "zero_stage"),
     *("keep_last", "keep_every", "save_in_background", "allow_change", "stall_minutes", "detect_anomaly"),
-    *("deterministic", *CHANGES),
+    *("deterministic", "cudnn_benchmark_limit", *CHANGES),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from fastdiff import exit_codes
-from fastdiff.compilation import keep_compiled_code, prepare_cudnn
+from fastdiff.compilation import keep_compiled_code, prepare_cudnn, tf32
 from fastdiff.config import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.images import Loader, open_images
@@ -61,9 +61,11 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         watchdog.progress("starting", LONG)
         snapshot, source = resuming.agree(processes, config, folder, snapshot, source)
         notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
-        torch.set_float32_matmul_precision("highest")
+        open_things.enter_context(tf32(settings.allow_tf32))
         keep_compiled_code()
-        prepare_cudnn(settings.deterministic)
+        searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)
+        if processes.device.type == "cuda":
+            notes.append(searches)
         diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
         config, settled = _settle(config, diffusion, processes, snapshot, dry_run)
         torch.manual_seed(settings.seed)

@@ -50,6 +50,9 @@ class TrainSettings(Settings):
     """Arithmetic of the network's body; master weights are fp32 always."""
     use_fp16: bool = False
     """The same as precision fp16."""
+    allow_tf32: bool = False
+    """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
+    products and convolutions at precision fp32, else of the time embedding and the last layer."""
     fp16_scale_growth: float = Field(1e-3, gt=0, le=1)
     """Growth of log2 of the fp16 loss scale per step."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -59,6 +62,9 @@ class TrainSettings(Settings):
     for runs long enough to win back the minutes it takes."""
     cuda_graph: bool = False
     """Replay the whole step as CUDA graphs: for small networks, on one GPU, without ZeRO or with its stage 1."""
+    cudnn_benchmark_limit: int = Field(10, ge=0)
+    """On a GPU: how many plans cuDNN times for each shape of a convolution, at every start, to take the fastest; 0: all
+    of them, for which the first step takes longer and later ones may be faster."""
     kernels: Kernels = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
