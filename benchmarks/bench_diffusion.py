@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rotated
 from fastdiff.kernels import reference, reference_diffusion
 from fastdiff.kernels.reference import CounterNoise
+from gpu_timing import rotated
 from torch import Tensor
 
 from fastdiff.diffusion import DiffusionSettings, create_diffusion

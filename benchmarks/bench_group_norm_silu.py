@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rotated
 from fastdiff.kernels import reference
+from gpu_timing import rotated
 from torch import Tensor
 
 # Batch, channels of x and of the skip, side, whether there are scale and shift.

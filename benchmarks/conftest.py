@@ -3,21 +3,21 @@
     make bench-kernels        →  benchmarks/results/kernels_<device>.json
 
 Rows of one group compute the same thing at one shape: ours, PyTorch eager, torch.compile, and a peer where there is
-one. pytest-benchmark runs their rounds one after the other; inputs are rotated so that together they exceed the L2
-cache, and every round is a batch of launches between two synchronisations.
+one. pytest-benchmark runs their rounds one after the other; every round is a batch of calls between two
+synchronisations, replayed by CUDA graphs over inputs that together exceed the L2 cache (see gpu_timing.py).
 """
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from gpu_timing import batch_of, own_stream
 
-L2_BYTES = 64 << 20  # more than any GPU's L2 of today but Blackwell's larger part
-LAUNCHES = 20
+from fastdiff.hardware import Rates, measure_rates
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -48,52 +48,16 @@ def small(device: torch.device) -> bool:
 
 
 @pytest.fixture(scope="session")
-def copy_rate(device: torch.device) -> float:
-    """Bytes per second of a device copy, read and write counted: what memory-bound kernels are measured by."""
-    size = (1 << 30) if device.type == "cuda" else (1 << 26)
-    source, target = (
-        torch.empty(size, dtype=torch.uint8, device=device),
-        torch.empty(size, dtype=torch.uint8, device=device),
-    )
-    seconds = _seconds(lambda: target.copy_(source), device, launches=10)
-    return 2 * size / seconds
+def rates(device: torch.device) -> Rates:
+    """What memory-bound kernels and products are measured by: a device copy and a large matrix product."""
+    return measure_rates(device)
 
 
-@pytest.fixture(scope="session")
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product."""
-    n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return 2 * n**3 / _seconds(lambda: a @ b, device, launches=10)
-
-
-def _seconds(fn: Callable[[], Any], device: torch.device, launches: int) -> float:
-    import time
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    best = float("inf")
-    for _ in range(4):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(launches):
-            fn()
-        synchronize()
-        best = min(best, (time.perf_counter() - start) / launches)
-    return best
-
-
-def rotated(make: Callable[[int], tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Inputs make(0), make(1), … until their tensors exceed the L2 cache together (at most 16, at least 2)."""
-    made, total = [], 0
-    while len(made) < 2 or (total < L2_BYTES and len(made) < 16):
-        made.append(make(len(made)))
-        total += sum(x.nbytes for x in made[-1] if isinstance(x, torch.Tensor))
-        if made[-1] and not any(isinstance(x, torch.Tensor) and x.is_cuda for x in made[-1]):
-            break  # on a CPU one is enough
-    return made
+@pytest.fixture(autouse=True)
+def _stream_to_capture(device: torch.device) -> Iterator[None]:
+    """Inputs are made where their backward pass can be captured."""
+    with own_stream(device):
+        yield
 
 
 @pytest.fixture
@@ -106,25 +70,18 @@ def gpu_time(benchmark: Any, device: torch.device, request: pytest.FixtureReques
         bytes_moved: float | None = None,
         flops: float | None = None,
     ) -> None:
-        launches = LAUNCHES if device.type == "cuda" else 1
-
-        def batch() -> None:
-            for i in range(launches):
-                fn(*inputs[i % len(inputs)])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
-        batch()  # compiling and choosing kernels, off the clock
-        benchmark.pedantic(batch, rounds=15 if device.type == "cuda" else 3, warmup_rounds=1)
-        seconds = benchmark.stats.stats.median / launches
+        batch = batch_of(fn, inputs, device)
+        benchmark.pedantic(batch.run, rounds=15 if device.type == "cuda" else 3, warmup_rounds=1)
+        seconds = benchmark.stats.stats.median / batch.count
         info = benchmark.extra_info
         info["microseconds"] = round(seconds * 1e6, 2)
+        info["launched"] = batch.launched
         if bytes_moved:
             info["GB/s"] = round(bytes_moved / seconds / 1e9, 1)
-            info["share of copy"] = round(bytes_moved / seconds / request.getfixturevalue("copy_rate"), 3)
+            info["share of copy"] = round(bytes_moved / seconds / request.getfixturevalue("rates").copy_bytes, 3)
         if flops:
             info["TFLOP/s"] = round(flops / seconds / 1e12, 2)
-            info["share of matmul"] = round(flops / seconds / request.getfixturevalue("matmul_rate"), 3)
+            info["share of matmul"] = round(flops / seconds / request.getfixturevalue("rates").matmul_flops, 3)
 
     return run
 

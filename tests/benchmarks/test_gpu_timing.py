@@ -1,0 +1,106 @@
+"""Timing of short calls: what is called how often, and what happens where no graph can be captured."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_timing
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_on_a_cpu() -> None:
+    """Plain calls over all inputs, per call."""
+    seen = []
+
+    def call(x: Tensor) -> Tensor:
+        seen.append(float(x))
+        time.sleep(0.001)
+        return x
+
+    inputs = [(torch.tensor(float(i)),) for i in range(3)]
+    figure = gpu_timing.time_calls(call, inputs, CPU, rounds=2)
+    assert set(seen) == {0.0, 1.0, 2.0}
+    assert len(seen) == 3 * (1 + 1 + 2)
+    assert 1e3 <= figure.low <= figure.microseconds <= figure.high
+    assert figure.launched == "plain"
+
+
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_timing, "_synchronize", lambda device: None)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_what_cannot_be_captured_is_launched_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(gpu_timing, "_capture", refused)
+    calls: list[None] = []
+    batch = gpu_timing.batch_of(lambda: calls.append(None), [(), ()], CUDA)
+    assert batch.launched == "plain: operation not permitted when stream is capturing"
+    before = len(calls)
+    batch.run()
+    assert len(calls) - before == batch.count >= gpu_timing.LAUNCHES
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_a_captured_function_is_only_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least LAUNCHES calls in a graph, and enough replays to fill a batch."""
+    replays: list[None] = []
+    captured: list[int] = []
+
+    def capture(fn: Any, inputs: Any, passes: int) -> Any:
+        captured.append(passes * len(inputs))
+        return lambda: (replays.append(None), time.sleep(0.001))
+
+    monkeypatch.setattr(gpu_timing, "_capture", capture)
+    calls: list[None] = []
+    batch = gpu_timing.batch_of(lambda: calls.append(None), [()] * 3, CUDA)
+    assert batch.launched == "graph"
+    assert captured == [21]
+    before, launched = len(replays), len(calls)
+    batch.run()
+    assert len(calls) == launched, "nothing is launched from Python"
+    assert (len(replays) - before) * 21 == batch.count
+
+
+def test_results_are_kept_for_a_pass() -> None:
+    """Else every call would write where the one before wrote, in the cache."""
+    places = []
+
+    def call(x: Tensor) -> Tensor:
+        y = x + 1
+        places.append(y.data_ptr())
+        return y
+
+    gpu_timing._one_pass(call, [(torch.zeros(1000),)] * 4)
+    assert len(set(places)) == 4
+
+
+def test_rotated() -> None:
+    """One set on a CPU; tensors in dicts and tuples are counted."""
+    x = torch.zeros(10)
+    assert len(gpu_timing.rotated(lambda i: (x, {"skip": x}))) == 1
+    assert [len(t) for t in map(gpu_timing._tensors, [(x, {"skip": (x, None)}), (1, "a")])] == [2, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_gpu() -> None:
+    """Forward and backward are captured; what reads a number on the host is not, and is timed all the same."""
+    with gpu_timing.own_stream(CUDA):
+        make = lambda i: (torch.randn(1 << 20, device="cuda", requires_grad=True),)
+        inputs = gpu_timing.rotated(make)
+        assert len(inputs) == gpu_timing.L2_BYTES // (4 << 20)
+        assert gpu_timing.time_calls(torch.sin, inputs, CUDA).launched == "graph"
+        waiting = gpu_timing.time_calls(lambda x: x.sum().item(), inputs, CUDA)
+        assert waiting.launched.startswith("plain: ")
+        outputs = [(x.sin(), x) for (x,) in inputs]
+        backward = lambda y, x: torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
+        assert gpu_timing.time_calls(backward, outputs, CUDA).launched == "graph"
