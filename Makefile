@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GOLDEN ?= tests/golden
 PROOF ?= .gpu_proof
+# The oldest Triton that setup.py admits, which the kernels are compiled with as well; it lies aside, not in .venv.
+OLDEST_TRITON := 3.6.0
 
 .PHONY: help setup demo test chaos test-golden test-gpu lint bench bench-sampling gpu-proof bench-kernels aot
 .DEFAULT_GOAL := help
@@ -12,7 +14,7 @@ PROOF ?= .gpu_proof
 help:  ## print these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
 
-setup: $(READY)  ## make .venv with fastdiff and all it needs (Python 3.10 to 3.13)
+setup: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## make .venv with fastdiff and all it needs (Python 3.10 to 3.13)
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c 'import sys; ok = (3, 10) <= sys.version_info < (3, 14); sys.exit(0 if ok else "fastdiff needs Python 3.10 to 3.13, this is " + sys.version.split()[0] + "; make PYTHON=python3.12 ...")'
@@ -21,6 +23,14 @@ $(READY): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e '.[demo,test,datasets,benchmark,lint]' -c constraints.txt
 	touch $(READY)
+
+.triton-%/.ready: | $(READY)
+ifeq ($(shell uname),Linux)
+	rm -rf .triton-$*
+	$(BIN)/python -m pip install --quiet --no-deps --target .triton-$* triton==$*
+endif
+	mkdir -p .triton-$*
+	touch $@
 
 demo: $(READY)  ## train on handwritten digits, draw some, score others: a few minutes on two CPU cores
 	$(BIN)/python datasets/digits.py --out .demo/digits
@@ -32,7 +42,7 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 	    --batch_size 20 --timestep_respacing 100 --out_dir .demo/nll
 	@echo 'Look at .demo/samples/samples_100x16x16x1.png: each row is a class, 0 to 9. How ten came about: samples_100x16x16x1_steps.gif'
 
-test: $(READY)  ## all tests, on the CPU
+test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## all tests, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 chaos: $(READY)  ## kill a small training run a hundred times at random instants; nothing may be lost (KILLS=100)
@@ -71,6 +81,9 @@ bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peer
 	$(BIN)/python -m pytest -W ignore -o python_files='bench_*.py' -o python_functions='bench_*' -o timeout=3600 \
 	    $(wildcard benchmarks/bench_*.py) -k '$(or $(K),bench)' --benchmark-json benchmarks/results/kernels.json
 
-aot: $(READY)  ## compile every kernel of the shipped configurations for sm_80, sm_90 and sm_100, and read the machine code
-	mkdir -p benchmarks/results
-	$(BIN)/python benchmarks/aot.py --json benchmarks/results/aot.json
+aot: $(READY) $(if $(TRITON),.triton-$(TRITON)/.ready)  ## compile all kernels for sm_80, sm_90, sm_100, and read the machine code (TRITON=3.6.0, ARCHS=90)
+	mkdir -p benchmarks/results build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels tests/test_golden_kernels.py \
+	    --ignore=tests/kernels/test_aot.py --launches build/launches.jsonl
+	$(if $(TRITON),PYTHONPATH=.triton-$(TRITON)) $(BIN)/python benchmarks/aot.py --launches build/launches.jsonl \
+	    $(if $(ARCHS),--archs $(ARCHS)) --json benchmarks/results/aot$(if $(TRITON),-$(TRITON)).json

@@ -2,11 +2,17 @@
 
     python benchmarks/aot.py                                     all configurations, for sm_80, sm_90 and sm_100
     python benchmarks/aot.py --configs cifar10_uncond --archs 90
+    PYTHONPATH=.triton-3.6.0 python benchmarks/aot.py            by the Triton that make aot TRITON=3.6.0 installs
 
-Each configuration takes a training step and a few sampling steps on tensors without memory; what its ops would launch
-is compiled and the machine code read. Exit code 1 when a launch breaks a rule: no spills, at most 255 registers,
-shared memory within the GPU's limit, 128-bit loads and stores where a kernel moves maps, tensor-core instructions
-where it multiplies matrices.
+Each configuration takes a training step and a few sampling steps on tensors without memory, at the batch sizes of the
+benchmarks; what its ops would launch is compiled and the machine code read. Exit code 1 when a launch does not compile
+or breaks a rule: no spills, at most 255 registers, shared memory within the GPU's limit, 128-bit loads and stores where
+a kernel moves maps, tensor-core instructions where it multiplies matrices.
+
+Launches of the kernels' tests, which are small and odd, must compile and fit on the GPU. The tests write them:
+
+    python -m pytest tests/kernels --ignore=tests/kernels/test_aot.py --launches launches.jsonl
+    python benchmarks/aot.py --launches launches.jsonl
 """
 
 from __future__ import annotations
@@ -16,31 +22,34 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("benchmarks/aot.py compiles kernels, which TRITON_INTERPRET=1 replaces; unset it")
 
 
 import torch
+import triton
 from fastdiff.kernels import aot, launch
 from fastdiff.kernels.aot import Compiled
-from fastdiff.kernels.reference import CounterNoise
-from torch.utils._python_dispatch import TorchDispatchMode
+from fastdiff.kernels.launch import Launch
 
-from fastdiff import ops
+from fastdiff import precompile
 from fastdiff.config import Config, SuperResConfig
-from fastdiff.diffusion import create_diffusion, samplers
-from fastdiff.models import SuperResSettings, build_model
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARCHS = (80, 90, 100)
+
+# What the benchmarks run; other configurations train at their own size and draw 16 images at once.
+TRAINED = {"cifar10_uncond": (128, 256)}
+DRAWN = {"imagenet64_270M": (256, 16, 1), "cifar10_uncond": (512, 16)}
+PRECISIONS = {"imagenet64_270M": (torch.bfloat16, torch.float16)}
+SOLVERS = ("ddpm", "dpmpp_3m")
 
 # Kernels that move maps or flat buffers: whose loads (l) and stores (s) must be 128 bits wide. Those that are not here
 # handle a few numbers per image, or maps of three channels.
@@ -52,7 +61,6 @@ BULK = {
     "apply": "ls",
     "backward_sums": "l",
     "apply_backward": "ls",
-    "image_noise": "s",
     "forward_short": "ls",
     "forward_long": "ls",
     "backward_whole": "ls",
@@ -66,67 +74,27 @@ BULK = {
 MATMUL = {*(name for name in BULK if name.endswith(("_short", "_long", "_whole"))), "pointers", "boxes"}
 
 
-class OpCalls(TorchDispatchMode):
-    """Collects calls of fastdiff's ops, one of each shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[str, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastdiff":
-            name = func.name().split("::")[1].split(".")[0]
-            self.calls.setdefault(f"{name} {_signature(args)}", (name, args))
-        return func(*args, **(kwargs or {}))
-
-
-def _signature(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{tuple(value.shape)}{value.stride()}"
-    if isinstance(value, (list, tuple)):
-        return "(" + ", ".join(map(_signature, value)) + ")"
-    return repr(value)
-
-
-def calls_of(file: Path, precision: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """The calls of fastdiff's ops in a training step and in sampling steps of a configuration."""
-    content = json.loads(file.read_text())
+def recorded(name: str) -> Iterator[Launch]:
+    """Launches of a configuration's training and sampling steps."""
+    content = json.loads((CONFIGS / f"{name}.json").read_text())
     kind = SuperResConfig if "large_size" in content.get("model", {}) else Config
     config = kind.model_validate(content)
-    meta = torch.device("meta")
-    with meta:
-        model = build_model(config.model).train().set_precision(precision)
-    diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
-    with OpCalls() as seen, ops.using("triton", anywhere=True):
-        for batch, training in ((min(config.train.batch_size, 64), True), (4, False)):
-            C, (H, W) = config.model.in_channels, config.model.size_hw
-            index = torch.empty(batch, dtype=torch.int64, device=meta)
-            kwargs: dict[str, Any] = {"y": index} if config.model.class_cond else {}
-            if isinstance(config.model, SuperResSettings):
-                kwargs["low_res"] = torch.empty(batch, C, *config.model.small_size, device=meta)
-            if training:
-                images = torch.empty(batch, H, W, C, dtype=torch.uint8, device=meta)
-                noise = CounterNoise(1 << 32, index, (C, H, W))
-                diffusion.training_losses(model, images, index, kwargs, noise)["loss"].mean().backward()
-                continue
-            x, made = torch.empty(batch, C, H, W, device=meta), CounterNoise(1 << 32, index, (C, H, W), index)
-            model.eval()
-            for loop in (samplers.p_sample_loop, samplers.ddim_sample_loop):
-                steps = loop(diffusion, model, x, lambda t, made=made: made, model_kwargs=kwargs)
-                for _ in range(2):
-                    next(steps)
-    yield from seen.calls.values()
+    train = config.train
+    own = min(train.batch_size, train.microbatch) if isinstance(train.microbatch, int) and train.microbatch > 0 else 0
+    for precision in PRECISIONS.get(name, (torch.bfloat16,)):
+        for batch in TRAINED.get(name, (own or train.batch_size,)):
+            yield from precompile.training_launches(config, batch, precision)
+    for batch in DRAWN.get(name, (16,)):
+        for solver in SOLVERS:
+            yield from precompile.sampling_launches(config, batch, torch.bfloat16, solver)
 
 
-def launches_of(files: list[Path]) -> list[launch.Launch]:
-    """What those calls launch, each kind of compilation once."""
-    with launch.record() as recorded:
-        for file in files:
-            for name, args in calls_of(file):
-                launch.IMPLEMENTATIONS[name](*args)
+def optional() -> Iterator[Launch]:
+    """Launches that no configuration chooses: an update by DeepSpeed's engine, and `conv3x3` in a residual block."""
+    with launch.record() as found:
         for name, args in (*optimiser_calls(), *convolution_calls()):
             launch.IMPLEMENTATIONS[name](*args)
-    return aot.unique(recorded)
+    yield from found
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -160,15 +128,17 @@ def _multiplies(made: Compiled) -> bool:
     return aot.MATMUL[made.arch] in made.matmuls or (few and "HMMA" in made.matmuls)
 
 
-def broken_rules(made: Compiled) -> list[str]:
+def broken_rules(made: Compiled, must_be_fast: bool) -> list[str]:
     """What a compiled launch gets wrong, in words; empty when nothing."""
     wrong = []
-    if made.spills:
-        wrong.append(f"{made.spills} spills")
     if made.registers > 255:
         wrong.append(f"{made.registers} registers")
     if made.shared > aot.SHARED_LIMIT[made.arch]:
         wrong.append(f"{made.shared} bytes of shared memory")
+    if not must_be_fast:
+        return wrong
+    if made.spills:
+        wrong.append(f"{made.spills} spills")
     bulk = BULK.get(made.kernel, "")
     if "l" in bulk and not made.wide_loads():
         wrong.append("no 128-bit loads")
@@ -179,22 +149,57 @@ def broken_rules(made: Compiled) -> list[str]:
     return wrong
 
 
-def row(made: Compiled) -> str:
+def row(made: Compiled, wrong: list[str]) -> str:
     """One line of the table."""
     widths = lambda counts: " ".join(f"{n}x{bits}" for bits, n in counts.items())
     core = " ".join(f"{n}x{name}" for name, n in {**made.matmuls, **made.others}.items())
-    verdict = "; ".join(broken_rules(made)) or "ok"
+    verdict = "; ".join(wrong) or "ok"
     return (
         f"sm_{made.arch:<4}{made.kernel:26}{made.registers:5}{made.spills:4}{made.shared:8}{made.warps:4}  "
         f"{widths(made.loads):26}{widths(made.stores):18}{core:24}{verdict:12}  {made.variant}"
     )
 
 
-_jobs: list[tuple[launch.Launch, int]] = []  # forked processes see it; kernels can't be sent to them
+class Job(NamedTuple):
+    """A launch to compile for a GPU."""
+
+    launch: Launch
+    arch: int
+    must_be_fast: bool
+
+
+_jobs: list[Job] = []  # forked processes see it; kernels can't be sent to them
 
 
 def compile_job(i: int) -> Compiled:
-    return aot.compile_launch(*_jobs[i])
+    return aot.inspect_launch(_jobs[i].launch, _jobs[i].arch)
+
+
+def outcome(job: Job, future: Future[Compiled]) -> dict[str, Any]:
+    """A row of the table, which is printed."""
+    try:
+        made = future.result()
+    except Exception as error:  # the compiler's, of any kind; BrokenProcessPool where it crashed
+        wrong = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"]
+        failed = {"kernel": job.launch.kernel.__name__.lstrip("_"), "variant": aot.variant(job.launch)}
+        print(f"sm_{job.arch:<4}{failed['kernel']:26}{wrong[0]}  {failed['variant']}", flush=True)
+        return {**failed, "arch": job.arch, "wrong": wrong}
+    wrong = broken_rules(made, job.must_be_fast)
+    print(row(made, wrong), flush=True)
+    return {**asdict(made), "wrong": wrong}
+
+
+def chosen(launches: list[Launch], kernels: list[str], each: int) -> list[Launch]:
+    """Every kind of compilation once; of each kernel at most `each` (0: all), spread over what there is."""
+    by_kernel: dict[str, list[Launch]] = {}
+    for one in aot.unique(launches):
+        by_kernel.setdefault(one.kernel.__name__.lstrip("_"), []).append(one)
+    found = []
+    for name, some in by_kernel.items():
+        if not kernels or name in kernels:
+            step = (len(some) - 1) / (each - 1) if 1 < each < len(some) else 1
+            found += some if not each else [some[round(i * step)] for i in range(min(each, len(some)))]
+    return found
 
 
 def main() -> None:
@@ -202,29 +207,41 @@ def main() -> None:
     names = sorted(path.stem for path in CONFIGS.glob("*.json"))
     parser.add_argument("--configs", default=",".join(names), help="names of configurations (default: all)")
     parser.add_argument("--archs", default=",".join(map(str, ARCHS)), help="compute capabilities times ten")
+    parser.add_argument("--kernels", default="", help="names of kernels (default: all)")
+    parser.add_argument("--each", type=int, default=0, metavar="N", help="at most N launches of each kernel")
+    parser.add_argument("--launches", type=Path, help="a file of tests' launches to compile as well")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the table here as well")
     args = parser.parse_args()
-    unknown = [name for name in args.configs.split(",") if name not in names]
+    unknown = [name for name in args.configs.split(",") if name and name not in names]
     if unknown:
         sys.exit(f"--configs: {unknown[0]} is not one of {', '.join(names)}")
-    warnings.simplefilter("ignore")  # without memory there is no layout to keep
-    launches = launches_of([CONFIGS / f"{name}.json" for name in args.configs.split(",")])
+    fast = [one for name in args.configs.split(",") if name for one in recorded(name)]
+    fast = chosen([*fast, *optional()], args.kernels.split(",") if args.kernels else [], args.each)
+    tests = [aot.from_json(line) for line in args.launches.read_text().splitlines()] if args.launches else []
+    tests = aot.unique([*fast, *tests])[len(fast) :]
     archs = [int(arch) for arch in args.archs.split(",")]
-    print(f"{len(launches)} compilations for each of {', '.join(f'sm_{arch}' for arch in archs)}", flush=True)
+    print(
+        f"Triton {triton.__version__}: {len(fast)} compilations"
+        f"{f' and {len(tests)} of tests' if tests else ''} for each of {', '.join(f'sm_{arch}' for arch in archs)}",
+        flush=True,
+    )
     print(
         f"{'GPU':7}{'kernel':26}{'regs':>5}{'spl':>4}{'shared':>8}{'wrp':>4}  {'loads x bits':26}{'stores x bits':18}"
     )
-    table, wrong = [], 0
-    _jobs.extend((each, arch) for each in launches for arch in archs)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        for made in pool.map(compile_job, range(len(_jobs))):
-            print(row(made), flush=True)
-            table.append({**asdict(made), "wrong": broken_rules(made)})
-            wrong += bool(broken_rules(made))
+    _jobs.extend(
+        Job(one, arch, must) for many, must in ((fast, True), (tests, False)) for one in many for arch in archs
+    )
+    with ProcessPoolExecutor(args.processes, mp_context=get_context("fork")) as pool:
+        futures = [pool.submit(compile_job, i) for i in range(len(_jobs))]
+        table = [outcome(job, future) for job, future in zip(_jobs, futures, strict=True)]
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
-    print(f"{len(table)} compiled, {wrong} break a rule")
-    sys.exit(1 if wrong else 0)
+    broken = [made for made in table if made["wrong"]]
+    print(f"{len(table)} compiled, {len(broken)} break a rule")
+    for made in broken:
+        print(f"sm_{made['arch']} {made['kernel']} [{made['variant']}]: {'; '.join(made['wrong'])}")
+    sys.exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

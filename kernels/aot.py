@@ -1,11 +1,16 @@
 """Compile recorded launches for GPUs that are not here, and read what became of them: registers, spills, widths.
 
+Triton's own dispatch does it, with a driver that only names a GPU. So the cache keys are those of a run on such a GPU,
+which finds in Triton's cache what was compiled here.
+
 Needs Triton's own NVIDIA tools (ptxas, cuobjdump, nvdisasm), which its wheel brings, and no GPU. Must run without
 TRITON_INTERPRET, which replaces kernels when they are defined.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import subprocess
 import tempfile
@@ -16,10 +21,10 @@ from typing import Any
 
 import torch
 import triton
-from fastdiff.kernels.launch import OPTIONS, Launch
+from fastdiff.kernels.launch import Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -27,17 +32,6 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one block may have, by compute capability."""
 MATMUL = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 """The tensor-core instruction that a bf16 dot should become, by compute capability."""
-
-_TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.uint8: "u8",
-    torch.bool: "i1",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
 
 
 @dataclass(frozen=True)
@@ -69,42 +63,53 @@ class Compiled:
         return self.wide_loads() and self.wide_stores()
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """(signature, constants, attributes) of a launch, as Triton's own dispatch would derive them."""
-    names = launch.kernel.arg_names
-    values = dict(zip(names, launch.args, strict=False)) | launch.constexprs
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, (name, parameter) in enumerate(zip(names, launch.kernel.params, strict=True)):
-        value = values[name]
-        if name in launch.constexprs or value is None or value is True or value is False:
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = "*" + _TYPES[value.dtype]
-            if value.storage_offset() * value.itemsize % 16 == 0:
-                attributes[i,] = [["tt.divisibility", 16]]
-        elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, int):
-            if value == 1 and not parameter.do_not_specialize:
-                signature[name], constants[name] = "constexpr", 1
-                continue
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[i,] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return signature, constants, attributes
+class _NamedGPU:
+    """A driver for Triton that names a GPU of compute capability arch / 10 and can do nothing else.
+
+    Triton keeps a table of compiled kernels for each device number; the capability serves as that number.
+    """
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compile_launch(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel for compute capability arch / 10 (80, 90, 100); it is in Triton's cache afterwards."""
+    driver.set_active(_NamedGPU(arch))
+    return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.options())
+
+
+def specialisation(launch: Launch) -> list[tuple[str, Any]]:
+    """For each parameter its type and what else Triton compiles for: "D" of one divisible by 16, or a constant."""
+    driver.set_active(_NamedGPU(90))  # the result is the same for all GPUs
+    *_, bind = launch.kernel.device_caches[90]
+    values, found, _ = bind(*launch.args, **launch.options())
+    return [
+        (kind, value if kind == "constexpr" else special)
+        for value, (kind, special) in zip(values.values(), found, strict=False)
+    ]
 
 
 def variant(launch: Launch) -> str:
     """A short name of what tells this compilation of a kernel from its others."""
-    signature, constants, attributes = specialise(launch)
-    dtypes = ",".join(dict.fromkeys(t[1:] for t in signature.values() if t.startswith("*")))
+    parameters = list(zip(launch.kernel.params, specialisation(launch), strict=True))
+    dtypes = ",".join(dict.fromkeys(kind[1:] for _, (kind, _) in parameters if kind.startswith("*")))
+    constants = {parameter.name: value for parameter, (kind, value) in parameters if kind == "constexpr"}
     numbers = " ".join(f"{name}={value}" for name, value in constants.items() if value not in (None, False))
-    free = [parameter.do_not_specialize for parameter in launch.kernel.params]
-    odd = [n for i, (n, t) in enumerate(signature.items()) if t[0] in "*i" and (i,) not in attributes and not free[i]]
+    odd = [
+        parameter.name
+        for parameter, (kind, special) in parameters
+        if kind[0] in "*i" and special != "D" and not parameter.do_not_specialize
+    ]
     absent = [name.removesuffix("_ptr") for name, value in constants.items() if value is None]
     notes = [f" {what}:{','.join(names)}" for what, names in (("odd", odd), ("without", absent)) if names]
     return f"{dtypes} {numbers}{''.join(notes)}"
@@ -112,18 +117,75 @@ def variant(launch: Launch) -> str:
 
 def unique(launches: Iterable[Launch]) -> list[Launch]:
     """Launches that compile to different code, each once."""
-    found = {}
+    found: dict[tuple[Any, ...], Launch] = {}
     for launch in launches:
-        found[launch.kernel.__name__, variant(launch), launch.num_warps, launch.num_stages] = launch
+        kernel = launch.kernel
+        key = (kernel.module, kernel.__name__, repr(specialisation(launch)), launch.num_warps, launch.num_stages)
+        found.setdefault(key, launch)
     return list(found.values())
 
 
-def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile for compute capability arch / 10 (80, 90, 100) and read the machine code."""
-    signature, constants, attributes = specialise(launch)
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+# --- launches as text ---
+
+
+def to_json(launch: Launch) -> str:
+    """A launch without its grid and its tensors' contents, on one line. `from_json` makes it again."""
+    fn = launch.kernel.fn
+    return json.dumps(
+        {
+            "module": fn.__module__,
+            "kernel": fn.__name__,
+            "args": [_described(arg) for arg in launch.args],
+            "constexprs": {name: _described(value) for name, value in launch.constexprs.items()},
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+        }
+    )
+
+
+def from_json(text: str) -> Launch:
+    """The launch that `to_json` described, on tensors without memory."""
+    made = json.loads(text)
+    return Launch(
+        getattr(importlib.import_module(made["module"]), made["kernel"]),
+        (1,),
+        tuple(_undescribed(arg) for arg in made["args"]),
+        {name: _undescribed(value) for name, value in made["constexprs"].items()},
+        made["num_warps"],
+        made["num_stages"],
+    )
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": str(value.dtype).removeprefix("torch."), "address": value.data_ptr() % 16}
+    if isinstance(value, TensorDescriptor):
+        base = {"dtype": str(value.base.dtype).removeprefix("torch."), "shape": value.shape, "strides": value.strides}
+        return {"descriptor": base, "block": value.block_shape}
+    if isinstance(value, triton.language.dtype):
+        return {"type": value.name}
+    return value
+
+
+def _undescribed(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "type" in value:
+        return triton.language.dtype(value["type"])
+    if "descriptor" in value:
+        base = value["descriptor"]
+        made = torch.empty_strided(base["shape"], base["strides"], dtype=getattr(torch, base["dtype"]), device="meta")
+        return TensorDescriptor.from_tensor(made, value["block"])
+    made = torch.empty(16, dtype=getattr(torch, value["tensor"]), device="meta")
+    return made[value["address"] // made.itemsize :]
+
+
+# --- machine code ---
+
+
+def inspect_launch(launch: Launch, arch: int) -> Compiled:
+    """Compile for compute capability arch / 10 and read the machine code."""
+    built = compile_launch(launch, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])

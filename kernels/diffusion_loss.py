@@ -143,13 +143,16 @@ def _combine(
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     o_s = tl.arange(0, BLOCK_S)
     m_b = o_b < B
-    b_mse = tl.zeros((BLOCK_B,), tl.float32)
-    b_vb = tl.zeros((BLOCK_B,), tl.float32)
+    b_mse = tl.zeros((BLOCK_B, BLOCK_S), tl.float32)
+    b_vb = tl.zeros((BLOCK_B, BLOCK_S), tl.float32)
     for i_s in range(0, parts, BLOCK_S):
         m = m_b[:, None] & (i_s + o_s < parts)[None, :]
         p = partial_ptr + (o_b[:, None] * parts + i_s + o_s[None, :]) * 2
-        b_mse += tl.sum(tl.load(p, mask=m, other=0.0), axis=1)
-        b_vb += tl.sum(tl.load(p + 1, mask=m, other=0.0), axis=1)
+        b_mse += tl.load(p, mask=m, other=0.0)
+        b_vb += tl.load(p + 1, mask=m, other=0.0)
+    # The parts are summed after the loop because Triton 3.6 fails on a sum of 8 or more columns inside it.
+    b_mse = tl.sum(b_mse, axis=1)
+    b_vb = tl.sum(b_vb, axis=1)
     b_weight = tl.load(coef_ptr + o_b * coef_stride + 8, mask=m_b, other=0.0)
     tl.store(terms_ptr + o_b, b_weight * b_mse + b_vb, mask=m_b)
     tl.store(terms_ptr + B + o_b, b_mse, mask=m_b)
@@ -194,7 +197,7 @@ def _op(
         Q=QUADS,
         ALIGNED=H * W % 4 == 0,
     )
-    blocks = {"BLOCK_B": 32, "BLOCK_S": min(64, triton.next_power_of_2(parts))}
+    blocks = {"BLOCK_B": 32, "BLOCK_S": min(16, triton.next_power_of_2(parts))}
     launch(_combine, (triton.cdiv(B, 32),), partial, coefficients, terms, B, parts, coefficients.stride(0), **blocks)
     return terms, grad
 

@@ -43,8 +43,14 @@ class Launch:
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, Any]:
+        """What the kernel is called with beside its positional arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS, **self.constexprs}
+
 
 _recorded: list[Launch] | None = None
+listener: Callable[[Launch], None] | None = None
+"""Called with every launch that is made, before it is made."""
 
 
 def launch(
@@ -54,6 +60,8 @@ def launch(
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
         return
+    if listener is not None:
+        listener(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
     options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS, **constexprs}
     device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
     if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
