@@ -74,9 +74,41 @@ class Case:
         worst = np.nanmax(np.abs(a - b) / np.maximum(bound, 1e-300))
         assert not bad.any(), f"{name}: {bad.sum()} of {bad.size} values off, worst {worst:.3g} times the tolerance"
 
+    def conditioning(self, model: UNet) -> dict[str, torch.Tensor]:
+        """What the network takes beside images and timesteps: labels, and small images to enlarge."""
+        takes = {"y": model.settings.class_cond, "low_res": isinstance(model.settings, SuperResSettings)}
+        return {name: self.tensor(f"in_{name}") for name, needed in takes.items() if needed}
+
     def run_model(self, weights: str, hw: tuple[int, int]) -> UNet:
         """The network of a case whose config lists `models` by file of weights."""
         return load_model(self.config["models"][weights], self.weights(weights), hw)
+
+
+def class_conditional(case: Case, images: int, folder: Path) -> Case:
+    """The case with labels `in_y` for class-conditional networks, written as a case like any other.
+
+    The recorded results stay: the right label's embedding, one for all images, is what the last bias of the time
+    embedding lacks. With any other label the outputs are NaN. Skips the test if the case has labels of its own.
+    """
+    if case.has("in_y"):
+        pytest.skip("recorded with labels")
+    label, classes = 5, 7
+    spec, arrays = json.loads(json.dumps(case.spec)), {**case.data, "in_y": np.full(images, label)}
+    for name, model in spec["config"]["models"].items():
+        model["kwargs"]["num_classes"] = classes
+        weights = {key: value.clone() for key, value in case.weights(name).items()}
+        bias = weights["time_embed.2.bias"]
+        weights["label_emb.weight"] = torch.full((classes, len(bias)), torch.nan)
+        weights["label_emb.weight"][label] = 0.1 * torch.randn(len(bias), generator=torch.Generator().manual_seed(0))
+        bias -= weights["label_emb.weight"][label]
+        torch.save(weights, folder / name)
+    for name in spec["arrays"]:
+        if name.endswith("__grad_norm"):  # the embedding's gradient is that of the bias
+            more = case.data[name.removesuffix("norm") + "_time_embed.2.bias"].astype(np.float64)
+            arrays[name] = np.hypot(case.data[name], np.linalg.norm(more))
+    np.savez(folder / "arrays.npz", **arrays)
+    (folder / "case.json").write_text(json.dumps(spec))
+    return Case(folder, spec, case.slack)
 
 
 def cases(kind: str) -> Any:

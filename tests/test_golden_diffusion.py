@@ -1,12 +1,13 @@
 """Schedules, posteriors, losses, samplers and bounds against recorded numbers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fastdiff.kernels import reference_diffusion
-from golden_cases import Case, cases, diffusion_for
+from golden_cases import Case, cases, class_conditional, diffusion_for
 
 from fastdiff import ops
 from fastdiff.diffusion import samplers
@@ -94,7 +95,7 @@ def test_training_losses(case: Case) -> None:
         diffusion = diffusion_for(run["flags"])
         t = case.tensor(run["t"])
         case.check(f"out_{name}__model_timesteps", diffusion.model_timesteps(t))
-        terms = diffusion.training_losses(model, x_start, t, noise=noise)
+        terms = diffusion.training_losses(model, x_start, t, case.conditioning(model), noise)
         for term in ("loss", "mse", "vb"):
             assert (term in terms) == case.has(f"out_{name}__{term}"), (name, term)
             if term in terms:
@@ -111,7 +112,7 @@ def _loop(case: Case, run: dict) -> Iterator[tuple[int, samplers.Step]]:
     hw = tuple(case.tensor("in_noise_init").shape[2:])
     model = case.run_model(run["weights"], hw)
     diffusion = diffusion_for(run["flags"])
-    kwargs = {"clip_denoised": run["clip_denoised"]}
+    kwargs = {"clip_denoised": run["clip_denoised"], "model_kwargs": case.conditioning(model)}
     if run["sampler"] == "ddim_reverse_sample":
         for t in range(diffusion.num_timesteps):
             yield t, samplers.ddim_reverse_step(diffusion, model, case.tensor("in_reverse_x"), t, **kwargs)
@@ -149,11 +150,25 @@ def test_bits_per_dimension(case: Case) -> None:
         model = case.run_model(run["weights"], tuple(x_start.shape[2:]))
         diffusion = diffusion_for(run["flags"])
         recorded, last = case.tensor(run["noise"]), diffusion.num_timesteps - 1
-        result = diffusion.calc_bpd_loop(
-            model, x_start, clip_denoised=run["clip_denoised"], noise=lambda t, r=recorded, n=last: r[n - t]
-        )
+        kwargs = {"clip_denoised": run["clip_denoised"], "model_kwargs": case.conditioning(model)}
+        result = diffusion.calc_bpd_loop(model, x_start, noise=lambda t, r=recorded, n=last: r[n - t], **kwargs)
         for term, got in result.items():
             case.check(f"out_{run['name']}__{term}", got)
+
+
+@cases("losses")
+def test_training_losses_with_labels(case: Case, tmp_path: Path) -> None:
+    test_training_losses(class_conditional(case, len(case.data["in_x_start"]), tmp_path))
+
+
+@cases("samplers")
+def test_samplers_with_labels(case: Case, tmp_path: Path) -> None:
+    test_samplers(class_conditional(case, len(case.data["in_noise_init"]), tmp_path))
+
+
+@cases("nll")
+def test_bits_per_dimension_with_labels(case: Case, tmp_path: Path) -> None:
+    test_bits_per_dimension(class_conditional(case, len(case.data["in_x_start"]), tmp_path))
 
 
 @cases("timestep_sampler")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,36 @@ def test_samplers(case: Case) -> None:
     test_golden_diffusion.test_samplers(case)
 
 
+@cases("nll")
+@pytest.mark.usefixtures("_plain_network")
+def test_bits_per_dimension(case: Case) -> None:
+    test_golden_diffusion.test_bits_per_dimension(case)
+
+
+@cases("losses")
+@pytest.mark.usefixtures("_plain_network")
+def test_training_losses_with_labels(case: Case, tmp_path: Path) -> None:
+    test_golden_diffusion.test_training_losses_with_labels(_some_runs(replace(case, slack=_slack)), tmp_path)
+
+
+@cases("samplers")
+@pytest.mark.usefixtures("_plain_network")
+def test_samplers_with_labels(case: Case, tmp_path: Path) -> None:
+    test_golden_diffusion.test_samplers_with_labels(_some_runs(case), tmp_path)
+
+
+@cases("nll")
+@pytest.mark.usefixtures("_plain_network")
+def test_bits_per_dimension_with_labels(case: Case, tmp_path: Path) -> None:
+    test_golden_diffusion.test_bits_per_dimension_with_labels(_some_runs(case), tmp_path)
+
+
+def _some_runs(case: Case) -> Case:
+    """Every third run: all of them take long in the interpreter, and labels only go to the network."""
+    config = {**case.config, "runs": case.config["runs"][::3]}
+    return replace(case, spec={**case.spec, "config": config})
+
+
 @cases("unet_forward")
 def test_network(case: Case) -> None:
     if case.folder.name != "unet_uncond_scaleshift":
@@ -73,7 +104,7 @@ def test_network(case: Case) -> None:
     x = case.tensor("in_x").requires_grad_()
     model = load_model(case.config["model"], case.weights(), tuple(x.shape[2:]))
     stride = case.config.get("store_stride", 1)
-    out = model(x, case.tensor("in_t_frac"))
+    out = model(x, case.tensor("in_t_frac"), **case.conditioning(model))
     case.check("out_frac", out[..., ::stride, ::stride])
     (case.tensor("in_loss_weight") * out).sum().backward()
     case.check("out_grad_x", x.grad[..., ::stride, ::stride])

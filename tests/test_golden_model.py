@@ -13,10 +13,6 @@ from fastdiff.models import SuperResSettings, build_model
 from fastdiff.models.blocks import timestep_embedding
 
 
-def _kwargs(case: Case) -> dict[str, torch.Tensor]:
-    return {name: case.tensor(f"in_{name}") for name in ("y", "low_res") if case.has(f"in_{name}")}
-
-
 @cases("unet_forward")
 @pytest.mark.parametrize("use_checkpoint", [False, True], ids=["", "checkpointed"])
 def test_forward_and_gradients(case: Case, use_checkpoint: bool) -> None:
@@ -24,7 +20,7 @@ def test_forward_and_gradients(case: Case, use_checkpoint: bool) -> None:
     model = load_model(case.config["model"], case.weights(), tuple(x.shape[2:]))
     model.settings = model.settings.model_copy(update={"use_checkpoint": use_checkpoint})
     stride = case.config.get("store_stride", 1)
-    kwargs = _kwargs(case)
+    kwargs = case.conditioning(model)
     with torch.no_grad():
         case.check("out_int", model(x, case.tensor("in_t_int"), **kwargs)[..., ::stride, ::stride])
         if case.has("in_x_small"):
@@ -52,7 +48,7 @@ def test_feature_vectors(case: Case) -> None:
     x = case.tensor("in_x")
     model = load_model(case.config["model"], case.weights(), tuple(x.shape[2:]))
     with torch.no_grad():
-        features = model.get_feature_vectors(x, case.tensor("in_t_frac"), **_kwargs(case))
+        features = model.get_feature_vectors(x, case.tensor("in_t_frac"), **case.conditioning(model))
     for place, maps in features.items():
         maps = [maps] if isinstance(maps, torch.Tensor) else maps
         case.check(f"out_feature_rms_{place}", [m.double().square().mean().sqrt().item() for m in maps])
