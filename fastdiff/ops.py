@@ -379,10 +379,7 @@ def _map_unsupported(x: Tensor) -> str:
         return "no Triton"
     if x.dtype not in (torch.uint8, torch.float32):
         return "not float32"
-    if _channels(x) > triton_q_sample.MAX_CHANNELS:
-        return "more than 4 channels"
-    dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return "" if dense else "not dense"
+    return "more than 4 channels" if _channels(x) > triton_q_sample.MAX_CHANNELS else ""
 
 
 def prepared(x_start: Tensor, noise: Noise) -> tuple[Tensor, Noise]:

@@ -24,6 +24,7 @@ from fastdiff.kernels.pixels import (
     load_noise,
     load_start,
     noise_args,
+    noise_strides,
     start_map,
     strides,
 )
@@ -181,14 +182,14 @@ def _op(
     terms = torch.empty(3, B, dtype=torch.float32, device=output.device)
     if not output.numel():
         return terms.zero_(), grad
-    x, x_channel, x_pixel = strides(x, "diffusion_loss", "x_start")
-    n_channel, n_pixel = (0, 0) if noise is None else strides(noise, "diffusion_loss", "noise")[1:]
+    x, x_channel, x_pixel = strides(x)
+    noise, n_channel, n_pixel = noise_strides(noise)
     parts = triton.cdiv(H * W, 4 * QUADS)
     partial = torch.empty(B, parts, 2, dtype=torch.float32, device=output.device)
     launch(
         _diffusion_loss,
         (B, parts),
-        *(output, x, flip, noise, index, draw, coefficients, partial, grad),
+        *(output, x, None if flip is None else flip.contiguous(), noise, index, draw, coefficients, partial, grad),
         *(seed, H * W, W, parts, x_channel, x_pixel, n_channel, n_pixel, coefficients.stride(0), vb_scale),
         C=C,
         EPSILON=epsilon,
@@ -267,6 +268,6 @@ def diffusion_loss(
     if flip is not None and (flip.shape != (B,) or flip.dtype != torch.bool):
         raise ValueError(f"diffusion_loss needs flip of shape {(B,)} bool; got {tuple(flip.shape)} {flip.dtype}")
     check_coefficients(coefficients, B, COLUMNS, "diffusion_loss")
-    given, _, _, seed, index, draw = noise_args(noise, x.shape, "diffusion_loss")
+    given, seed, index, draw = noise_args(noise, x.shape, "diffusion_loss")
     terms, _ = _op(output, x_start, coefficients, given, seed, index, draw, flip, epsilon, variance, kl, vb_scale)
     return terms[0], terms[1].detach(), terms[2].detach()

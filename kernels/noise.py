@@ -99,6 +99,7 @@ def _op(seed: int, index: Tensor, draw: Tensor | None, shape: list[int]) -> Tens
     count = math.prod(shape)
     if out.numel():
         grid = (len(index), triton.cdiv(count, 4 * 128))
+        draw = None if draw is None else draw.contiguous()
         launch(_image_noise, grid, out, index.contiguous(), draw, seed, count, BLOCK=128)
     return out
 

@@ -16,14 +16,21 @@ from torch import Tensor
 QUADS = 128  # groups of four pixels per program
 
 
-def strides(x: Tensor, op: str, name: str) -> tuple[Tensor, int, int]:
-    """(x, channel stride, pixel stride) of a dense map [B, C, H, W] in either layout; others are refused."""
-    B, C, H, W = x.shape
-    if x.permute(0, 2, 3, 1).is_contiguous():
-        return x, 1, C
-    if x.is_contiguous():
-        return x, H * W, 1
-    raise ValueError(f"{op} needs {name} dense, channels-first or -last; got strides {x.stride()}: use .contiguous()")
+def strides(x: Tensor) -> tuple[Tensor, int, int]:
+    """(x, channel stride, pixel stride) of a map [B, C, H, W], dense in channels-first or -last memory.
+
+    Any other view, such as half of the channels of a network's output, comes back as a dense copy: only encoding and
+    callers of their own make such views, and a copy of at most four channels costs little beside the network.
+    """
+    if not (x.is_contiguous() or x.permute(0, 2, 3, 1).is_contiguous()):
+        x = x.contiguous()
+    _, C, H, W = x.shape
+    return (x, 1, C) if x.permute(0, 2, 3, 1).is_contiguous() else (x, H * W, 1)
+
+
+def noise_strides(noise: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """As `strides`, of noise that may be made from its counters instead."""
+    return (None, 0, 0) if noise is None else strides(noise)
 
 
 def start_map(x_start: Tensor, op: str) -> Tensor:
@@ -46,22 +53,20 @@ def check_coefficients(coefficients: Tensor, B: int, columns: int, op: str) -> N
         )
 
 
-NoiseArgs = tuple[Tensor | None, int, int, int, Tensor | None, Tensor | None]
-
-
-def noise_args(noise: Tensor | CounterNoise | None, shape: torch.Size, op: str) -> NoiseArgs:
-    """(given noise, its channel and pixel stride, seed, index, draw), for a noise of `shape` [B, C, H, W]."""
+def noise_args(
+    noise: Tensor | CounterNoise | None, shape: torch.Size, op: str
+) -> tuple[Tensor | None, int, Tensor | None, Tensor | None]:
+    """(given noise, seed, index, draw), for a noise of `shape` [B, C, H, W]."""
     if noise is None:
-        return None, 0, 0, 0, None, None
+        return None, 0, None, None
     if isinstance(noise, CounterNoise):
         check_counters(noise.index, noise.draw)
         if (len(noise.index), *noise.shape) != tuple(shape):
             raise ValueError(f"{op} needs noise for {tuple(shape)}; got {(len(noise.index), *noise.shape)}")
-        return None, 0, 0, noise.seed, noise.index, noise.draw
+        return None, noise.seed, noise.index.contiguous(), None if noise.draw is None else noise.draw.contiguous()
     if noise.shape != shape or noise.dtype != torch.float32:
         raise ValueError(f"{op} needs noise {tuple(shape)} float32; got {tuple(noise.shape)} {noise.dtype}")
-    noise, channel, pixel = strides(noise, op, "noise")
-    return noise, channel, pixel, 0, None, None
+    return noise, 0, None, None
 
 
 @triton.jit

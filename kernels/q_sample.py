@@ -21,6 +21,7 @@ from fastdiff.kernels.pixels import (
     load_noise,
     load_start,
     noise_args,
+    noise_strides,
     start_map,
     store_padded,
     strides,
@@ -96,13 +97,13 @@ def _op(
     out = empty_map(B, channels, H, W, x, dtype)
     if not out.numel():
         return out
-    x, x_channel, x_pixel = strides(x, "q_sample", "x_start")
-    n_channel, n_pixel = (0, 0) if noise is None else strides(noise, "q_sample", "noise")[1:]
+    x, x_channel, x_pixel = strides(x)
+    noise, n_channel, n_pixel = noise_strides(noise)
     grid = (B, triton.cdiv(H * W, 4 * QUADS))
     launch(
         _q_sample,
         grid,
-        *(x, flip, noise, index, draw, coefficients, out),
+        *(x, None if flip is None else flip.contiguous(), noise, index, draw, coefficients, out),
         *(seed, H * W, W, x_channel, x_pixel, n_channel, n_pixel, coefficients.stride(0)),
         C=C,
         PAD=channels,
@@ -154,5 +155,5 @@ def q_sample(
     if flip is not None and (flip.shape != (B,) or flip.dtype != torch.bool):
         raise ValueError(f"q_sample needs flip of shape {(B,)} bool; got {tuple(flip.shape)} {flip.dtype}")
     check_coefficients(coefficients, B, 2, "q_sample")
-    given, _, _, seed, index, draw = noise_args(noise, x.shape, "q_sample")
+    given, seed, index, draw = noise_args(noise, x.shape, "q_sample")
     return _op(x_start, coefficients, given, seed, index, draw, flip, dtype, channels or C)

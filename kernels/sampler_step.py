@@ -21,7 +21,15 @@ import triton
 import triton.language as tl
 from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launch
 from fastdiff.kernels.noise import UNALIGNED
-from fastdiff.kernels.pixels import QUADS, check_coefficients, load_noise, noise_args, store_padded, strides
+from fastdiff.kernels.pixels import (
+    QUADS,
+    check_coefficients,
+    load_noise,
+    noise_args,
+    noise_strides,
+    store_padded,
+    strides,
+)
 from fastdiff.kernels.reference import CounterNoise
 from torch import Tensor
 
@@ -124,8 +132,8 @@ def _op(
     x_next, pred, network_input = _empty(x, input_dtype)
     if not x.numel():
         return x_next, pred, network_input
-    x, x_channel, x_pixel = strides(x, "sampler_step", "x")
-    n_channel, n_pixel = (0, 0) if noise is None else strides(noise, "sampler_step", "noise")[1:]
+    x, x_channel, x_pixel = strides(x)
+    noise, n_channel, n_pixel = noise_strides(noise)
     launch(
         _sampler_step,
         (B, triton.cdiv(H * W, 4 * QUADS)),
@@ -204,7 +212,7 @@ def sampler_step(
     if len(history) > MAX_HISTORY or any(h.shape != x.shape or h.dtype != torch.float32 for h in history):
         raise ValueError(f"sampler_step takes up to {MAX_HISTORY} earlier predictions {tuple(x.shape)} float32")
     check_coefficients(coefficients, B, COLUMNS, "sampler_step")
-    given, _, _, seed, index, draw = noise_args(noise, x.shape, "sampler_step")
+    given, seed, index, draw = noise_args(noise, x.shape, "sampler_step")
     x_next, pred, network_input = _op(
         output, x, coefficients, list(history), given, seed, index, draw, epsilon, clip, variance, input_dtype
     )
