@@ -7,8 +7,9 @@ GOLDEN ?= tests/golden
 PROOF ?= .gpu_proof
 # The oldest Triton that setup.py admits, which the kernels are compiled with as well; it lies aside, not in .venv.
 OLDEST_TRITON := 3.6.0
+REHEARSAL := .rehearsal/venv
 
-.PHONY: help setup demo test chaos test-golden test-gpu lint bench bench-sampling gpu-proof bench-kernels aot
+.PHONY: help setup demo test chaos test-golden test-gpu lint bench bench-sampling gpu-proof rehearse bench-kernels aot
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
@@ -75,6 +76,20 @@ gpu-proof: $(READY)  ## everything that only a GPU can prove, most valuable firs
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
 	$(BIN)/python benchmarks/gpu_proof.py --out $(PROOF) $(if $(SECONDS),--seconds $(SECONDS)); code=$$?; \
 	    $(BIN)/python benchmarks/report.py $(PROOF)/results.jsonl --keep benchmarks/results && exit $$code
+
+$(REHEARSAL)/.ready: constraints.txt
+	$(PYTHON) -m venv $(REHEARSAL)
+	grep -Ev '^(torch|triton|numpy|setuptools|nvidia)' constraints.txt > $(REHEARSAL)/constraints.txt
+	DS_BUILD_OPS=0 $(REHEARSAL)/bin/python -m pip install --quiet torch==2.11.0 triton==3.6.0 numpy \
+	    'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' deepspeed diffusers pillow psutil pydantic safetensors \
+	    tensorboard tqdm hypothesis lmdb matplotlib pytest pytest-benchmark pytest-timeout pytest-xdist scikit-learn \
+	    -c $(REHEARSAL)/constraints.txt
+	touch $(REHEARSAL)/.ready
+
+rehearse: $(REHEARSAL)/.ready  ## gpu-proof on a GPU whose kernels do nothing: any x86-64 Linux, g++, 6 GB of disk, an hour or two; ARGS='--only machine'
+	$(REHEARSAL)/bin/python -m pytest tests/benchmarks/test_rehearsal.py
+	$(REHEARSAL)/bin/python benchmarks/rehearsal/run.py $(REHEARSAL)/bin/python benchmarks/gpu_proof.py \
+	    --out .rehearsal/proof --work .rehearsal/work --stretch 30 $(ARGS)
 
 bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peers, figures in benchmarks/results
 	mkdir -p benchmarks/results
