@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -211,6 +213,19 @@ def start_processes(stall_minutes: float = 10.0, early: bool = False) -> Process
     return processes
 
 
+@contextmanager
+def _no_broadcasts(deepspeed: Any) -> Iterator[None]:
+    """DeepSpeed broadcasts every weight, even to nobody. On a GPU that would start NCCL, which a lone process that steps
+    on the device alone never needs: its communicator is made by the first collective.
+    """
+    broadcast = deepspeed.comm.broadcast
+    deepspeed.comm.broadcast = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        deepspeed.comm.broadcast = broadcast
+
+
 def create_engine(
     model: UNet, train: TrainSettings, deepspeed_section: dict[str, Any], processes: Processes
 ) -> tuple[Any, AdamWEMA]:
@@ -221,7 +236,8 @@ def create_engine(
     fused_kernel = ops.uses_kernels(next(model.parameters())) and not offloaded
     optimizer = AdamWEMA(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused_kernel=fused_kernel)
     try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        with _no_broadcasts(deepspeed) if processes.world_size == 1 else nullcontext():
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     except Exception as error:  # DeepSpeed checks its JSON with many kinds of exception
         if not deepspeed_section:
             raise

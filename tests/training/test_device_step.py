@@ -209,3 +209,37 @@ def test_kernel_steps_on_the_device() -> None:
     for ours, theirs in zip(made["triton"][0], made["reference"][0], strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     assert_same_weights(made["triton"][1], made["reference"][1], rtol=1e-3, atol=2e-5)
+
+
+# --- a lone process talks to nobody ---
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the operations of torch.distributed that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"zero_stage": 1}], ids=str)
+def test_no_collective(settings: dict[str, Any]) -> None:
+    """On a GPU the first one would start NCCL, and DeepSpeed's way is to broadcast every weight."""
+    start_processes()
+    with Collectives() as seen:
+        torch.distributed.barrier()  # it is one that is seen
+        trainer = small_trainer(**settings)
+        losses_of(trainer, 2)
+    assert seen.names == ["barrier.default"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_no_broadcast_by_a_lone_engine(stage: int) -> None:
+    with Collectives() as seen:
+        small_trainer(zero_stage=stage)
+    assert [name for name in seen.names if name.startswith("broadcast")] == []
