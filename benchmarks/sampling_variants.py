@@ -32,10 +32,17 @@ from fastdiff.settings import UserError
 
 try:  # run as a script, or imported beside its neighbours
     from seed_step import SeedUNet
-    from train_variants import Case, check_same_function, diffusers_unet, from_checkout, without_our_ops
+    from train_variants import Case, check_same_function, diffusers_unet, exact, from_checkout, without_our_ops
 except ImportError:
     from benchmarks.seed_step import SeedUNet
-    from benchmarks.train_variants import Case, check_same_function, diffusers_unet, from_checkout, without_our_ops
+    from benchmarks.train_variants import (
+        Case,
+        check_same_function,
+        diffusers_unet,
+        exact,
+        from_checkout,
+        without_our_ops,
+    )
 
 Draw = Callable[[], Tensor]
 """draw() → images [B, H, W, C] uint8 on the host."""
@@ -275,7 +282,7 @@ def our_engine(
 def ours(case: DrawCase, compiled: bool = True, cuda_graph: bool = True, **changes: bool) -> Draw:
     """The engine with its noise by counters. Without a GPU there are no graphs."""
     engine = our_engine(case, compiled, cuda_graph and case.device.type == "cuda", **changes)
-    return lambda: drawn_by(engine, case)
+    return exact(lambda: drawn_by(engine, case))
 
 
 def drawn_by(engine: Engine, case: DrawCase) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
 from fastdiff import ops
+from fastdiff.compilation import tf32
 from fastdiff.config import Config
 from fastdiff.training.engine import start_processes
 
@@ -80,3 +81,24 @@ def test_the_mode_comes_back_after_a_failure() -> None:
     with pytest.raises(ZeroDivisionError):
         step()
     assert ops._mode == "auto"
+
+
+@pytest.mark.parametrize("script", [bench_train, bench_sampling])
+def test_products_are_exact_in_ours_alone(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in train.py and sample.py; what ours is compared with keeps PyTorch's default."""
+    monkeypatch.setattr(ops, "uses_kernels", lambda *_: False)
+    allowed: list[bool] = []
+    convolve = torch.nn.functional.conv2d
+
+    def conv2d(*args: Any, **kwargs: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return convolve(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    with tf32(True):
+        for variant, expected in (("ours eager", False), ("reference", True)):
+            step = script.VARIANTS[variant](case_of(script))
+            allowed.clear()
+            step()
+            assert set(allowed) == {expected}, variant
+        assert torch.backends.cudnn.allow_tf32
