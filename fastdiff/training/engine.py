@@ -215,8 +215,8 @@ def start_processes(stall_minutes: float = 10.0, early: bool = False) -> Process
 
 @contextmanager
 def _no_broadcasts(deepspeed: Any) -> Iterator[None]:
-    """DeepSpeed broadcasts every weight, even to nobody. On a GPU that would start NCCL, which a lone process that steps
-    on the device alone never needs: its communicator is made by the first collective.
+    """DeepSpeed broadcasts every weight, even where there is no other rank. On a GPU this first collective would start
+    NCCL, which a lone process that steps on the device alone never needs.
     """
     broadcast = deepspeed.comm.broadcast
     deepspeed.comm.broadcast = lambda *args, **kwargs: None
