@@ -383,6 +383,7 @@ def test_deepspeed_that_contradicts(section: dict, settings: dict, parts: list[s
     says(world.train("--deepspeed", world.json(section), **settings), *parts)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_on_a_cpu(world: World) -> None:
     for message in (
         world.train(precision="fp16"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from golden_cases import Case, cases, diffusion_for, load_model
+from golden_cases import DEVICE, Case, cases, diffusion_for, load_model
 from torch import Tensor
 from training.scripted import ScriptedLoader, ScriptedTrainer, importance
 
@@ -65,6 +65,12 @@ def _script(case: Case, variant: dict[str, Any]) -> tuple[Tensor, Tensor | None]
 
 def _labels(case: Case) -> Tensor | None:
     return case.tensor("in_y") if case.has("in_y") else None
+
+
+@pytest.fixture(autouse=True)
+def _device() -> None:
+    if torch.cuda.is_available() and DEVICE == "cpu":
+        pytest.skip("a trainer runs on the GPU; FASTDIFF_DEVICE=cuda brings the numbers there")
 
 
 class Trace:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tiny import flags, nothing_written, refusal, save, save_bare, super_res, unet
 
 from fastdiff import sample, super_res_sample
@@ -154,7 +155,11 @@ def test_steps_and_spacing(base: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ({"classes": "0,3"}, ["--classes", "3", "0 to 2"]),
         ({"classes": "0:1,2"}, ["--classes", "weights"]),
         ({"classes": "0:x"}, ["--classes", "0:x", "weight"]),
-        ({"cuda_graph": True}, ["--cuda_graph", "GPU"]),
+        pytest.param(
+            {"cuda_graph": True},
+            ["--cuda_graph", "GPU"],
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
     ids=str,
 )

@@ -301,6 +301,7 @@ def test_another_run_that_began_meanwhile(data: Path, tmp_path: Path, monkeypatc
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_as_many_threads_and_compiled_as_before(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
