@@ -29,6 +29,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("benchmarks/aot.py compiles kernels, which TRITON_INTERPRET=1 replaces; unset it")
 

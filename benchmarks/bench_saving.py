@@ -15,11 +15,15 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from datetime import date
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 

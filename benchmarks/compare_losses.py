@@ -18,6 +18,9 @@ import shutil
 import sys
 from pathlib import Path
 
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 
 from fastdiff import train

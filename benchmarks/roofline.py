@@ -18,9 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
