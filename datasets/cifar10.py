@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import array_pickle
 import numpy as np

@@ -10,8 +10,12 @@ an interruption.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from image_preparation import SAVE_OPTIONS, Target, Task, check_prefixes, prefix_of, prepare
 from preparation_cli import add_size, parser, run

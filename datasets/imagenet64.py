@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from image_preparation import Slice, Target, Task, check_prefixes, prefix_of, prepare
 from preparation_cli import add_size, parser, run

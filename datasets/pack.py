@@ -11,7 +11,11 @@ says what it was made of. The same command again goes on after an interruption.
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preparation_cli import add_size, parser, run
 

@@ -11,6 +11,12 @@ where it was stopped, and several of them share a job. A checkpoint of fastdiff 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from fastdiff.config import load
 from fastdiff.processes import run_script
 

@@ -8,6 +8,12 @@ a PNG grid. The same command again goes on where it was stopped.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from fastdiff.config import SuperResConfig, load
 from fastdiff.processes import run_script
 

@@ -8,7 +8,11 @@ Starts under deepspeed, torchrun or plain python. The same command again resumes
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastdiff.config import SuperResConfig, load
 from fastdiff.processes import run_script

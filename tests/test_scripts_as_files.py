@@ -1,0 +1,48 @@
+"""Scripts are run as files, also of a checkout that isn't installed, as `deepspeed` and `torchrun` do it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = 'if __name__ == "__main__":'
+SCRIPTS = [
+    path
+    for folder in ("fastdiff", "datasets", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if MAIN in (text := path.read_text()) and ("from fastdiff" in text or "import fastdiff" in text)
+]
+LOADED = "import json, sys\nprint(json.dumps([__file__, sys.path]))\nsys.exit()\n"
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.parent.name == "fastdiff"])
+def test_from_a_bare_checkout(script: str, tmp_path: Path) -> None:
+    """The package beside the script is found, and its modules aren't importable under their bare names."""
+    package = tmp_path / "fastdiff"
+    package.mkdir()
+    for name in ("__init__.py", script):
+        shutil.copy(ROOT / "fastdiff" / name, package)
+    (package / "config.py").write_text(LOADED)
+    command = [sys.executable, "-S", "-E", str(package / script)]  # without what is installed
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found, path = json.loads(done.stdout)
+    assert found == str(package / "config.py")
+    assert path[0] == str(tmp_path)
+    assert str(package) not in path
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_each_finds_the_package(script: Path) -> None:
+    """Before it imports anything that isn't Python's own."""
+    text = script.read_text()
+    head = "if not __package__:  # run as a file, perhaps of a checkout that isn't installed\n    sys.path.insert(0, "
+    assert text.count(head) == 1
+    before = [line.split() for line in text[: text.index(head)].splitlines() if line.startswith(("from ", "import "))]
+    assert {words[1].split(".")[0] for words in before} <= sys.stdlib_module_names
