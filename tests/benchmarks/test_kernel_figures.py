@@ -1,0 +1,207 @@
+"""Figures of single kernels: what is recorded of a step, how ways are forced, and the rows of every section."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import refusal
+
+from benchmarks import bench_train, kernel_figures, op_calls
+from fastdiff.hardware import Rates
+from fastdiff.models import work
+
+CPU = torch.device("cpu")
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[str, Any, int]:
+    return kernel_figures.cases_of(kernel_figures.parse(["--tiny"]))[0]
+
+
+def bench(rows: list[dict[str, Any]], **settings: Any) -> kernel_figures.Bench:
+    return kernel_figures.Bench(CPU, Rates(1e12, 1e9), rows.append, rounds=1, **settings)
+
+
+# --- what a step calls ---
+
+
+@pytest.mark.parametrize("name", ["tiny", "cifar10_uncond", "upsample_256"])
+def test_a_step_calls_what_the_network_has(name: str, case: tuple[str, Any, int]) -> None:
+    """As many norms as `work.operations` counts, and the convolutions' and products' operations of its kinds."""
+    config = case[1] if name == "tiny" else bench_train.load(name)
+    calls = op_calls.training_calls(config, BATCH, torch.bfloat16, r"aten::(convolution|mm$|addmm$)|fastdiff::")
+    by_op: Counter[str] = Counter()
+    for call in calls:
+        by_op[call.op] += call.count
+    known = work.operations(config.model)
+    norms = sum(op.kind == "group norm" for op in known)
+    assert by_op["fastdiff::group_norm_silu"] + by_op["fastdiff::add_group_norm_silu"] == norms
+    assert by_op["fastdiff::group_norm_silu_backward"] == norms
+    assert by_op["fastdiff::attention"] == sum(op.kind == "attention" for op in known)
+    flops: Counter[str] = Counter()
+    for call in calls:
+        if call.op.startswith("aten"):
+            for direction, part in kernel_figures._parts(call, torch.bfloat16):
+                flops[direction] += part.count * kernel_figures.flops_of(part)
+    spatial = ("conv3x3", "downsample conv", "upsample conv", "output conv")
+    assert flops["dgrad"] == BATCH * sum(op.run_flops for op in known if op.kind in spatial)
+    first = next(op for op in known if op.kind == "input conv")  # of images padded to 8 channels, and without a dgrad
+    assert flops["forward"] == flops["wgrad"]
+    padded = first.flops if "small_size" in config.model.model_dump() else first.flops / first.shape[0] * 8
+    assert flops["forward"] - flops["dgrad"] == BATCH * padded
+    assert flops["product"] == 3 * BATCH * sum(op.flops for op in known if op.kind == "conv1x1")
+
+
+def test_arguments_with_memory() -> None:
+    """As the recorded ones but for maps, which are channels-last; equal seeds give equal numbers."""
+    meta = lambda *shape, **settings: torch.empty(*shape, device="meta", **settings)
+    args = (meta(2, 8, 4, 4), None, meta(8).expand(2, 8), meta(3, 5).t(), meta(1, dtype=torch.int64), [meta(3)], 0.5)
+    x, none, offset, weight, seed, others, number = op_calls.Call("aten::any", args).realised(3, CPU)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert (none, number) == (None, 0.5)
+    assert offset.stride() == (0, 1)
+    assert weight.shape == (5, 3)
+    assert weight.stride() == (1, 5)
+    assert seed.dtype == torch.int64
+    assert others[0].shape == (3,)
+    assert torch.equal(x, op_calls.Call("aten::any", args).realised(3, CPU)[0])
+    assert not torch.equal(x, op_calls.Call("aten::any", args).realised(4, CPU)[0])
+
+
+# --- norms ---
+
+
+def norm_call(op: str, side: int) -> op_calls.Call:
+    """A call on two images of 32 + 32 channels."""
+    meta = lambda *shape: torch.empty(*shape, device="meta")
+    x, skip, C = meta(2, 32, side, side), meta(2, 32, side, side), meta(64)
+    if op == "group_norm_silu":
+        return op_calls.Call(f"fastdiff::{op}", (x, skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0), 1)
+    args = (meta(2, 64, side, side), None, x, None, skip, C, C, None, None, None, meta(2, 3, 64), 32, True, 0.0)
+    return op_calls.Call(f"fastdiff::{op}", args, 1)
+
+
+@pytest.mark.parametrize("op", ["group_norm_silu", "group_norm_silu_backward"])
+def test_every_way_computes_the_same(op: str) -> None:
+    """On maps of several blocks; the planned way is timed first, and nothing stays forced."""
+    from fastdiff.kernels import group_norm_silu as norm
+
+    before, rows = norm.plan, list[dict[str, Any]]()
+    call = norm_call(op, side=16)
+    label = {"direction": kernel_figures.Norm(call).direction}
+    sums = kernel_figures.Sums([(label["direction"], call)])
+    kernel_figures._rows_of_ways(bench(rows), label, call, 1000, sums)
+    assert sorted(row["way"] for row in rows) == sorted(kernel_figures.WAYS)
+    assert [row["planned"] for row in rows] == [True, False, False]
+    assert rows[0]["difference"] == 0
+    assert 0 < max(row["difference"] for row in rows) < 1e-5, "another order of sums, the same function"
+    assert norm.plan is before
+    least = min(row["microseconds"] for row in rows)
+    assert sums.ms[label["direction"], "the fastest way"] == pytest.approx(least / 1e3, abs=1e-5)
+    assert sums.ms[label["direction"], "planned"] == pytest.approx(rows[0]["microseconds"] / 1e3, abs=1e-5)
+
+
+def test_a_way_that_is_not_possible_has_no_row() -> None:
+    """A slab of 64 x 64 pixels does not fit into registers."""
+    from fastdiff.kernels import group_norm_silu as norm
+
+    with kernel_figures.forced("registers"), pytest.raises(ValueError, match="no registers for this shape"):
+        norm.plan(2, 64 * 64, 64, 0, 2, 4, False, 132, False)
+    with kernel_figures.forced("loop"):
+        assert kernel_figures.way_of(norm.plan(2, 64 * 64, 64, 0, 2, 4, False, 132, False)) == "loop"
+
+
+def test_differences() -> None:
+    one, other = (torch.tensor([1.0, -4.0]), torch.zeros(0)), (torch.tensor([1.5, -4.0]), torch.zeros(0))
+    assert kernel_figures.difference(other, one) == 0.125
+    assert math.isnan(kernel_figures.difference((torch.tensor([float("nan"), 1.0]), one[1]), one))
+
+
+def test_definitions_are_the_ops() -> None:
+    """What stands beside the ops computes the same, forward and backward."""
+    for op in ("group_norm_silu", "group_norm_silu_backward"):
+        call = norm_call(op, side=4)
+        run, given = kernel_figures._definition(bench([]), kernel_figures.Norm(call))(0)
+        wanted = call.function()(*call.realised(0, CPU))[0]
+        if op == "group_norm_silu":
+            torch.testing.assert_close(run(*given), wanted, atol=1e-5, rtol=1e-5)
+        else:  # its statistics are random numbers, which the definition finds itself
+            assert run(*given)[0].shape == wanted.shape
+
+
+# --- the sections and the command ---
+
+
+def test_rows_of_all_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    kernel_figures.main(["--tiny", "--most", "1", "--json", str(file)])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    by_section = Counter(row["section"] for row in rows)
+    assert set(by_section) == {"machine", *kernel_figures.SECTIONS}
+    timed = [row for row in rows if "microseconds" in row]
+    for row in timed:
+        assert row["quartiles"][0] <= row["microseconds"] <= row["quartiles"][1]
+        assert row["launched"] == "plain"
+        assert row["count"]
+        assert row["dtype"] == "float32"
+        assert "GB/s" in row or "TFLOP/s" in row
+    ways = {(row["section"], row["way"]) for row in timed if "way" in row}
+    assert ways >= {("norms", "copy"), ("norms", "eager"), ("attention", "ours"), ("attention", "flash")}
+    directions = {row["direction"] for row in timed if row["section"] == "convolutions"}
+    assert directions == {"forward", "dgrad", "wgrad", "product"}
+    refused = [row for row in rows if row.get("way") == "cudnn"]
+    assert all("RuntimeError" in row["left_out"] for row in refused), "a CPU has no cuDNN"
+    assert refused
+    sums = {(row["section"], row["direction"], row["way"]) for row in rows if row.get("what") == "sum"}
+    assert sums >= {("norms", "backward", "planned"), ("convolutions", "wgrad", "cuDNN")}
+    assert all(row["ms_per_step"] > 0 and row["calls"] <= row["of"] for row in rows if row.get("what") == "sum")
+
+
+def test_out_of_time(case: tuple[str, Any, int]) -> None:
+    """Sums of what there is, and one row that says that time is up."""
+    rows: list[dict[str, Any]] = []
+    kernel_figures.measure(["convolutions"], [case], CPU, rows.append, seconds=1e-9, tiny=True, rounds=1)
+    assert [row["section"] for row in rows] == ["machine", "convolutions"]
+    assert "left_out" in rows[1]
+
+
+def test_the_costliest_come_first(case: tuple[str, Any, int]) -> None:
+    """By cost times count, at most `most` of each direction."""
+    calls = [
+        (direction, op_calls.Call("aten::mm", (torch.empty(n, 1), torch.empty(1, 1)), count))
+        for direction, n, count in (("a", 1, 1), ("a", 2, 5), ("b", 3, 1), ("a", 20, 1))
+    ]
+    found = bench([], most=2).costliest(calls, kernel_figures.flops_of)
+    assert [(direction, len(call.args[0]), rank) for direction, call, rank in found] == [
+        ("a", 20, 0),
+        ("a", 2, 1),
+        ("b", 3, 0),
+    ]
+
+
+def test_all_configurations_have_attention() -> None:
+    cases = kernel_figures.cases_of(kernel_figures.parse([]))
+    assert [(name, batch) for name, _, batch in cases] == [("imagenet64_270M", 128), ("cifar10_uncond", 256)]
+    batches = {name: batch for name, _, batch in kernel_figures.with_all_configs(cases)}
+    assert set(batches) == {path.stem for path in bench_train.CONFIGS.glob("*.json")}
+    assert (batches["cifar10_uncond"], batches["upsample_256"]) == (256, 16)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sections", "norm"], "--sections: 'norm' is not one of norms, convolutions, attention"),
+        (["--batches", "128"], "--batches: give a number of images for each of imagenet64_270M, cifar10_uncond"),
+        (["--batches", "128,many"], "--batches: 128,many must be whole numbers such as 128,256"),
+    ],
+)
+def test_refusals(argv: list[str], message: str) -> None:
+    assert message in refusal(kernel_figures.main, argv)
