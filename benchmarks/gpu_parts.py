@@ -392,18 +392,19 @@ def levers(config: str, batch: int) -> Callable[[Context], None]:
 # --- single kernels ---
 
 
-def figures(section: str) -> Callable[[Context], None]:
-    """A part that writes down a section of kernel_figures.py."""
+def figures(section: str, seconds: float) -> Part:
+    """A part that writes down a section of kernel_figures.py, the costliest shapes first, for about `seconds`."""
 
     def run(context: Context) -> None:
-        from benchmarks.kernel_figures import SECTIONS
-
+        from benchmarks import kernel_figures
         from benchmarks.variant_timing import start
 
-        device = start().device
-        SECTIONS[section](device, lambda row: context.emit("figure", **row), tiny=context.tiny)
+        cases = kernel_figures.cases_of(kernel_figures.parse(["--tiny"] if context.tiny else []))
+        few = {"most": 1, "rounds": 1} if context.tiny else {}
+        emit = lambda row: context.emit("figure", **row)
+        kernel_figures.measure([section], cases, start().device, emit, seconds, context.tiny, **few)
 
-    return run
+    return Part(section, seconds + 10, run)
 
 
 def other_kernels(context: Context) -> None:
@@ -484,17 +485,17 @@ PARTS = (
     _draw("270M reference", 25, IMAGENET64, 256, "reference"),
     Part("golden", 40, golden, alone=False),
     Part("same losses", 30, same_losses, alone=False),
-    Part("norms", 60, figures("norms")),
+    figures("norms", 70),
     _train("270M diffusers", 45, IMAGENET64, [128, 64], "diffusers"),
     _train("270M ours graph", 40, IMAGENET64, [128], "ours +cuda_graph"),
-    Part("convolutions", 60, figures("convolutions")),
+    figures("convolutions", 50),
     _draw("270M diffusers", 35, IMAGENET64, 256, "diffusers"),
     _draw("cifar10 ours", 25, CIFAR10, 512, "ours"),
     _draw("cifar10 reference", 20, CIFAR10, 512, "reference"),
     _train("cifar10 diffusers", 30, CIFAR10, [256], "diffusers"),
     _train("270M ours fp16", 40, IMAGENET64, [128], "ours", precision="fp16"),
     _train("cifar10 ours fp16", 25, CIFAR10, [256], "ours", precision="fp16"),
-    Part("attention", 40, figures("attention")),
+    figures("attention", 40),
     Part("gpu tests", 100, gpu_tests, alone=False),
     Part("sanitizer", 90, sanitizer, alone=False),
     Part("other kernels", 60, other_kernels),

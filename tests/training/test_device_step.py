@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training.small_trainer import losses_of, small_trainer, weights_of
 from waits import Waits
 
