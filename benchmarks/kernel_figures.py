@@ -67,6 +67,10 @@ class OutOfTime(Exception):
     """The section's seconds are used up."""
 
 
+class NoSuchWay(Exception):
+    """A norm of this shape can't run the way that is forced."""
+
+
 @dataclasses.dataclass
 class Bench:
     """Where figures are made and where rows go."""
@@ -106,11 +110,15 @@ class Bench:
             inputs = rotated(lambda i: make(i)[1] if i else first_given)
             figure = time_calls(function, inputs, self.device, self.rounds)
         except Exception as error:  # what one kernel refuses costs its row only
-            first = next(iter(str(error).splitlines()), "")
-            self.emit({**label, "left_out": shortened(f"{type(error).__name__}: {first}", 300)})
+            self.leave_out(label, error)
             return None
         self.emit({**label, **self._figures(figure, moved, flops), **more})
         return figure
+
+    def leave_out(self, label: Row, error: Exception) -> None:
+        """Emit a row without figures, with the reason."""
+        first = next(iter(str(error).splitlines()), "")
+        self.emit({**label, "left_out": shortened(f"{type(error).__name__}: {first}", 300)})
 
     def _figures(self, figure: Figure, moved: float, flops: float) -> Row:
         seconds = figure.microseconds / 1e6
@@ -175,7 +183,7 @@ def map_bytes(call: Call) -> int:
 
 @contextmanager
 def forced(way: str) -> Iterator[None]:
-    """Let group_norm_silu run one way wherever it can; ValueError, from the op, where it can't. "" forces nothing."""
+    """Let group_norm_silu run one way; the op raises NoSuchWay where its shape does not allow it. "" forces nothing."""
     from fastdiff.kernels import group_norm_silu as norm
 
     chosen_by = norm.plan
@@ -194,7 +202,7 @@ def forced(way: str) -> Iterator[None]:
             return dataclasses.replace(usual, slab=False, one_block=False, block_l=rows, num_warps=4)
         tile = norm.Tile.of(C1 + C2, group, 8, 32 // itemsize, 64)
         if way != "loop" or tile.padded > 128:
-            raise ValueError(f"no {way} for this shape")
+            raise NoSuchWay(f"{way} on {L} pixels of {C1 + C2} channels")
         slabs = B * ((C1 + C2) // tile.channels)
         summed = len(rest) > 1 and rest[1]
         few = backward or (summed and tile.padded > 64)
@@ -324,17 +332,25 @@ def _rows_of_ways(bench: Bench, label: Row, call: Call, moved: int, sums: Sums) 
     """A row as planned, and one for each other way that the shape allows, with how far its results are off."""
     planned: list[str] = []
     function, best = call.function(), None
-    with ways_taken(planned):
-        usual = function(*call.realised(0, bench.device))
+    try:
+        with ways_taken(planned):
+            usual = function(*call.realised(0, bench.device))
+    except Exception as error:
+        bench.leave_out({**label, "way": "planned"}, error)
+        return
     for way in dict.fromkeys([planned[0], *WAYS]):
         is_planned = way == planned[0]
+        row = {**label, "way": way, "planned": is_planned}
         with forced("" if is_planned else way):
             try:
                 off = difference(function(*call.realised(0, bench.device)), usual)
-            except ValueError:  # no such way for the shape
+            except NoSuchWay:
+                continue
+            except Exception as error:
+                bench.leave_out(row, error)
                 continue
             make = lambda i: (function, call.realised(i, bench.device))
-            figure = bench.row({**label, "way": way, "planned": is_planned}, make, moved=moved, difference=off)
+            figure = bench.row(row, make, moved=moved, difference=off)
         if is_planned:
             sums.add(label["direction"], "planned", figure, call.count)
         if figure is not None and (best is None or figure.microseconds < best.microseconds):

@@ -79,12 +79,12 @@ def test_arguments_with_memory() -> None:
 
 
 def norm_call(op: str, side: int) -> op_calls.Call:
-    """A call on two images of 32 + 32 channels."""
+    """A call on one image of 32 + 32 channels, twice as high as wide."""
     meta = lambda *shape: torch.empty(*shape, device="meta")
-    x, skip, C = meta(2, 32, side, side), meta(2, 32, side, side), meta(64)
+    (x, skip, dy), C = (meta(1, channels, side, side // 2) for channels in (32, 32, 64)), meta(64)
     if op == "group_norm_silu":
         return op_calls.Call(f"fastdiff::{op}", (x, skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0), 1)
-    args = (meta(2, 64, side, side), None, x, None, skip, C, C, None, None, None, meta(2, 3, 64), 32, True, 0.0)
+    args = (dy, None, x, None, skip, C, C, None, None, None, meta(1, 3, 64), 32, True, 0.0)
     return op_calls.Call(f"fastdiff::{op}", args, 1)
 
 
@@ -108,14 +108,27 @@ def test_every_way_computes_the_same(op: str) -> None:
     assert sums.ms[label["direction"], "planned"] == pytest.approx(rows[0]["microseconds"] / 1e3, abs=1e-5)
 
 
-def test_a_way_that_is_not_possible_has_no_row() -> None:
-    """A slab of 64 x 64 pixels does not fit into registers."""
+def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit into registers has no such row; another error has a row that says so, and the rest goes on."""
     from fastdiff.kernels import group_norm_silu as norm
 
-    with kernel_figures.forced("registers"), pytest.raises(ValueError, match="no registers for this shape"):
-        norm.plan(2, 64 * 64, 64, 0, 2, 4, False, 132, False)
-    with kernel_figures.forced("loop"):
-        assert kernel_figures.way_of(norm.plan(2, 64 * 64, 64, 0, 2, 4, False, 132, False)) == "loop"
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(norm, "ONE_BLOCK", {False: 16, True: 16})
+    launch = norm.launch
+
+    def without_moments(kernel: Any, *args: Any, **settings: Any) -> None:
+        if kernel is norm.device._moments:
+            raise RuntimeError("out of resources")
+        launch(kernel, *args, **settings)
+
+    monkeypatch.setattr(norm, "launch", without_moments)
+    monkeypatch.setattr(norm, "processors", lambda device: 1)  # else one image is too little for slabs
+    call = norm_call("group_norm_silu", side=4)
+    kernel_figures._rows_of_ways(bench(rows), {"direction": "forward"}, call, 1000, kernel_figures.Sums([]))
+    assert [(row["way"], row.get("left_out")) for row in rows] == [
+        ("loop", None),
+        ("split", "RuntimeError: out of resources"),
+    ]
 
 
 def test_differences() -> None:
