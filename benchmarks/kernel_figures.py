@@ -403,7 +403,7 @@ def convolutions(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None
         try:
             for direction, call, _ in bench.costliest(calls, flops_of):
                 kind, shape = described(call)
-                row = {**label, "kind": kind, "direction": direction, "shape": shape}
+                row = {**label, "layer": kind, "direction": direction, "shape": shape}
                 row |= {"dtype": dtype_name(call.args[1].dtype), "count": call.count}
                 make = lambda i, call=call: (torch.no_grad()(call.function()), call.realised(i, bench.device))
                 figure = bench.row(row, make, flops=flops_of(call))
