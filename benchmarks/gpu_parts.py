@@ -382,7 +382,7 @@ def levers(config: str, batch: int) -> Callable[[Context], None]:
             rows = json.loads(result.read_text())["rows"] if result.is_file() else []
             for row in rows:
                 if row["variant"] == f"ours -{name}":
-                    context.emit("fact", lever=name, **{key: row[key] for key in ("config", "batch", "ms", "ratio")})
+                    context.emit("fact", lever=name, times_as_fast_with_it=1 / row["ratio"][1], row=row)
             if code == 124:
                 raise RuntimeError(f"out of time at lever {name}")
 
@@ -432,7 +432,10 @@ def saving(context: Context) -> None:
         case = "--config quick --batch 2 --rounds 1 --steps 2"
     argv = [sys.executable, "benchmarks/bench_saving.py", *case.split(), "--folder", str(context.work)]
     _succeed(run_command(context, [*argv, "--json", str(result)]), "bench_saving.py")
-    context.emit("fact", **json.loads(result.read_text()))
+    found = json.loads(result.read_text())
+    stops = {f"{way}_stood_still_ms": found[way]["stood_still_ms"][1] for way in ("beside", "waiting")}
+    numbers = {"step_ms": found["step_ms"][1], "guards_ms": found["guards_ms"][1], **stops}
+    context.emit("fact", megabytes=found["megabytes"], **numbers, all=found)
 
 
 def chaos(context: Context) -> None:

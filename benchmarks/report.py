@@ -82,6 +82,8 @@ class Results:
     place: dict[str, Any]
     rows: list[Row]
     splits: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Variants without a row, and the reasons."""
 
     @property
     def sampling(self) -> bool:
@@ -121,7 +123,7 @@ def read(path: Path) -> Results:
         rows = [_row(entry) for entry in content["rows"]]
         place = {name: content[name] for name in ("device", "torch", "commit", "date", "command", "threads")}
         place |= {name: float(content[name]) for name in ("matmul_tflops", "copy_gbs")}
-        splits = list(content.get("splits", []))
+        splits, left_out = list(content.get("splits", [])), list(content.get("left_out", []))
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/bench_train.py") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -129,7 +131,7 @@ def read(path: Path) -> Results:
         raise UserError(f"{path} is not what benchmarks/bench_train.py writes: {what}") from None
     if not rows:
         raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
-    return Results(place, rows, splits)
+    return Results(place, rows, splits, left_out)
 
 
 def read_proof(path: Path) -> list[Results]:
@@ -262,6 +264,9 @@ def markdown(results: Results) -> str:
     ]
     for name, rows in results.cases().items():
         lines += ["", f"## {name}", "", *_table(results, rows)]
+    for entry in results.left_out:
+        case = f"{entry['config']}, batch {entry['batch']}, {entry['precision']}"
+        lines += ["", f"Left out: {entry['variant']} ({case}): {entry['reason']}"]
     lines += _split_table(results)
     return "\n".join(lines) + "\n"
 
@@ -283,6 +288,41 @@ def proof_table(path: Path) -> str:
         said = " ".join("; ".join(map(_said, found.get(part, []))).split()).replace("|", "/")
         lines.append(f"| {part} | {end['verdict']} | {end['seconds']:.0f} | {said} |")
     return "\n".join(lines) + "\n"
+
+
+SHOWN = 20
+"""Rows of single kernels in a table; the file has all."""
+
+
+def figures_tables(path: Path) -> str:
+    """What kernel_figures.py found: milliseconds per step by way, and the calls that cost most in a step."""
+    figures = [row for row in proof_log.read_rows(path) if row["kind"] == "figure" and "section" in row]
+    lines = []
+    for section in dict.fromkeys(row["section"] for row in figures):
+        here = [row for row in figures if row["section"] == section]
+        sums = [row for row in here if "ms_per_step" in row]
+        single = [row for row in here if "microseconds" in row]
+        if not single:
+            continue
+        lines += ["", f"# {section.capitalize()}"]
+        if sums:
+            lines += ["", "| network | direction | way | ms per step | calls of a step |", "|---|---|---|---:|---:|"]
+        for row in sums:
+            cells = [row.get("config", ""), row["direction"], row["way"], f"{row['ms_per_step']:.3f}"]
+            lines.append("| " + " | ".join([*cells, f"{row['calls']} of {row['of']}"]) + " |")
+        lines += ["", "| shape | direction | way | calls | µs | GB/s | of copy | TFLOP/s | of matmul |"]
+        lines += ["|---|---|---|" + "---:|" * 6]
+        costs = {id(row): row["microseconds"] * _calls(row) for row in single}
+        for row in sorted(single, key=lambda row: -costs[id(row)])[:SHOWN]:
+            numbers = [f"{_calls(row)}", f"{row['microseconds']:.1f}"]
+            numbers += [str(row.get(name, "–")) for name in ("GB/s", "share of copy", "TFLOP/s", "share of matmul")]
+            lines.append("| " + " | ".join([row["shape"], row["direction"], row.get("way", "cuDNN"), *numbers]) + " |")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def _calls(row: dict[str, Any]) -> int:
+    """Calls in a step; for attention, which several configurations share, of all of them."""
+    return sum(row["count"].values()) if isinstance(row["count"], dict) else row["count"]
 
 
 def proof_name(path: Path) -> str:
@@ -500,7 +540,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.keep and not proof:
         raise UserError(f"--keep is for results.jsonl of gpu_proof.py, not for {args.results}; use --markdown, --chart")
     found = read_proof(args.results) if proof else [read(args.results)]
-    text = "\n".join([*map(markdown, found), *([proof_table(args.results)] if proof else [])])
+    text = "\n".join(
+        [*map(markdown, found), *([proof_table(args.results), figures_tables(args.results)] if proof else [])]
+    )
     print(text, end="")
     if args.keep:
         base = args.keep / proof_name(args.results)

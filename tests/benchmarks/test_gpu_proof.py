@@ -172,6 +172,11 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows += [throughput("ours", 2000.0, batch=256, draw=True), throughput("reference", 800.0, "fp16", 256, draw=True)]
     rows.append({"part": "kernels", "kind": "tests", "passed": 700, "verdict": "passed"})
     rows.append({"part": "kernels", "kind": "end", "verdict": "ok", "seconds": 100.0})
+    norm = {"part": "norms", "kind": "figure", "section": "norms", "direction": "forward", "way": "split"}
+    rows.append(
+        {**norm, "shape": "128x192x64x64", "count": 9, "microseconds": 200.04, "GB/s": 2500.0, "share of copy": 0.8}
+    )
+    rows.append({**norm, "config": "imagenet64_270M", "ms_per_step": 1.8, "calls": 9, "of": 71})
     file = tmp_path / "gpu.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = tmp_path / "kept"
@@ -188,6 +193,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "3.00 (2.45 to 3.67)" in text, "900 over 300, and the spread of both"
     assert "Sampling throughput" in text
     assert "| kernels | ok | 100 | passed 700, verdict passed |" in text
+    assert "| imagenet64_270M | forward | split | 1.800 | 9 of 71 |" in text
+    assert "| 128x192x64x64 | forward | split | 9 | 200.0 | 2500.0 | 0.8 | – | – |" in text
     assert "reference (fp16, batch 64)" in (kept / f"{base}.svg").read_text()
     file.write_text(json.dumps(HEAD[0]) + "\n")
     with pytest.raises(UserError, match="--only machine"):

@@ -164,3 +164,9 @@ def test_other_refusals(tmp_path: Path) -> None:
     assert "can't be read" in refusal(report.main, [tmp_path / "nowhere.json"])
     with pytest.raises(UserError, match="can't be written"):
         report.chart(report.read(saved(tmp_path)), [tmp_path / "chart.txt2"])
+
+
+def test_what_was_left_out_is_said(tmp_path: Path) -> None:
+    entry = {"config": "my own", "precision": "bf16", "batch": 64, "variant": "diffusers", "reason": "no memory"}
+    text = report.markdown(report.read(saved(tmp_path, left_out=[entry])))
+    assert "Left out: diffusers (my own, batch 64, bf16): no memory" in text
