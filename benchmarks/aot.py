@@ -44,6 +44,9 @@ from fastdiff.kernels.launch import Launch
 
 from fastdiff import precompile
 from fastdiff.config import Config, SuperResConfig
+from fastdiff.diffusion import create_diffusion
+from fastdiff.diffusion.plans import make_plan
+from fastdiff.training.engine import split_batch
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARCHS = (80, 90, 100)
@@ -82,18 +85,18 @@ def recorded(name: str) -> Iterator[Launch]:
     content = json.loads((CONFIGS / f"{name}.json").read_text())
     kind = SuperResConfig if "large_size" in content.get("model", {}) else Config
     config = kind.model_validate(content)
-    train = config.train
-    own = min(train.batch_size, train.microbatch) if isinstance(train.microbatch, int) and train.microbatch > 0 else 0
+    given, model = (config.model, config.diffusion), config.model
     for precision in PRECISIONS.get(name, (torch.bfloat16,)):
-        for batch in TRAINED.get(name, (own or train.batch_size,)):
-            yield from precompile.training_launches(config, batch, precision)
+        for batch in TRAINED.get(name, (split_batch(config.train, 1)[0],)):
+            yield from precompile.training_launches(*given, batch, precision, rates=config.train.ema_rate)
+    process = create_diffusion(config.diffusion, model.learn_sigma)
     for batch in DRAWN.get(name, (16,)):
         for solver in SOLVERS:
-            yield from precompile.sampling_launches(config, batch, torch.bfloat16, solver)
+            yield from precompile.sampling_launches(model, process, make_plan(process, solver), batch, torch.bfloat16)
 
 
 def optional() -> Iterator[Launch]:
-    """Launches that no configuration chooses: an update by DeepSpeed's engine, and `conv3x3` in a residual block."""
+    """Launches that no configuration chooses: updates through DeepSpeed's engine, and `conv3x3` in a residual block."""
     with launch.record() as found:
         for name, args in (*optimiser_calls(), *convolution_calls()):
             launch.IMPLEMENTATIONS[name](*args)

@@ -21,9 +21,12 @@ def cache_folder() -> Path:
 def keep_compiled_code() -> Path:
     """Let Inductor keep its code in the cache folder, not in /tmp, unless TORCHINDUCTOR_CACHE_DIR says where.
 
-    Triton's own cache is beside it. To be called before anything is compiled.
+    Triton's own cache is in it, unless TRITON_CACHE_DIR says otherwise. Inductor would set that, too, but only when it
+    first compiles, and kernels that were launched before would lie elsewhere. To be called before anything is compiled.
     """
-    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor")))
+    folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor")))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+    return folder
 
 
 def missing_compiler(device: torch.device) -> str:

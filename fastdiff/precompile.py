@@ -6,28 +6,41 @@ be here. Triton's cache keys are those of the run (see `kernels/aot.py`).
 
 from __future__ import annotations
 
+import atexit
+import os
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastdiff
 from fastdiff import ops
-from fastdiff.config import Config
-from fastdiff.diffusion import create_diffusion
-from fastdiff.diffusion.plans import make_plan
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.plans import Plan
 from fastdiff.diffusion.streams import NOISE, SAMPLES
 from fastdiff.kernels import launch
 from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow
-from fastdiff.models import SuperResSettings, build_model
+from fastdiff.models import BackboneSettings, SuperResSettings, UNet, build_model
 from fastdiff.models.inference import freeze
+from fastdiff.processes import current
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.threads import free_cores
 
 META = torch.device("meta")
+MOST = 8
+"""Processes at most: a published network has 60 to 120 kernels, of half a second to a few seconds each."""
+LEAST_EACH = 4
+"""Kernels for which a process is worth its start."""
 
 
 class _Calls(TorchDispatchMode):
@@ -63,64 +76,139 @@ def launches_of(work: Callable[[], Any]) -> list[Launch]:
     return recorded
 
 
-def training_launches(config: Config, micro: int, precision: torch.dtype, more: bool = False) -> list[Launch]:
-    """Launches of an optimiser step on `micro` images at once, as `DeviceStep` takes it, with a body in `precision`.
+def training_launches(
+    settings: BackboneSettings,
+    diffusion: DiffusionSettings,
+    micro: int,
+    precision: torch.dtype,
+    *,
+    more: bool = False,
+    rates: Sequence[float] = (0.9999,),
+    scaled: bool = False,
+    through_engine: bool = False,
+) -> list[Launch]:
+    """Launches of an optimiser step on micro-batches of `micro` images, with a body in `precision`.
 
-    more: other micro-batches follow the first one; they lie behind it in one batch.
+    more            Other micro-batches follow the first.
+    rates           Of the averages of the weights.
+    scaled          The gradients are clipped, or carry a loss scale.
+    through_engine  DeepSpeed takes the step instead of `DeviceStep`; then the weights are in `precision` as well.
     """
 
     def work() -> None:
         with META:
-            model = build_model(config.model).train().set_precision(precision)
-        diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
-        C, (H, W) = config.model.in_channels, config.model.size_hw
+            model = build_model(settings).train().set_precision(precision)
+        if through_engine:
+            model.to(precision)
+        process = create_diffusion(diffusion, settings.learn_sigma)
+        C, (H, W) = settings.in_channels, settings.size_hw
+        # A second micro-batch lies behind the first one, perhaps not at a multiple of 16 bytes.
         images = torch.empty(2 * micro, H, W, C, dtype=torch.uint8, device=META)
         positions = torch.empty(2 * micro, dtype=torch.int64, device=META)
         for cut in (slice(micro), slice(micro, 2 * micro))[: 1 + more]:
             t = torch.empty(micro, dtype=torch.int64, device=META)
-            kwargs: dict[str, Tensor] = {"y": t} if config.model.class_cond else {}
-            if isinstance(config.model, SuperResSettings):
-                kwargs["low_res"] = torch.empty(micro, C, *config.model.small_size, device=META)
+            kwargs: dict[str, Tensor] = {"y": t} if settings.class_cond else {}
+            if isinstance(settings, SuperResSettings):
+                kwargs["low_res"] = torch.empty(micro, C, *settings.small_size, device=META)
             noise = CounterNoise(NOISE, positions[cut], (C, H, W))
-            diffusion.training_losses(model, images[cut], t, kwargs, noise)["loss"].mean().backward()
-        scaled = config.train.precision == "fp16" or config.train.grad_clip > 0
-        _update([p for p in model.parameters() if p.grad is not None], list(config.train.ema_rate), scaled)
+            process.training_losses(model, images[cut], t, kwargs, noise)["loss"].mean().backward()
+        _update(list(model.parameters()), rates, scaled, through_engine)
 
     return launches_of(work)
 
 
-def _update(parameters: list[Tensor], rates: list[float], scaled: bool) -> None:
-    """What `DeviceStep` does after the backward pass, by kernels."""
-    gradients = [torch.empty_like(p) for p in parameters]
+def _update(parameters: list[Tensor], rates: Sequence[float], scaled: bool, through_engine: bool) -> None:
+    """The update by kernels."""
+    like = lambda count=1: [torch.empty_like(p, dtype=torch.float32) for p in parameters for _ in range(count)]
+    gradients, lists, averages = like(), [like() for _ in range(3)], like(len(rates))
     squared = ops.squared_norm(gradients)
-    grad_scale, found_inf = grad_scale_and_overflow(squared, 1.0, 1.0)
-    lists = [[torch.empty_like(p) for p in parameters] for _ in range(3)]
-    averages = [torch.empty_like(p) for p in parameters for _ in rates]
-    steps = [torch.empty((), device=META) for _ in parameters]
-    numbers = {"lr": squared, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    update = ops.AdamWLists(*lists, steps=steps, averages=averages, rates=rates, halves=[])
-    update.step(gradients, **numbers, grad_scale=grad_scale if scaled else None, found_inf=found_inf)
+    given: dict[str, Any] = {"lr": 1e-4}
+    if not through_engine:
+        grad_scale, found_inf = grad_scale_and_overflow(squared)
+        given = {"lr": squared, "grad_scale": grad_scale if scaled else None, "found_inf": found_inf}
+    numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+    steps = [squared] * len(parameters)
+    update = ops.AdamWLists(*lists, steps=steps, averages=averages, rates=list(rates), halves=[])
+    update.step(gradients, **numbers, **given)
 
 
 def sampling_launches(
-    config: Config, batch: int, precision: torch.dtype, solver: str = "ddpm", eta: float = 0.0, clip: bool = True
+    settings: BackboneSettings,
+    diffusion: GaussianDiffusion,
+    plan: Plan,
+    batch: int,
+    precision: torch.dtype,
+    *,
+    guidance: Guidance | None = None,
+    clip: bool = True,
 ) -> list[Launch]:
     """Launches of drawing `batch` images at once by `Engine`, with a body in `precision`."""
 
-    def work() -> None:
+    def network(settings: BackboneSettings) -> UNet:
         with META:
-            model = freeze(build_model(config.model).set_precision(precision))
-        diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
-        plan = make_plan(diffusion, solver, eta)
-        evaluation = Evaluation(model, plan, diffusion, Guidance(), META)
+            return freeze(build_model(settings).set_precision(precision))
+
+    def work() -> None:
+        chosen = guidance or Guidance()
+        guide = None if chosen.guide is None else network(chosen.guide.settings)
+        evaluation = Evaluation(network(settings), plan, diffusion, replace(chosen, guide=guide), META)
         engine = Engine(evaluation, plan, diffusion, META, batch_size=batch, seed_stream=SAMPLES, clip=clip)
         index = torch.empty(batch, dtype=torch.int64, device=META)
-        given: dict[str, Tensor] = {"y": index} if config.model.class_cond else {}
-        if isinstance(config.model, SuperResSettings):
-            given["low_res"] = torch.empty(batch, config.model.in_channels, *config.model.small_size, device=META)
-        state = engine._begin(index, given.get("y"), given.get("low_res"))
-        rows = {bool(noisy): e for e, noisy in enumerate(engine._noisy)}  # one with noise, one without
-        for e in rows.values():
-            engine._advance(state, e)
+        small = None
+        if isinstance(settings, SuperResSettings):
+            small = torch.empty(batch, settings.in_channels, *settings.small_size, device=META)
+        state = engine._begin(index, index if settings.class_cond else None, small)
+        kinds = zip(evaluation.guided, engine._noisy, strict=True)
+        for row in {kind: row for row, kind in enumerate(kinds)}.values():
+            engine._advance(state, row)
 
     return launches_of(work)
+
+
+# --- processes that compile ---
+
+
+def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[str]:
+    """Compile launches in a few processes of their own, which nothing waits for; returns lines that say so.
+
+    Nothing happens, and nothing is said, where there is no GPU, no kernel is used, or another rank of this machine does
+    it. Whatever goes wrong is left to the run, which compiles what it doesn't find in Triton's cache. The processes end
+    with this one.
+    """
+    if device.type != "cuda" or not ops.uses_kernels(torch.empty(0, device=device)) or current().local_rank:
+        return []
+    try:
+        from fastdiff.kernels import aot
+
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = 10 * major + minor
+        lines = list(dict.fromkeys(map(aot.to_json, launches())))
+        left = aot.missing(lines, arch)[::-1]  # the run itself begins at the front
+        count = min(MOST, free_cores(), -(-len(left) // LEAST_EACH))
+        for i in range(count):
+            _spawn(arch, left[i::count])
+    except Exception as error:  # of any kind: the run goes on without
+        return [f"Triton kernels: not compiled beforehand ({type(error).__name__}: {error})"]
+    if not left:
+        return [f"Triton kernels: all {len(lines)} in the cache"]
+    return [f"Triton kernels: compiling {len(left)} of {len(lines)} beforehand, processes: {count}"]
+
+
+def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[str]:
+    """A process that compiles launches, each a line of `kernels.aot.to_json`."""
+    root = str(Path(fastdiff.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "fastdiff.kernels.aot", str(arch)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        text=True,
+        start_new_session=True,  # a signal to the run's group is not for it
+    )
+    atexit.register(worker.kill)
+    assert worker.stdin is not None
+    with suppress(BrokenPipeError), worker.stdin:
+        worker.stdin.write("\n".join(lines))
+    return worker

@@ -9,10 +9,15 @@ TRITON_INTERPRET, which replaces kernels when they are defined.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import importlib
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -129,13 +134,18 @@ def unique(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def to_json(launch: Launch) -> str:
-    """A launch without its grid and its tensors' contents, on one line. `from_json` makes it again."""
+    """What decides a launch's compilation, on one line: equal for launches that compile to the same code.
+
+    `from_json` makes a launch of it again.
+    """
     fn = launch.kernel.fn
+    params = getattr(launch.kernel, "params", [])  # the interpreter's kernels have none
+    free = {param.num for param in params if param.do_not_specialize}
     return json.dumps(
         {
             "module": fn.__module__,
             "kernel": fn.__name__,
-            "args": [_described(arg) for arg in launch.args],
+            "args": [_kind_of(arg, i in free) for i, arg in enumerate(launch.args)],
             "constexprs": {name: _described(value) for name, value in launch.constexprs.items()},
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
@@ -154,6 +164,20 @@ def from_json(text: str) -> Launch:
         made["num_warps"],
         made["num_stages"],
     )
+
+
+def _kind_of(value: Any, free: bool) -> Any:
+    """An argument, or instead of a number one that Triton compiles the same code for.
+
+    It looks at an integer's width and, unless the parameter is free, at 1 and at multiples of 16.
+    """
+    if isinstance(value, float):
+        return 0.5
+    if not isinstance(value, int) or isinstance(value, bool):
+        return _described(value)
+    if not free and value == 1:
+        return 1
+    return (17 if free or value % 16 else 16) + (0 if -(2**31) <= value < 2**31 else 2**40)
 
 
 def _described(value: Any) -> Any:
@@ -231,3 +255,55 @@ def _count(code: str, pattern: str) -> dict[str, int]:
     for name in re.findall(pattern, code):
         counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+# --- compiling for a run that is about to begin ---
+
+
+def missing(lines: Iterable[str], arch: int) -> list[str]:
+    """Those launches, each a line of `to_json`, that `compile_all` has not put into Triton's cache yet."""
+    with contextlib.suppress(OSError):
+        done = set(_list_of_done().read_text().split())
+        return [line for line in lines if _digest(line, arch) not in done]
+    return list(lines)
+
+
+def compile_all(lines: Iterable[str], arch: int) -> None:
+    """Compile launches into Triton's cache; one that fails is left to the run that needs it."""
+    parent = os.getppid()
+    for line in lines:
+        if os.getppid() != parent:  # the run is over
+            return
+        with contextlib.suppress(Exception):
+            built = compile_launch(from_json(line), arch)
+            with contextlib.suppress(Exception):
+                _build_launcher(built)
+            with _list_of_done().open("a") as done:
+                done.write(f"{_digest(line, arch)}\n")
+
+
+def _build_launcher(built: Any) -> None:
+    """Older Tritons compile C code for every signature, too, where there is a CUDA driver; it goes to the cache."""
+    nvidia = importlib.import_module("triton.backends.nvidia.driver")
+    if hasattr(nvidia, "make_launcher"):
+        nvidia.CudaLauncher(built.src, built.metadata)
+
+
+def _list_of_done() -> Path:
+    return Path(triton.knobs.cache.dir) / "fastdiff"
+
+
+def _digest(line: str, arch: int) -> str:
+    return hashlib.sha256(f"{triton.__version__} {arch} {_sources()} {line}".encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of all kernels' code."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+if __name__ == "__main__":  # python -m fastdiff.kernels.aot ARCH, with launches as standard input
+    os.nice(10)
+    compile_all(sys.stdin.read().splitlines(), int(sys.argv[1]))

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff import precompile
 from fastdiff.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.plans import SOLVERS, make_plan
@@ -82,6 +83,7 @@ class Sampler:
         if device.type == "cuda":
             self.notes.append(prepare_cudnn(benchmark_limit=settings.cudnn_benchmark_limit))
         self.batch_size = self._batch_size(count)
+        self.notes += precompile.start(self._launches, device)
         self._engine: Engine | None = None
 
     # --- what is drawn ---
@@ -238,6 +240,14 @@ class Sampler:
                     torch.cuda.synchronize(self.device)
                 times.append(time.perf_counter() - start)
         return min(times[1:])
+
+    def _launches(self) -> list[Any]:
+        """Launches of kernels that the engine will make."""
+        return precompile.sampling_launches(
+            *(self.network.settings, self.diffusion, self.plan, self.batch_size, self.network.model.dtype),
+            guidance=self.guidance,
+            clip=self.settings.clip_denoised,
+        )
 
     def _evaluation(self, compiled: bool) -> Evaluation:
         return Evaluation(self.network.model, self.plan, self.diffusion, self.guidance, self.device, compiled)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -11,20 +12,21 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import exit_codes
+from fastdiff import exit_codes, precompile
 from fastdiff.compilation import keep_compiled_code, prepare_cudnn, tf32
 from fastdiff.config import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.images import Loader, open_images
 from fastdiff.kernel_choice import choose_kernels
 from fastdiff.models import build_model
+from fastdiff.models.precision import body_dtype
 from fastdiff.preemption import StopSignals
 from fastdiff.processes import Processes, StopWith, current, is_broken_collective, make_writable, output_folder
 from fastdiff.settings import UserError
 from fastdiff.training import compilation, loop, resuming
 from fastdiff.training.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.checkpoints import Snapshot
-from fastdiff.training.engine import deepspeed_config, needs_engine, start_processes
+from fastdiff.training.engine import deepspeed_config, needs_engine, split_batch, start_processes
 from fastdiff.training.fitting import fit
 from fastdiff.training.loop import LONG
 from fastdiff.training.previews import preview_diffusion
@@ -68,6 +70,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             notes.append(searches)
         diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
         config, settled = _settle(config, diffusion, processes, snapshot, dry_run)
+        if not dry_run:
+            settled += _compile_kernels(config, processes)
         torch.manual_seed(settings.seed)
         model = build_model(config.model)
         trainer = Trainer(config.train, config.deepspeed, model, diffusion, loader, processes, snapshot)
@@ -151,6 +155,21 @@ def _settle(
     why_engine = needs_engine(train, config.deepspeed, processes.world_size)
     step_line = f"step: through DeepSpeed ({why_engine})" if why_engine else "step: on the device alone (one process)"
     return settled, [step_line, f"torch.compile: {'yes' if compiles else 'no'} ({why})", *fitted.lines]
+
+
+def _compile_kernels(config: Config, processes: Processes) -> list[str]:
+    """Have Triton's kernels compiled while this process builds and traces the network; lines that say so."""
+    train, world_size = config.train, processes.world_size
+    micro, accumulation = split_batch(train, world_size)
+    launches = functools.partial(
+        precompile.training_launches,
+        *(config.model, config.diffusion, micro, body_dtype(train.precision, processes.device)),
+        more=accumulation > 1,
+        rates=train.ema_rate,
+        scaled=train.precision == "fp16" or train.grad_clip > 0,
+        through_engine=bool(needs_engine(train, config.deepspeed, world_size)),
+    )
+    return precompile.start(launches, processes.device)
 
 
 def _check(config: Config) -> None:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-OLDEST = "3.6.0"  # of the Tritons that setup.py admits
-
-
-def _aside(triton: str) -> Path:
-    """The folder where the Makefile installs another Triton than .venv's."""
-    return ROOT / f".triton-{triton}"
+import tritons
+from fastdiff.kernels import aot, launch
+from kernel_checks import channels_last, normal
 
 
 @pytest.mark.timeout(1200)
@@ -27,24 +19,14 @@ def _aside(triton: str) -> Path:
         ("", 90, "cifar10_uncond,imagenet64_270M,upsample_256", 3),
         ("", 100, "demo", 0),
         # Losses of 64x64 and 256x256 pixels are among these.
-        (OLDEST, 90, "imagenet64_270M,upsample_256", 2),
+        (tritons.OLDEST, 90, "imagenet64_270M,upsample_256", 2),
     ],
 )
 def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path: Path) -> None:
     """`make aot` does the same for all configurations on all three, by either Triton."""
-    pytest.importorskip("triton")
-    if triton and not (_aside(triton) / "triton").is_dir():
-        pytest.skip(f"Triton {triton} is not installed aside; make setup does that")
     table = tmp_path / "table.json"
-    path = [*([str(_aside(triton))] if triton else []), str(ROOT), os.environ.get("PYTHONPATH")]
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "aot.py", "--configs", configs, "--archs", str(arch)]
-        + ["--each", str(each), "--json", table],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    given = ("--configs", configs, "--archs", str(arch), "--each", str(each), "--json", table)
+    done = tritons.run(triton, tritons.ROOT / "benchmarks" / "aot.py", *given)
     assert table.is_file(), done.stderr
     assert f"Triton {triton}" in done.stdout
     rows = json.loads(table.read_text())
@@ -55,3 +37,19 @@ def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path:
     }
     if "imagenet64" in configs:
         assert any(row["kernel"] == "combine" and "BLOCK_S=8" in row["variant"] for row in rows)
+
+
+def test_launches_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A description is the same for equal compilations, keeps what decides one, and can be read back."""
+    from fastdiff.kernels.q_sample import q_sample
+
+    heard: list[launch.Launch] = []
+    monkeypatch.setattr(launch, "listener", heard.append)
+    for height, shift in ((8, 0), (16, 0), (9, 0), (8, 1)):
+        x, noise = channels_last(normal(2, 3, height, 8)), normal(2, 3, height, 8)
+        q_sample(x, normal(4, 2)[shift : shift + 2], noise, channels=8)
+    texts = [aot.to_json(made) for made in heard]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+    assert json.loads(texts[3])["args"][5] == {"tensor": "float32", "address": 8}
+    assert [aot.to_json(aot.from_json(text)) for text in texts] == texts

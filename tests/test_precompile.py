@@ -1,0 +1,85 @@
+"""Kernels compiled ahead: the run finds them all, and nothing that goes wrong reaches it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import tritons
+
+from fastdiff import ops, precompile
+
+GPU = torch.device("cuda")
+
+
+@tritons.TRITONS
+def test_a_run_finds_what_was_compiled_ahead(triton: str, tmp_path: Path) -> None:
+    """Triton's dispatch, for a GPU that exists by name only, compiles nothing more in training and drawing."""
+    script = Path(__file__).parent / "kernels_on_no_gpu.py"
+    done = tritons.run(triton, script, TRITON_CACHE_DIR=str(tmp_path))
+    assert not done.returncode, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["compiled"] == []
+    assert {"_q_sample", "_slab_backward", "_diffusion_loss", "_adamw_ema", "_sampler_step"} <= set(seen["found"])
+    assert seen["ahead"] > len(seen["found"])
+
+
+@pytest.fixture
+def _named_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A GPU as far as `start` looks at one."""
+    monkeypatch.setattr(ops, "uses_kernels", lambda x: True)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def _launches(count: int) -> list[Any]:
+    return [f"{{launch {i}}}" for i in range(count)]
+
+
+@pytest.mark.usefixtures("_named_gpu")
+def test_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Equal launches count once, those in the cache not at all; no more processes than free cores."""
+    from fastdiff.kernels import aot
+
+    shares: list[list[str]] = []
+    monkeypatch.setattr(aot, "to_json", str)
+    monkeypatch.setattr(precompile, "free_cores", lambda: 3)
+    monkeypatch.setattr(precompile, "_spawn", lambda arch, lines: shares.append(lines))
+    assert precompile.start(lambda: _launches(20) * 2, GPU) == [
+        "Triton kernels: compiling 20 of 20 beforehand, processes: 3"
+    ]
+    assert sorted(line for share in shares for line in share) == sorted(_launches(20))
+    (tmp_path / "fastdiff").write_text("".join(f"{aot._digest(line, 90)}\n" for line in _launches(18)))
+    assert precompile.start(lambda: _launches(20), GPU) == [
+        "Triton kernels: compiling 2 of 20 beforehand, processes: 1"
+    ]
+    assert precompile.start(lambda: _launches(18), GPU) == ["Triton kernels: all 18 in the cache"]
+
+
+@pytest.mark.usefixtures("_named_gpu")
+def test_what_goes_wrong_is_said_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> list[Any]:
+        raise RuntimeError("no such shape")
+
+    assert precompile.start(fails, GPU) == ["Triton kernels: not compiled beforehand (RuntimeError: no such shape)"]
+    monkeypatch.setenv("LOCAL_RANK", "1")  # rank 0 of the machine does it
+    assert precompile.start(fails, GPU) == []
+
+
+def test_nothing_without_a_gpu() -> None:
+    assert precompile.start(lambda: pytest.fail("nothing is to be compiled"), torch.device("cpu")) == []
+
+
+def test_a_process_that_fails_or_dies() -> None:
+    """Lines that make no sense are passed over; a process that is gone doesn't matter to who writes to it."""
+    assert precompile._spawn(90, ["{}", "nonsense"]).wait() == 0
+    environment = dict(os.environ)
+    worker = precompile._spawn(90, ["{}"] * 100_000)
+    worker.kill()
+    assert worker.wait() == -9
+    assert dict(os.environ) == environment
