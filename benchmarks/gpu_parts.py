@@ -165,6 +165,7 @@ kernels = native_tests(*KERNEL_TESTS, tiny=("tests/kernels/test_norm_coefficient
 golden = native_tests(
     "tests/test_golden_kernels.py",
     "tests/test_golden_model.py",
+    "tests/test_golden_training.py",
     tiny=("tests/test_golden_model.py", "-k", "timestep_embedding"),
     workers=4,
 )
