@@ -169,7 +169,9 @@ golden = native_tests(
     tiny=("tests/test_golden_model.py", "-k", "timestep_embedding"),
     workers=4,
 )
-gpu_tests = native_tests("-k", "gpu and not kernels", "tests", tiny=("tests/test_hardware.py",), workers=8)
+gpu_tests = native_tests(
+    "-k", "gpu and not (kernels or gpu_proof or pack_for_gpu)", "tests", tiny=("tests/test_hardware.py",), workers=8
+)
 
 
 def sanitizer(context: Context) -> None:
