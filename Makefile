@@ -89,7 +89,7 @@ $(REHEARSAL)/.ready: constraints.txt
 rehearse: $(REHEARSAL)/.ready  ## gpu-proof on a GPU whose kernels do nothing: any x86-64 Linux, g++, 6 GB of disk, an hour or two; ARGS='--only machine'
 	$(REHEARSAL)/bin/python -m pytest tests/benchmarks/test_rehearsal.py
 	$(REHEARSAL)/bin/python benchmarks/rehearsal/run.py $(REHEARSAL)/bin/python benchmarks/gpu_proof.py \
-	    --out .rehearsal/proof --work .rehearsal/work --stretch 30 $(ARGS)
+	    --out .rehearsal/proof --work .rehearsal/work --stretch 30 --rehearsal $(ARGS)
 
 bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peers, figures in benchmarks/results
 	mkdir -p benchmarks/results

@@ -69,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stretch", type=float, default=1.0, help="multiplies every limit, for slow machines")
     parser.add_argument("--spawn", action="store_true", help="start parts anew instead of forking: some seconds each")
     parser.add_argument("--tiny", action="store_true", help="shrink everything, to see on any machine that it runs")
+    parser.add_argument("--rehearsal", action="store_true", help="don't judge numbers: the GPU computes nothing")
     parser.add_argument("--list", action="store_true", help="print the parts")
     args = parser.parse_args(argv)
     names = [part.name for part in PARTS]
@@ -132,23 +133,17 @@ class Proof:
         for part in parts:
             if part.name in self.done:
                 continue
-            if part.needs in self.failed or part.needs in self.left:
-                self.left.append(part.name)
-                continue
             if part.alone:
                 self.wait_for_others()
             if self.deadline - time.monotonic() < part.seconds:
                 self.left.append(part.name)
                 continue
             running = self.start(part)
-            if part.alone or self.is_needed(part, parts):
+            if part.alone:
                 self.finish(running)
             else:
                 self.beside.append(running)
         self.wait_for_others()
-
-    def is_needed(self, part: Part, parts: list[Part]) -> bool:
-        return any(other.needs == part.name for other in parts)
 
     def wait_for_others(self) -> None:
         while self.beside:
@@ -159,7 +154,8 @@ class Proof:
         print(f"== {part.name}, {now - self.began:.0f} s after the start", flush=True)
         until = min(now + self.args.stretch * (PATIENCE * part.seconds + 20), self.deadline)
         images = self.args.images.resolve() if self.args.images else None
-        context = Context(part.name, self.log, self.args.out, self.args.work, images, self.args.tiny, until)
+        args = self.args
+        context = Context(part.name, self.log, args.out, args.work, images, args.tiny, args.rehearsal, until)
         process = multiprocessing.get_context(self.method).Process(target=run_part, args=(context,), name=part.name)
         process.start()
         return Running(part, process, now, until)

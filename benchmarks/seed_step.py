@@ -213,11 +213,15 @@ class SeedStep:
             self._masters_to_weights()
 
     def _gradients_to_masters(self) -> None:
+        """Gradients that overflowed halve the loss scale, as in the original, which then leaves the step out; here it
+        is taken with zeros for them, so that its time is a whole step's."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if any(not torch.isfinite(gradient).all() for gradient in gradients):
-            raise RuntimeError("the reference's gradients overflowed: its step would have been left out")
+        overflowed = any(not torch.isfinite(gradient).all() for gradient in gradients)
         self.masters[0].grad = torch.cat([gradient.detach().float().flatten() for gradient in gradients])
         self.masters[0].grad.mul_(1.0 / self.loss_scale)
+        if overflowed:
+            self.loss_scale /= 2
+            self.masters[0].grad.nan_to_num_(0.0, 0.0, 0.0)
 
     def _masters_to_weights(self) -> None:
         parts = self.masters[0].detach().split([p.numel() for p in self.parameters])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
+from benchmarks.seed_step import SeedStep
 from fastdiff import ops
 from fastdiff.compilation import tf32
 from fastdiff.config import Config
@@ -102,3 +103,28 @@ def test_products_are_exact_in_ours_alone(script: Any, monkeypatch: pytest.Monke
             step()
             assert set(allowed) == {expected}, variant
         assert torch.backends.cudnn.allow_tf32
+
+
+class _Huge(torch.nn.Module):
+    """A network whose gradients overflow as long as the loss scale is above 2^10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+
+    def convert_to_fp16(self) -> None:
+        self.weight.data = self.weight.data.half()
+
+
+def test_a_reference_that_overflows_lowers_its_loss_scale() -> None:
+    """And takes whole steps all the same, or its time would be a shorter step's."""
+    model = _Huge()
+    losses = lambda network, x, t, kwargs: {"loss": (network.weight * 2.0**5).float().sum().expand(len(x))}
+    step = SeedStep(model, losses, 10, fp16=True)
+    taken = []
+    for _ in range(4):
+        step(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), {})
+        taken.append(step.loss_scale)
+        assert model.weight.isfinite().all()
+    assert taken == [2.0**11, 2.0**10, 2.0**10, 2.0**10]
+    assert (step.masters[0] < 1).all(), "the steps without overflow count"
