@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.kernels import convolutions, group_norm_silu_eager, reference, reference_diffusion
 from fastdiff.kernels.convolutions import box_weight as upsample_taps
-from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow, image_uniform, update_ema
+from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow, update_ema
 from fastdiff.kernels.reference_diffusion import (
     LOSS_COLUMNS,
     STEP_COLUMNS,
@@ -362,6 +362,13 @@ def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, 
         draws = draw if isinstance(draw, Tensor) else torch.full_like(index, draw)
         return triton_noise.image_noise(seed, index, draws, shape)
     return reference.image_noise(seed, index, draw, shape)
+
+
+def image_uniform(seed: int, index: Tensor, draw: int) -> Tensor:
+    """One uniform number per image that depends on (seed, index[b], draw) alone; see `reference.image_uniform`."""
+    if uses_kernels(index):
+        return triton_noise.image_uniform(seed, index, draw)
+    return reference.image_uniform(seed, index, draw)
 
 
 def _as_tensor(noise: Noise | None) -> Any:

@@ -25,7 +25,7 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.plans import Plan
-from fastdiff.diffusion.streams import NOISE, SAMPLES
+from fastdiff.diffusion.streams import NOISE, SAMPLES, TIMESTEPS
 from fastdiff.kernels import launch
 from fastdiff.kernels.launch import Launch
 from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow
@@ -110,6 +110,7 @@ def training_launches(
             kwargs: dict[str, Tensor] = {"y": t} if settings.class_cond else {}
             if isinstance(settings, SuperResSettings):
                 kwargs["low_res"] = torch.empty(micro, C, *settings.small_size, device=META)
+            ops.image_uniform(TIMESTEPS, positions[cut], 0)
             noise = CounterNoise(NOISE, positions[cut], (C, H, W))
             process.training_losses(model, images[cut], t, kwargs, noise)["loss"].mean().backward()
         _update(list(model.parameters()), rates, scaled, through_engine)

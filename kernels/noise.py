@@ -1,4 +1,4 @@
-"""Standard normal noise from counters, in kernels: the same numbers as `reference.image_noise`.
+"""Noise from counters, in kernels: the same numbers as `reference.image_noise` and `reference.image_uniform`.
 
 Element 4k .. 4k + 3 of an image (in C, H, W order) come from one call of philox-4x32-10 with key seed and counter
 (k, draw, index low, index high), by the Box-Muller transform in float64. Transforms of the same words on a CPU and on
@@ -16,7 +16,7 @@ from fastdiff.kernels.launch import kernel_op, launch
 from torch import Tensor
 
 # Numbers that may vary without a compilation of their own: nothing is aligned by them.
-UNALIGNED = ["seed", "N", "HW", "W", "B", "parts", "x_channel", "n_channel", "coef_stride"]
+UNALIGNED = ["seed", "draw", "N", "HW", "W", "B", "parts", "x_channel", "n_channel", "coef_stride"]
 TWO_PI = tl.constexpr(2 * math.pi)
 
 
@@ -93,6 +93,17 @@ def _image_noise(out_ptr, index_ptr, draw_ptr, seed, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + i_b * N + o_e, b_noise, mask=o_e < N)
 
 
+@triton.jit(do_not_specialize=UNALIGNED)
+def _image_uniform(out_ptr, index_ptr, draw, seed, B, BLOCK: tl.constexpr):
+    o_b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_b = o_b < B
+    i_index = tl.load(index_ptr + o_b, mask=m_b, other=0)
+    b_zero = (o_b * 0).to(tl.uint32)
+    i_low, i_high = (i_index & 0xFFFFFFFF).to(tl.uint32), (i_index >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(seed, b_zero, b_zero + draw.to(tl.uint32), i_low, i_high, 10)
+    tl.store(out_ptr + o_b, (word.to(tl.float64) + 0.5) * 2.0**-32, mask=m_b)
+
+
 @kernel_op("image_noise")
 def _op(seed: int, index: Tensor, draw: Tensor | None, shape: list[int]) -> Tensor:
     out = torch.empty(len(index), *shape, dtype=torch.float32, device=index.device)
@@ -116,6 +127,29 @@ def image_noise(seed: int, index: Tensor, draw: Tensor | None, shape: tuple[int,
     """
     check_counters(index, draw)
     return _op(seed, index, draw, list(shape))
+
+
+@kernel_op("image_uniform")
+def _uniform_op(seed: int, index: Tensor, draw: int) -> Tensor:
+    B = len(index)
+    out = torch.empty(B, dtype=torch.float64, device=index.device)
+    if B:
+        launch(_image_uniform, (triton.cdiv(B, 128),), out, index.contiguous(), draw, seed, B, BLOCK=128)
+    return out
+
+
+@_uniform_op.register_fake
+def _(seed: int, index: Tensor, draw: int) -> Tensor:
+    return torch.empty(len(index), dtype=torch.float64, device=index.device)
+
+
+def image_uniform(seed: int, index: Tensor, draw: int) -> Tensor:
+    """Uniform float64 in (0, 1), [B]; index [B] int64. Raises ValueError when index is of another kind.
+
+    One launch, where the definition takes over a hundred: in every training step the timesteps are drawn by it.
+    """
+    check_counters(index, None)
+    return _uniform_op(seed, index, draw)
 
 
 def check_counters(index: Tensor, draw: Tensor | None) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastdiff.kernels import reference, reference_diffusion
 from fastdiff.kernels.diffusion_loss import diffusion_loss
-from fastdiff.kernels.noise import image_noise
+from fastdiff.kernels.noise import image_noise, image_uniform
 from fastdiff.kernels.q_sample import q_sample
 from fastdiff.kernels.reference import CounterNoise
 from fastdiff.kernels.sampler_step import sampler_step
@@ -53,11 +53,22 @@ def test_noise_is_the_definitions(size: str, seed: int) -> None:
     torch.testing.assert_close(first, reference.image_noise(seed, INDEX, 0, SIZES[size]), rtol=2**-23, atol=1e-9)
 
 
+@pytest.mark.parametrize("count", [1, 3, 128, 300])
+@pytest.mark.parametrize("draw", [0, 1, 2**32 - 1])
+@pytest.mark.parametrize("seed", [0, 3 | 1 << 32, 2**35 - 1])
+def test_uniforms_are_the_definitions(seed: int, draw: int, count: int) -> None:
+    """To the last bit: the same words, and both operations on them are exact."""
+    index = torch.cat([INDEX, torch.arange(1000, 1297, device=DEVICE)])[:count]
+    assert torch.equal(image_uniform(seed, index, draw), reference.image_uniform(seed, index, draw))
+
+
 def test_noise_refuses_other_counters() -> None:
     with pytest.raises(ValueError, match=r"index \[B\] int64; got \(3,\) torch.int32"):
         image_noise(0, INDEX.int(), None, (3, 2, 2))
     with pytest.raises(ValueError, match=r"draw of shape \(3,\) int64; got \(1,\)"):
         image_noise(0, INDEX, INDEX[:1], (3, 2, 2))
+    with pytest.raises(ValueError, match=r"index \[B\] int64; got \(3,\) torch.int32"):
+        image_uniform(0, INDEX.int(), 0)
 
 
 # --- noising ---
@@ -302,6 +313,7 @@ def test_torch_checks() -> None:
     noise = normal(3, 3, 2, 2)
     check = torch.library.opcheck
     check(torch.ops.fastdiff.image_noise.default, (1, INDEX, None, [3, 2, 2]))
+    check(torch.ops.fastdiff.image_uniform.default, (1, INDEX, 0))
     check(torch.ops.fastdiff.q_sample.default, (x_start, rows[:, :2], noise, 0, None, None, None, torch.bfloat16, 8))
     loss = (output, x_start, rows, None, 1, INDEX, None, None, True, "range", False, 1.0)
     check(torch.ops.fastdiff.diffusion_loss.default, loss)
