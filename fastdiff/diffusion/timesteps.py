@@ -15,6 +15,7 @@ class UniformSampler:
     def __init__(self, num_timesteps: int, device: torch.device | str = "cpu") -> None:
         self.num_timesteps = num_timesteps
         self.device = torch.device(device)
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def weights(self) -> Tensor:
         """Unnormalised probability of each timestep, [T] float64."""
@@ -22,12 +23,23 @@ class UniformSampler:
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B] int64 and importance weights 1 / (T p_t) [B] float32, for uniform [B] float64 in (0, 1)."""
+        edges, importance = self.table()
+        t = torch.searchsorted(edges, (uniform.double() * edges[-1]).long(), right=True).clamp(
+            max=self.num_timesteps - 1
+        )
+        return t, importance[t]
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        """(upper edges of the timesteps' shares of [0, 2^48], [T] int64; importance weights [T] float32)."""
+        if self._table is None:
+            self._table = self._make_table()
+        return self._table
+
+    def _make_table(self) -> tuple[Tensor, Tensor]:
         p = self.weights()
         p = p / p.sum()
         # In whole numbers, whose running sum is the same on every device and every time.
-        edges = (p * 2.0**48).round().long().cumsum(0)
-        t = torch.searchsorted(edges, (uniform.to(p) * edges[-1]).long(), right=True).clamp(max=self.num_timesteps - 1)
-        return t, (1 / (self.num_timesteps * p[t])).float()
+        return (p * 2.0**48).round().long().cumsum(0), (1 / (self.num_timesteps * p)).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Learn from the unweighted losses [B] at t [B] of this rank, but not from non-finite ones; collective."""
@@ -57,6 +69,9 @@ class LossSecondMomentSampler(UniformSampler):
         self.uniform_prob = uniform_prob
         self.history = torch.zeros(num_timesteps, history_per_term, dtype=torch.float64, device=self.device)
         self.counts = torch.zeros(num_timesteps, dtype=torch.int64, device=self.device)
+
+    def table(self) -> tuple[Tensor, Tensor]:
+        return self._make_table()  # as the history is now
 
     def warmed_up(self) -> Tensor:
         """Whether every timestep has a full history, [] bool."""

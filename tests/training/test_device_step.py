@@ -97,6 +97,32 @@ def test_never_waits_for_a_loss_scale() -> None:
     assert not waits.seen
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations that are no views: on a GPU each is a launch at least."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_launches_beside_the_network() -> None:
+    """Timesteps and sums of losses come with every micro-batch, and a small network is but some hundred launches."""
+    trainer = small_trainer()
+    batch = trainer._next_batch()
+    with ops.using("triton"):
+        for _ in range(2):  # tables are made once
+            with Operations() as drawing:
+                t, weights = trainer.draw_timesteps(batch)
+            with Operations() as adding:
+                trainer.meter.add(t, weights, dict.fromkeys(("loss", "mse", "vb"), torch.ones(len(t))))
+    assert drawing.count <= 8
+    assert adding.count <= 25
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["", "cuda graph"])
 def test_never_waits_gpu(cuda_graph: bool) -> None:
