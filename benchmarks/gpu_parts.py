@@ -373,9 +373,17 @@ def measure_variant(
             context.emit("throughput", **row, ms=quartiles(rounds), **rates, **more)
         else:
             row.update(found)
-            context.emit("fact", variant=variant, batch=batch, **found)
+            context.emit("fact", variant=variant, batch=batch, **found, **compiled_code())
 
     measure(make, case, emit, seconds=0.2 if context.tiny else 4.0, profile_steps=3 if profile else 0)
+
+
+def compiled_code() -> dict[str, int]:
+    """How many of Inductor's graphs this process found in the cache, and how many it had to compile."""
+    from torch._dynamo.utils import counters
+
+    seen = counters["inductor"]
+    return {"graphs_found": seen["fxgraph_cache_hit"], "graphs_compiled": seen["fxgraph_cache_miss"]}
 
 
 def levers(config: str, batch: int) -> Callable[[Context], None]:
