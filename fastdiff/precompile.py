@@ -10,9 +10,9 @@ import atexit
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,14 @@ def _signature(value: Any) -> str:
 
 def launches_of(work: Callable[[], Any]) -> list[Launch]:
     """What fastdiff's ops would launch for `work`, a function of tensors on the meta device."""
-    with warnings.catch_warnings(), ops.using("triton", anywhere=True), launch.record() as recorded:
+    with warnings.catch_warnings(), ops.using("triton", anywhere=True):
         warnings.simplefilter("ignore")  # without memory there is no layout to keep
-        with _Calls() as seen:
+        with launch.record() as direct, _Calls() as seen:  # the optimiser launches without an op, after all others
             work()
-        for name, args in seen.calls.values():
-            launch.IMPLEMENTATIONS[name](*args)
-    return recorded
+        with launch.record() as recorded:
+            for name, args in seen.calls.values():
+                launch.IMPLEMENTATIONS[name](*args)
+    return recorded + direct
 
 
 def training_launches(
@@ -195,21 +196,20 @@ def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[st
     return [f"Triton kernels: compiling {len(left)} of {len(lines)} beforehand, processes: {count}"]
 
 
-def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[str]:
+def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
     """A process that compiles launches, each a line of `kernels.aot.to_json`."""
     root = str(Path(fastdiff.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "fastdiff.kernels.aot", str(arch)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        text=True,
-        start_new_session=True,  # a signal to the run's group is not for it
-    )
+    with tempfile.TemporaryFile() as given:  # a pipe would make this process wait until the other one reads
+        given.write("\n".join(lines).encode())
+        given.seek(0)
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "fastdiff.kernels.aot", str(arch), str(os.getpid())],
+            stdin=given,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # a signal to the run's group is not for it
+        )
     atexit.register(worker.kill)
-    assert worker.stdin is not None
-    with suppress(BrokenPipeError), worker.stdin:
-        worker.stdin.write("\n".join(lines))
     return worker

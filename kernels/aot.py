@@ -268,11 +268,13 @@ def missing(lines: Iterable[str], arch: int) -> list[str]:
     return list(lines)
 
 
-def compile_all(lines: Iterable[str], arch: int) -> None:
-    """Compile launches into Triton's cache; one that fails is left to the run that needs it."""
-    parent = os.getppid()
+def compile_all(lines: Iterable[str], arch: int, parent: int) -> None:
+    """Compile launches into Triton's cache as long as this process's parent lives.
+
+    A launch that fails is left to the run that needs it.
+    """
     for line in lines:
-        if os.getppid() != parent:  # the run is over
+        if os.getppid() != parent:
             return
         with contextlib.suppress(Exception):
             built = compile_launch(from_json(line), arch)
@@ -304,6 +306,6 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-if __name__ == "__main__":  # python -m fastdiff.kernels.aot ARCH, with launches as standard input
+if __name__ == "__main__":  # python -m fastdiff.kernels.aot ARCH PARENT, with launches as standard input
     os.nice(10)
-    compile_all(sys.stdin.read().splitlines(), int(sys.argv[1]))
+    compile_all(sys.stdin.read().splitlines(), *map(int, sys.argv[1:]))

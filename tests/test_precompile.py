@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,31 @@ def test_nothing_without_a_gpu() -> None:
 
 
 def test_a_process_that_fails_or_dies() -> None:
-    """Lines that make no sense are passed over; a process that is gone doesn't matter to who writes to it."""
+    """Lines that make no sense are passed over, and nothing waits for the process to read them, or to live."""
     assert precompile._spawn(90, ["{}", "nonsense"]).wait() == 0
-    environment = dict(os.environ)
     worker = precompile._spawn(90, ["{}"] * 100_000)
+    assert worker.poll() is None
     worker.kill()
     assert worker.wait() == -9
-    assert dict(os.environ) == environment
+
+
+def test_a_process_ends_with_its_run() -> None:
+    """Killed at the run's end, or finding itself alone after a run that had no end."""
+    script = (
+        "import os, sys; from fastdiff import precompile\n"
+        "print(precompile._spawn(90, ['{}'] * 10**6).pid, flush=True)\n"
+        "os._exit(0) if sys.argv[1] == 'at once' else sys.exit(0)"
+    )
+    for how in ("at once", "in order"):
+        pid = int(tritons.run("", "-c", script, how).stdout)
+        end = time.monotonic() + 60
+        while _lives(pid) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not _lives(pid), how
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
