@@ -42,11 +42,12 @@ from fastdiff.kernels import aot, launch
 from fastdiff.kernels.aot import Compiled
 from fastdiff.kernels.launch import Launch
 
-from fastdiff import precompile
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.plans import make_plan
+from fastdiff.sampling.launches import sampling_launches
 from fastdiff.training.engine import split_batch
+from fastdiff.training.launches import training_launches
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARCHS = (80, 90, 100)
@@ -88,11 +89,11 @@ def recorded(name: str) -> Iterator[Launch]:
     given, model = (config.model, config.diffusion), config.model
     for precision in PRECISIONS.get(name, (torch.bfloat16,)):
         for batch in TRAINED.get(name, (split_batch(config.train, 1)[0],)):
-            yield from precompile.training_launches(*given, batch, precision, rates=config.train.ema_rate)
+            yield from training_launches(*given, batch, precision, rates=config.train.ema_rate)
     process = create_diffusion(config.diffusion, model.learn_sigma)
     for batch in DRAWN.get(name, (16,)):
         for solver in SOLVERS:
-            yield from precompile.sampling_launches(model, process, make_plan(process, solver), batch, torch.bfloat16)
+            yield from sampling_launches(model, process, make_plan(process, solver), batch, torch.bfloat16)
 
 
 def optional() -> Iterator[Launch]:

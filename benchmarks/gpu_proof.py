@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -124,7 +125,7 @@ class Proof:
         self.deadline = began + args.seconds - CLOSING
         self.log = Log(tuple(dict.fromkeys((args.out, args.work))), began)
         self.method = "spawn" if args.spawn else "fork"
-        self.beside: list[Running] = []
+        self.running: list[Running] = []
         self.failed: list[str] = []
         self.left: list[str] = []
 
@@ -134,22 +135,20 @@ class Proof:
             if part.name in self.done:
                 continue
             if part.alone:
-                self.wait_for_others()
+                self.finish_all()
             if self.deadline - time.monotonic() < part.seconds:
                 self.left.append(part.name)
                 continue
-            running = self.start(part)
+            self.start(part)
             if part.alone:
-                self.finish(running)
-            else:
-                self.beside.append(running)
-        self.wait_for_others()
+                self.finish_all()
+        self.finish_all()
 
-    def wait_for_others(self) -> None:
-        while self.beside:
-            self.finish(self.beside.pop(0))
+    def finish_all(self) -> None:
+        while self.running:
+            self.finish(self.running[0])
 
-    def start(self, part: Part) -> Running:
+    def start(self, part: Part) -> None:
         now = time.monotonic()
         print(f"== {part.name}, {now - self.began:.0f} s after the start", flush=True)
         until = min(now + self.args.stretch * (PATIENCE * part.seconds + 20), self.deadline)
@@ -158,7 +157,7 @@ class Proof:
         context = Context(part.name, self.log, args.out, args.work, images, args.tiny, args.rehearsal, until)
         process = multiprocessing.get_context(self.method).Process(target=run_part, args=(context,), name=part.name)
         process.start()
-        return Running(part, process, now, until)
+        self.running.append(Running(part, process, now, until))
 
     def finish(self, running: Running) -> None:
         """Wait for a part's end or end it, and write down which."""
@@ -166,6 +165,7 @@ class Proof:
         process.join(max(0.0, running.until - time.monotonic()))
         code = process.exitcode
         stop(process)  # also what a part has started and left behind
+        self.running.remove(running)
         if code == 0:
             verdict = OK
         else:
@@ -177,12 +177,14 @@ class Proof:
             self.log.write(name, "note", reason="a forked process can't have this GPU: every part starts anew")
             self.method = "spawn"
             self.failed.remove(name)
-            self.finish(self.start(running.part))
+            self.start(running.part)
 
 
 def run_part(context: Context) -> None:
     """In the part's process: what it prints goes into log.txt; an exception becomes a row and exit code 1."""
     os.setpgid(0, 0)  # so that it can be stopped with all that it has started
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     with (context.out / "log.txt").open("a", buffering=1) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -197,6 +199,13 @@ def run_part(context: Context) -> None:
             file.flush()
             os._exit(1)
     os._exit(0)  # the clean-up of CUDA and of process groups may hang, and its seconds are the next part's
+
+
+def end_with(parent: int) -> None:
+    """Kill this process and all that it has started when the command is gone, which may have been killed itself."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
 
 
 def stop(process: BaseProcess) -> None:
@@ -244,11 +253,13 @@ def main(argv: list[str] | None = None) -> int:
         for name in IMPORTS:
             importlib.import_module(name)
     proof.log.write("all", "note", importing_took=round(time.monotonic() - began, 1))
+    before_signal = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         proof.go(wanted)
     finally:
-        for running in proof.beside:
+        for running in proof.running:  # the command is stopped
             stop(running.process)
+        signal.signal(signal.SIGTERM, before_signal)
         print(write_table(proof.log), flush=True)
     if proof.left:
         print(f"left for another time: {', '.join(proof.left)}")

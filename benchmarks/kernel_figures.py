@@ -42,6 +42,7 @@ from fastdiff import compilation
 from fastdiff.config import Config
 from fastdiff.hardware import Rates, device_name, measure_rates
 from fastdiff.models.work import operations
+from fastdiff.op_calls import Call
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError, shortened
 
@@ -49,13 +50,13 @@ try:  # run as a script, or imported beside its neighbours
     import bench_attention
     from bench_train import CONFIGS, QUICK, chosen, load
     from gpu_timing import Figure, own_stream, rotated, time_calls
-    from op_calls import Call, training_calls
+    from op_calls import realised, training_calls
     from roofline import usual_batch
 except ImportError:
     from benchmarks import bench_attention
     from benchmarks.bench_train import CONFIGS, QUICK, chosen, load
     from benchmarks.gpu_timing import Figure, own_stream, rotated, time_calls
-    from benchmarks.op_calls import Call, training_calls
+    from benchmarks.op_calls import realised, training_calls
     from benchmarks.roofline import usual_batch
 
 Row = dict[str, Any]
@@ -334,7 +335,7 @@ def _rows_of_ways(bench: Bench, label: Row, call: Call, moved: int, sums: Sums) 
     function, best = call.function(), None
     try:
         with ways_taken(planned):
-            usual = function(*call.realised(0, bench.device))
+            usual = function(*realised(call, 0, bench.device))
     except Exception as error:
         bench.leave_out({**label, "way": "planned"}, error)
         return
@@ -343,13 +344,13 @@ def _rows_of_ways(bench: Bench, label: Row, call: Call, moved: int, sums: Sums) 
         row = {**label, "way": way, "planned": is_planned}
         with forced("" if is_planned else way):
             try:
-                off = difference(function(*call.realised(0, bench.device)), usual)
+                off = difference(function(*realised(call, 0, bench.device)), usual)
             except NoSuchWay:
                 continue
             except Exception as error:
                 bench.leave_out(row, error)
                 continue
-            make = lambda i: (function, call.realised(i, bench.device))
+            make = lambda i: (function, realised(call, i, bench.device))
             figure = bench.row(row, make, moved=moved, difference=off)
         if is_planned:
             sums.add(label["direction"], "planned", figure, call.count)
@@ -376,10 +377,10 @@ def _definition(bench: Bench, norm: Norm) -> Callable[[int], tuple[Callable[...,
         run = torch.compile(run, fullgraph=True, dynamic=False)
 
     def forward(i: int) -> Any:
-        return torch.no_grad()(run), tuple(norm.tensors(call.realised(i, bench.device)).values())
+        return torch.no_grad()(run), tuple(norm.tensors(realised(call, i, bench.device)).values())
 
     def backward(i: int) -> Any:
-        args = call.realised(i, bench.device)
+        args = realised(call, i, bench.device)
         leaves = [x.requires_grad_() for x in norm.tensors(args).values()]
         with torch._functorch.config.patch(donated_buffer=False):  # the backward pass is timed again and again
             results = run(*leaves)
@@ -405,7 +406,7 @@ def convolutions(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None
                 kind, shape = described(call)
                 row = {**label, "layer": kind, "direction": direction, "shape": shape}
                 row |= {"dtype": dtype_name(call.args[1].dtype), "count": call.count}
-                make = lambda i, call=call: (torch.no_grad()(call.function()), call.realised(i, bench.device))
+                make = lambda i, call=call: (torch.no_grad()(call.function()), realised(call, i, bench.device))
                 figure = bench.row(row, make, flops=flops_of(call))
                 sums.add(direction, "cuBLAS" if direction == "product" else "cuDNN", figure, call.count)
         finally:

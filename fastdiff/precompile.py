@@ -12,28 +12,18 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.plans import Plan
-from fastdiff.diffusion.streams import NOISE, SAMPLES, TIMESTEPS
 from fastdiff.kernels import launch
-from fastdiff.kernels.launch import Launch
-from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow
-from fastdiff.models import BackboneSettings, SuperResSettings, UNet, build_model
-from fastdiff.models.inference import freeze
+from fastdiff.kernels.launch import Launch as Launch
+from fastdiff.op_calls import Recorder
 from fastdiff.processes import current
-from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.evaluation import Evaluation, Guidance
 from fastdiff.threads import free_cores
 
 META = torch.device("meta")
@@ -43,131 +33,16 @@ LEAST_EACH = 4
 """Kernels for which a process is worth its start."""
 
 
-class _Calls(TorchDispatchMode):
-    """Collects calls of fastdiff's ops, one of each shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[str, tuple[Any, ...]]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fastdiff":
-            name = func.name().split("::")[1].split(".")[0]
-            self.calls.setdefault(f"{name} {_signature(args)}", (name, args))
-        return func(*args, **(kwargs or {}))
-
-
-def _signature(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.storage_offset()}"
-    if isinstance(value, (list, tuple)):
-        return "(" + ", ".join(map(_signature, value)) + ")"
-    return repr(value)
-
-
 def launches_of(work: Callable[[], Any]) -> list[Launch]:
     """What fastdiff's ops would launch for `work`, a function of tensors on the meta device."""
     with warnings.catch_warnings(), ops.using("triton", anywhere=True):
         warnings.simplefilter("ignore")  # without memory there is no layout to keep
-        with launch.record() as direct, _Calls() as seen:  # the optimiser launches without an op, after all others
+        with launch.record() as direct, Recorder("fastdiff::") as seen:  # the optimiser launches without an op, at last
             work()
         with launch.record() as recorded:
-            for name, args in seen.calls.values():
-                launch.IMPLEMENTATIONS[name](*args)
+            for call in seen.calls.values():
+                launch.IMPLEMENTATIONS[call.op.removeprefix("fastdiff::")](*call.args)
     return recorded + direct
-
-
-def training_launches(
-    settings: BackboneSettings,
-    diffusion: DiffusionSettings,
-    micro: int,
-    precision: torch.dtype,
-    *,
-    more: bool = False,
-    rates: Sequence[float] = (0.9999,),
-    scaled: bool = False,
-    through_engine: bool = False,
-) -> list[Launch]:
-    """Launches of an optimiser step on micro-batches of `micro` images, with a body in `precision`.
-
-    more            Other micro-batches follow the first.
-    rates           Of the averages of the weights.
-    scaled          The gradients are clipped, or carry a loss scale.
-    through_engine  DeepSpeed takes the step instead of `DeviceStep`; then the weights are in `precision` as well.
-    """
-
-    def work() -> None:
-        with META:
-            model = build_model(settings).train().set_precision(precision)
-        if through_engine:
-            model.to(precision)
-        process = create_diffusion(diffusion, settings.learn_sigma)
-        C, (H, W) = settings.in_channels, settings.size_hw
-        # A second micro-batch lies behind the first one, perhaps not at a multiple of 16 bytes.
-        images = torch.empty(2 * micro, H, W, C, dtype=torch.uint8, device=META)
-        positions = torch.empty(2 * micro, dtype=torch.int64, device=META)
-        for cut in (slice(micro), slice(micro, 2 * micro))[: 1 + more]:
-            t = torch.empty(micro, dtype=torch.int64, device=META)
-            kwargs: dict[str, Tensor] = {"y": t} if settings.class_cond else {}
-            if isinstance(settings, SuperResSettings):
-                kwargs["low_res"] = torch.empty(micro, C, *settings.small_size, device=META)
-            ops.image_uniform(TIMESTEPS, positions[cut], 0)
-            noise = CounterNoise(NOISE, positions[cut], (C, H, W))
-            process.training_losses(model, images[cut], t, kwargs, noise)["loss"].mean().backward()
-        _update(list(model.parameters()), rates, scaled, through_engine)
-
-    return launches_of(work)
-
-
-def _update(parameters: list[Tensor], rates: Sequence[float], scaled: bool, through_engine: bool) -> None:
-    """The update by kernels."""
-    like = lambda count=1: [torch.empty_like(p, dtype=torch.float32) for p in parameters for _ in range(count)]
-    gradients, lists, averages = like(), [like() for _ in range(3)], like(len(rates))
-    squared = ops.squared_norm(gradients)
-    given: dict[str, Any] = {"lr": 1e-4}
-    if not through_engine:
-        grad_scale, found_inf = grad_scale_and_overflow(squared)
-        given = {"lr": squared, "grad_scale": grad_scale if scaled else None, "found_inf": found_inf}
-    numbers = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
-    steps = [squared] * len(parameters)
-    update = ops.AdamWLists(*lists, steps=steps, averages=averages, rates=list(rates), halves=[])
-    update.step(gradients, **numbers, **given)
-
-
-def sampling_launches(
-    settings: BackboneSettings,
-    diffusion: GaussianDiffusion,
-    plan: Plan,
-    batch: int,
-    precision: torch.dtype,
-    *,
-    guidance: Guidance | None = None,
-    clip: bool = True,
-) -> list[Launch]:
-    """Launches of drawing `batch` images at once by `Engine`, with a body in `precision`."""
-
-    def network(settings: BackboneSettings) -> UNet:
-        with META:
-            return freeze(build_model(settings).set_precision(precision))
-
-    def work() -> None:
-        chosen = guidance or Guidance()
-        guide = None if chosen.guide is None else network(chosen.guide.settings)
-        evaluation = Evaluation(network(settings), plan, diffusion, replace(chosen, guide=guide), META)
-        engine = Engine(evaluation, plan, diffusion, META, batch_size=batch, seed_stream=SAMPLES, clip=clip)
-        index = torch.empty(batch, dtype=torch.int64, device=META)
-        small = None
-        if isinstance(settings, SuperResSettings):
-            small = torch.empty(batch, settings.in_channels, *settings.small_size, device=META)
-        state = engine._begin(index, index if settings.class_cond else None, small)
-        kinds = zip(evaluation.guided, engine._noisy, strict=True)
-        for row in {kind: row for row, kind in enumerate(kinds)}.values():
-            engine._advance(state, row)
-
-    return launches_of(work)
-
-
-# --- processes that compile ---
 
 
 def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[str]:

@@ -26,6 +26,8 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.inference import freeze
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.launches import sampling_launches
+from fastdiff.training.launches import training_launches
 
 ARCH = 90
 MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resolutions": "8"}
@@ -60,9 +62,9 @@ class NoGPU:
 def recorded() -> list[Any]:
     """What the three tasks below would launch."""
     model = UNetSettings(**MODEL)
-    found = precompile.training_launches(model, DIFFUSION, 2, torch.bfloat16, more=True, rates=RATES)
-    found += precompile.training_launches(model, DIFFUSION, 2, torch.bfloat16, rates=RATES, through_engine=True)
-    return found + precompile.sampling_launches(LABELLED, *DRAWING, BATCH, torch.bfloat16, guidance=GUIDANCE)
+    found = training_launches(model, DIFFUSION, 2, torch.bfloat16, more=True, rates=RATES)
+    found += training_launches(model, DIFFUSION, 2, torch.bfloat16, rates=RATES, through_engine=True)
+    return found + sampling_launches(LABELLED, *DRAWING, BATCH, torch.bfloat16, guidance=GUIDANCE)
 
 
 def compile_ahead(launches: list[Any]) -> int:

@@ -41,7 +41,8 @@ LAYERS: dict[str, set[str]] = {
         *("compilation", "diffusion", "hardware", "images", "kernel_choice", "models", "ops", "precompile"),
         *("processes", "settings"),
     },
-    "precompile": {"diffusion", "kernels", "models", "ops", "processes", "sampling", "threads"},
+    "op_calls": set(),
+    "precompile": {"kernels", "op_calls", "ops", "processes", "threads"},
     "nll_settings": {"kernel_choice", "sampling", "settings"},
     "likelihood": {"diffusion", "images", "ops", "processes"},
     "training": {

@@ -25,6 +25,7 @@ from fastdiff.sampling.drawn import Drawn
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.evaluation import Evaluation, Guidance
 from fastdiff.sampling.labels import Labels
+from fastdiff.sampling.launches import sampling_launches
 from fastdiff.sampling.network import Network
 from fastdiff.sampling.pictures import non_finite, to_uint8
 from fastdiff.sampling.settings import DrawSettings
@@ -243,7 +244,7 @@ class Sampler:
 
     def _launches(self) -> list[Any]:
         """Launches of kernels that the engine will make."""
-        return precompile.sampling_launches(
+        return sampling_launches(
             *(self.network.settings, self.diffusion, self.plan, self.batch_size, self.network.model.dtype),
             guidance=self.guidance,
             clip=self.settings.clip_denoised,

@@ -28,6 +28,7 @@ from fastdiff.training.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.checkpoints import Snapshot
 from fastdiff.training.engine import deepspeed_config, needs_engine, split_batch, start_processes
 from fastdiff.training.fitting import fit
+from fastdiff.training.launches import training_launches
 from fastdiff.training.loop import LONG
 from fastdiff.training.previews import preview_diffusion
 from fastdiff.training.trainer import Trainer
@@ -162,7 +163,7 @@ def _compile_kernels(config: Config, processes: Processes) -> list[str]:
     train, world_size = config.train, processes.world_size
     micro, accumulation = split_batch(train, world_size)
     launches = functools.partial(
-        precompile.training_launches,
+        training_launches,
         *(config.model, config.diffusion, micro, body_dtype(train.precision, processes.device)),
         more=accumulation > 1,
         rates=train.ema_rate,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,34 @@ def test_a_part_is_stopped_at_its_limit_with_all_that_it_started(run: Any, monke
     assert ends(rows) == {"a": "stopped at its limit", "b": "ok"}
     child = next(row["child"] for row in rows if "child" in row)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
+def test_parts_end_with_the_command(number: int, tmp_path: Path) -> None:
+    """And what they found is there, in the table too where the command had time to write one."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from benchmarks import gpu_proof
+from benchmarks.gpu_parts import Part
+from benchmarks.test_gpu_proof import endless
+gpu_proof.IMPORTS, gpu_proof.PARTS = (), [Part("a", 100, endless)]
+gpu_proof.main(["--out", {str(tmp_path / "out")!r}, "--work", {str(tmp_path / "work")!r}])
+""")
+    command = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
+    file = tmp_path / "out" / proof_log.FILE
+    children: list[int] = []
+    until = time.monotonic() + 60
+    while not children and time.monotonic() < until:
+        time.sleep(0.1)
+        children = [row["child"] for row in proof_log.read_rows(file) if "child" in row] if file.exists() else []
+    command.send_signal(number)
+    said = command.communicate()[0]
+    assert ('"child"' in said.splitlines()[-1]) == (number == signal.SIGTERM)
+    while psutil.pid_exists(children[0]) and psutil.Process(children[0]).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, "the part's own process goes on"
+        time.sleep(0.1)
 
 
 def test_again_does_what_is_left(run: Any) -> None:

@@ -63,7 +63,7 @@ def test_arguments_with_memory() -> None:
     """As the recorded ones but for maps, which are channels-last; equal seeds give equal numbers."""
     meta = lambda *shape, **settings: torch.empty(*shape, device="meta", **settings)
     args = (meta(2, 8, 4, 4), None, meta(8).expand(2, 8), meta(3, 5).t(), meta(1, dtype=torch.int64), [meta(3)], 0.5)
-    x, none, offset, weight, seed, others, number = op_calls.Call("aten::any", args).realised(3, CPU)
+    x, none, offset, weight, seed, others, number = op_calls.realised(op_calls.Call("aten::any", args), 3, CPU)
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (none, number) == (None, 0.5)
     assert offset.stride() == (0, 1)
@@ -71,8 +71,8 @@ def test_arguments_with_memory() -> None:
     assert weight.stride() == (1, 5)
     assert seed.dtype == torch.int64
     assert others[0].shape == (3,)
-    assert torch.equal(x, op_calls.Call("aten::any", args).realised(3, CPU)[0])
-    assert not torch.equal(x, op_calls.Call("aten::any", args).realised(4, CPU)[0])
+    assert torch.equal(x, op_calls.realised(op_calls.Call("aten::any", args), 3, CPU)[0])
+    assert not torch.equal(x, op_calls.realised(op_calls.Call("aten::any", args), 4, CPU)[0])
 
 
 # --- norms ---
@@ -142,7 +142,7 @@ def test_definitions_are_the_ops() -> None:
     for op in ("group_norm_silu", "group_norm_silu_backward"):
         call = norm_call(op, side=4)
         run, given = kernel_figures._definition(bench([]), kernel_figures.Norm(call))(0)
-        wanted = call.function()(*call.realised(0, CPU))[0]
+        wanted = call.function()(*op_calls.realised(call, 0, CPU))[0]
         if op == "group_norm_silu":
             torch.testing.assert_close(run(*given), wanted, atol=1e-5, rtol=1e-5)
         else:  # its statistics are random numbers, which the definition finds itself
