@@ -355,6 +355,8 @@ def measure_variant(
     else:
         case = train_variants.Case(settings, batch, precision, processes)
         make, per_step = functools.partial(bench_train.VARIANTS[variant], case), 1
+    if variant.startswith("ours"):
+        print("\n".join(compile_beforehand(case, draw)), flush=True)
     # The original knows fp16 only, and on a CPU float32.
     computed = precision if variant != "reference" else "fp16" if processes.device.type == "cuda" else "fp32"
     row: dict[str, Any] = {"config": config, "variant": variant, "precision": computed, "batch": batch, "ratio": None}
@@ -376,6 +378,24 @@ def measure_variant(
             context.emit("fact", variant=variant, batch=batch, **found, **compiled_code())
 
     measure(make, case, emit, seconds=0.2 if context.tiny else 4.0, profile_steps=3 if profile else 0)
+
+
+def compile_beforehand(case: Any, draw: bool) -> list[str]:
+    """Start the processes that compile a variant's Triton kernels, as a run does; what it would say of that."""
+    from fastdiff import precompile
+    from fastdiff.models.precision import DTYPES
+    from fastdiff.sampling.launches import sampling_launches
+    from fastdiff.training.launches import training_launches
+
+    dtype, model = DTYPES[case.precision], case.config.model
+    if draw:
+        launches = functools.partial(sampling_launches, model, case.diffusion(), case.plan(), case.batch, dtype)
+    else:
+        scaled = case.precision == "fp16"
+        rates = case.config.train.ema_rate
+        given = (model, case.config.diffusion, case.batch, dtype)
+        launches = functools.partial(training_launches, *given, rates=rates, scaled=scaled)
+    return precompile.start(launches, case.device)
 
 
 def compiled_code() -> dict[str, int]:
