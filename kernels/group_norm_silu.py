@@ -67,6 +67,7 @@ class Plan:
     block_c: int
 
 
+@functools.cache  # a step asks for some hundred, of a few dozen shapes, and each takes as long as several launches
 def plan(
     B: int,
     L: int,

@@ -247,6 +247,12 @@ def test_plans(L: int, C: int, backward: bool) -> None:
         assert programs >= min(132, B * L * C // 2**17)
 
 
+def test_a_plan_is_made_once() -> None:
+    """A compiled step would spend a third of the host's time on making the same plans again."""
+    arguments = (256, 1024, 128, 128, 8, 2, True, 132, True)
+    assert plan(*arguments) is plan(*arguments)
+
+
 def test_offsets_beyond_2_31() -> None:
     """The last element of 3 * 2^30 is reached by 64-bit arithmetic: offsets are formed from an int64 image number."""
     B, L, C = 3 * 2**14, 1024, 64
