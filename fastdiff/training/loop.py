@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -352,7 +353,7 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
         f"images         {trainer.loader.num_images} ({trainer.loader.loader_name})\n"
         f"batch          {config.train.batch_size} = {trainer.processes.world_size} processes x {trainer.micro} "
         f"images x {trainer.accumulation} times\n"
-        f"first loss     {metrics['loss']:.4f}\n"
+        f"first loss     {metrics.get('loss', math.nan):.4f}\n"
         f"first step     {seconds:.1f} s, start-up included\n"
         f"peak memory    {memory_gb(trainer.device):.2f} GB on {trainer.device}\n"
         f"a checkpoint   {trainer.state_bytes / 1e9:.2f} GB\n"

@@ -19,6 +19,7 @@ from training.test_resume import run_two
 from fastdiff import super_res_train, train
 from fastdiff.models import UNetSettings, build_model, weights
 from fastdiff.settings import UserError
+from fastdiff.training.metrics import LossMeter
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -164,6 +165,15 @@ def test_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.Captu
     assert "peak memory" in out
     assert str(tmp_path / "run") in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_dry_run_of_a_loss_that_is_not_finite(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such losses are in no mean, so that there may be none; the report says so."""
+    monkeypatch.setattr(LossMeter, "read", lambda self: {"bad_losses": 8.0})
+    train.main(flags(data, tmp_path / "run", "--dry_run"))
+    assert "first loss     nan" in capsys.readouterr().out
 
 
 def test_another_model_in_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
