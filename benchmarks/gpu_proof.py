@@ -1,4 +1,4 @@
-"""Prove and measure fastdiff on one GPU, the most valuable truths first, in as many minutes as there are.
+"""Check fastdiff on one GPU and measure its speed, the most valuable parts first, within a time limit if one is given.
 
     python benchmarks/gpu_proof.py                       everything that is not done yet; may be repeated
     python benchmarks/gpu_proof.py --seconds 560         ends within so many seconds
@@ -7,8 +7,9 @@
 
 Every part runs in a process of its own with a limit, so that an exception, a lack of memory or a hang costs that part
 alone. Everything found is on disk at once (results.jsonl in --out; log.txt holds what was printed), so a command that
-is killed has lost nothing: the same command again does what is left. A table with ratios comes last. Exit code 0 when
-every part that was wanted came to its end, 3 when some are left for lack of time, 1 when one failed.
+is killed has lost nothing: the same command again does what is left at this commit. A table with ratios comes last.
+Exit code 0: every wanted part is done. 3: some are left, for lack of time or of what they need. 1: one failed. 2: a
+flag is wrong, or there is no GPU.
 
 `report.py results.jsonl` makes tables and charts. docs/gpu.md says how to read them.
 """
@@ -33,6 +34,7 @@ import time
 import traceback
 from dataclasses import dataclass, replace
 from datetime import date
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -41,50 +43,63 @@ sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder: its 
 # A process that has opened CUDA can't be forked; this way torch asks the driver's library whether there is a GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-from benchmarks.gpu_parts import PARTS, Context, Part  # noqa: E402
-from benchmarks.proof_log import FILE, OK, Log, Row, finished, read_rows, table  # noqa: E402
+from benchmarks.gpu_parts import PARTS, Context, LeftOut, OutOfTime, Part  # noqa: E402
+from benchmarks.proof_log import FILE, OK, Log, Row, finished, latest_kind, of_one_kind, read_rows, table  # noqa: E402
 
 BROUGHT = ROOT / ".gpu"
-"""Where pack.py puts what a machine without a network needs."""
+"""Where pack_for_gpu.py puts what a machine without a network needs."""
 IMPORTS = ("deepspeed", "torch._inductor.compile_fx", "fastdiff.training.run", "fastdiff.sampling.sampler")
 """Imported once, before parts are forked off: together they take many seconds."""
 PATIENCE = 4.0
 """A part is stopped after so many times its predicted seconds, and 20 more."""
 CLOSING = 5.0
 """Seconds kept for the table."""
+LEFT_OUT, OUT_OF_TIME = 4, 5
+"""Exit codes of a part that lacks what it needs, and of one whose own command was cut off at the part's limit."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scratch = Path(tempfile.gettempdir()) / "fastdiff_gpu_proof"
     parser.add_argument(
-        "--out", type=Path, default=scratch / "out", help="folder for the results, the log and the table"
+        "--out", type=Path, default=ROOT / ".gpu_proof", help="folder of results (default: %(default)s)"
     )
-    parser.add_argument("--work", type=Path, default=scratch, help="scratch folder: compiled code, images, runs")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="the command ends within them")
+    parser.add_argument("--work", type=Path, default=scratch, help="scratch for compiled code, images and runs, and a "
+                        "copy of the results (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the results there, with tables and charts")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end within so many (default: no limit)")
     parser.add_argument("--only", nargs="+", metavar="PART", default=["*"], help="names, or patterns such as '270M*'")
-    parser.add_argument("--rest", type=Path, nargs="+", metavar="FILE", default=[], help="leave out what these did")
+    parser.add_argument("--done_in", type=Path, nargs="+", metavar="FILE", default=[], help="results.jsonl of earlier "
+                        "commands: parts that they finished are left out, and their rows copied")  # fmt: skip
     parser.add_argument("--again", action="store_true", help="run also what is done already")
     parser.add_argument("--images", type=Path, help="folder or tar file to train on (default: made-up pictures)")
     parser.add_argument("--commit", default="", help="the commit's name, where the checkout has no .git")
     parser.add_argument("--stretch", type=float, default=1.0, help="multiplies every limit, for slow machines")
-    parser.add_argument("--spawn", action="store_true", help="start parts anew instead of forking: some seconds each")
-    parser.add_argument("--tiny", action="store_true", help="shrink everything, to see on any machine that it runs")
+    parser.add_argument("--spawn", action="store_true", help="start every part as a fresh process, not a forked one: "
+                        "some seconds more each")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="tiny networks and inputs: shows on any machine that the "
+                        "parts run; their figures mean nothing")  # fmt: skip
     parser.add_argument("--rehearsal", action="store_true", help="don't judge numbers: the GPU computes nothing")
-    parser.add_argument("--list", action="store_true", help="print the parts")
+    parser.add_argument("--list", action="store_true", help="print the parts and about how long each takes")
     args = parser.parse_args(argv)
     names = [part.name for part in PARTS]
     for word in args.only:
         if not fnmatch.filter(names, word):
             parser.error(f"--only: no part is called {word}; the parts are {', '.join(names)}")
-    for file in [*args.rest, *([args.images] if args.images else [])]:
+    for file in [*args.done_in, *([args.images] if args.images else [])]:
         if not file.exists():
             parser.error(f"{file} does not exist")
+    if not args.seconds > 0 or not 0 < args.stretch < float("inf"):
+        parser.error("--seconds and --stretch must be greater than 0")
     return args
 
 
+def mode_of(args: argparse.Namespace) -> str:
+    return "tiny" if args.tiny else "rehearsal" if args.rehearsal else "real"
+
+
 def prepare(args: argparse.Namespace) -> None:
-    """Make the folders, and say where compiled code is kept: there, with what was brought along."""
+    """Make the folders, unpack compiled code that was brought along, and point the compilers' caches at it."""
     for folder in (args.out, args.work):
         folder.mkdir(parents=True, exist_ok=True)
     compiled = args.work / "compiled"
@@ -102,9 +117,10 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def known_rows(args: argparse.Namespace) -> list[Row]:
-    """What earlier commands found, in the same folders or in the files of --rest."""
-    files = [args.out / FILE, args.work / FILE, *args.rest]
-    return [row for file in dict.fromkeys(files) if file.is_file() for row in read_rows(file)]
+    """What earlier commands of the same mode and commit found, in --out or in the files of --done_in."""
+    files = [args.out / FILE, *args.done_in]
+    rows = [row for file in dict.fromkeys(files) if file.is_file() for row in read_rows(file)]
+    return of_one_kind(rows, mode_of(args), args.commit)
 
 
 @dataclass
@@ -145,8 +161,13 @@ class Proof:
         self.finish_all()
 
     def finish_all(self) -> None:
+        """Wait until every part that runs has ended or was stopped at its limit."""
         while self.running:
-            self.finish(self.running[0])
+            limit = min(running.until for running in self.running)
+            connection.wait([r.process.sentinel for r in self.running], timeout=max(0.0, limit - time.monotonic()))
+            for running in list(self.running):
+                if not running.process.is_alive() or time.monotonic() >= running.until:
+                    self.finish(running)
 
     def start(self, part: Part) -> None:
         now = time.monotonic()
@@ -160,21 +181,24 @@ class Proof:
         self.running.append(Running(part, process, now, until))
 
     def finish(self, running: Running) -> None:
-        """Wait for a part's end or end it, and write down which."""
+        """End a part if it hasn't ended, and write down how it did."""
         name, process = running.part.name, running.process
-        process.join(max(0.0, running.until - time.monotonic()))
-        code = process.exitcode
+        code = None if process.is_alive() else process.exitcode
         stop(process)  # also what a part has started and left behind
         self.running.remove(running)
+        cut_off = running.until >= self.deadline
         if code == 0:
             verdict = OK
+        elif code == LEFT_OUT or (code in (None, OUT_OF_TIME) and cut_off):
+            verdict = "left out" if code == LEFT_OUT else "out of time: --seconds were over"
+            self.left.append(name)
         else:
-            verdict = "stopped at its limit" if code is None else f"failed with exit code {code}"
+            verdict = "stopped at its limit" if code in (None, OUT_OF_TIME) else f"failed with exit code {code}"
             self.failed.append(name)
         self.log.write(name, "end", verdict=verdict, seconds=round(time.monotonic() - running.began, 1))
         write_table(self.log)
-        if name == "machine" and code and self.method == "fork":
-            self.log.write(name, "note", reason="a forked process can't have this GPU: every part starts anew")
+        if name == "machine" and name in self.failed and self.method == "fork":
+            self.log.write(name, "note", reason="it failed in a forked process; now every part starts as a fresh one")
             self.method = "spawn"
             self.failed.remove(name)
             self.start(running.part)
@@ -191,14 +215,17 @@ def run_part(context: Context) -> None:
         sys.stdout = sys.stderr = file
         print(f"\n===== {context.part}", flush=True)
         part = next(part for part in PARTS if part.name == context.part)
+        code = 0
         try:
             part.run(context)
+        except LeftOut as error:
+            context.emit("note", reason=str(error))
+            code = LEFT_OUT
         except Exception as error:
             traceback.print_exc()
             context.emit("note", error=f"{type(error).__name__}: {error}"[:600])
-            file.flush()
-            os._exit(1)
-    os._exit(0)  # the clean-up of CUDA and of process groups may hang, and its seconds are the next part's
+            code = OUT_OF_TIME if isinstance(error, OutOfTime) else 1
+    os._exit(code)  # the clean-up of CUDA and of process groups may hang, and its seconds are the next part's
 
 
 def end_with(parent: int) -> None:
@@ -218,7 +245,7 @@ def stop(process: BaseProcess) -> None:
 
 
 def write_table(log: Log) -> str:
-    text = table(read_rows(log.file))
+    text = table(latest_kind(read_rows(log.file)))
     (log.folders[0] / "table.txt").write_text(text + "\n")
     return text
 
@@ -231,28 +258,43 @@ def commit_of(args: argparse.Namespace) -> str:
     return given or "unknown"
 
 
+def print_parts(parts: list[Part]) -> None:
+    for part in parts:
+        print(f"{part.seconds:5.0f} s  {part.name}" + ("" if part.alone else "  (may run beside others)"))
+    total = sum(part.seconds for part in parts)
+    print(f"{total / 60:5.0f} minutes together, predicted for an H100 that finds compiled code")
+
+
 def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
     args = parse(argv)
-    if args.list:
-        for part in PARTS:
-            print(f"{part.seconds:5.0f} s  {part.name}" + ("" if part.alone else "  (beside others)"))
-        return 0
-    args = argparse.Namespace(**{**vars(args), "out": args.out.resolve(), "work": args.work.resolve()})
-    prepare(args)
-    before = known_rows(args)
     wanted = [part for part in PARTS if any(fnmatch.fnmatch(part.name, word) for word in args.only)]
+    if args.list:
+        print_parts(wanted)
+        return 0
+    if not args.tiny and not gpu_is_here():
+        print("gpu_proof.py: there is no GPU here; --tiny shows that the parts run, make rehearse does more")
+        return 2
+    resolved = {name: getattr(args, name).resolve() for name in ("out", "work")}
+    args = argparse.Namespace(**{**vars(args), **resolved, "commit": commit_of(args)})
+    try:
+        prepare(args)
+        before = known_rows(args)
+    except (OSError, ValueError) as error:
+        print(f"gpu_proof.py: {error}")
+        return 2
     if args.tiny:
         wanted = [replace(part, seconds=5.0) for part in wanted]
     proof = Proof(args, began, set() if args.again else finished(before))
     if not (args.out / FILE).exists():
         proof.log.copy(before)
     command = "python benchmarks/gpu_proof.py " + shlex.join(sys.argv[1:] if argv is None else argv)
-    proof.log.write("all", "start", command=command, commit=commit_of(args), date=date.today().isoformat())
+    start = {"command": command, "commit": args.commit, "date": date.today().isoformat(), "mode": mode_of(args)}
+    proof.log.write("all", "start", **start)
+    print(f"results: {proof.log.file}; what the parts print: {args.out / 'log.txt'}", flush=True)
     if not args.spawn:
         for name in IMPORTS:
             importlib.import_module(name)
-    proof.log.write("all", "note", importing_took=round(time.monotonic() - began, 1))
     before_signal = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         proof.go(wanted)
@@ -261,9 +303,24 @@ def main(argv: list[str] | None = None) -> int:
             stop(running.process)
         signal.signal(signal.SIGTERM, before_signal)
         print(write_table(proof.log), flush=True)
+    print(f"results, log and table are in {args.out}")
+    if args.keep:
+        from benchmarks import report
+        from fastdiff.settings import UserError
+
+        try:
+            report.main([str(proof.log.file), "--keep", str(args.keep)])
+        except UserError as error:
+            print(f"nothing was kept: {error}")
     if proof.left:
-        print(f"left for another time: {', '.join(proof.left)}")
+        print(f"left: {', '.join(proof.left)}; the same command again does them")
     return 1 if proof.failed else 3 if proof.left else 0
+
+
+def gpu_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

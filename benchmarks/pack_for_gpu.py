@@ -37,7 +37,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 site=${SITE:-${TMPDIR:-/tmp}/fastdiff_site}
 if [ ! -e "$site/.complete" ] && ls "$here"/wheels/*.whl > /dev/null 2>&1; then
     python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$here"/wheels/*.whl \\
-        && touch "$site/.complete"
+        && touch "$site/.complete" || return 1
 fi
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 """
@@ -54,6 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("images", "compiled"):
         if getattr(args, name) and not getattr(args, name).exists():
             parser.error(f"--{name}: {getattr(args, name)} does not exist")
+    if args.compiled and not next(worth_taking(args.compiled), None):
+        parser.error(f"--compiled: {args.compiled} holds no compiled code; give a folder with inductor/ and triton/")
     if args.images and not args.images.name.endswith(".tar.xz"):
         parser.error(f"--images: {args.images} must be a .tar.xz file")
     return args
@@ -83,7 +85,9 @@ def worth_taking(cache: Path) -> Iterator[Path]:
     for name in ("fxgraph", "aotautograd"):
         yield from _files(cache / "inductor" / name)
     for kernel in sorted((cache / "triton").glob("*")):
-        if not any(file.name.startswith(("triton_", "__grp__triton_")) for file in kernel.glob("*")):
+        if kernel.is_file():  # fastdiff's list of what is compiled
+            yield kernel
+        elif not any(file.name.startswith(("triton_", "__grp__triton_")) for file in kernel.glob("*")):
             yield from _files(kernel)
 
 
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     (args.folder / "install.sh").write_text(INSTALL)
     files = [path for path in sorted(args.folder.rglob("*")) if path.is_file()]
     for path in files:
-        print(f"{path.stat().st_size / 2**20:8.1f} MiB  {path.relative_to(args.folder)}")
+        print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path.relative_to(args.folder)}")
     print(f"{sum(path.stat().st_size for path in files) / 2**20:8.1f} MiB in {args.folder}")
 
 

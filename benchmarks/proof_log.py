@@ -2,11 +2,13 @@
 
 Every line names its part, its kind and when it was written, in seconds since the command began:
 
-    start       command, commit, date                          machine     device, versions, measured rates
+    start       command, commit, date, mode                    machine     device, versions, measured rates
     tests       passed, failed, skipped, and the verdict       failure     one failed test and its first line
     throughput  a row of bench_train.py or bench_sampling.py   profile     ms per step by class, costliest kernels
     figure      one kernel at one shape (kernel_figures.py)    fact        anything else that was measured
     note        why something was left out                     end         ok, or how the part ended, and its seconds
+
+The mode is "real", "tiny" or "rehearsal". Rows of another mode or commit than the last start row's are passed over.
 """
 
 from __future__ import annotations
@@ -75,6 +77,23 @@ def read_rows(file: Path) -> list[Row]:
             raise ValueError(f"{file}, line {i + 1}, has no part and kind; give a {FILE} of gpu_proof.py")
         rows.append(row)
     return rows
+
+
+def of_one_kind(rows: Sequence[Row], mode: str | None, commit: str | None) -> list[Row]:
+    """The rows that commands of this mode and commit wrote; those of others say nothing about them."""
+    kept, same = [], False
+    for row in rows:
+        if row["kind"] == "start":
+            same = (row.get("mode"), row.get("commit")) == (mode, commit)
+        if same:
+            kept.append(row)
+    return kept
+
+
+def latest_kind(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the mode and commit of the last command."""
+    last = next((row for row in reversed(rows) if row["kind"] == "start"), None)
+    return of_one_kind(rows, last.get("mode"), last.get("commit")) if last else []
 
 
 def finished(rows: Iterable[Row]) -> set[str]:

@@ -134,18 +134,24 @@ def read(path: Path) -> Results:
     return Results(place, rows, splits, left_out)
 
 
+def _proof_rows(path: Path) -> list[dict[str, Any]]:
+    """Those of the last command's mode and commit."""
+    return proof_log.latest_kind(proof_log.read_rows(path))
+
+
 def read_proof(path: Path) -> list[Results]:
     """The training and the drawing in results.jsonl of gpu_proof.py, where it has any. Raises UserError."""
     try:
-        rows = proof_log.read_rows(path)
+        rows = _proof_rows(path)
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/gpu_proof.py") from error
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is not what gpu_proof.py writes: {error}") from None
     heads = [row for row in rows if row["kind"] in ("start", "machine")]
     if {row["kind"] for row in heads} != {"start", "machine"}:
         raise UserError(f"{path} does not say where it was measured; run gpu_proof.py --only machine first")
     place = {name: value for row in heads for name, value in row.items()} | {"threads": 0}
+    place["note"] = NOTE
     latest = proof_log.latest_throughput(rows)
     found = []
     for unit in ("images/s", "evaluations/s"):
@@ -160,6 +166,12 @@ def read_proof(path: Path) -> list[Results]:
         if made:
             found.append(Results(place, made))
     return found
+
+
+NOTE = (
+    "Every variant was timed in a process of its own. × reference is the ratio of the medians; in brackets that of the "
+    "slower quartile to the faster one, and the other way round."
+)
 
 
 def _beside(mine: dict[str, Any], base: dict[str, Any] | None, row: dict[str, Any]) -> Row:
@@ -262,6 +274,8 @@ def markdown(results: Results) -> str:
         f"Matrix products reach {place['matmul_tflops']:.4g} TFLOP/s, copies {place['copy_gbs']:.4g} GB/s. "
         f"`{place['command']}`",
     ]
+    if "note" in place:
+        lines += ["", place["note"]]
     for name, rows in results.cases().items():
         lines += ["", f"## {name}", "", *_table(results, rows)]
     for entry in results.left_out:
@@ -275,13 +289,13 @@ def proof_table(path: Path) -> str:
     """Every part that gpu_proof.py ran: how it ended at last, what its tests said, and whatever else it found."""
     found: dict[str, list[dict[str, Any]]] = {}
     ends: dict[str, dict[str, Any]] = {}
-    for row in proof_log.read_rows(path):
+    for row in _proof_rows(path):
         if row["part"] in ends and row["kind"] != "end":  # the part was run again
             found[row["part"]] = []
             del ends[row["part"]]
         if row["kind"] == "end":
             ends[row["part"]] = row
-        elif row["kind"] in ("tests", "failure", "fact", "note"):
+        elif row["kind"] in ("machine", "tests", "failure", "fact", "note"):
             found.setdefault(row["part"], []).append(row)
     lines = ["# Parts", "", "| part | ended | seconds | found |", "|---|---|---:|---|"]
     for part, end in ends.items():
@@ -296,7 +310,7 @@ SHOWN = 20
 
 def figures_tables(path: Path) -> str:
     """What kernel_figures.py found: milliseconds per step by way, and the calls that cost most in a step."""
-    figures = [row for row in proof_log.read_rows(path) if row["kind"] == "figure" and "section" in row]
+    figures = [row for row in _proof_rows(path) if row["kind"] == "figure" and "section" in row]
     lines = []
     for section in dict.fromkeys(row["section"] for row in figures):
         here = [row for row in figures if row["section"] == section]
@@ -327,7 +341,7 @@ def _calls(row: dict[str, Any]) -> int:
 
 def proof_name(path: Path) -> str:
     """What results of gpu_proof.py are called: gpu_h100_2026-01-02."""
-    rows = proof_log.read_rows(path)
+    rows = _proof_rows(path)
     device = next(row["device"] for row in reversed(rows) if row["kind"] == "machine")
     known = hardware.find(device)
     name = known.name.split()[0] if known else device
@@ -493,7 +507,7 @@ def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
         axes.barh(i, middle, height=0.68, color=COLOURS.get(_plain(row.variant), LEVER_OFF), zorder=2)
         whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
         axes.errorbar(middle, i, xerr=whiskers, color=INK, elinewidth=0.9, capsize=2.2, zorder=3)
-        ratio = "" if row.ratio is None or row.variant == row.ratio_to else f"  {row.ratio[1]:.2f}×"
+        ratio = "" if row.ratio is None or _plain(row.variant) == row.ratio_to else f"  {row.ratio[1]:.2f}×"
         ratio += f" {row.ratio_to}" if ratio and row.ratio_to != "reference" else ""
         axes.annotate(
             f"{_short(middle)}{ratio}",
@@ -539,6 +553,9 @@ def main(argv: list[str] | None = None) -> None:
     proof = args.results.suffix == ".jsonl"
     if args.keep and not proof:
         raise UserError(f"--keep is for results.jsonl of gpu_proof.py, not for {args.results}; use --markdown, --chart")
+    mode = next((row["mode"] for row in _proof_rows(args.results) if "mode" in row), "") if args.keep else "real"
+    if mode != "real":
+        raise UserError(f"--keep: {args.results} is of a {mode or 'foreign'} run, whose figures mean nothing")
     found = read_proof(args.results) if proof else [read(args.results)]
     text = "\n".join(
         [*map(markdown, found), *([proof_table(args.results), figures_tables(args.results)] if proof else [])]
@@ -552,6 +569,8 @@ def main(argv: list[str] | None = None) -> None:
         args.chart = args.chart or [Path(f"{base}.svg")]
     if args.markdown:
         args.markdown.write_text(text)
+    if args.keep:
+        print(f"\nkept as {base}.jsonl, .md and .svg")
     for results in found:
         second = "_sampling" if proof and results.sampling else ""
         if args.chart:

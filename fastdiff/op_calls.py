@@ -19,7 +19,7 @@ class Call:
     op: str
     """As torch.ops has it: "aten::convolution", "fastdiff::group_norm_silu"."""
     args: tuple[Any, ...]
-    """Its tensors share the memory of the computation's; on the meta device they have none."""
+    """Its tensors share memory with those of the computation, and have none on the meta device."""
     count: int = 0
 
     def function(self) -> Any:
@@ -50,7 +50,7 @@ class Recorder(TorchDispatchMode):
 
 
 def signature(value: Any) -> str:
-    """Shapes, dtypes and places of tensors, and all else as it is."""
+    """A string of every tensor's dtype, shape, strides and offset, and the repr of everything else."""
     if isinstance(value, Tensor):
         return f"{value.dtype}{tuple(value.shape)}{value.stride()}{value.storage_offset()}"
     if isinstance(value, (list, tuple)):

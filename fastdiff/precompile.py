@@ -28,16 +28,16 @@ from fastdiff.threads import free_cores
 
 META = torch.device("meta")
 MOST = 8
-"""Processes at most: a published network has 60 to 120 kernels, of half a second to a few seconds each."""
+"""Most processes: a published network has 60 to 120 kernels, of half a second to a few seconds each."""
 LEAST_EACH = 4
-"""Kernels for which a process is worth its start."""
+"""Fewest kernels that are worth starting a process for."""
 
 
 def launches_of(work: Callable[[], Any]) -> list[Launch]:
     """What fastdiff's ops would launch for `work`, a function of tensors on the meta device."""
     with warnings.catch_warnings(), ops.using("triton", anywhere=True):
         warnings.simplefilter("ignore")  # without memory there is no layout to keep
-        with launch.record() as direct, Recorder("fastdiff::") as seen:  # the optimiser launches without an op, at last
+        with launch.record() as direct, Recorder("fastdiff::") as seen:  # the optimiser launches without an op
             work()
         with launch.record() as recorded:
             for call in seen.calls.values():

@@ -64,7 +64,7 @@ class Compiled:
         return 128 in self.stores or "UTMASTG" in self.others
 
     def widest(self) -> bool:
-        """Both."""
+        """Whether loads and stores both take 128 bits at once."""
         return self.wide_loads() and self.wide_stores()
 
 

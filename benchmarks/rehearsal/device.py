@@ -1,7 +1,7 @@
 """The rehearsal GPU as a Python program sees it: what was launched, where the host waited, what a capture forbade.
 
-`attach` is called by `import torch` in every process that run.py starts. It then costs nothing but the name of each
-wait, which is slow only beside waits that take no time.
+`attach` is called by `import torch` in every process that run.py starts. After that this module only records where each
+wait happened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIBRARY = "libcuda.so.1"
 
 @dataclass(frozen=True)
 class Counts:
-    """Of this process, since it began."""
+    """What the device counted in this process since its start."""
 
     kernel_launches: int
     """Kernels given to the device one by one, or captured; a product or a convolution of a library counts as one."""
@@ -66,7 +66,7 @@ events: list[Event] = []
 """Everything that was taken note of, in order."""
 
 _forbidden = 0  # how many blocks of `no_waits` are open
-_kept: list[Any] = []  # what C code and the dispatcher point to
+_kept: list[Any] = []  # objects that C code refers to and that must stay alive
 
 
 def counts() -> Counts:
@@ -128,7 +128,7 @@ def _where(depth: int = 4) -> tuple[str, ...]:
 
 
 def _nonzero(x: Any) -> Any:
-    """No element: a kernel would have counted them, and the count in memory is anything."""
+    """Return no elements: a real kernel would have counted them, but here that count is whatever lies in memory."""
     import torch
 
     return torch.empty((0, x.dim()), dtype=torch.int64, device=x.device)

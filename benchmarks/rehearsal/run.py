@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a program on a GPU whose kernels do nothing, to find on any machine what would go wrong before they run.
+"""Run a program on a simulated GPU, which computes nothing, to find what would go wrong on the host's side.
 
     python benchmarks/rehearsal/run.py COMMAND...        REHEARSAL_LOG=1 prints every wait and every refusal
 
@@ -26,8 +26,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SOURCES = [HERE / "gpu" / name for name in ("runtime.cpp", "driver.cpp", "libraries.cpp")]
 PLACE = ROOT / ".rehearsal"
-"""The built library, and compiled code, which is kept apart from that of real GPUs: its configurations were chosen by
-timing nothing."""
+"""Folder of the built library and of compiled code. It is kept apart from a real GPU's, because here Inductor chose its
+launch configurations by timing kernels that do nothing."""
 
 
 def include_folders() -> list[Path]:

@@ -29,10 +29,10 @@ def training_launches(
 ) -> list[Launch]:
     """Launches of an optimiser step on micro-batches of `micro` images, with a body in `precision`.
 
-    more            Other micro-batches follow the first.
-    rates           Of the averages of the weights.
-    scaled          The gradients are clipped, or carry a loss scale.
-    through_engine  DeepSpeed takes the step instead of `DeviceStep`; then the weights are in `precision` as well.
+    more            Whether a step has more than one micro-batch.
+    rates           The decay rates of the averages of the weights.
+    scaled          Whether gradients are clipped or carry a loss scale.
+    through_engine  Whether DeepSpeed takes the step instead of `DeviceStep`; then weights are in `precision`, too.
     """
 
     def work() -> None:
@@ -72,7 +72,7 @@ def forward_and_backward(
 
 
 def _update(parameters: list[Tensor], rates: Sequence[float], scaled: bool, through_engine: bool) -> None:
-    """The update by kernels."""
+    """Make the launches of the optimiser's update."""
     like = lambda count=1: [torch.empty_like(p, dtype=torch.float32) for p in parameters for _ in range(count)]
     gradients, lists, averages = like(), [like() for _ in range(3)], like(len(rates))
     squared = ops.squared_norm(gradients)
