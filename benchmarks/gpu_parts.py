@@ -206,9 +206,13 @@ def pictures(context: Context) -> Path:
     """The folder to train on: the given one, a given tar file's, or one of made-up pictures."""
     if context.images and context.images.is_dir():
         return context.images
-    folder = context.work / "images"
+    source = "made_up"
+    if context.images:
+        state = context.images.stat()
+        source = f"{context.images.name.split('.')[0]}_{state.st_size}_{state.st_mtime_ns}"
+    folder = context.work / f"images_{source}"
     if not folder.is_dir():
-        partial = context.work / "images.partial"
+        partial = context.work / f"images.{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if context.images:

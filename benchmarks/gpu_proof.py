@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import fnmatch
 import importlib
+import lzma
 import multiprocessing
 import os
 import shlex
@@ -32,6 +34,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from multiprocessing import connection
@@ -105,8 +108,14 @@ def prepare(args: argparse.Namespace) -> None:
     compiled = args.work / "compiled"
     packed = BROUGHT / "compiled.tar.xz"
     if packed.is_file() and not compiled.is_dir():
-        with tarfile.open(packed) as file:
-            file.extractall(args.work, filter="data")
+        partial = args.work / f"compiled.{os.getpid()}"
+        try:
+            with tarfile.open(packed) as file:
+                file.extractall(partial, filter="data")
+            (partial / "compiled").rename(compiled)
+        except (tarfile.TarError, EOFError, OSError, lzma.LZMAError) as error:
+            print(f"{packed} can't be unpacked ({error}): everything is compiled anew")
+        shutil.rmtree(partial, ignore_errors=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(compiled / "triton"))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -176,7 +185,8 @@ class Proof:
         images = self.args.images.resolve() if self.args.images else None
         args = self.args
         context = Context(part.name, self.log, args.out, args.work, images, args.tiny, args.rehearsal, until)
-        process = multiprocessing.get_context(self.method).Process(target=run_part, args=(context,), name=part.name)
+        given = (context, os.getpid())
+        process = multiprocessing.get_context(self.method).Process(target=run_part, args=given, name=part.name)
         process.start()
         self.running.append(Running(part, process, now, until))
 
@@ -204,11 +214,11 @@ class Proof:
             self.start(running.part)
 
 
-def run_part(context: Context) -> None:
+def run_part(context: Context, parent: int) -> None:
     """In the part's process: what it prints goes into log.txt; an exception becomes a row and exit code 1."""
     os.setpgid(0, 0)  # so that it can be stopped with all that it has started
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     with (context.out / "log.txt").open("a", buffering=1) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -277,18 +287,26 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     resolved = {name: getattr(args, name).resolve() for name in ("out", "work")}
     args = argparse.Namespace(**{**vars(args), **resolved, "commit": commit_of(args)})
-    try:
-        prepare(args)
-        before = known_rows(args)
-    except (OSError, ValueError) as error:
-        print(f"gpu_proof.py: {error}")
-        return 2
+    with contextlib.ExitStack() as held:
+        try:
+            prepare(args)
+            for folder in {args.out, args.work}:
+                held.enter_context(locked(folder))
+            before = known_rows(args)
+        except (OSError, ValueError) as error:
+            print(f"gpu_proof.py: {error}")
+            return 2
+        command = "python benchmarks/gpu_proof.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+        return prove(args, wanted, before, command, began)
+
+
+def prove(args: argparse.Namespace, wanted: list[Part], before: list[Row], command: str, began: float) -> int:
+    """Run what is left of the wanted parts, show the table, and return the exit code."""
     if args.tiny:
         wanted = [replace(part, seconds=5.0) for part in wanted]
     proof = Proof(args, began, set() if args.again else finished(before))
     if not (args.out / FILE).exists():
         proof.log.copy(before)
-    command = "python benchmarks/gpu_proof.py " + shlex.join(sys.argv[1:] if argv is None else argv)
     start = {"command": command, "commit": args.commit, "date": date.today().isoformat(), "mode": mode_of(args)}
     proof.log.write("all", "start", **start)
     print(f"results: {proof.log.file}; what the parts print: {args.out / 'log.txt'}", flush=True)
@@ -317,6 +335,17 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if proof.failed else 3 if proof.left else 0
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other commands out of a folder; ValueError where one is in it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another gpu_proof.py runs in {folder}; wait for it, or name another folder") from None
+        yield
+
+
 def gpu_is_here() -> bool:
     import torch
 
@@ -324,4 +353,8 @@ def gpu_is_here() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastdiff.screen import that_may_be_gone
+
+    with that_may_be_gone():
+        code = main()
+    sys.exit(code)

@@ -14,6 +14,7 @@ The mode is "real", "tiny" or "rehearsal". Rows of another mode or commit than t
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,14 @@ from typing import Any
 FILE = "results.jsonl"
 OK = "ok"
 BASELINES = ("reference", "reference+compile", "diffusers")
+
+NEEDED = {
+    "start": {"command", "commit", "date", "mode"},
+    "machine": {"device", "torch", "matmul_tflops", "copy_gbs"},
+    "throughput": {"config", "variant", "precision", "batch", "ms", "images_per_second", "mfu"},
+    "end": {"verdict", "seconds"},
+}
+"""Kind → what every row of it has beside its part."""
 
 Row = dict[str, Any]
 
@@ -53,8 +62,13 @@ class Log:
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("a") as file:
-        file.write("".join(json.dumps(row, default=str) + "\n" for row in rows))
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):  # half a line, which a killed command left: the next row would become part of it
+            file.truncate(end)
+        file.write("".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -65,7 +79,10 @@ def read_rows(file: Path) -> list[Row]:
     Raises ValueError for a file of something else.
     """
     rows = []
-    lines = file.read_text().splitlines()
+    try:
+        lines = file.read_text().splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text; give a {FILE} of gpu_proof.py") from None
     for i, line in enumerate(lines):
         try:
             row = json.loads(line)
@@ -73,8 +90,10 @@ def read_rows(file: Path) -> list[Row]:
             if i == len(lines) - 1:
                 break
             raise ValueError(f"{file}, line {i + 1}, is not JSON; give a {FILE} of gpu_proof.py") from None
-        if not isinstance(row, dict) or not {"part", "kind"} <= row.keys():
-            raise ValueError(f"{file}, line {i + 1}, has no part and kind; give a {FILE} of gpu_proof.py")
+        missing = {"part", "kind"} - row.keys() if isinstance(row, dict) else {"part", "kind"}
+        missing = missing or NEEDED.get(row["kind"], set()) - row.keys()
+        if missing:
+            raise ValueError(f"{file}, line {i + 1}, has no {min(missing)}; give a {FILE} of gpu_proof.py")
         rows.append(row)
     return rows
 
@@ -97,8 +116,9 @@ def latest_kind(rows: Sequence[Row]) -> list[Row]:
 
 
 def finished(rows: Iterable[Row]) -> set[str]:
-    """Names of the parts that came to their end."""
-    return {row["part"] for row in rows if row["kind"] == "end" and row["verdict"] == OK}
+    """Names of the parts that came to their end when they were last run."""
+    last = {row["part"]: row["verdict"] for row in rows if row["kind"] == "end"}
+    return {part for part, verdict in last.items() if verdict == OK}
 
 
 def rate_of(row: Row) -> tuple[float, str]:
@@ -138,7 +158,8 @@ def ratios(rows: Sequence[Row]) -> list[str]:
             beside = "" if same else f" ({other['precision']}, batch {other['batch']})"
             (rate, unit), (base, _) = rate_of(mine), rate_of(other)
             name = f"{mine['variant']}, {mine['precision']}, batch {mine['batch']}"
-            lines.append(f"{mine['config']}, {unit}: {name}, is {rate / base:.2f} times {other['variant']}{beside}")
+            times = rate / base if base else math.inf
+            lines.append(f"{mine['config']}, {unit}: {name}, is {times:.2f} times {other['variant']}{beside}")
     return lines
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 _counts: Counter[str] = Counter()
+_is_worker = False
 
 
 def _tell(**fields: object) -> None:
@@ -21,8 +22,15 @@ def _tell(**fields: object) -> None:
         file.write(json.dumps(fields) + "\n")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    global _is_worker
+    _is_worker = hasattr(config, "workerinput")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Called for every phase of every test, under xdist in the process that gathers the workers' reports."""
+    """Called for every phase of every test; under xdist by the worker, and by the process that gathers the reports."""
+    if _is_worker:
+        return
     if report.when == "call" or report.outcome != "passed":
         _counts[report.outcome] += 1
     if report.failed:
@@ -31,7 +39,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _tell(test=report.nodeid, reason=reason.strip().splitlines()[0][:300] if reason.strip() else "")
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Called for every file; one that can't be imported counts as a failure."""
+    if report.failed and not _is_worker:
+        _counts["failed"] += 1
+        _tell(test=report.nodeid, reason=str(report.longrepr).strip().splitlines()[-1][:300])
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the counts, once: xdist's workers run in processes of their own, which have no terminal."""
-    if not hasattr(session.config, "workerinput"):
+    """Tell the counts, once."""
+    if not _is_worker:
         _tell(**{name: _counts[name] for name in ("passed", "failed", "skipped")})

@@ -78,14 +78,26 @@ def tf32(allowed: bool) -> Iterator[None]:
 
     PyTorch's older switches (`allow_tf32`) set its newer ones (`fp32_precision`) as well. The newer ones don't set the
     older, and where the two disagree PyTorch raises an error as soon as it reads an older one, as parts of Inductor do.
-    `torch.backends.fp32_precision` doesn't reach convolutions in torch 2.11.
+    So every switch is set, oneDNN's too, which `torch.set_float32_matmul_precision` holds together with cuBLAS's.
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    general = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    try:
+        products = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the older and the newer switches disagree already: there is nothing to bring back
+        products = ""
     if not allowed:  # Inductor recommends TF32 wherever it compiles a float32 product for a GPU
         warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     try:
+        torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]  # which convolutions would follow
+        torch.set_float32_matmul_precision("highest")
         matmul.allow_tf32 = cudnn.allow_tf32 = allowed
         yield
     finally:
+        torch.backends.fp32_precision = general  # type: ignore[attr-defined]
+        if products:
+            torch.set_float32_matmul_precision(products)
         matmul.allow_tf32, cudnn.allow_tf32 = before
+        if products == "medium":  # allow_tf32 has made "high" of it
+            torch.set_float32_matmul_precision(products)

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -87,4 +88,5 @@ def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
             start_new_session=True,  # a signal to the run's group is not for it
         )
     atexit.register(worker.kill)
+    threading.Thread(target=worker.wait, daemon=True).start()  # an ended process that nobody waits for stays a zombie
     return worker

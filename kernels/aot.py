@@ -263,7 +263,7 @@ def _count(code: str, pattern: str) -> dict[str, int]:
 def missing(lines: Iterable[str], arch: int) -> list[str]:
     """Those launches, each a line of `to_json`, that `compile_all` has not put into Triton's cache yet."""
     with contextlib.suppress(OSError):
-        done = set(_list_of_done().read_text().split())
+        done = set(_list_of_done().read_text(errors="replace").split())
         return [line for line in lines if _digest(line, arch) not in done]
     return list(lines)
 

@@ -141,7 +141,7 @@ def _counters(index: Tensor, draw: int | Tensor, words: int) -> tuple[Tensor, Te
     shape = (index.shape[0], words)
     return (
         call.expand(shape),
-        draw.view(-1, 1).expand(shape),
+        (draw & _MASK).view(-1, 1).expand(shape),
         (index & _MASK).expand(shape),
         ((index >> 32) & _MASK).expand(shape),
     )

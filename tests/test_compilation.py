@@ -148,3 +148,29 @@ def test_a_change_is_said_when_a_run_goes_on(tmp_path: Path, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert "allow_tf32 is True from here on; it was False" in out
     assert "benchmark_limit is" not in out
+
+
+@pytest.mark.parametrize("products", ["highest", "high", "medium"])
+def test_what_a_process_has_set_comes_back(products: str) -> None:
+    """PyTorch's three ways to say it agree inside the block, or reading one of them would raise, and after it."""
+    torch.set_float32_matmul_precision(products)
+    try:
+        for allowed in (False, True):
+            with tf32(allowed):
+                assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+                assert (torch.get_float32_matmul_precision() == "highest") == (not allowed)
+            assert torch.get_float32_matmul_precision() == products
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_general_switch_does_not_reach_inside() -> None:
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with tf32(False):
+            assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = before

@@ -184,9 +184,11 @@ def test_parts_that_share_the_gpu_overlap_and_others_wait(run: Any) -> None:
 
 def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
     file = tmp_path / proof_log.FILE
-    whole = {"part": "a", "kind": "end", "verdict": "ok", "at": 1.0}
+    whole = {"part": "a", "kind": "end", "verdict": "ok", "at": 1.0, "seconds": 2.0}
     file.write_text(json.dumps(whole) + '\n{"part": "b", "ki')
     assert proof_log.read_rows(file) == [whole]
+    proof_log.Log((tmp_path,), 0.0).write("c", "note")
+    assert [row["part"] for row in proof_log.read_rows(file)] == ["a", "c"], "the next row is not joined to it"
     file.write_text('{"part": "b", "ki\n' + json.dumps(whole) + "\n")
     with pytest.raises(ValueError, match="line 1"):
         proof_log.read_rows(file)
@@ -204,6 +206,37 @@ def test_wrong_flags(flags: list[str], words: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit, match="2"):
         gpu_proof.main(flags)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[1]\n", b'{"part": "a", "kind": "end"}\n{}\n', b"x\ny\n"], ids=str)
+def test_files_of_something_else(content: bytes, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.jsonl").write_bytes(content)
+    flags = ["--out", str(tmp_path / "o"), "--work", str(tmp_path / "w"), "--done_in", str(tmp_path / "other.jsonl")]
+    assert gpu_proof.main(flags) == 2
+    assert "other.jsonl" in capsys.readouterr().out
+
+
+def test_one_command_at_a_time(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    with gpu_proof.locked(tmp_path / "out"), pytest.raises(FileNotFoundError):
+        run([Part("a", 1, measured)])
+    assert "another gpu_proof.py runs" in capsys.readouterr().out
+    assert run([Part("a", 1, measured)])[0] == 0
+
+
+def test_a_failure_is_told_once(tmp_path: Path) -> None:
+    """Also under xdist, where workers see it as well; and a file that can't be imported is told of."""
+    (tmp_path / "test_a.py").write_text("def test_a():\n    assert 1 == 2, 'unequal'\n\ndef test_b():\n    pass\n")
+    (tmp_path / "test_b.py").write_text("import no_such_module\n")
+    file = tmp_path / "report.jsonl"
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.report_tests", "-n", "2", str(tmp_path)]
+    env = {**os.environ, "FASTDIFF_TEST_REPORT": str(file), "PYTHONPATH": str(ROOT)}
+    subprocess.run([*argv, "--rootdir", str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, check=False)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    reasons = [row["reason"] for row in rows if "test" in row]
+    assert sum("unequal" in reason for reason in reasons) <= 1
+    assert any("no_such_module" in reason for reason in reasons)
+    assert len([row for row in rows if "passed" in row]) == 1
 
 
 def throughput(
