@@ -42,7 +42,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]  # instead of this folder: its modules are imported as benchmarks.NAME
+HERE = Path(__file__).resolve().parent
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(ROOT))
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]  # its modules are benchmarks.NAME
+sys.path.append(str(ROOT / "tests"))
 # A process that has opened CUDA can't be forked; this way torch asks the driver's library whether there is a GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 

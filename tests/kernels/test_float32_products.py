@@ -12,10 +12,7 @@ import pytest
 # holds such an instruction.
 SCRIPT = """
 import torch
-import triton
 from fastdiff.kernels import attention, aot, launch
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 forward, backward = launch.IMPLEMENTATIONS["attention"], launch.IMPLEMENTATIONS["attention_backward"]
 with launch.record() as launches:
@@ -24,10 +21,7 @@ with launch.record() as launches:
         out, lse = forward(qkv, 1)
         backward(out, qkv, out, lse, 1)
 for each in aot.unique(launches):
-    signature, constants, attributes = aot.specialise(each)
-    source = ASTSource(each.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": each.num_warps, "num_stages": each.num_stages, **launch.OPTIONS}
-    code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    code = aot.compile_launch(each, 90).asm["ptx"]
     print(each.kernel.__name__, "TF32" if ".tf32" in code else "")
 """
 
