@@ -33,7 +33,7 @@ CLASSES: dict[str, str] = {
     "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|wgrad|dgrad|fprop|upsample|mkldnn_reorder"
     r"|^_pointers$|^_boxes$|^_merge$",
     "matrix products": r"addmm|\bmm\b|::mm|bmm|linear|gemm|nvjet|cutlass|matmul",
-    "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_noise|image_uniform|philox|searchsorted",
+    "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_(noise|uniform)|philox|searchsorted",
     "copies": r"memcpy|memset|copy_kernel|CatArray|aten::copy_|aten::_to_copy|aten::to$|aten::clone|aten::contiguous",
 }
 """Class → what the names of its operations or GPU kernels hold; the first that matches counts. Our own Triton kernels
