@@ -309,7 +309,7 @@ def test_killed_again_and_again(folder: Path) -> None:
             process.join()
         if (folder / "parts").exists():
             now = len([name for name in names(folder / "parts") if not name.startswith(".")])
-            assert now >= there
+            assert now >= there or there == 24, "fewer only where all were there, and are being merged"
             there = now
     run(folder, job(120, save_as=("npz", "png")))
     check_npz(folder, 120)
