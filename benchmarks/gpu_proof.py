@@ -41,22 +41,25 @@ from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 HERE = Path(__file__).resolve().parent
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, str(HERE.parent))
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]  # its modules are benchmarks.NAME
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(HERE.parent / "tests"))
 # A process that has opened CUDA can't be forked; this way torch asks the driver's library whether there is a GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-from benchmarks.gpu_parts import PARTS, Context, LeftOut, OutOfTime, Part  # noqa: E402
+from benchmarks.gpu_parts import PARTS  # noqa: E402
 from benchmarks.proof_log import FILE, OK, Log, Row, finished, latest_kind, of_one_kind, read_rows, table  # noqa: E402
+from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part  # noqa: E402
 
 BROUGHT = ROOT / ".gpu"
 """Where pack_for_gpu.py puts what a machine without a network needs."""
-IMPORTS = ("deepspeed", "torch._inductor.compile_fx", "fastdiff.training.run", "fastdiff.sampling.sampler")
-"""Imported once, before parts are forked off: together they take many seconds."""
+IMPORTS = (
+    *("deepspeed", "torch._inductor.compile_fx", "fastdiff.training.run", "fastdiff.sampling.sampler"),
+    "diffusers.models.unets.unet_2d",
+)
+"""Imported once, where they are installed, before parts are forked off: together they take many seconds."""
 PATIENCE = 4.0
 """A part is stopped after so many times its predicted seconds, and 20 more."""
 CLOSING = 5.0
@@ -93,9 +96,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for word in args.only:
         if not fnmatch.filter(names, word):
             parser.error(f"--only: no part is called {word}; the parts are {', '.join(names)}")
-    for file in [*args.done_in, *([args.images] if args.images else [])]:
-        if not file.exists():
-            parser.error(f"{file} does not exist")
+    for file in args.done_in:
+        if not file.is_file():
+            parser.error(f"--done_in: {file} is no file; give a {FILE}")
+    if args.images and not args.images.exists():
+        parser.error(f"--images: {args.images} does not exist")
     if not args.seconds > 0 or not 0 < args.stretch < float("inf"):
         parser.error("--seconds and --stretch must be greater than 0")
     return args
@@ -309,6 +314,7 @@ def prove(args: argparse.Namespace, wanted: list[Part], before: list[Row], comma
     if args.tiny:
         wanted = [replace(part, seconds=5.0) for part in wanted]
     proof = Proof(args, began, set() if args.again else finished(before))
+    proof.log.cut_half_lines()
     if not (args.out / FILE).exists():
         proof.log.copy(before)
     start = {"command": command, "commit": args.commit, "date": date.today().isoformat(), "mode": mode_of(args)}
@@ -316,7 +322,8 @@ def prove(args: argparse.Namespace, wanted: list[Part], before: list[Row], comma
     print(f"results: {proof.log.file}; what the parts print: {args.out / 'log.txt'}", flush=True)
     if not args.spawn:
         for name in IMPORTS:
-            importlib.import_module(name)
+            with contextlib.suppress(ImportError):  # a part that needs it will say so
+                importlib.import_module(name)
     before_signal = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         proof.go(wanted)

@@ -30,6 +30,7 @@ NEEDED = {
     "start": {"command", "commit", "date", "mode"},
     "machine": {"device", "torch", "matmul_tflops", "copy_gbs"},
     "throughput": {"config", "variant", "precision", "batch", "ms", "images_per_second", "mfu"},
+    "profile": {"classes", "busy_ms", "wall_ms", "launches"},
     "end": {"verdict", "seconds"},
 }
 """Kind → what every row of it has beside its part."""
@@ -39,7 +40,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Log:
-    """Appends rows to results.jsonl of each folder; the first folder's is the one to read."""
+    """Appends rows to results.jsonl of each folder; the first folder's is the one to read.
+
+    Several processes may write at once: each row is one write at the end of the file.
+    """
 
     folders: tuple[Path, ...]
     began: float
@@ -60,16 +64,20 @@ class Log:
         """Append what earlier commands found to the file that is read."""
         _append(self.file, rows)
 
+    def cut_half_lines(self) -> None:
+        """Remove the half of a line that a killed command left, or the next row would become part of it.
+
+        For a command's beginning: while others write, half a line may be one that is being written.
+        """
+        for folder in self.folders:
+            if (folder / FILE).exists():
+                with (folder / FILE).open("rb+") as file:
+                    file.truncate(file.read().rfind(b"\n") + 1)
+
 
 def _append(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("ab+") as file:
-        file.seek(0)
-        whole = file.read()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):  # half a line, which a killed command left: the next row would become part of it
-            file.truncate(end)
+    with path.open("ab", buffering=0) as file:
         file.write("".join(json.dumps(row, default=str) + "\n" for row in rows).encode())
-        file.flush()
         os.fsync(file.fileno())
 
 
@@ -172,7 +180,9 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(throughput_line(row))
         elif kind == "profile":
             classes = ", ".join(f"{name} {ms:.2f}" for name, ms in row["classes"].items())
-            lines.append(f"{row['part']:26} GPU busy {row['busy_ms']:.2f} of {row['wall_ms']:.2f} ms: {classes}")
+            launches = "" if row["launches"] is None else f", {row['launches']['kernels']:.0f} launches"
+            busy = f"GPU busy {row['busy_ms']:.2f} of {row['wall_ms']:.2f} ms{launches}"
+            lines.append(f"{row['part']:26} {busy}: {classes}")
         elif kind in ("machine", "tests", "failure", "fact", "note") or (kind == "end" and row["verdict"] != OK):
             said = {name: value for name, value in row.items() if name not in ("part", "kind", "at")}
             lines.append(f"{row['part']:26} {'ended: ' if kind == 'end' else ''}{json.dumps(said)[:500]}")
@@ -184,10 +194,9 @@ def throughput_line(row: Row) -> str:
     rate, unit = rate_of(row)
     low, middle, high = row["ms"]
     host = "" if row.get("host_ms") is None else f"  host {row['host_ms']:.2f} ms"
-    launches = "" if row.get("launches") is None else f"  {row['launches']:.0f} launches"
     mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
     return (
         f"{row['part']:26} {row['precision']:5} batch {row['batch']:<4} {rate:9.1f} {unit:14}"
-        f"{middle:9.3f} ms ({low:.3f} to {high:.3f}){mfu}{host}{launches}  peak {row['peak_memory_gb']:.2f} GB"
+        f"{middle:9.3f} ms ({low:.3f} to {high:.3f}){mfu}{host}  peak {row['peak_memory_gb']:.2f} GB"
         f"  first step after {row['start_seconds']:.1f} s"
     )

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,10 +35,10 @@ from fastdiff.processes import run_script
 from fastdiff.settings import UserError
 
 try:  # run as a script, or imported beside its neighbours
-    import proof_log
+    import proof_report
     import roofline
 except ImportError:
-    from benchmarks import proof_log, roofline
+    from benchmarks import proof_report, roofline
 
 ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
 COLOURS = {"reference": "#8c939c", "reference+compile": "#b4bac2", "diffusers": "#d9a441", "ours": "#1f6f8b"}
@@ -132,58 +131,6 @@ def read(path: Path) -> Results:
     if not rows:
         raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
     return Results(place, rows, splits, left_out)
-
-
-def _proof_rows(path: Path) -> list[dict[str, Any]]:
-    """Those of the last command's mode and commit."""
-    return proof_log.latest_kind(proof_log.read_rows(path))
-
-
-def read_proof(path: Path) -> list[Results]:
-    """The training and the drawing in results.jsonl of gpu_proof.py, where it has any. Raises UserError."""
-    try:
-        rows = _proof_rows(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/gpu_proof.py") from error
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is not what gpu_proof.py writes: {error}") from None
-    heads = [row for row in rows if row["kind"] in ("start", "machine")]
-    if {row["kind"] for row in heads} != {"start", "machine"}:
-        raise UserError(f"{path} does not say where it was measured; run gpu_proof.py --only machine first")
-    place = {name: value for row in heads for name, value in row.items()} | {"threads": 0}
-    place["note"] = NOTE
-    latest = proof_log.latest_throughput(rows)
-    found = []
-    for unit in ("images/s", "evaluations/s"):
-        ours = [row for row in latest if row["variant"].startswith("ours") and proof_log.rate_of(row)[1] == unit]
-        cases = {(row["config"], row["batch"]): row for row in reversed(ours)}  # the first of ours names the case
-        made = []
-        for mine in reversed(cases.values()):
-            here = [row for row in ours if (row["config"], row["batch"]) == (mine["config"], mine["batch"])]
-            peers = proof_log.peers_of(mine, latest)
-            base = next((row for row in peers if row["variant"] == "reference"), None)
-            made += [_beside(mine, base, row) for row in [*peers, *here]]
-        if made:
-            found.append(Results(place, made))
-    return found
-
-
-NOTE = (
-    "Every variant was timed in a process of its own. × reference is the ratio of the medians; in brackets that of the "
-    "slower quartile to the faster one, and the other way round."
-)
-
-
-def _beside(mine: dict[str, Any], base: dict[str, Any] | None, row: dict[str, Any]) -> Row:
-    """A row of gpu_proof.py in the case of ours; its own batch and precision are named where they are others."""
-    differs = [row["precision"]] if row["precision"] != mine["precision"] else []
-    differs += [f"batch {row['batch']}"] if row["batch"] != mine["batch"] else []
-    name = row["variant"] + (f" ({', '.join(differs)})" if differs else "")
-    ratio = None
-    if base:
-        (low, middle, high), (slow, usual, fast) = (each["images_per_second"] for each in (row, base))
-        ratio = [low / fast, middle / usual, high / slow]
-    return _row({**row, "variant": name, "batch": mine["batch"], "precision": mine["precision"], "ratio": ratio})
 
 
 def _row(entry: dict[str, Any]) -> Row:
@@ -283,78 +230,6 @@ def markdown(results: Results) -> str:
         lines += ["", f"Left out: {entry['variant']} ({case}): {entry['reason']}"]
     lines += _split_table(results)
     return "\n".join(lines) + "\n"
-
-
-def proof_table(path: Path) -> str:
-    """Every part that gpu_proof.py ran: how it ended at last, what its tests said, and whatever else it found."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    ends: dict[str, dict[str, Any]] = {}
-    for row in _proof_rows(path):
-        if row["part"] in ends and row["kind"] != "end":  # the part was run again
-            found[row["part"]] = []
-            del ends[row["part"]]
-        if row["kind"] == "end":
-            ends[row["part"]] = row
-        elif row["kind"] in ("machine", "tests", "failure", "fact", "note"):
-            found.setdefault(row["part"], []).append(row)
-    lines = ["# Parts", "", "| part | ended | seconds | found |", "|---|---|---:|---|"]
-    for part, end in ends.items():
-        said = " ".join("; ".join(map(_said, found.get(part, []))).split()).replace("|", "/")
-        lines.append(f"| {part} | {end['verdict']} | {end['seconds']:.0f} | {said} |")
-    return "\n".join(lines) + "\n"
-
-
-SHOWN = 20
-"""Rows of single kernels in a table; the file has all."""
-
-
-def figures_tables(path: Path) -> str:
-    """What kernel_figures.py found: milliseconds per step by way, and the calls that cost most in a step."""
-    figures = [row for row in _proof_rows(path) if row["kind"] == "figure" and "section" in row]
-    lines = []
-    for section in dict.fromkeys(row["section"] for row in figures):
-        here = [row for row in figures if row["section"] == section]
-        sums = [row for row in here if "ms_per_step" in row]
-        single = [row for row in here if "microseconds" in row]
-        if not single:
-            continue
-        lines += ["", f"# {section.capitalize()}"]
-        if sums:
-            lines += ["", "| network | direction | way | ms per step | calls of a step |", "|---|---|---|---:|---:|"]
-        for row in sums:
-            cells = [row.get("config", ""), row["direction"], row["way"], f"{row['ms_per_step']:.3f}"]
-            lines.append("| " + " | ".join([*cells, f"{row['calls']} of {row['of']}"]) + " |")
-        lines += ["", "| shape | direction | way | calls | µs | GB/s | of copy | TFLOP/s | of matmul |"]
-        lines += ["|---|---|---|" + "---:|" * 6]
-        costs = {id(row): row["microseconds"] * _calls(row) for row in single}
-        for row in sorted(single, key=lambda row: -costs[id(row)])[:SHOWN]:
-            numbers = [f"{_calls(row)}", f"{row['microseconds']:.1f}"]
-            numbers += [str(row.get(name, "–")) for name in ("GB/s", "share of copy", "TFLOP/s", "share of matmul")]
-            lines.append("| " + " | ".join([row["shape"], row["direction"], row.get("way", "cuDNN"), *numbers]) + " |")
-    return "\n".join(lines) + "\n" if lines else ""
-
-
-def _calls(row: dict[str, Any]) -> int:
-    """Calls in a step; for attention, which several configurations share, of all of them."""
-    return sum(row["count"].values()) if isinstance(row["count"], dict) else row["count"]
-
-
-def proof_name(path: Path) -> str:
-    """What results of gpu_proof.py are called: gpu_h100_2026-01-02."""
-    rows = _proof_rows(path)
-    device = next(row["device"] for row in reversed(rows) if row["kind"] == "machine")
-    known = hardware.find(device)
-    name = known.name.split()[0] if known else device
-    day = next(row["date"] for row in reversed(rows) if row["kind"] == "start")
-    return f"gpu_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}_{day}"
-
-
-def _said(row: dict[str, Any]) -> str:
-    """The short values of a row; lists and tables stay in the file."""
-    values = {k: v for k, v in row.items() if k not in ("part", "kind", "at") and not isinstance(v, (list, dict))}
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
-    )
 
 
 def _title(results: Results) -> str:
@@ -550,29 +425,40 @@ def main(argv: list[str] | None = None) -> None:
         "--chart", type=Path, metavar="FILE", action="append", default=[], help="write a bar chart, .svg or .png"
     )
     args = parser.parse_args(argv)
-    proof = args.results.suffix == ".jsonl"
-    if args.keep and not proof:
+    if args.results.suffix == ".jsonl":
+        report_proof(args)
+    elif args.keep:
         raise UserError(f"--keep is for results.jsonl of gpu_proof.py, not for {args.results}; use --markdown, --chart")
-    mode = next((row["mode"] for row in _proof_rows(args.results) if "mode" in row), "") if args.keep else "real"
-    if mode != "real":
-        raise UserError(f"--keep: {args.results} is of a {mode or 'foreign'} run, whose figures mean nothing")
-    found = read_proof(args.results) if proof else [read(args.results)]
-    text = "\n".join(
-        [*map(markdown, found), *([proof_table(args.results), figures_tables(args.results)] if proof else [])]
-    )
-    print(text, end="")
+    else:
+        show([read(args.results)], "", args)
+
+
+def report_proof(args: argparse.Namespace) -> None:
+    """Show and, with --keep, keep what gpu_proof.py found."""
+    found = proof_report.read(args.results)
+    place = proof_report.place_of(found)
+    if args.keep and place["mode"] != "real":
+        raise UserError(f"--keep: {args.results} is of a {place['mode']} run, whose figures mean nothing")
+    results = [Results(place, [_row(entry) for entry in rows]) for rows in proof_report.cases_of(found)]
+    base = Path(f"{args.keep}/{proof_report.name_of(found)}")
     if args.keep:
-        base = args.keep / proof_name(args.results)
         args.keep.mkdir(parents=True, exist_ok=True)
         Path(f"{base}.jsonl").write_text(args.results.read_text())
         args.markdown = args.markdown or Path(f"{base}.md")
         args.chart = args.chart or [Path(f"{base}.svg")]
-    if args.markdown:
-        args.markdown.write_text(text)
+    show(results, "\n" + proof_report.parts_table(found) + proof_report.figures_tables(found), args)
     if args.keep:
         print(f"\nkept as {base}.jsonl, .md and .svg")
+
+
+def show(found: Sequence[Results], more: str, args: argparse.Namespace) -> None:
+    """Print the tables, and write them and the charts to the files of the flags; of two, drawing has its own chart."""
+    text = "\n".join(map(markdown, found)) + more
+    print(text, end="")
+    if args.markdown:
+        args.markdown.write_text(text)
     for results in found:
-        second = "_sampling" if proof and results.sampling else ""
+        second = "_sampling" if more and results.sampling else ""
         if args.chart:
             chart(results, [file.with_stem(file.stem + second) for file in args.chart])
 

@@ -197,7 +197,7 @@ def timed(step: Step, seconds: float, rounds: int = 3) -> Timing:
 # --- what a step consists of ---
 
 
-def launches_of(names: list[str]) -> dict[str, int]:
+def count_launches(names: list[str]) -> dict[str, int]:
     """How many of these calls of CUDA's runtime and driver are of each kind in `LAUNCHES`."""
     return {kind: sum(1 for name in names if re.match(pattern, name)) for kind, pattern in LAUNCHES.items()}
 
@@ -212,7 +212,7 @@ def profiled(step: Step, device: torch.device, steps: int = 3, top: int = 40) ->
     if cuda:
         events = watched.profiler.kineto_results.events()
         host = [e.name() for e in events if e.device_type() == torch.autograd.DeviceType.CPU]
-        launches = {kind: count / steps for kind, count in launches_of(host).items()}
+        launches = {kind: count / steps for kind, count in count_launches(host).items()}
     return Profile(
         wall_ms=1e3 * wall / steps,
         busy_ms=1e3 * found.busy / steps,

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_proof, proof_log, report
-from benchmarks.gpu_parts import PARTS, ROOT, Context, LeftOut, OutOfTime, Part, run_command
+from benchmarks.gpu_parts import PARTS
+from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part, run_command
 from fastdiff.settings import UserError
 
 
@@ -84,7 +85,7 @@ def test_parts_end_with_the_command(number: int, tmp_path: Path) -> None:
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from benchmarks import gpu_proof
-from benchmarks.gpu_parts import Part
+from benchmarks.proof_part import Part
 from benchmarks.test_gpu_proof import endless
 gpu_proof.IMPORTS, gpu_proof.PARTS = (), [Part("a", 100, endless)]
 gpu_proof.gpu_is_here = lambda: True
@@ -187,7 +188,9 @@ def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
     whole = {"part": "a", "kind": "end", "verdict": "ok", "at": 1.0, "seconds": 2.0}
     file.write_text(json.dumps(whole) + '\n{"part": "b", "ki')
     assert proof_log.read_rows(file) == [whole]
-    proof_log.Log((tmp_path,), 0.0).write("c", "note")
+    log = proof_log.Log((tmp_path,), 0.0)
+    log.cut_half_lines()
+    log.write("c", "note")
     assert [row["part"] for row in proof_log.read_rows(file)] == ["a", "c"], "the next row is not joined to it"
     file.write_text('{"part": "b", "ki\n' + json.dumps(whole) + "\n")
     with pytest.raises(ValueError, match="line 1"):
@@ -198,7 +201,7 @@ def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--only", "nothing"], "no part is called nothing"),
-        (["--done_in", "/no/file"], "/no/file does not exist"),
+        (["--done_in", "/no/file"], "/no/file is no file"),
         (["--seconds", "nan"], "greater than 0"),
     ],
 )

@@ -84,7 +84,7 @@ def test_launches_by_name() -> None:
     names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"]
     names += ["cudaLaunchCooperativeKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaStreamSynchronize"]
     names += ["cudaDeviceSynchronize", "cudaMalloc", "aten::add", "cudaFuncGetAttributes"]
-    assert variant_timing.launches_of(names) == {"kernels": 5, "graphs": 1, "copies and fills": 2, "waits": 1}
+    assert variant_timing.count_launches(names) == {"kernels": 5, "graphs": 1, "copies and fills": 2, "waits": 1}
 
 
 def test_memory_of_graphs() -> None:

@@ -1,0 +1,216 @@
+"""Parts of gpu_proof.py that measure: whole steps and drawing, single kernels, saving, loading."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.proof_checks import native_tests
+from benchmarks.proof_part import Context, LeftOut, Part, run_command, succeed
+
+TINY_MODEL: dict[str, Any] = {
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2",
+    "attention_resolutions": "8",
+}
+
+
+# --- throughput, one variant per process ---
+
+
+def throughput(
+    config: str,
+    batches: Sequence[int],
+    variant: str,
+    precision: str = "bf16",
+    *,
+    draw: bool = False,
+    profile: bool = False,
+) -> Callable[[Context], None]:
+    """A part that times one variant's training step, or its drawing, at the first of the batches that fits."""
+
+    def run(context: Context) -> None:
+        import torch
+
+        for batch in batches[:1] if context.tiny else batches:
+            try:
+                measure_variant(context, config, batch, variant, precision, draw, profile)
+            except torch.OutOfMemoryError as error:
+                context.emit("note", reason=f"batch {batch} does not fit: {str(error).splitlines()[0][:200]}")
+            else:
+                return
+            from benchmarks.variant_timing import free
+
+            free()
+        raise RuntimeError(f"none of the batches {', '.join(map(str, batches))} fits in memory")
+
+    return run
+
+
+def shrunk(model: Any) -> Any:
+    """Settings of a tiny network of the same kind, with labels if it has any."""
+    size = {"large_size": 16, "small_size": 8} if hasattr(model, "large_size") else {"image_size": 16}
+    kept = {"class_cond": model.class_cond, "num_classes": model.num_classes}
+    return type(model)(**TINY_MODEL, **size, **kept)
+
+
+def measure_variant(
+    context: Context, config: str, batch: int, variant: str, precision: str, draw: bool, profile: bool
+) -> None:
+    """Build and time one variant; a row when it is timed, another when it is profiled."""
+    from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
+    from benchmarks.bench_train import quartiles
+    from benchmarks.variant_timing import measure, start
+
+    processes = start()
+    settings = bench_train.load(config)
+    if context.tiny:
+        settings = settings.model_copy(update={"model": shrunk(settings.model)})
+        batch, precision = 2, "fp32"
+    if draw:
+        steps = 2 if context.tiny else 10
+        case = sampling_variants.DrawCase(settings, batch, precision, processes, steps=steps)
+        make, per_step = functools.partial(bench_sampling.VARIANTS[variant], case), case.evaluations
+    else:
+        case = train_variants.Case(settings, batch, precision, processes)
+        make, per_step = functools.partial(bench_train.VARIANTS[variant], case), 1
+    if variant.startswith("ours"):
+        print("\n".join(compile_beforehand(case, draw)), flush=True)
+    # The original knows fp16 only, and on a CPU float32.
+    computed = precision if variant != "reference" else "fp16" if processes.device.type == "cuda" else "fp32"
+    row: dict[str, Any] = {"config": config, "variant": variant, "precision": computed, "batch": batch, "ratio": None}
+
+    def emit(**found: Any) -> None:
+        if "classes" in found:
+            context.emit("profile", config=config, variant=variant, **found)
+        elif "ms" in found:
+            rounds = [value / per_step for value in found["ms"]]
+            slow_to_fast = [1e3 * batch / ms for ms in reversed(quartiles(found["ms"]))]
+            rates = {"images_per_second": slow_to_fast}
+            if draw:
+                rates["evaluations_per_second"] = [per_step * rate for rate in slow_to_fast]
+                row.update(solver=case.solver, steps=case.steps)
+            more = {name: value for name, value in found.items() if name not in ("ms", *rates)}
+            context.emit("throughput", **row, ms=quartiles(rounds), **rates, **more)
+        else:
+            row.update(found)
+            context.emit("fact", variant=variant, batch=batch, **found, **compiled_code())
+
+    measure(make, case, emit, seconds=0.2 if context.tiny else 4.0, profile_steps=3 if profile else 0)
+
+
+def compile_beforehand(case: Any, draw: bool) -> list[str]:
+    """Start the processes that compile a variant's Triton kernels, as a run does; what it would say of that."""
+    from fastdiff import precompile
+    from fastdiff.models.precision import DTYPES
+    from fastdiff.sampling.launches import sampling_launches
+    from fastdiff.training.launches import training_launches
+
+    dtype, model = DTYPES[case.precision], case.config.model
+    if draw:
+        launches = functools.partial(sampling_launches, model, case.diffusion(), case.plan(), case.batch, dtype)
+    else:
+        scaled = case.precision == "fp16"
+        rates = case.config.train.ema_rate
+        given = (model, case.config.diffusion, case.batch, dtype)
+        launches = functools.partial(training_launches, *given, rates=rates, scaled=scaled)
+    return precompile.start(launches, case.device)
+
+
+def compiled_code() -> dict[str, int]:
+    """How many of Inductor's graphs this process found in the cache, and how many it had to compile."""
+    from torch._dynamo.utils import counters
+
+    seen = counters["inductor"]
+    return {"graphs_found": seen["fxgraph_cache_hit"], "graphs_compiled": seen["fxgraph_cache_miss"]}
+
+
+def levers(config: str, batch: int) -> Callable[[Context], None]:
+    """A part that times ours with each lever off beside ours; bench_train.py's rows, one lever after the other."""
+
+    def run(context: Context) -> None:
+        from benchmarks.train_variants import LEVERS
+
+        names = list(LEVERS)[:1] if context.tiny else list(LEVERS)
+        for name in names:
+            result = context.work / "lever.json"
+            result.unlink(missing_ok=True)
+            given = ["--configs", config, "--batches", str(batch)]
+            if context.tiny:
+                file = context.work / "tiny.json"
+                file.write_text(json.dumps({"model": {**TINY_MODEL, "image_size": 16}}))
+                given = ["--configs", str(file), "--batches", "2", "--precisions", "fp32"]
+            short = ["--rounds", "2" if context.tiny else "5", "--seconds", "0.05" if context.tiny else "0.5"]
+            argv = [sys.executable, "benchmarks/bench_train.py", *given, *short, "--variants", "ours", "--levers", name]
+            code = run_command(context, [*argv, "--json", str(result)])
+            rows = json.loads(result.read_text())["rows"] if result.is_file() else []
+            for row in rows:
+                if row["variant"] == f"ours -{name}":
+                    context.emit("fact", lever=name, times_as_fast_with_it=1 / row["ratio"][1], row=row)
+            succeed(code, f"bench_train.py without lever {name}")
+
+    return run
+
+
+# --- single kernels ---
+
+
+def figures(section: str, seconds: float) -> Part:
+    """A part that writes down a section of kernel_figures.py, the costliest shapes first, for about `seconds`."""
+
+    def run(context: Context) -> None:
+        from benchmarks import kernel_figures
+        from benchmarks.variant_timing import start
+
+        cases = kernel_figures.cases_of(kernel_figures.parse(["--tiny"] if context.tiny else []))
+        few = {"most": 1, "rounds": 1} if context.tiny else {}
+        emit = lambda row: context.emit("figure", **row)
+        kernel_figures.measure([section], cases, start().device, emit, seconds, context.tiny, **few)
+
+    return Part(section, seconds + 10, run)
+
+
+def other_kernels(context: Context) -> None:
+    """Optimiser, noising, loss and sampler's step: the rows of bench_adamw_ema.py and bench_diffusion.py."""
+    result = context.out / "kernels.json"
+    options = ["-W", "ignore", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-o", "timeout=300"]
+    files = ["benchmarks/bench_diffusion.py", *([] if context.tiny else ["benchmarks/bench_adamw_ema.py"])]
+    short = ["-k", "q_sample"] if context.tiny else []
+    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, *files, *short]
+    code = run_command(context, [*argv, "--benchmark-json", str(result)])
+    rows = json.loads(result.read_text())["benchmarks"] if result.is_file() and result.stat().st_size else []
+    for row in rows:
+        context.emit("figure", kernel=row["group"], name=row["name"], **row["extra_info"])
+    succeed(code, "pytest")
+
+
+def saving(context: Context) -> None:
+    """What a checkpoint of the 270M network costs training."""
+    result = context.work / "saving.json"
+    case = "--config imagenet64_270M --batch 64 --precision bf16 --rounds 3"
+    if context.tiny:
+        case = "--config quick --batch 2 --rounds 1 --steps 2"
+    argv = [sys.executable, "benchmarks/bench_saving.py", *case.split(), "--folder", str(context.work)]
+    succeed(run_command(context, [*argv, "--json", str(result)]), "bench_saving.py")
+    found = json.loads(result.read_text())
+    stops = {f"{way}_stood_still_ms": found[way]["stood_still_ms"][1] for way in ("beside", "waiting")}
+    numbers = {"step_ms": found["step_ms"][1], "guards_ms": found["guards_ms"][1], **stops}
+    context.emit("fact", megabytes=found["megabytes"], **numbers, all=found)
+
+
+def dali(context: Context) -> None:
+    """DALI's decoding on the GPU: its tests, and images per second of every loader."""
+    from importlib.util import find_spec
+
+    if find_spec("nvidia.dali" if find_spec("nvidia") else "nvidia") is None:
+        raise LeftOut("nvidia-dali is not installed")
+    native_tests("tests/images/test_dali.py", tiny=("tests/images/test_order.py",), workers=1)(context)
+    if not context.tiny:
+        result = context.work / "data.json"
+        argv = [sys.executable, "benchmarks/bench_data.py", "--quick", "--json", str(result)]
+        succeed(run_command(context, argv), "bench_data.py")
+        context.emit("fact", loaders=json.loads(result.read_text()))
