@@ -31,6 +31,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.bench_train import Contest, chosen, load, place, quartiles
+from benchmarks.result_file import Label, ResultFile
+from benchmarks.sampling_variants import (
+    GPU_ONLY,
+    LEVERS,
+    Draw,
+    DrawCase,
+    compiled_seed,
+    diffusers,
+    our_engine,
+    ours,
+    seed,
+)
+from benchmarks.variant_timing import seconds_of, start, synchronize
 from fastdiff.config import Config
 from fastdiff.diffusion.plans import SOLVERS
 from fastdiff.hardware import find, measure_rates
@@ -41,27 +55,6 @@ from fastdiff.sampling.drawn import Drawn
 from fastdiff.sampling.job import Job, run_job
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.settings import UserError
-
-try:  # run as a script, or imported beside its neighbours
-    from bench_train import Contest, chosen, load, place, quartiles
-    from result_file import Label, ResultFile
-    from sampling_variants import GPU_ONLY, LEVERS, Draw, DrawCase, compiled_seed, diffusers, our_engine, ours, seed
-    from variant_timing import seconds_of, start, synchronize
-except ImportError:
-    from benchmarks.bench_train import Contest, chosen, load, place, quartiles
-    from benchmarks.result_file import Label, ResultFile
-    from benchmarks.sampling_variants import (
-        GPU_ONLY,
-        LEVERS,
-        Draw,
-        DrawCase,
-        compiled_seed,
-        diffusers,
-        our_engine,
-        ours,
-        seed,
-    )
-    from benchmarks.variant_timing import seconds_of, start, synchronize
 
 VARIANTS: dict[str, Callable[[DrawCase], Draw]] = {
     "reference": seed,

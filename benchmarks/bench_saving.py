@@ -27,6 +27,9 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import torch
 
+from benchmarks.bench_train import load, quartiles
+from benchmarks.train_variants import Case, trainer_of
+from benchmarks.variant_timing import synchronize
 from fastdiff import ops
 from fastdiff.hardware import device_name
 from fastdiff.processes import run_script
@@ -35,15 +38,6 @@ from fastdiff.threads import use_free_cores
 from fastdiff.training.engine import start_processes
 from fastdiff.training.saving import Saver
 from fastdiff.training.trainer import Trainer
-
-try:  # run as a script, or imported beside its neighbours
-    from bench_train import load, quartiles
-    from train_variants import Case, trainer_of
-    from variant_timing import synchronize
-except ImportError:
-    from benchmarks.bench_train import load, quartiles
-    from benchmarks.train_variants import Case, trainer_of
-    from benchmarks.variant_timing import synchronize
 
 WAYS = ("none", "beside", "waiting")
 

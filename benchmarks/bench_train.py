@@ -31,21 +31,15 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import torch
 
+from benchmarks.result_file import Label, ResultFile, release_memory
+from benchmarks.train_variants import LEVERS, Case, Step, compiled_seed, diffusers, ours, seed, without
+from benchmarks.variant_timing import Built, build, few_objects_to_collect, seconds_of, start
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.hardware import device_name, find, measure_rates
 from fastdiff.models.precision import body_dtype
 from fastdiff.models.work import train_flops
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
-
-try:  # run as a script, or imported beside its neighbours
-    from result_file import Label, ResultFile, release_memory
-    from train_variants import LEVERS, Case, Step, compiled_seed, diffusers, ours, seed, without
-    from variant_timing import Built, build, few_objects_to_collect, seconds_of, start
-except ImportError:
-    from benchmarks.result_file import Label, ResultFile, release_memory
-    from benchmarks.train_variants import LEVERS, Case, Step, compiled_seed, diffusers, ours, seed, without
-    from benchmarks.variant_timing import Built, build, few_objects_to_collect, seconds_of, start
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICK: dict[str, Any] = {

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import proof_log
 from fastdiff import hardware
 from fastdiff.settings import UserError
-
-try:  # imported beside its neighbours, or as one of the package
-    import proof_log
-except ImportError:
-    from benchmarks import proof_log
 
 Row = proof_log.Row
 NOTE = (

@@ -36,6 +36,8 @@ def throughput(
     def run(context: Context) -> None:
         import torch
 
+        from benchmarks.result_file import release_memory
+
         for batch in batches[:1] if context.tiny else batches:
             try:
                 measure_variant(context, config, batch, variant, precision, draw, profile)
@@ -43,9 +45,8 @@ def throughput(
                 context.emit("note", reason=f"batch {batch} does not fit: {str(error).splitlines()[0][:200]}")
             else:
                 return
-            from benchmarks.variant_timing import free
-
-            free()
+            torch._dynamo.reset()
+            release_memory()
         raise RuntimeError(f"none of the batches {', '.join(map(str, batches))} fits in memory")
 
     return run

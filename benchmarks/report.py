@@ -28,17 +28,12 @@ from typing import Any
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import proof_report, roofline
 from fastdiff import hardware
 from fastdiff.config import Config
 from fastdiff.models import work
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
-
-try:  # run as a script, or imported beside its neighbours
-    import proof_report
-    import roofline
-except ImportError:
-    from benchmarks import proof_report, roofline
 
 ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
 COLOURS = {"reference": "#8c939c", "reference+compile": "#b4bac2", "diffusers": "#d9a441", "ours": "#1f6f8b"}

@@ -32,6 +32,15 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 import numpy as np
 import torch
 
+from benchmarks.image_features import (
+    FEATURES,
+    Classifier,
+    Moments,
+    distance_and_spread,
+    noise_floor,
+    seen,
+    train_classifier,
+)
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.hardware import device_name
 from fastdiff.images.index import index_images
@@ -44,19 +53,6 @@ from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import SampleSettings
 from fastdiff.settings import UserError
 from fastdiff.threads import use_free_cores
-
-try:  # run as a script, or imported beside its neighbours
-    from image_features import FEATURES, Classifier, Moments, distance_and_spread, noise_floor, seen, train_classifier
-except ImportError:
-    from benchmarks.image_features import (
-        FEATURES,
-        Classifier,
-        Moments,
-        distance_and_spread,
-        noise_floor,
-        seen,
-        train_classifier,
-    )
 
 SHOWN = 10  # images of each row in the strip
 

@@ -15,6 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.seed_step import SeedUNet
+from benchmarks.train_variants import (
+    Case,
+    check_same_function,
+    diffusers_unet,
+    exact,
+    from_checkout,
+    without_our_ops,
+)
 from fastdiff import compilation
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.plans import Plan, make_plan
@@ -29,20 +38,6 @@ from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.evaluation import Evaluation, Guidance
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.settings import UserError
-
-try:  # run as a script, or imported beside its neighbours
-    from seed_step import SeedUNet
-    from train_variants import Case, check_same_function, diffusers_unet, exact, from_checkout, without_our_ops
-except ImportError:
-    from benchmarks.seed_step import SeedUNet
-    from benchmarks.train_variants import (
-        Case,
-        check_same_function,
-        diffusers_unet,
-        exact,
-        from_checkout,
-        without_our_ops,
-    )
 
 Draw = Callable[[], Tensor]
 """draw() → images [B, H, W, C] uint8 on the host."""

@@ -51,16 +51,12 @@ from typing import Any
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import roofline
 from fastdiff import hardware
 from fastdiff.models import BackboneSettings, work
 from fastdiff.processes import run_script
 from fastdiff.settings import UserError
 from fastdiff.training.engine import BUCKET
-
-try:  # run as a script, or imported beside its neighbour
-    import roofline
-except ImportError:
-    from benchmarks import roofline
 
 PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold, elements of one tensor."""

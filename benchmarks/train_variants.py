@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from fastdiff.kernels import reference
 from torch import Tensor, nn
 
+from benchmarks.seed_step import SeedStep, SeedUNet
 from fastdiff import compilation, ops
 from fastdiff.config import Config
 from fastdiff.diffusion import create_diffusion
@@ -32,11 +33,6 @@ from fastdiff.models.work import train_flops
 from fastdiff.processes import Processes
 from fastdiff.settings import UserError
 from fastdiff.training.trainer import Trainer, low_res_of
-
-try:  # run as a script, or imported beside its neighbour
-    from seed_step import SeedStep, SeedUNet
-except ImportError:
-    from benchmarks.seed_step import SeedStep, SeedUNet
 
 Step = Callable[[], None]
 Network = TypeVar("Network", bound=nn.Module)

@@ -41,8 +41,7 @@ LAYERS: dict[str, set[str]] = {
         *("compilation", "diffusion", "hardware", "images", "kernel_choice", "models", "ops", "precompile"),
         *("processes", "settings"),
     },
-    "op_calls": set(),
-    "precompile": {"kernels", "op_calls", "ops", "processes", "threads"},
+    "precompile": {"kernels", "ops", "processes", "threads"},
     "nll_settings": {"kernel_choice", "sampling", "settings"},
     "likelihood": {"diffusion", "images", "ops", "processes"},
     "training": {

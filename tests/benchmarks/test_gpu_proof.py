@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import gpu_proof, proof_log, report
+from benchmarks import gpu_proof, proof_log, proof_speed, report
 from benchmarks.gpu_parts import PARTS
 from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part, run_command
 from fastdiff.settings import UserError
@@ -159,6 +159,25 @@ def test_what_is_left_is_neither_done_nor_failed(run: Any, monkeypatch: pytest.M
     code, rows = run([Part("a", 1, lacks), Part("b", 1, slow)])
     assert code == 1
     assert ends(rows) == {"a": "left out", "b": "stopped at its limit"}
+
+
+def test_a_batch_that_does_not_fit_is_followed_by_a_smaller_one(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(context: Context, config: str, batch: int, *_: Any) -> None:
+        if batch > 16:
+            raise torch.OutOfMemoryError("no room")
+        context.emit("fact", batch=batch)
+
+    monkeypatch.setattr(proof_speed, "measure_variant", measured)
+    small = proof_speed.throughput("cifar10_uncond", [64, 32, 16, 8], "reference")
+    none = proof_speed.throughput("cifar10_uncond", [64, 32], "reference")
+    code, rows = run([Part("a", 1, small), Part("b", 1, none)])
+    assert code == 1
+    assert ends(rows) == {"a": "ok", "b": "failed with exit code 1"}
+    assert [row["batch"] for row in rows if row["kind"] == "fact"] == [16]
+    assert [row["reason"] for row in rows if "reason" in row][:2] == [
+        "batch 64 does not fit: no room",
+        "batch 32 does not fit: no room",
+    ]
 
 
 def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import refusal
 
-from benchmarks import bench_train, kernel_figures, op_calls
+from benchmarks import bench_train, figure_rows, kernel_figures, norm_figures, step_calls
 from fastdiff.hardware import Rates
 from fastdiff.models import work
 
@@ -25,8 +25,8 @@ def case() -> tuple[str, Any, int]:
     return kernel_figures.cases_of(kernel_figures.parse(["--tiny"]))[0]
 
 
-def bench(rows: list[dict[str, Any]], **settings: Any) -> kernel_figures.Bench:
-    return kernel_figures.Bench(CPU, Rates(1e12, 1e9), rows.append, rounds=1, **settings)
+def bench(rows: list[dict[str, Any]], **settings: Any) -> figure_rows.Bench:
+    return figure_rows.Bench(CPU, Rates(1e12, 1e9), rows.append, rounds=1, **settings)
 
 
 # --- what a step calls ---
@@ -36,7 +36,7 @@ def bench(rows: list[dict[str, Any]], **settings: Any) -> kernel_figures.Bench:
 def test_a_step_calls_what_the_network_has(name: str, case: tuple[str, Any, int]) -> None:
     """As many norms as `work.operations` counts, and the convolutions' and products' operations of its kinds."""
     config = case[1] if name == "tiny" else bench_train.load(name)
-    calls = op_calls.training_calls(config, BATCH, torch.bfloat16, r"aten::(convolution|mm$|addmm$)|fastdiff::")
+    calls = step_calls.training_calls(config, BATCH, torch.bfloat16, r"aten::(convolution|mm$|addmm$)|fastdiff::")
     by_op: Counter[str] = Counter()
     for call in calls:
         by_op[call.op] += call.count
@@ -63,7 +63,7 @@ def test_arguments_with_memory() -> None:
     """As the recorded ones but for maps, which are channels-last; equal seeds give equal numbers."""
     meta = lambda *shape, **settings: torch.empty(*shape, device="meta", **settings)
     args = (meta(2, 8, 4, 4), None, meta(8).expand(2, 8), meta(3, 5).t(), meta(1, dtype=torch.int64), [meta(3)], 0.5)
-    x, none, offset, weight, seed, others, number = op_calls.realised(op_calls.Call("aten::any", args), 3, CPU)
+    x, none, offset, weight, seed, others, number = step_calls.realised(step_calls.Call("aten::any", args), 3, CPU)
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (none, number) == (None, 0.5)
     assert offset.stride() == (0, 1)
@@ -71,21 +71,21 @@ def test_arguments_with_memory() -> None:
     assert weight.stride() == (1, 5)
     assert seed.dtype == torch.int64
     assert others[0].shape == (3,)
-    assert torch.equal(x, op_calls.realised(op_calls.Call("aten::any", args), 3, CPU)[0])
-    assert not torch.equal(x, op_calls.realised(op_calls.Call("aten::any", args), 4, CPU)[0])
+    assert torch.equal(x, step_calls.realised(step_calls.Call("aten::any", args), 3, CPU)[0])
+    assert not torch.equal(x, step_calls.realised(step_calls.Call("aten::any", args), 4, CPU)[0])
 
 
 # --- norms ---
 
 
-def norm_call(op: str, side: int) -> op_calls.Call:
+def norm_call(op: str, side: int) -> step_calls.Call:
     """A call on one image of 32 + 32 channels, twice as high as wide."""
     meta = lambda *shape: torch.empty(*shape, device="meta")
     (x, skip, dy), C = (meta(1, channels, side, side // 2) for channels in (32, 32, 64)), meta(64)
     if op == "group_norm_silu":
-        return op_calls.Call(f"fastdiff::{op}", (x, skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0), 1)
+        return step_calls.Call(f"fastdiff::{op}", (x, skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0), 1)
     args = (dy, None, x, None, skip, C, C, None, None, None, meta(1, 3, 64), 32, True, 0.0)
-    return op_calls.Call(f"fastdiff::{op}", args, 1)
+    return step_calls.Call(f"fastdiff::{op}", args, 1)
 
 
 @pytest.mark.parametrize("op", ["group_norm_silu", "group_norm_silu_backward"])
@@ -95,10 +95,10 @@ def test_every_way_computes_the_same(op: str) -> None:
 
     before, rows = norm.plan, list[dict[str, Any]]()
     call = norm_call(op, side=16)
-    label = {"direction": kernel_figures.Norm(call).direction}
-    sums = kernel_figures.Sums([(label["direction"], call)])
-    kernel_figures._rows_of_ways(bench(rows), label, call, 1000, sums)
-    assert sorted(row["way"] for row in rows) == sorted(kernel_figures.WAYS)
+    label = {"direction": norm_figures.Norm(call).direction}
+    sums = figure_rows.Sums([(label["direction"], call)])
+    norm_figures._rows_of_ways(bench(rows), label, call, 1000, sums)
+    assert sorted(row["way"] for row in rows) == sorted(norm_figures.WAYS)
     assert [row["planned"] for row in rows] == [True, False, False]
     assert rows[0]["difference"] == 0
     assert 0 < max(row["difference"] for row in rows) < 1e-5, "another order of sums, the same function"
@@ -124,7 +124,7 @@ def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "launch", without_moments)
     monkeypatch.setattr(norm, "processors", lambda device: 1)  # else one image is too little for slabs
     call = norm_call("group_norm_silu", side=4)
-    kernel_figures._rows_of_ways(bench(rows), {"direction": "forward"}, call, 1000, kernel_figures.Sums([]))
+    norm_figures._rows_of_ways(bench(rows), {"direction": "forward"}, call, 1000, figure_rows.Sums([]))
     assert [(row["way"], row.get("left_out")) for row in rows] == [
         ("loop", None),
         ("split", "RuntimeError: out of resources"),
@@ -133,16 +133,16 @@ def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_differences() -> None:
     one, other = (torch.tensor([1.0, -4.0]), torch.zeros(0)), (torch.tensor([1.5, -4.0]), torch.zeros(0))
-    assert kernel_figures.difference(other, one) == 0.125
-    assert math.isnan(kernel_figures.difference((torch.tensor([float("nan"), 1.0]), one[1]), one))
+    assert norm_figures.difference(other, one) == 0.125
+    assert math.isnan(norm_figures.difference((torch.tensor([float("nan"), 1.0]), one[1]), one))
 
 
 def test_definitions_are_the_ops() -> None:
     """What stands beside the ops computes the same, forward and backward."""
     for op in ("group_norm_silu", "group_norm_silu_backward"):
         call = norm_call(op, side=4)
-        run, given = kernel_figures._definition(bench([]), kernel_figures.Norm(call))(0)
-        wanted = call.function()(*op_calls.realised(call, 0, CPU))[0]
+        run, given = norm_figures._definition(bench([]), norm_figures.Norm(call))(0)
+        wanted = call.function()(*step_calls.realised(call, 0, CPU))[0]
         if op == "group_norm_silu":
             torch.testing.assert_close(run(*given), wanted, atol=1e-5, rtol=1e-5)
         else:  # its statistics are random numbers, which the definition finds itself
@@ -189,7 +189,7 @@ def test_out_of_time(case: tuple[str, Any, int]) -> None:
 def test_the_costliest_come_first(case: tuple[str, Any, int]) -> None:
     """By cost times count, at most `most` of each direction."""
     calls = [
-        (direction, op_calls.Call("aten::mm", (torch.empty(n, 1), torch.empty(1, 1)), count))
+        (direction, step_calls.Call("aten::mm", (torch.empty(n, 1), torch.empty(1, 1)), count))
         for direction, n, count in (("a", 1, 1), ("a", 2, 5), ("b", 3, 1), ("a", 20, 1))
     ]
     found = bench([], most=2).costliest(calls, kernel_figures.flops_of)

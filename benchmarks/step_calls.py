@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastdiff import ops
 from fastdiff.config import Config
-from fastdiff.op_calls import Call, Recorder
+from fastdiff.precompile import Call, Recorder
 from fastdiff.training.launches import forward_and_backward
 
 

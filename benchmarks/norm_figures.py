@@ -1,0 +1,236 @@
+"""Figures of group_norm_silu by each way that it can run, beside a copy and the definition compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._functorch.config
+from fastdiff.kernels import reference
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.figure_rows import Bench, Row, Sums, dtype_name, map_bytes
+from benchmarks.step_calls import realised, training_calls
+from fastdiff.config import Config
+from fastdiff.precompile import Call
+
+WAYS = ("registers", "loop", "split")
+
+
+class NoSuchWay(Exception):
+    """A norm of this shape can't run the way that is forced."""
+
+
+@contextmanager
+def forced(way: str) -> Iterator[None]:
+    """Let group_norm_silu run one way; the op raises NoSuchWay where its shape does not allow it. "" forces nothing."""
+    from fastdiff.kernels import group_norm_silu as norm
+
+    chosen_by = norm.plan
+    if not way:
+        yield
+        return
+
+    def plan(
+        B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int, *rest: bool
+    ) -> Any:
+        usual = chosen_by(B, L, C1, C2, group, itemsize, backward, units, *rest)
+        if way_of(usual) == way:
+            return usual
+        if way == "split":
+            rows = min(usual.rows, 2048 // usual.block_c)
+            return dataclasses.replace(usual, slab=False, one_block=False, block_l=rows, num_warps=4)
+        tile = norm.Tile.of(C1 + C2, group, 8, 32 // itemsize, 64)
+        if way != "loop" or tile.padded > 128:
+            raise NoSuchWay(f"{way} on {L} pixels of {C1 + C2} channels")
+        slabs = B * ((C1 + C2) // tile.channels)
+        summed = len(rest) > 1 and rest[1]
+        few = backward or (summed and tile.padded > 64)
+        length = min((4096 if few else 8192) // tile.padded, 1 << (L - 1).bit_length())
+        return dataclasses.replace(
+            usual,
+            slab=True,
+            one_block=False,
+            tile=tile,
+            block_l=length,
+            num_warps=16,
+            programs=min(slabs, units),
+        )
+
+    with mock.patch.object(norm, "plan", plan):
+        yield
+
+
+def way_of(plan: Any) -> str:
+    """The way that a plan of group_norm_silu goes, one of WAYS."""
+    return "split" if not plan.slab else "registers" if plan.one_block else "loop"
+
+
+@contextmanager
+def ways_taken(taken: list[str]) -> Iterator[None]:
+    """Collect the ways of the plans that are made."""
+    from fastdiff.kernels import group_norm_silu as norm
+
+    chosen_by = norm.plan
+
+    def plan(*args: Any) -> Any:
+        made = chosen_by(*args)
+        taken.append(way_of(made))
+        return made
+
+    with mock.patch.object(norm, "plan", plan):
+        yield
+
+
+_AFTER = "skip weight bias scale shift"
+NORM_ARGUMENTS = {
+    "fastdiff::group_norm_silu": f"x {_AFTER} offset seed num_groups eps silu dropout".split(),
+    "fastdiff::add_group_norm_silu": f"x b b_bias {_AFTER} offset seed num_groups eps silu dropout".split(),
+    "fastdiff::group_norm_silu_backward": f"dy dtotal x b_bias {_AFTER} seed stats num_groups silu dropout".split(),
+}
+
+
+@dataclasses.dataclass
+class Norm:
+    """A call of one of the three ops, its arguments by their names."""
+
+    call: Call
+
+    def __post_init__(self) -> None:
+        self.given = self.named(self.call.args)
+        self.direction = "backward" if "dy" in self.given else "forward"
+        self.summed = self.given.get("b") is not None or self.given.get("dtotal") is not None
+
+    def named(self, args: tuple[Any, ...]) -> dict[str, Any]:
+        return dict(zip(NORM_ARGUMENTS[self.call.op], args, strict=True))
+
+    @property
+    def shape(self) -> str:
+        x, skip = self.given["x"], self.given["skip"]
+        B, C, H, W = x.shape
+        channels = f"{C}+{skip.shape[1]}" if skip is not None else f"{C}"
+        has = {"sum": self.summed, "scale": self.given["scale"] is not None}
+        has |= {name: bool(self.given[name]) for name in ("silu", "dropout")}
+        return " ".join([f"{B}x{channels}x{H}x{W}", *(name for name, there in has.items() if there)])
+
+    def tensors(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
+        """What the definition in PyTorch takes of the op's arguments; the second summand of a backward is made up."""
+        named = self.named(args)
+        if self.summed and "b" not in named:
+            named["b"] = torch.randn_like(named["x"])
+        names = ["x", "weight", "bias", "scale", "shift", "skip", "offset", *(["b", "b_bias"] if self.summed else [])]
+        return {name: named[name] for name in names if named.get(name) is not None}
+
+    def definition(self) -> Callable[..., Any]:
+        """The op in PyTorch, of the values of `tensors`."""
+        names = list(self.tensors(self.call.args))
+        settings = {name: self.given[name] for name in ("num_groups", "silu", "dropout")}
+
+        def function(*values: Tensor) -> Any:
+            named = dict(zip(names, values, strict=True))
+            x, weight, bias = named.pop("x"), named.pop("weight"), named.pop("bias")
+            if "b" in named:
+                return reference.add_group_norm_silu(x, named.pop("b"), weight, bias, **named, **settings)
+            return reference.group_norm_silu(x, weight, bias, **named, **settings)
+
+        return function
+
+
+def norms(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None:
+    """Rows of the section "norms", and their sums per step."""
+    for name, config, batch in cases:
+        recorded = training_calls(config, batch, bench.dtype, r"fastdiff::(add_)?group_norm_silu")
+        calls = [(Norm(call).direction, call) for call in recorded]
+        label: Row = {"section": "norms", "config": name, "batch": batch}
+        sums = Sums(calls)
+        try:
+            for _, call, rank in bench.costliest(calls, map_bytes):
+                _norm_rows(bench, label, Norm(call), rank < bench.compiled, sums)
+        finally:
+            sums.emit(bench.emit, {**label, "what": "sum"})
+
+
+def _norm_rows(bench: Bench, label: Row, norm: Norm, compiled: bool, sums: Sums) -> None:
+    call, direction, moved = norm.call, norm.direction, map_bytes(norm.call)
+    label = {**label, "op": call.op.split("::")[1], "direction": direction, "shape": norm.shape}
+    label |= {"dtype": dtype_name(norm.given["x"].dtype), "count": call.count}
+
+    def copied(i: int) -> Any:
+        source = torch.zeros(moved // 2, dtype=torch.uint8, device=bench.device)
+        return torch.Tensor.copy_, (torch.empty_like(source), source)
+
+    sums.add(direction, "copy", bench.row({**label, "way": "copy"}, copied, moved=moved), call.count)
+    if bench.runs_kernels:
+        _rows_of_ways(bench, label, call, moved, sums)
+    way = "compiled" if bench.device.type == "cuda" else "eager"
+    if compiled:
+        figure = bench.row({**label, "way": way}, _definition(bench, norm), moved=moved)
+        sums.add(direction, way, figure, call.count)
+
+
+def _rows_of_ways(bench: Bench, label: Row, call: Call, moved: int, sums: Sums) -> None:
+    """A row as planned, and one for each other way that the shape allows, with how far its results are off."""
+    planned: list[str] = []
+    function, best = call.function(), None
+    try:
+        with ways_taken(planned):
+            usual = function(*realised(call, 0, bench.device))
+    except Exception as error:
+        bench.leave_out({**label, "way": "planned"}, error)
+        return
+    for way in dict.fromkeys([planned[0], *WAYS]):
+        is_planned = way == planned[0]
+        row = {**label, "way": way, "planned": is_planned}
+        with forced("" if is_planned else way):
+            try:
+                off = difference(function(*realised(call, 0, bench.device)), usual)
+            except NoSuchWay:
+                continue
+            except Exception as error:
+                bench.leave_out(row, error)
+                continue
+            make = lambda i: (function, realised(call, i, bench.device))
+            figure = bench.row(row, make, moved=moved, difference=off)
+        if is_planned:
+            sums.add(label["direction"], "planned", figure, call.count)
+        if figure is not None and (best is None or figure.microseconds < best.microseconds):
+            best = figure
+    sums.add(label["direction"], "the fastest way", best, call.count)
+
+
+def difference(got: Any, wanted: Any) -> float:
+    """The greatest difference of any result, as a share of that result's greatest magnitude; NaN if one has a NaN."""
+    shares = [0.0]
+    for a, b in zip(tree_leaves(got), tree_leaves(wanted), strict=True):
+        if b.numel():
+            a, b = a.float(), b.float()
+            shares.append(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)))
+    return float(torch.tensor(shares).max())  # which is NaN where one is
+
+
+def _definition(bench: Bench, norm: Norm) -> Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """For `Bench.row`: the definition in PyTorch, compiled on a GPU, or its backward pass, and arguments."""
+    run, call = norm.definition(), norm.call
+    if bench.device.type == "cuda":
+        torch.compiler.reset()  # or torch.compile gives up after some shapes and runs eagerly
+        run = torch.compile(run, fullgraph=True, dynamic=False)
+
+    def forward(i: int) -> Any:
+        return torch.no_grad()(run), tuple(norm.tensors(realised(call, i, bench.device)).values())
+
+    def backward(i: int) -> Any:
+        args = realised(call, i, bench.device)
+        leaves = [x.requires_grad_() for x in norm.tensors(args).values()]
+        with torch._functorch.config.patch(donated_buffer=False):  # the backward pass is timed again and again
+            results = run(*leaves)
+        given = norm.named(args)
+        upstream = [given["dtotal"], given["dy"]] if norm.summed else [given["dy"]]
+        return partial(torch.autograd.grad, retain_graph=True), (results, leaves, upstream)
+
+    return forward if norm.direction == "forward" else backward
