@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from tiny import pictures, refusal, save, unet
@@ -19,14 +20,7 @@ from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
 from fastdiff.processes import Processes
 from fastdiff.training.engine import start_processes
 
-MODEL: dict[str, Any] = {
-    "image_size": 8,
-    "num_channels": 32,
-    "channel_mult": "1,2",
-    "num_res_blocks": 1,
-    "attention_resolutions": "4",
-    "learn_sigma": True,
-}
+MODEL = {**tiny.MODEL, "learn_sigma": True}
 DIFFUSION = {"diffusion_steps": 20, "noise_schedule": "cosine"}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tiny import refusal
 
@@ -14,14 +15,7 @@ from benchmarks import bench_train, report, train_variants
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.training.engine import start_processes
 
-MODEL = {
-    "image_size": 8,
-    "num_channels": 32,
-    "channel_mult": "1,2",
-    "num_res_blocks": 1,
-    "attention_resolutions": "4",
-    "learn_sigma": True,
-}
+MODEL = {**tiny.MODEL, "learn_sigma": True}
 DIFFUSION = {"diffusion_steps": 20, "noise_schedule": "cosine"}
 
 

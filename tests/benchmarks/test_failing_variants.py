@@ -9,26 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train
 from benchmarks.result_file import ResultFile
 from fastdiff.processes import StopWith
 from fastdiff.settings import UserError
 
-MODEL = {
-    "image_size": 8,
-    "num_channels": 32,
-    "channel_mult": "1,2",
-    "num_res_blocks": 1,
-    "attention_resolutions": "4",
-}
 LABEL = {"config": "small", "precision": "fp32", "batch": 2}
 
 
 @pytest.fixture
 def argv(tmp_path: Path) -> list[str]:
     config = tmp_path / "small.json"
-    config.write_text(json.dumps({"model": MODEL, "diffusion": {"diffusion_steps": 40, "noise_schedule": "cosine"}}))
+    config.write_text(json.dumps({"model": MODEL, "diffusion": {**DIFFUSION, "diffusion_steps": 20}}))
     words = ["--configs", str(config), "--batches", "2", "--precisions", "fp32", "--rounds", "2", "--seconds", "0.01"]
     return [*words, "--threads", "1", "--json", str(tmp_path / "results.json")]
 

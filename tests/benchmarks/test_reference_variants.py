@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
 from benchmarks.seed_step import SeedStep
@@ -14,19 +15,7 @@ from fastdiff.compilation import tf32
 from fastdiff.config import Config
 from fastdiff.training.engine import start_processes
 
-CONFIG = Config.model_validate(
-    {
-        "model": {
-            "image_size": 8,
-            "num_channels": 32,
-            "channel_mult": "1,2",
-            "num_res_blocks": 1,
-            "attention_resolutions": "4",
-            "learn_sigma": True,
-        },
-        "diffusion": {"diffusion_steps": 40, "noise_schedule": "cosine"},
-    }
-)
+CONFIG = Config.model_validate({"model": {**MODEL, "learn_sigma": True}, "diffusion": DIFFUSION})
 THEIRS = ("reference", "reference+compile", "diffusers")
 
 

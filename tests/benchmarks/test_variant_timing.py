@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants, variant_timing
 from fastdiff.config import Config
@@ -14,18 +15,7 @@ from fastdiff.models import build_model
 from fastdiff.processes import Processes
 from fastdiff.training.engine import start_processes
 
-CONFIG = Config.model_validate(
-    {
-        "model": {
-            "image_size": 8,
-            "num_channels": 32,
-            "channel_mult": "1,2",
-            "num_res_blocks": 1,
-            "attention_resolutions": "4",
-        },
-        "diffusion": {"diffusion_steps": 20, "noise_schedule": "cosine"},
-    }
-)
+CONFIG = Config.model_validate({"model": MODEL, "diffusion": DIFFUSION})
 
 
 @pytest.fixture(scope="module")
