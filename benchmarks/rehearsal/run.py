@@ -66,11 +66,11 @@ def build() -> Path:
     nvml = folder / "libnvidia-ml.so.1"
     nvml.unlink(missing_ok=True)
     nvml.symlink_to(library.name)
-    # By this entry point `import torch` finds rehearsal.device.attach, in the processes that a program starts as well.
+    # By this entry point `import torch` finds device.attach, in the processes that a program starts as well.
     package = folder / "rehearsal-1.dist-info"
     package.mkdir(exist_ok=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: rehearsal\nVersion: 1\n")
-    (package / "entry_points.txt").write_text("[torch.backends]\nrehearsal = rehearsal.device:attach\n")
+    (package / "entry_points.txt").write_text("[torch.backends]\nrehearsal = benchmarks.rehearsal.device:attach\n")
     return folder
 
 
@@ -83,7 +83,7 @@ def environment(folder: Path) -> dict[str, str]:
 
     put_first("LD_PRELOAD", folder / "libcuda.so.1")
     put_first("LD_LIBRARY_PATH", folder)
-    put_first("PYTHONPATH", folder, HERE.parent, ROOT)
+    put_first("PYTHONPATH", folder, ROOT)
     changed["TRITON_LIBCUDA_PATH"] = str(folder)
     changed.pop("TRITON_INTERPRET", None)
     changed.setdefault("XDG_CACHE_HOME", str(PLACE / "cache"))

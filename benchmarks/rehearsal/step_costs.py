@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants  # noqa: E402
+from benchmarks.rehearsal.device import counts, events  # noqa: E402
 from benchmarks.variant_timing import build, few_objects_to_collect, start  # noqa: E402
-from rehearsal.device import counts, events  # noqa: E402
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ LABEL = {"config": "small", "precision": "fp32", "batch": 2}
 @pytest.fixture
 def argv(tmp_path: Path) -> list[str]:
     config = tmp_path / "small.json"
-    config.write_text(json.dumps({"model": MODEL, "diffusion": {**DIFFUSION, "diffusion_steps": 20}}))
+    config.write_text(json.dumps({"model": MODEL, "diffusion": {**DIFFUSION, "diffusion_steps": 40}}))
     words = ["--configs", str(config), "--batches", "2", "--precisions", "fp32", "--rounds", "2", "--seconds", "0.01"]
     return [*words, "--threads", "1", "--json", str(tmp_path / "results.json")]
 

@@ -22,7 +22,7 @@ if not torch.version.cuda or not HEADERS.is_dir() or importlib.util.find_spec("t
 
 def run(program: str) -> str:
     """What a Python program prints on the rehearsal GPU."""
-    head = "import torch\nfrom rehearsal.device import counts, events, no_waits\n"
+    head = "import torch\nfrom benchmarks.rehearsal.device import counts, events, no_waits\n"
     command = [sys.executable, str(ROOT / "benchmarks/rehearsal/run.py"), sys.executable, "-c", head + program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
