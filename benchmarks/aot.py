@@ -35,13 +35,13 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 if os.environ.get("TRITON_INTERPRET") == "1":
     sys.exit("benchmarks/aot.py compiles kernels, which TRITON_INTERPRET=1 replaces; unset it")
 
-
 import torch
 import triton
 from fastdiff.kernels import aot, launch
 from fastdiff.kernels.aot import Compiled
 from fastdiff.kernels.launch import Launch
 
+from benchmarks.flag_types import at_least, existing_file, some_of
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.plans import make_plan
@@ -50,7 +50,6 @@ from fastdiff.training.engine import split_batch
 from fastdiff.training.launches import training_launches
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-ARCHS = (80, 90, 100)
 
 # What the benchmarks run; other configurations train at their own size and draw 16 images at once.
 TRAINED = {"cifar10_uncond": (128, 256)}
@@ -163,7 +162,7 @@ def row(made: Compiled, wrong: list[str]) -> str:
     verdict = "; ".join(wrong) or "ok"
     return (
         f"sm_{made.arch:<4}{made.kernel:26}{made.registers:5}{made.spills:4}{made.shared:8}{made.warps:4}  "
-        f"{widths(made.loads):26}{widths(made.stores):18}{core:24}{verdict:12}  {made.variant}"
+        f"{widths(made.loads):26}{widths(made.stores):18}{core:28} {verdict:12}  {made.variant}"
     )
 
 
@@ -188,7 +187,7 @@ def outcome(job: Job, future: Future[Compiled]) -> dict[str, Any]:
         made = future.result()
     except Exception as error:  # the compiler's, of any kind; BrokenProcessPool where it crashed
         wrong = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"]
-        failed = {"kernel": job.launch.kernel.__name__.lstrip("_"), "variant": aot.variant(job.launch)}
+        failed = {"kernel": name_of(job.launch), "variant": aot.variant(job.launch)}
         print(f"sm_{job.arch:<4}{failed['kernel']:26}{wrong[0]}  {failed['variant']}", flush=True)
         return {**failed, "arch": job.arch, "wrong": wrong}
     wrong = broken_rules(made, job.must_be_fast)
@@ -196,11 +195,15 @@ def outcome(job: Job, future: Future[Compiled]) -> dict[str, Any]:
     return {**asdict(made), "wrong": wrong}
 
 
+def name_of(one: Launch) -> str:
+    return str(one.kernel.__name__.lstrip("_"))
+
+
 def chosen(launches: list[Launch], kernels: list[str], each: int) -> list[Launch]:
     """Every kind of compilation once; of each kernel at most `each` (0: all), spread over what there is."""
     by_kernel: dict[str, list[Launch]] = {}
     for one in aot.unique(launches):
-        by_kernel.setdefault(one.kernel.__name__.lstrip("_"), []).append(one)
+        by_kernel.setdefault(name_of(one), []).append(one)
     found = []
     for name, some in by_kernel.items():
         if not kernels or name in kernels:
@@ -211,23 +214,25 @@ def chosen(launches: list[Launch], kernels: list[str], each: int) -> list[Launch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = sorted(path.stem for path in CONFIGS.glob("*.json"))
-    parser.add_argument("--configs", default=",".join(names), help="names of configurations (default: all)")
-    parser.add_argument("--archs", default=",".join(map(str, ARCHS)), help="compute capabilities times ten")
+    names, archs = sorted(path.stem for path in CONFIGS.glob("*.json")), sorted(aot.SHARED_LIMIT)
+    parser.add_argument("--configs", type=some_of(names), default=names, help="names of configurations (default: all)")
+    parser.add_argument("--archs", type=some_of(archs, 1), default=archs, help="compute capabilities times ten "
+                        f"(default: {','.join(map(str, archs))})")  # fmt: skip
     parser.add_argument("--kernels", default="", help="names of kernels (default: all)")
-    parser.add_argument("--each", type=int, default=0, metavar="N", help="at most N launches of each kernel")
-    parser.add_argument("--launches", type=Path, help="a file of tests' launches to compile as well")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--each", type=at_least(0), default=0, metavar="N", help="at most N launches of each kernel")
+    parser.add_argument("--launches", type=existing_file, help="a file of tests' launches to compile as well")
+    parser.add_argument("--processes", type=at_least(1), default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the table here as well")
     args = parser.parse_args()
-    unknown = [name for name in args.configs.split(",") if name and name not in names]
-    if unknown:
-        sys.exit(f"--configs: {unknown[0]} is not one of {', '.join(names)}")
-    fast = [one for name in args.configs.split(",") if name for one in recorded(name)]
-    fast = chosen([*fast, *optional()], args.kernels.split(",") if args.kernels else [], args.each)
+    archs = [int(arch) for arch in args.archs]
+    fast = [*(one for name in args.configs for one in recorded(name)), *optional()]
+    try:
+        kernels = some_of(sorted({name_of(one) for one in fast}))(args.kernels)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument --kernels: {error}")
+    fast = chosen(fast, kernels, args.each)
     tests = [aot.from_json(line) for line in args.launches.read_text().splitlines()] if args.launches else []
     tests = aot.unique([*fast, *tests])[len(fast) :]
-    archs = [int(arch) for arch in args.archs.split(",")]
     print(
         f"Triton {triton.__version__}: {len(fast)} compilations"
         f"{f' and {len(tests)} of tests' if tests else ''} for each of {', '.join(f'sm_{arch}' for arch in archs)}",

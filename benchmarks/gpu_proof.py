@@ -49,6 +49,7 @@ sys.path.append(str(HERE.parent / "tests"))
 # A process that has opened CUDA can't be forked; this way torch asks the driver's library whether there is a GPU.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+from benchmarks.flag_types import existing_file, usable_folder  # noqa: E402
 from benchmarks.gpu_parts import PARTS  # noqa: E402
 from benchmarks.proof_log import FILE, OK, Log, Row, finished, latest_kind, of_one_kind, read_rows, table  # noqa: E402
 from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part  # noqa: E402
@@ -71,34 +72,30 @@ LEFT_OUT, OUT_OF_TIME = 4, 5
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     scratch = Path(tempfile.gettempdir()) / "fastdiff_gpu_proof"
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / ".gpu_proof", help="folder of results (default: %(default)s)"
-    )
-    parser.add_argument("--work", type=Path, default=scratch, help="scratch for compiled code, images and runs, and a "
-                        "copy of the results (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the results there, with tables and charts")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end within so many (default: no limit)")
-    parser.add_argument("--only", nargs="+", metavar="PART", default=["*"], help="names, or patterns such as '270M*'")
-    parser.add_argument("--done_in", type=Path, nargs="+", metavar="FILE", default=[], help="results.jsonl of earlier "
-                        "commands: parts that they finished are left out, and their rows copied")  # fmt: skip
-    parser.add_argument("--again", action="store_true", help="run also what is done already")
-    parser.add_argument("--images", type=Path, help="folder or tar file to train on (default: made-up pictures)")
-    parser.add_argument("--commit", default="", help="the commit's name, where the checkout has no .git")
-    parser.add_argument("--stretch", type=float, default=1.0, help="multiplies every limit, for slow machines")
-    parser.add_argument("--spawn", action="store_true", help="start every part as a fresh process, not a forked one: "
-                        "some seconds more each")  # fmt: skip
-    parser.add_argument("--tiny", action="store_true", help="tiny networks and inputs: shows on any machine that the "
-                        "parts run; their figures mean nothing")  # fmt: skip
-    parser.add_argument("--rehearsal", action="store_true", help="don't judge numbers: the GPU computes nothing")
-    parser.add_argument("--list", action="store_true", help="print the parts and about how long each takes")
+    flag = parser.add_argument
+    flag("--out", type=usable_folder, default=ROOT / ".gpu_proof", help="folder of results (default: %(default)s)")
+    flag("--work", type=usable_folder, default=scratch, help="scratch for compiled code, images and runs, and a copy "
+         "of the results (default: %(default)s)")  # fmt: skip
+    flag("--keep", type=usable_folder, metavar="FOLDER", help="keep the results there, with tables and charts")
+    flag("--seconds", type=float, default=float("inf"), help="end within so many (default: no limit)")
+    flag("--only", nargs="+", metavar="PART", default=["*"], help="names, or patterns such as '270M*'")
+    flag("--done_in", type=existing_file, nargs="+", metavar="FILE", default=[], help="results.jsonl of earlier "
+         "commands: parts that they finished are left out, and their rows copied")  # fmt: skip
+    flag("--again", action="store_true", help="run also what is done already")
+    flag("--images", type=Path, help="folder or tar file to train on (default: made-up pictures)")
+    flag("--commit", default="", help="the commit's name, where the checkout has no .git")
+    flag("--stretch", type=float, default=1.0, help="multiplies every limit, for slow machines")
+    flag("--spawn", action="store_true", help="start every part as a fresh process, not a forked one: some seconds "
+         "more each")  # fmt: skip
+    flag("--tiny", action="store_true", help="tiny networks and inputs: shows on any machine that the parts run; their "
+         "figures mean nothing")  # fmt: skip
+    flag("--rehearsal", action="store_true", help="don't judge numbers: the GPU computes nothing")
+    flag("--list", action="store_true", help="print the parts and about how long each takes")
     args = parser.parse_args(argv)
     names = [part.name for part in PARTS]
     for word in args.only:
         if not fnmatch.filter(names, word):
             parser.error(f"--only: no part is called {word}; the parts are {', '.join(names)}")
-    for file in args.done_in:
-        if not file.is_file():
-            parser.error(f"--done_in: {file} is no file; give a {FILE}")
     if args.images and not args.images.exists():
         parser.error(f"--images: {args.images} does not exist")
     if not args.seconds > 0 or not 0 < args.stretch < float("inf"):

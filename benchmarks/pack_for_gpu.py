@@ -23,6 +23,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.flag_types import usable_folder  # noqa: E402
+
 FOLDER = ROOT / ".gpu"
 PACKAGES = ("pydantic", "deepspeed", "hjson", "diffusers", "importlib_metadata")
 FROM_SOURCE = ("deepspeed", "hjson")
@@ -49,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--python", default="3.12", help="the GPU machine's Python")
     parser.add_argument("--images", type=Path, help="tar.xz file of pictures to train on")
     parser.add_argument("--compiled", type=Path, help="folder of compiled code to take along")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where to pack (default: .gpu)")
+    parser.add_argument("--folder", type=usable_folder, default=FOLDER, help="where to pack (default: .gpu)")
     args = parser.parse_args(argv)
     for name in ("images", "compiled"):
         if getattr(args, name) and not getattr(args, name).exists():

@@ -51,6 +51,8 @@ def build() -> Path:
     Its name is the driver's, so that what Triton links against it runs on a real GPU's machine as well.
     """
     folder = PLACE / "gpu"
+    if set(" :") & set(str(folder)):
+        sys.exit(f"run.py: LD_PRELOAD takes no spaces and colons, as in {folder}; move the checkout")
     library = folder / "libcuda.so.1"
     newest = max(file.stat().st_mtime for file in (HERE / "gpu").iterdir())
     if library.is_file() and library.stat().st_mtime > newest:

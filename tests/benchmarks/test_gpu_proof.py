@@ -220,7 +220,8 @@ def test_a_half_written_line_is_passed_over(tmp_path: Path) -> None:
     ("flags", "words"),
     [
         (["--only", "nothing"], "no part is called nothing"),
-        (["--done_in", "/no/file"], "/no/file is no file"),
+        (["--done_in", "/no/file"], "there is no file /no/file"),
+        (["--out", __file__], "test_gpu_proof.py is a file; give a folder"),
         (["--seconds", "nan"], "greater than 0"),
     ],
 )

@@ -60,3 +60,9 @@ def test_wrong_images(given: str, words: str, tmp_path: Path, capsys: pytest.Cap
         pack_for_gpu.main(["--images", given, "--folder", str(tmp_path / "x")])
     assert words in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_folder_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        pack_for_gpu.main(["--packages", "--folder", f"{__file__}/x"])
+    assert "test_pack_for_gpu.py is a file; give a folder" in capsys.readouterr().err

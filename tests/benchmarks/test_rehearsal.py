@@ -34,6 +34,14 @@ def test_one_h100() -> None:
     assert made == "1 (9, 0) NVIDIA H100 80GB HBM3\n"
 
 
+def test_a_folder_that_cannot_be_preloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from benchmarks.rehearsal import run
+
+    monkeypatch.setattr(run, "PLACE", tmp_path / "a b")
+    with pytest.raises(SystemExit, match="takes no spaces and colons, as in .*/a b/gpu; move the checkout"):
+        run.build()
+
+
 def test_launches_are_counted() -> None:
     """A sum, a product and a convolution: one each, after what they need once."""
     made = run("""

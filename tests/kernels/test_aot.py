@@ -39,6 +39,22 @@ def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path:
         assert any(row["kernel"] == "combine" and "BLOCK_S=8" in row["variant"] for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--archs", "sm_90"], "argument --archs: sm_90 is not one of 80, 90, 100"),
+        (["--archs", ""], "argument --archs: name at least 1 of 80, 90, 100"),
+        (["--configs", "demo", "--kernels", "nonsense"], "argument --kernels: nonsense is not one of adamw_ema, "),
+        (["--processes", "0"], "argument --processes: must be a whole number of at least 1, but is 0"),
+        (["--launches", "/no/file"], "argument --launches: there is no file /no/file"),
+    ],
+)
+def test_wrong_flags(flags: list[str], words: str) -> None:
+    done = tritons.run("", tritons.ROOT / "benchmarks" / "aot.py", *flags)
+    assert done.returncode == 2
+    assert words in done.stderr.replace("\n", " ")
+
+
 def test_launches_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """A description is the same for equal compilations, keeps what decides one, and can be read back."""
     from fastdiff.kernels.q_sample import q_sample

@@ -1,0 +1,54 @@
+"""Types of command-line flags, for argparse's `type`: what is wrong is said in one sentence, with exit code 2."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+
+def some_of(allowed: Iterable[object], least: int = 0) -> Callable[[str], list[str]]:
+    """A comma-separated list of allowed words, at least `least` of them."""
+    words = [str(word) for word in allowed]
+
+    def read(text: str) -> list[str]:
+        given = [word for word in text.split(",") if word]
+        for word in given:
+            if word not in words:
+                raise ArgumentTypeError(f"{word} is not one of {', '.join(words)}")
+        if len(given) < least:
+            raise ArgumentTypeError(f"name at least {least} of {', '.join(words)}")
+        return given
+
+    return read
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number that is not below `least`."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise ArgumentTypeError(f"must be a whole number of at least {least}, but is {text}")
+        return number
+
+    return read
+
+
+def existing_file(text: str) -> Path:
+    """A file that is there."""
+    if not Path(text).is_file():
+        raise ArgumentTypeError(f"there is no file {text}")
+    return Path(text)
+
+
+def usable_folder(text: str) -> Path:
+    """A folder, which need not exist but can be made."""
+    path = Path(text)
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ArgumentTypeError(f"{nearest} is a file; give a folder")
+    return path
