@@ -6,8 +6,8 @@
 
 Each configuration takes a training step and a few sampling steps on tensors without memory, at the batch sizes of the
 benchmarks; what its ops would launch is compiled and the machine code read. Exit code 1 when a launch does not compile
-or breaks a rule: no spills, at most 255 registers, shared memory within the GPU's limit, 128-bit loads and stores where
-a kernel moves maps, tensor-core instructions where it multiplies matrices.
+or breaks a rule: no spills (sm_80: of one value), at most 255 registers, shared memory within the GPU's limit, 128-bit
+loads and stores where a kernel moves maps, tensor-core instructions where it multiplies matrices.
 
 Launches of the kernels' tests, which are small and odd, must compile and fit on the GPU. The tests write them:
 
@@ -77,6 +77,9 @@ BULK = {
     "adamw_ema": "ls",
     "squares": "l",
 }
+# Accesses of local memory by architecture. Triton 3.6's assembler stores and reads one value of one group norm in fp16,
+# which lets a third block onto a multiprocessor of sm_80.
+SPILLS = {80: 2}
 MATMUL = {*(name for name in BULK if name.endswith(("_short", "_long", "_whole"))), "pointers", "boxes"}
 
 
@@ -143,7 +146,7 @@ def broken_rules(made: Compiled, must_be_fast: bool) -> list[str]:
         wrong.append(f"{made.shared} bytes of shared memory")
     if not must_be_fast:
         return wrong
-    if made.spills:
+    if made.spills > SPILLS.get(made.arch, 0):
         wrong.append(f"{made.spills} spills")
     bulk = BULK.get(made.kernel, "")
     if "l" in bulk and not made.wide_loads():
