@@ -77,8 +77,8 @@ BULK = {
     "adamw_ema": "ls",
     "squares": "l",
 }
-# Accesses of local memory by architecture. Triton 3.6's assembler stores and reads one value of one group norm in fp16,
-# which lets a third block onto a multiprocessor of sm_80.
+# Accesses of local memory by architecture. In three launches Triton 3.6's assembler stores and reads one value there,
+# which lets another block onto a multiprocessor of sm_80.
 SPILLS = {80: 2}
 MATMUL = {*(name for name in BULK if name.endswith(("_short", "_long", "_whole"))), "pointers", "boxes"}
 

@@ -9,6 +9,7 @@ synchronisations, replayed by CUDA graphs over inputs that together exceed the L
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,6 +33,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
         machine_info["gpu"] = torch.cuda.get_device_name()
+    if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         machine_info["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
 
