@@ -39,7 +39,7 @@ def _norms(state: dict[str, Tensor], order: list[str]) -> list[float]:
 def _head4(state: dict[str, Tensor], order: list[str]) -> np.ndarray:
     heads = np.zeros((len(order), 4), dtype=np.float32)
     for row, name in zip(heads, order, strict=True):
-        values = state[name].flatten()[:4].numpy()
+        values = state[name].flatten()[:4].cpu().numpy()
         row[: len(values)] = values
     return heads
 
@@ -84,7 +84,7 @@ class Trace:
         quartiles = [metrics.get(f"loss_q{i}", np.nan) for i in range(4)]
         logged = {f"logged_{k}": metrics[k] for k in ("loss", "mse", "vb", "grad_norm", "samples") if k in metrics}
         for name, value in {**logged, "logged_loss_quartiles": quartiles, **values}.items():
-            self.rows.setdefault(name, []).append(value)
+            self.rows.setdefault(name, []).append(value.cpu() if isinstance(value, Tensor) else value)
 
     def compare(self) -> None:
         for name, rows in self.rows.items():
@@ -190,7 +190,7 @@ def _check_resume(case: Case, variant: dict[str, Any], folder: Path) -> None:
         steps.append(trainer.step)
         trainer.take_step()
         metrics = trainer.read_metrics()
-        losses.append(metrics["loss"])
+        losses.append(metrics.get("loss", np.nan))
         rates.append(metrics["lr"])
     case.check(f"{prefix}__logged_loss", losses)
     case.check(f"{prefix}__lr", rates)
@@ -208,8 +208,8 @@ def test_micro_batches_summed_as_the_original_does(case: Case) -> None:
         settings, images = _settings(variant), case.tensor("in_x")
         model = load_model(case.config["model"], case.weights(), tuple(images.shape[-2:]))
         diffusion = diffusion_for(variant["flags"])
-        sampler = create_sampler(settings.schedule_sampler, diffusion.num_timesteps)
-        meter = LossMeter(diffusion.num_timesteps, torch.device("cpu"))
+        sampler = create_sampler(settings.schedule_sampler, diffusion.num_timesteps, images.device)
+        meter = LossMeter(diffusion.num_timesteps, images.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         parameters = list(model.parameters())
         ema = {str(rate): [p.detach().clone() for p in parameters] for rate in settings.ema_rate}
