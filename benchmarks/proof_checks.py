@@ -64,6 +64,9 @@ def native_tests(*argv: str, tiny: Sequence[str], workers: int) -> Callable[[Con
         options = ["-p", "benchmarks.report_tests", "-p", "no:cacheprovider", "-W", "default", "--tb=short"]
         begin = time.monotonic()
         env = {"FASTDIFF_TEST_REPORT": str(report), "OMP_NUM_THREADS": "1", "FASTDIFF_DEVICE": _device()}
+        if context.rehearsal:
+            options += ["-p", "benchmarks.rehearsal.no_comparisons"]
+            env["PYTHONPYCACHEPREFIX"] = str(context.work / "pycache")
         code = run_command(context, [sys.executable, "-m", "pytest", *options, *given], **env)
         rows = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
         for row in rows:

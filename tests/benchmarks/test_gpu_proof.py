@@ -247,19 +247,33 @@ def test_one_command_at_a_time(run: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert run([Part("a", 1, measured)])[0] == 0
 
 
+def reported(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """The rows that report_tests.py writes of the tests in a folder."""
+    file = folder / "report.jsonl"
+    argv = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.report_tests", *options, str(folder)]
+    env = {**os.environ, "FASTDIFF_TEST_REPORT": str(file), "PYTHONPATH": str(ROOT)}
+    env["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
+    subprocess.run([*argv, "--rootdir", str(folder)], env=env, cwd=folder, capture_output=True, check=False)
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def test_a_failure_is_told_once(tmp_path: Path) -> None:
     """Also under xdist, where workers see it as well; and a file that can't be imported is told of."""
     (tmp_path / "test_a.py").write_text("def test_a():\n    assert 1 == 2, 'unequal'\n\ndef test_b():\n    pass\n")
     (tmp_path / "test_b.py").write_text("import no_such_module\n")
-    file = tmp_path / "report.jsonl"
-    argv = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.report_tests", "-n", "2", str(tmp_path)]
-    env = {**os.environ, "FASTDIFF_TEST_REPORT": str(file), "PYTHONPATH": str(ROOT)}
-    subprocess.run([*argv, "--rootdir", str(tmp_path)], env=env, cwd=tmp_path, capture_output=True, check=False)
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = reported(tmp_path, "-n", "2")
     reasons = [row["reason"] for row in rows if "test" in row]
     assert sum("unequal" in reason for reason in reasons) <= 1
     assert any("no_such_module" in reason for reason in reasons)
     assert len([row for row in rows if "passed" in row]) == 1
+
+
+def test_rehearsed_comparisons_are_evaluated_but_fail_nothing(tmp_path: Path) -> None:
+    compared = "import torch\n\ndef test_a():\n    torch.testing.assert_close(torch.ones(1), torch.zeros(1))\n"
+    (tmp_path / "test_a.py").write_text(f"{compared}    assert 1 == 2\n\ndef test_b():\n    assert 1 / 0 == 2\n")
+    rows = reported(tmp_path, "-p", "benchmarks.rehearsal.no_comparisons")
+    assert [row["reason"] for row in rows if "test" in row] == ["ZeroDivisionError: division by zero"]
+    assert (rows[-1]["passed"], rows[-1]["failed"]) == (1, 1)
 
 
 def throughput(
