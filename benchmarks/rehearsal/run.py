@@ -97,7 +97,8 @@ def environment(folder: Path) -> dict[str, str]:
 def main() -> None:
     command = sys.argv[1:]
     if not command:
-        sys.exit(__doc__)
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
     os.execvpe(command[0], command, environment(build()))
 
 

@@ -13,6 +13,7 @@ compare variants, and a faster processor takes a fraction of them.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import json
 import statistics
@@ -24,28 +25,34 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[0:1] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants  # noqa: E402
+from benchmarks.flag_types import at_least  # noqa: E402
 from benchmarks.rehearsal.device import counts, events  # noqa: E402
 from benchmarks.variant_timing import build, few_objects_to_collect, start  # noqa: E402
+from fastdiff.models.precision import DTYPES  # noqa: E402
+from fastdiff.processes import run_script  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a name in configs/, e.g. cifar10_uncond")
-    parser.add_argument("batch", type=int)
+    parser.add_argument("batch", type=at_least(1))
     parser.add_argument("variant", help="a variant of bench_train.py, or of bench_sampling.py with --draw")
-    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--precision", default="bf16", choices=DTYPES)
     parser.add_argument("--draw", action="store_true", help="draw images in ten steps instead of training")
-    parser.add_argument("--steps", type=int, default=20, help="steps to time")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="steps to time")
     args = parser.parse_args()
+    variants = (bench_sampling if args.draw else bench_train).VARIANTS
+    if args.variant not in variants:
+        parser.error(f"argument variant: {args.variant} is not one of {', '.join(variants)}")
+    if not hasattr(ctypes.CDLL(None), "rehearsal_counts"):
+        parser.error("there is no rehearsal GPU here; start this by benchmarks/rehearsal/run.py")
 
-    processes, settings = start(), bench_train.load(args.config)
+    settings, processes = bench_train.load(args.config, "argument config"), start()
     if args.draw:
         case = sampling_variants.DrawCase(settings, args.batch, args.precision, processes, steps=10)
-        make = functools.partial(bench_sampling.VARIANTS[args.variant], case)
     else:
         case = train_variants.Case(settings, args.batch, args.precision, processes)
-        make = functools.partial(bench_train.VARIANTS[args.variant], case)
-    built = build(make, processes.device)
+    built = build(functools.partial(variants[args.variant], case), processes.device)
 
     before, seen, times, cpu_times = counts(), len(events), [], []
     with few_objects_to_collect():
@@ -74,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "step_costs.py")
