@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,15 @@ def stopping() -> Iterator[list[int]]:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+
+
+def claimed(folder: Path) -> list[str]:
+    """Claims on images that say whose they are."""
+    found = []
+    for path in (folder / "claims").glob("0*-*.0"):
+        with suppress(FileNotFoundError):  # released just now
+            found += [path.name] if path.stat().st_size else []
+    return found
 
 
 def until(condition: object, seconds: float = 20.0) -> None:
@@ -188,13 +198,13 @@ def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: li
     """Its images are drawn by others; when it wakes up, it finds that and leaves."""
     stalled = start(folder, job(), pause=0.02, rank=1, world_size=2)
     stopping.append(stalled.pid)
-    until(lambda: list((folder / "claims").glob("0*-*.0")))
+    until(lambda: claimed(folder))
     os.kill(stalled.pid, signal.SIGSTOP)
-    claimed = [path.name for path in (folder / "claims").glob("0*-*.0")]
+    first = claimed(folder)[0]
     drawn: list[int] = []
     run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
     check_npz(folder, 23)
-    assert int(claimed[0][:9]) == drawn[-1]  # what it was at comes last
+    assert int(first[:9]) == drawn[-1]  # what it was at comes last
     before = (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns
     os.kill(stalled.pid, signal.SIGCONT)
     stalled.join(20)
@@ -206,7 +216,7 @@ def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: li
 def test_claims_of_the_dead_are_free(folder: Path) -> None:
     """A killed process's images come in their turn, not last."""
     process = start(folder, job(), pause=0.05)
-    until(lambda: list((folder / "claims").glob("0*-*.0")))
+    until(lambda: claimed(folder))
     process.kill()
     process.join()
     drawn: list[int] = []
