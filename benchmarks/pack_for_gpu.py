@@ -14,19 +14,19 @@ checkout with its .gpu, and there begin with
 from __future__ import annotations
 
 import argparse
+import lzma
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.flag_types import usable_folder  # noqa: E402
+from benchmarks.flag_types import at_least, usable_folder  # noqa: E402
 
 FOLDER = ROOT / ".gpu"
 PACKAGES = ("pydantic", "deepspeed", "hjson", "diffusers", "importlib_metadata")
@@ -54,12 +54,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--python", default="3.12", help="the GPU machine's Python")
     parser.add_argument("--images", type=Path, help="tar.xz file of pictures to train on")
     parser.add_argument("--compiled", type=Path, help="folder of compiled code to take along")
+    parser.add_argument("--most", type=at_least(1), default=1 << 20, metavar="MIB", help="end compiled code at about "
+                        "so many MiB; what was compiled last is left out (default: take all)")  # fmt: skip
     parser.add_argument("--folder", type=usable_folder, default=FOLDER, help="where to pack (default: .gpu)")
     args = parser.parse_args(argv)
     for name in ("images", "compiled"):
         if getattr(args, name) and not getattr(args, name).exists():
             parser.error(f"--{name}: {getattr(args, name)} does not exist")
-    if args.compiled and not next(worth_taking(args.compiled), None):
+    if args.compiled and not worth_taking(args.compiled):
         parser.error(f"--compiled: {args.compiled} holds no compiled code; give a folder with inductor/ and triton/")
     if args.images and not args.images.name.endswith(".tar.xz"):
         parser.error(f"--images: {args.images} must be a .tar.xz file")
@@ -81,23 +83,31 @@ def download(packages: list[str], python: str, wheels: Path) -> None:
         subprocess.run(command, check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
 
 
-def worth_taking(cache: Path) -> Iterator[Path]:
-    """Of compiled code, Inductor's graphs, which hold their kernels, and our own Triton kernels.
+def worth_taking(cache: Path) -> list[Path]:
+    """Of compiled code, Inductor's graphs, which hold their kernels, and our own Triton kernels; the oldest first.
 
-    Left out is what Inductor writes a second time, and its choices among launch configurations: on a machine without a
-    real GPU they were made by timing nothing.
+    Left out is what Inductor writes a second time, its choices among launch configurations, which on a machine without
+    a real GPU were made by timing nothing, and what kernels were on their way to machine code.
     """
-    for name in ("fxgraph", "aotautograd"):
-        yield from _files(cache / "inductor" / name)
-    for kernel in sorted((cache / "triton").glob("*")):
-        if kernel.is_file():  # fastdiff's list of what is compiled
-            yield kernel
-        elif not any(file.name.startswith(("triton_", "__grp__triton_")) for file in kernel.glob("*")):
-            yield from _files(kernel)
+    graphs = [path for name in ("fxgraph", "aotautograd") for path in (cache / "inductor" / name).rglob("*")]
+    kernels = [path for path in (cache / "triton").glob("*") if path.is_file()]  # fastdiff's list of what is compiled
+    for folder in (cache / "triton").glob("*/"):
+        files = list(folder.glob("*"))
+        if not any(file.name.startswith(("triton_", "__grp__triton_")) for file in files):
+            kernels += [file for file in files if file.suffix in (".json", ".cubin", ".so")]
+    found = [path for path in (*graphs, *kernels) if path.is_file() and path.suffix != ".best_config"]
+    return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    yield from (p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".best_config")
+def pack(cache: Path, target: Path, most: int) -> int:
+    """Pack what is worth taking until the packed file has about `most` bytes; how many files were left out."""
+    paths = worth_taking(cache)
+    with target.open("wb") as raw, lzma.open(raw, "wb") as packed, tarfile.open(fileobj=packed, mode="w|") as file:
+        for i, path in enumerate(paths):
+            if raw.tell() > most:
+                return len(paths) - i
+            file.add(path, Path("compiled") / path.relative_to(cache))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -109,9 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         shutil.copyfile(args.images, args.folder / "images.tar.xz")
     if args.compiled:
-        with tarfile.open(args.folder / "compiled.tar.xz", "w:xz") as file:
-            for path in worth_taking(args.compiled):
-                file.add(path, Path("compiled") / path.relative_to(args.compiled))
+        left = pack(args.compiled, args.folder / "compiled.tar.xz", args.most << 20)
+        if left:
+            print(f"{left} files of compiled code are left out, for --most {args.most} MiB")
     (args.folder / "install.sh").write_text(INSTALL)
     files = [path for path in sorted(args.folder.rglob("*")) if path.is_file()]
     for path in files:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import subprocess
 import tarfile
 from pathlib import Path
@@ -28,6 +30,7 @@ def test_compiled_code_and_images(tmp_path: Path, capsys: pytest.CaptureFixture[
         "inductor/xy/module.py",
         "triton/K1/_slab_forward.cubin",
         "triton/K1/__grp___slab_forward.json",
+        "triton/K1/_slab_forward.ptx",
         "triton/K2/triton_poi_fused_add.cubin",
     )
     images = made(tmp_path, "pictures.tar.xz") / "pictures.tar.xz"
@@ -43,6 +46,18 @@ def test_compiled_code_and_images(tmp_path: Path, capsys: pytest.CaptureFixture[
         }
     assert (folder / "images.tar.xz").read_text() == "pictures.tar.xz"
     assert "MiB in" in capsys.readouterr().out
+
+
+def test_what_was_compiled_last_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compiled = made(tmp_path / "compiled", *(f"inductor/fxgraph/{name}" for name in ("old", "large", "new")))
+    (compiled / "inductor/fxgraph/large").write_bytes(random.Random(0).randbytes(9 << 20))
+    for i, name in enumerate(("old", "large", "new")):
+        os.utime(compiled / "inductor/fxgraph" / name, (i, i))
+    given = ["--packages", "--compiled", str(compiled), "--folder", str(tmp_path / "packed"), "--most", "1"]
+    pack_for_gpu.main(given)
+    with tarfile.open(tmp_path / "packed/compiled.tar.xz") as file:
+        assert [Path(name).name for name in file.getnames()] == ["old", "large"]
+    assert "1 files of compiled code are left out, for --most 1 MiB" in capsys.readouterr().out
 
 
 def test_install_script_is_for_any_folder(tmp_path: Path) -> None:
