@@ -84,7 +84,7 @@ $(REHEARSAL)/.ready: constraints.txt
 	    -c $(REHEARSAL)/constraints.txt
 	touch $(REHEARSAL)/.ready
 
-rehearse: $(REHEARSAL)/.ready  ## gpu-proof on a simulated H100, which computes nothing: x86-64 Linux, g++, 6 GB of disk, hours; ARGS='--only machine'
+rehearse: $(REHEARSAL)/.ready  ## gpu-proof on a simulated H100, which computes nothing: x86-64 Linux, g++, 6 GB of disk, 90 minutes; ARGS='--only machine'
 	$(REHEARSAL)/bin/python -m pytest tests/benchmarks/test_rehearsal.py
 	$(REHEARSAL)/bin/python benchmarks/rehearsal/run.py $(REHEARSAL)/bin/python benchmarks/gpu_proof.py \
 	    --out .rehearsal/proof --work .rehearsal/work --stretch 30 --rehearsal $(ARGS)
