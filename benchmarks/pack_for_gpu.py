@@ -87,10 +87,11 @@ def worth_taking(cache: Path) -> list[Path]:
     """Of compiled code, Inductor's graphs, which hold their kernels, and our own Triton kernels; the oldest first.
 
     Left out is what Inductor writes a second time, its choices among launch configurations, which on a machine without
-    a real GPU were made by timing nothing, and what kernels were on their way to machine code.
+    a real GPU were made by timing nothing, what kernels were on their way to machine code, and fastdiff's list of
+    compiled launches, which names those that are left out as well; without it, a run looks for each.
     """
     graphs = [path for name in ("fxgraph", "aotautograd") for path in (cache / "inductor" / name).rglob("*")]
-    kernels = [path for path in (cache / "triton").glob("*") if path.is_file()]  # fastdiff's list of what is compiled
+    kernels: list[Path] = []
     for folder in (cache / "triton").glob("*/"):
         files = list(folder.glob("*"))
         if not any(file.name.startswith(("triton_", "__grp__triton_")) for file in files):
