@@ -41,15 +41,15 @@ from fastdiff.kernels import aot, launch
 from fastdiff.kernels.aot import Compiled
 from fastdiff.kernels.launch import Launch
 
-from benchmarks.flag_types import at_least, existing_file, some_of
+from benchmarks.bench_train import CONFIGS, chosen
+from benchmarks.flag_types import at_least, existing_file
 from fastdiff.config import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.plans import make_plan
+from fastdiff.processes import run_script
 from fastdiff.sampling.launches import sampling_launches
 from fastdiff.training.engine import split_batch
 from fastdiff.training.launches import training_launches
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 # What the benchmarks run; other configurations train at their own size and draw 16 images at once.
 TRAINED = {"cifar10_uncond": (128, 256)}
@@ -77,7 +77,8 @@ BULK = {
     "adamw_ema": "ls",
     "squares": "l",
 }
-# Local loads and stores. For one value the assembler may do so, where that lets another block onto a multiprocessor.
+# Loads and stores of local memory that a launch may have: where it lets another block onto a multiprocessor, the
+# assembler stores one value there and reads it once.
 FEW_SPILLS = 2
 MATMUL = {*(name for name in BULK if name.endswith(("_short", "_long", "_whole"))), "pointers", "boxes"}
 
@@ -201,14 +202,14 @@ def name_of(one: Launch) -> str:
     return str(one.kernel.__name__.lstrip("_"))
 
 
-def chosen(launches: list[Launch], kernels: list[str], each: int) -> list[Launch]:
+def selected(launches: list[Launch], kernels: list[str], each: int) -> list[Launch]:
     """Every kind of compilation once; of each kernel at most `each` (0: all), spread over what there is."""
     by_kernel: dict[str, list[Launch]] = {}
     for one in aot.unique(launches):
         by_kernel.setdefault(name_of(one), []).append(one)
     found = []
     for name, some in by_kernel.items():
-        if not kernels or name in kernels:
+        if name in kernels:
             step = (len(some) - 1) / (each - 1) if 1 < each < len(some) else 1
             found += some if not each else [some[round(i * step)] for i in range(min(each, len(some)))]
     return found
@@ -216,23 +217,20 @@ def chosen(launches: list[Launch], kernels: list[str], each: int) -> list[Launch
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names, archs = sorted(path.stem for path in CONFIGS.glob("*.json")), sorted(aot.SHARED_LIMIT)
-    parser.add_argument("--configs", type=some_of(names), default=names, help="names of configurations (default: all)")
-    parser.add_argument("--archs", type=some_of(archs, 1), default=archs, help="compute capabilities times ten "
-                        f"(default: {','.join(map(str, archs))})")  # fmt: skip
-    parser.add_argument("--kernels", default="", help="names of kernels (default: all)")
+    parser.add_argument("--configs", default="all", help="names of configurations (default: all)")
+    parser.add_argument("--archs", default="all", help="compute capabilities times ten (default: all that are known)")
+    parser.add_argument("--kernels", default="all", help="names of kernels (default: all)")
     parser.add_argument("--each", type=at_least(0), default=0, metavar="N", help="at most N launches of each kernel")
     parser.add_argument("--launches", type=existing_file, help="a file of tests' launches to compile as well")
     parser.add_argument("--processes", type=at_least(1), default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the table here as well")
     args = parser.parse_args()
-    archs = [int(arch) for arch in args.archs]
-    fast = [*(one for name in args.configs for one in recorded(name)), *optional()]
-    try:
-        kernels = some_of(sorted({name_of(one) for one in fast}))(args.kernels)
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"argument --kernels: {error}")
-    fast = chosen(fast, kernels, args.each)
+    known = sorted(map(str, aot.SHARED_LIMIT), key=int)
+    archs = [int(arch) for arch in chosen(args.archs, known, known, "--archs")]
+    names = chosen(args.configs, sorted(path.stem for path in CONFIGS.glob("*.json")), [], "--configs")
+    fast = [*(one for name in names for one in recorded(name)), *optional()]
+    kernels = sorted({name_of(one) for one in fast})
+    fast = selected(fast, chosen(args.kernels, kernels, kernels, "--kernels"), args.each)
     tests = [aot.from_json(line) for line in args.launches.read_text().splitlines()] if args.launches else []
     tests = aot.unique([*fast, *tests])[len(fast) :]
     print(
@@ -259,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "aot.py")

@@ -3,24 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-
-
-def some_of(allowed: Iterable[object], least: int = 0) -> Callable[[str], list[str]]:
-    """A comma-separated list of allowed words, at least `least` of them."""
-    words = [str(word) for word in allowed]
-
-    def read(text: str) -> list[str]:
-        given = [word for word in text.split(",") if word]
-        for word in given:
-            if word not in words:
-                raise ArgumentTypeError(f"{word} is not one of {', '.join(words)}")
-        if len(given) < least:
-            raise ArgumentTypeError(f"name at least {least} of {', '.join(words)}")
-        return given
-
-    return read
 
 
 def at_least(least: int) -> Callable[[str], int]:

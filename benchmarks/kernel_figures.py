@@ -38,6 +38,7 @@ import torch._functorch.config
 from benchmarks import bench_attention
 from benchmarks.bench_train import CONFIGS, QUICK, chosen, load
 from benchmarks.figure_rows import Bench, Emit, OutOfTime, Row, Sums, dtype_name
+from benchmarks.flag_types import at_least
 from benchmarks.gpu_timing import own_stream
 from benchmarks.norm_figures import norms
 from benchmarks.roofline import usual_batch
@@ -164,9 +165,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", default="all", help=f"of {', '.join(SECTIONS)}")
     parser.add_argument("--configs", default="imagenet64_270M,cifar10_uncond", help="names in configs/, or JSON files")
     parser.add_argument("--batches", default="128,256", help="images of each, in that order")
-    parser.add_argument("--most", type=int, default=0, help="only so many shapes of each kind, the costliest; 0: all")
-    parser.add_argument("--compiled", type=int, default=6, help="so many shapes of norms are timed compiled as well")
-    parser.add_argument("--rounds", type=int, default=15, help="that the median is taken of")
+    parser.add_argument("--most", type=at_least(0), default=0, help="shapes of each kind, the costliest; 0: all")
+    parser.add_argument("--compiled", type=at_least(0), default=6, help="shapes of norms that are timed compiled, too")
+    parser.add_argument("--rounds", type=at_least(1), default=15, help="that the median is taken of")
     parser.add_argument("--seconds", type=float, default=0, help="no row of a section begins later than that; 0: ever")
     parser.add_argument("--tiny", action="store_true", help="a small network, few shapes, one round")
     parser.add_argument("--json", type=Path, help="append rows here, one JSON object a line")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import lzma
+import math
 import os
 import shutil
 import subprocess
@@ -54,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--python", default="3.12", help="the GPU machine's Python")
     parser.add_argument("--images", type=Path, help="tar.xz file of pictures to train on")
     parser.add_argument("--compiled", type=Path, help="folder of compiled code to take along")
-    parser.add_argument("--most", type=at_least(1), default=1 << 20, metavar="MIB", help="end compiled code at about "
+    parser.add_argument("--most", type=at_least(1), default=math.inf, metavar="MIB", help="end compiled code at about "
                         "so many MiB; what was compiled last is left out (default: take all)")  # fmt: skip
     parser.add_argument("--folder", type=usable_folder, default=FOLDER, help="where to pack (default: .gpu)")
     args = parser.parse_args(argv)
@@ -100,7 +101,7 @@ def worth_taking(cache: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path))
 
 
-def pack(cache: Path, target: Path, most: int) -> int:
+def pack(cache: Path, target: Path, most: float) -> int:
     """Pack what is worth taking until the packed file has about `most` bytes; how many files were left out."""
     paths = worth_taking(cache)
     with target.open("wb") as raw, lzma.open(raw, "wb") as packed, tarfile.open(fileobj=packed, mode="w|") as file:
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.images:
         shutil.copyfile(args.images, args.folder / "images.tar.xz")
     if args.compiled:
-        left = pack(args.compiled, args.folder / "compiled.tar.xz", args.most << 20)
+        left = pack(args.compiled, args.folder / "compiled.tar.xz", args.most * 2**20)
         if left:
             print(f"{left} files of compiled code are left out, for --most {args.most} MiB")
     (args.folder / "install.sh").write_text(INSTALL)

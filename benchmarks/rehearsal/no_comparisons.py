@@ -1,8 +1,7 @@
 """A pytest plugin for the rehearsal GPU, which computes nothing: comparisons are evaluated, but fail no test.
 
-What follows a comparison runs as well then, and its exceptions are found; those that numbers alone would cause are
-kept away. pytest keeps the modules that it has
-rewritten, so that they need a folder of their own:
+So what follows a comparison runs as well, and its exceptions are found. Exceptions that only a meaningless number would
+cause are avoided. pytest caches the test modules that it rewrites, and these must not be mixed up with ordinary ones:
 
     PYTHONPYCACHEPREFIX=FOLDER python -m pytest -p benchmarks.rehearsal.no_comparisons
 """
@@ -22,36 +21,36 @@ from _pytest.assertion.rewrite import AssertionRewriter
 
 
 def only_evaluated(rewriter: AssertionRewriter, statement: ast.Assert) -> list[ast.stmt]:
-    """What pytest puts in the place of an assert statement."""
+    """The statements that pytest puts in the place of an assert: the condition is computed and forgotten."""
     return [ast.copy_location(ast.Expr(statement.test), statement)]
 
 
-def nothing(*_: Any, **__: Any) -> None:
-    """Takes what a comparison takes."""
+def never_fails(*_: Any, **__: Any) -> None:
+    """Stands in for a function that compares arrays."""
 
 
 def pytest_collection_finish() -> None:
-    """Where a number read from the device steers a run on the host, it gets a value with which the run goes on."""
+    """Replace the numbers read from the device that decide how training goes on, after reading them as usual."""
     from fastdiff.training.guards import Skips
     from fastdiff.training.loss_scale import LossScale
     from fastdiff.training.trainer import Trainer
 
-    then(Skips, "read", lambda found: (0, 0))
-    then(Skips, "poll", lambda found: (0, 0))
-    then(LossScale, "state_dict", lambda found: dict.fromkeys(found, 1))
-    then(Trainer, "read_metrics", lambda found: {"loss": 0.0, **found})  # there is none of a step that isn't finite
+    change_result(Skips, "read", lambda found: (0, 0))
+    change_result(Skips, "poll", lambda found: (0, 0))
+    change_result(LossScale, "state_dict", lambda found: dict.fromkeys(found, 1))
+    change_result(Trainer, "read_metrics", lambda found: {"loss": 0.0, **found})  # a step that isn't finite has none
 
 
-def then(owner: type, name: str, change: Callable[[Any], Any]) -> None:
-    """Let a method do what it does, and return what `change` makes of its result."""
+def change_result(owner: type, name: str, change: Callable[[Any], Any]) -> None:
+    """Make a method return change(its result)."""
     method = getattr(owner, name)
     setattr(owner, name, lambda self: change(method(self)))
 
 
 AssertionRewriter.visit_Assert = only_evaluated
-torch.testing.assert_close = nothing
+torch.testing.assert_close = never_fails
 torch.library.opcheck = partial(torch.library.opcheck, raise_exception=False)
-np.testing.assert_array_equal = np.testing.assert_allclose = nothing
+np.testing.assert_array_equal = np.testing.assert_allclose = never_fails
 for module in (Path(__file__).resolve().parents[2] / "tests").iterdir():
     if not module.stem.startswith((".", "_", "conftest")):
         pytest.register_assert_rewrite(module.stem)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import gpu_proof, proof_log, proof_speed, report
+from benchmarks import gpu_proof, proof_checks, proof_log, proof_speed, report
 from benchmarks.gpu_parts import PARTS
 from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part, run_command
 from fastdiff.settings import UserError
@@ -187,6 +187,14 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tiny" in capsys.readouterr().out
 
 
+def test_parts_are_listed_without_pydantic() -> None:
+    """A GPU machine may lack it; the parts that need it say so, the others run."""
+    script = str(Path(gpu_proof.__file__))
+    program = f"import runpy, sys; sys.modules['pydantic'] = None; sys.argv[1:] = ['--list']; runpy.run_path({script!r}"
+    argv = [sys.executable, "-c", program + ", run_name='__main__')"]
+    assert "levers" in subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+
 def test_parts_that_share_the_gpu_overlap_and_others_wait(run: Any) -> None:
     def slow(context: Context) -> None:
         time.sleep(0.8)
@@ -266,6 +274,16 @@ def test_a_failure_is_told_once(tmp_path: Path) -> None:
     assert sum("unequal" in reason for reason in reasons) <= 1
     assert any("no_such_module" in reason for reason in reasons)
     assert len([row for row in rows if "passed" in row]) == 1
+
+
+def test_a_rehearsal_judges_exceptions_only(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "test_a.py").write_text("def test_a():\n    assert 1 == 2\n")
+    (tmp_path / "test_b.py").write_text("def test_b():\n    assert 1 / 0 == 2\n")
+    parts = [
+        Part(name, 30, proof_checks.native_tests(str(tmp_path / f"test_{name}.py"), tiny=(), workers=1))
+        for name in ("a", "b")
+    ]
+    assert ends(run(parts, "--rehearsal")[1]) == {"a": "ok", "b": "failed with exit code 1"}
 
 
 def test_rehearsed_comparisons_are_evaluated_but_fail_nothing(tmp_path: Path) -> None:
