@@ -43,12 +43,12 @@ from fastdiff.kernels.launch import Launch
 
 from benchmarks.bench_train import CONFIGS, chosen
 from benchmarks.flag_types import at_least, existing_file
-from fastdiff.config import Config, SuperResConfig
+from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
-from fastdiff.diffusion.plans import make_plan
-from fastdiff.processes import run_script
+from fastdiff.diffusion.solvers import make_plan
+from fastdiff.runtime.processes import run_script
 from fastdiff.sampling.launches import sampling_launches
-from fastdiff.training.engine import split_batch
+from fastdiff.training.deepspeed_engine import split_batch
 from fastdiff.training.launches import training_launches
 
 # What the benchmarks run; other configurations train at their own size and draw 16 images at once.

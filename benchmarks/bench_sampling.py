@@ -45,14 +45,14 @@ from benchmarks.sampling_variants import (
     seed,
 )
 from benchmarks.variant_timing import seconds_of, start, synchronize
-from fastdiff.config import Config
-from fastdiff.diffusion.plans import SOLVERS
-from fastdiff.hardware import find, measure_rates
+from fastdiff.config.load import Config
+from fastdiff.diffusion.solvers import SOLVERS
+from fastdiff.models.cost import forward_flops
 from fastdiff.models.precision import body_dtype
-from fastdiff.models.work import forward_flops
-from fastdiff.processes import run_script
+from fastdiff.runtime.machine import find, measure_rates
+from fastdiff.runtime.processes import run_script
 from fastdiff.sampling.drawn import Drawn
-from fastdiff.sampling.job import Job, run_job
+from fastdiff.sampling.job.job import Job, run_job
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.settings import UserError
 

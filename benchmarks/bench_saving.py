@@ -31,12 +31,12 @@ from benchmarks.bench_train import load, quartiles
 from benchmarks.train_variants import Case, trainer_of
 from benchmarks.variant_timing import synchronize
 from fastdiff import ops
-from fastdiff.hardware import device_name
-from fastdiff.processes import run_script
+from fastdiff.runtime.machine import device_name
+from fastdiff.runtime.processes import run_script
+from fastdiff.runtime.threads import use_free_cores
 from fastdiff.settings import UserError
-from fastdiff.threads import use_free_cores
-from fastdiff.training.engine import start_processes
-from fastdiff.training.saving import Saver
+from fastdiff.training.checkpoints.saver import Saver
+from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.trainer import Trainer
 
 WAYS = ("none", "beside", "waiting")

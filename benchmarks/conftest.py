@@ -18,7 +18,7 @@ import pytest
 import torch
 from gpu_timing import batch_of, own_stream
 
-from fastdiff.hardware import Rates, measure_rates
+from fastdiff.runtime.machine import Rates, measure_rates
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -361,7 +361,7 @@ def gpu_is_here() -> bool:
 
 
 if __name__ == "__main__":
-    from fastdiff.screen import that_may_be_gone
+    from fastdiff.runtime.script import that_may_be_gone
 
     with that_may_be_gone():
         code = main()

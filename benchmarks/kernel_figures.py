@@ -43,12 +43,12 @@ from benchmarks.gpu_timing import own_stream
 from benchmarks.norm_figures import norms
 from benchmarks.roofline import usual_batch
 from benchmarks.step_calls import realised, training_calls
-from fastdiff import compilation
-from fastdiff.config import Config
-from fastdiff.hardware import device_name, measure_rates
-from fastdiff.models.work import operations
+from fastdiff.config.load import Config
+from fastdiff.models.cost import operations
 from fastdiff.precompile import Call
-from fastdiff.processes import run_script
+from fastdiff.runtime import compilation
+from fastdiff.runtime.machine import device_name, measure_rates
+from fastdiff.runtime.processes import run_script
 from fastdiff.settings import UserError
 
 # --- convolutions ---

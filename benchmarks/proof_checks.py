@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.proof_part import Context, LeftOut, run_command, succeed
-from fastdiff.exit_codes import USER_ERROR
+from fastdiff.errors import USER_ERROR
 
 CIFAR10 = "cifar10_uncond"
 
@@ -31,7 +31,7 @@ def machine(context: Context) -> None:
     import torch
     import triton
 
-    from fastdiff.hardware import device_name, measure_rates
+    from fastdiff.runtime.machine import device_name, measure_rates
 
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi"], check=False)

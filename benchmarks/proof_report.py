@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import proof_log
-from fastdiff import hardware
+from fastdiff.runtime import machine as hardware
 from fastdiff.settings import UserError
 
 Row = proof_log.Row

@@ -67,7 +67,7 @@ def measure_variant(
     from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
     from benchmarks.bench_train import quartiles
     from benchmarks.variant_timing import measure, start
-    from fastdiff.compilation import tf32
+    from fastdiff.runtime.compilation import tf32
 
     processes = start()
     settings = bench_train.load(config)

@@ -29,10 +29,10 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import proof_report, roofline
-from fastdiff import hardware
-from fastdiff.config import Config
-from fastdiff.models import work
-from fastdiff.processes import run_script
+from fastdiff.config.load import Config
+from fastdiff.models import cost as work
+from fastdiff.runtime import machine as hardware
+from fastdiff.runtime.processes import run_script
 from fastdiff.settings import UserError
 
 ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes

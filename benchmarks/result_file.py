@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.processes import StopWith
+from fastdiff.runtime.processes import StopWith
 from fastdiff.settings import UserError, shortened
 
 Label = dict[str, Any]

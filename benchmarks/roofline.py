@@ -4,7 +4,7 @@
     python benchmarks/roofline.py --config imagenet64_270M --gpu here --profile runs/NAME/profile.json
     python benchmarks/roofline.py --config my.json --gpu A100 --batch 64 --json out.json
 
-Each operation of `fastdiff/models/work.py`, forward and backward each, takes
+Each operation of `fastdiff/models/cost.py`, forward and backward each, takes
 
     max(run FLOPs / (matmul rate * convolution efficiency), bytes / (copy rate * copy efficiency))
 
@@ -28,11 +28,12 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import torch
 
-from fastdiff import config, hardware
-from fastdiff.models import work
-from fastdiff.processes import run_script
-from fastdiff.roofline import CLASSES, Machine, Prediction, predict
+from fastdiff.config import load as config
+from fastdiff.models import cost as work
+from fastdiff.runtime import machine as hardware
+from fastdiff.runtime.processes import run_script
 from fastdiff.settings import UserError, did_you_mean
+from fastdiff.training.diagnostics.roofline import CLASSES, Machine, Prediction, predict
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -24,18 +24,18 @@ from benchmarks.train_variants import (
     from_checkout,
     without_our_ops,
 )
-from fastdiff import compilation
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.plans import Plan, make_plan
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.process import ModelMeanType, ModelVarType
+from fastdiff.diffusion.solvers import Plan, make_plan
 from fastdiff.diffusion.spacing import keep_steps
-from fastdiff.diffusion.streams import SAMPLES
 from fastdiff.models import SuperResSettings, UNet, build_model
-from fastdiff.models.inference import freeze
+from fastdiff.models.cost import forward_flops
+from fastdiff.models.freeze import freeze
 from fastdiff.models.precision import DTYPES, body_dtype
-from fastdiff.models.work import forward_flops
+from fastdiff.runtime import compilation
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Evaluation, Guidance
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.settings import UserError
 

@@ -52,11 +52,12 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import roofline
-from fastdiff import hardware
-from fastdiff.models import BackboneSettings, work
-from fastdiff.processes import run_script
+from fastdiff.models import BackboneSettings
+from fastdiff.models import cost as work
+from fastdiff.runtime import machine as hardware
+from fastdiff.runtime.processes import run_script
 from fastdiff.settings import UserError
-from fastdiff.training.engine import BUCKET
+from fastdiff.training.deepspeed_engine import BUCKET
 
 PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold, elements of one tensor."""

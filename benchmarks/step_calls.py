@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastdiff import ops
-from fastdiff.config import Config
+from fastdiff.config.load import Config
 from fastdiff.precompile import Call, Recorder
 from fastdiff.training.launches import forward_and_backward
 

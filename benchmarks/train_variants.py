@@ -22,15 +22,16 @@ from fastdiff.kernels import reference
 from torch import Tensor, nn
 
 from benchmarks.seed_step import SeedStep, SeedUNet
-from fastdiff import compilation, ops
-from fastdiff.config import Config
+from fastdiff import ops
+from fastdiff.config.load import Config
 from fastdiff.diffusion import create_diffusion
-from fastdiff.hardware import device_name, find
 from fastdiff.images import Batch
 from fastdiff.models import BackboneSettings, SuperResSettings, blocks, build_model, unet
+from fastdiff.models.cost import train_flops
 from fastdiff.models.precision import DTYPES
-from fastdiff.models.work import train_flops
-from fastdiff.processes import Processes
+from fastdiff.runtime import compilation
+from fastdiff.runtime.machine import device_name, find
+from fastdiff.runtime.processes import Processes
 from fastdiff.settings import UserError
 from fastdiff.training.trainer import Trainer, low_res_of
 

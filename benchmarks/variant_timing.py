@@ -23,11 +23,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdiff import compilation, ops
-from fastdiff.processes import Processes
-from fastdiff.threads import use_free_cores
-from fastdiff.training import profile as step_profile
-from fastdiff.training.engine import start_processes
+from fastdiff import ops
+from fastdiff.runtime import compilation
+from fastdiff.runtime.processes import Processes
+from fastdiff.runtime.threads import use_free_cores
+from fastdiff.training.deepspeed_engine import start_processes
+from fastdiff.training.diagnostics import profile as step_profile
 
 Step = Callable[[], Any]
 
@@ -80,7 +81,7 @@ class Profile:
     busy_ms: float
     """On a GPU the time in which it ran anything, on a CPU that of all operations."""
     classes: dict[str, float]
-    """Milliseconds by class of `fastdiff.training.profile`, the largest first."""
+    """Milliseconds by class of `fastdiff.training.diagnostics.profile`, the largest first."""
     top: list[tuple[float, float, str]]
     """The costliest GPU kernels, or operations of a CPU: (milliseconds, calls, name)."""
     launches: dict[str, float] | None

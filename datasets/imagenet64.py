@@ -24,7 +24,7 @@ from image_preparation import Slice, Target, Task, check_prefixes, prefix_of, pr
 from preparation_cli import add_size, parser, run
 from tqdm import tqdm
 
-from fastdiff.images.index import EXTENSIONS, list_images
+from fastdiff.images.listing import EXTENSIONS, list_images
 from fastdiff.settings import UserError
 
 Listing = dict[str, list[tuple[str, Path | Slice]]]

@@ -19,12 +19,12 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 from preparation_cli import add_size, parser, run
 
-from fastdiff.images.caching import check_same, default_place, together
-from fastdiff.images.index import index_images
-from fastdiff.images.packed import is_packed, open_packed
-from fastdiff.images.packing import pack
+from fastdiff.images.cache.build import pack
+from fastdiff.images.cache.format import is_packed, open_packed
+from fastdiff.images.cache.sharing import check_same, default_place, together
+from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import MODES
-from fastdiff.processes import make_writable
+from fastdiff.runtime.processes import make_writable
 from fastdiff.settings import UserError
 
 

@@ -18,18 +18,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdiff.build import labels_of
-from fastdiff.compilation import tf32
-from fastdiff.config import Config, SuperResConfig, describe
+from fastdiff.config.load import Config, SuperResConfig, describe
+from fastdiff.config.presets import download, find_preset, is_preset
 from fastdiff.diffusion import create_diffusion
+from fastdiff.diffusion.noise_keys import ENLARGED, SAMPLES
 from fastdiff.diffusion.samplers import ddim_reverse_loop
 from fastdiff.diffusion.spacing import keep_steps
-from fastdiff.diffusion.streams import ENLARGED, SAMPLES
 from fastdiff.kernel_choice import Kernels, choose_kernels
 from fastdiff.models import BackboneSettings, SuperResSettings, weights
-from fastdiff.presets import download, find_preset, is_preset
-from fastdiff.processes import current
-from fastdiff.sampling.inputs import as_low_res
+from fastdiff.runtime.compilation import tf32
+from fastdiff.runtime.processes import current
+from fastdiff.sampling.build import labels_of
+from fastdiff.sampling.low_res import as_low_res
 from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.pictures import grid, non_finite, save_grid
 from fastdiff.sampling.sampler import Inputs, Sampler
@@ -87,7 +87,7 @@ def load(
 ) -> Model:
     """A checkpoint, ready to draw.
 
-    path_or_preset  a .pt file, a run's folder, or the name of a published checkpoint (`fastdiff.presets`), which is
+    path_or_preset  a .pt file, a run's folder, or the name of a published checkpoint (`fastdiff.config.load.presets`), which is
                     downloaded once.
     preset          settings for a .pt file that carries none.
     precision       fp32, bf16 or fp16; the default is bf16 on a GPU that has it, else fp32.

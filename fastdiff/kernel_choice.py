@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from fastdiff import ops
+from fastdiff.runtime.threads import use_free_cores
 from fastdiff.settings import UserError
-from fastdiff.threads import use_free_cores
 
 Kernels = Literal["auto", "triton", "reference"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastdiff.config import load
-from fastdiff.processes import run_script
+from fastdiff.config.load import load
+from fastdiff.runtime.processes import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,13 +24,13 @@ def main(argv: list[str] | None = None) -> None:
         sections=("model", "diffusion", "data", "nll"),
         checkpoint=("nll", "model_path"),
     )
-    from fastdiff.compilation import tf32
     from fastdiff.diffusion import create_diffusion
     from fastdiff.images import open_images
     from fastdiff.kernel_choice import choose_kernels
-    from fastdiff.likelihood import NonFiniteBound, save_terms, score
-    from fastdiff.processes import current, join, make_writable, output_folder
+    from fastdiff.runtime.compilation import tf32
+    from fastdiff.runtime.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.network import open_network
+    from fastdiff.scoring import NonFiniteBound, save_terms, score
     from fastdiff.settings import UserError
 
     settings = config.nll

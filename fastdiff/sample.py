@@ -17,8 +17,8 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastdiff.config import load
-from fastdiff.processes import run_script
+from fastdiff.config.load import load
+from fastdiff.runtime.processes import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,10 +28,10 @@ def main(argv: list[str] | None = None) -> None:
         sections=("model", "diffusion", "sample"),
         checkpoint=("sample", "model_path"),
     )
-    from fastdiff.build import build_sampler
     from fastdiff.kernel_choice import choose_kernels
-    from fastdiff.processes import current, join
-    from fastdiff.sampling.script import run
+    from fastdiff.runtime.processes import current, join
+    from fastdiff.sampling.build import build_sampler
+    from fastdiff.sampling.run import run
 
     settings, processes = config.sample, current()
     kernels = choose_kernels(settings.kernels, processes.device, settings.fused_convolutions)

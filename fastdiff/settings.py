@@ -1,6 +1,6 @@
 """The base of every component's settings: strict pydantic models whose fields are JSON keys and command-line flags.
 
-A field's name, type, range, default and help stand once, in the class that uses them. `fastdiff.config` composes
+A field's name, type, range, default and help stand once, in the class that uses them. `fastdiff.config.load` composes
 the classes into sections and reads them from files and flags.
 """
 

@@ -14,8 +14,8 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastdiff.config import SuperResConfig, load
-from fastdiff.processes import run_script
+from fastdiff.config.load import SuperResConfig, load
+from fastdiff.runtime.processes import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> None:
         kind=SuperResConfig,
         checkpoint=("sample", "model_path"),
     )
-    from fastdiff.build import build_upsampler
     from fastdiff.kernel_choice import choose_kernels
-    from fastdiff.processes import current, join
-    from fastdiff.sampling.script import run
+    from fastdiff.runtime.processes import current, join
+    from fastdiff.sampling.build import build_upsampler
+    from fastdiff.sampling.run import run
 
     assert isinstance(config, SuperResConfig)
     settings, processes = config.sample, current()

@@ -14,8 +14,8 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastdiff.config import load
-from fastdiff.processes import run_script
+from fastdiff.config.load import load
+from fastdiff.runtime.processes import run_script
 
 
 def main(argv: list[str] | None = None) -> None:

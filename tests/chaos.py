@@ -33,7 +33,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fastdiff.training import checkpoint_files, checkpoints  # noqa: E402
+from fastdiff.training.checkpoints import folder as checkpoint_files  # noqa: E402
+from fastdiff.training.checkpoints import format as checkpoints  # noqa: E402
 
 STEPS_PER_KILL = 6
 MACHINE = ("images_per_second", "data_wait", "memory_gb")

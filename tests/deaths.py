@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from training.test_launchers import LAUNCHERS, pid_of, start  # noqa: E402
 
-from fastdiff.signs_of_life import gone  # noqa: E402
+from fastdiff.runtime.heartbeat import gone  # noqa: E402
 
 CASES = (
     ("kill -9 of rank 1", signal.SIGKILL, 1, 60.0),

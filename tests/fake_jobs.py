@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdiff.processes import Processes
-from fastdiff.sampling import progress
+from fastdiff.runtime.processes import Processes
 from fastdiff.sampling.drawn import Draw, Drawn
-from fastdiff.sampling.job import Job, run_job
+from fastdiff.sampling.job import progress
+from fastdiff.sampling.job.job import Job, run_job
 
 SHAPE = (4, 6, 3)
 CLASSES = ["ape", "big bee", "cat_2", "dog", "ünd"]
@@ -96,7 +96,7 @@ def names(folder: Path) -> list[str]:
 # --- other processes ---
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["fastdiff.sampling.job"])  # torch once, not for each of them
+context.set_forkserver_preload(["fastdiff.sampling.job.job"])  # torch once, not for each of them
 
 
 def start(folder: Path, job: Job, **how: Any) -> Any:

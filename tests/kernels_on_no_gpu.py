@@ -20,12 +20,12 @@ from triton.runtime import driver
 
 from fastdiff import ops, precompile
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.diffusion.plans import make_plan
-from fastdiff.diffusion.streams import SAMPLES
+from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion.solvers import make_plan
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.models.inference import freeze
+from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Evaluation, Guidance
 from fastdiff.sampling.launches import sampling_launches
 from fastdiff.training.launches import training_launches
 

@@ -13,8 +13,8 @@ from tiny import DIFFUSION, MODEL, flags, pictures, save, unet
 
 import fastdiff
 from fastdiff import nll, sample, train
-from fastdiff.compilation import prepare_cudnn, tf32
 from fastdiff.models import UNet
+from fastdiff.runtime.compilation import prepare_cudnn, tf32
 from fastdiff.settings import UserError
 
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn

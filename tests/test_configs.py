@@ -10,11 +10,11 @@ import torch
 from golden_cases import Case, cases
 
 from fastdiff import super_res_train, train
-from fastdiff.config import Config, SuperResConfig, load
+from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.diffusion import create_diffusion
 from fastdiff.models import build_model
 from fastdiff.settings import UserError
-from fastdiff.training.engine import split_batch
+from fastdiff.training.deepspeed_engine import split_batch
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 SECTIONS = ("model", "diffusion", "data", "train")

@@ -107,7 +107,7 @@ def test_published_configurations(case: Case) -> None:
 @cases("reference_configs")
 def test_flags_and_defaults(case: Case) -> None:
     """Every flag of the original's scripts is a flag of ours with the same default."""
-    from fastdiff.config import Config, SuperResConfig, load
+    from fastdiff.config.load import Config, SuperResConfig, load
 
     scripts = {
         "image_train": (Config, ("model", "diffusion", "data", "train")),

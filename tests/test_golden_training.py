@@ -14,8 +14,8 @@ from training.scripted import ScriptedLoader, ScriptedTrainer, importance
 
 from fastdiff import ops
 from fastdiff.diffusion import create_sampler
-from fastdiff.training import checkpoints
-from fastdiff.training.engine import start_processes
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import learning_rate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdiff import hardware
+from fastdiff.runtime import machine as hardware
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from fastdiff import processes
-from fastdiff.exit_codes import PREEMPTED
-from fastdiff.preemption import StopSignals
-from fastdiff.processes import StopWith, run_script
+from fastdiff.errors import PREEMPTED
+from fastdiff.runtime import processes
+from fastdiff.runtime.processes import StopWith, run_script
+from fastdiff.runtime.signals import StopSignals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -16,10 +16,10 @@ from test_settings import json_file, read
 from tiny import info_for, pictures, refusal, save, save_bare, super_res, unet
 
 from fastdiff import nll, sample, super_res_sample
-from fastdiff.compilation import cache_folder
-from fastdiff.config import Config, SuperResConfig, describe
+from fastdiff.config.load import Config, SuperResConfig, describe
+from fastdiff.config.presets import PRESETS, RELEASED, Preset, download, find_preset, is_preset, preset_for_file
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, weights
-from fastdiff.presets import PRESETS, RELEASED, Preset, download, find_preset, is_preset, preset_for_file
+from fastdiff.runtime.compilation import cache_folder
 from fastdiff.settings import UserError
 
 MILLIONS = {  # of parameters

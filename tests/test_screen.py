@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff import screen
 from fastdiff.images import DataSettings
-from fastdiff.reporting import Reporter
+from fastdiff.runtime import script as screen
+from fastdiff.training.reporting import Reporter
 
 
 def test_a_reader_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tiny import DIFFUSION, MODEL, flags, refusal, save, super_res, unet
 
 from fastdiff import nll, sample, super_res_sample, super_res_train, train
-from fastdiff.config import Config, SuperResConfig, load
+from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.models import SuperResSettings, UNetSettings
 from fastdiff.settings import Settings
 

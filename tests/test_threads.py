@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastdiff import threads
+from fastdiff.runtime import threads
 
 
 @pytest.fixture(autouse=True)

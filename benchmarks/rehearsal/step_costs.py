@@ -29,7 +29,7 @@ from benchmarks.flag_types import at_least  # noqa: E402
 from benchmarks.rehearsal.device import counts, events  # noqa: E402
 from benchmarks.variant_timing import build, few_objects_to_collect, start  # noqa: E402
 from fastdiff.models.precision import DTYPES  # noqa: E402
-from fastdiff.processes import run_script  # noqa: E402
+from fastdiff.runtime.processes import run_script  # noqa: E402
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """The diffusion process: schedules, losses, samplers. Knows no network, file or flag."""
 
-from fastdiff.diffusion.plans import SOLVERS, Plan, make_plan
 from fastdiff.diffusion.process import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.diffusion.solvers import SOLVERS, Plan, make_plan
 from fastdiff.diffusion.spacing import keep_steps
 from fastdiff.diffusion.timesteps import create_sampler
 

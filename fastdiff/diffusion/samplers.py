@@ -3,7 +3,7 @@
 They know no progress bar, seed or file: `noise(t)` gives the standard normal noise [B, C, H, W] of step t, as a tensor
 or as counters, so a job can give every image its own seed and a test can feed recorded noise.
 
-From the network's output to the next x is one op; solvers are tables of its coefficients (fastdiff.diffusion.plans).
+From the network's output to the next x is one op; solvers are tables of its coefficients (fastdiff.diffusion.solvers).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion.plans import Plan, make_plan
 from fastdiff.diffusion.process import GaussianDiffusion, Model, ModelMeanType
+from fastdiff.diffusion.solvers import Plan, make_plan
 
 Noise = Callable[[int], ops.Noise]
 

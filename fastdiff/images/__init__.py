@@ -1,6 +1,6 @@
 """Folders of pictures → batches of uint8 pixels and labels: listed, sharded, prefetched, resumable to the sample."""
 
-from fastdiff.images.index import label_images, list_images
+from fastdiff.images.listing import label_images, list_images
 from fastdiff.images.loader import Batch, Loader
 from fastdiff.images.open import open_images
 from fastdiff.images.pixels import load_image

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from fastdiff.images.files import MAX_PASSES, max_pixels, scans_of
+from fastdiff.images.image_files import MAX_PASSES, max_pixels, scans_of
 
 _JPEG_FRAMES = range(0xC0, 0xD0)
 _JPEG_NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # Huffman tables, an extension, arithmetic-coding tables

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.images.caching import cached
+from fastdiff.images.cache.format import Packed, is_packed, open_packed
+from fastdiff.images.cache.loader import PackedLoader
+from fastdiff.images.cache.sharing import cached
 from fastdiff.images.cpu import PillowLoader
 from fastdiff.images.dali import DaliLoader
-from fastdiff.images.gathering import PackedLoader
-from fastdiff.images.index import Listing, index_images
+from fastdiff.images.listing import Listing, index_images
 from fastdiff.images.loader import Loader
 from fastdiff.images.order import Order
-from fastdiff.images.packed import Packed, is_packed, open_packed
 from fastdiff.images.pixels import MODES
 from fastdiff.images.reader import Reader
 from fastdiff.images.settings import DataSettings

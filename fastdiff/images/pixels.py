@@ -15,7 +15,7 @@ from os import PathLike
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastdiff.images.files import FORMATS, check_canvas, check_scans, max_pixels, other_kind, read_file
+from fastdiff.images.image_files import FORMATS, check_canvas, check_scans, max_pixels, other_kind, read_file
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each number of channels that a batch can have."""

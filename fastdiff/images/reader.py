@@ -16,8 +16,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from fastdiff.images.files import read_file
-from fastdiff.images.index import Listing
+from fastdiff.images.image_files import read_file
+from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import MODES, load_image
 from fastdiff.settings import UserError, one_line
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.models.safe_reading import is_there, read
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.models.unet import UNet, build_model
+from fastdiff.runtime.untrusted import is_there, read
 from fastdiff.settings import UserError, quoted
 
 _METADATA_KEY = "fastdiff"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.models import SuperResSettings
 from fastdiff.sampling.drawn import Drawn
-from fastdiff.sampling.inputs import as_low_res
+from fastdiff.sampling.low_res import as_low_res
 from fastdiff.sampling.network import Network
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.settings import UserError

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step, ddim_sample_loop, p_sample_loop
-from fastdiff.diffusion.streams import SAMPLES
 
 
 def draw(

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.diffusion.plans import Plan
 from fastdiff.diffusion.process import ModelMeanType
 from fastdiff.diffusion.samplers import Step
-from fastdiff.sampling.evaluation import Evaluation, coefficient_rows
+from fastdiff.diffusion.solvers import Plan
+from fastdiff.sampling.guided_network import Evaluation, coefficient_rows
 
 WARM_UP = 2
 """Rows taken before a graph is captured: code is compiled in them, and cuDNN chooses its kernels."""

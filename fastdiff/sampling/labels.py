@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion.streams import CLASSES
+from fastdiff.diffusion.noise_keys import CLASSES
 from fastdiff.settings import UserError
 
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 
 from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.diffusion.plans import Plan
-from fastdiff.diffusion.streams import SAMPLES
+from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion.solvers import Plan
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, build_model
-from fastdiff.models.inference import freeze
+from fastdiff.models.freeze import freeze
 from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Evaluation, Guidance
 
 
 def sampling_launches(

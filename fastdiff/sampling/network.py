@@ -10,7 +10,7 @@ import torch
 
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.models import BackboneSettings, UNet, build_model, weights
-from fastdiff.models.inference import freeze
+from fastdiff.models.freeze import freeze
 from fastdiff.models.precision import body_dtype
 from fastdiff.settings import UserError
 

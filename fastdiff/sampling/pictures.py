@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.sampling.files import whole
+from fastdiff.runtime.files import whole
 
 CHANNELS = (1, 3, 4)
 """Channels of which a picture can be made: gray, RGB, RGBA."""

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from fastdiff import precompile
-from fastdiff.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
 from fastdiff.diffusion import create_diffusion
-from fastdiff.diffusion.plans import SOLVERS, make_plan
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
+from fastdiff.diffusion.solvers import SOLVERS, make_plan
 from fastdiff.diffusion.spacing import keep_steps
-from fastdiff.diffusion.streams import SAMPLES
-from fastdiff.hardware import device_name, free_memory
 from fastdiff.models import SuperResSettings
-from fastdiff.models.work import forward_flops
-from fastdiff.sampling.batching import best_batch_size
+from fastdiff.models.cost import forward_flops
+from fastdiff.runtime.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
+from fastdiff.runtime.machine import device_name, free_memory
+from fastdiff.sampling.batch_size import best_batch_size
 from fastdiff.sampling.drawn import Drawn
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Evaluation, Guidance
 from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.launches import sampling_launches
 from fastdiff.sampling.network import Network

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastdiff.diffusion.plans import SOLVERS, Solver
+from fastdiff.diffusion.solvers import SOLVERS, Solver
 from fastdiff.diffusion.spacing import Spacing
 from fastdiff.kernel_choice import Kernels
 from fastdiff.settings import Count, Floats, Settings, Switch, Words

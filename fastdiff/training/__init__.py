@@ -1,0 +1,1 @@
+"""Training runs: settings, steps, checkpoints and what is reported."""

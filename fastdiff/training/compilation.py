@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastdiff.compilation import compile_kwargs, missing_compiler
 from fastdiff.models import UNet
+from fastdiff.runtime.compilation import compile_kwargs, missing_compiler
 from fastdiff.training.settings import TrainSettings
 
 WORTHWHILE_STEPS = 20_000

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.diffusion.streams import NOISE, TIMESTEPS
+from fastdiff.diffusion.noise_keys import NOISE, TIMESTEPS
 from fastdiff.models import BackboneSettings, SuperResSettings, build_model
 from fastdiff.ops import CounterNoise, grad_scale_and_overflow
 from fastdiff.precompile import META, Launch, launches_of

@@ -14,22 +14,24 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from fastdiff import exit_codes
-from fastdiff.config import Config
+from fastdiff import errors as exit_codes
+from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.preemption import StopSignals
-from fastdiff.processes import StopWith
-from fastdiff.reporting import Reporter
-from fastdiff.training import checkpoint_files, checkpoints, resuming
-from fastdiff.training.agreement import Agreement
-from fastdiff.training.checkpoint_files import step_of
-from fastdiff.training.diagnosis import diagnose
-from fastdiff.training.engine import collective_timeout
+from fastdiff.runtime.processes import StopWith
+from fastdiff.runtime.signals import StopSignals
+from fastdiff.runtime.watchdog import Watchdog
+from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints import resume as resuming
+from fastdiff.training.checkpoints.folder import step_of
+from fastdiff.training.checkpoints.saver import Saver
+from fastdiff.training.consensus import Agreement
+from fastdiff.training.deepspeed_engine import collective_timeout
+from fastdiff.training.diagnostics.diagnosis import diagnose
+from fastdiff.training.diagnostics.profile import StepProfiler, floor_of
 from fastdiff.training.previews import draw_preview
-from fastdiff.training.profile import StepProfiler, floor_of
-from fastdiff.training.saving import Saver
+from fastdiff.training.reporting import Reporter
 from fastdiff.training.trainer import Trainer
-from fastdiff.watchdog import Watchdog
 
 LONG = 3600.0
 """Seconds that something which is no step may take: compiling, drawing, writing."""

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.config import Config
+from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.samplers import Step
 from fastdiff.models import SuperResSettings, build_model

@@ -12,27 +12,29 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import exit_codes, precompile
-from fastdiff.compilation import keep_compiled_code, prepare_cudnn, tf32
-from fastdiff.config import Config
+from fastdiff import errors as exit_codes
+from fastdiff import precompile
+from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.images import Loader, open_images
 from fastdiff.kernel_choice import choose_kernels
 from fastdiff.models import build_model
 from fastdiff.models.precision import body_dtype
-from fastdiff.preemption import StopSignals
-from fastdiff.processes import Processes, StopWith, current, is_broken_collective, make_writable, output_folder
+from fastdiff.runtime.compilation import keep_compiled_code, prepare_cudnn, tf32
+from fastdiff.runtime.processes import Processes, StopWith, current, is_broken_collective, make_writable, output_folder
+from fastdiff.runtime.signals import StopSignals
+from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.settings import UserError
-from fastdiff.training import compilation, loop, resuming
-from fastdiff.training.anomaly import NonFinite, detect_anomaly
-from fastdiff.training.checkpoints import Snapshot
-from fastdiff.training.engine import deepspeed_config, needs_engine, split_batch, start_processes
-from fastdiff.training.fitting import fit
+from fastdiff.training import compilation, loop
+from fastdiff.training.checkpoints import resume as resuming
+from fastdiff.training.checkpoints.format import Snapshot
+from fastdiff.training.deepspeed_engine import deepspeed_config, needs_engine, split_batch, start_processes
+from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
+from fastdiff.training.diagnostics.microbatch_tuning import fit
 from fastdiff.training.launches import training_launches
 from fastdiff.training.loop import LONG
 from fastdiff.training.previews import preview_diffusion
 from fastdiff.training.trainer import Trainer
-from fastdiff.watchdog import Watchdog
 
 
 def train(config: Config, default_name: str, dry_run: bool = False) -> None:

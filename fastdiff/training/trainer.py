@@ -21,20 +21,21 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion, create_sampler
-from fastdiff.diffusion.streams import LABEL_DROPOUT, NOISE, TIMESTEPS
+from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS
 from fastdiff.images import Batch, Loader
 from fastdiff.images.loader import to_device
 from fastdiff.models import SuperResSettings, UNet
-from fastdiff.processes import Processes
+from fastdiff.runtime.processes import Processes
 from fastdiff.settings import UserError
-from fastdiff.training import compilation, saving
-from fastdiff.training.checkpoints import Snapshot
-from fastdiff.training.engine import create_engine, needs_engine, split_batch
-from fastdiff.training.masters import Masters
+from fastdiff.training import compilation
+from fastdiff.training.checkpoints import saver as saving
+from fastdiff.training.checkpoints.format import Snapshot
+from fastdiff.training.deepspeed_engine import create_engine, needs_engine, split_batch
+from fastdiff.training.device_step import DeviceStep, EngineStep
+from fastdiff.training.master_weights import Masters
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.schedule import learning_rate
 from fastdiff.training.settings import TrainSettings
-from fastdiff.training.steps import DeviceStep, EngineStep
 
 
 def low_res_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:

@@ -15,10 +15,10 @@ from PIL import Image
 from tiny import pictures, refusal, save, unet
 
 from benchmarks import bench_sampling, bench_train, image_features, report, sampling_quality, sampling_variants
-from fastdiff.config import Config, SuperResConfig
+from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
-from fastdiff.processes import Processes
-from fastdiff.training.engine import start_processes
+from fastdiff.runtime.processes import Processes
+from fastdiff.training.deepspeed_engine import start_processes
 
 MODEL = {**tiny.MODEL, "learn_sigma": True}
 DIFFUSION = {"diffusion_steps": 20, "noise_schedule": "cosine"}

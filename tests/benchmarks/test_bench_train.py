@@ -12,8 +12,8 @@ import torch
 from tiny import refusal
 
 from benchmarks import bench_train, report, train_variants
-from fastdiff.config import Config, SuperResConfig
-from fastdiff.training.engine import start_processes
+from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.training.deepspeed_engine import start_processes
 
 MODEL = {**tiny.MODEL, "learn_sigma": True}
 DIFFUSION = {"diffusion_steps": 20, "noise_schedule": "cosine"}

@@ -13,8 +13,8 @@ import torch
 from tiny import refusal
 
 from benchmarks import bench_train, figure_rows, kernel_figures, norm_figures, step_calls
-from fastdiff.hardware import Rates
-from fastdiff.models import work
+from fastdiff.models import cost as work
+from fastdiff.runtime.machine import Rates
 
 CPU = torch.device("cpu")
 BATCH = 2

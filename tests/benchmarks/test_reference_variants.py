@@ -11,9 +11,9 @@ from tiny import DIFFUSION, MODEL
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
 from benchmarks.seed_step import SeedStep
 from fastdiff import ops
-from fastdiff.compilation import tf32
-from fastdiff.config import Config
-from fastdiff.training.engine import start_processes
+from fastdiff.config.load import Config
+from fastdiff.runtime.compilation import tf32
+from fastdiff.training.deepspeed_engine import start_processes
 
 CONFIG = Config.model_validate({"model": {**MODEL, "learn_sigma": True}, "diffusion": DIFFUSION})
 THEIRS = ("reference", "reference+compile", "diffusers")

@@ -10,9 +10,10 @@ import pytest
 from tiny import MODEL, refusal
 
 from benchmarks import roofline
-from fastdiff import roofline as predicted
-from fastdiff.models import UNetSettings, work
+from fastdiff.models import UNetSettings
+from fastdiff.models import cost as work
 from fastdiff.settings import UserError
+from fastdiff.training.diagnostics import roofline as predicted
 
 ROUND = roofline.Machine("round numbers", matmul_flops=1e12, copy_bytes=1e9, peak_flops=2e12)
 # Images per second of one H200 that were predicted by hand, at 65% and 80% of the matmul rate; the batch.

@@ -10,10 +10,10 @@ import torch
 from tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants, variant_timing
-from fastdiff.config import Config
+from fastdiff.config.load import Config
 from fastdiff.models import build_model
-from fastdiff.processes import Processes
-from fastdiff.training.engine import start_processes
+from fastdiff.runtime.processes import Processes
+from fastdiff.training.deepspeed_engine import start_processes
 
 CONFIG = Config.model_validate({"model": MODEL, "diffusion": DIFFUSION})
 

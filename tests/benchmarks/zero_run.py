@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.processes import Processes
-from fastdiff.training.engine import create_engine, start_processes
-from fastdiff.training.masters import Masters
+from fastdiff.runtime.processes import Processes
+from fastdiff.training.deepspeed_engine import create_engine, start_processes
+from fastdiff.training.master_weights import Masters
 from fastdiff.training.settings import TrainSettings
 
 MODEL = UNetSettings(

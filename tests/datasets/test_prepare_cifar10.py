@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from preparation_scripts import call_script, fail, images, last_line, only_line, pixels, run_script, succeed
 
-from fastdiff.images.index import index_images
+from fastdiff.images.listing import index_images
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]

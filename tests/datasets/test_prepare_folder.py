@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from preparation_scripts import call_script, fail, images, last_line, pixels, random_pixels, run_script, save, succeed
 
-from fastdiff.images.index import index_images
+from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import load_image
 
 

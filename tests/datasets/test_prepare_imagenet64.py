@@ -17,7 +17,7 @@ from preparation_scripts import (
     succeed,
 )
 
-from fastdiff.images.index import index_images
+from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import load_image
 
 CLASSES = {"n01440764": 12, "n01443537": 9, "n09999999": 3}

@@ -22,11 +22,11 @@ import torch
 from tiny import SUPER_RES, pictures
 
 from fastdiff.images import DataSettings, open_images
-from fastdiff.images.index import index_images
-from fastdiff.images.packing import pack
+from fastdiff.images.cache.build import pack
+from fastdiff.images.listing import index_images
 from fastdiff.models import SuperResSettings
-from fastdiff.sampling.inputs import BaseImages
-from fastdiff.sampling.parts import DamagedPart, Piece, Range, Store
+from fastdiff.sampling.job.chunks import DamagedPart, Piece, Range, Store
+from fastdiff.sampling.low_res import BaseImages
 from fuzz.cases import READ, REFUSED, Case, generator
 from fuzz.checkpoints import code
 from fuzz.damage import damage

@@ -20,8 +20,8 @@ from tiny import info_for, unet
 from torch import Tensor
 
 from fastdiff import sample
-from fastdiff.checkpoint_settings import settings_of
-from fastdiff.config import describe
+from fastdiff.config.checkpoint import settings_of
+from fastdiff.config.load import describe
 from fastdiff.models import weights
 from fastdiff.sampling.network import open_network
 from fuzz.cases import MARKER, READ, Case, generator

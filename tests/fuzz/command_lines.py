@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from fastdiff import config
-from fastdiff.config import Config, SuperResConfig, load
+from fastdiff.config import load as config
+from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.settings import UserError
 from fuzz.cases import READ, Case, generator
 from fuzz.damage import damage

@@ -13,7 +13,7 @@ import torch
 
 from fastdiff.images import DataSettings, open_images
 from fastdiff.images.headers import plain_size
-from fastdiff.images.index import Listing
+from fastdiff.images.listing import Listing
 from fastdiff.images.reader import Reader
 from fuzz.cases import READ, REFUSED, Case, generator
 from fuzz.damage import damage

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from training.small_trainer import small_trainer
 
-from fastdiff.training import checkpoints
+from fastdiff.training.checkpoints import format as checkpoints
 from fuzz.cases import READ, Case, generator
 
 STEP = 3

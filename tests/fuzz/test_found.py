@@ -14,16 +14,17 @@ import torch
 from pydantic import ValidationError
 from tiny import info_for, pictures, unet
 
-from fastdiff.config import describe
-from fastdiff.images.index import index_images
-from fastdiff.images.packed import open_packed
-from fastdiff.images.packing import pack
-from fastdiff.json_files import read_json
+from fastdiff.config.load import describe
+from fastdiff.images.cache.build import pack
+from fastdiff.images.cache.format import open_packed
+from fastdiff.images.listing import index_images
 from fastdiff.models import UNetSettings, weights
-from fastdiff.reporting import Reporter
-from fastdiff.sampling.parts import DamagedPart, Piece, Range, Store
+from fastdiff.runtime.json_files import read_json
+from fastdiff.sampling.job.chunks import DamagedPart, Piece, Range, Store
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoint_files, checkpoints
+from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.reporting import Reporter
 from fastdiff.training.settings import TrainSettings
 from fuzz.arrays import array_pickle, npy, zipped
 from fuzz.checkpoints import Calls, Sets, saved

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastdiff.images import DataSettings, load_image, open_images
 from fastdiff.images.cpu import PillowLoader
-from fastdiff.images.index import index_images
+from fastdiff.images.listing import index_images
 from fastdiff.images.loader import to_device
 from fastdiff.images.reader import Reader
 from fastdiff.settings import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdiff.images.index import index_images, label_images, list_images
+from fastdiff.images.listing import index_images, label_images, list_images
 from fastdiff.settings import UserError
 
 

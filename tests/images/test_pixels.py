@@ -159,7 +159,7 @@ def test_files_are_bounded_before_they_are_read(photo, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no regular file"):
         load_image(tmp_path / "a.png", (32, 32), "RGB")
     (tmp_path / "b.png").write_bytes(encoded(photo(32, 32)))
-    monkeypatch.setattr("fastdiff.images.files.MAX_FILE_BYTES", 100)
+    monkeypatch.setattr("fastdiff.images.image_files.MAX_FILE_BYTES", 100)
     with pytest.raises(ValueError, match="at most 100 are read"):
         load_image(tmp_path / "b.png", (32, 32), "RGB")
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import ops
-from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, work
+from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model
+from fastdiff.models import cost as work
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Forward GFLOP and, forward and with the backward pass, MB per image of 16-bit maps through fused ops.

@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[1]), str(ROOT)]
 from network import INTERFACE, Node, two_nodes, why_impossible  # noqa: E402
 from training.pictures_folder import make_pictures  # noqa: E402
 
-from fastdiff.training.checkpoint_files import listed, step_of  # noqa: E402
+from fastdiff.training.checkpoints.folder import listed, step_of  # noqa: E402
 
 STEPS, EVERY = 240, 4
 """Of a whole run, and between two checkpoints: a run can't get to its end while it is being disturbed."""

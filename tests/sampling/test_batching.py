@@ -13,7 +13,7 @@ from tiny import flags, save, unet
 from fastdiff import sample
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.sampling import sampler
-from fastdiff.sampling.batching import best_batch_size
+from fastdiff.sampling.batch_size import best_batch_size
 from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.settings import SampleSettings
 

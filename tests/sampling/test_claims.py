@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from fake_jobs import check_npz, context, drawing, job, names, place, start
 
-from fastdiff.sampling import claims, progress
-from fastdiff.sampling.claims import SILENT, Claims, Held, Owner, kept_alive, me, parse
-from fastdiff.sampling.files import partial_of, sweep, whole
-from fastdiff.sampling.job import run_job
+from fastdiff.runtime.files import partial_of, sweep, whole
+from fastdiff.sampling.job import claims, progress
+from fastdiff.sampling.job.claims import SILENT, Claims, Held, Owner, kept_alive, me, parse
+from fastdiff.sampling.job.job import run_job
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.plans import SOLVERS, Plan, make_plan
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import solve
-from fastdiff.diffusion.streams import SAMPLES
+from fastdiff.diffusion.solvers import SOLVERS, Plan, make_plan
 from fastdiff.models import UNet
-from fastdiff.models.inference import freeze
-from fastdiff.sampling import evaluation
+from fastdiff.models.freeze import freeze
+from fastdiff.sampling import guided_network as evaluation
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Evaluation, Guidance
 
 CPU = torch.device("cpu")
 SEED = 5 | SAMPLES

@@ -33,11 +33,12 @@ from PIL import Image
 from tiny import files, nothing_written
 
 from fastdiff.images import label_images, list_images
-from fastdiff.sampling import exports, parts, progress
 from fastdiff.sampling.drawn import Drawn
-from fastdiff.sampling.exports import class_words, file_name, index_in
-from fastdiff.sampling.job import Job, run_job
-from fastdiff.sampling.parts import Piece, Range, Store, cover, member, split
+from fastdiff.sampling.job import chunks as parts
+from fastdiff.sampling.job import exports, progress
+from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, member, split
+from fastdiff.sampling.job.exports import class_words, file_name, index_in
+from fastdiff.sampling.job.job import Job, run_job
 from fastdiff.sampling.pictures import steps_shown, strip
 from fastdiff.settings import UserError
 
@@ -513,7 +514,7 @@ def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         elif where == "npz":
             patch.setattr(exports, "_write_array", failing(exports._write_array, 1))
         else:
-            patch.setattr("fastdiff.sampling.claims.Claims.take", failing(parts.range_of, 0))
+            patch.setattr("fastdiff.sampling.job.claims.Claims.take", failing(parts.range_of, 0))
         with pytest.raises(UserError) as caught:
             run(folder, job(23))
     assert str(caught.value) == (

@@ -19,13 +19,13 @@ from tiny import DIFFUSION, MODEL, flags, pictures, save, save_bare, super_res, 
 
 from fastdiff import nll, ops, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.diffusion.streams import BOUND
+from fastdiff.diffusion.noise_keys import BOUND
 from fastdiff.images import DataSettings, open_images
-from fastdiff.likelihood import score
 from fastdiff.models import UNet
 from fastdiff.models.precision import DTYPES
-from fastdiff.processes import current
+from fastdiff.runtime.processes import current
 from fastdiff.sampling.pictures import to_uint8
+from fastdiff.scoring import score
 
 Arrays = dict[str, np.ndarray]
 MODELS: dict[str, dict[str, Any]] = {

@@ -14,10 +14,10 @@ from tiny import DIFFUSION, flags, pictures, refusal, save, super_res, unet
 import fastdiff
 from fastdiff import nll, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.diffusion.plans import make_plan
-from fastdiff.models.inference import freeze
+from fastdiff.diffusion.solvers import make_plan
+from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.evaluation import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Evaluation, Guidance
 from fastdiff.sampling.pictures import non_finite
 from fastdiff.settings import UserError
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from training.small_trainer import small_trainer
 
-from fastdiff.training.diagnosis import diagnose
+from fastdiff.training.diagnostics.diagnosis import diagnose
 from fastdiff.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {"lr_warmup_steps": 5, "lr_anneal_steps": 20, "weight_decay": 0.1}

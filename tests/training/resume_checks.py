@@ -14,8 +14,8 @@ import torch
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images import DataSettings, open_images
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.training import checkpoints
-from fastdiff.training.engine import start_processes
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
 

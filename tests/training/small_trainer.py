@@ -10,8 +10,8 @@ from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images import Batch
 from fastdiff.images.loader import to_device
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.training import checkpoints
-from fastdiff.training.engine import start_processes
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
 

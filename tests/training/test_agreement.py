@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fastdiff.training.agreement import Agreement
+from fastdiff.training.consensus import Agreement
 
 
 class Done:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from training.guard_checks import THROUGH_ENGINE, check_diagnosis, spoilt, state
 from training.small_trainer import small_trainer
 
-from fastdiff.training.anomaly import NonFinite, detect_anomaly
-from fastdiff.training.diagnosis import block_of, diagnose
+from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
+from fastdiff.training.diagnostics.diagnosis import block_of, diagnose
 from fastdiff.training.trainer import Trainer
 
 PATHS: dict[str, dict[str, Any]] = {
@@ -139,7 +139,7 @@ def test_diagnosis_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(settings: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("fastdiff.training.diagnosis.build_model", full)
+    monkeypatch.setattr("fastdiff.training.diagnostics.diagnosis.build_model", full)
     lines, content = diagnose(trainer)
     assert content["left_out"] == "the GPU's memory was too small for a second network"
     assert content["skipped_in_a_row"] == 1

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoint_files, checkpoints, saving
-from fastdiff.training.saving import Saver
+from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints import saver as saving
+from fastdiff.training.checkpoints.saver import Saver
 
 HERE = Path(__file__).parent
 

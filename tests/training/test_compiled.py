@@ -11,11 +11,12 @@ import pytest
 import torch
 from training.small_trainer import MODEL, losses_of, small_trainer, weights_of
 
-from fastdiff import compilation as compiling
 from fastdiff import ops
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.blocks import AttentionBlock
-from fastdiff.training import checkpoints, compilation
+from fastdiff.runtime import compilation as compiling
+from fastdiff.training import compilation
+from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.settings import TrainSettings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -14,11 +14,12 @@ from waits import Waits
 
 from fastdiff import ops
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoints, steps
-from fastdiff.training.engine import needs_engine, start_processes
+from fastdiff.training import device_step as steps
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.deepspeed_engine import needs_engine, start_processes
+from fastdiff.training.device_step import DeviceStep, EngineStep
 from fastdiff.training.loss_scale import LossScale
 from fastdiff.training.settings import TrainSettings
-from fastdiff.training.steps import DeviceStep, EngineStep
 
 # A section that only DeepSpeed can follow, and that changes nothing in the numbers.
 THROUGH_ENGINE = {"wall_clock_breakdown": False}

@@ -16,13 +16,13 @@ from training.small_trainer import small_trainer
 
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 from fastdiff.settings import UserError
-from fastdiff.training import engine as engines
-from fastdiff.training.engine import adopt
+from fastdiff.training import deepspeed_engine as engines
+from fastdiff.training.deepspeed_engine import adopt
+from fastdiff.training.device_step import DeviceStep, EngineStep
 from fastdiff.training.guards import Skips, guarded
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.schedule import learning_rate, learning_rate_on_device
 from fastdiff.training.settings import TrainSettings
-from fastdiff.training.steps import DeviceStep, EngineStep
 
 HERE = Path(__file__).parent
 TWO = [

@@ -15,7 +15,7 @@ from fastdiff.images import Batch
 from fastdiff.models import SuperResSettings, UNetSettings, build_model, weights
 from fastdiff.models.settings import BackboneSettings
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoints
+from fastdiff.training.checkpoints import format as checkpoints
 
 CLASSES = 5
 LABELS = "label_emb.weight"
@@ -226,7 +226,7 @@ def test_super_resolution(folder: Path) -> None:
 
 
 def test_label_dropout_needs_the_null_class_in_any_case(folder: Path) -> None:
-    from fastdiff.config import Config
+    from fastdiff.config.load import Config
     from fastdiff.training.run import train as run
 
     config = Config.model_validate({"data": {"data_dir": "images"}, "train": {"label_dropout": 0.1}})

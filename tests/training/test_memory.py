@@ -11,10 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.processes import Processes
+from fastdiff.runtime.processes import Processes
 from fastdiff.settings import UserError
-from fastdiff.training import fitting
-from fastdiff.training.memory import LiveBytes, Memory, estimate
+from fastdiff.training.diagnostics import microbatch_tuning as fitting
+from fastdiff.training.diagnostics.memory import LiveBytes, Memory, estimate
 from fastdiff.training.settings import TrainSettings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -18,11 +18,15 @@ from torch import Tensor
 from training.pictures_folder import make_pictures
 from training.test_train_scripts import flags
 
-from fastdiff import exit_codes, threads, train
+from fastdiff import errors as exit_codes
+from fastdiff import train
 from fastdiff.images import Batch
-from fastdiff.processes import StopWith
+from fastdiff.runtime import threads
+from fastdiff.runtime.processes import StopWith
 from fastdiff.settings import UserError
-from fastdiff.training import checkpoint_files, previews, resuming
+from fastdiff.training import previews
+from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints import resume as resuming
 from fastdiff.training.compilation import decide
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer

@@ -10,9 +10,10 @@ import pytest
 import torch
 from training.small_trainer import losses_of, small_trainer, weights_of
 
-from fastdiff.compilation import prepare_cudnn
-from fastdiff.training import checkpoint_files, checkpoints
-from fastdiff.training.saving import Saver
+from fastdiff.runtime.compilation import prepare_cudnn
+from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

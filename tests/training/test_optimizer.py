@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from waits import Waits
 
 from fastdiff import ops
-from fastdiff.training import engine as engines
-from fastdiff.training.masters import Masters
+from fastdiff.training import deepspeed_engine as engines
+from fastdiff.training.master_weights import Masters
 from fastdiff.training.optimizer import AdamWEMA, OnDevice
 from fastdiff.training.settings import TrainSettings
 

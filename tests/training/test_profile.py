@@ -13,7 +13,7 @@ import pytest
 import torch
 from training.small_trainer import small_trainer
 
-from fastdiff.training.profile import (
+from fastdiff.training.diagnostics.profile import (
     GAPS,
     OTHER,
     POINTWISE,

@@ -12,7 +12,7 @@ from training import resume_checks
 from training.pictures_folder import make_pictures
 
 from fastdiff import ops
-from fastdiff.training import checkpoints
+from fastdiff.training.checkpoints import format as checkpoints
 
 HERE = Path(__file__).parent
 CASES = [f"{stage}:{precision}:pillow:2" for precision in ("fp32", "bf16") for stage in range(4)]

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from training import resume_checks
 
-from fastdiff.training import checkpoint_files, checkpoints
+from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.trainer import Trainer
 
 BATCH = 12  # which 1, 2 and 3 ranks can share

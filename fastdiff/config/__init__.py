@@ -1,0 +1,1 @@
+"""Settings from flags, JSON files, checkpoints and presets."""

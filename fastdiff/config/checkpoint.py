@@ -1,0 +1,92 @@
+"""The settings of a checkpoint: those that it carries, else those of its preset, else what its shapes show."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.config.presets import Preset, find_preset, preset_for_file
+from fastdiff.models import weights
+from fastdiff.settings import UserError, is_true
+
+Layer = dict[str, dict[str, Any]]
+# What a checkpoint of the same network and process may have otherwise: these say how to train, or which steps to take.
+_FREE = {"dropout", "use_checkpoint", "use_kl", "min_snr_gamma", "rescale_learned_sigmas", "timestep_respacing"}
+
+
+def scripts_for(super_res: bool) -> str:
+    """The scripts for checkpoints of that kind, in words."""
+    return "super_res_train.py and super_res_sample.py" if super_res else "train.py, sample.py and nll.py"
+
+
+def preset_of(name: str, super_res: bool, flag: str = "--preset") -> Preset | None:
+    """The preset of that name, None for an empty one; UserError for an unknown one or one of the other kind."""
+    preset = find_preset(name, flag) if name else None
+    if preset and (preset.kind == "super_res") != super_res:
+        raise UserError(f"{flag}: {name} is for {scripts_for(not super_res)}")
+    return preset
+
+
+def settings_of(
+    path: str,
+    flag: str,
+    super_res: bool,
+    preset: Preset | None = None,
+    given: Layer | None = None,
+    preset_flag: str = "--preset",
+) -> tuple[str, Layer]:
+    """Sections model and diffusion of the checkpoint that a path means, and a name for where they are from.
+
+    given holds what was set besides: it is laid over the result later, and is not warned about.
+    Raises UserError where the file can't be read, is of the other kind, or contradicts the preset.
+    """
+    file = weights.find(path, flag)
+    state = weights.read_state_dict(file, flag)
+    if info := weights.info_of(state):
+        if (info["kind"] == "super_res") != super_res:
+            raise UserError(f"{flag}: {file} is for {scripts_for(not super_res)}")
+        if preset:
+            _check_agrees(info, preset, file, preset_flag)
+        return f"the settings in {file}", {"model": info["model"], "diffusion": info["diffusion"]}
+    if mismatch := weights.script_mismatch(state, super_res):
+        raise UserError(f"{flag}: {file} does not fit: {mismatch}, which is for {scripts_for(not super_res)}")
+    if preset:
+        return f"preset {preset.name}", preset.layer
+    if named := preset_for_file(file):
+        logging.getLogger(__name__).warning(
+            "%s carries no settings; taken from the preset %s by the file's name", file, named.name
+        )
+        return f"preset {named.name}", named.layer
+    try:
+        return f"the settings in {file}", {"model": _shown(state, file, super_res, given or {})}
+    except UserError as error:
+        raise UserError(f"{flag}: {file} can't be used: {error}") from None
+
+
+def _shown(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) -> dict[str, Any]:
+    model = weights.infer_settings(state, super_res, is_true(given.get("model", {}).get("null_class")))
+    del model["attention_factors"]  # the flag names image sizes, which can't be seen
+    known = {**given.get("model", {}), **given.get("diffusion", {})}
+    sizes = ("large_size", "small_size") if super_res else ("image_size",)
+    unseen = ("num_heads", "attention_resolutions", "diffusion_steps", "noise_schedule", "rescale_timesteps")
+    if assumed := [name for name in (*sizes, *unseen) if name not in known]:
+        logging.getLogger(__name__).warning(
+            "%s carries no settings; taken at their defaults, give them if it was trained otherwise: %s",
+            file,
+            ", ".join(assumed),
+        )
+    return model
+
+
+def _check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -> None:
+    """UserError where settings that a checkpoint carries are not the preset's."""
+    carried = {**info["model"], **info["diffusion"]}
+    for name, value in {**preset.model, **preset.diffusion}.items():
+        if name not in _FREE and carried.get(name, value) != value:
+            raise UserError(
+                f"{flag}: {preset.name} has {name} {value}, but {file} carries its own settings, with {name} "
+                f"{carried[name]}; leave {flag} out"
+            )

@@ -1,0 +1,296 @@
+"""All settings of a run: sections of one JSON file, every leaf a flag. Defaults < checkpoint < JSON < flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from pydantic import Field, ValidationError
+
+from fastdiff.config.checkpoint import Layer, preset_of, settings_of
+from fastdiff.config.presets import Preset, download, find_preset
+from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.images.settings import DataSettings
+from fastdiff.models.settings import SuperResSettings, UNetSettings
+from fastdiff.nll_settings import NllSettings
+from fastdiff.runtime.json_files import read_json
+from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
+from fastdiff.settings import Settings, UserError, did_you_mean, is_true, merge, quoted, shortened, what_is_wrong
+from fastdiff.training.deepspeed_engine import adopt
+from fastdiff.training.settings import TrainSettings
+
+_SWITCHES = {"use_fp16": ("precision", "fp16"), "use_ddim": ("solver", "ddim")}  # improved-diffusion's → ours
+_SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
+
+
+class Config(Settings):
+    """What a JSON file may hold. A script uses some sections; the others are checked all the same."""
+
+    model: UNetSettings = Field(default_factory=UNetSettings)
+    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+    train: TrainSettings = Field(default_factory=TrainSettings)
+    sample: SampleSettings = Field(default_factory=SampleSettings)
+    nll: NllSettings = Field(default_factory=NllSettings)
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed's own JSON, merged over what is derived from the other sections."""
+
+
+class SuperResConfig(Config):
+    """The same for super-resolution."""
+
+    model: SuperResSettings = Field(default_factory=SuperResSettings)  # type: ignore[assignment]
+    sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)  # type: ignore[assignment]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def load(
+    argv: list[str] | None,
+    *,
+    description: str,
+    sections: tuple[str, ...],
+    kind: type[Config] = Config,
+    checkpoint: tuple[str, str] | None = None,
+) -> tuple[Config, argparse.Namespace]:
+    """Settings from the command line, and the switches that aren't settings (print_config, dry_run).
+
+    sections    whose leaves are flags of this script.
+    checkpoint  (section, name) of the setting that names a checkpoint, whose own settings come first.
+    Raises UserError, with one sentence that names the flag or the file and key.
+    """
+    parser = _make_parser(description, sections, kind)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = did_you_mean(name.lstrip("-"), [option.lstrip("-") for option in known]).replace("mean ", "mean --")
+        raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
+    file_layer = _read_json(args.config, kind) if args.config else {}
+    flag_layer = _flags(args, sections, kind)
+    if "train" in sections and args.deepspeed:
+        flag_layer["deepspeed"] = _read_object(args.deepspeed)
+    layers = [(args.config or "", file_layer), ("", flag_layer)]
+    if checkpoint:
+        layers = [*_checkpoint_layer(checkpoint, layers, kind), *layers]
+    config = _resolve(kind, layers)
+    if "train" in sections:
+        config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
+        given = any("null_class" in layer.get("model", {}) for layer in (file_layer, flag_layer))
+        config = _with_null_class(config, given)
+    if args.print_config:
+        shown = config.model_dump(mode="json", include={*sections, *(["deepspeed"] if "train" in sections else [])})
+        if kind is SuperResConfig and "sample" in shown and "num_samples" not in config.sample.model_fields_set:
+            del shown["sample"]["num_samples"]  # not given, it follows the small images, which a number would fix
+        print(json.dumps(shown, indent=2))
+        sys.exit(0)
+    if checkpoint:
+        config = _with_released_file(config, checkpoint)
+    return config, args
+
+
+def describe(name: str, path: str, kind: type[Config] = Config, preset: str = "") -> Config:
+    """The settings of a checkpoint besides the run's own, which the setting `name` of section sample names.
+
+    They are those that it carries, or a preset's, or what its shapes show. Raises UserError for what can't be.
+    """
+    preset_flag = "--sr_preset" if name == "sr_model_path" else "--preset"
+    super_res = kind is SuperResConfig
+    found = preset_of(preset, super_res, preset_flag)
+    return _resolve(kind, [settings_of(path, f"--{name}", super_res, found, preset_flag=preset_flag)])
+
+
+def _with_null_class(config: Config, given: bool) -> Config:
+    """The null class switched on where labels are dropped; given says that the user gave null_class."""
+    dropped = f"--label_dropout {config.train.label_dropout:g}"
+    if not config.train.label_dropout or config.model.null_class:
+        return config
+    if not config.model.class_cond:
+        raise UserError(f"{dropped} needs a class-conditional model; give --class_cond True")
+    if given:
+        raise UserError(f"{dropped} contradicts null_class False; give one of them")
+    return config.model_copy(update={"model": config.model.model_copy(update={"null_class": True})})
+
+
+def _with_released_file(config: Config, setting: tuple[str, str]) -> Config:
+    """The checkpoint of a preset for which none is named: downloaded, unless that was done before."""
+    section, name = setting
+    settings = getattr(config, section)
+    if getattr(settings, name) or not getattr(settings, "preset", ""):
+        return config
+    file = download(find_preset(settings.preset))
+    return config.model_copy(update={section: settings.model_copy(update={name: str(file)})})
+
+
+def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]) -> _Parser:
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with settings, section by section")
+    parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    if "train" in sections:
+        parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
+        parser.add_argument(
+            "--dry_run",
+            action="store_true",
+            default=False,
+            help="build everything, run one step on real data, report, and write nothing",
+        )
+    for section in sections:
+        settings = _section_class(kind, section)
+        group = parser.add_argument_group(f"{section}: {(settings.__doc__ or '').strip().splitlines()[0]}")
+        for name, field in settings.model_fields.items():
+            default = json.loads(settings.__pydantic_serializer__.to_json(settings()))[name]
+            text = " ".join((field.description or "").split()).replace("%", "%%")
+            is_switch = field.annotation is bool or any(value is True for value in get_args(field.annotation))
+            bare: dict[str, Any] = {"nargs": "?", "const": "True"} if is_switch else {}
+            group.add_argument(
+                f"--{name}",
+                *([_SHORT[name]] if name in _SHORT else []),
+                dest=f"{section}.{name}",
+                metavar=_metavar(field.annotation),
+                help=f"{text} (default: {default if default != '' else 'empty'})",
+                **bare,
+            )
+    return parser
+
+
+def _metavar(annotation: Any) -> str:
+    if annotation in (int, float, bool, str):
+        return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is tuple:
+        return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
+    return "|".join(map(_metavar, get_args(annotation)))
+
+
+def _section_class(kind: type[Config], section: str) -> type[Settings]:
+    annotation = kind.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    return annotation
+
+
+def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Config]) -> Layer:
+    layer: Layer = {section: {} for section in sections}
+    for key, value in vars(args).items():
+        section, _, name = key.partition(".")
+        if name:
+            layer[section][name] = value
+    return layer
+
+
+def _checkpoint_layer(
+    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
+) -> list[tuple[str, Layer]]:
+    """The settings of the checkpoint that the layers name, or of a preset whose released file is to be fetched."""
+    section, name = setting
+    preset = _preset(section, layers, kind)
+    given: Layer = {}
+    for _, layer in layers:
+        given = merge(given, layer)
+    path = given.get(section, {}).get(name)
+    if path:
+        return [settings_of(str(path), f"--{name}", kind is SuperResConfig, preset, given)]
+    return [(f"preset {preset.name}", preset.layer)] if preset else []
+
+
+def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:
+    """The preset that the last layer to name one names."""
+    named = [(source, layer[section]["preset"]) for source, layer in layers if "preset" in layer.get(section, {})]
+    if not named or "preset" not in _section_class(kind, section).model_fields:
+        return None
+    source, name = named[-1]
+    return preset_of(str(name), kind is SuperResConfig, f"{source}: {section}.preset" if source else "--preset")
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    content = read_json(Path(path))
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: must be a JSON object such as {{"train": {{}}}}, not {quoted(content)}')
+    return content
+
+
+def _read_json(path: str, kind: type[Config]) -> Layer:
+    content = _read_object(path)
+    for section, value in content.items():
+        if section not in kind.model_fields:
+            owners = [
+                s for s in kind.model_fields if s != "deepspeed" and section in _section_class(kind, s).model_fields
+            ]
+            hint = f"; it belongs in section {owners[0]}" if owners else did_you_mean(section, kind.model_fields)
+            raise UserError(f"{path}: {shortened(section)} is not a section{hint}")
+        if not isinstance(value, dict):
+            raise UserError(f"{path}: section {section} must be a JSON object, not {quoted(value)}")
+    return content
+
+
+def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
+    merged: Layer = {}
+    sources: dict[tuple[str, str], str] = {}
+    givers: dict[str, list[str]] = {}  # of each section, but for flags
+    for source, layer in layers:
+        for section, values in layer.items():
+            if section == "deepspeed":
+                merged[section] = merge(merged.get(section, {}), values)
+                continue
+            known = _section_class(kind, section).model_fields
+            if source and values:
+                givers.setdefault(section, []).append(source)
+            for name, value in _aliases(source, section, values, known).items():
+                where = f"{source}: {section}.{shortened(name)}" if source else f"--{name}"
+                if name not in known:
+                    raise UserError(f"{where} is not a setting{_hint(kind, section, name)}")
+                merged.setdefault(section, {})[name] = value
+                sources[section, name] = where
+    try:
+        return kind.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_sentence(error, sources, givers)) from None
+
+
+def _aliases(source: str, section: str, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Switches of improved-diffusion as the choices they stand for."""
+    values = dict(values)
+    for switch, (name, choice) in _SWITCHES.items():
+        if switch in known and is_true(values.get(switch)):
+            del values[switch]
+            if values.setdefault(name, choice) != choice:
+                where = f"{source}: {section}." if source else "--"
+                raise UserError(f"{where}{switch} True contradicts {name} {values[name]}; give one of them")
+    return values
+
+
+def _hint(kind: type[Config], section: str, name: str) -> str:
+    if kind is Config and section == "model" and name in ("large_size", "small_size"):
+        return "; super-resolution models are for super_res_train.py and super_res_sample.py"
+    if kind is SuperResConfig and section == "model" and name == "image_size":
+        return "; a super-resolution model has large_size and small_size"
+    known = _section_class(kind, section).model_fields
+    near = did_you_mean(name, known)
+    if near:
+        return near
+    owners = [s for s in kind.model_fields if s != "deepspeed" and name in _section_class(kind, s).model_fields]
+    return f"; it belongs in section {owners[0]}" if owners else ""
+
+
+def _sentence(error: ValidationError, sources: dict[tuple[str, str], str], givers: dict[str, list[str]]) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    message = what_is_wrong(error)
+    if len(location) < 2:  # between settings of a section, wherever each is from
+        named = " with ".join(givers.get(location[0], [])) if location else ""
+        return f"{named}: {message}" if named else message
+    section, name = location[0], location[1]
+    return f"{sources.get((section, name), f'{section}.{name}')}: {message}"

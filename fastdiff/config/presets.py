@@ -1,0 +1,144 @@
+"""Presets: the model and the process of each checkpoint that improved-diffusion released, and the way to its file.
+
+The settings stand in configs/, where the same networks are trained from; a preset is a configuration's sections model
+and diffusion, under the configuration's name and under that of the released file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import fastdiff
+from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.models import weights
+from fastdiff.models.settings import SuperResSettings, UNetSettings
+from fastdiff.runtime.compilation import cache_folder
+from fastdiff.settings import UserError, did_you_mean
+
+SOURCE = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
+# Configuration → stem of the released file (README of improved-diffusion, "Models and Hyperparameters").
+RELEASED = {
+    "imagenet64_uncond": "imagenet64_uncond_100M_1500K",
+    "imagenet64_uncond_vlb": "imagenet64_uncond_vlb_100M_1500K",
+    "imagenet64_270M": "imagenet64_cond_270M_250K",
+    "cifar10_uncond": "cifar10_uncond_50M_500K",
+    "cifar10_uncond_vlb": "cifar10_uncond_vlb_50M_500K",
+    "upsample_256": "upsample_cond_500K",
+    "lsun_bedroom_lr1e-4": "lsun_uncond_100M_1200K_bs128",
+    "lsun_bedroom_lr2e-5": "lsun_uncond_100M_2400K_bs64",
+    "baseline": "",
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published model. `model` and `diffusion` are whole sections, defaults included, as JSON has them."""
+
+    name: str
+    released: str  # stem of the released file; empty: there is none
+    url: str
+    kind: Literal["unet", "super_res"]
+    model: dict[str, Any]
+    diffusion: dict[str, Any]
+
+    @property
+    def layer(self) -> dict[str, dict[str, Any]]:
+        """The sections of settings, as a JSON file would hold them."""
+        return {"model": dict(self.model), "diffusion": dict(self.diffusion)}
+
+
+def _folder() -> Path:
+    """configs/, which lies inside an installed package and beside it in a checkout."""
+    return next(folder for place in fastdiff.__path__ if (folder := Path(place) / "configs").is_dir())
+
+
+def _read(name: str, released: str) -> Preset:
+    content = json.loads((_folder() / f"{name}.json").read_text())
+    super_res = "large_size" in content["model"]
+    model = (SuperResSettings if super_res else UNetSettings).model_validate(content["model"])
+    return Preset(
+        name=name,
+        released=released,
+        url=f"{SOURCE}/{released}.pt" if released else "",
+        kind="super_res" if super_res else "unet",
+        model=model.model_dump(mode="json"),
+        diffusion=DiffusionSettings.model_validate(content["diffusion"]).model_dump(mode="json"),
+    )
+
+
+_presets = [_read(name, released) for name, released in RELEASED.items()]
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _presets} | {
+    preset.released: preset for preset in _presets if preset.released
+}
+"""Every preset, under both of its names."""
+
+
+def find_preset(name: str, flag: str = "--preset") -> Preset:
+    """The preset of that name; UserError where there is none."""
+    if name not in PRESETS:
+        near = did_you_mean(name, PRESETS)
+        raise UserError(f"{flag}: {name} is not a preset{near}; there are {', '.join(RELEASED)}")
+    return PRESETS[name]
+
+
+def is_preset(name: str) -> bool:
+    """Whether a preset has that name."""
+    return name in PRESETS
+
+
+def preset_for_file(path: str | Path) -> Preset | None:
+    """The preset whose released file has this file's name, in any folder."""
+    stem = Path(path).stem
+    return next((preset for preset in PRESETS.values() if preset.released and preset.released == stem), None)
+
+
+def download(preset: Preset, folder: Path | None = None, progress: bool = True, flag: str = "--preset") -> Path:
+    """The released checkpoint's path, fetched into `folder` (default ~/.cache/fastdiff/checkpoints) unless it is there.
+
+    Of several processes one fetches it and the others wait. The file appears whole or not at all. Raises UserError
+    where it can't be had.
+    """
+    if not preset.released:
+        raise UserError(f"{flag} {preset.name}: no checkpoint of it was released; name one with --model_path")
+    folder = folder or cache_folder() / "checkpoints"
+    file = folder / f"{preset.released}.pt"
+    if file.is_file():
+        return file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f".{preset.released}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.is_file():
+                _fetch(preset, file, progress, flag)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
+        raise UserError(
+            f"{flag} {preset.name}: {preset.url} can't be fetched into {folder} ({reason}); fetch it by other means "
+            "and name the file with --model_path"
+        ) from error
+    return file
+
+
+def _fetch(preset: Preset, file: Path, progress: bool, flag: str) -> None:
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    if progress:
+        print(f"fetching {preset.url} to {file}", file=sys.stderr, flush=True)
+    try:
+        torch.hub.download_url_to_file(preset.url, str(partial), progress=progress)
+        try:
+            weights.read_state_dict(partial, flag)  # a connection that breaks off leaves a shorter file
+        except UserError:
+            raise OSError("it came incomplete") from None
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Images decoded once, to be read at memory speed."""

@@ -1,0 +1,165 @@
+"""A packed folder: the images of a data set at one size, decoded once, to be read at memory speed.
+
+    pixels.npy   uint8 [N, H, W, C]: np.load("pixels.npy", mmap_mode="r")
+    labels.npy   int64 [N], classes by the rule `auto`
+    names.json   path of each image below the folder that it came from
+    packed.json  size, channels, recipe, class names, unreadable images, and what tells the original folder again
+
+Row i is image i of the listing; the row and label of an unreadable image are those of the next readable one, which
+replaces it. The folder is written under another name and renamed at the end, so one that holds packed.json is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL
+
+from fastdiff.images.listing import Listing, label_images
+from fastdiff.settings import UserError
+
+PIXELS, LABELS, NAMES, RECORD = "pixels.npy", "labels.npy", "names.json", "packed.json"
+FORMAT = 1
+RECIPE = "box halvings while at least twice the size, a bicubic resize that just covers it, centre crop"
+PROBES = 1000
+"""Files whose lengths are compared, to notice that a folder's pictures were made anew under the same names."""
+
+
+def describe(listing: Listing, size_hw: tuple[int, int], channels: int) -> dict[str, Any]:
+    """The part of packed.json that says what a packed folder is, or would be, made of."""
+    count = len(listing.names)
+    lengths = [_length(listing.path(int(i))) for i in np.linspace(0, count - 1, min(count, PROBES)).astype(int)]
+    return {
+        "format": FORMAT,
+        "num_images": count,
+        "size": list(size_hw),
+        "channels": channels,
+        "listing": listing.fingerprint,
+        "file_lengths": hashlib.sha256(repr(lengths).encode()).hexdigest()[:16],
+    }
+
+
+def _length(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def is_packed(folder: str | Path) -> bool:
+    """Whether the folder is a packed one, and whole."""
+    try:
+        return bool(str(folder)) and (Path(folder) / RECORD).is_file()
+    except OSError:  # one that can't be entered, or whose name is too long: whoever lists it says so
+        return False
+
+
+def replacements(count: int, unreadable: Iterable[int]) -> np.ndarray:
+    """[count] int64: each image's own index, or that of the first readable one after an unreadable one (cyclic)."""
+    shown, bad = np.arange(count), np.array(sorted(unreadable), dtype=np.int64)
+    readable = np.setdiff1d(shown, bad)
+    shown[bad] = readable[np.searchsorted(readable, bad) % len(readable)]
+    return shown
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed folder, opened for reading."""
+
+    folder: Path
+    record: dict[str, Any]
+    pixels: np.ndarray
+    """[N, H, W, C] uint8, mapped into memory."""
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Index of each image that couldn't be read, and why."""
+        return {int(entry["index"]): str(entry["reason"]) for entry in self.record["unreadable"]}
+
+    def listing(
+        self, labels_mode: Literal["auto", "prefix", "folder"] = "auto", class_names: Sequence[str] | None = None
+    ) -> Listing:
+        """What `index_images` gave for the original folder; paths begin with the packed one."""
+        names = _read_json(self.folder, NAMES)
+        if not isinstance(names, list) or not all(isinstance(name, str) and _is_path(name) for name in names):
+            raise _damaged(self.folder, f"{NAMES} is no list of names")
+        labels, classes = label_images([self.folder / name for name in names], self.folder, labels_mode, class_names)
+        listing = Listing(self.folder, names, labels, classes)
+        if listing.fingerprint != self.record["listing"]:
+            raise _damaged(self.folder, f"{NAMES} lists other images than {RECORD}")
+        return listing
+
+
+def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str) -> Packed:
+    """Open a packed folder that the flag named. UserError where it is damaged or of another size."""
+    record = _read_json(folder, RECORD)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(
+            f"{flag}: {folder} was packed by another version of fastdiff; delete it and run datasets/pack.py again"
+        )
+    try:
+        _check(record)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise _damaged(folder, f"{RECORD} lacks an entry") from None
+    held = (*record["size"], record["channels"])
+    shape = (record["num_images"], *held)
+    if held != (*size_hw, channels):
+        raise UserError(
+            f"{flag}: {folder} holds images of {_shape(*held)}, {_shape(*size_hw, channels)} are wanted; give a folder "
+            f"that datasets/pack.py made with --size {size_hw[0]}x{size_hw[1]} --channels {channels}"
+        )
+    try:
+        pixels = np.lib.format.open_memmap(folder / PIXELS, mode="r")
+    except Exception as error:  # numpy, mmap and Python's tokenizer, which reads the header, each have their own
+        raise _damaged(folder, f"{PIXELS}: {error}") from None
+    if pixels.shape != shape or pixels.dtype != np.uint8:
+        raise _damaged(folder, f"{PIXELS} holds {pixels.dtype} {list(pixels.shape)}, not uint8 {list(shape)}")
+    return Packed(folder, record, pixels.view(np.ndarray))
+
+
+def _is_path(name: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+def _check(record: dict[str, Any]) -> None:
+    """KeyError, TypeError or ValueError where packed.json's entries aren't what they should be."""
+    height, width = record["size"]
+    numbers = (height, width, record["channels"], record["num_images"])
+    if any(type(number) is not int or number < 1 for number in numbers):
+        raise ValueError("no size")
+    if not isinstance(record["class_names"], list) or not isinstance(record["listing"], str):
+        raise TypeError("no names")
+    for entry in record["unreadable"]:
+        if not 0 <= int(entry["index"]) < record["num_images"] or not isinstance(entry["reason"], str):
+            raise ValueError("no image")
+
+
+def finish_record(described: dict[str, Any], class_names: list[str], unreadable: list[dict[str, Any]]) -> str:
+    """The text of packed.json."""
+    more = {"recipe": RECIPE, "pillow": PIL.__version__, "class_names": class_names, "unreadable": unreadable}
+    return json.dumps({**described, **more}, indent=1) + "\n"
+
+
+def _shape(height: int, width: int, channels: int) -> str:
+    return f"{height}x{width} pixels in {channels} channel{'s' * (channels != 1)}"
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(folder, f"{name}: {error}") from None
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    return UserError(f"the packed images in {folder} are damaged ({what}); delete that folder and pack them again")

@@ -1,0 +1,128 @@
+"""One evaluation of the network at a row of a sampler's plan: what depends on the time alone is found beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.solvers import Plan
+from fastdiff.models import UNet
+from fastdiff.models.unet import enlarged
+from fastdiff.runtime.compilation import compile_kwargs
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """output = weaker + weight (output - weaker), where the noise level lies in `interval`.
+
+    The weaker output is the null class's (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598), or a weaker network's
+    with the same class (Karras et al. 2024, https://arxiv.org/abs/2406.02507). interval is (low, high] in sigma / alpha
+    (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+    """
+
+    weight: float = 1.0
+    interval: tuple[float, float] = (0.0, float("inf"))
+    guide: UNet | None = None
+
+    def rows(self, plan: Plan, diffusion: GaussianDiffusion) -> list[bool]:
+        """Whether each row of a plan is guided."""
+        if self.weight == 1:
+            return [False] * plan.num_evaluations
+        schedule, (low, high) = diffusion.schedule, self.interval
+        sigma = (schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)[plan.steps]
+        return [bool(low < each <= high) for each in sigma]
+
+
+class _Network:
+    """A frozen network with its conditioning at every row of the plan.
+
+    Without classes that is a table [E, width] of what all residual blocks take; with them the time's share of the
+    embedding, [E, 4 * num_channels], to which the class's is added before one product for all blocks.
+    """
+
+    def __init__(self, model: UNet, plan: Plan, diffusion: GaussianDiffusion, device: torch.device) -> None:
+        self.model = model
+        self.body: Any = model.body
+        self.class_cond = model.settings.class_cond
+        steps = torch.from_numpy(plan.steps).to(device)
+        emb = model.embed_time(diffusion.model_timesteps(steps))
+        self.table = emb if self.class_cond else torch.cat(model.project(emb), dim=1)
+        self.widths = [block.emb_width for block in model.res_blocks]
+
+    def labels(self, y: Tensor) -> Tensor:
+        """The classes' share of the embedding, [B, 4 * num_channels] float32."""
+        return self.model.label_emb(y).float()
+
+    def __call__(self, x: Tensor, row: Tensor, classes: Tensor | None, low_res: Tensor | None) -> Tensor:
+        at = self.table.index_select(0, row)
+        if classes is not None:
+            projected = self.model.project(at + classes)
+        else:
+            projected = list(at.expand(len(x), -1).split(self.widths, dim=1))
+        return self.body(x, projected, low_res)
+
+
+class Evaluation:
+    """The outputs of a network, guided where its guidance says so, at the rows of a plan."""
+
+    def __init__(
+        self,
+        model: UNet,
+        plan: Plan,
+        diffusion: GaussianDiffusion,
+        guidance: Guidance,
+        device: torch.device,
+        compiled: bool = False,
+    ) -> None:
+        """Networks as `models.inference.freeze` leaves them. compiled: let torch.compile have the networks' bodies."""
+        self.settings = model.settings
+        self.input_format = model.input_format
+        self.network = _Network(model, plan, diffusion, device)
+        self.guide = None if guidance.guide is None else _Network(guidance.guide, plan, diffusion, device)
+        self.guided = guidance.rows(plan, diffusion)
+        if compiled:
+            kwargs = compile_kwargs(device, frozen=True)
+            for network in filter(None, (self.network, self.guide)):
+                network.body = torch.compile(network.body, **kwargs)
+        C = self.settings.in_channels
+        weights = torch.ones(self.settings.out_channels)
+        weights[:C] = guidance.weight  # the predicted variances stay those of the stronger output
+        self._weights = weights[:, None, None].to(device)
+
+    def conditioning(self, y: Tensor | None, low_res: Tensor | None) -> dict[str, Tensor]:
+        """What a batch's classes [B] and small images [B, C, h, w] give to every evaluation."""
+        given: dict[str, Tensor] = {}
+        if y is not None:
+            given["classes"] = self.network.labels(y)
+            if self.guide is not None:
+                given["guide_classes"] = self.guide.labels(y)
+            elif any(self.guided):
+                given["null_classes"] = self.network.labels(torch.full_like(y, self.settings.num_classes))
+        if low_res is not None:
+            given["low_res"] = enlarged(low_res, self.settings.size_hw)
+        return given
+
+    def __call__(self, x: Tensor, row: Tensor, given: dict[str, Tensor], guided: bool) -> Tensor:
+        """The output [B, C or 2C, H, W] for x [B, C, H, W], or padded as `input_format` says; row [1] int64."""
+        classes, low_res = given.get("classes"), given.get("low_res")
+        if not guided:
+            return self.network(x, row, classes, low_res)
+        if self.guide is not None:
+            strong = self.network(x, row, classes, low_res)
+            weak = self.guide(x, row, given.get("guide_classes"), low_res)
+        else:
+            assert classes is not None
+            both = torch.cat([classes, given["null_classes"]])
+            low_res = low_res if low_res is None else torch.cat([low_res, low_res])
+            strong, weak = self.network(torch.cat([x, x]), row, both, low_res).chunk(2)
+        return weak + self._weights * (strong - weak)
+
+
+def coefficient_rows(plan: Plan, device: torch.device) -> Tensor:
+    """A plan's table on the device, [E, 10] float32."""
+    return torch.from_numpy(plan.coefficients.astype(np.float32)).to(device)

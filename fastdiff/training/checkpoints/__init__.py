@@ -1,0 +1,1 @@
+"""Checkpoints: their files, folders, writing and resuming."""

@@ -1,0 +1,1 @@
+"""What a run costs, what takes its time, and what went wrong."""

@@ -1,0 +1,156 @@
+"""Settles what the settings leave to the machine: the micro-batch, and whether activations are recomputed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastdiff import ops
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.models import BackboneSettings, SuperResSettings, build_model
+from fastdiff.models.precision import body_dtype
+from fastdiff.runtime.machine import free_memory
+from fastdiff.runtime.processes import Processes
+from fastdiff.settings import UserError
+from fastdiff.training.deepspeed_engine import needs_engine
+from fastdiff.training.diagnostics.memory import Memory, estimate
+from fastdiff.training.settings import TrainSettings
+
+SPARE = 0.08
+"""Share of the free memory left for what no estimate sees: cuDNN's workspaces, fragments, other programs."""
+TRIED = 4
+"""Micro-batches that are timed, the largest that fit."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What was settled, and lines that say so."""
+
+    microbatch: int
+    use_checkpoint: bool
+    lines: list[str]
+
+
+def fit(
+    model: BackboneSettings,
+    train: TrainSettings,
+    diffusion: GaussianDiffusion,
+    processes: Processes,
+    deepspeed: dict[str, Any],
+    before: int | None = None,
+    always_estimate: bool = False,
+) -> Fit:
+    """Micro-batch and use_checkpoint for the settings; collective where something has to be tried.
+
+    before is the micro-batch of the run that this one goes on with: kept, for dropout masks depend on it. Without
+    anything to settle the memory is estimated on a GPU, and elsewhere only with always_estimate, for it takes seconds.
+    Raises UserError where not even one image fits.
+    """
+    share = train.batch_size // processes.world_size
+    given = -1 if train.microbatch == "auto" else int(train.microbatch)
+    micro = _parts(share, share if given == -1 else given)[0]
+    settled = train.microbatch != "auto" and model.use_checkpoint != "auto"
+    if settled and processes.device.type == "cpu" and not always_estimate:
+        return Fit(micro, model.use_checkpoint is True, [])
+
+    available = available_memory(processes)
+    dtype = body_dtype(train.precision, processes.device)
+    on_device = not needs_engine(train, deepspeed, processes.world_size)
+    estimates: dict[bool, Memory] = {}
+    for recompute in (False, True) if model.use_checkpoint == "auto" else (model.use_checkpoint is True,):
+        settings = model.model_copy(update={"use_checkpoint": recompute})
+        estimates[recompute] = estimate(
+            settings, train, diffusion, dtype, processes.device, processes.world_size, on_device
+        )
+        wanted = min(8, share) if train.microbatch == "auto" else micro
+        if estimates[recompute].most(int(available * (1 - SPARE))) >= wanted:
+            break
+    memory = estimates[recompute]
+    most = memory.most(int(available * (1 - SPARE)))
+    lines = [f"use_checkpoint auto: {recompute}"] if model.use_checkpoint == "auto" else []
+    if train.microbatch == "auto":
+        if not most:
+            raise UserError(
+                f"--microbatch auto: not even one image fits, {memory.describe(1, available)}; "
+                + ("share the optimiser out over more processes" if recompute else "try --use_checkpoint True")
+            )
+        if before is not None and before <= most and share % before == 0:
+            micro = before
+            lines.append(f"microbatch auto: {micro}, as the run began")
+        else:
+            settings = model.model_copy(update={"use_checkpoint": recompute})
+            micro, rates = _fastest(settings, train, diffusion, processes, _parts(share, most)[:TRIED])
+            tried = ", ".join(f"{size}: {rate:.4g} images/s" for size, rate in rates.items())
+            lines.append(f"microbatch auto: {micro} ({tried})")
+    elif micro > most:
+        lines.append(f"this may not fit: try --microbatch auto{'' if recompute else ' or --use_checkpoint auto'}")
+    return Fit(micro, recompute, [*lines, memory.describe(micro, available)])
+
+
+def available_memory(processes: Processes) -> int:
+    """Bytes that this process may take: what is free on its GPU, or its share of the free memory of the machine."""
+    free = free_memory(processes.device)
+    return free if processes.device.type == "cuda" else free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _parts(share: int, limit: int) -> list[int]:
+    """Micro-batches of at most `limit` images that make up the share evenly, from large to small."""
+    return [size for size in range(min(limit, share), 0, -1) if share % size == 0]
+
+
+def _fastest(
+    model: BackboneSettings,
+    train: TrainSettings,
+    diffusion: GaussianDiffusion,
+    processes: Processes,
+    sizes: Sequence[int],
+) -> tuple[int, dict[int, float]]:
+    """The size with the most images/s in forward and backward pass on the slowest process, and the rates of all."""
+    seconds = torch.zeros(len(sizes), dtype=torch.float64)
+    network = build_model(model).to(processes.device).train()
+    network.set_precision(body_dtype(train.precision, processes.device))
+    for i, size in enumerate(sizes):
+        try:
+            seconds[i] = _time(network, diffusion, processes.device, size) / size
+        except torch.OutOfMemoryError:
+            seconds[i] = float("inf")
+        network.zero_grad(set_to_none=True)
+        if processes.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if processes.world_size > 1:
+        slowest = seconds.to(processes.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        seconds = slowest.cpu()
+    best = int(seconds.argmin())
+    if not torch.isfinite(seconds[best]):
+        raise UserError(f"--microbatch auto: not even {sizes[-1]} images fit at once; try --use_checkpoint True")
+    return sizes[best], {size: 1 / each for size, each in zip(sizes, seconds.tolist(), strict=True)}
+
+
+def _time(network: torch.nn.Module, diffusion: GaussianDiffusion, device: torch.device, size: int) -> float:
+    """Seconds of a forward and backward pass, the better of two after one to warm up."""
+    settings = network.settings
+    assert isinstance(settings, BackboneSettings)
+    H, W = settings.size_hw
+    images = torch.zeros(size, H, W, settings.in_channels, dtype=torch.uint8, device=device)
+    index = torch.arange(size, device=device)
+    kwargs = {"y": index % settings.num_classes} if settings.class_cond else {}
+    if isinstance(settings, SuperResSettings):
+        kwargs["low_res"] = torch.zeros(size, settings.in_channels, *settings.small_size, device=device)
+    noise = ops.CounterNoise(0, index, (settings.in_channels, H, W))
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        diffusion.training_losses(network, images, index % diffusion.num_timesteps, kwargs, noise)[
+            "loss"
+        ].mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
