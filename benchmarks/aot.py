@@ -46,8 +46,8 @@ from benchmarks.flag_types import at_least, existing_file
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.solvers import make_plan
-from fastdiff.runtime.processes import run_script
-from fastdiff.sampling.launches import sampling_launches
+from fastdiff.runtime.script import run_script
+from fastdiff.sampling.engine import sampling_launches
 from fastdiff.training.deepspeed_engine import split_batch
 from fastdiff.training.launches import training_launches
 

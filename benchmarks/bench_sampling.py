@@ -47,14 +47,13 @@ from benchmarks.sampling_variants import (
 from benchmarks.variant_timing import seconds_of, start, synchronize
 from fastdiff.config.load import Config
 from fastdiff.diffusion.solvers import SOLVERS
+from fastdiff.errors import UserError
 from fastdiff.models.cost import forward_flops
-from fastdiff.models.precision import body_dtype
+from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import find, measure_rates
-from fastdiff.runtime.processes import run_script
-from fastdiff.sampling.drawn import Drawn
+from fastdiff.runtime.script import run_script
 from fastdiff.sampling.job.job import Job, run_job
-from fastdiff.sampling.pictures import to_uint8
-from fastdiff.settings import UserError
+from fastdiff.sampling.pictures import Images, to_uint8
 
 VARIANTS: dict[str, Callable[[DrawCase], Draw]] = {
     "reference": seed,
@@ -234,7 +233,7 @@ def job_overhead(case: DrawCase, compiled: bool, parts: int) -> dict[str, float]
     engine = our_engine(case, compiled, case.device.type == "cuda")
     spent = 0.0
 
-    def draw(index: np.ndarray, on_progress: Callable[[float], None]) -> Drawn:
+    def draw(index: np.ndarray, on_progress: Callable[[float], None]) -> Images:
         nonlocal spent
         start = time.perf_counter()
         count = len(index)
@@ -242,7 +241,7 @@ def job_overhead(case: DrawCase, compiled: bool, parts: int) -> dict[str, float]
         images = to_uint8(engine.draw(torch.from_numpy(index).to(case.device), **given)).cpu().numpy()
         spent += time.perf_counter() - start
         on_progress(count)
-        return Drawn(images, None)
+        return Images(images, None)
 
     draw(np.arange(case.batch), lambda images: None)
     spent = 0.0

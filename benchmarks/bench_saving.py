@@ -31,10 +31,9 @@ from benchmarks.bench_train import load, quartiles
 from benchmarks.train_variants import Case, trainer_of
 from benchmarks.variant_timing import synchronize
 from fastdiff import ops
-from fastdiff.runtime.machine import device_name
-from fastdiff.runtime.processes import run_script
-from fastdiff.runtime.threads import use_free_cores
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
+from fastdiff.runtime.machine import device_name, use_free_cores
+from fastdiff.runtime.script import run_script
 from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.trainer import Trainer

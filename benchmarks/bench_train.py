@@ -35,11 +35,11 @@ from benchmarks.result_file import Label, ResultFile, release_memory
 from benchmarks.train_variants import LEVERS, Case, Step, compiled_seed, diffusers, ours, seed, without
 from benchmarks.variant_timing import Built, build, few_objects_to_collect, seconds_of, start
 from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.errors import UserError
 from fastdiff.models.cost import train_flops
-from fastdiff.models.precision import body_dtype
+from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import device_name, find, measure_rates
-from fastdiff.runtime.processes import run_script
-from fastdiff.settings import UserError
+from fastdiff.runtime.script import run_script
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 QUICK: dict[str, Any] = {

@@ -24,7 +24,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 import numpy as np
 
 from fastdiff import train
-from fastdiff.runtime.processes import run_script
+from fastdiff.runtime.script import run_script
 
 PATHS = {"auto": ["--kernels", "auto"], "reference": ["--kernels", "reference", "--compile", "False"]}
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu_timing import Figure, rotated, time_calls
+from fastdiff.errors import shortened
 from fastdiff.precompile import Call
 from fastdiff.runtime.machine import Rates
-from fastdiff.settings import shortened
 
 Row = dict[str, Any]
 Emit = Callable[[Row], None]

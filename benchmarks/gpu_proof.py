@@ -332,7 +332,7 @@ def prove(args: argparse.Namespace, wanted: list[Part], before: list[Row], comma
     print(f"results, log and table are in {args.out}")
     if args.keep:
         from benchmarks import report
-        from fastdiff.settings import UserError
+        from fastdiff.errors import UserError
 
         try:
             report.main([str(proof.log.file), "--keep", str(args.keep)])
@@ -361,8 +361,8 @@ def gpu_is_here() -> bool:
 
 
 if __name__ == "__main__":
-    from fastdiff.runtime.script import that_may_be_gone
+    from fastdiff.runtime.script import tolerate_closed_output
 
-    with that_may_be_gone():
+    with tolerate_closed_output():
         code = main()
     sys.exit(code)

@@ -44,12 +44,12 @@ from benchmarks.norm_figures import norms
 from benchmarks.roofline import usual_batch
 from benchmarks.step_calls import realised, training_calls
 from fastdiff.config.load import Config
+from fastdiff.errors import UserError
 from fastdiff.models.cost import operations
 from fastdiff.precompile import Call
 from fastdiff.runtime import compilation
 from fastdiff.runtime.machine import device_name, measure_rates
-from fastdiff.runtime.processes import run_script
-from fastdiff.settings import UserError
+from fastdiff.runtime.script import run_script
 
 # --- convolutions ---
 

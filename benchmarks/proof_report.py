@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import proof_log
+from fastdiff.errors import UserError
 from fastdiff.runtime import machine as hardware
-from fastdiff.settings import UserError
 
 Row = proof_log.Row
 NOTE = (

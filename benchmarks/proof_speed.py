@@ -110,8 +110,8 @@ def measure_variant(
 def compile_beforehand(case: Any, draw: bool) -> list[str]:
     """Start the processes that compile a variant's Triton kernels, as a run does; what it would say of that."""
     from fastdiff import precompile
-    from fastdiff.models.precision import DTYPES
-    from fastdiff.sampling.launches import sampling_launches
+    from fastdiff.models.unet import DTYPES
+    from fastdiff.sampling.engine import sampling_launches
     from fastdiff.training.launches import training_launches
 
     dtype, model = DTYPES[case.precision], case.config.model

@@ -30,10 +30,10 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 from benchmarks import proof_report, roofline
 from fastdiff.config.load import Config
+from fastdiff.errors import UserError
 from fastdiff.models import cost as work
 from fastdiff.runtime import machine as hardware
-from fastdiff.runtime.processes import run_script
-from fastdiff.settings import UserError
+from fastdiff.runtime.script import run_script
 
 ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
 COLOURS = {"reference": "#8c939c", "reference+compile": "#b4bac2", "diffusers": "#d9a441", "ours": "#1f6f8b"}

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.runtime.processes import StopWith
-from fastdiff.settings import UserError, shortened
+from fastdiff.errors import StopWith, UserError, shortened
 
 Label = dict[str, Any]
 """What tells one case from another: {"config": …, "precision": …, "batch": …}."""

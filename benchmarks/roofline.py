@@ -29,10 +29,10 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 import torch
 
 from fastdiff.config import load as config
+from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import cost as work
 from fastdiff.runtime import machine as hardware
-from fastdiff.runtime.processes import run_script
-from fastdiff.settings import UserError, did_you_mean
+from fastdiff.runtime.script import run_script
 from fastdiff.training.diagnostics.roofline import CLASSES, Machine, Prediction, predict
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -42,17 +42,17 @@ from benchmarks.image_features import (
     train_classifier,
 )
 from fastdiff.diffusion import DiffusionSettings
+from fastdiff.errors import UserError
 from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import MODES, load_image
 from fastdiff.models import UNetSettings, weights
-from fastdiff.runtime.machine import device_name
-from fastdiff.runtime.processes import current, run_script
-from fastdiff.runtime.threads import use_free_cores
+from fastdiff.runtime.machine import device_name, use_free_cores
+from fastdiff.runtime.processes import current
+from fastdiff.runtime.script import run_script
 from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import SampleSettings
-from fastdiff.settings import UserError
 
 SHOWN = 10  # images of each row in the strip
 

@@ -27,17 +27,17 @@ from benchmarks.train_variants import (
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.process import ModelMeanType, ModelVarType
+from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import Plan, make_plan
-from fastdiff.diffusion.spacing import keep_steps
+from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, UNet, build_model
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.freeze import freeze
-from fastdiff.models.precision import DTYPES, body_dtype
+from fastdiff.models.unet import DTYPES, body_dtype
 from fastdiff.runtime import compilation
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 from fastdiff.sampling.pictures import to_uint8
-from fastdiff.settings import UserError
 
 Draw = Callable[[], Tensor]
 """draw() → images [B, H, W, C] uint8 on the host."""
@@ -259,7 +259,7 @@ def our_engine(
 ) -> Engine:
     """The engine as sampling jobs run it."""
     diffusion, plan = case.diffusion(), case.plan()
-    evaluation = Evaluation(our_network(case, frozen), plan, diffusion, Guidance(), case.device, compiled)
+    evaluation = GuidedNetwork(our_network(case, frozen), plan, diffusion, Guidance(), case.device, compiled)
     if not precomputed:
         evaluation.network = _EmbeddedEachTime(evaluation.network, plan, diffusion, case.device)  # type: ignore[assignment]
     return Engine(

@@ -52,11 +52,11 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import roofline
+from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings
 from fastdiff.models import cost as work
 from fastdiff.runtime import machine as hardware
-from fastdiff.runtime.processes import run_script
-from fastdiff.settings import UserError
+from fastdiff.runtime.script import run_script
 from fastdiff.training.deepspeed_engine import BUCKET
 
 PERSISTENT = 100_000

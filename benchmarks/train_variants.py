@@ -25,14 +25,14 @@ from benchmarks.seed_step import SeedStep, SeedUNet
 from fastdiff import ops
 from fastdiff.config.load import Config
 from fastdiff.diffusion import create_diffusion
+from fastdiff.errors import UserError
 from fastdiff.images import Batch
 from fastdiff.models import BackboneSettings, SuperResSettings, blocks, build_model, unet
 from fastdiff.models.cost import train_flops
-from fastdiff.models.precision import DTYPES
+from fastdiff.models.unet import DTYPES
 from fastdiff.runtime import compilation
 from fastdiff.runtime.machine import device_name, find
 from fastdiff.runtime.processes import Processes
-from fastdiff.settings import UserError
 from fastdiff.training.trainer import Trainer, low_res_of
 
 Step = Callable[[], None]

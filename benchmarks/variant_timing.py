@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdiff import ops
 from fastdiff.runtime import compilation
+from fastdiff.runtime.machine import use_free_cores
 from fastdiff.runtime.processes import Processes
-from fastdiff.runtime.threads import use_free_cores
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics import profile as step_profile
 

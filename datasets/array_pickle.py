@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 
 class _Dtype:

@@ -25,7 +25,7 @@ import numpy as np
 from image_preparation import Target, Task, prefix_of, prepare
 from preparation_cli import parser, run
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 SPLITS = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 META = "batches.meta"

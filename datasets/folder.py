@@ -20,8 +20,8 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 from image_preparation import SAVE_OPTIONS, Target, Task, check_prefixes, prefix_of, prepare
 from preparation_cli import add_size, parser, run
 
+from fastdiff.errors import UserError
 from fastdiff.images.listing import Listing, index_images
-from fastdiff.settings import UserError
 
 UNLABELLED = "image"
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 RECORD = ".preparation.json"
 CHUNK = 16

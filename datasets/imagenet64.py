@@ -24,8 +24,8 @@ from image_preparation import Slice, Target, Task, check_prefixes, prefix_of, pr
 from preparation_cli import add_size, parser, run
 from tqdm import tqdm
 
+from fastdiff.errors import UserError
 from fastdiff.images.listing import EXTENSIONS, list_images
-from fastdiff.settings import UserError
 
 Listing = dict[str, list[tuple[str, Path | Slice]]]
 """Class → its pictures' names, sorted, and where each one lies."""

@@ -22,7 +22,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 from image_preparation import Target, Task, prefix_of, prepare
 from preparation_cli import add_size, parser, positive, run
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 if TYPE_CHECKING:
     import lmdb

@@ -19,13 +19,13 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 from preparation_cli import add_size, parser, run
 
+from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack
 from fastdiff.images.cache.format import is_packed, open_packed
 from fastdiff.images.cache.sharing import check_same, default_place, together
 from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import MODES
 from fastdiff.runtime.processes import make_writable
-from fastdiff.settings import UserError
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from typing import NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from fastdiff.settings import Size, UserError
+from fastdiff.errors import UserError
+from fastdiff.settings import Size
 
 
 class Parser(argparse.ArgumentParser):

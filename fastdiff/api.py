@@ -23,9 +23,10 @@ from fastdiff.config.presets import download, find_preset, is_preset
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.noise_keys import ENLARGED, SAMPLES
 from fastdiff.diffusion.samplers import ddim_reverse_loop
-from fastdiff.diffusion.spacing import keep_steps
-from fastdiff.kernel_choice import Kernels, choose_kernels
+from fastdiff.diffusion.schedules import keep_steps
+from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, weights
+from fastdiff.ops import Kernels, choose_kernels
 from fastdiff.runtime.compilation import tf32
 from fastdiff.runtime.processes import current
 from fastdiff.sampling.build import labels_of
@@ -34,7 +35,7 @@ from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.pictures import grid, non_finite, save_grid
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import SampleSettings
-from fastdiff.settings import UserError, validated
+from fastdiff.settings import validated
 
 SOLVER, STEPS = "dpmpp_2m_sde", 20
 """Unless said otherwise. Of all solvers with 20 evaluations it came nearest to the whole chain on a network trained
@@ -87,8 +88,8 @@ def load(
 ) -> Model:
     """A checkpoint, ready to draw.
 
-    path_or_preset  a .pt file, a run's folder, or the name of a published checkpoint (`fastdiff.config.load.presets`), which is
-                    downloaded once.
+    path_or_preset  a .pt file, a run's folder, or the name of a published checkpoint (`fastdiff.config.presets`),
+                    which is downloaded once.
     preset          settings for a .pt file that carries none.
     precision       fp32, bf16 or fp16; the default is bf16 on a GPU that has it, else fp32.
     allow_tf32      on a GPU, whether float32 products may round their factors to TF32; else they are exact, whatever

@@ -1,6 +1,12 @@
-"""With what codes scripts end, for launchers and batch systems."""
+"""Exit codes of the scripts, and the exceptions that carry a sentence for the user."""
 
 from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Any
 
 DONE = 0
 USER_ERROR = 2
@@ -13,3 +19,53 @@ DIVERGED = 77
 """Losses or gradients stayed non-finite; a diagnosis was printed."""
 INTERRUPTED = 130
 """Ctrl-C, or a second signal."""
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The message is one sentence naming what, and what would be right.
+
+    Scripts print it without a traceback and exit with code 2. Whatever it quotes, it is one line.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_WORD.sub(lambda found: shortened(found[0]), one_line(message)))
+
+
+_WORD = re.compile(r"\S{600,}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(text: str) -> str:
+    """Text with what would break its line, or move the cursor, written as escapes."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def quoted(value: Any) -> str:
+    """A value as messages show it: its repr, cut in the middle where it is long."""
+    try:
+        return _QUOTES.repr(value)
+    except ValueError:  # Python refuses to write numbers of thousands of digits
+        return "a number of thousands of digits"
+
+
+_QUOTES = reprlib.Repr()
+_QUOTES.maxlevel, _QUOTES.maxstring, _QUOTES.maxother, _QUOTES.maxlong = 4, 100, 100, 60
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known name nearest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def shortened(text: str, length: int = 500) -> str:
+    """Text without its middle where it is long: a message is to be read."""
+    return text if len(text) <= length else f"{text[: length - 100]} ... {text[-95:]}"
+
+
+class StopWith(Exception):
+    """Ends a script with an exit code (fastdiff.errors) and one sentence."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code

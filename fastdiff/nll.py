@@ -14,7 +14,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastdiff.config.load import load
-from fastdiff.runtime.processes import run_script
+from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,13 +25,13 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint=("nll", "model_path"),
     )
     from fastdiff.diffusion import create_diffusion
+    from fastdiff.errors import UserError
     from fastdiff.images import open_images
-    from fastdiff.kernel_choice import choose_kernels
+    from fastdiff.ops import choose_kernels
     from fastdiff.runtime.compilation import tf32
     from fastdiff.runtime.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.network import open_network
     from fastdiff.scoring import NonFiniteBound, save_terms, score
-    from fastdiff.settings import UserError
 
     settings = config.nll
     processes = current()

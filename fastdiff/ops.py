@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdiff import ops
+from fastdiff.errors import UserError
 from fastdiff.kernels import convolutions, group_norm_silu_eager, reference, reference_diffusion
 from fastdiff.kernels.convolutions import box_weight as upsample_taps
 from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow, update_ema
@@ -28,8 +30,11 @@ from fastdiff.kernels.reference_diffusion import (
     start_map,
     vb_terms_bpd,
 )
+from fastdiff.runtime.machine import use_free_cores
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
+
+
 if HAVE_TRITON:
     from fastdiff.kernels import attention as triton_attention
     from fastdiff.kernels import conv3x3 as triton_conv3x3
@@ -41,6 +46,7 @@ if HAVE_TRITON:
     from fastdiff.kernels import sampler_step as triton_step
     from fastdiff.kernels.adamw_ema import Lists as AdamWLists
     from fastdiff.kernels.adamw_ema import squared_norm as triton_squared_norm
+
 
 __all__ = [
     "AdamWLists",
@@ -78,7 +84,6 @@ __all__ = [
     "using",
     "vb_terms_bpd",
 ]
-
 Mode = Literal["auto", "triton", "reference"]
 _mode: Mode = "auto"
 _fused_convolutions = False
@@ -466,3 +471,33 @@ def squared_norm(tensors: list[Tensor]) -> Tensor:
     if uses_kernels(tensors[0], "" if tensors[0].dtype == torch.float32 else "not float32"):
         return triton_squared_norm(tensors)
     return torch.nn.utils.get_total_norm(tensors).square()
+
+
+Kernels = Literal["auto", "triton", "reference"]
+
+
+def choose_kernels(
+    kernels: Kernels, device: torch.device, fused_convolutions: bool = False, threads_before: int | None = None
+) -> list[str]:
+    """Switch the ops to the setting, use a CPU's free cores, and say line by line what `device` gets and why.
+
+    threads_before is how many threads a run had that goes on. Raises UserError where Triton's kernels can't run.
+    """
+    try:
+        ops.use(kernels)
+        ops.use_fused_convolutions(fused_convolutions)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    threads = [_threads(threads_before)] if device.type == "cpu" else []
+    return threads + [f"{choice.op}: {choice.implementation} ({choice.reason})" for choice in ops.choices(device)]
+
+
+def _threads(before: int | None) -> str:
+    count = use_free_cores(before)
+    if not before:
+        return f"threads: {count}"
+    return (
+        f"threads: {count}, as before"
+        if count == before
+        else (f"threads: {count}, where the run had {before}: its numbers differ in their last bits from here on")
+    )

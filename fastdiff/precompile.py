@@ -28,8 +28,8 @@ import fastdiff
 from fastdiff import ops
 from fastdiff.kernels import launch
 from fastdiff.kernels.launch import Launch as Launch
+from fastdiff.runtime.machine import free_cores
 from fastdiff.runtime.processes import current
-from fastdiff.runtime.threads import free_cores
 
 META = torch.device("meta")
 MOST = 8

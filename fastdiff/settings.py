@@ -6,10 +6,8 @@ the classes into sections and reads them from files and flags.
 
 from __future__ import annotations
 
-import difflib
 import re
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -22,38 +20,10 @@ from pydantic import (
     field_validator,
 )
 
+from fastdiff.errors import UserError, quoted, shortened
 
-class UserError(Exception):
-    """Something the user gave is wrong. The message is one sentence naming what, and what would be right.
-
-    Scripts print it without a traceback and exit with code 2. Whatever it quotes, it is one line.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(_WORD.sub(lambda found: shortened(found[0]), one_line(message)))
-
-
-_WORD = re.compile(r"\S{600,}")
 # Of these no file's name can be made. U+DC80 to U+DCFF stand for the bytes of names that aren't Unicode.
 _NO_TEXT = re.compile(r"[\x00\ud800-\udc7f\udd00-\udfff]")
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def one_line(text: str) -> str:
-    """Text with what would break its line, or move the cursor, written as escapes."""
-    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
-
-
-def quoted(value: Any) -> str:
-    """A value as messages show it: its repr, cut in the middle where it is long."""
-    try:
-        return _QUOTES.repr(value)
-    except ValueError:  # Python refuses to write numbers of thousands of digits
-        return "a number of thousands of digits"
-
-
-_QUOTES = reprlib.Repr()
-_QUOTES.maxlevel, _QUOTES.maxstring, _QUOTES.maxother, _QUOTES.maxlong = 4, 100, 100, 60
 
 
 class Settings(BaseModel):
@@ -85,12 +55,6 @@ class Settings(BaseModel):
         return value
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the known name nearest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 _KINDS = {
     "int": "must be a whole number",
     "float": "must be a number",
@@ -107,11 +71,6 @@ def what_is_wrong(error: ValidationError) -> str:
         return shortened(first["msg"].removeprefix("Value error, "))
     kind = first["type"].split("_")[0]  # of int_parsing, int_type, int_from_float
     return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {quoted(first['input'])}"
-
-
-def shortened(text: str, length: int = 500) -> str:
-    """Text without its middle where it is long: a message is to be read."""
-    return text if len(text) <= length else f"{text[: length - 100]} ... {text[-95:]}"
 
 
 S = TypeVar("S", bound=Settings)
@@ -139,10 +98,8 @@ def _join(values: tuple[float | str, ...]) -> str:
 
 Ints = Annotated[tuple[int, ...], BeforeValidator(_split), PlainSerializer(_join)]
 """Whole numbers, written '16,8' as improved-diffusion does, or as a JSON list."""
-
 Floats = Annotated[tuple[float, ...], BeforeValidator(_split), PlainSerializer(_join)]
 """Numbers, written '0.9999,0.999' or as a JSON list."""
-
 Words = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_join)]
 """Words, written 'npz,png' or as a JSON list."""
 
@@ -194,8 +151,6 @@ def _interval(value: Any) -> Any:
 
 Interval = Annotated[int | str, BeforeValidator(_interval)]
 """A number of steps, or minutes as '30min'."""
-
-
 MAX_SIDE = 16384
 """Pixels of a side; more is a slip of the keyboard, or a file that means harm."""
 

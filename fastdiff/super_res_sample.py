@@ -15,7 +15,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastdiff.config.load import SuperResConfig, load
-from fastdiff.runtime.processes import run_script
+from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         kind=SuperResConfig,
         checkpoint=("sample", "model_path"),
     )
-    from fastdiff.kernel_choice import choose_kernels
+    from fastdiff.ops import choose_kernels
     from fastdiff.runtime.processes import current, join
     from fastdiff.sampling.build import build_upsampler
     from fastdiff.sampling.run import run

@@ -15,7 +15,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastdiff.config.load import SuperResConfig, load
-from fastdiff.runtime.processes import run_script
+from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:

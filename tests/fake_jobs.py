@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from fastdiff.runtime.processes import Processes
-from fastdiff.sampling.drawn import Draw, Drawn
 from fastdiff.sampling.job import progress
 from fastdiff.sampling.job.job import Job, run_job
+from fastdiff.sampling.pictures import Draw, Images
 
 SHAPE = (4, 6, 3)
 CLASSES = ["ape", "big bee", "cat_2", "dog", "ünd"]
@@ -41,12 +41,12 @@ def drawing(
 ) -> Draw:
     """A draw that takes `pause` seconds per image; told is given the numbers before it begins."""
 
-    def draw(index: np.ndarray, on_progress: Callable[[float], None]) -> Drawn:
+    def draw(index: np.ndarray, on_progress: Callable[[float], None]) -> Images:
         told(index)
         for _ in index:
             time.sleep(pause)
             on_progress(1.0)
-        return Drawn(images(index, shape), labels(index) if labelled else None)
+        return Images(images(index, shape), labels(index) if labelled else None)
 
     return draw
 

@@ -24,9 +24,8 @@ from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.solvers import make_plan
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.freeze import freeze
-from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Evaluation, Guidance
-from fastdiff.sampling.launches import sampling_launches
+from fastdiff.sampling.engine import Engine, sampling_launches
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 from fastdiff.training.launches import training_launches
 
 ARCH = 90
@@ -86,7 +85,7 @@ def draw() -> None:
     process, plan = DRAWING
     model = freeze(build_model(LABELLED).set_precision(torch.bfloat16))
     device = torch.device("cpu")
-    evaluation = Evaluation(model, plan, process, GUIDANCE, device)
+    evaluation = GuidedNetwork(model, plan, process, GUIDANCE, device)
     engine = Engine(evaluation, plan, process, device, batch_size=BATCH, seed_stream=SAMPLES)
     engine.draw(torch.arange(BATCH), torch.arange(BATCH) % 3)
 

@@ -4,7 +4,7 @@ import importlib
 import json
 import sys
 
-from fastdiff.runtime.processes import run_script
+from fastdiff.runtime.script import run_script
 
 
 def main() -> None:

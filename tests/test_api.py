@@ -16,9 +16,9 @@ import fastdiff
 from fastdiff import sample
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.samplers import ddim_reverse_loop
-from fastdiff.diffusion.spacing import keep_steps
+from fastdiff.diffusion.schedules import keep_steps
+from fastdiff.errors import UserError
 from fastdiff.ops import start_map
-from fastdiff.settings import UserError
 
 CLASSES = ["ape", "bee", "cat"]
 

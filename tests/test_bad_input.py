@@ -31,10 +31,10 @@ from tiny import (
 )
 
 from fastdiff import nll, sample, super_res_sample, super_res_train, train
+from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack
 from fastdiff.images.listing import index_images
-from fastdiff.nll_settings import NllSettings
-from fastdiff.settings import UserError
+from fastdiff.sampling.settings import NllSettings
 from fastdiff.training.checkpoints.saver import Writer
 from fastdiff.training.deepspeed_engine import split_batch
 from fastdiff.training.settings import TrainSettings

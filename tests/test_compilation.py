@@ -13,9 +13,9 @@ from tiny import DIFFUSION, MODEL, flags, pictures, save, unet
 
 import fastdiff
 from fastdiff import nll, sample, train
+from fastdiff.errors import UserError
 from fastdiff.models import UNet
 from fastdiff.runtime.compilation import prepare_cudnn, tf32
-from fastdiff.settings import UserError
 
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 

@@ -12,8 +12,8 @@ from golden_cases import Case, cases
 from fastdiff import super_res_train, train
 from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.diffusion import create_diffusion
+from fastdiff.errors import UserError
 from fastdiff.models import build_model
-from fastdiff.settings import UserError
 from fastdiff.training.deepspeed_engine import split_batch
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"

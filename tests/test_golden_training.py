@@ -13,7 +13,7 @@ from torch import Tensor
 from training.scripted import ScriptedLoader, ScriptedTrainer, importance
 
 from fastdiff import ops
-from fastdiff.diffusion import create_sampler
+from fastdiff.diffusion import create_timestep_sampler
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.metrics import LossMeter
@@ -208,7 +208,7 @@ def test_micro_batches_summed_as_the_original_does(case: Case) -> None:
         settings, images = _settings(variant), case.tensor("in_x")
         model = load_model(case.config["model"], case.weights(), tuple(images.shape[-2:]))
         diffusion = diffusion_for(variant["flags"])
-        sampler = create_sampler(settings.schedule_sampler, diffusion.num_timesteps, images.device)
+        sampler = create_timestep_sampler(settings.schedule_sampler, diffusion.num_timesteps, images.device)
         meter = LossMeter(diffusion.num_timesteps, images.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         parameters = list(model.parameters())

@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from fastdiff.errors import PREEMPTED
+from fastdiff.errors import PREEMPTED, StopWith
 from fastdiff.runtime import processes
-from fastdiff.runtime.processes import StopWith, run_script
+from fastdiff.runtime.script import run_script
 from fastdiff.runtime.signals import StopSignals
 
 

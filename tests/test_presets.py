@@ -18,9 +18,9 @@ from tiny import info_for, pictures, refusal, save, save_bare, super_res, unet
 from fastdiff import nll, sample, super_res_sample
 from fastdiff.config.load import Config, SuperResConfig, describe
 from fastdiff.config.presets import PRESETS, RELEASED, Preset, download, find_preset, is_preset, preset_for_file
+from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, weights
 from fastdiff.runtime.compilation import cache_folder
-from fastdiff.settings import UserError
 
 MILLIONS = {  # of parameters
     "imagenet64_uncond": 121,

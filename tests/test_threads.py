@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastdiff.runtime import threads
+from fastdiff.runtime import machine as threads
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.runtime.heartbeat import End, Exchange, Sign
+from fastdiff.runtime.heartbeat import End, Exchange, Sign, behind
 from fastdiff.runtime.processes import Processes
 from fastdiff.runtime.watchdog import Watchdog
-from fastdiff.runtime.where_blocked import behind
 
 HERE = Path(__file__).parent
 OPTIONS = "timeout:1 attempts:1"

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff.diffusion import DiffusionSettings
+from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
-from fastdiff.settings import UserError
 
 Main = Callable[[list[str]], None]
 

@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fastdiff.runtime.processes import StopWith, current, join, run_script
+from fastdiff.errors import StopWith, UserError
+from fastdiff.runtime.processes import current, join
+from fastdiff.runtime.script import run_script
 from fastdiff.runtime.signals import StopSignals
 from fastdiff.runtime.watchdog import Timing, Watchdog
-from fastdiff.settings import UserError
 
 TIMING = Timing(interval=0.4, silence=8.0, grace=3.0, linger=3.0)
 STALL = 8.0

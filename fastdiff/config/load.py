@@ -14,14 +14,13 @@ from pydantic import Field, ValidationError
 from fastdiff.config.checkpoint import Layer, preset_of, settings_of
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.errors import UserError, did_you_mean, quoted, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
-from fastdiff.nll_settings import NllSettings
-from fastdiff.runtime.json_files import read_json
-from fastdiff.sampling.settings import SampleSettings, SuperResSampleSettings
-from fastdiff.settings import Settings, UserError, did_you_mean, is_true, merge, quoted, shortened, what_is_wrong
-from fastdiff.training.deepspeed_engine import adopt
-from fastdiff.training.settings import TrainSettings
+from fastdiff.runtime.files import read_json
+from fastdiff.sampling.settings import NllSettings, SampleSettings, SuperResSampleSettings
+from fastdiff.settings import Settings, is_true, merge, what_is_wrong
+from fastdiff.training.settings import TrainSettings, adopt
 
 _SWITCHES = {"use_fp16": ("precision", "fp16"), "use_ddim": ("solver", "ddim")}  # improved-diffusion's → ours
 _SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags

@@ -19,10 +19,10 @@ import torch
 
 import fastdiff
 from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.compilation import cache_folder
-from fastdiff.settings import UserError, did_you_mean
 
 SOURCE = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
 # Configuration → stem of the released file (README of improved-diffusion, "Models and Hyperparameters").

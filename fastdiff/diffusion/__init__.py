@@ -1,10 +1,10 @@
 """The diffusion process: schedules, losses, samplers. Knows no network, file or flag."""
 
 from fastdiff.diffusion.process import GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.diffusion.solvers import SOLVERS, Plan, make_plan
-from fastdiff.diffusion.spacing import keep_steps
-from fastdiff.diffusion.timesteps import create_sampler
+from fastdiff.diffusion.timesteps import create_timestep_sampler
 
 __all__ = [
     "SOLVERS",
@@ -12,7 +12,7 @@ __all__ = [
     "GaussianDiffusion",
     "Plan",
     "create_diffusion",
-    "create_sampler",
+    "create_timestep_sampler",
     "keep_steps",
     "make_plan",
 ]

@@ -23,7 +23,7 @@ import numpy as np
 
 from fastdiff import ops
 from fastdiff.diffusion.process import GaussianDiffusion
-from fastdiff.diffusion.spacing import Spacing
+from fastdiff.diffusion.schedules import Spacing
 
 Solver = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "heun"]
 HISTORY = ("earlier1", "earlier2", "earlier3")

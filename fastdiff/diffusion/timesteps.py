@@ -125,7 +125,7 @@ def _gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def create_sampler(name: str, num_timesteps: int, device: torch.device | str = "cpu") -> UniformSampler:
+def create_timestep_sampler(name: str, num_timesteps: int, device: torch.device | str = "cpu") -> UniformSampler:
     """The sampler of that name: uniform or loss-second-moment."""
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
     if name not in samplers:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.images.headers import plain_size
+from fastdiff.images.image_files import plain_size
 from fastdiff.images.loader import Finish, Loader, Request, to_device
 from fastdiff.images.pixels import Recipe, plan
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
 

@@ -9,18 +9,17 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.errors import UserError
 from fastdiff.images.cache.format import Packed, is_packed, open_packed
 from fastdiff.images.cache.loader import PackedLoader
 from fastdiff.images.cache.sharing import cached
-from fastdiff.images.cpu import PillowLoader
 from fastdiff.images.dali import DaliLoader
 from fastdiff.images.listing import Listing, index_images
-from fastdiff.images.loader import Loader
+from fastdiff.images.loader import Loader, PillowLoader
 from fastdiff.images.order import Order
 from fastdiff.images.pixels import MODES
 from fastdiff.images.reader import Reader
 from fastdiff.images.settings import DataSettings
-from fastdiff.settings import UserError
 
 logger = logging.getLogger(__name__)
 

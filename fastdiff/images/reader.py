@@ -16,10 +16,10 @@ from typing import TypeVar
 import numpy as np
 from PIL import UnidentifiedImageError
 
+from fastdiff.errors import UserError, one_line
 from fastdiff.images.image_files import read_file
 from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import MODES, load_image
-from fastdiff.settings import UserError, one_line
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -17,13 +17,14 @@ from fastdiff.models.blocks import (
     GroupNorm,
     InputConv,
     Linear,
+    Map,
     ResBlock,
     Upsample,
     project_embedding,
     timestep_embedding,
+    value,
     zeroed,
 )
-from fastdiff.models.residual import Map, value
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 
 
@@ -207,3 +208,20 @@ def enlarged(low_res: Tensor, size_hw: Sequence[int]) -> Tensor:
 def build_model(settings: BackboneSettings) -> UNet:
     """The network that the settings describe."""
     return SuperResUNet(settings) if isinstance(settings, SuperResSettings) else UNet(settings)
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def body_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype for a precision on a device.
+
+    bf16 on a CPU without bf16 instructions computes in float32: there bf16 convolutions take ten times as long.
+    """
+    if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        return torch.float32
+    return DTYPES[precision]
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.errors import UserError, quoted
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.models.unet import UNet, build_model
 from fastdiff.runtime.untrusted import is_there, read
-from fastdiff.settings import UserError, quoted
 
 _METADATA_KEY = "fastdiff"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

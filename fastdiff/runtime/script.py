@@ -1,12 +1,22 @@
-"""A screen, pipe or file for what a script says that may be gone: no script ends because nobody reads."""
+"""How a script runs and ends: exit codes, error messages, and output streams that may be closed."""
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
+
+import torch.distributed as dist
+
+from fastdiff import errors
+from fastdiff.errors import StopWith, UserError
+from fastdiff.runtime.processes import has_joined
 
 
 class _Lossy:
@@ -41,7 +51,7 @@ class _Lossy:
 
 
 @contextmanager
-def that_may_be_gone() -> Iterator[None]:
+def tolerate_closed_output() -> Iterator[None]:
     """In here nothing that is written to sys.stdout and sys.stderr raises: neither OSErrors nor names that aren't
     Unicode, whose bytes are shown as escapes.
     """
@@ -56,3 +66,126 @@ def that_may_be_gone() -> Iterator[None]:
         for name, stream in streams.items():
             getattr(sys, name).flush()
             setattr(sys, name, stream)
+
+
+_script = ""
+
+
+_peers: Peers | None = None
+
+
+_SAME_ERROR = 2.0
+"""Seconds in which rank 0 makes the same error as this rank, or the launcher, seeing that, ends this rank."""
+
+
+class Peers(Protocol):
+    """What a script's end needs of whoever watches the other ranks: see `fastdiff.runtime.watchdog`."""
+
+    def report_end(self, reason: str, code: int) -> None:
+        """Tell the other ranks why this one ends."""
+
+    def is_said(self, reason: str, code: int, patience: float) -> bool:
+        """Whether rank 0 says it within `patience` seconds: the same reason, or the same code but for wrong input."""
+
+    def explain(self) -> str | None:
+        """One sentence on the rank whose end made this one fail; None where none is known. Waits some seconds."""
+
+    def speaks(self) -> bool:
+        """Whether it falls to this rank to say so."""
+
+
+def script_name() -> str:
+    """Name of the script that `run_script` runs; empty where the package is a library."""
+    return _script
+
+
+def set_peers(peers: Peers | None) -> None:
+    """Name who watches the other ranks."""
+    global _peers
+    _peers = peers
+
+
+def run_script(main: Callable[[], None], name: str) -> None:
+    """Run a script's main, and end with one of `fastdiff.errors`.
+
+    A UserError or StopWith ends it with one sentence. Where another rank's end made a collective fail, the last line
+    says which rank's and why, instead of a traceback. Whether anybody reads what it prints makes no difference.
+    """
+    global _script
+    _script = name
+    with tolerate_closed_output():
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+        code = _code_of(main)
+        if dist.is_initialized() and not code:
+            dist.destroy_process_group()
+    if code:
+        # Other ranks may wait in a collective: leave without the clean-up that would wait for them.
+        os._exit(code) if has_joined() or _peers else sys.exit(code)
+
+
+def _code_of(main: Callable[[], None]) -> int:
+    """Run it, say why it ended, and tell the other ranks."""
+    try:
+        main()
+    except UserError as error:
+        _say_once(str(error), errors.USER_ERROR, "error")
+        return errors.USER_ERROR
+    except StopWith as error:
+        _say_once(str(error), error.code)
+        return error.code
+    except KeyboardInterrupt:
+        if _peers:
+            _peers.report_end("stopped by Ctrl-C", errors.INTERRUPTED)
+        print(f"{_script}: stopped", file=sys.stderr, flush=True)
+        return errors.INTERRUPTED
+    except Exception as error:
+        if _peers is None:
+            raise
+        return _failed(error, _peers)
+    return errors.DONE
+
+
+def _say_once(reason: str, code: int, what: str = "") -> None:
+    """Print why this rank ends, unless it is for the reason that rank 0 gives."""
+    rank = int(os.environ.get("RANK", "0"))
+    if _peers:
+        _peers.report_end(reason, code)
+    if rank:
+        what = f"{what or 'ended'} on rank {rank}"
+        if code == errors.USER_ERROR:  # the launcher's signal says that rank 0 has ended, most likely by the same
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if _peers and _peers.is_said(reason, code, _SAME_ERROR):
+            return
+        if not _peers and not has_joined():
+            time.sleep(_SAME_ERROR)
+    start = f"{_script}: {what}: " if what else f"{_script}: "
+    print(start + reason, file=sys.stderr, flush=True)
+
+
+def _failed(error: Exception, peers: Peers) -> int:
+    """Say what an exception was about, this rank's own or another rank's end; the exit code."""
+    if not is_broken_collective(error):
+        traceback.print_exception(error)
+        peers.report_end(_first_line(error), 1)
+        return 1
+    line = peers.explain()
+    if line is None:
+        traceback.print_exception(error)
+        line = f"a collective failed, though every rank still gives signs of life: {_first_line(error)}"
+        peers.report_end(line, errors.PEER_LOST)
+    if peers.speaks():
+        print(f"{_script}: {line}", file=sys.stderr, flush=True)
+    return errors.PEER_LOST
+
+
+def is_broken_collective(error: BaseException) -> bool:
+    """Whether an exception comes from a collective whose other side failed: gloo and NCCL name themselves."""
+    words = ("gloo", "nccl", "processgroup", "connection closed by peer", "connection reset by peer")
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from fastdiff.errors import INTERRUPTED
-from fastdiff.runtime.processes import script_name
+from fastdiff.runtime.script import script_name
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME = 1.0

@@ -7,6 +7,7 @@ it is mapped, not unpacked, and what is larger than what lies in the file is ref
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import pickletools
 import warnings
@@ -15,10 +16,11 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.settings import UserError, quoted
+from fastdiff.errors import UserError, quoted
 
 _ZIP = b"PK\3\4"
 _PICKLES = 5
@@ -162,3 +164,30 @@ def is_there(place: Path, flag: str, kind: Literal["file", "dir"]) -> bool:
         return place.is_file() if kind == "file" else place.is_dir()
     except OSError as error:
         raise UserError(f"{flag}: {quoted(str(place))} can't be opened ({error.strerror}); name a checkpoint") from None
+
+
+def npz_header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array of an npz.
+
+    ValueError for one that would unpack to more than most_bytes, holds Python objects, or is shorter than its header
+    says; KeyError where there is none of that name.
+    """
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.file_size > most_bytes:
+        raise ValueError(f"{name} would unpack to {entry.file_size} bytes")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)  # type: ignore[arg-type]
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects")
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
+        raise ValueError(f"{name} is shorter than its header says")
+    return shape, dtype
+
+
+def read_npz_array(archive: zipfile.ZipFile, name: str, most_bytes: int) -> np.ndarray:
+    """An array of an npz, under the same conditions."""
+    npz_header(archive, name, most_bytes)
+    with archive.open(f"{name}.npy") as file:
+        return np.lib.format.read_array(file, allow_pickle=False)

@@ -7,17 +7,21 @@ number, the images' numbers and their conditioning are copied in, and graphs are
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.process import ModelMeanType
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.solvers import Plan
-from fastdiff.sampling.guided_network import Evaluation, coefficient_rows
+from fastdiff.models import BackboneSettings, SuperResSettings, UNet, build_model
+from fastdiff.models.freeze import freeze
+from fastdiff.precompile import META, Launch, launches_of
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork, coefficient_rows
 
 WARM_UP = 2
 """Rows taken before a graph is captured: code is compiled in them, and cuDNN chooses its kernels."""
@@ -28,13 +32,13 @@ class _State:
     """A batch on its way. Maps are channels-last; `input` is x itself where the network takes it as it is."""
 
     x: Tensor  # [B, C, H, W] float32
-    input: Tensor  # as Evaluation.input_format says
+    input: Tensor  # as GuidedNetwork.input_format says
     pred_xstart: Tensor  # [B, C, H, W] float32
     history: list[Tensor]  # earlier predictions, the latest first
     row: Tensor  # [1] int64
     index: Tensor  # [B] int64
     watch: Tensor  # [B] float32, the sum of all outputs: finite as long as they are
-    given: dict[str, Tensor]  # Evaluation.conditioning
+    given: dict[str, Tensor]  # GuidedNetwork.conditioning
 
 
 class Engine:
@@ -46,7 +50,7 @@ class Engine:
 
     def __init__(
         self,
-        evaluation: Evaluation,
+        evaluation: GuidedNetwork,
         plan: Plan,
         diffusion: GaussianDiffusion,
         device: torch.device,
@@ -203,3 +207,36 @@ class Engine:
 def _filled(x: Tensor, size: int) -> Tensor:
     """x with its last row repeated up to `size` rows."""
     return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])])
+
+
+def sampling_launches(
+    settings: BackboneSettings,
+    diffusion: GaussianDiffusion,
+    plan: Plan,
+    batch: int,
+    precision: torch.dtype,
+    *,
+    guidance: Guidance | None = None,
+    clip: bool = True,
+) -> list[Launch]:
+    """Launches of drawing `batch` images at once by `Engine`, with a body in `precision`."""
+
+    def network(settings: BackboneSettings) -> UNet:
+        with META:
+            return freeze(build_model(settings).set_precision(precision))
+
+    def work() -> None:
+        chosen = guidance or Guidance()
+        guide = None if chosen.guide is None else network(chosen.guide.settings)
+        evaluation = GuidedNetwork(network(settings), plan, diffusion, replace(chosen, guide=guide), META)
+        engine = Engine(evaluation, plan, diffusion, META, batch_size=batch, seed_stream=SAMPLES, clip=clip)
+        index = torch.empty(batch, dtype=torch.int64, device=META)
+        small = None
+        if isinstance(settings, SuperResSettings):
+            small = torch.empty(batch, settings.in_channels, *settings.small_size, device=META)
+        state = engine._begin(index, index if settings.class_cond else None, small)
+        kinds = zip(evaluation.guided, engine._noisy, strict=True)
+        for row in {kind: row for row, kind in enumerate(kinds)}.values():
+            engine._advance(state, row)
+
+    return launches_of(work)

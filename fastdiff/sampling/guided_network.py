@@ -67,7 +67,7 @@ class _Network:
         return self.body(x, projected, low_res)
 
 
-class Evaluation:
+class GuidedNetwork:
     """The outputs of a network, guided where its guidance says so, at the rows of a plan."""
 
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion.noise_keys import CLASSES
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.errors import UserError, one_line, quoted
 from fastdiff.images import DataSettings, label_images, list_images, load_image
 from fastdiff.images.pixels import MODES
 from fastdiff.images.reader import what_is_wrong
 from fastdiff.models import SuperResSettings
-from fastdiff.runtime import arrays
-from fastdiff.settings import UserError, one_line, quoted
+from fastdiff.runtime.untrusted import npz_header, read_npz_array
 
 LARGE = 256 << 20
 """Bytes that an array may have however small its file."""
@@ -113,22 +113,22 @@ def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.nda
             if "arr_0.npy" not in archive.namelist():
                 raise nameless
             most = max(LARGE, EXPANSION * path.stat().st_size)
-            shape, dtype = arrays.header(archive, "arr_0", most)
+            shape, dtype = npz_header(archive, "arr_0", most)
             if dtype != np.uint8 or len(shape) != 4 or shape[1:] != wanted or not shape[0]:
                 raise UserError(
                     f"--base_samples: arr_0 of {path} is {quoted(dtype)} {quoted(list(shape))}, the model takes uint8 "
                     f"[N, {', '.join(map(str, wanted))}]"
                 )
-            images = arrays.read(archive, "arr_0", most)
+            images = read_npz_array(archive, "arr_0", most)
             if "arr_1.npy" not in archive.namelist():
                 return images, None
-            label_shape, label_dtype = arrays.header(archive, "arr_1", most)
+            label_shape, label_dtype = npz_header(archive, "arr_1", most)
             if label_shape != shape[:1] or label_dtype.kind not in "iu":
                 raise UserError(
                     f"--base_samples: arr_1 of {path} is {quoted(label_dtype)} {quoted(list(label_shape))}, the "
                     f"{shape[0]} images need as many whole numbers"
                 )
-            return images, arrays.read(archive, "arr_1", most).astype(np.int64)
+            return images, read_npz_array(archive, "arr_1", most).astype(np.int64)
     except UserError:
         raise
     except Exception as error:  # zipfile, numpy and the operating system each have their own

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from fastdiff.diffusion import DiffusionSettings
+from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model, weights
 from fastdiff.models.freeze import freeze
-from fastdiff.models.precision import body_dtype
-from fastdiff.settings import UserError
+from fastdiff.models.unet import body_dtype
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -78,3 +79,15 @@ def save_animation(file: BinaryIO, frames: list[np.ndarray], final: np.ndarray) 
     shown = [grid(frame).convert("RGB") for frame in [*frames, final]]
     durations = [max(20, 4000 // len(shown) // 10 * 10)] * len(frames) + [2000]  # GIF counts hundredths of a second
     shown[0].save(file, format="GIF", save_all=True, append_images=shown[1:], duration=durations, loop=0)
+
+
+class Images(NamedTuple):
+    """Images [n, H, W, C] uint8 and labels [n] int64 (None without classes), on the host."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+
+
+Draw: TypeAlias = Callable[[np.ndarray, Callable[[float], None]], Images]
+"""draw(index [n] int64, on_progress) → those images of the job. on_progress(images) is told fractions of images done, n
+in all; an exception that it raises ends the drawing."""

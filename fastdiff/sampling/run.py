@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.runtime.processes import Processes, make_writable
-from fastdiff.sampling.cascade import Cascade
+from fastdiff.sampling.build import Cascade
 from fastdiff.sampling.job.job import Job, run_job
 from fastdiff.sampling.job.manifest import NAME
 from fastdiff.sampling.sampler import Sampler

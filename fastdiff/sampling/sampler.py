@@ -14,22 +14,20 @@ from fastdiff import precompile
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
+from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, make_plan
-from fastdiff.diffusion.spacing import keep_steps
+from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings
 from fastdiff.models.cost import forward_flops
 from fastdiff.runtime.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
 from fastdiff.runtime.machine import device_name, free_memory
 from fastdiff.sampling.batch_size import best_batch_size
-from fastdiff.sampling.drawn import Drawn
-from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Evaluation, Guidance
+from fastdiff.sampling.engine import Engine, sampling_launches
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 from fastdiff.sampling.labels import Labels
-from fastdiff.sampling.launches import sampling_launches
 from fastdiff.sampling.network import Network
-from fastdiff.sampling.pictures import non_finite, to_uint8
+from fastdiff.sampling.pictures import Images, non_finite, to_uint8
 from fastdiff.sampling.settings import DrawSettings
-from fastdiff.settings import UserError
 
 Inputs = Callable[[Tensor], dict[str, Tensor]]
 """Extra arguments of the network for images `index` [B] of the job: {"low_res": …}, {"y": …}."""
@@ -89,7 +87,7 @@ class Sampler:
 
     # --- what is drawn ---
 
-    def draw(self, index: np.ndarray, on_progress: Callable[[float], None] = lambda images: None) -> Drawn:
+    def draw(self, index: np.ndarray, on_progress: Callable[[float], None] = lambda images: None) -> Images:
         """Images `index` [n] int64 of the job; see `drawn.Draw`. UserError where one is not finite."""
         images, labels = [], []
         for part in torch.from_numpy(index).split(self.batch_size):
@@ -103,7 +101,7 @@ class Sampler:
             images.append(to_uint8(final).cpu().numpy())
             if "y" in given:
                 labels.append(given["y"].cpu().numpy())
-        return Drawn(np.concatenate(images), np.concatenate(labels) if labels else None)
+        return Images(np.concatenate(images), np.concatenate(labels) if labels else None)
 
     def trace(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """(predictions of x_0 after every step, the images), each [n, H, W, C] uint8, of images `index` [n]."""
@@ -250,8 +248,8 @@ class Sampler:
             clip=self.settings.clip_denoised,
         )
 
-    def _evaluation(self, compiled: bool) -> Evaluation:
-        return Evaluation(self.network.model, self.plan, self.diffusion, self.guidance, self.device, compiled)
+    def _evaluation(self, compiled: bool) -> GuidedNetwork:
+        return GuidedNetwork(self.network.model, self.plan, self.diffusion, self.guidance, self.device, compiled)
 
     def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> Tensor:
         """The images as maps, valid until the next batch. UserError where one is not finite."""

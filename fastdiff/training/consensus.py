@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 
-class Agreement:
+class Consensus:
     """Wishes of this rank, given after each step; those of all ranks, known one step later and without waiting.
 
     The exchange of a step runs beside the next one, over a group of its own on the CPU, so it costs the GPU nothing and

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 
 from fastdiff import ops
+from fastdiff.errors import UserError
 from fastdiff.models import UNet
-from fastdiff.models.precision import body_dtype
+from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.processes import Processes, join
-from fastdiff.settings import UserError, merge, what_is_wrong
+from fastdiff.settings import merge
 from fastdiff.training.optimizer import AdamWEMA
 from fastdiff.training.settings import TrainSettings
 
@@ -27,16 +27,6 @@ BUCKET = 50_000_000
 _TIMEOUT_MARGIN = 2.0  # minutes
 _LONGEST = 60.0
 """Minutes in which one rank may write, compile or draw while others wait for it."""
-
-# Sections of DeepSpeed's JSON that would replace what the trainer itself does.
-_OURS = {
-    "optimizer": "the optimiser is AdamW by train.lr and train.weight_decay",
-    "scheduler": "the learning rate follows train.lr_warmup_steps and train.lr_anneal_steps",
-    "amp": "use train.precision",
-    "torch_autocast": "use train.precision",
-}
-# Section → the switch in it without which DeepSpeed would let non-finite gradients through.
-_CHECKS = {"bf16": "check_grad_overflow", "zero_optimization": "compute_grad_norm"}
 # Those that say nothing which the settings don't.
 _KNOWN = {
     "train_batch_size",
@@ -63,42 +53,6 @@ def split_batch(train: TrainSettings, world_size: int) -> tuple[int, int]:
     limit = share if train.microbatch in (-1, "auto") else min(int(train.microbatch), share)
     micro = max(size for size in range(1, limit + 1) if share % size == 0)
     return micro, share // micro
-
-
-def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
-    """Training settings with those that only DeepSpeed's JSON names; UserError where the two contradict."""
-    for section, instead in _OURS.items():
-        if section in deepspeed:
-            raise UserError(f"deepspeed.{section} can't be given: {instead}")
-    for section in ("zero_optimization", "fp16", "bf16"):
-        if not isinstance(deepspeed.get(section, {}), dict):
-            raise UserError(f"deepspeed.{section} must be a JSON object, not {deepspeed[section]!r}")
-    if all(deepspeed.get(section, {}).get("enabled") for section in ("fp16", "bf16")):
-        raise UserError("deepspeed.fp16 and deepspeed.bf16 are both enabled; enable one of them")
-    for section, switch in _CHECKS.items():
-        if deepspeed.get(section, {}).get(switch) is False:
-            raise UserError(f"deepspeed.{section}.{switch} false can't be given: by it bad steps are found and skipped")
-    named: dict[str, tuple[str, Any]] = {}
-    if "train_batch_size" in deepspeed:
-        named["batch_size"] = ("train_batch_size", deepspeed["train_batch_size"])
-    if "train_micro_batch_size_per_gpu" in deepspeed:
-        named["microbatch"] = ("train_micro_batch_size_per_gpu", deepspeed["train_micro_batch_size_per_gpu"])
-    if "gradient_clipping" in deepspeed:
-        named["grad_clip"] = ("gradient_clipping", deepspeed["gradient_clipping"])
-    if "stage" in deepspeed.get("zero_optimization", {}):
-        named["zero_stage"] = ("zero_optimization.stage", deepspeed["zero_optimization"]["stage"])
-    for precision in ("fp16", "bf16"):
-        if deepspeed.get(precision, {}).get("enabled"):
-            named["precision"] = (f"{precision}.enabled", precision)
-    named = {ours: (theirs, value) for ours, (theirs, value) in named.items() if value != "auto"}
-    for ours, (theirs, value) in named.items():
-        if ours in train.model_fields_set and getattr(train, ours) != value:
-            raise UserError(f"deepspeed.{theirs} {value} contradicts train.{ours} {getattr(train, ours)}; give one")
-    try:
-        return TrainSettings.model_validate({**train.model_dump(), **{ours: v for ours, (_, v) in named.items()}})
-    except ValidationError as error:
-        theirs = next((named[ours][0] for ours in named if ours in error.errors()[0]["loc"]), "fp16")
-        raise UserError(f"deepspeed.{theirs}: {what_is_wrong(error)}") from None
 
 
 def needs_engine(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> str:

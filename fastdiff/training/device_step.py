@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,95 +12,13 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.images import Batch
 from fastdiff.models import UNet
-from fastdiff.training.guards import Skips, guarded
-from fastdiff.training.loss_scale import LossScale
-from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as
-from fastdiff.training.schedule import learning_rate, learning_rate_on_device
+from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as, learning_rate, learning_rate_on_device
 from fastdiff.training.settings import TrainSettings
 
 Losses = Callable[[Any, Batch], Tensor]
 """losses(network, micro-batch) → the scalar to be minimised"""
-
 WARM_UP = 3
 """Steps taken before graphs are captured: code is compiled in them, and cuDNN chooses its kernels."""
-
-
-class EngineStep:
-    """Through DeepSpeed: any number of processes, any ZeRO stage.
-
-    A step with a non-finite loss or gradient changes nothing on any rank. DeepSpeed's own optimisers see to that, each
-    in its way and all by the reduced gradients; for the plain one, which looks at nothing, `_look` does it.
-    """
-
-    def __init__(self, losses: Losses, engine: Any, optimizer: AdamWEMA, model: UNet, accumulation: int) -> None:
-        self.losses, self.engine, self.optimizer, self.model = losses, engine, optimizer, model
-        self.accumulation = accumulation
-        self.skipped_steps, self._streak = 0, 0
-        self.grad_norms: list[Tensor | float] = []
-        self.plain = engine.optimizer is optimizer  # fp32 without ZeRO: DeepSpeed puts nothing around the optimiser
-
-    def take(
-        self, micro_batches: list[Batch], train: TrainSettings, step: int, seed_dropout: Callable[[int], None]
-    ) -> None:
-        """Forward and backward for each micro-batch, then the update. `step` counts those before, skipped or not."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, step - self.skipped_steps)
-        loss_scale = self.scaler_state().get("cur_scale", 1.0)
-        for i, batch in enumerate(micro_batches):
-            seed_dropout(i)
-            self.engine.backward(guarded(self.losses(self.engine, batch)))
-            if i == self.accumulation - 1 and self.plain:
-                self._look()
-            self.engine.step()
-        if not self.plain:
-            self.grad_norms.append(self.engine.get_global_grad_norm())
-        if self.engine.was_step_applied():
-            self._streak = 0
-        else:
-            self.skipped_steps += 1
-            # Not where fp16's scale fell: see Skips.
-            self._streak += self.scaler_state().get("cur_scale", 1.0) >= loss_scale
-
-    def _look(self) -> None:
-        """The norm of the gradients, which are the parameters' own here, before they are clipped."""
-        gradients = [laid_out_as(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        norm = float(ops.squared_norm(gradients).sqrt())
-        self.optimizer.overflow = not math.isfinite(norm)
-        self.grad_norms.append(norm)
-
-    def bad_streak(self) -> int:
-        """Steps skipped in a row up to now."""
-        return self._streak
-
-    def start_over(self) -> None:
-        """Weights and moments were replaced by those of a good checkpoint."""
-        self._streak = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped_steps": self.skipped_steps, "bad_streak": self._streak}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped_steps, self._streak = state["skipped_steps"], state["bad_streak"]
-
-    def scaler_state(self) -> dict[str, float]:
-        """The dynamic loss scale of fp16; empty without one."""
-        scaler = self._scaler()
-        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        scaler = self._scaler()
-        for name, value in state.items():
-            if scaler is not None and hasattr(scaler, name):
-                setattr(scaler, name, value)
-
-    def _scaler(self) -> Any:
-        """Where DeepSpeed keeps the dynamic loss scale; None without one."""
-        optimizer = self.engine.optimizer
-        for place in ("loss_scaler", "loss_scale_config"):
-            if hasattr(getattr(optimizer, place, None), "cur_scale"):
-                return getattr(optimizer, place)
-        return optimizer if hasattr(optimizer, "cur_scale") else None
 
 
 class DeviceStep:
@@ -125,7 +42,7 @@ class DeviceStep:
         self._parameters = list(model.parameters())
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._grad_norm = torch.zeros((), device=device)
-        self._skips = Skips(device)
+        self._skips = SkipCounter(device)
         self._inputs: Batch | None = None
         self._steps = 0
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
@@ -220,7 +137,7 @@ class DeviceStep:
         if first:
             for p in self._parameters:
                 p.grad = None
-        loss = guarded(self.losses(self.model, self._inputs)) / self.accumulation
+        loss = poison_gradients(self.losses(self.model, self._inputs)) / self.accumulation
         (loss if self.scale is None else loss * self.scale.cur_scale).backward()
         for p in self._parameters:
             if p.grad is not None:
@@ -249,3 +166,97 @@ class DeviceStep:
     def load_scaler_state(self, state: dict[str, float]) -> None:
         if self.scale:
             self.scale.load_state_dict(state)
+
+
+def poison_gradients(loss: Tensor) -> Tensor:
+    """The loss, whose gradients are NaN throughout where it is not finite itself.
+
+    So whoever looks at gradients sees every bad loss: of any micro-batch, and once they are summed of any rank.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
+class SkipCounter:
+    """Counts skipped steps on the device; only `read` waits for it.
+
+    counts  [2] int64: skipped steps, and how many there were in a row up to now. A step in which fp16's loss scale
+            could still fall is a part of the search for it, not a sign of divergence: it is skipped, but neither adds
+            to the row nor ends it.
+    known   the same on the host: of now on a CPU, of a step or two ago on a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        self.known = (0, 0)
+        self._pinned = torch.zeros(2, dtype=torch.int64, pin_memory=True) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
+
+    def note(self, bad: Tensor, searching: Tensor | None = None) -> None:
+        """After a step: whether it was skipped, and whether the loss scale fell in it, bool scalars on the device."""
+        adds = bad if searching is None else bad & ~searching
+        self.counts.copy_(torch.stack([self.counts[0] + bad, (self.counts[1] + adds) * bad]))
+
+    def publish(self) -> None:
+        """Send the counts to the host, unless those sent before are still on their way."""
+        if self._pinned is None or (self._copied is not None and not self._copied.query()):
+            return
+        self.poll()
+        self._pinned.copy_(self.counts, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def poll(self) -> tuple[int, int]:
+        """`known`, as new as it can be without waiting for a GPU."""
+        if self._pinned is None:
+            return self.read()
+        if self._copied is not None and self._copied.query():
+            self._copied = None
+            skipped, streak = self._pinned.tolist()
+            self.known = (skipped, streak)
+        return self.known
+
+    def read(self) -> tuple[int, int]:
+        """`known`, as of now. Waits for the device."""
+        skipped, streak = self.counts.tolist()
+        self.known, self._copied = (skipped, streak), None
+        return self.known
+
+    def set(self, skipped: int, streak: int) -> None:
+        """Take up counts of another run."""
+        self.counts.copy_(torch.tensor([skipped, streak]))
+        self.known, self._copied = (skipped, streak), None
+
+
+class LossScale:
+    """Halves when gradients overflow, doubles after every `window` steps without. Nothing here waits for the device.
+
+    cur_scale            float32 scalar, at first 2^20 (improved-diffusion's).
+    cur_iter             int64 scalar, updates so far, skipped ones too.
+    last_overflow_iter   int64 scalar, -1 at first.
+    """
+
+    NAMES = ("cur_scale", "cur_iter", "last_overflow_iter")
+
+    def __init__(self, window: int, device: torch.device) -> None:
+        self.window = window
+        self.cur_scale = torch.full((), 2.0**20, device=device)
+        self.cur_iter = torch.zeros((), dtype=torch.int64, device=device)
+        self.last_overflow_iter = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def update(self, found_inf: Tensor) -> None:
+        """After a step: found_inf is a scalar on the device, not 0 where gradients overflowed."""
+        overflow = found_inf != 0
+        quiet = self.cur_iter - self.last_overflow_iter - 1
+        grows = (quiet > 0) & (quiet % self.window == 0)
+        raised = torch.where(grows, 2 * self.cur_scale, self.cur_scale)
+        self.cur_scale.copy_(torch.where(overflow, (self.cur_scale / 2).clamp(min=1.0), raised))
+        self.last_overflow_iter.copy_(torch.where(overflow, self.cur_iter, self.last_overflow_iter))
+        self.cur_iter += 1
+
+    def state_dict(self) -> dict[str, float]:
+        return {name: getattr(self, name).item() for name in self.NAMES}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name in self.NAMES:
+            if name in state:
+                getattr(self, name).fill_(state[name])

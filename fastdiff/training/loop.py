@@ -14,10 +14,10 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from fastdiff import errors as exit_codes
+from fastdiff import errors
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.runtime.processes import StopWith
+from fastdiff.errors import StopWith
 from fastdiff.runtime.signals import StopSignals
 from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training.checkpoints import folder as checkpoint_files
@@ -25,7 +25,7 @@ from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.checkpoints import resume as resuming
 from fastdiff.training.checkpoints.folder import step_of
 from fastdiff.training.checkpoints.saver import Saver
-from fastdiff.training.consensus import Agreement
+from fastdiff.training.consensus import Consensus
 from fastdiff.training.deepspeed_engine import collective_timeout
 from fastdiff.training.diagnostics.diagnosis import diagnose
 from fastdiff.training.diagnostics.profile import StepProfiler, floor_of
@@ -79,7 +79,7 @@ class Loop:
             self.reporter = reporter
             self._introduce(source, notes)
             self.saver = self._open_saver() if main else None
-            self.agreement = Agreement(self.processes.world_size, len(WISHES), collective_timeout(train.stall_minutes))
+            self.agreement = Consensus(self.processes.world_size, len(WISHES), collective_timeout(train.stall_minutes))
             try:
                 self._take_steps(source)
             finally:
@@ -270,7 +270,7 @@ class Loop:
         self._finish_saving()
         name = self.signals.requested or "a signal to another rank"
         raise StopWith(
-            exit_codes.PREEMPTED,
+            errors.PREEMPTED,
             f"stopped by {name} after step {self.trainer.step}; everything is saved in {self.folder}, and the same "
             "command goes on from there",
         )
@@ -333,7 +333,7 @@ class Loop:
         self.processes.barrier()
         self.signals.finish()
         raise StopWith(
-            exit_codes.DIVERGED,
+            errors.DIVERGED,
             f"{bad} steps in a row had a non-finite loss or gradient, {why}; the diagnosis is in the log and in "
             f"{self.folder / 'diagnosis.json'}: try a lower --lr, --grad_clip 1, --precision bf16 or fp32, or "
             "--detect_anomaly True",

@@ -27,7 +27,7 @@ class Piece:
     offset: int
 
 
-class Masters:
+class MasterWeights:
     """The master weights of a DeepSpeed engine: `flats` on this rank, laid out as `pieces` says."""
 
     def __init__(self, engine: Any, module: nn.Module, rank: int, world_size: int) -> None:

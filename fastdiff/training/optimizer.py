@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fastdiff import ops
+from fastdiff.training.settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class AdamWEMA(torch.optim.AdamW):
     def attach_averages(self, masters: Iterable[Tensor], averages: Mapping[float, Iterable[Tensor]]) -> None:
         """From now on `averages`, one for each of the masters under every rate, follow them at each step.
 
-        masters are the tensors that `step` will find: `Masters.flats`, once DeepSpeed has put them in place.
+        masters are the tensors that `step` will find: `MasterWeights.flats`, once DeepSpeed has put them in place.
         """
         masters = list(masters)
         self.averages = {rate: list(tensors) for rate, tensors in averages.items()}
@@ -72,7 +73,7 @@ class AdamWEMA(torch.optim.AdamW):
             if [tensor.shape for tensor in tensors] != [master.shape for master in masters]:
                 raise ValueError(
                     f"attach_averages needs an average of rate {rate} in the shape of each of {len(masters)} masters; "
-                    f"got {len(tensors)} tensors: make them with Masters.clone()"
+                    f"got {len(tensors)} tensors: make them with MasterWeights.clone()"
                 )
         columns = list(self.averages.values())
         self._of = {id(master): (master, [c[i] for c in columns]) for i, master in enumerate(masters)}
@@ -176,7 +177,7 @@ class AdamWEMA(torch.optim.AdamW):
         if id(p) not in self._of:
             raise ValueError(
                 f"AdamWEMA was given averages, but none of a parameter {tuple(p.shape)} that it steps: attach those of "
-                "Masters.flats, after deepspeed.initialize"
+                "MasterWeights.flats, after deepspeed.initialize"
             )
         return self._of[id(p)][1]
 
@@ -196,3 +197,23 @@ def laid_out_as(p: Tensor, grad: Tensor | None) -> Tensor:
     if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
         return grad
     return torch.empty_like(p).copy_(grad)
+
+
+def learning_rate(train: TrainSettings, updates: int) -> float:
+    """Of the update that follows `updates` others: a linear rise over lr_warmup_steps, a linear fall to 0."""
+    rate = train.lr
+    if train.lr_warmup_steps:
+        rate *= min(1.0, (updates + 1) / train.lr_warmup_steps)
+    if train.lr_anneal_steps:
+        rate *= max(0.0, 1 - updates / train.lr_anneal_steps)
+    return rate
+
+
+def learning_rate_on_device(train: TrainSettings, updates: Tensor) -> Tensor:
+    """`learning_rate` of an int64 scalar on the device, to the last bit: a float64 scalar there."""
+    rate = torch.full_like(updates, train.lr, dtype=torch.float64)
+    if train.lr_warmup_steps:
+        rate = rate * ((updates + 1).double() / train.lr_warmup_steps).clamp(max=1.0)
+    if train.lr_anneal_steps:
+        rate = rate * (1 - updates.double() / train.lr_anneal_steps).clamp(min=0.0)
+    return rate

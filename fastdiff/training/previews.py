@@ -16,10 +16,11 @@ from fastdiff import ops
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.samplers import Step
+from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, build_model
 from fastdiff.sampling.draw import draw
 from fastdiff.sampling.pictures import grid, save_grid, to_uint8
-from fastdiff.settings import UserError, what_is_wrong
+from fastdiff.settings import what_is_wrong
 from fastdiff.training.trainer import Trainer, low_res_of
 
 logger = logging.getLogger(__name__)

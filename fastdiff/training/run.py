@@ -12,19 +12,19 @@ from pathlib import Path
 
 import torch
 
-from fastdiff import errors as exit_codes
-from fastdiff import precompile
+from fastdiff import errors, precompile
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
+from fastdiff.errors import StopWith, UserError
 from fastdiff.images import Loader, open_images
-from fastdiff.kernel_choice import choose_kernels
 from fastdiff.models import build_model
-from fastdiff.models.precision import body_dtype
+from fastdiff.models.unet import body_dtype
+from fastdiff.ops import choose_kernels
 from fastdiff.runtime.compilation import keep_compiled_code, prepare_cudnn, tf32
-from fastdiff.runtime.processes import Processes, StopWith, current, is_broken_collective, make_writable, output_folder
+from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
+from fastdiff.runtime.script import is_broken_collective
 from fastdiff.runtime.signals import StopSignals
 from fastdiff.runtime.watchdog import Watchdog
-from fastdiff.settings import UserError
 from fastdiff.training import compilation, loop
 from fastdiff.training.checkpoints import resume as resuming
 from fastdiff.training.checkpoints.format import Snapshot
@@ -112,31 +112,31 @@ def _clear_words(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]
     try:
         yield
     except StopWith as stop:
-        tell("preempted" if stop.code == exit_codes.PREEMPTED else "diverged", stop.code, str(stop))
+        tell("preempted" if stop.code == errors.PREEMPTED else "diverged", stop.code, str(stop))
         raise
     except NonFinite as found:
-        tell("diverged", exit_codes.DIVERGED, str(found))
-        raise StopWith(exit_codes.DIVERGED, str(found)) from None
+        tell("diverged", errors.DIVERGED, str(found))
+        raise StopWith(errors.DIVERGED, str(found)) from None
     except torch.OutOfMemoryError as error:
         reason = (
             f"the GPU's memory is full with {trainer.micro} images at once; try --microbatch auto, a smaller "
             "--microbatch, or --use_checkpoint True"
         )
-        tell("failed", exit_codes.USER_ERROR, reason)
+        tell("failed", errors.USER_ERROR, reason)
         raise UserError(reason) from error
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = f"--run_dir: {folder} can't be written to ({error.strerror}); make room: the same command goes on"
             with suppress(OSError, UserError):
-                tell("failed", exit_codes.USER_ERROR, reason)
+                tell("failed", errors.USER_ERROR, reason)
             raise UserError(reason) from error
-        code = exit_codes.USER_ERROR if isinstance(error, UserError) else 1
+        code = errors.USER_ERROR if isinstance(error, UserError) else 1
         if is_broken_collective(error):
-            code = exit_codes.PEER_LOST
+            code = errors.PEER_LOST
         with suppress(OSError, UserError):  # the disk may be what is wrong
             tell("failed", code, f"{error}" or type(error).__name__)
         raise
-    tell("done", exit_codes.DONE)
+    tell("done", errors.DONE)
 
 
 def _settle(

@@ -20,21 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import GaussianDiffusion, create_sampler
+from fastdiff.diffusion import GaussianDiffusion, create_timestep_sampler
 from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS
+from fastdiff.errors import UserError
 from fastdiff.images import Batch, Loader
 from fastdiff.images.loader import to_device
 from fastdiff.models import SuperResSettings, UNet
 from fastdiff.runtime.processes import Processes
-from fastdiff.settings import UserError
 from fastdiff.training import compilation
 from fastdiff.training.checkpoints import saver as saving
 from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import create_engine, needs_engine, split_batch
-from fastdiff.training.device_step import DeviceStep, EngineStep
-from fastdiff.training.master_weights import Masters
+from fastdiff.training.deepspeed_step import EngineStep
+from fastdiff.training.device_step import DeviceStep
+from fastdiff.training.master_weights import MasterWeights
 from fastdiff.training.metrics import LossMeter
-from fastdiff.training.schedule import learning_rate
+from fastdiff.training.optimizer import learning_rate
 from fastdiff.training.settings import TrainSettings
 
 
@@ -68,7 +69,7 @@ class Trainer:
         self.model = model
         if train.compile is True:  # auto is settled before: see compilation.decide
             compilation.compile_network(model, train.zero_stage)
-        self.masters = Masters(self.engine, model, processes.rank, processes.world_size)
+        self.masters = MasterWeights(self.engine, model, processes.rank, processes.world_size)
         # DeepSpeed makes masters from weights already rounded to 16 bits, and may take a trial step on them.
         self.masters.fill(self.masters.detached(), weights)
         self.optimizer.state.clear()
@@ -79,7 +80,7 @@ class Trainer:
             self.stepper = DeviceStep(self.losses, self.optimizer, model, train, self.accumulation)
         else:
             self.stepper = EngineStep(self.losses, self.engine, self.optimizer, model, self.accumulation)
-        self.sampler = create_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
+        self.sampler = create_timestep_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
         self.step, self.samples = 0, 0  # optimiser steps taken, skipped ones too, and images
         self.stream_seed, self.rollbacks = train.seed, 0

@@ -13,8 +13,7 @@ from tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train
 from benchmarks.result_file import ResultFile
-from fastdiff.runtime.processes import StopWith
-from fastdiff.settings import UserError
+from fastdiff.errors import StopWith, UserError
 
 LABEL = {"config": "small", "precision": "fp32", "batch": 2}
 

@@ -19,7 +19,7 @@ import torch
 from benchmarks import gpu_proof, proof_checks, proof_log, proof_speed, report
 from benchmarks.gpu_parts import PARTS
 from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part, run_command
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 
 def measured(context: Context) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import refusal
 
 from benchmarks import report, roofline
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 VARIANTS = {"ours -graph": 3.0, "ours": 4.0, "reference": 1.0, "diffusers": 1.5, "reference+compile": 2.0}
 

@@ -10,9 +10,9 @@ import pytest
 from tiny import MODEL, refusal
 
 from benchmarks import roofline
+from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings
 from fastdiff.models import cost as work
-from fastdiff.settings import UserError
 from fastdiff.training.diagnostics import roofline as predicted
 
 ROUND = roofline.Machine("round numbers", matmul_flops=1e12, copy_bytes=1e9, peak_flops=2e12)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.deepspeed_engine import create_engine, start_processes
-from fastdiff.training.master_weights import Masters
+from fastdiff.training.master_weights import MasterWeights
 from fastdiff.training.settings import TrainSettings
 
 MODEL = UNetSettings(
@@ -83,7 +83,7 @@ def count(processes: Processes, stage: int, precision: str, reuse: int = 1_000_0
             "reduce_bucket_size": 1_000_000,
         }
     engine, optimizer = create_engine(model, train, section, processes)
-    masters = Masters(engine, model, processes.rank, world_size)
+    masters = MasterWeights(engine, model, processes.rank, world_size)
     parameters = list(model.parameters())
     counted: dict[str, Any] = {"stage": stage, "precision": precision, "reuse": reuse}
     for _ in range(2):

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from fastdiff.diffusion import DiffusionSettings, create_diffusion, keep_steps
-from fastdiff.diffusion.schedules import Schedule
-from fastdiff.diffusion.spacing import spaced_steps
+from fastdiff.diffusion.schedules import Schedule, spaced_steps
 
 SPACINGS = ("uniform", "quadratic", "logsnr", "karras")
 

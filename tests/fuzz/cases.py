@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 READ, REFUSED = "read", "refused"
 MARKER = "code_was_run"

@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 
 from fastdiff.config import load as config
 from fastdiff.config.load import Config, SuperResConfig, load
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 from fuzz.cases import READ, Case, generator
 from fuzz.damage import damage
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastdiff.images import DataSettings, open_images
-from fastdiff.images.headers import plain_size
+from fastdiff.images.image_files import plain_size
 from fastdiff.images.listing import Listing
 from fastdiff.images.reader import Reader
 from fuzz.cases import READ, REFUSED, Case, generator

@@ -15,13 +15,13 @@ from pydantic import ValidationError
 from tiny import info_for, pictures, unet
 
 from fastdiff.config.load import describe
+from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack
 from fastdiff.images.cache.format import open_packed
 from fastdiff.images.listing import index_images
 from fastdiff.models import UNetSettings, weights
-from fastdiff.runtime.json_files import read_json
+from fastdiff.runtime.files import read_json
 from fastdiff.sampling.job.chunks import DamagedPart, Piece, Range, Store
-from fastdiff.settings import UserError
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.reporting import Reporter

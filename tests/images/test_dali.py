@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from fastdiff.images import load_image
-from fastdiff.images.headers import plain_size
+from fastdiff.images.image_files import plain_size
 
 pytest.importorskip("nvidia.dali")
 

@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdiff.errors import UserError
 from fastdiff.images import DataSettings, load_image, open_images
-from fastdiff.images.cpu import PillowLoader
 from fastdiff.images.listing import index_images
-from fastdiff.images.loader import to_device
+from fastdiff.images.loader import PillowLoader, to_device
 from fastdiff.images.reader import Reader
-from fastdiff.settings import UserError
 
 
 def take(loader, count):

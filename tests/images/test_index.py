@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastdiff.errors import UserError
 from fastdiff.images.listing import index_images, label_images, list_images
-from fastdiff.settings import UserError
 
 
 def touch(root: Path, *names: str) -> list[Path]:

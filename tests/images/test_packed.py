@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdiff.errors import UserError
 from fastdiff.images import DataSettings, load_image, open_images
+from fastdiff.images.cache import build as decoding
 from fastdiff.images.cache import build as packing
-from fastdiff.images.cache import decoder as decoding
 from fastdiff.images.cache import loader as gathering
 from fastdiff.images.cache import sharing as caching
 from fastdiff.images.cache.build import pack, partial_of, read_state
@@ -28,7 +29,6 @@ from fastdiff.images.cache.format import is_packed, replacements
 from fastdiff.images.cache.loader import PackedLoader, mirror
 from fastdiff.images.cache.sharing import default_place, together
 from fastdiff.images.listing import index_images
-from fastdiff.settings import UserError
 
 FIELDS = ("images", "labels", "positions")
 

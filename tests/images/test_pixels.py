@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff.images.headers import plain_size
+from fastdiff.images.image_files import plain_size
 from fastdiff.images.pixels import load_image, plan
 
 

@@ -9,8 +9,7 @@ from fastdiff.kernels import norm_coefficients, reference
 from kernel_checks import DEVICE, channels_last, error, normal
 
 from fastdiff import ops
-from fastdiff.models.blocks import ResBlock
-from fastdiff.models.residual import value
+from fastdiff.models.blocks import ResBlock, value
 
 
 @pytest.mark.parametrize("size", [(5, 3), (9, 16)], ids=["one part", "several parts"])

@@ -10,8 +10,8 @@ import torch
 from tiny import MODEL, SUPER_RES, info_for, random_model, relative_error, save_bare, super_res, unet
 from torch import Tensor, nn
 
+from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
-from fastdiff.settings import UserError
 
 
 def inputs(model: UNet, batch: int = 2) -> dict[str, Tensor]:

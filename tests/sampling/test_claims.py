@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from fake_jobs import check_npz, context, drawing, job, names, place, start
 
-from fastdiff.runtime.files import partial_of, sweep, whole
+from fastdiff.runtime.files import SILENT, Owner, me, parse, partial_of, sweep, whole
 from fastdiff.sampling.job import claims, progress
-from fastdiff.sampling.job.claims import SILENT, Claims, Held, Owner, kept_alive, me, parse
+from fastdiff.sampling.job.claims import Claims, Held, kept_alive
 from fastdiff.sampling.job.job import run_job
 
 

@@ -18,7 +18,7 @@ from fastdiff.models import UNet
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling import guided_network as evaluation
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 
 CPU = torch.device("cpu")
 SEED = 5 | SAMPLES
@@ -56,7 +56,7 @@ def engine(
     model: UNet, diffusion: GaussianDiffusion, plan: Plan, guidance: Guidance | None = None, **settings: Any
 ) -> Engine:
     with torch.no_grad():
-        outputs = Evaluation(freeze(model), plan, diffusion, guidance or Guidance(), CPU)
+        outputs = GuidedNetwork(freeze(model), plan, diffusion, guidance or Guidance(), CPU)
     return Engine(outputs, plan, diffusion, CPU, **{"batch_size": 3, "seed_stream": SEED, **settings})
 
 
@@ -123,7 +123,7 @@ def guided_output(weight: float, **settings: Any) -> tuple[Tensor, Tensor, Tenso
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
         outputs = [model(x, t, y=y) for y in (CLASSES, torch.full_like(CLASSES, 5))]
-        guided = Evaluation(freeze(model), plan, diffusion, Guidance(weight, **settings), CPU)
+        guided = GuidedNetwork(freeze(model), plan, diffusion, Guidance(weight, **settings), CPU)
         given = guided.conditioning(CLASSES, None)
         return guided(x, row, given, guided.guided[2]), *outputs
 
@@ -160,7 +160,7 @@ def test_autoguidance() -> None:
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
         ours, theirs = strong(x, t), weak(x, t)
-        guided = Evaluation(freeze(strong), plan, diffusion, Guidance(2.0, guide=freeze(weak)), CPU)
+        guided = GuidedNetwork(freeze(strong), plan, diffusion, Guidance(2.0, guide=freeze(weak)), CPU)
         got = guided(x, row, guided.conditioning(None, None), True)
     assert_close(got[:, :3], 2 * ours[:, :3] - theirs[:, :3])
     assert_close(got[:, 3:], ours[:, 3:])
@@ -181,7 +181,7 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     want = engine(model, diffusion, plan, guidance).draw(INDEX, CLASSES)
     torch._dynamo.reset()
     with torch.no_grad():
-        compiled = Evaluation(model, plan, diffusion, guidance, CPU, compiled=True)
+        compiled = GuidedNetwork(model, plan, diffusion, guidance, CPU, compiled=True)
     drawer = Engine(compiled, plan, diffusion, CPU, batch_size=3, seed_stream=SEED, fixed_shape=True)
     assert_close(drawer.draw(INDEX, CLASSES), want)
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -210,7 +210,7 @@ def test_graphs_replay_the_same_on_a_gpu(solver: str) -> None:
     plan = make_plan(diffusion, solver)
     guidance = Guidance(2.0, (0.5, 5.0))
     with torch.no_grad():
-        outputs = Evaluation(freeze(model), plan, diffusion, guidance, device)
+        outputs = GuidedNetwork(freeze(model), plan, diffusion, guidance, device)
     plain, graphed = (
         Engine(outputs, plan, diffusion, device, batch_size=3, seed_stream=SEED, cuda_graph=graph)
         for graph in (False, True)

@@ -32,15 +32,14 @@ from fake_jobs import (
 from PIL import Image
 from tiny import files, nothing_written
 
+from fastdiff.errors import UserError
 from fastdiff.images import label_images, list_images
-from fastdiff.sampling.drawn import Drawn
 from fastdiff.sampling.job import chunks as parts
 from fastdiff.sampling.job import exports, progress
 from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, member, split
 from fastdiff.sampling.job.exports import class_words, file_name, index_in
 from fastdiff.sampling.job.job import Job, run_job
-from fastdiff.sampling.pictures import steps_shown, strip
-from fastdiff.settings import UserError
+from fastdiff.sampling.pictures import Images, steps_shown, strip
 
 ALL = ("npz", "png", "zip", "tar")
 
@@ -365,7 +364,7 @@ def damage(path: Path, how: str) -> None:
     elif how == "empty":
         content.clear()
     elif how == "of another job":
-        held = Drawn(images(np.arange(5)), labels(np.arange(5)))
+        held = Images(images(np.arange(5)), labels(np.arange(5)))
         store = Store(path.parents[1], SHAPE, True, 0, "another")
         store.write(Range(5, 10), held)
         return
@@ -482,7 +481,7 @@ def test_memory(folder: Path) -> None:
     shape = (32, 32, 3)
     part = 16 * 32 * 32 * 3
     index = np.arange(640)
-    blank = Drawn(np.zeros((16, *shape), np.uint8), labels(index[:16]))
+    blank = Images(np.zeros((16, *shape), np.uint8), labels(index[:16]))
     wanted = job(640, shape=shape, part_size=16)
     peaks = []
     for name in "abc":

@@ -22,7 +22,7 @@ from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.noise_keys import BOUND
 from fastdiff.images import DataSettings, open_images
 from fastdiff.models import UNet
-from fastdiff.models.precision import DTYPES
+from fastdiff.models.unet import DTYPES
 from fastdiff.runtime.processes import current
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.scoring import score

@@ -15,11 +15,11 @@ import fastdiff
 from fastdiff import nll, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.solvers import make_plan
+from fastdiff.errors import UserError
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Evaluation, Guidance
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 from fastdiff.sampling.pictures import non_finite
-from fastdiff.settings import UserError
 
 CLASSES = ["ape", "bee", "cat"]
 OPTIONS: dict[str, Any] = {"num_samples": 6, "batch_size": 6, "grid_images": 0, "seed": 3}
@@ -122,7 +122,7 @@ def test_a_bad_row_of_a_batch(value: float) -> None:
     diffusion = create_diffusion(DiffusionSettings(**DIFFUSION), model.settings.learn_sigma)
     plan = make_plan(diffusion, "ddim")
     with torch.no_grad():
-        evaluation = Evaluation(freeze(model), plan, diffusion, Guidance(), torch.device("cpu"))
+        evaluation = GuidedNetwork(freeze(model), plan, diffusion, Guidance(), torch.device("cpu"))
     engine = Engine(evaluation, plan, diffusion, torch.device("cpu"), batch_size=3, seed_stream=5, fixed_shape=True)
     index = torch.tensor([4, 9])
     wanted = engine.draw(index).clone()

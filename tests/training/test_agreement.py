@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fastdiff.training.consensus import Agreement
+from fastdiff.training.consensus import Consensus
 
 
 class Done:
@@ -17,15 +17,15 @@ class Done:
 
 
 @pytest.fixture
-def agreement(monkeypatch: pytest.MonkeyPatch) -> Agreement:
+def agreement(monkeypatch: pytest.MonkeyPatch) -> Consensus:
     """Of two ranks, of which the other wishes nothing."""
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: Done())
-    return Agreement(2, 2, timedelta(seconds=1))
+    return Consensus(2, 2, timedelta(seconds=1))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_a_wish_is_heard(every: int, agreement: Agreement) -> None:
+def test_a_wish_is_heard(every: int, agreement: Consensus) -> None:
     """Given at step 4 and from then on, with something saved after every so many steps."""
     heard = []
     for step in range(1, 9):
@@ -36,7 +36,7 @@ def test_a_wish_is_heard(every: int, agreement: Agreement) -> None:
     assert heard == [False] * 4 + [True] * 4
 
 
-def test_a_wish_that_is_granted_is_forgotten(agreement: Agreement) -> None:
+def test_a_wish_that_is_granted_is_forgotten(agreement: Consensus) -> None:
     agreement.exchange([True, True])
     agreement.forget(1)
     assert agreement.exchange([False, False]) == [True, False]
@@ -44,7 +44,7 @@ def test_a_wish_that_is_granted_is_forgotten(agreement: Agreement) -> None:
 
 
 def test_alone() -> None:
-    alone: Any = Agreement(1, 2, timedelta(seconds=1))
+    alone: Any = Consensus(1, 2, timedelta(seconds=1))
     assert alone.exchange([True, False]) == [True, False]
     alone.forget(0, 1)
     assert alone.any(True) is True

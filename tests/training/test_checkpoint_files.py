@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.checkpoints import saver as saving

@@ -13,12 +13,12 @@ from training.small_trainer import losses_of, small_trainer, weights_of
 from waits import Waits
 
 from fastdiff import ops
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 from fastdiff.training import device_step as steps
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.deepspeed_engine import needs_engine, start_processes
-from fastdiff.training.device_step import DeviceStep, EngineStep
-from fastdiff.training.loss_scale import LossScale
+from fastdiff.training.deepspeed_step import EngineStep
+from fastdiff.training.device_step import DeviceStep, LossScale
 from fastdiff.training.settings import TrainSettings
 
 # A section that only DeepSpeed can follow, and that changes nothing in the numbers.

@@ -15,14 +15,13 @@ from training.guard_checks import THROUGH_ENGINE, check_skip, spoilt, state
 from training.small_trainer import small_trainer
 
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 from fastdiff.training import deepspeed_engine as engines
-from fastdiff.training.deepspeed_engine import adopt
-from fastdiff.training.device_step import DeviceStep, EngineStep
-from fastdiff.training.guards import Skips, guarded
+from fastdiff.training.deepspeed_step import EngineStep
+from fastdiff.training.device_step import DeviceStep, SkipCounter, poison_gradients
 from fastdiff.training.metrics import LossMeter
-from fastdiff.training.schedule import learning_rate, learning_rate_on_device
-from fastdiff.training.settings import TrainSettings
+from fastdiff.training.optimizer import learning_rate, learning_rate_on_device
+from fastdiff.training.settings import TrainSettings, adopt
 
 HERE = Path(__file__).parent
 TWO = [
@@ -85,11 +84,11 @@ def test_guarded_losses() -> None:
     x = torch.tensor([0.3, 0.7], requires_grad=True)
     loss = (x**3).sum()
     (wanted,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (got,) = torch.autograd.grad(guarded(loss), x, retain_graph=True)
+    (got,) = torch.autograd.grad(poison_gradients(loss), x, retain_graph=True)
     assert torch.equal(got, wanted)
-    assert guarded(loss).item() == loss.item()
+    assert poison_gradients(loss).item() == loss.item()
     for bad in (math.inf, -math.inf, math.nan):
-        (got,) = torch.autograd.grad(guarded(loss + bad), x, retain_graph=True)
+        (got,) = torch.autograd.grad(poison_gradients(loss + bad), x, retain_graph=True)
         assert got.isnan().all()
 
 
@@ -148,7 +147,7 @@ def test_the_search_for_a_loss_scale_is_no_streak(
 
 
 def test_counts_on_the_device() -> None:
-    skips = Skips(torch.device("cpu"))
+    skips = SkipCounter(torch.device("cpu"))
     for bad, searching, wanted in ((1, 1, (1, 0)), (1, 0, (2, 1)), (1, 1, (3, 1)), (1, 0, (4, 2)), (0, 0, (4, 0))):
         skips.note(torch.tensor(bool(bad)), torch.tensor(bool(searching)))
         skips.publish()

@@ -63,7 +63,7 @@ def test_sampling(fused: bool, tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdiff.settings import UserError
+    from fastdiff.errors import UserError
 
     model = save(unet(), tmp_path / "ema_0.9999_000001.pt")
     monkeypatch.setattr(ops, "_interpreted", lambda: False)

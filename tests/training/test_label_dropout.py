@@ -11,10 +11,10 @@ from tiny import DIFFUSION, MODEL, SUPER_RES, flags, pictures, refusal, save, sa
 from training.small_trainer import losses_of, small_trainer, weights_of
 
 from fastdiff import super_res_train, train
+from fastdiff.errors import UserError
 from fastdiff.images import Batch
 from fastdiff.models import SuperResSettings, UNetSettings, build_model, weights
 from fastdiff.models.settings import BackboneSettings
-from fastdiff.settings import UserError
 from fastdiff.training.checkpoints import format as checkpoints
 
 CLASSES = 5

@@ -10,9 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.runtime.processes import Processes
-from fastdiff.settings import UserError
 from fastdiff.training.diagnostics import microbatch_tuning as fitting
 from fastdiff.training.diagnostics.memory import LiveBytes, Memory, estimate
 from fastdiff.training.settings import TrainSettings

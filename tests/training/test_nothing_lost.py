@@ -18,12 +18,10 @@ from torch import Tensor
 from training.pictures_folder import make_pictures
 from training.test_train_scripts import flags
 
-from fastdiff import errors as exit_codes
-from fastdiff import train
+from fastdiff import errors, train
+from fastdiff.errors import StopWith, UserError
 from fastdiff.images import Batch
-from fastdiff.runtime import threads
-from fastdiff.runtime.processes import StopWith
-from fastdiff.settings import UserError
+from fastdiff.runtime import machine as threads
 from fastdiff.training import previews
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.checkpoints import resume as resuming
@@ -85,7 +83,7 @@ def test_asked_to_stop(name: str, data: Path, tmp_path: Path, monkeypatch: pytes
         at_step(patched, 4, lambda: os.kill(os.getpid(), getattr(signal, name)))
         with pytest.raises(StopWith, match=f"stopped by {name} after step 4; everything is saved") as stop:
             train.main(argv)
-    assert stop.value.code == exit_codes.PREEMPTED == 75
+    assert stop.value.code == errors.PREEMPTED == 75
     assert steps_of(tmp_path / "run") == [4]
     assert status_of(tmp_path / "run") == ("preempted", 4, 75)
     train.main(argv)
@@ -239,7 +237,7 @@ def test_numbers_that_stay_bad(
     more = ("--max_steps", "40", "--save_interval", "2", "--log_interval", "1", "--max_bad_steps", "3")
     with pytest.raises(StopWith, match="once more; the diagnosis is in") as stop:
         train.main(flags(data, run, *more))
-    assert stop.value.code == exit_codes.DIVERGED == 77
+    assert stop.value.code == errors.DIVERGED == 77
     assert status_of(run)[::2] == ("diverged", 77)
     out = capsys.readouterr().out
     assert out.count("going back to") == 1
@@ -344,7 +342,7 @@ def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Trainer, "take_step", take_step)
     with pytest.raises(StopWith) as stop:
         train.main(flags(data, tmp_path / "run", "--max_steps", "4", "--detect_anomaly", "True"))
-    assert stop.value.code == exit_codes.DIVERGED
+    assert stop.value.code == errors.DIVERGED
     assert "input_blocks" in str(stop.value)
     assert status_of(tmp_path / "run")[::2] == ("diverged", 77)
     with pytest.raises(UserError, match="--detect_anomaly True contradicts compile True"):

@@ -62,7 +62,7 @@ def test_ranks_wait_in_turns_for_the_one_that_draws(data: Path, tmp_path: Path) 
 LAGGING_AND_BAD = """
 import sys
 from fastdiff import train
-from fastdiff.processes import current
+from fastdiff.runtime.processes import current
 from fastdiff.training import resuming
 from fastdiff.training.trainer import Trainer
 real, find = Trainer.losses, resuming.find_snapshot

@@ -13,7 +13,7 @@ from waits import Waits
 
 from fastdiff import ops
 from fastdiff.training import deepspeed_engine as engines
-from fastdiff.training.master_weights import Masters
+from fastdiff.training.master_weights import MasterWeights
 from fastdiff.training.optimizer import AdamWEMA, OnDevice
 from fastdiff.training.settings import TrainSettings
 
@@ -50,7 +50,7 @@ class Run:
 
     engine: Any
     optimizer: AdamWEMA
-    masters: Masters
+    masters: MasterWeights
     averages: dict[float, list[Tensor]]
     dtype: torch.dtype
 
@@ -88,7 +88,7 @@ def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = AdamWEMA(model.parameters(), lr=1e-3, weight_decay=0.0, fused_kernel=fused_kernel)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    masters = Masters(engine, model, 0, 1)
+    masters = MasterWeights(engine, model, 0, 1)
     masters.fill(masters.detached(), weights)
     optimizer.state.clear()
     averages = {rate: masters.clone() for rate in RATES}

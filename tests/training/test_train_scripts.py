@@ -17,8 +17,8 @@ from training.pictures_folder import make_pictures
 from training.test_resume import run_two
 
 from fastdiff import super_res_train, train
+from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, build_model, weights
-from fastdiff.settings import UserError
 from fastdiff.training.metrics import LossMeter
 
 ROOT = Path(__file__).resolve().parents[2]

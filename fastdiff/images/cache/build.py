@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -24,14 +25,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from fastdiff.images.cache.decoder import Decoder
+import fastdiff
+from fastdiff.errors import UserError
 from fastdiff.images.cache.format import LABELS, NAMES, PIXELS, RECORD, describe, finish_record, replacements
 from fastdiff.images.listing import Listing, label_images
-from fastdiff.images.reader import Reader
-from fastdiff.settings import UserError
+from fastdiff.images.pixels import MODES, load_image
+from fastdiff.images.reader import Reader, what_is_wrong
 
 logger = logging.getLogger(__name__)
-
 STATE = "state.json"
 FEW = 1000
 """Images that are not worth starting a process for, which takes half a second."""
@@ -240,3 +241,72 @@ def _write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+_START = """
+import sys, types
+package = types.ModuleType("fastdiff.images")  # the real one would import PyTorch: seconds, and 200 MB, for nothing
+package.__path__ = [sys.argv[2]]
+sys.modules["fastdiff.images"] = package
+from fastdiff.images.decoding import main
+main()
+"""
+
+
+class Decoder:
+    """Such a process, from the parent's side."""
+
+    def __init__(self, root: Path, size_hw: tuple[int, int], channels: int) -> None:
+        self._shape = (*size_hw, channels)
+        order = json.dumps({"root": str(root), "size": size_hw, "channels": channels})
+        paths = [str(Path(fastdiff.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, order, str(Path(__file__).resolve().parents[1])],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,  # Ctrl-C is for the parent
+        )
+
+    def decode(self, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
+        """Pixels [names, H, W, C] uint8, and what is wrong at which positions. EOFError or OSError if it has died."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(names).encode() + b"\n")
+        process.stdin.flush()
+        answer = process.stdout.readline()
+        block = np.empty((len(names), *self._shape), dtype=np.uint8)
+        if not answer or process.stdout.readinto(block.data.cast("B")) != block.nbytes:  # type: ignore[attr-defined]
+            raise EOFError("the process has ended")
+        return block, dict(json.loads(answer))
+
+    def close(self) -> None:
+        """End the process."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            try:
+                pipe.close()
+            except OSError:  # it has died, with a request on its way
+                continue
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def main() -> None:
+    order = json.loads(sys.argv[1])
+    root, size, mode = Path(order["root"]), tuple(order["size"]), MODES[order["channels"]]
+    for line in sys.stdin.buffer:
+        names = json.loads(line)
+        block = np.zeros((len(names), *size, order["channels"]), dtype=np.uint8)
+        bad = []
+        for position, name in enumerate(names):
+            try:
+                block[position] = load_image(root / name, size, mode)
+            except Exception as error:  # Pillow's decoders raise many kinds
+                bad.append([position, what_is_wrong(error)])
+        sys.stdout.buffer.write(json.dumps(bad).encode() + b"\n" + block.data.cast("B"))
+        sys.stdout.buffer.flush()

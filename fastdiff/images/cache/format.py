@@ -22,8 +22,8 @@ from typing import Any, Literal
 import numpy as np
 import PIL
 
+from fastdiff.errors import UserError
 from fastdiff.images.listing import Listing, label_images
-from fastdiff.settings import UserError
 
 PIXELS, LABELS, NAMES, RECORD = "pixels.npy", "labels.npy", "names.json", "packed.json"
 FORMAT = 1

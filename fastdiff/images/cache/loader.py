@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.errors import UserError
 from fastdiff.images.cache.format import PIXELS, Packed, replacements
 from fastdiff.images.loader import Finish, Loader, Request, to_device
 from fastdiff.runtime.machine import free_memory
-from fastdiff.settings import UserError
 
 TASK_BYTES = 4 << 20
 """What a thread gathers at once. A hand-over takes as long as 100 to 200 kB."""

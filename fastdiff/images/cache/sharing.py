@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack, partial_of, read_state, usable_cores
 from fastdiff.images.cache.format import RECORD, Packed, describe, is_packed, open_packed
 from fastdiff.images.listing import Listing
 from fastdiff.runtime.processes import make_writable
-from fastdiff.settings import UserError
 
 logger = logging.getLogger(__name__)
 

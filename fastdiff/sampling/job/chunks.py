@@ -9,17 +9,20 @@ from __future__ import annotations
 import errno
 import re
 import zipfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdiff.runtime import arrays
-from fastdiff.runtime.files import sweep, whole
-from fastdiff.sampling.drawn import Drawn
-from fastdiff.sampling.job.claims import files_in
+from fastdiff.errors import UserError
+from fastdiff.runtime.files import files_in, sweep, whole
+from fastdiff.runtime.untrusted import read_npz_array
+from fastdiff.sampling.job.claims import Claim
+from fastdiff.sampling.pictures import Images
 
 
 class Range(NamedTuple):
@@ -125,7 +128,7 @@ class Store:
                 pieces.append(Piece(self.folder / name, held, held))
         return pieces
 
-    def write(self, part: Range, drawn: Drawn) -> None:
+    def write(self, part: Range, drawn: Images) -> None:
         """Write a part, unless its images have come into an npz meanwhile."""
         arrays = {"images": drawn.images, "job": np.array(self.digest)}
         if self.labelled:
@@ -142,7 +145,7 @@ class Store:
                 self.parts.mkdir(parents=True, exist_ok=True)
         raise FileNotFoundError(f"{self.parts} vanishes")
 
-    def read(self, pieces: list[Piece], rows: int) -> Iterator[tuple[int, Drawn]]:
+    def read(self, pieces: list[Piece], rows: int) -> Iterator[tuple[int, Images]]:
         """(number of the first, images) in order, at most a part at a time, or `rows` of an npz.
 
         Raises DamagedPart.
@@ -152,20 +155,20 @@ class Store:
                 drawn = self._read_part(piece)
                 used = slice(piece.used.start - piece.holds.start, piece.used.stop - piece.holds.start)
                 labels = None if drawn.labels is None else drawn.labels[used]
-                yield piece.used.start, Drawn(drawn.images[used], labels)
+                yield piece.used.start, Images(drawn.images[used], labels)
                 continue
             images, all_labels = self._map(piece.path)
             for start in range(piece.used.start, piece.used.stop, rows):
                 stop = min(start + rows, piece.used.stop)
                 labels = None if all_labels is None else np.array(all_labels[start:stop])
-                yield start, Drawn(np.array(images[start:stop]), labels)
+                yield start, Images(np.array(images[start:stop]), labels)
 
     def read_labels(self, pieces: list[Piece]) -> Iterator[np.ndarray]:
         """Labels in order, a file's at a time."""
         for piece in pieces:
             if piece.path.parent == self.parts:
                 with _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
-                    labels: np.ndarray | None = arrays.read(archive, "labels", piece.path.stat().st_size + (1 << 20))
+                    labels: np.ndarray | None = read_npz_array(archive, "labels", piece.path.stat().st_size + (1 << 20))
             else:
                 labels = self._map(piece.path)[1]
             assert labels is not None
@@ -186,21 +189,21 @@ class Store:
         with suppress(OSError):  # others may still need it
             self.parts.rmdir()
 
-    def _read_part(self, piece: Piece) -> Drawn:
+    def _read_part(self, piece: Piece) -> Images:
         count = piece.holds.stop - piece.holds.start
         with _damage(piece.path):
             most = piece.path.stat().st_size + (1 << 20)  # parts are not compressed
             with zipfile.ZipFile(piece.path) as archive:
-                images = arrays.read(archive, "images", most)
-                labels = arrays.read(archive, "labels", most) if self.labelled else None
-                digest = str(arrays.read(archive, "job", most))
+                images = read_npz_array(archive, "images", most)
+                labels = read_npz_array(archive, "labels", most) if self.labelled else None
+                digest = str(read_npz_array(archive, "job", most))
             if digest != self.digest:
                 raise ValueError("it is of another job")
             if images.shape != (count, *self.shape) or images.dtype != np.uint8:
                 raise ValueError(f"its images are {images.dtype} {list(images.shape)}")
             if labels is not None and (labels.shape != (count,) or labels.dtype != np.int64):
                 raise ValueError(f"its labels are {labels.dtype} {list(labels.shape)}")
-        return Drawn(images, labels)
+        return Images(images, labels)
 
     def _usable(self, path: Path) -> int:
         """Images in an npz that a job of this seed put together; 0 when it is something else."""
@@ -275,3 +278,62 @@ def _damage(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
         raise DamagedPart(path, str(error).strip() or type(error).__name__) from error
+
+
+class Writer:
+    """Writes parts while the next are drawn, and ends their claims; at most two wait."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.store, self.folder = store, folder
+        self.pool = ThreadPoolExecutor(1)
+        self.waiting: deque[tuple[Range, Claim, Future[None]]] = deque()
+
+    def put(self, part: Range, drawn: Images, claim: Claim) -> None:
+        self.waiting.append((part, claim, self.pool.submit(self._write, part, drawn, claim)))
+        while len(self.waiting) > 2:
+            self._first()
+        self.check()
+
+    def pending(self) -> set[Range]:
+        """Parts that are not known to be written."""
+        return {part for part, _, future in self.waiting if not future.done()}
+
+    def check(self) -> None:
+        """Raise what went wrong, if something did."""
+        while self.waiting and self.waiting[0][2].done():
+            self._first()
+
+    def wait(self) -> None:
+        while self.waiting:
+            self._first()
+
+    def _first(self) -> None:
+        with disk(self.folder):
+            self.waiting.popleft()[2].result()
+
+    def _write(self, part: Range, drawn: Images, claim: Claim) -> None:
+        try:
+            self.store.write(part, drawn)
+        finally:
+            claim.release()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.pool.shutdown(wait=True)  # what is drawn is worth its file, whatever has happened
+        if error is None:
+            self.wait()
+
+
+@contextmanager
+def disk(folder: Path) -> Iterator[None]:
+    """An error of the file system becomes one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(
+            f"--out_dir: {folder} can't be written to or read ({reason}); the images that are in it are kept, and the "
+            "same command goes on with them"
+        ) from error

@@ -6,73 +6,16 @@ A claim never makes anybody wait. It only says what others may leave to its owne
 from __future__ import annotations
 
 import os
-import re
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-SILENT = 60.0  # seconds without a sign of life after which nobody counts on a process of another host any more
+from fastdiff.runtime.files import SILENT, Owner, files_in, me, parse
+
 _BEAT = 5.0
 _NAMELESS = 5.0  # seconds that a claim may be without its owner's name
-
-
-class Owner(NamedTuple):
-    """A process: its host, its number there, and when it was started, because numbers are given out again."""
-
-    host: str
-    pid: int
-    started: int
-
-    @property
-    def tag(self) -> str:
-        """As a part of a file's name, e.g. node3.4711.98765."""
-        return f"{self.host}.{self.pid}.{self.started}"
-
-    def is_gone(self) -> bool:
-        """Whether the process is known to have ended, which only its own host can tell."""
-        return self.host == me().host and _started(self.pid) != self.started
-
-
-def parse(tag: str) -> Owner | None:
-    """The owner with this tag; None for anything else."""
-    found = re.fullmatch(r"([\w-]+)\.(\d+)\.(\d+)", tag.strip())
-    return Owner(found[1], int(found[2]), int(found[3])) if found else None
-
-
-def me() -> Owner:
-    """This process."""
-    return _owner(os.getpid())
-
-
-@lru_cache(maxsize=1)
-def _owner(pid: int) -> Owner:
-    try:  # containers of one name each count their processes from 1
-        space = "-" + re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        space = ""
-    return Owner(re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) + space, pid, _started(pid) or 0)
-
-
-def _started(pid: int) -> int | None:
-    """When a process of this host started, in the kernel's ticks (0 where that is not told); None without it."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if words[0] in "ZX" else int(words[19])
-    except (OSError, IndexError, ValueError):
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass  # somebody else's
-    return 0
 
 
 class Held(NamedTuple):
@@ -198,11 +141,3 @@ def kept_alive(claim: Claim) -> Iterator[None]:
         over.set()
         thread.join()
         claim.release()
-
-
-def files_in(folder: Path) -> list[str]:
-    """Names in a folder; none when it isn't there."""
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdiff.runtime.files import whole
-from fastdiff.sampling.drawn import Drawn
-from fastdiff.sampling.pictures import picture
+from fastdiff.sampling.pictures import Images, picture
 
 SHARD = 10_000
 """Images in a shard of a tar."""
@@ -39,7 +38,7 @@ class Source:
     shape: tuple[int, int, int]
     labelled: bool
     seed: int
-    images: Callable[[int], Iterator[tuple[int, Drawn]]]
+    images: Callable[[int], Iterator[tuple[int, Images]]]
     labels: Callable[[], Iterator[np.ndarray]]
 
 

@@ -21,18 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.runtime.files import sweep
+from fastdiff.errors import UserError
+from fastdiff.runtime.files import files_in, sweep
 from fastdiff.runtime.processes import Processes
-from fastdiff.sampling.drawn import Draw, Drawn
-from fastdiff.sampling.job.chunks import DamagedPart, Range, Store, range_of, split
-from fastdiff.sampling.job.claims import Claim, Claims, files_in, kept_alive
+from fastdiff.sampling.job.chunks import DamagedPart, Range, Store, Writer, disk, range_of, split
+from fastdiff.sampling.job.claims import Claim, Claims, kept_alive
 from fastdiff.sampling.job.exports import Source
 from fastdiff.sampling.job.manifest import agree, check_same, digest, new_record
 from fastdiff.sampling.job.outputs import Outputs, Trace
 from fastdiff.sampling.job.progress import STATUS, Progress
-from fastdiff.sampling.job.writer import Writer, disk
-from fastdiff.sampling.pictures import CHANNELS
-from fastdiff.settings import UserError
+from fastdiff.sampling.pictures import CHANNELS, Draw, Images
 
 
 @dataclass(frozen=True)
@@ -288,7 +286,7 @@ class _Run:
             folder.rmdir()
 
 
-def _check(drawn: Drawn, part: Range, job: Job) -> None:
+def _check(drawn: Images, part: Range, job: Job) -> None:
     count = part.stop - part.start
     assert drawn.images.shape == (count, *job.shape), (drawn.images.shape, count, job.shape)
     assert drawn.images.dtype == np.uint8, drawn.images.dtype

@@ -13,10 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastdiff.runtime.files import PARTIAL, partial_of, sync_folder
-from fastdiff.sampling.job.claims import Claims, files_in, kept_alive
+from fastdiff.errors import UserError
+from fastdiff.runtime.files import PARTIAL, files_in, partial_of, sync_folder
+from fastdiff.sampling.job.claims import Claims, kept_alive
 from fastdiff.sampling.job.exports import index_in
-from fastdiff.settings import UserError
 
 NAME = "job.json"
 _OURS = re.compile(r"samples_\d+x\d+x\d+x\d+(\.npz|\.png|\.zip|-\d+\.tar|_steps\.png|_steps\.gif)")

@@ -9,9 +9,8 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from fastdiff.runtime.files import sweep, whole
+from fastdiff.runtime.files import files_in, sweep, whole
 from fastdiff.sampling.job import exports
-from fastdiff.sampling.job.claims import files_in
 from fastdiff.sampling.job.exports import Source
 from fastdiff.sampling.pictures import grid, save_animation, strip
 

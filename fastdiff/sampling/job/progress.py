@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastdiff.runtime.files import partial_of
-from fastdiff.sampling.job.claims import files_in, me
+from fastdiff.runtime.files import files_in, me, partial_of
 
 STATUS = ".status"
 _OFTEN = 1.0  # seconds between looks at the folder

@@ -21,7 +21,7 @@ import re
 import shutil
 from pathlib import Path
 
-from fastdiff.settings import UserError
+from fastdiff.errors import UserError
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_(\d+)$")

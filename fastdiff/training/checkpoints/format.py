@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.errors import UserError
 from fastdiff.models import weights
 from fastdiff.runtime.untrusted import is_there
-from fastdiff.settings import UserError
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.metrics import LossMeter
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.errors import UserError, quoted
 from fastdiff.models import build_model, weights
 from fastdiff.runtime.processes import Processes
-from fastdiff.settings import UserError, quoted
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.checkpoints.format import Snapshot

@@ -19,9 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastdiff.errors import UserError
 from fastdiff.models import weights
 from fastdiff.runtime.machine import free_memory
-from fastdiff.settings import UserError
 from fastdiff.training.checkpoints import folder as checkpoint_files
 
 MEMORY_SHARE = 0.5

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastdiff.images import Batch
 from fastdiff.models import UNet, build_model
-from fastdiff.models.residual import Sum, value
-from fastdiff.training.schedule import learning_rate
+from fastdiff.models.blocks import Sum, value
+from fastdiff.training.optimizer import learning_rate
 from fastdiff.training.trainer import Trainer
 
 WORST = 8

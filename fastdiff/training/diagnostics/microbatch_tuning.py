@@ -13,11 +13,11 @@ import torch.distributed as dist
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, build_model
-from fastdiff.models.precision import body_dtype
+from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import free_memory
 from fastdiff.runtime.processes import Processes
-from fastdiff.settings import UserError
 from fastdiff.training.deepspeed_engine import needs_engine
 from fastdiff.training.diagnostics.memory import Memory, estimate
 from fastdiff.training.settings import TrainSettings

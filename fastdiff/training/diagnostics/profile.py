@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastdiff.models import BackboneSettings
 from fastdiff.models import cost as work
-from fastdiff.models.precision import DTYPES
+from fastdiff.models.unet import DTYPES
 from fastdiff.runtime.machine import device_name, find, measure_rates
 from fastdiff.training.device_step import WARM_UP
 from fastdiff.training.diagnostics.roofline import Machine, predict
