@@ -46,7 +46,7 @@ test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## all tests, on the CPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 chaos: $(READY)  ## kill a small training run a hundred times at random instants; nothing may be lost (KILLS=100)
-	$(BIN)/python tests/chaos.py --kills $(or $(KILLS),100)
+	$(BIN)/python tests/stress/chaos.py --kills $(or $(KILLS),100)
 
 test-golden: $(READY)  ## the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
 	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/test_golden_*.py
@@ -96,7 +96,7 @@ bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peer
 
 aot: $(READY) $(if $(TRITON),.triton-$(TRITON)/.ready)  ## compile all kernels for sm_80, sm_90, sm_100, and read the machine code (TRITON=3.6.0, ARCHS=90)
 	mkdir -p benchmarks/results build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels tests/test_golden_kernels.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/kernels tests/golden/test_golden_kernels.py \
 	    --ignore=tests/kernels/test_aot.py --launches build/launches.jsonl
 	$(if $(TRITON),PYTHONPATH=.triton-$(TRITON)) $(BIN)/python benchmarks/aot.py --launches build/launches.jsonl \
 	    $(if $(ARCHS),--archs $(ARCHS)) --json benchmarks/results/aot$(if $(TRITON),-$(TRITON)).json

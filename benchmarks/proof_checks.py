@@ -95,14 +95,18 @@ KERNEL_TESTS = [
 ]
 kernels = native_tests(*KERNEL_TESTS, tiny=("tests/kernels/test_norm_coefficients.py",), workers=10)
 golden = native_tests(
-    "tests/test_golden_kernels.py",
-    "tests/test_golden_model.py",
-    "tests/test_golden_training.py",
+    "tests/golden/test_golden_kernels.py",
+    "tests/golden/test_golden_model.py",
+    "tests/golden/test_golden_training.py",
     tiny=("tests/images/test_order.py",),
     workers=4,
 )
 gpu_tests = native_tests(
-    "-k", "gpu and not (kernels or gpu_proof or pack_for_gpu)", "tests", tiny=("tests/test_hardware.py",), workers=8
+    "-k",
+    "gpu and not (kernels or gpu_proof or pack_for_gpu)",
+    "tests",
+    tiny=("tests/runtime/test_machine.py",),
+    workers=8,
 )
 
 
@@ -214,7 +218,7 @@ def _sample_real(context: Context, run: Path) -> None:
 def same_losses(context: Context) -> None:
     """The kernels' training and PyTorch's, from one seed, in float32 and bf16: the losses must stay together."""
     import torch
-    from training.small_trainer import losses_of, small_trainer
+    from helpers.small_trainer import losses_of, small_trainer
 
     from fastdiff import ops
 
@@ -235,7 +239,7 @@ def same_losses(context: Context) -> None:
 
 def chaos(context: Context) -> None:
     """A small run that is killed at random instants loses nothing, in float32 and in fp16."""
-    script = [sys.executable, "tests/chaos.py"]
+    script = [sys.executable, "tests/stress/chaos.py"]
     if context.tiny:  # a test of its own runs it
         succeed(run_command(context, [*script, "--help"]), "chaos.py")
         return

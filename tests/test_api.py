@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import flags, save, super_res, unet
 from PIL import Image
-from tiny import flags, save, super_res, unet
 
 import fastdiff
 from fastdiff import sample

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import (
+from helpers.tiny import (
     DIFFUSION,
     MODEL,
     SUPER_RES,

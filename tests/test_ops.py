@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from kernel_checks import DEVICE
+from helpers.kernel_checks import DEVICE
 
 from fastdiff import ops
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import tritons
+from helpers import HELPERS, tritons
 
 from fastdiff import ops, precompile
 
@@ -19,7 +19,7 @@ GPU = torch.device("cuda")
 @tritons.TRITONS
 def test_a_run_finds_what_was_compiled_ahead(triton: str, tmp_path: Path) -> None:
     """Triton's dispatch, for a GPU that exists by name only, compiles nothing more in training and drawing."""
-    script = Path(__file__).parent / "kernels_on_no_gpu.py"
+    script = HELPERS / "kernels_on_no_gpu.py"
     done = tritons.run(triton, script, TRITON_CACHE_DIR=str(tmp_path))
     assert not done.returncode, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])

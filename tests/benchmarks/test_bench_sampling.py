@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from helpers import tiny
+from helpers.tiny import pictures, refusal, save, unet
 from PIL import Image
-from tiny import pictures, refusal, save, unet
 
 from benchmarks import bench_sampling, bench_train, image_features, report, sampling_quality, sampling_variants
 from fastdiff.config.load import Config, SuperResConfig

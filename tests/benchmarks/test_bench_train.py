@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from tiny import refusal
+from helpers import tiny
+from helpers.tiny import refusal
 
 from benchmarks import bench_train, report, train_variants
 from fastdiff.config.load import Config, SuperResConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import DIFFUSION, MODEL, refusal
+from helpers.tiny import DIFFUSION, MODEL, refusal
 
 from benchmarks import bench_saving
 

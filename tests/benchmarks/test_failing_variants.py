@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import DIFFUSION, MODEL
+from helpers.tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train
 from benchmarks.result_file import ResultFile

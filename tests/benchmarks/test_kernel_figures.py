@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import refusal
+from helpers.tiny import refusal
 
 from benchmarks import bench_train, figure_rows, kernel_figures, norm_figures, step_calls
 from fastdiff.models import cost as work

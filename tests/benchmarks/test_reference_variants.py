@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DIFFUSION, MODEL
+from helpers.tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
 from benchmarks.seed_step import SeedStep

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.tiny import refusal
 from PIL import Image
-from tiny import refusal
 
 from benchmarks import report, roofline
 from fastdiff.errors import UserError

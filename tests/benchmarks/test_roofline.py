@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import MODEL, refusal
+from helpers.tiny import MODEL, refusal
 
 from benchmarks import roofline
 from fastdiff.errors import UserError

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import zero_run
-from tiny import refusal
+from helpers import HELPERS, ROOT, zero_run
+from helpers.tiny import refusal
 
 from benchmarks import roofline, scaling
 
-HERE = Path(__file__).parent
 CASES = ["0:bf16", "1:bf16", "2:bf16", "3:bf16", "3:bf16:0", "0:fp32"]
 SIZE = scaling.Size(parameters=1_000_000, persistent=1_000, tensors=10)
 LINKS = scaling.Links(intra=400e9, inter=40e9)
@@ -28,8 +27,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Each case's counts, from one launch of two processes."""
     out = tmp_path_factory.mktemp("zero") / "counts.json"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(HERE / "zero_run.py"), str(out), *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HERE.parents[1])
+    command = [*launcher, str(HELPERS / "zero_run.py"), str(out), *CASES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return dict(zip(CASES, json.loads(out.read_text()), strict=True))
 

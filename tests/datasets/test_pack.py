@@ -1,7 +1,16 @@
 from pathlib import Path
 
 import numpy as np
-from preparation_scripts import call_script, fail, last_line, only_line, random_pixels, run_script, save, succeed
+from helpers.preparation_scripts import (
+    call_script,
+    fail,
+    last_line,
+    only_line,
+    random_pixels,
+    run_script,
+    save,
+    succeed,
+)
 
 from fastdiff.images import DataSettings, load_image, open_images
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparation_scripts import call_script, fail, images, last_line, only_line, pixels, run_script, succeed
+from helpers.preparation_scripts import call_script, fail, images, last_line, only_line, pixels, run_script, succeed
 
 from fastdiff.images.listing import index_images
 

@@ -1,8 +1,18 @@
 from pathlib import Path
 
 import numpy as np
+from helpers.preparation_scripts import (
+    call_script,
+    fail,
+    images,
+    last_line,
+    pixels,
+    random_pixels,
+    run_script,
+    save,
+    succeed,
+)
 from PIL import Image
-from preparation_scripts import call_script, fail, images, last_line, pixels, random_pixels, run_script, save, succeed
 
 from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import load_image

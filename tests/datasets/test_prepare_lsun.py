@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from preparation_scripts import (
+from helpers.preparation_scripts import (
     call_script,
     fail,
     images,
@@ -16,6 +15,7 @@ from preparation_scripts import (
     run_script,
     succeed,
 )
+from PIL import Image
 
 from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import load_image

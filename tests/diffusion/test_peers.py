@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import relative_error
+from helpers.tiny import relative_error
 from torch import Tensor
 
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, make_plan

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import relative_error
+from helpers.tiny import relative_error
 from torch import Tensor
 
 from fastdiff import ops

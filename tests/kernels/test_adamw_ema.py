@@ -20,7 +20,7 @@ from fastdiff.kernels.adamw_ema import (
 )
 from fastdiff.kernels.launch import record
 from fastdiff.kernels.reference import grad_scale_and_overflow
-from kernel_checks import DEVICE, LOW, assert_no_worse, normal
+from helpers.kernel_checks import DEVICE, LOW, assert_no_worse, normal
 from torch import Tensor
 from torch.optim.adamw import adamw
 

@@ -12,7 +12,7 @@ from fastdiff.kernels import group_norm_silu as module
 from fastdiff.kernels import group_norm_silu_eager, launch, reference
 from fastdiff.kernels.group_norm_silu import Plan, add_group_norm_silu, group_norm_silu, plan
 from functorch.compile import make_boxed_func
-from kernel_checks import DEVICE, DTYPES, assert_no_worse, channels_last, error, normal
+from helpers.kernel_checks import DEVICE, DTYPES, assert_no_worse, channels_last, error, normal
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import tritons
 from fastdiff.kernels import aot, launch
-from kernel_checks import channels_last, normal
+from helpers import tritons
+from helpers.kernel_checks import channels_last, normal
 
 
 @pytest.mark.timeout(1200)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fastdiff.kernels import attention as kernels
 from fastdiff.kernels import launch, reference
-from kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, error, normal, results
+from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, error, normal, results
 from torch import Tensor
 
 # (B, L, N, D). Up to 128 positions the backward is one kernel (in 16-bit types), up to 256 two; then block by block.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastdiff.kernels import conv3x3 as module
 from fastdiff.kernels.conv3x3 import conv3x3, pack_weight, plan, supported
 from fastdiff.kernels.launch import IMPLEMENTATIONS, record
-from kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, normal
+from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, normal
 from torch import Tensor
 
 PARTS = ("skip", "norm", "residual", "moments")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from fastdiff.kernels import convolutions, reference
-from kernel_checks import DTYPES, assert_no_worse, channels_last, error, normal, results
+from helpers.kernel_checks import DTYPES, assert_no_worse, channels_last, error, normal, results
 from torch import Tensor
 
 from fastdiff import ops

@@ -13,7 +13,7 @@ from fastdiff.kernels.noise import image_noise, image_uniform
 from fastdiff.kernels.q_sample import q_sample
 from fastdiff.kernels.reference import CounterNoise
 from fastdiff.kernels.sampler_step import sampler_step
-from kernel_checks import DEVICE, assert_no_worse, channels_last, error, normal
+from helpers.kernel_checks import DEVICE, assert_no_worse, channels_last, error, normal
 from torch import Tensor
 
 from fastdiff import ops

@@ -12,7 +12,7 @@ import torch
 from fastdiff.kernels import group_norm_silu as module
 from fastdiff.kernels import launch, reference
 from fastdiff.kernels.group_norm_silu import Plan, drop_below, group_norm_silu, plan
-from kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, error, normal
+from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, error, normal
 from torch import Tensor
 
 Inputs = dict[str, Any]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdiff.kernels import norm_coefficients, reference
-from kernel_checks import DEVICE, channels_last, error, normal
+from helpers.kernel_checks import DEVICE, channels_last, error, normal
 
 from fastdiff import ops
 from fastdiff.models.blocks import ResBlock, value

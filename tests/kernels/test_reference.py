@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdiff.kernels import reference
+from helpers.waits import Waits
 from torch import Tensor
-from waits import Waits
 
 from fastdiff import ops
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import MODEL, SUPER_RES, info_for, random_model, relative_error, save_bare, super_res, unet
+from helpers.tiny import MODEL, SUPER_RES, info_for, random_model, relative_error, save_bare, super_res, unet
 from torch import Tensor, nn
 
 from fastdiff.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import flags, nothing_written, refusal, save, save_bare, super_res, unet
+from helpers.tiny import flags, nothing_written, refusal, save, save_bare, super_res, unet
 
 from fastdiff import sample, super_res_sample
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DIFFUSION, relative_error, super_res, unet
+from helpers.tiny import DIFFUSION, relative_error, super_res, unet
 from torch import Tensor
 
 from fastdiff import ops

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import HELPERS
+from helpers.tiny import DIFFUSION, MODEL, flags, pictures, save, save_bare, super_res, unet
 from PIL import Image
-from tiny import DIFFUSION, MODEL, flags, pictures, save, save_bare, super_res, unet
 
 from fastdiff import nll, ops, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
@@ -431,7 +432,7 @@ def test_two_processes(tmp_path: Path, run: Callable[..., Arrays]) -> None:
     commands = [
         (script, flags({**given, "out_dir": tmp_path / "two" / name})) for name, (script, _, given) in jobs.items()
     ]
-    driver = Path(__file__).parents[1] / "run_scripts.py"
+    driver = HELPERS / "run_scripts.py"
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver), json.dumps(commands)]
     result = subprocess.run(
         [sys.executable, *words],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import DIFFUSION, flags, pictures, refusal, save, super_res, unet
+from helpers.tiny import DIFFUSION, flags, pictures, refusal, save, super_res, unet
 
 import fastdiff
 from fastdiff import nll, sample, super_res_sample

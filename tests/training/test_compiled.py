@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training.small_trainer import MODEL, losses_of, small_trainer, weights_of
+from helpers.small_trainer import MODEL, losses_of, small_trainer, weights_of
 
 from fastdiff import ops
 from fastdiff.models import UNetSettings, build_model

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.small_trainer import losses_of, small_trainer, weights_of
+from helpers.waits import Waits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from training.small_trainer import losses_of, small_trainer, weights_of
-from waits import Waits
 
 from fastdiff import ops
 from fastdiff.errors import UserError

@@ -6,13 +6,13 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training.guard_checks import THROUGH_ENGINE, check_skip, spoilt, state
-from training.small_trainer import small_trainer
+from helpers import HELPERS, ROOT, TESTS
+from helpers.guard_checks import THROUGH_ENGINE, check_skip, spoilt, state
+from helpers.small_trainer import small_trainer
 
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 from fastdiff.errors import UserError
@@ -23,7 +23,6 @@ from fastdiff.training.metrics import LossMeter
 from fastdiff.training.optimizer import learning_rate, learning_rate_on_device
 from fastdiff.training.settings import TrainSettings, adopt
 
-HERE = Path(__file__).parent
 TWO = [
     *("0:fp32:loss", "0:bf16:gradient", "1:fp32:gradient", "1:bf16:loss"),
     *("2:fp32:loss", "2:bf16:gradient", "3:fp32:gradient", "3:bf16:loss"),
@@ -48,9 +47,9 @@ def test_a_bad_step_through_deepspeed_is_as_if_it_had_not_been(case: str) -> Non
 def test_one_rank_of_two_has_a_bad_micro_batch() -> None:
     """Every rank skips, at every stage."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(HERE / "guard_checks.py"), *TWO]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HERE.parents[1], env=env)
+    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(HELPERS / "guard_checks.py"), *TWO]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("skipped")] == [f"skipped: {c}" for c in TWO]
 

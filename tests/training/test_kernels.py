@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import DIFFUSION, MODEL, flags, save, unet
-from training.pictures_folder import make_pictures
+from helpers.pictures_folder import make_pictures
+from helpers.tiny import DIFFUSION, MODEL, flags, save, unet
 
 from fastdiff import ops, sample, train
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import DIFFUSION, MODEL, SUPER_RES, flags, pictures, refusal, save, save_bare, super_res, unet
-from training.small_trainer import losses_of, small_trainer, weights_of
+from helpers.small_trainer import losses_of, small_trainer, weights_of
+from helpers.tiny import DIFFUSION, MODEL, SUPER_RES, flags, pictures, refusal, save, save_bare, super_res, unet
 
 from fastdiff import super_res_train, train
 from fastdiff.errors import UserError

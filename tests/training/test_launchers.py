@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import tiny
 import torch
-from training.pictures_folder import make_pictures
+from helpers import tiny
+from helpers.pictures_folder import make_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {

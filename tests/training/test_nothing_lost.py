@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.pictures_folder import make_pictures
 from torch import Tensor
-from training.pictures_folder import make_pictures
 from training.test_train_scripts import flags
 
 from fastdiff import errors, train

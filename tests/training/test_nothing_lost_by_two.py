@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training.pictures_folder import make_pictures
+from helpers.pictures_folder import make_pictures
 from training.test_nothing_lost import status_of, steps_of
 from training.test_train_scripts import flags
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training.small_trainer import losses_of, small_trainer, weights_of
+from helpers.small_trainer import losses_of, small_trainer, weights_of
 
 from fastdiff.runtime.compilation import prepare_cudnn
 from fastdiff.training.checkpoints import folder as checkpoint_files

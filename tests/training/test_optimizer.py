@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.waits import Waits
 from torch import Tensor, nn
-from waits import Waits
 
 from fastdiff import ops
 from fastdiff.training import deepspeed_engine as engines

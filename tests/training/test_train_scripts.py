@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.pictures_folder import make_pictures
+from helpers.two_ranks import run_two
 from PIL import Image
-from training.pictures_folder import make_pictures
-from training.test_resume import run_two
 
 from fastdiff import super_res_train, train
 from fastdiff.errors import UserError

@@ -1,0 +1,137 @@
+"""Networks against recorded outputs and gradients."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.golden_cases import Case, cases, load_model, model_settings
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastdiff import ops
+from fastdiff.models import SuperResSettings, build_model
+from fastdiff.models.blocks import timestep_embedding
+
+
+@cases("unet_forward")
+@pytest.mark.parametrize("use_checkpoint", [False, True], ids=["", "checkpointed"])
+def test_forward_and_gradients(case: Case, use_checkpoint: bool) -> None:
+    x = case.tensor("in_x")
+    model = load_model(case.config["model"], case.weights(), tuple(x.shape[2:]))
+    model.settings = model.settings.model_copy(update={"use_checkpoint": use_checkpoint})
+    stride = case.config.get("store_stride", 1)
+    kwargs = case.conditioning(model)
+    with torch.no_grad():
+        case.check("out_int", model(x, case.tensor("in_t_int"), **kwargs)[..., ::stride, ::stride])
+        if case.has("in_x_small"):
+            case.check("out_small", model(case.tensor("in_x_small"), case.tensor("in_t_frac"), **kwargs))
+    x.requires_grad_()
+    out = model(x, case.tensor("in_t_frac"), **kwargs)
+    case.check("out_frac", out[..., ::stride, ::stride])
+    loss = (case.tensor("in_loss_weight") * out).sum()
+    case.check("out_loss", loss)
+    loss.backward()
+    case.check("out_grad_x", x.grad[..., ::stride, ::stride])
+    parameters = dict(model.named_parameters())
+    recorded = [name for name in case.config["grad_params"] if case.has(f"out_grad__{name}")]
+    assert recorded
+    for name in recorded:
+        case.check(f"out_grad__{name}", parameters[name].grad)
+    order = case.expected["grad_norms_order"]
+    case.check("out_grad_norms", [parameters[name].grad.double().norm().item() for name in order])
+
+
+@cases("unet_forward")
+def test_feature_vectors(case: Case) -> None:
+    if not case.has("out_feature_rms_down"):
+        pytest.skip("no features recorded")
+    x = case.tensor("in_x")
+    model = load_model(case.config["model"], case.weights(), tuple(x.shape[2:]))
+    with torch.no_grad():
+        features = model.get_feature_vectors(x, case.tensor("in_t_frac"), **case.conditioning(model))
+    for place, maps in features.items():
+        maps = [maps] if isinstance(maps, torch.Tensor) else maps
+        case.check(f"out_feature_rms_{place}", [m.double().square().mean().sqrt().item() for m in maps])
+
+
+@cases("unet_forward")
+def test_area_averaging(case: Case) -> None:
+    if not case.has("in_large"):
+        pytest.skip("not super-resolution")
+    from fastdiff.training.trainer import low_res_of
+
+    size = case.config["area_small_size"]
+    case.check("out_area_low_res", low_res_of(case.tensor("in_large"), (size, size)))
+
+
+@cases("timestep_embedding")
+def test_timestep_embedding(case: Case) -> None:
+    checked = 0
+    for name in case.data:
+        if not name.startswith("out_dim"):
+            continue
+        parts = name.removeprefix("out_dim").split("__")
+        period = case.config["default_max_period"]
+        if len(parts) > 2:
+            period = int(parts[2].removeprefix("max_period"))
+        case.check(name, timestep_embedding(case.tensor(f"in_{parts[1]}"), int(parts[0]), period))
+        checked += 1
+    assert checked
+
+
+@cases("reference_configs")
+def test_published_configurations(case: Case) -> None:
+    shapes = json.loads((case.folder / case.expected["shapes_file"]).read_text())
+    for name, spec in case.config["configs"].items():
+        settings = model_settings(spec)
+        with torch.device("meta"):
+            model = build_model(settings).eval()
+        state = {key: list(value.shape) for key, value in model.state_dict().items()}
+        assert state == shapes[name], name
+        assert list(state) == list(shapes[name]), name
+        expected = case.expected["configs"][name]
+        assert sum(p.numel() for p in model.parameters()) == expected["param_count"]
+        assert len(list(model.parameters())) == expected["num_tensors"]
+        inputs = {"x": torch.empty(1, settings.in_channels, *settings.size_hw, device="meta")}
+        inputs["timesteps"] = torch.zeros(1, device="meta")
+        if settings.class_cond:
+            inputs["y"] = torch.zeros(1, dtype=torch.int64, device="meta")
+        if isinstance(settings, SuperResSettings):
+            inputs["low_res"] = torch.empty(1, settings.in_channels, *settings.small_size, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), ops.using("reference"):
+            out = model(**inputs)
+        assert list(out.shape) == expected["output_shape"]
+        assert counter.get_total_flops() == pytest.approx(expected["forward_flops_per_image"], rel=1e-9)
+
+
+@cases("reference_configs")
+def test_flags_and_defaults(case: Case) -> None:
+    """Every flag of the original's scripts is a flag of ours with the same default."""
+    from fastdiff.config.load import Config, SuperResConfig, load
+
+    scripts = {
+        "image_train": (Config, ("model", "diffusion", "data", "train")),
+        "image_sample": (Config, ("model", "diffusion", "sample")),
+        "image_nll": (Config, ("model", "diffusion", "data", "nll")),
+        "super_res_train": (SuperResConfig, ("model", "diffusion", "data", "train")),
+        "super_res_sample": (SuperResConfig, ("model", "diffusion", "sample")),
+    }
+    for script, flags in case.expected["script_flag_defaults"].items():
+        kind, sections = scripts[script]
+        argv = [word for name, value in flags.items() if value != "" for word in (f"--{name}", str(value))]
+        given, _ = load(argv, description="", sections=sections, kind=kind)
+        bare, _ = load([], description="", sections=sections, kind=kind)
+        assert given.model_dump() == bare.model_dump(), script
+        stored = {name: value for s in sections for name, value in getattr(bare, s).model_dump(mode="json").items()}
+        for name, value in flags.items():
+            assert type(value)(stored[name]) == value, (script, name)
+
+
+def test_low_res_matches_interpolate() -> None:
+    """Area averaging by a whole factor is the mean of each block."""
+    from fastdiff.training.trainer import low_res_of
+
+    x = torch.randn(2, 3, 8, 12)
+    blocks = x.reshape(2, 3, 4, 2, 6, 2).mean(dim=(3, 5))
+    torch.testing.assert_close(low_res_of(x, (4, 6)), blocks)
+    assert F.interpolate(x, (4, 6), mode="area").shape == blocks.shape

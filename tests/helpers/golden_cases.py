@@ -1,0 +1,159 @@
+"""Finds the golden cases (recorded inputs and results) and compares against them at their stated tolerances."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model
+from helpers import TESTS
+
+DEVICE = os.environ.get("FASTDIFF_DEVICE", "cpu")  # cuda: the numbers recorded on a CPU, computed on a GPU
+FOLDER = Path(os.environ.get("FASTDIFF_GOLDEN") or TESTS / "golden")
+
+
+@dataclass
+class Case:
+    """One folder of recorded numbers."""
+
+    folder: Path
+    spec: dict[str, Any] = field(repr=False)
+    slack: Callable[[str], float] = lambda name: 1.0  # of each array's tolerance
+
+    @cached_property
+    def data(self) -> dict[str, np.ndarray]:
+        with np.load(self.folder / "arrays.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.spec["config"]
+
+    @property
+    def expected(self) -> dict[str, Any]:
+        return self.spec["expected"]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self.data[name]).to(DEVICE)
+
+    def has(self, name: str) -> bool:
+        return name in self.data
+
+    def weights(self, name: str = "weights.pt") -> dict[str, torch.Tensor]:
+        return torch.load(self.folder / name, weights_only=True)
+
+    def check(self, name: str, got: Any) -> None:
+        """Compare with the array `name`, at its tolerance."""
+        spec, want = self.spec["arrays"][name], self.data[name]
+        got = got.detach().cpu().numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
+        assert got.shape == want.shape, f"{name}: shape {got.shape}, recorded {want.shape}"
+        if spec.get("exact"):
+            np.testing.assert_array_equal(got, want, err_msg=name)
+            return
+        a, b = want.astype(np.float64), got.astype(np.float64)
+        if spec.get("compare") == "exp":
+            a, b = np.exp(a), np.exp(b)
+        if spec.get("skip_rows"):
+            a, b = (np.delete(values, spec["skip_rows"], 0) for values in (a, b))
+        size = np.abs(np.nan_to_num(a))
+        if spec["scale"] == "row" and a.ndim:
+            size = np.broadcast_to(size.reshape(len(a), -1).max(1).reshape((-1,) + (1,) * (a.ndim - 1)), a.shape)
+        elif spec["scale"] == "all":
+            size = np.full(a.shape, size.max())
+        bound = self.slack(name) * (spec["atol"] + spec["rtol"] * size)
+        bad = ~((np.abs(a - b) <= bound) | (np.isnan(a) & np.isnan(b)))
+        worst = np.nanmax(np.abs(a - b) / np.maximum(bound, 1e-300))
+        assert not bad.any(), f"{name}: {bad.sum()} of {bad.size} values off, worst {worst:.3g} times the tolerance"
+
+    def conditioning(self, model: UNet) -> dict[str, torch.Tensor]:
+        """What the network takes beside images and timesteps: labels, and small images to enlarge."""
+        takes = {"y": model.settings.class_cond, "low_res": isinstance(model.settings, SuperResSettings)}
+        return {name: self.tensor(f"in_{name}") for name, needed in takes.items() if needed}
+
+    def run_model(self, weights: str, hw: tuple[int, int]) -> UNet:
+        """The network of a case whose config lists `models` by file of weights."""
+        return load_model(self.config["models"][weights], self.weights(weights), hw)
+
+
+def class_conditional(case: Case, images: int, folder: Path) -> Case:
+    """The case with labels `in_y` for class-conditional networks, written as a case like any other.
+
+    The recorded results stay: the right label's embedding, one for all images, is what the last bias of the time
+    embedding lacks. With any other label the outputs are NaN. SkipCounter the test if the case has labels of its own.
+    """
+    if case.has("in_y"):
+        pytest.skip("recorded with labels")
+    label, classes = 5, 7
+    spec, arrays = json.loads(json.dumps(case.spec)), {**case.data, "in_y": np.full(images, label)}
+    for name, model in spec["config"]["models"].items():
+        model["kwargs"]["num_classes"] = classes
+        weights = {key: value.clone() for key, value in case.weights(name).items()}
+        bias = weights["time_embed.2.bias"]
+        weights["label_emb.weight"] = torch.full((classes, len(bias)), torch.nan)
+        weights["label_emb.weight"][label] = 0.1 * torch.randn(len(bias), generator=torch.Generator().manual_seed(0))
+        bias -= weights["label_emb.weight"][label]
+        torch.save(weights, folder / name)
+    for name in spec["arrays"]:
+        if name.endswith("__grad_norm"):  # the embedding's gradient is that of the bias
+            more = case.data[name.removesuffix("norm") + "_time_embed.2.bias"].astype(np.float64)
+            arrays[name] = np.hypot(case.data[name], np.linalg.norm(more))
+    np.savez(folder / "arrays.npz", **arrays)
+    (folder / "case.json").write_text(json.dumps(spec))
+    return Case(folder, spec, case.slack)
+
+
+def cases(kind: str) -> Any:
+    """pytest parametrisation over the cases of a kind."""
+    found = []
+    for file in sorted(FOLDER.glob("*/case.json")):
+        spec = json.loads(file.read_text())
+        if spec["kind"] == kind:
+            found.append(pytest.param(Case(file.parent, spec), id=file.parent.name))
+    return pytest.mark.parametrize("case", found or [pytest.param(None, marks=pytest.mark.skip(f"no case of {kind}"))])
+
+
+def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> BackboneSettings:
+    """Settings for a network that a case describes by the original's flags or constructor arguments."""
+    if "flags" in spec:
+        kind = SuperResSettings if spec["builder"].startswith("sr_") else UNetSettings
+        return kind(**{name: value for name, value in spec["flags"].items() if name in kind.model_fields})
+    kwargs = spec["kwargs"]
+    assert hw is not None
+    assert kwargs["dims"] == 2
+    assert kwargs["conv_resample"]
+    common = {
+        "num_channels": kwargs["model_channels"],
+        "in_channels": kwargs["in_channels"],
+        "learn_sigma": kwargs["out_channels"] == 2 * kwargs["in_channels"],
+        "attention_resolutions": [min(hw) // f for f in kwargs["attention_resolutions"] if f <= min(hw)],
+        "class_cond": kwargs["num_classes"] is not None,
+        **({"num_classes": kwargs["num_classes"]} if kwargs["num_classes"] is not None else {}),
+    }
+    same = ("num_res_blocks", "dropout", "channel_mult", "use_checkpoint", "num_heads", "num_heads_upsample")
+    common |= {name: kwargs[name] for name in (*same, "use_scale_shift_norm")}
+    if spec["builder"] == "SuperResModel":
+        return SuperResSettings(large_size=hw, small_size=[1, 1], **common)
+    return UNetSettings(image_size=hw, **common)
+
+
+def load_model(spec: dict[str, Any], weights: dict[str, torch.Tensor], hw: tuple[int, int]) -> UNet:
+    """The network with a case's weights, ready to run."""
+    model = build_model(model_settings(spec, hw))
+    model.load_state_dict(weights)
+    return model.to(DEVICE).eval()
+
+
+def diffusion_for(flags: dict[str, Any]) -> GaussianDiffusion:
+    """The process that a case describes by the original's flags."""
+    settings = {name: value for name, value in flags.items() if name in DiffusionSettings.model_fields}
+    return create_diffusion(DiffusionSettings(**settings), learn_sigma=flags.get("learn_sigma", False))

@@ -1,0 +1,106 @@
+"""Takes training steps and draws, with kernels launched on a GPU that exists only by name, after compiling them ahead.
+
+Prints as JSON what the run's own dispatch compiled or found in Triton's cache: {"found": names, "compiled": names,
+"ahead": number of launches compiled ahead}. The process must run without TRITON_INTERPRET, with an empty cache.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from fastdiff.kernels import aot
+from helpers import small_trainer as small
+from helpers.small_trainer import small_trainer
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastdiff import ops, precompile
+from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion.solvers import make_plan
+from fastdiff.models import UNetSettings, build_model
+from fastdiff.models.freeze import freeze
+from fastdiff.sampling.engine import Engine, sampling_launches
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
+from fastdiff.training.launches import training_launches
+
+ARCH = 90
+MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resolutions": "8"}
+DIFFUSION = DiffusionSettings(diffusion_steps=50, noise_schedule="cosine")
+RATES = (0.9, 0.99)
+LABELLED = UNetSettings(**{**MODEL, "class_cond": True, "null_class": True, "num_classes": 3})
+DRAWING = (create_diffusion(DIFFUSION, learn_sigma=True), make_plan(create_diffusion(DIFFUSION, True), "ddpm"))
+GUIDANCE = Guidance(2.0, (0.0, 1.0))
+BATCH = 5
+
+
+class NoGPU:
+    """What Triton asks a driver for in a launch. Nothing is loaded, and nothing runs."""
+
+    launcher_cls = staticmethod(lambda source, metadata: lambda *args: None)
+    utils = SimpleNamespace(
+        load_binary=lambda name, binary, shared, device: (1, 1, 0, 0, 1024),
+        unload_module=lambda module: None,
+        get_device_properties=lambda device: {"max_shared_mem": 232448},
+    )
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCH, 32)
+
+
+def recorded() -> list[Any]:
+    """What the three tasks below would launch."""
+    model = UNetSettings(**MODEL)
+    found = training_launches(model, DIFFUSION, 2, torch.bfloat16, more=True, rates=RATES)
+    found += training_launches(model, DIFFUSION, 2, torch.bfloat16, rates=RATES, through_engine=True)
+    return found + sampling_launches(LABELLED, *DRAWING, BATCH, torch.bfloat16, guidance=GUIDANCE)
+
+
+def compile_ahead(launches: list[Any]) -> int:
+    """By two processes, as a run starts them."""
+    lines = list(dict.fromkeys(map(aot.to_json, launches)))
+    workers = [precompile._spawn(ARCH, lines[i::2]) for i in range(2)]
+    assert [worker.wait() for worker in workers] == [0, 0]
+    assert aot.missing(lines, ARCH) == []
+    return len(lines)
+
+
+def step(**given: Any) -> None:
+    trainer = small_trainer(model=MODEL, ema_rate=",".join(map(str, RATES)), **given)
+    trainer.model.set_precision(torch.bfloat16)
+    trainer.take_step()
+
+
+def draw() -> None:
+    process, plan = DRAWING
+    model = freeze(build_model(LABELLED).set_precision(torch.bfloat16))
+    device = torch.device("cpu")
+    evaluation = GuidedNetwork(model, plan, process, GUIDANCE, device)
+    engine = Engine(evaluation, plan, process, device, batch_size=BATCH, seed_stream=SAMPLES)
+    engine.draw(torch.arange(BATCH), torch.arange(BATCH) % 3)
+
+
+def main() -> None:
+    seen: dict[bool, set[str]] = {True: set(), False: set()}
+    ops.use("triton", anywhere=True)
+    ahead = compile_ahead(recorded())
+    knobs.compilation.listener = lambda *, metadata, cache_hit, **_: seen[cache_hit].add(metadata["name"])
+    driver.set_active(NoGPU())
+    step()
+    step(zero_stage=2, precision="bf16")  # through DeepSpeed
+    draw()
+    print(json.dumps({"found": sorted(seen[True]), "compiled": sorted(seen[False]), "ahead": ahead}))
+
+
+if __name__ == "__main__":
+    main()

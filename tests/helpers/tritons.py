@@ -1,0 +1,26 @@
+"""Runs Python with kernels that are compiled, not interpreted, by the Triton of .venv or the oldest one admitted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OLDEST = "3.6.0"  # that setup.py admits; the Makefile installs it aside
+TRITONS = pytest.mark.parametrize("triton", ["", OLDEST], ids=["Triton", f"Triton {OLDEST}"])
+
+
+def run(triton: str, *command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    """SkipCounter the test if the Triton is not there."""
+    pytest.importorskip("triton")
+    aside = ROOT / f".triton-{triton}"
+    if triton and not (aside / "triton").is_dir():
+        pytest.skip(f"Triton {triton} is not installed aside; make setup does that")
+    path = [*([str(aside)] if triton else []), str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]
+    given = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, path)), **environment}
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=given)

@@ -1,0 +1,197 @@
+"""Ranks that die, hang or fail: every rank ends, and the last line says whose end it was and why."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from helpers import HELPERS, ROOT, TESTS
+
+from fastdiff.runtime.heartbeat import End, Exchange, Sign, behind
+from fastdiff.runtime.processes import Processes
+from fastdiff.runtime.watchdog import Watchdog
+
+OPTIONS = "timeout:1 attempts:1"
+CASES = [
+    *("quiet", "slow", "killed", "killed host", "stopped", "stuck", "bug", "error", "same error", "same late error"),
+    *("early error", "asked to stop", "asked twice"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, Any]:
+    """Case → {"codes": of both ranks, "words": of both ranks}."""
+    done = subprocess.run(
+        [sys.executable, str(HELPERS / "watched_ranks.py"), *CASES],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # Stores look up the names of clients that they lose; a name server that doesn't answer takes 5 s, or here 1.
+        env={
+            **os.environ,
+            **{"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "RES_OPTIONS": OPTIONS},
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)  # whole, for when a test fails
+    return dict(json.loads(done.stdout))
+
+
+def last_lines(outcome: dict[str, Any]) -> list[str]:
+    return [words.strip().splitlines()[-1] if words.strip() else "" for words in outcome["words"]]
+
+
+@pytest.mark.parametrize("case", ["quiet", "slow"])
+def test_nothing_is_said_where_nothing_is_wrong(case: str, outcomes: dict[str, Any]) -> None:
+    """slow: rank 0 is longer in one place than others may be, with leave, and rank 1 waits for it."""
+    assert outcomes[case] == {"codes": [0, 0], "words": ["", ""]}
+
+
+@pytest.mark.parametrize(("case", "lost"), [("killed", 1), ("killed host", 0)])
+def test_a_killed_rank(case: str, lost: int, outcomes: dict[str, Any]) -> None:
+    """Of rank 0 the store dies too, of which torch may print a trace before."""
+    other = 1 - lost
+    assert outcomes[case]["codes"][lost] == -9
+    assert outcomes[case]["codes"][other] == 76
+    line = last_lines(outcomes[case])[other]
+    assert re.fullmatch(
+        rf"train\.py: rank {lost} \(\S+, pid \d+\) is gone without a word \(.*\), last at step \d+", line
+    )
+
+
+def test_a_stopped_rank(outcomes: dict[str, Any]) -> None:
+    assert outcomes["stopped"]["codes"] == [76, -9]
+    (line,) = outcomes["stopped"]["words"][0].splitlines()
+    assert re.fullmatch(r"train\.py: rank 1 \(\S+, pid \d+\) gave no sign of life for 8 s, last at step \d+", line)
+
+
+def test_a_stuck_rank_is_told_from_the_one_that_waits_for_it(outcomes: dict[str, Any]) -> None:
+    assert outcomes["stuck"]["codes"] == [76, 76]
+    line = last_lines(outcomes["stuck"])[0]
+    said = r"is late: no progress for \d+ s at step 50, in watched_ranks\.py:\d+; the others wait for it"
+    assert re.fullmatch(rf"train\.py: rank 1 \(\S+, pid \d+\) {said}", line)
+    stacks = outcomes["stuck"]["words"][1]
+    assert "in happen" in stacks
+
+
+@pytest.mark.parametrize(("case", "code", "reason"), [("bug", 1, "ValueError: no such key"), ("error", 2, "bad file")])
+def test_one_ranks_exception(case: str, code: int, reason: str, outcomes: dict[str, Any]) -> None:
+    """Its own rank shows the traceback of a bug, and the other one only says what it was."""
+    assert outcomes[case]["codes"] == [76, code]
+    zero, one = outcomes[case]["words"]
+    assert re.fullmatch(rf"train\.py: rank 1 \(\S+\) ended: {reason}\n", zero)
+    assert ("Traceback" in one) == (case == "bug")
+    assert one.strip().endswith("ValueError: no such key" if case == "bug" else "train.py: error on rank 1: bad file")
+
+
+@pytest.mark.parametrize(("case", "reason"), [("same error", "bad flag"), ("same late error", "disk full")])
+def test_the_same_error_on_every_rank_is_said_once(case: str, reason: str, outcomes: dict[str, Any]) -> None:
+    assert outcomes[case]["codes"][0] == 2
+    if case == "same late error":
+        assert outcomes[case]["codes"][1] == 2
+        assert outcomes[case]["words"] == [f"train.py: error: {reason}\n", ""]
+    else:  # before there is a store: the launcher's signal would end rank 1 within its two seconds
+        assert outcomes[case]["words"][0] == f"train.py: error: {reason}\n"
+
+
+def test_an_error_before_the_ranks_have_joined(outcomes: dict[str, Any]) -> None:
+    assert outcomes["early error"]["codes"] == [76, 2]
+    assert "rank 1" in outcomes["early error"]["words"][0]
+    assert outcomes["early error"]["words"][0].endswith("ended: no such folder\n")
+
+
+def test_a_signal_to_one_rank_stops_all(outcomes: dict[str, Any]) -> None:
+    said = "train.py: saved after step 50, by a signal to another rank\n"
+    assert outcomes["asked to stop"] == {"codes": [75, 75], "words": [said, ""]}
+
+
+def test_a_second_signal_ends_a_rank_inside_a_collective(outcomes: dict[str, Any]) -> None:
+    assert outcomes["asked twice"]["codes"] == [130, 76]
+    assert outcomes["asked twice"]["words"][0] == "train.py: ended at once by a second SIGTERM\n"
+
+
+def sign(rank: int, collectives: int, waits: bool) -> Sign:
+    return Sign(rank, "node", "boot", 100 + rank, 7, "step 3", "loader.py:5", 700, 600, collectives, waits, False)
+
+
+@pytest.mark.parametrize(
+    ("signs", "late"),
+    [
+        ([sign(0, 5, True), sign(1, 4, False), sign(2, 5, True)], [1]),
+        ([sign(0, 4, False), sign(1, 5, True)], [0]),
+        ([sign(0, 5, True), sign(1, 5, False)], [1]),  # counts that say nothing
+        ([sign(0, 5, True), sign(1, 5, True)], []),  # the link, or a bug: nobody came too late
+        ([sign(0, 5, False), sign(1, 5, False)], []),
+        ([sign(0, 7, False), sign(1, 6, True), sign(2, 6, True)], [0]),  # gloo counts what rank 0 gathered before
+    ],
+)
+def test_who_is_late(signs: list[Sign], late: list[int]) -> None:
+    assert [sign.rank for sign in behind(signs)] == late
+
+
+class Store:
+    """A store in which another rank has told its sign, and that it ended, before this one first looks."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {
+            "fastdiff/sign/1": json.dumps(asdict(sign(1, 0, False))),
+            "fastdiff/end/1": json.dumps(asdict(End(1, 101, 2, "no such folder", "rank 1 ended", "itself"))),
+        }
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def add(self, key: str, number: int) -> int:
+        return 1 + number
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def get(self, key: str) -> str:
+        return self.values[key]
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        return [self.values[key] for key in keys]
+
+
+@pytest.mark.parametrize(("restarts", "heard"), [("0", True), ("2", False)])
+def test_an_end_from_before_the_first_look(restarts: str, heard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store may still hold what an earlier start said, but only where ranks are started anew."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setattr(Exchange, "_run", lambda self: None)
+    exchange, store = Exchange(0, 2, lambda beat: sign(0, 0, False), 1.0), Store()
+    for _ in range(2):
+        exchange._exchange(store, time.monotonic())  # type: ignore[arg-type]
+    assert [end.reason for _, end in exchange.others_ends()] == (["no such folder"] if heard else [])
+
+
+def test_a_process_that_was_stopped_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by scontrol suspend: the time in which nobody ran is nobody's fault."""
+    alone = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    watchdog = Watchdog(alone, stall_seconds=5.0)
+    watchdog.progress("step 1")
+    before = watchdog._progress_at
+    watchdog._forgive(time.monotonic(), 100.0)
+    assert watchdog._progress_at == before + 100.0
+
+
+def test_alone_a_stall_is_reported_and_waited_out(capfd: pytest.CaptureFixture[str]) -> None:
+    alone = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    out = ""
+    with Watchdog(alone, stall_seconds=0.1) as watchdog:
+        watchdog.progress("step 1")
+        until = time.monotonic() + 30
+        while "waits on" not in out and time.monotonic() < until:
+            time.sleep(0.1)
+            out += capfd.readouterr().err
+    assert "test_alone_a_stall" in out
+    assert re.search(r"fastdiff: no progress for \d+ s at step 1; it waits on\n$", out)

@@ -1,0 +1,296 @@
+"""Claims: one process gets each, those of the dead are free, and nobody is waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from helpers.fake_jobs import check_npz, context, drawing, job, names, place, start
+
+from fastdiff.runtime.files import SILENT, Owner, me, parse, partial_of, sweep, whole
+from fastdiff.sampling.job import claims, progress
+from fastdiff.sampling.job.claims import Claims, Held, kept_alive
+from fastdiff.sampling.job.job import run_job
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def stopping() -> Iterator[list[int]]:
+    """Processes by number that are ended with the test, even where they stand still."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def claimed(folder: Path) -> list[str]:
+    """Claims on images that say whose they are."""
+    found = []
+    for path in (folder / "claims").glob("0*-*.0"):
+        with suppress(FileNotFoundError):  # released just now
+            found += [path.name] if path.stat().st_size else []
+    return found
+
+
+def until(condition: object, seconds: float = 20.0) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.005)
+
+
+# --- files ---
+
+
+def test_only_one_gets_a_claim(tmp_path: Path) -> None:
+    claims = Claims(tmp_path / "claims")
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda _: claims.take("000-005", 0), range(40)))
+    assert sum(claim is not None for claim in got) == 1
+    assert claims.held() == {"000-005": Held(0, False)}
+    assert claims.take("000-005", 1) is not None
+    assert claims.held() == {"000-005": Held(1, False)}
+    assert parse((tmp_path / "claims" / "000-005.1").read_text()) == me()
+
+
+def test_owners(tmp_path: Path) -> None:
+    """Gone is who has ended, or another process of the same number; of other hosts nothing is known."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started = claims._started(child.pid)
+    assert started is not None
+    owner = Owner(me().host, child.pid, started)
+    assert parse(owner.tag) == owner
+    assert not owner.is_gone()
+    assert owner._replace(started=started + 1).is_gone()
+    child.kill()
+    until(owner.is_gone)  # even before its parent asks how it ended
+    child.communicate()
+    assert owner.is_gone()
+    assert not owner._replace(host="elsewhere").is_gone()
+    assert not me().is_gone()
+
+    (tmp_path / "a.0").write_text(owner.tag)
+    (tmp_path / "b.0").write_text(owner._replace(host="elsewhere").tag)
+    (tmp_path / "c.0").write_text("")  # created, not written yet
+    (tmp_path / "d.0").write_text(owner.tag)
+    (tmp_path / "d.1").write_text(me().tag)
+    assert Claims(tmp_path).held() == {
+        "a": Held(0, True),
+        "b": Held(0, False),
+        "c": Held(0, False),
+        "d": Held(1, False),
+    }
+
+
+def test_alone(tmp_path: Path) -> None:
+    """A claim for one process alone goes over when its owner has ended or gives no sign of life."""
+    first = Claims(tmp_path).take_alone("merge")
+    assert first is not None
+    assert Claims(tmp_path).take_alone("merge") is None
+    past = time.time() - SILENT - 10
+    os.utime(first.path, (past, past))
+    second = Claims(tmp_path).take_alone("merge")
+    assert second is not None
+    assert second.path.name == "merge.1"
+    second.path.write_text(me()._replace(started=me().started + 1).tag)  # somebody's who has ended
+    assert Claims(tmp_path).take_alone("merge") is not None
+    assert names(tmp_path) == ["merge.0", "merge.1", "merge.2"]
+
+
+def test_a_claim_without_a_name(tmp_path: Path) -> None:
+    """Whoever ended between making the file and writing its name into it holds nothing for long."""
+    nameless = tmp_path / "merge.0"
+    nameless.touch()
+    others = Claims(tmp_path)
+    assert others.held() == {"merge": Held(0, False)}
+    assert others.take_alone("merge") is None
+    past = time.time() - 10
+    os.utime(nameless, (past, past))
+    assert others.held() == {"merge": Held(0, True)}
+    others.tidy(lambda name: False)
+    assert not nameless.exists()
+    assert others.take_alone("merge") is not None
+
+
+def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "_BEAT", 0.01)
+    claim = Claims(tmp_path).take("merge", 0)
+    assert claim is not None
+    os.utime(claim.path, (0, 0))
+    with kept_alive(claim):
+        until(lambda: claim.path.stat().st_mtime > time.time() - 60)
+    assert names(tmp_path) == []
+
+
+def test_whole_files(tmp_path: Path) -> None:
+    """A file has its name when it is finished; what others left unfinished goes when they have ended."""
+    target = tmp_path / "a.npz"
+
+    def fail() -> None:
+        with whole(target) as file:
+            file.write(b"half")
+            assert names(tmp_path) == [partial_of(target).name]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert names(tmp_path) == []
+    with whole(target) as file:
+        file.write(b"whole")
+    assert target.read_bytes() == b"whole"
+    ended, other = me()._replace(started=me().started + 1), Owner("elsewhere", 1, 2)
+    for name in (f".a.npz.{ended.tag}.partial", f".a.npz.{other.tag}.partial", ".of.somebody.partial", ".b"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert names(tmp_path) == [f".a.npz.{other.tag}.partial", ".b", ".of.somebody.partial", "a.npz"]
+    os.utime(tmp_path / f".a.npz.{other.tag}.partial", (0, 0))  # nothing has been written for long
+    sweep(tmp_path)
+    assert names(tmp_path) == [".b", ".of.somebody.partial", "a.npz"]
+
+
+# --- jobs of several processes ---
+
+
+@pytest.mark.parametrize("launched", [True, False], ids=["one launch", "a job array"])
+def test_processes_share_a_job(launched: bool, folder: Path, tmp_path: Path) -> None:
+    """Three processes draw a job of 40 parts; each takes its share, and no part is drawn needlessly often."""
+    logs = [tmp_path / f"{rank}.log" for rank in range(3)]
+    processes = [
+        start(
+            folder,
+            job(200, grid_images=9),
+            rank=rank if launched else 0,
+            world_size=3 if launched else 1,
+            pause=0.003,
+            log=str(logs[rank]),
+        )
+        for rank in range(3)
+    ]
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0, [log.read_text() for log in logs]
+    drawn = [[line for line in log.read_text().splitlines() if line.startswith("draws")] for log in logs]
+    assert all(len(lines) >= 5 for lines in drawn), drawn
+    assert 40 <= sum(map(len, drawn)) <= 40 + 6  # at the end, each may be at what another is just finishing
+    check_npz(folder, 200)
+    assert names(folder) == ["job.json", "samples_200x4x6x3.npz", "samples_200x4x6x3.png"]
+    said = "".join(log.read_text() for log in logs)
+    assert said.count("200 images in ") == 1
+
+
+def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: list[int]) -> None:
+    """Its images are drawn by others; when it wakes up, it finds that and leaves."""
+    stalled = start(folder, job(), pause=0.02, rank=1, world_size=2)
+    stopping.append(stalled.pid)
+    until(lambda: claimed(folder))
+    os.kill(stalled.pid, signal.SIGSTOP)
+    first = claimed(folder)[0]
+    drawn: list[int] = []
+    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    check_npz(folder, 23)
+    assert int(first[:9]) == drawn[-1]  # what it was at comes last
+    before = (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns
+    os.kill(stalled.pid, signal.SIGCONT)
+    stalled.join(20)
+    assert stalled.exitcode == 0
+    assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
+    assert (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns == before
+
+
+def test_claims_of_the_dead_are_free(folder: Path) -> None:
+    """A killed process's images come in their turn, not last."""
+    process = start(folder, job(), pause=0.05)
+    until(lambda: claimed(folder))
+    process.kill()
+    process.join()
+    drawn: list[int] = []
+    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    assert drawn == [0, 5, 10, 15, 20]
+    check_npz(folder, 23)
+    assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
+
+
+def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
+    run_job(drawing(), job(1), place(), folder)
+    for name in ("000000005-000000010.0", "000000010-000000015.0", "000000010-000000015.1"):
+        (folder / "claims").mkdir(exist_ok=True)
+        (folder / "claims" / name).write_text(Owner("elsewhere", 1, 2).tag)
+    drawn: list[int] = []
+    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    assert drawn == [1, 15, 20, 5, 10]
+    check_npz(folder, 23)
+    assert names(folder) == ["job.json", "samples_1x4x6x3.npz", "samples_23x4x6x3.npz"]
+
+
+def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_OFTEN", 0.0)
+    steps = 0
+
+    def told(index: object) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 1:  # while this process is at its first part, another draws everything
+            run_job(drawing(), job(), place(), folder)
+
+    run_job(drawing(told=told), job(), place(), folder)
+    assert steps == 1
+    check_npz(folder, 23)
+    assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
+
+
+def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another leaves in the meantime; when the first is killed, the same command does it at once."""
+    (folder / "claims").mkdir(parents=True)
+    other = context.Process(target=time.sleep, args=(60,), daemon=True)
+    other.start()
+    started = claims._started(other.pid)
+    assert started is not None
+    (folder / "claims" / "merge-23-npz-0-0.0").write_text(Owner(me().host, other.pid, started).tag)
+    run_job(drawing(), job(), place(1, 2), folder)
+    assert "process 1: all images are drawn; another process puts them together" in capsys.readouterr().out
+    assert not list(folder.glob("*.npz"))
+    other.kill()
+    other.join()
+    run_job(drawing(), job(), place(), folder)
+    check_npz(folder, 23)
+    assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
+
+
+def test_starting_at_the_same_moment(tmp_path: Path) -> None:
+    """All agree on one size of parts, or are refused as another job; the folder then holds one job's images."""
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        logs = [tmp_path / f"{attempt}.{rank}" for rank in range(4)]
+        processes = [start(folder, job(60, part_size=3 + rank), log=str(log)) for rank, log in enumerate(logs)]
+        for process in processes:
+            process.join(30)
+        assert [process.exitcode for process in processes] == [0] * 4
+        check_npz(folder, 60)
+        assert names(folder) == ["job.json", "samples_60x4x6x3.npz"]
+
+
+def test_overwriting_at_the_same_moment(folder: Path) -> None:
+    """Another job's files go once: not those that the first of the processes has drawn since."""
+    run_job(drawing(), job(30, identity={"seed": 1}, seed=1), place(), folder)
+    processes = [start(folder, job(60), overwrite=True, pause=0.001) for _ in range(4)]
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 4
+    check_npz(folder, 60)
+    assert names(folder) == ["job.json", "samples_60x4x6x3.npz"]

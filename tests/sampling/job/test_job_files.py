@@ -1,0 +1,544 @@
+"""Files of sampling jobs: what is in them, and that no interruption loses, doubles or changes an image."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+import time
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.fake_jobs import (
+    CLASSES,
+    SHAPE,
+    check_npz,
+    drawing,
+    images,
+    job,
+    labels,
+    names,
+    place,
+    start,
+    tracing,
+)
+from helpers.tiny import files, nothing_written
+from PIL import Image
+
+from fastdiff.errors import UserError
+from fastdiff.images import label_images, list_images
+from fastdiff.sampling.job import chunks as parts
+from fastdiff.sampling.job import exports, progress
+from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, member, split
+from fastdiff.sampling.job.exports import class_words, file_name, index_in
+from fastdiff.sampling.job.job import Job, run_job
+from fastdiff.sampling.pictures import Images, steps_shown, strip
+
+ALL = ("npz", "png", "zip", "tar")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def run(folder: Path, job: Job, **changes: Any) -> list[Range]:
+    """Run the job here; returns the ranges that it drew."""
+    drawn: list[Range] = []
+    told = lambda index: drawn.append(Range(int(index[0]), int(index[-1]) + 1))
+    given = {"labelled": job.labelled, "shape": job.shape}
+    run_job(drawing(told=told, **given), job, place(), folder, trace=tracing, **changes)
+    return drawn
+
+
+def refused(folder: Path, job: Job) -> str:
+    """The one sentence with which a job is refused, which changes nothing."""
+    with nothing_written(folder), pytest.raises(UserError) as caught:
+        run(folder, job)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(folder), "FOLDER")
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 23])
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_npz(count: int, labelled: bool, folder: Path) -> None:
+    assert run(folder, job(count, labelled=labelled)) == split([Range(0, count)], 5)
+    check_npz(folder, count, labelled)
+    assert names(folder) == ["job.json", f"samples_{count}x4x6x3.npz"]
+
+
+def test_batch_larger_than_the_job_and_small_parts(folder: Path) -> None:
+    assert run(folder, job(23, part_size=1000)) == [Range(0, 23)]
+    check_npz(folder, 23)
+
+
+def test_npz_can_be_mapped(folder: Path) -> None:
+    """Arrays lie in it as they are, and each has its checksum."""
+    run(folder, job(23))
+    path = folder / "samples_23x4x6x3.npz"
+    np.testing.assert_array_equal(member(path, "arr_0"), images(np.arange(23)), strict=True)
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["arr_0.npy", "arr_1.npy", "seed.npy", "index.npy"]
+
+
+def test_what_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(folder, job(23, grid_images=100, note=", enlarged from 5"))
+    shown = capsys.readouterr()
+    first, second = shown.out.splitlines()
+    assert first.startswith(f"23 images in {folder / 'samples_23x4x6x3.npz'}, ")
+    assert first.endswith(" images/s, enlarged from 5")
+    assert second == f"the first 23 as a picture in {folder / 'samples_23x4x6x3.png'}"
+    before = files(folder)
+    assert run(folder, job(23, grid_images=100)) == []
+    assert files(folder) == before
+    shown = capsys.readouterr()
+    assert shown.out == f"23 images in {folder / 'samples_23x4x6x3.npz'}: complete already\n"
+    assert shown.err == ""
+
+
+def test_what_is_returned(folder: Path) -> None:
+    made = run_job(drawing(), job(23, save_as=ALL, grid_images=3, trajectory=2), place(), folder, trace=tracing)
+    ends = (".npz", ".zip", "-000000.tar", ".png", "_steps.png", "_steps.gif")
+    assert sorted(made) == sorted([folder / "images", *(folder / f"samples_23x4x6x3{end}" for end in ends)])
+    assert all(path.exists() for path in made)
+
+
+def test_pngs_are_a_folder_to_train_on(folder: Path) -> None:
+    run(folder, job(23, save_as=("png",)))
+    found = list_images(folder / "images")
+    assert len(found) == 23
+    numbers, classes = label_images(found, folder / "images")
+    assert sorted(classes) == sorted(["ape", "big-bee", "cat-2", "dog", "ünd"])
+    for path, number in zip(found, numbers, strict=True):
+        index = index_in(path.name)
+        assert index is not None
+        assert path.name == file_name(index, int(labels(np.array([index]))[0]), class_words(CLASSES))
+        assert classes[number] == path.name.split("_")[0]
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(np.asarray(image), images(np.array([index]))[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ((7, None, []), "000007.png"),
+        ((7, 3, []), "3_000007.png"),
+        ((7, 1, ["a", "b"]), "b_000007.png"),
+        ((7, 2, ["a", "b"]), "2_000007.png"),
+        ((12345678, 0, ["a"]), "a_12345678.png"),
+    ],
+    ids=str,
+)
+def test_file_names(name: tuple[int, int | None, list[str]], want: str) -> None:
+    assert file_name(*name) == want
+    assert index_in(want) == name[0]
+
+
+def test_class_words() -> None:
+    """No two classes share a word, and none has an underscore, a slash or a dot."""
+    words = class_words(["a b", "a_b", "a-b", "", "../x", "a-b-1", "café"])
+    assert words == ["a-b", "a-b-1", "a-b-2", "3", "---x", "a-b-1-5", "café"]
+    for strange in ("000007.txt", "a.png", "00007.png", "grid.png", "a_b.png"):
+        assert index_in(strange) is None
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_zip(labelled: bool, folder: Path) -> None:
+    run(folder, job(23, labelled=labelled, save_as=("zip",)))
+    with zipfile.ZipFile(folder / "samples_23x4x6x3.zip") as archive:
+        assert archive.testzip() is None
+        listing = json.loads(archive.read("dataset.json"))
+        want = [file_name(i, i * 7 // 3 % 5 if labelled else None, class_words(CLASSES)) for i in range(23)]
+        assert listing == {"labels": [[name, i * 7 // 3 % 5] for i, name in enumerate(want)] if labelled else None}
+        assert sorted(archive.namelist()) == sorted([*want, "dataset.json"])
+        assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        for i, name in enumerate(want):
+            pixels = np.asarray(Image.open(io.BytesIO(archive.read(name))))
+            np.testing.assert_array_equal(pixels, images(np.array([i]))[0])
+
+
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_tar(labelled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exports, "SHARD", 10)
+    run(folder, job(23, labelled=labelled, save_as=("tar",)))
+    seen = 0
+    for shard in range(3):
+        with tarfile.open(folder / f"samples_23x4x6x3-{shard:06d}.tar") as archive:
+            members = {entry.name: archive.extractfile(entry).read() for entry in archive}  # type: ignore[union-attr]
+        for index in range(10 * shard, min(10 * shard + 10, 23)):
+            label = index * 7 // 3 % 5 if labelled else None
+            pixels = np.asarray(Image.open(io.BytesIO(members.pop(f"{index:06d}.png"))))
+            np.testing.assert_array_equal(pixels, images(np.array([index]))[0])
+            assert json.loads(members.pop(f"{index:06d}.json")) == {"seed": 0, "index": index, "label": label}
+            if labelled:
+                assert members.pop(f"{index:06d}.cls") == str(label).encode()
+            seen += 1
+        assert not members
+    assert seen == 23
+    assert {path.name for path in folder.glob("*.tar")} == {f"samples_23x4x6x3-00000{shard}.tar" for shard in range(3)}
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_gray_and_transparent(channels: int, folder: Path) -> None:
+    shape = (4, 6, channels)
+    one = job(3, shape=shape, labelled=False, save_as=ALL, grid_images=3)
+    run(folder, one)
+    with Image.open(folder / "images" / "000002.png") as image:
+        assert image.mode == {1: "L", 4: "RGBA"}[channels]
+        np.testing.assert_array_equal(np.asarray(image).reshape(shape), images(np.array([2]), shape)[0])
+
+
+def test_channels_that_make_no_picture(folder: Path) -> None:
+    folder.mkdir()
+    message = refused(folder, job(3, shape=(4, 6, 2), save_as=("npz", "png")))
+    assert message == "--save_as: no png can be made of 2 channels; npz takes any number"
+    run(folder, job(3, shape=(4, 6, 2), grid_images=3, trajectory=1))
+    assert names(folder) == ["job.json", "samples_3x4x6x2.npz"]
+
+
+def test_grid_and_its_change(folder: Path) -> None:
+    """Images in the order of their labels, in rows by class; made anew when other settings ask for another."""
+    run(folder, job(20, grid_images=15, grid_classes=5))
+    path = folder / "samples_20x4x6x3.png"
+    with Image.open(path) as grid:
+        enlarged = 768 // (5 * 6 + 2)
+        assert grid.size == ((3 * 8 + 2) * enlarged, (5 * 6 + 2) * enlarged)
+        small = np.asarray(grid)[::enlarged, ::enlarged]
+    for at, index in enumerate(np.argsort(labels(np.arange(15)), kind="stable")):
+        top, left = 2 + at // 3 * 6, 2 + at % 3 * 8
+        np.testing.assert_array_equal(small[top : top + 4, left : left + 6], images(np.array([index]))[0])
+    assert run(folder, job(20, grid_images=4)) == []
+    with Image.open(path) as grid:
+        assert grid.width * (2 * 6 + 2) == grid.height * (2 * 8 + 2)
+
+
+def test_trajectory(folder: Path) -> None:
+    run(folder, job(6, trajectory=4))
+    with Image.open(folder / "samples_6x4x6x3_steps.png") as picture:
+        enlarged = 768 // (4 * 8 + 2)
+        assert picture.size == ((4 * 8 + 2) * enlarged, (4 * 6 + 2) * enlarged)  # three steps and the image
+        small = np.asarray(picture)[::enlarged, ::enlarged]
+    for row in range(4):
+        top = 2 + 6 * row
+        assert [small[top, 2 + 8 * step, 0] for step in range(3)] == [0, 40, 80]
+        np.testing.assert_array_equal(small[top : top + 4, 26:32], images(np.array([row]))[0])
+    with Image.open(folder / "samples_6x4x6x3_steps.gif") as gif:
+        assert gif.n_frames == 4
+        gif.seek(3)
+        assert gif.info["duration"] == 2000
+
+
+def test_steps_shown() -> None:
+    assert steps_shown(1) == [0]
+    assert steps_shown(11) == list(range(11))
+    assert steps_shown(250) == [0, 25, 50, 75, 100, 124, 149, 174, 199, 224, 249]
+    frames = [images(np.arange(2))] * 30
+    assert strip(frames, frames[0]).width % (12 * 8 + 2) == 0
+
+
+# --- going on ---
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("at", range(5))
+def test_stopped_at_any_part(at: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was drawn before is kept, also what the writer had yet to write."""
+    drawn = 0
+
+    def told(index: np.ndarray) -> None:
+        nonlocal drawn
+        if drawn == at:
+            raise Stop
+        drawn += 1
+
+    with pytest.raises(Stop):
+        run_job(drawing(told=told), job(), place(), folder)
+    assert not list(folder.glob("claims/*"))
+    assert len(run(folder, job())) == 5 - at
+    check_npz(folder, 23)
+    assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
+    if at:
+        assert capsys.readouterr().out.startswith(f"{5 * at} of 23 images are there already, in {folder}\n")
+
+
+def test_killed_at_every_file(tmp_path: Path) -> None:
+    """SIGKILL before each of the files that a job opens, names and removes, in turn; the same command then ends it."""
+    wanted = job(7, part_size=3, save_as=ALL, grid_images=4, trajectory=2)
+    run(tmp_path / "whole", wanted)
+    want = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    for at in range(1, 400, 5):
+        folder = tmp_path / f"killed{at}"
+        process = start(folder, wanted, killed_at=at)
+        process.join(30)
+        assert process.exitcode in (0, -9)
+        run(folder, wanted)
+        got = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert {path.relative_to(folder) for path in got} == {path.relative_to(tmp_path / "whole") for path in want}
+        assert [got[folder / path.relative_to(tmp_path / "whole")] for path in want] == list(want.values()), at
+        assert names(folder) == names(tmp_path / "whole")
+        if process.exitcode == 0:
+            break
+    else:
+        raise AssertionError("it was never left to end")
+    assert at > 60
+
+
+def test_killed_again_and_again(folder: Path) -> None:
+    """At random moments, several processes at once; each start finds more done than the last."""
+    random = np.random.default_rng(0)
+    there = 0
+    for _ in range(6):
+        processes = [start(folder, job(120, save_as=("npz", "png")), pause=0.002, rank=i, world_size=2) for i in (0, 1)]
+        time.sleep(random.uniform(0.03, 0.2))
+        for process in processes:
+            process.kill()
+            process.join()
+        if (folder / "parts").exists():
+            now = len([name for name in names(folder / "parts") if not name.startswith(".")])
+            assert now >= there or there == 24, "fewer only where all were there, and are being merged"
+            there = now
+    run(folder, job(120, save_as=("npz", "png")))
+    check_npz(folder, 120)
+    assert names(folder) == ["images", "job.json", "samples_120x4x6x3.npz"]
+    assert sorted(index_in(name) or 0 for name in names(folder / "images")) == list(range(120))
+
+
+def test_more_and_fewer(folder: Path) -> None:
+    """Images that are there are drawn no more, though the last part was cut short or the parts are gone."""
+    run(folder, job(12))
+    assert run(folder, job(23)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
+    assert run(folder, job(7)) == []
+    for count in (7, 12, 23):
+        check_npz(folder, count)
+    assert names(folder) == ["job.json", *(f"samples_{count}x4x6x3.npz" for count in (12, 23, 7))]
+
+
+def test_more_parts_without_an_npz(folder: Path) -> None:
+    """Parts stay where no npz holds their images; the range of one that was cut short is added to."""
+    run(folder, job(12, save_as=("png",)))
+    assert run(folder, job(23, save_as=("png",), part_size=7)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
+    assert len(names(folder / "images")) == 23
+    assert len(names(folder / "parts")) == 6
+    assert run(folder, job(23, save_as=("npz", "zip"))) == []
+    check_npz(folder, 23)
+    assert names(folder) == ["images", "job.json", "samples_23x4x6x3.npz", "samples_23x4x6x3.zip"]
+
+
+def test_parts_that_overlap() -> None:
+    def piece(start: int, stop: int) -> Piece:
+        return Piece(Path(f"{start}-{stop}"), Range(start, stop), Range(start, stop))
+
+    def used(ranges: list[tuple[int, int]], count: int) -> tuple[list[str], list[Range]]:
+        chosen, missing = cover([piece(*r) for r in ranges], count)
+        return [f"{p.path}[{p.used.start}:{p.used.stop}]" for p in chosen], missing
+
+    assert used([], 5) == ([], [Range(0, 5)])
+    assert used([(5, 10), (0, 5)], 10) == (["0-5[0:5]", "5-10[5:10]"], [])
+    assert used([(0, 5), (0, 3), (4, 8)], 8) == (["0-5[0:5]", "4-8[5:8]"], [])
+    assert used([(2, 4), (6, 20)], 10) == (["2-4[2:4]", "6-20[6:10]"], [Range(0, 2), Range(4, 6)])
+    assert used([(0, 9), (1, 2), (3, 4)], 7) == (["0-9[0:7]"], [])
+    assert used([(8, 9)], 8) == ([], [Range(0, 8)])
+    assert split([Range(3, 11), Range(14, 15)], 5) == [Range(3, 5), Range(5, 10), Range(10, 11), Range(14, 15)]
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut short":
+        content = content[: len(content) // 2]
+    elif how == "a pixel":
+        content[content.index(images(np.array([7]))[0].tobytes()) + 3] ^= 1
+    elif how == "empty":
+        content.clear()
+    elif how == "of another job":
+        held = Images(images(np.arange(5)), labels(np.arange(5)))
+        store = Store(path.parents[2], SHAPE, True, 0, "another")
+        store.write(Range(5, 10), held)
+        return
+    else:
+        np.savez(path, images=images(np.arange(4)), labels=labels(np.arange(4)), job=np.array("x"))
+        return
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut short", "a pixel", "empty", "of another job", "of another shape"])
+def test_damaged_part(how: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(folder, job(23, save_as=("png",)))
+    damage(folder / "parts" / "000000005-000000010.npz", how)
+    capsys.readouterr()
+    assert run(folder, job(23)) == [Range(5, 10)]
+    assert "000000005-000000010.npz is damaged (" in capsys.readouterr().out
+    check_npz(folder, 23)
+    assert names(folder) == ["images", "job.json", "samples_23x4x6x3.npz"]
+
+
+@pytest.mark.parametrize("how", ["cut short", "a pixel", "empty"])
+def test_damaged_npz(how: str, folder: Path) -> None:
+    """Its images are drawn again for a larger job; a smaller or the same finds a cut one."""
+    run(folder, job(12))
+    damage(folder / "samples_12x4x6x3.npz", how)
+    run(folder, job(23))
+    check_npz(folder, 23)
+    if how != "a pixel":
+        assert run(folder, job(12)) == []
+        check_npz(folder, 12)
+
+
+# --- other jobs ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"seed": 1}, "its seed is 0, now it is 1"),
+        ({"solver": "ddpm", "eta": 0.5}, "its eta is not given, now it is 0.5; its solver is ddim, now it is ddpm"),
+        ({"model_path": ""}, 'its model_path is sha256:abc, now it is ""'),
+    ],
+    ids=["one", "several", "empty"],
+)
+def test_another_job_is_refused(changes: dict[str, Any], difference: str, folder: Path) -> None:
+    run(folder, job(12, save_as=("png",)))
+    other = job(12, identity={**job().identity, **changes})
+    remedy = "name another folder, or give --overwrite True"
+    assert refused(folder, other) == f"--out_dir: FOLDER holds another job: {difference}; {remedy}"
+
+
+def test_other_images_under_the_same_settings_are_refused(folder: Path) -> None:
+    run(folder, job(12))
+    assert "its shape is [4, 6, 3], now it is [4, 4, 3];" in refused(folder, job(12, shape=(4, 4, 3)))
+    assert "its labelled is true, now it is false;" in refused(folder, job(12, labelled=False))
+
+
+@pytest.mark.parametrize("left", ["samples_9x4x6x3.npz", "samples_9x4x6x3.png", "parts"])
+def test_images_of_an_unknown_job_are_refused(left: str, folder: Path) -> None:
+    (folder / left).mkdir(parents=True)
+    assert refused(folder, job(12)) == (
+        f"--out_dir: FOLDER has {left}, but no job.json to say what job made it; name another folder, or give "
+        "--overwrite True"
+    )
+
+
+def test_damaged_record_is_refused(folder: Path) -> None:
+    run(folder, job(12))
+    (folder / "job.json").write_text("{")
+    os.utime(folder / "job.json", (0, 0))
+    assert refused(folder, job(12)).startswith("--out_dir: FOLDER/job.json is damaged; ")
+    run(folder, job(12), overwrite=True)
+    check_npz(folder, 12)
+
+
+def test_overwrite(folder: Path) -> None:
+    """Another job's files go, other files stay; the same job just goes on."""
+    run(folder, job(12, save_as=ALL, grid_images=4, trajectory=2))
+    (folder / "claims").mkdir()
+    (folder / "claims" / "000000000-000000005.0").touch()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "images" / "mine.png").touch()
+    other = job(3, identity={"seed": 7}, seed=7)
+    assert run(folder, other, overwrite=True) == [Range(0, 3)]
+    assert names(folder) == ["images", "job.json", "notes.txt", "samples_3x4x6x3.npz"]
+    assert names(folder / "images") == ["mine.png"]
+    check_npz(folder, 3, seed=7)
+    assert run(folder, replace(other, count=8), overwrite=True) == [Range(3, 5), Range(5, 8)]
+    assert json.loads((folder / "job.json").read_text())["identity"] == {"seed": 7}
+
+
+def test_another_job_begun_meanwhile(folder: Path) -> None:
+    """The process at the old one ends; its images don't get among the new one's."""
+    other = job(23, identity={"seed": 7}, seed=7)
+
+    def told(index: np.ndarray) -> None:
+        if index[0] == 10:
+            run(folder, other, overwrite=True)
+
+    with pytest.raises(UserError, match="another job was begun in"):
+        run_job(drawing(told=told), job(23), place(), folder)
+    run(folder, replace(other, count=40))
+    check_npz(folder, 40, seed=7)
+
+
+# --- memory and errors ---
+
+
+def test_memory(folder: Path) -> None:
+    """Drawing and putting together hold a few parts, never all images.
+
+    The least of three jobs counts: what other threads and first imports take is traced as well.
+    """
+    shape = (32, 32, 3)
+    part = 16 * 32 * 32 * 3
+    index = np.arange(640)
+    blank = Images(np.zeros((16, *shape), np.uint8), labels(index[:16]))
+    wanted = job(640, shape=shape, part_size=16)
+    peaks = []
+    for name in "abc":
+        tracemalloc.start()
+        run_job(lambda index, on_progress: blank, wanted, place(), folder / name)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert min(peaks) < 10 * part < 640 * 32 * 32 * 3 / 2
+
+
+@pytest.mark.parametrize("where", ["parts", "npz", "claims"])
+def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence; what is there stays, and the same command goes on."""
+    full = OSError(28, "No space left on device")
+
+    def failing(function: Callable[..., Any], times: int) -> Callable[..., Any]:
+        def call(*words: Any, **named: Any) -> Any:
+            nonlocal times
+            times -= 1
+            if times < 0:
+                raise full
+            return function(*words, **named)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if where == "parts":
+            patch.setattr(np, "savez", failing(np.savez, 2))
+        elif where == "npz":
+            patch.setattr(exports, "_write_array", failing(exports._write_array, 1))
+        else:
+            patch.setattr("fastdiff.sampling.job.claims.Claims.take", failing(parts.range_of, 0))
+        with pytest.raises(UserError) as caught:
+            run(folder, job(23))
+    assert str(caught.value) == (
+        f"--out_dir: {folder} can't be written to or read (No space left on device); the images that are in it are "
+        "kept, and the same command goes on with them"
+    )
+    assert not list(folder.rglob("*.partial"))
+    assert len(run(folder, job(23))) == {"parts": 3, "npz": 0, "claims": 5}[where]
+    check_npz(folder, 23)
+    assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
+
+
+def test_progress_counts_all_processes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_OFTEN", 0.0)
+    monkeypatch.setattr(progress, "_SELDOM", 0.0)
+    run(folder, job(5))
+    (folder / "claims").mkdir()
+    told = {"rank": 3, "rate": 2.5, "unfinished": 1.5}
+    (folder / "claims" / "node.1.2.status").write_text(json.dumps(told))
+    run(folder, job(10))
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line for line in lines if " images/s, " in line and " of 10 " in line]
+    assert shown[0].startswith("7.5 of 10 images, ")
+    assert shown[0].endswith(" 3: 2.5/s)")
+    assert "(process 0: " in shown[0]
+    assert names(folder) == ["job.json", "samples_10x4x6x3.npz", "samples_5x4x6x3.npz"]

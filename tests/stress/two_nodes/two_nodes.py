@@ -1,0 +1,219 @@
+"""Train on two nodes, kill one, cut the cable, ask to stop, go on with one: nothing may be lost.
+
+    python tests/stress/two_nodes/two_nodes.py [--all]
+
+Needs root, for network namespaces. Uses torchrun and the deepspeed launcher in turn; --all makes each kind of failure
+under both. The last line is the verdict; exit code 0 only where nothing was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[3]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[2]), str(ROOT)]
+
+from helpers.pictures_folder import make_pictures  # noqa: E402
+from network import INTERFACE, Node, two_nodes, why_impossible  # noqa: E402
+
+from fastdiff.training.checkpoints.folder import listed, step_of  # noqa: E402
+
+STEPS, EVERY = 240, 4
+"""Of a whole run, and between two checkpoints: a run can't get to its end while it is being disturbed."""
+ALONE = 20
+"""Steps that one node goes on alone."""
+SILENCE = 18
+"""Seconds without a sign of life after which a rank is lost, here by --stall_minutes."""
+LIMIT = 60.0
+"""Seconds in which every process must have ended after a death."""
+PORT = "29400"
+# Another number of processes adds up gradients in another order: float32 sums of 4 images, over some tens of steps of
+# lr 1e-3, each of which AdamW scales to about that size whatever the gradient's.
+TOLERANCE = 2e-3
+MODEL = (
+    "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 4 "
+    "--diffusion_steps 100 --noise_schedule cosine --learn_sigma True --batch_size 4 --lr 1e-3 --loader pillow "
+    f"--compile False --log_interval 10 --save_interval {EVERY} --stall_minutes {SILENCE / 60}"
+).split()
+
+
+class Lost(Exception):
+    """Something that must hold does not."""
+
+
+@dataclass
+class Job:
+    """A training run on some of the nodes."""
+
+    nodes: list[Node]
+    folder: Path
+    data: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def start(self, launcher: str, steps: int = STEPS) -> None:
+        folders = ["--data_dir", str(self.data), "--run_dir", str(self.run)]
+        script = [str(ROOT / "fastdiff" / "train.py"), *MODEL, "--max_steps", str(steps), *folders]
+        hosts = self.folder / "hostfile"
+        hosts.write_text("".join(f"{node.address} slots=1\n" for node in self.nodes))
+        first = self.nodes[0].address
+        for node in self.nodes:
+            where = ["--node_rank", str(node.number), "--master_addr", first, "--master_port", PORT]
+            if launcher == "torchrun":
+                count = ["--nnodes", str(len(self.nodes)), "--nproc_per_node", "1"]
+                command = [sys.executable, "-m", "torch.distributed.run", *count, *where, *script]
+            else:
+                deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+                command = [deepspeed, "--log_level", "error", "--hostfile", str(hosts), "--no_ssh", *where, *script]
+            env = {"GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            node.start(command, self.log(node), {**env, "FASTDIFF_NODE": node.namespace})
+
+    def log(self, node: Node) -> Path:
+        return self.folder / f"{node.name}.log"
+
+    def newest(self) -> int:
+        """The step of the newest checkpoint; 0 without one."""
+        return max((step_of(folder) for folder in listed(self.run / "checkpoints")), default=0)
+
+    def wait_for_newer(self, than: int) -> int:
+        """Until a newer checkpoint than that of a step is whole; its step. Lost when the run ends before."""
+        until = time.monotonic() + 120
+        while (step := self.newest()) <= than:
+            if time.monotonic() > until or any(node.process and node.process.poll() is not None for node in self.nodes):
+                raise Lost(f"no checkpoint after step {than}\n" + self.words())
+            time.sleep(0.02)
+        return step
+
+    def wait(self, limit: float) -> list[int]:
+        """Until every node's processes have ended; their exit codes. Lost when that takes more than `limit` seconds."""
+        until = time.monotonic() + limit
+        while any(node.process and node.process.poll() is None for node in self.nodes):
+            if time.monotonic() > until:
+                raise Lost(f"processes still run after {limit:.0f} s\n" + self.words())
+            time.sleep(0.05)
+        return [node.process.returncode for node in self.nodes if node.process]
+
+    def said(self, node: Node) -> str:
+        """The last line of the training script itself on a node."""
+        lines = [line for line in self.log(node).read_text().splitlines() if line.startswith("train.py: ")]
+        return lines[-1] if lines else ""
+
+    def words(self) -> str:
+        return "\n".join(f"--- {node.name}\n{self.log(node).read_text()[-3000:]}" for node in self.nodes)
+
+    def weights(self, step: int) -> dict[str, torch.Tensor]:
+        """Weights and averages after a step."""
+        folder = self.run / "checkpoints" / f"step_{step:06d}"
+        files = [folder / f"model{step:06d}.pt", folder / f"ema_0.9999_{step:06d}.pt"]
+        loaded = [torch.load(file, weights_only=True) for file in files]
+        return {f"{i}/{name}": value for i, state in enumerate(loaded) for name, value in state.items()}
+
+
+def disturb(job: Job, launcher: str, what: str, act: Callable[[], None], alive: list[Node]) -> None:
+    """Start or go on, act once that has saved, and see all ranks end with a reason on the nodes still alive."""
+    before = job.newest()
+    job.start(launcher)
+    after = job.wait_for_newer(before)
+    start = time.monotonic()
+    act()
+    codes = job.wait(LIMIT)
+    seconds = time.monotonic() - start
+    print(f"{launcher}: {what} after step {after}: all ended in {seconds:.1f} s, exit codes {codes}", flush=True)
+    for node in alive:
+        if not job.said(node):
+            raise Lost(f"{node.name} ended without a reason\n" + job.words())
+        print(f"    {node.name}: {job.said(node)}", flush=True)
+    if (job.run / "checkpoints" / f"step_{STEPS:06d}").exists():
+        raise Lost("the run was over before it could be disturbed")
+
+
+def finish(job: Job, launcher: str, steps: int = STEPS) -> None:
+    job.start(launcher, steps)
+    codes = job.wait(180)
+    if any(codes):
+        raise Lost(f"exit codes {codes}\n" + job.words())
+    print(f"{launcher}: {len(job.nodes)} nodes trained to step {steps}", flush=True)
+
+
+def status(job: Job) -> str:
+    return str(json.loads((job.run / "status.json").read_text())["state"])
+
+
+def compare(job: Job, whole: Job, step: int, tolerance: float) -> None:
+    """Weights and averages of two runs after a step: bit for bit, or by the norm of the difference."""
+    ours, theirs = job.weights(step), whole.weights(step)
+    error = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+    same = all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    print(f"step {step}: greatest difference to the undisturbed run {error:.2g}", flush=True)
+    if not (same if tolerance == 0 else error <= tolerance):
+        raise Lost(f"weights after step {step} differ by {error:.2g}, more than {tolerance:g}")
+
+
+def stop_and_shrink(job: Job, whole: Job, nodes: tuple[Node, Node], launcher: str) -> None:
+    """SIGTERM to one rank saves and ends all; weights so far are the same; one node goes on for some steps."""
+    disturb(job, launcher, "SIGTERM to rank 1", nodes[1].terminate_ranks, [nodes[0]])
+    if status(job) != "preempted":
+        raise Lost(f"status.json says {status(job)}, not preempted")
+    stopped = job.newest()
+    compare(job, whole, stopped // EVERY * EVERY, 0.0)
+    job.nodes = [nodes[0]]
+    last = (stopped + ALONE) // EVERY * EVERY
+    finish(job, launcher, last)
+    compare(job, whole, last, TOLERANCE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every kind of failure under both launchers")
+    everything = parser.parse_args().all
+    if why := why_impossible():
+        sys.exit(f"two_nodes.py: {why}")
+    with tempfile.TemporaryDirectory() as name, two_nodes() as nodes:
+        folder = Path(name)
+        data = make_pictures(folder / "pictures")
+        jobs = []
+        for number in range(3):
+            (folder / str(number)).mkdir()
+            jobs.append(Job(list(nodes), folder / str(number), data))
+        whole, first, second = jobs
+        first_node = [nodes[0]]
+
+        def mend() -> None:
+            nodes[1].mend()
+
+        try:
+            finish(whole, "torchrun")
+            disturb(first, "torchrun", "SIGKILL to node 1", nodes[1].kill, first_node)
+            disturb(first, "deepspeed", "cable cut", nodes[1].cut, list(nodes))
+            mend()
+            stop_and_shrink(first, whole, nodes, "torchrun")
+            if everything:
+                disturb(second, "deepspeed", "SIGKILL to node 1", nodes[1].kill, first_node)
+                disturb(second, "deepspeed", "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
+                disturb(second, "torchrun", "cable cut", nodes[1].cut, list(nodes))
+                mend()
+                disturb(second, "torchrun", "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
+                stop_and_shrink(second, whole, nodes, "deepspeed")
+        except Lost as error:
+            print(error)
+            print("two nodes: something was lost")
+            sys.exit(1)
+    print("two nodes: nothing was lost")
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    main()

@@ -1,0 +1,300 @@
+"""Checkpoint folders are whole or not there, whatever happens to the process, the disk or the bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import TESTS
+
+from fastdiff.errors import UserError
+from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints import saver as saving
+from fastdiff.training.checkpoints.saver import Saver
+
+
+def fill_with(value: float, size: int = 100) -> saving.Fill:
+    """A state of one tensor that is `value` everywhere."""
+
+    def fill(sink: saving.Sink) -> dict[str, Any]:
+        state = {"w": torch.full((size,), value)}
+        sink.weights(None, state)
+        sink.weights("0.9", state)
+        sink.optimizer(state, state, 3, {"lr": 0.1})
+        return {"step": int(value), "updates": int(value)}
+
+    return fill
+
+
+def save(folder: Path, step: int) -> Path:
+    return saving.write(folder, step, {}, fill_with(step))
+
+
+def value_of(checkpoint: Path) -> float:
+    """What a whole checkpoint holds, everywhere."""
+    assert checkpoint_files.damage(checkpoint) == ""
+    snapshot = checkpoints.read(checkpoint, ["0.9"])
+    values = {float(t.unique()) for t in (snapshot.model["w"], snapshot.ema["0.9"]["w"], snapshot.exp_avg["w"])}
+    assert len(values) == 1
+    return values.pop()
+
+
+def test_manifest_names_every_file(tmp_path: Path) -> None:
+    made = save(tmp_path, 5)
+    content = json.loads((made / "manifest.json").read_text())
+    assert set(content["files"]) == {"model000005.pt", "ema_0.9_000005.pt", "opt000005.pt", "state.pt"}
+    for name, entry in content["files"].items():
+        assert entry["bytes"] == (made / name).stat().st_size
+        sums = subprocess.run(["sha256sum", made / name], capture_output=True, text=True, check=True).stdout
+        assert sums.split()[0] == entry["sha256"]
+    assert (tmp_path / "latest").read_text() == "step_000005\n"
+    assert checkpoint_files.newest_whole(tmp_path) == (made, [])
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a flipped bit in the weights": ("model000002.pt", flip, "another content"),
+    "a flipped bit in the rest": ("state.pt", flip, "another content"),
+    "cut short": ("opt000002.pt", cut, "bytes, not"),
+    "empty": ("ema_0.9_000002.pt", lambda file: file.write_bytes(b""), "has 0 bytes"),
+    "a missing file": ("ema_0.9_000002.pt", Path.unlink, "is missing"),
+    "a manifest cut short": ("manifest.json", cut, "manifest.json can't be read"),
+    "a manifest of something else": ("manifest.json", lambda file: file.write_text("[1]"), "it is no manifest"),
+    "another manifest": ("manifest.json", lambda file: file.write_text('{"files": {}}'), "names no state.pt"),
+}
+
+
+@pytest.mark.parametrize("name", list(DAMAGES))
+def test_the_one_before_a_damaged_one_is_taken(name: str, tmp_path: Path) -> None:
+    file, spoil, words = DAMAGES[name]
+    save(tmp_path / "checkpoints", 1)
+    newest = save(tmp_path / "checkpoints", 2)
+    spoil(newest / file)
+    taken, notes = checkpoint_files.newest_whole(tmp_path / "checkpoints")
+    assert taken is not None
+    assert value_of(taken) == 1
+    assert len(notes) == 1
+    assert "step_000002 is damaged" in notes[0]
+    assert words in notes[0]
+    assert "\n" not in notes[0]
+    snapshot = checkpoints.read(tmp_path, ["0.9"])  # the run's folder for --resume_checkpoint
+    assert snapshot.step == 1
+    assert notes[0] in snapshot.notes
+    with pytest.raises(UserError, match=r"step_000002 is damaged"):
+        checkpoints.read(newest, ["0.9"])
+
+
+def test_none_whole_is_refused_and_nothing_started_over(tmp_path: Path) -> None:
+    for step in (1, 2):
+        cut(save(tmp_path, step) / "state.pt")
+    with pytest.raises(UserError, match="none of the 2 checkpoints .* is whole .*step_000002 is damaged"):
+        checkpoint_files.newest_whole(tmp_path)
+
+
+def test_folders_from_before_there_were_manifests(tmp_path: Path) -> None:
+    made = save(tmp_path, 4)
+    (made / "manifest.json").unlink()
+    assert checkpoint_files.newest_whole(tmp_path) == (made, [])
+    (made / "state.pt").unlink()
+    assert "manifest" in checkpoint_files.damage(made)
+
+
+def test_keeping_few(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep_last=2, keep_every=4)
+    for step in range(1, 11):
+        saver.save(step, {}, fill_with(step), 0)
+    saver.close()
+    assert [checkpoint_files.step_of(p) for p in checkpoint_files.listed(tmp_path)] == [4, 8, 9, 10]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_the_last_from_before_bad_numbers_stays(tmp_path: Path) -> None:
+    """However many are written while steps are skipped: the run may have to go back to it."""
+    saver = Saver(tmp_path, keep_last=2)
+    for step in range(1, 4):
+        saver.save(step, {}, fill_with(step), 0, step)
+    for step in range(4, 8):
+        saver.save(step, {}, fill_with(step), 0, 3)
+    assert [checkpoint_files.step_of(p) for p in checkpoint_files.listed(tmp_path)] == [3, 6, 7]
+    saver.save(8, {}, fill_with(8), 0, 8)
+    saver.close()
+    assert [checkpoint_files.step_of(p) for p in checkpoint_files.listed(tmp_path)] == [7, 8]
+
+
+def test_keep_last_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the message on a full disk advises: the same command with --keep_last goes on."""
+    usage = shutil.disk_usage(tmp_path)
+    for step in range(1, 5):
+        save(tmp_path, step)
+
+    def of_five(path: Path) -> Any:  # each folder takes 100 bytes
+        return usage._replace(free=450 - 100 * len(checkpoint_files.listed(tmp_path)))
+
+    monkeypatch.setattr(shutil, "disk_usage", of_five)
+    with pytest.raises(UserError, match="keep fewer with --keep_last .step_000004 is whole"):
+        Saver(tmp_path).save(5, {}, fill_with(5), 100)
+    told: list[str] = []
+    Saver(tmp_path, keep_last=2, told=told.append).save(5, {}, fill_with(5), 100)
+    assert [value_of(p) for p in checkpoint_files.listed(tmp_path)] == [4, 5]
+    assert told[-1] == "removed the checkpoints of steps 1, 2, 3"
+
+
+def test_a_damaged_one_does_not_count_among_the_newest(tmp_path: Path) -> None:
+    """Set aside, for keep_last would keep it in the place of a good one."""
+    save(tmp_path, 2)
+    flip(save(tmp_path, 4) / "state.pt")
+    assert checkpoint_files.set_aside(tmp_path, 2) == ["step_000004 is kept as step_000004.damaged"]
+    Saver(tmp_path, keep_last=1).save(3, {}, fill_with(3), 0)
+    assert checkpoint_files.newest_whole(tmp_path) == (tmp_path / "step_000003", [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000003", "step_000004.damaged"]
+
+
+def test_steps_beyond_six_digits_are_in_order(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000, 2_000_000):
+        save(tmp_path, step)
+    assert checkpoint_files.newest_whole(tmp_path)[0] == tmp_path / "step_2000000"
+    assert checkpoint_files.prune(tmp_path, 2, 0) == [999_999]
+
+
+def test_saving_beside(tmp_path: Path) -> None:
+    """The state of the moment of saving is written, however it changes afterwards."""
+    told: list[str] = []
+    saver = Saver(tmp_path, background=True, told=told.append)
+    for step in (1, 2, 3):
+        saver.save(step, {}, fill_with(step, 100_000), 0)
+    saver.wait()
+    assert [value_of(folder) for folder in checkpoint_files.listed(tmp_path)] == [1, 2, 3]
+    assert told == [f"saved {tmp_path / f'step_{step:06d}'}" for step in (1, 2, 3)]
+    saver.close()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failed_write(background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence; the checkpoint before is whole, and nothing of the new one is left."""
+    save(tmp_path, 1)
+
+    def full(file: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    saver = Saver(tmp_path, background=background)
+    monkeypatch.setattr(torch, "save", full)
+
+    def save_and_wait() -> None:
+        saver.save(2, {}, fill_with(2), 0)
+        saver.wait()
+
+    with pytest.raises(UserError, match="step 2 can't be written .*No space left.*step_000001 is whole"):
+        save_and_wait()
+    saver.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000001"]
+    assert value_of(tmp_path / "step_000001") == 1
+
+
+def test_a_disk_with_too_little_room_is_told_beforehand(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs 1000000\.00 GB, .* left; make room.*nothing is saved yet"):
+        saving.write(tmp_path, 1, {}, fill_with(1), size=10**15)
+    assert list(tmp_path.iterdir()) == []
+
+
+FULL_DISK = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+from pathlib import Path
+from training.checkpoints.test_checkpoint_files import fill_with, value_of
+from fastdiff.errors import UserError
+from fastdiff.training.checkpoints import saver as saving
+folder = Path(sys.argv[1])
+for step in range(1, 100):
+    try:
+        saving.write(folder, step, {{}}, fill_with(step, 100_000))
+    except UserError as error:
+        print(step, value_of(folder / f"step_{{step - 1:06d}}"), error)
+        break
+"""
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A real one, of 12 MB, where a user may mount one."""
+    script = 'mount -t tmpfs -o size=12m none "$1" && exec "$2" -c "$3" "$1"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run([*command, "true", ""], capture_output=True).returncode:
+        pytest.skip("this user may not mount a small disk (unshare --user --mount)")
+    done = subprocess.run([*command, sys.executable, FULL_DISK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    step, value, message = done.stdout.strip().split(" ", 2)
+    assert int(step) > 2, done.stdout
+    assert float(value) == int(step) - 1
+    assert "can't be written" in message or "needs" in message
+    assert f"step_{int(step) - 1:06d} is whole" in message
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that could clean up may run afterwards."""
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_killed_between_any_two_operations(replaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever file operation the process dies, what is listed is whole, and the newest is the old or the new."""
+    at = 0
+    while True:
+        folder = tmp_path / f"{at}"
+        save(folder, 1)
+        save(folder, 2)
+        left = at
+        dead = False
+
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left, dead
+                if dead or left == 0:
+                    dead = True
+                    raise Killed
+                left -= 1
+                return real(*args, **kwargs)
+
+            return run
+
+        with monkeypatch.context() as patched:
+            for module, names in (
+                (os, ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync")),
+                (torch, ("save",)),
+            ):
+                for name in names:
+                    patched.setattr(module, name, counted(getattr(module, name)))
+            try:
+                saver = Saver(folder, keep_last=2)
+                saver.save(2 if replaces else 3, {}, fill_with(2 if replaces else 3), 0)
+            except Killed:
+                pass
+        newest, notes = checkpoint_files.newest_whole(folder)
+        assert newest is not None
+        assert notes == []
+        assert value_of(newest) in ((2,) if replaces else (2, 3)), at
+        for each in checkpoint_files.listed(folder):
+            assert value_of(each) == checkpoint_files.step_of(each)
+        checkpoint_files.tidy(folder)
+        assert checkpoint_files.newest_whole(folder)[0] is not None
+        assert not [p for p in folder.iterdir() if p.name.startswith(".step")]
+        if not dead:
+            break
+        at += 1
+    assert at > 15
