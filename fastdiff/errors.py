@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 DONE = 0
@@ -61,6 +62,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def shortened(text: str, length: int = 500) -> str:
     """Text without its middle where it is long: a message is to be read."""
     return text if len(text) <= length else f"{text[: length - 100]} ... {text[-95:]}"
+
+
+@contextmanager
+def blaming(flag: str) -> Iterator[None]:
+    """Put the flag that named a file before the message of a UserError raised in the block: "--model_path: ...".
+
+    A message that names a flag already is left alone.
+    """
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith("--"):
+            raise
+        raise UserError(f"{flag}: {error}") from error
 
 
 class StopWith(Exception):

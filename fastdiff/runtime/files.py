@@ -1,39 +1,43 @@
-"""Files that are there whole or not at all, whenever a process is killed."""
+"""Writing files so that they are whole or absent, locking them, and reading JSON files that people wrote."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
-import re
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from functools import lru_cache
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO
 
 from fastdiff.errors import UserError, shortened
+from fastdiff.runtime.processes import ProcessId
 
 PARTIAL = ".partial"
-SILENT = 60.0  # seconds without a sign of life after which nobody counts on a process of another host any more
-_FORGOTTEN = 10 * SILENT  # seconds that a process of another host writes nothing; clocks differ
+_FORGOTTEN = 600.0
+"""Seconds without a write after which the unfinished file of another host's process counts as left behind."""
+_POLL = 0.2  # seconds
 
 
-def partial_of(path: Path) -> Path:
-    """Where this process writes a file before it gets its name."""
-    return path.with_name(f".{path.name}.{me().tag}{PARTIAL}")
+# --- writing ---
+
+
+def partial_path(path: Path) -> Path:
+    """The hidden file into which this process writes before the file gets its name: .NAME.HOST.PID.STARTED.partial."""
+    return path.with_name(f".{path.name}.{ProcessId.own().tag}{PARTIAL}")
 
 
 @contextmanager
-def whole(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write, which gets its name when the block ends well and vanishes when it doesn't.
+def atomic_write(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Open a binary file that appears under `path` when the block ends, in place of an older one, and only then.
 
-    sync makes sure that it is on disk before it has the name, so that not even a power cut leaves half of it.
+    An exception in the block removes the unfinished file and leaves the older one. With `sync` the content and the
+    name are on disk when this returns, so that a power cut leaves the old file or the new one.
     """
-    partial = partial_of(path)
+    partial = partial_path(path)
     try:
         with open(partial, "w+b") as file:
             yield file
@@ -46,30 +50,109 @@ def whole(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
         raise
     if sync:
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder safe. Some file systems can't, and need not."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+def write_text(path: Path, text: str, *, sync: bool = True) -> None:
+    """Write a text file with `atomic_write`."""
+    with atomic_write(path, sync=sync) as file:
+        file.write(text.encode(errors="surrogateescape"))
+
+
+def write_json(path: Path, content: Any, *, sync: bool = True) -> None:
+    """Write a JSON file with `atomic_write`."""
+    write_text(path, json.dumps(content, indent=2) + "\n", sync=sync)
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk. Some file systems can't sync folders: no error then."""
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
 
-def sweep(folder: Path) -> None:
-    """Remove unfinished files of processes that have ended, as far as can be told, and of this one."""
+def remove_partial_files(folder: Path) -> None:
+    """Remove what `atomic_write` left unfinished in a folder: files of processes that have ended, and of this one."""
     for name in files_in(folder):
         if not name.startswith(".") or not name.endswith(PARTIAL):
             continue
-        owner = parse(".".join(name[1 : -len(PARTIAL)].rsplit(".", 3)[1:]))
+        owner = ProcessId.parse(".".join(name[1 : -len(PARTIAL)].rsplit(".", 3)[1:]))
         if owner is None:
-            continue  # not of this kind
+            continue  # written by something else
         with suppress(FileNotFoundError):
-            if owner == me() or owner.is_gone() or time.time() - (folder / name).stat().st_mtime > _FORGOTTEN:
+            age = time.time() - (folder / name).stat().st_mtime
+            if owner == ProcessId.own() or owner.is_gone() or age > _FORGOTTEN:
                 (folder / name).unlink()
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names in a folder; none when it isn't there."""
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+# --- locking ---
+
+
+class FileLock:
+    """An exclusive lock on a file (flock), which the system releases when the process ends, however it ends.
+
+        with FileLock(path):            # waits for the lock
+            ...
+        lock = FileLock(path)
+        if lock.acquire(timeout=30):    # False if another process still holds it then
+            ...
+
+    The lock file stays when the lock is released, unless `remove` is set. OSError of a file system without locks is
+    passed on.
+    """
+
+    def __init__(self, path: Path, *, remove: bool = False) -> None:
+        self.path, self.remove = path, remove
+        self._file: IO[str] | None = None
+
+    def acquire(self, timeout: float | None = None) -> bool:
+        """Wait for the lock, at most `timeout` seconds; returns whether this process has it."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self._try():
+            if until is not None and time.monotonic() >= until:
+                return False
+            time.sleep(_POLL)
+        return True
+
+    def release(self) -> None:
+        """Release the lock if this process has it."""
+        if self._file is not None:
+            if self.remove:
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> FileLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _try(self) -> bool:
+        with ExitStack() as closing:
+            file = closing.enter_context(self.path.open("a"))
+            with suppress(BlockingIOError, FileNotFoundError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The last holder may have removed the file that was opened here, and another process made a new one.
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    closing.pop_all()
+                    self._file = file
+        return self._file is not None
+
+
+# --- reading ---
 
 
 MAX_BYTES = 1 << 20
@@ -124,66 +207,3 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, dict):
         return value.items()
     return enumerate(value) if isinstance(value, list) else ()
-
-
-class Owner(NamedTuple):
-    """A process: its host, its number there, and when it was started, because numbers are given out again."""
-
-    host: str
-    pid: int
-    started: int
-
-    @property
-    def tag(self) -> str:
-        """As a part of a file's name, e.g. node3.4711.98765."""
-        return f"{self.host}.{self.pid}.{self.started}"
-
-    def is_gone(self) -> bool:
-        """Whether the process is known to have ended, which only its own host can tell."""
-        return self.host == me().host and _started(self.pid) != self.started
-
-
-def parse(tag: str) -> Owner | None:
-    """The owner with this tag; None for anything else."""
-    found = re.fullmatch(r"([\w-]+)\.(\d+)\.(\d+)", tag.strip())
-    return Owner(found[1], int(found[2]), int(found[3])) if found else None
-
-
-def me() -> Owner:
-    """This process."""
-    return _owner(os.getpid())
-
-
-@lru_cache(maxsize=1)
-def _owner(pid: int) -> Owner:
-    try:  # containers of one name each count their processes from 1
-        space = "-" + re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        space = ""
-    return Owner(re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) + space, pid, _started(pid) or 0)
-
-
-def _started(pid: int) -> int | None:
-    """When a process of this host started, in the kernel's ticks (0 where that is not told); None without it."""
-    try:
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if words[0] in "ZX" else int(words[19])
-    except (OSError, IndexError, ValueError):
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass  # somebody else's
-    return 0
-
-
-def files_in(folder: Path) -> list[str]:
-    """Names in a folder; none when it isn't there."""
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []

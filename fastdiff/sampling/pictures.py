@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastdiff.runtime.files import whole
+from fastdiff.runtime.files import atomic_write
 
 CHANNELS = (1, 3, 4)
 """Channels of which a picture can be made: gray, RGB, RGBA."""
@@ -55,7 +55,7 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.
 
 def save_grid(path: Path, images: np.ndarray, columns: int | None = None) -> None:
     """Write the grid as a PNG file, whole or not at all."""
-    with whole(path, sync=False) as file:
+    with atomic_write(path, sync=False) as file:
         grid(images, columns).save(file, format="PNG")
 
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from fastdiff.errors import PREEMPTED, StopWith
-from fastdiff.runtime import processes
+from fastdiff.runtime import processes, script
 from fastdiff.runtime.script import run_script
 from fastdiff.runtime.signals import StopSignals
 
@@ -35,7 +35,7 @@ def test_signals_after_the_end_are_ignored(monkeypatch: pytest.MonkeyPatch) -> N
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.requested is None
     assert signal.getsignal(signal.SIGTERM) == old
-    monkeypatch.setattr(processes, "_script", "train.py")
+    monkeypatch.setattr(script, "_script", "train.py")
     try:
         with StopSignals() as signals:
             signals.finish()
@@ -62,13 +62,13 @@ def test_other_threads_hear_nothing() -> None:
 def test_a_script_ends_with_the_code_it_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(processes, "_started", False)
+    monkeypatch.setattr(processes, "_joined", False)
 
     def main() -> None:
         raise StopWith(PREEMPTED, "saved at step 3")
 
     with pytest.raises(SystemExit) as ended:
         run_script(main, "train.py")
-    monkeypatch.setattr(processes, "_script", "")
+    monkeypatch.setattr(script, "_script", "")
     assert ended.value.code == 75
     assert capsys.readouterr().err == "train.py: saved at step 3\n"

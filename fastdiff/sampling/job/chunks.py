@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastdiff.errors import UserError
-from fastdiff.runtime.files import files_in, sweep, whole
+from fastdiff.runtime.files import atomic_write, files_in, remove_partial_files
 from fastdiff.runtime.untrusted import read_npz_array
 from fastdiff.sampling.job.claims import Claim
 from fastdiff.sampling.pictures import Images
@@ -136,7 +136,7 @@ class Store:
             arrays["labels"] = drawn.labels
         for _ in range(10):
             try:
-                with whole(self.path(part)) as file:
+                with atomic_write(self.path(part)) as file:
                     np.savez(file, **arrays)  # type: ignore[arg-type]
                 return
             except FileNotFoundError:  # whoever puts the images together has tidied up
@@ -185,7 +185,7 @@ class Store:
             held = range_of(name)
             if held and held.stop <= within:
                 (self.parts / name).unlink(missing_ok=True)
-        sweep(self.parts)
+        remove_partial_files(self.parts)
         with suppress(OSError):  # others may still need it
             self.parts.rmdir()
 

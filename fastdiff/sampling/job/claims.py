@@ -12,8 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdiff.runtime.files import SILENT, Owner, files_in, me, parse
+from fastdiff.runtime.files import files_in
+from fastdiff.runtime.processes import ProcessId
 
+SILENT = 60.0
+"""Seconds without a heartbeat after which nobody counts on a process of another host."""
 _BEAT = 5.0
 _NAMELESS = 5.0  # seconds that a claim may be without its owner's name
 
@@ -39,7 +42,7 @@ class Claims:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._owners: dict[str, Owner] = {}  # what a claim says never changes
+        self._owners: dict[str, ProcessId] = {}  # what a claim says never changes
 
     def held(self) -> dict[str, Held]:
         """All claims there are, by piece."""
@@ -62,10 +65,10 @@ class Claims:
         except FileExistsError:
             return None
         try:
-            os.write(descriptor, me().tag.encode())
+            os.write(descriptor, ProcessId.own().tag.encode())
         finally:
             os.close(descriptor)
-        self._owners[claim.path.name] = me()
+        self._owners[claim.path.name] = ProcessId.own()
         return claim
 
     def take_alone(self, name: str) -> Claim | None:
@@ -84,7 +87,7 @@ class Claims:
     def _all(self) -> list[tuple[str, int, bool]]:
         """(piece, generation, whether the owner is known to have ended) of every claim."""
         found = []
-        gone: dict[Owner, bool] = {}
+        gone: dict[ProcessId, bool] = {}
         for file in files_in(self.folder):
             name, _, generation = file.rpartition(".")
             if not name or not generation.isdecimal() or file.startswith("."):
@@ -100,7 +103,7 @@ class Claims:
 
     def _silent(self, file: str, seconds: float = SILENT) -> bool:
         """Whether nothing has been written to a claim for so long."""
-        probe = self.folder / f".{me().tag}.now"  # the clock that counts is that of the file system
+        probe = self.folder / f".{ProcessId.own().tag}.now"  # the clock that counts is that of the file system
         try:
             probe.touch()
             age = probe.stat().st_mtime - (self.folder / file).stat().st_mtime
@@ -109,10 +112,10 @@ class Claims:
             return False
         return age > seconds
 
-    def _owner(self, file: str) -> Owner | None:
+    def _owner(self, file: str) -> ProcessId | None:
         if file not in self._owners:
             try:
-                owner = parse((self.folder / file).read_text())
+                owner = ProcessId.parse((self.folder / file).read_text())
             except (OSError, UnicodeDecodeError):
                 return None
             if owner is None:

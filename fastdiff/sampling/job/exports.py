@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdiff.runtime.files import whole
+from fastdiff.runtime.files import atomic_write
 from fastdiff.sampling.pictures import Images, picture
 
 SHARD = 10_000
@@ -45,7 +45,7 @@ class Source:
 def write_npz(path: Path, source: Source) -> None:
     """improved-diffusion's format, arr_0 [N, H, W, C] uint8 and with classes arr_1 [N] int64, and what draws an image
     again: seed [] int64 and index [N] int64."""
-    with whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         pixels = (drawn.images for _, drawn in source.images(0))
         _write_array(archive, "arr_0", np.uint8, (source.count, *source.shape), pixels)
         if source.labelled:
@@ -106,7 +106,7 @@ def write_pngs(folder: Path, source: Source, words: list[str], there: set[int]) 
     folder.mkdir(exist_ok=True)
 
     def write(index: int, label: int | None, pixels: np.ndarray) -> None:
-        with whole(folder / file_name(index, label, words), sync=False) as file:
+        with atomic_write(folder / file_name(index, label, words), sync=False) as file:
             file.write(encode(pixels))
 
     first = next((index for index in range(source.count) if index not in there), source.count)
@@ -129,7 +129,7 @@ def _encoded(source: Source, first: int) -> Generator[tuple[int, int | None, byt
 
 def write_zip(path: Path, source: Source, words: list[str]) -> None:
     """The PNGs, and dataset.json: {"labels": [[name, label], …]}, null without classes."""
-    with whole(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for index, label, png in _encoded(source, 0):
             archive.writestr(zipfile.ZipInfo(file_name(index, label, words)), png)
         with archive.open(zipfile.ZipInfo("dataset.json"), "w", force_zip64=True) as listing:
@@ -159,7 +159,7 @@ def write_tars(base: Path, source: Source) -> None:
         last = min((shard + 1) * SHARD, source.count) - 1
         with (
             closing(_encoded(source, shard * SHARD)) as images,
-            whole(path) as file,
+            atomic_write(path) as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
         ):
             for index, label, png in images:

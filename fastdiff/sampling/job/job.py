@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from fastdiff.errors import UserError
-from fastdiff.runtime.files import files_in, sweep
+from fastdiff.runtime.files import files_in, remove_partial_files
 from fastdiff.runtime.processes import Processes
 from fastdiff.sampling.job.chunks import DamagedPart, Range, Store, Writer, disk, range_of, split
 from fastdiff.sampling.job.claims import Claim, Claims, kept_alive
@@ -280,8 +280,8 @@ class _Run:
             return all(hole.start >= part.stop or hole.stop <= part.start for hole in holes)
 
         self.claims.tidy(needless)
-        sweep(folder)
-        sweep(self.folder)
+        remove_partial_files(folder)
+        remove_partial_files(self.folder)
         with suppress(OSError):
             folder.rmdir()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import UserError
-from fastdiff.runtime.files import PARTIAL, files_in, partial_of, sync_folder
+from fastdiff.runtime.files import PARTIAL, files_in, partial_path, sync_path
 from fastdiff.sampling.job.claims import Claims, kept_alive
 from fastdiff.sampling.job.exports import index_in
 
@@ -124,7 +124,7 @@ def _changed(path: Path) -> float:
 def _create(folder: Path, record: dict[str, Any]) -> None:
     """Write job.json unless there is one: the first wins, and nobody sees it half written."""
     text = json.dumps(record, indent=1, ensure_ascii=False).encode()
-    staged = partial_of(folder / NAME)
+    staged = partial_path(folder / NAME)
     try:
         with open(staged, "wb") as file:
             file.write(text)
@@ -141,7 +141,7 @@ def _create(folder: Path, record: dict[str, Any]) -> None:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        sync_folder(folder)
+        sync_path(folder)
     finally:
         staged.unlink(missing_ok=True)
 

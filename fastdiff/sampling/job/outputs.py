@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from fastdiff.runtime.files import files_in, sweep, whole
+from fastdiff.runtime.files import atomic_write, files_in, remove_partial_files
 from fastdiff.sampling.job import exports
 from fastdiff.sampling.job.exports import Source
 from fastdiff.sampling.pictures import grid, save_animation, strip
@@ -104,7 +104,7 @@ class Outputs:
             lines.append(f"the first {self.grid_images} as a picture in {self.path('.png')}")
         if "trajectory" in missing and trace is not None:
             frames, final = trace(np.arange(self.trajectory))
-            with whole(self.path("_steps.gif"), sync=False) as file:
+            with atomic_write(self.path("_steps.gif"), sync=False) as file:
                 save_animation(file, frames, final)
             self._save_png("_steps.png", strip(frames, final), self._steps_label())  # last: it says what they show
             lines.append(f"the way of the first {self.trajectory} in {self.path('_steps.png')} and .gif")
@@ -112,8 +112,8 @@ class Outputs:
 
     def tidy(self) -> None:
         """Remove unfinished files."""
-        sweep(self.folder)
-        sweep(self.images)
+        remove_partial_files(self.folder)
+        remove_partial_files(self.images)
 
     def _written(self) -> set[int]:
         return {index for name in files_in(self.images) if (index := exports.index_in(name)) is not None}
@@ -134,7 +134,7 @@ class Outputs:
     def _save_png(self, ending: str, image: Image.Image, label: str) -> None:
         about = PngImagePlugin.PngInfo()
         about.add_text("shows", label)
-        with whole(self.path(ending), sync=False) as file:
+        with atomic_write(self.path(ending), sync=False) as file:
             image.save(file, format="PNG", pnginfo=about)
 
     def _grid_label(self) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastdiff.runtime.files import files_in, me, partial_of
+from fastdiff.runtime.files import files_in, partial_path
+from fastdiff.runtime.processes import ProcessId
 
 STATUS = ".status"
 _OFTEN = 1.0  # seconds between looks at the folder
@@ -31,7 +32,7 @@ class Progress:
         self.own = 0.0  # images drawn by this process
         self.unfinished = 0.0  # of those, what is in no file yet
         self.started = self.looked = self.spoken = time.monotonic()
-        self.status = folder / f"{me().tag}{STATUS}"
+        self.status = folder / f"{ProcessId.own().tag}{STATUS}"
         terminal = sys.stderr.isatty()
         self.speaks = shows and not terminal
         self.bar = tqdm(
@@ -69,7 +70,7 @@ class Progress:
 
     def _tell(self, now: float) -> None:
         told = {"rank": self.rank, "rate": self.own / (now - self.started), "unfinished": self.unfinished}
-        partial = partial_of(self.status)
+        partial = partial_path(self.status)
         with suppress(OSError):  # not worth ending a job for
             partial.write_text(json.dumps(told))
             partial.replace(self.status)

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 from helpers.fake_jobs import check_npz, context, drawing, job, names, place, start
 
-from fastdiff.runtime.files import SILENT, Owner, me, parse, partial_of, sweep, whole
+from fastdiff.runtime import processes
+from fastdiff.runtime.files import atomic_write, partial_path, remove_partial_files
+from fastdiff.runtime.processes import ProcessId
 from fastdiff.sampling.job import claims, progress
-from fastdiff.sampling.job.claims import Claims, Held, kept_alive
+from fastdiff.sampling.job.claims import SILENT, Claims, Held, kept_alive
 from fastdiff.sampling.job.job import run_job
 
 
@@ -66,16 +68,16 @@ def test_only_one_gets_a_claim(tmp_path: Path) -> None:
     assert claims.held() == {"000-005": Held(0, False)}
     assert claims.take("000-005", 1) is not None
     assert claims.held() == {"000-005": Held(1, False)}
-    assert parse((tmp_path / "claims" / "000-005.1").read_text()) == me()
+    assert ProcessId.parse((tmp_path / "claims" / "000-005.1").read_text()) == ProcessId.own()
 
 
 def test_owners(tmp_path: Path) -> None:
     """Gone is who has ended, or another process of the same number; of other hosts nothing is known."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = claims._started(child.pid)
+    started = processes._start_time(child.pid)
     assert started is not None
-    owner = Owner(me().host, child.pid, started)
-    assert parse(owner.tag) == owner
+    owner = ProcessId(ProcessId.own().host, child.pid, started)
+    assert ProcessId.parse(owner.tag) == owner
     assert not owner.is_gone()
     assert owner._replace(started=started + 1).is_gone()
     child.kill()
@@ -83,13 +85,13 @@ def test_owners(tmp_path: Path) -> None:
     child.communicate()
     assert owner.is_gone()
     assert not owner._replace(host="elsewhere").is_gone()
-    assert not me().is_gone()
+    assert not ProcessId.own().is_gone()
 
     (tmp_path / "a.0").write_text(owner.tag)
     (tmp_path / "b.0").write_text(owner._replace(host="elsewhere").tag)
     (tmp_path / "c.0").write_text("")  # created, not written yet
     (tmp_path / "d.0").write_text(owner.tag)
-    (tmp_path / "d.1").write_text(me().tag)
+    (tmp_path / "d.1").write_text(ProcessId.own().tag)
     assert Claims(tmp_path).held() == {
         "a": Held(0, True),
         "b": Held(0, False),
@@ -108,7 +110,9 @@ def test_alone(tmp_path: Path) -> None:
     second = Claims(tmp_path).take_alone("merge")
     assert second is not None
     assert second.path.name == "merge.1"
-    second.path.write_text(me()._replace(started=me().started + 1).tag)  # somebody's who has ended
+    second.path.write_text(
+        ProcessId.own()._replace(started=ProcessId.own().started + 1).tag
+    )  # somebody's who has ended
     assert Claims(tmp_path).take_alone("merge") is not None
     assert names(tmp_path) == ["merge.0", "merge.1", "merge.2"]
 
@@ -143,24 +147,24 @@ def test_whole_files(tmp_path: Path) -> None:
     target = tmp_path / "a.npz"
 
     def fail() -> None:
-        with whole(target) as file:
+        with atomic_write(target) as file:
             file.write(b"half")
-            assert names(tmp_path) == [partial_of(target).name]
+            assert names(tmp_path) == [partial_path(target).name]
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
     assert names(tmp_path) == []
-    with whole(target) as file:
+    with atomic_write(target) as file:
         file.write(b"whole")
     assert target.read_bytes() == b"whole"
-    ended, other = me()._replace(started=me().started + 1), Owner("elsewhere", 1, 2)
+    ended, other = ProcessId.own()._replace(started=ProcessId.own().started + 1), ProcessId("elsewhere", 1, 2)
     for name in (f".a.npz.{ended.tag}.partial", f".a.npz.{other.tag}.partial", ".of.somebody.partial", ".b"):
         (tmp_path / name).touch()
-    sweep(tmp_path)
+    remove_partial_files(tmp_path)
     assert names(tmp_path) == [f".a.npz.{other.tag}.partial", ".b", ".of.somebody.partial", "a.npz"]
     os.utime(tmp_path / f".a.npz.{other.tag}.partial", (0, 0))  # nothing has been written for long
-    sweep(tmp_path)
+    remove_partial_files(tmp_path)
     assert names(tmp_path) == [".b", ".of.somebody.partial", "a.npz"]
 
 
@@ -230,7 +234,7 @@ def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
     run_job(drawing(), job(1), place(), folder)
     for name in ("000000005-000000010.0", "000000010-000000015.0", "000000010-000000015.1"):
         (folder / "claims").mkdir(exist_ok=True)
-        (folder / "claims" / name).write_text(Owner("elsewhere", 1, 2).tag)
+        (folder / "claims" / name).write_text(ProcessId("elsewhere", 1, 2).tag)
     drawn: list[int] = []
     run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
     assert drawn == [1, 15, 20, 5, 10]
@@ -259,9 +263,9 @@ def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.Captu
     (folder / "claims").mkdir(parents=True)
     other = context.Process(target=time.sleep, args=(60,), daemon=True)
     other.start()
-    started = claims._started(other.pid)
+    started = processes._start_time(other.pid)
     assert started is not None
-    (folder / "claims" / "merge-23-npz-0-0.0").write_text(Owner(me().host, other.pid, started).tag)
+    (folder / "claims" / "merge-23-npz-0-0.0").write_text(ProcessId(ProcessId.own().host, other.pid, started).tag)
     run_job(drawing(), job(), place(1, 2), folder)
     assert "process 1: all images are drawn; another process puts them together" in capsys.readouterr().out
     assert not list(folder.glob("*.npz"))
