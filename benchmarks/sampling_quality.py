@@ -41,11 +41,11 @@ from benchmarks.image_features import (
     seen,
     train_classifier,
 )
-from fastdiff.diffusion import DiffusionSettings
-from fastdiff.errors import UserError
+from fastdiff.config.checkpoint import open_checkpoint
+from fastdiff.config.load import describe
+from fastdiff.errors import UserError, blaming
 from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import MODES, load_image
-from fastdiff.models import UNetSettings, weights
 from fastdiff.runtime.machine import device_name, use_free_cores
 from fastdiff.runtime.processes import current
 from fastdiff.runtime.script import run_script
@@ -142,13 +142,14 @@ class Study:
 
 
 def read_network(model_path: str, precision: str, device: torch.device, flag: str = "--model_path") -> Network:
-    """A checkpoint of ours by what it says about itself, on its whole chain."""
-    file = weights.find(model_path, flag)
-    info = weights.info_of(weights.read_state_dict(file, flag))
-    if info.get("kind") != "unet":
-        raise UserError(f"{flag}: {file} does not say that it is a plain network; give a checkpoint of train.py")
-    diffusion = DiffusionSettings(**{**info["diffusion"], "timestep_respacing": ""})
-    return open_network(UNetSettings(**info["model"]), diffusion, str(file), precision, device, flag)
+    """The plain network of a checkpoint that says what it is."""
+    with blaming(flag):
+        checkpoint = open_checkpoint(model_path)
+        if checkpoint.info.get("kind") != "unet":
+            raise UserError(f"{checkpoint.file} does not say that it is a plain network; give a checkpoint of train.py")
+        config = describe(checkpoint)
+        whole = config.diffusion.model_copy(update={"timestep_respacing": ""})
+        return open_network(config.model, whole, checkpoint, precision, device)
 
 
 def read_images(folder: Path, network: Network) -> tuple[np.ndarray, np.ndarray, int]:

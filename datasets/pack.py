@@ -19,7 +19,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 from preparation_cli import add_size, parser, run
 
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, blaming
 from fastdiff.images.cache.build import pack
 from fastdiff.images.cache.format import is_packed, open_packed
 from fastdiff.images.cache.sharing import check_same, default_place, together
@@ -49,7 +49,8 @@ def main() -> None:
     if not is_packed(target):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"--out: {target} is there already and no packed folder; choose another or an empty one")
-        make_writable(target.parent, "--out")
+        with blaming("--out"):
+            make_writable(target.parent)
         together(
             target,
             lambda: pack(listing, args.size, args.channels, target, workers=args.workers, flag="--out"),

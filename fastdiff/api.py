@@ -18,14 +18,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdiff.config.load import Config, SuperResConfig, describe
+from fastdiff.config.checkpoint import open_checkpoint
+from fastdiff.config.load import describe
 from fastdiff.config.presets import download, find_preset, is_preset
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.noise_keys import ENLARGED, SAMPLES
 from fastdiff.diffusion.samplers import ddim_reverse_loop
 from fastdiff.diffusion.schedules import keep_steps
-from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, SuperResSettings, weights
+from fastdiff.errors import UserError, blaming
+from fastdiff.models import BackboneSettings, SuperResSettings
 from fastdiff.ops import Kernels, choose_kernels
 from fastdiff.runtime.compilation import tf32
 from fastdiff.runtime.processes import current
@@ -103,15 +104,12 @@ def load(
     if not precision:
         precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     choose_kernels(kernels, place)
-    state = weights.read_state_dict(weights.find(path, "load"), "load")
-    info = weights.info_of(state)
-    super_res = info["kind"] == "super_res" if info else bool(weights.script_mismatch(state, super_res=False))
-    kind = SuperResConfig if super_res else Config
-    del state
-    config = describe("model_path", path, kind, preset)
-    network = open_network(
-        config.model, config.diffusion, path, precision, place, "load", frozen=kernels != "reference"
-    )
+    with blaming("load"):
+        checkpoint = open_checkpoint(path)
+        config = describe(checkpoint, preset)
+        network = open_network(
+            config.model, config.diffusion, checkpoint, precision, place, frozen=kernels != "reference"
+        )
     shared = {"precision": precision, "kernels": kernels, "compile": compile, "cuda_graph": cuda_graph}
     shared["allow_tf32"] = allow_tf32
     return Model(network, place, shared)
@@ -245,9 +243,8 @@ class Model:
             labels=None if inputs else labels_of(self.network, settings.classes),
             inputs=inputs,
             guide=guide.network if guide else None,
-            stream=ENLARGED if inputs else SAMPLES,
+            noise_key=ENLARGED if inputs else SAMPLES,
             count=count,
-            flag="",
         )
         self._sampler = None if inputs else (key, sampler)
         return sampler

@@ -18,14 +18,15 @@ from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = load(
+    config, _, checkpoint = load(
         argv,
         description=__doc__ or "",
         sections=("model", "diffusion", "data", "nll"),
         checkpoint=("nll", "model_path"),
     )
+    from fastdiff.config.checkpoint import named
     from fastdiff.diffusion import create_diffusion
-    from fastdiff.errors import UserError
+    from fastdiff.errors import UserError, blaming
     from fastdiff.images import open_images
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.compilation import tf32
@@ -38,14 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to score")
     chosen = choose_kernels(settings.kernels, processes.device)
-    network = open_network(
-        config.model,
-        config.diffusion,
-        settings.model_path,
-        settings.precision,
-        processes.device,
-        frozen=settings.kernels != "reference",
-    )
+    with blaming("--model_path"):
+        frozen = settings.kernels != "reference"
+        network = open_network(
+            config.model, config.diffusion, named(checkpoint), settings.precision, processes.device, frozen
+        )
+    del checkpoint  # its weights are in the network
     loader = open_images(
         config.data,
         size_hw=config.model.size_hw,
@@ -62,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
             f"--data_dir: {config.data.data_dir} has {len(loader.class_names)} classes, the model "
             f"{config.model.num_classes}"
         )
-    folder = make_writable(output_folder(settings.out_dir, "runs/nll"), "--out_dir")
+    with blaming("--out_dir"):
+        folder = make_writable(output_folder(settings.out_dir, "runs/nll"))
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
     processes = join()
     if processes.is_main:

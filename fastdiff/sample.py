@@ -22,12 +22,13 @@ from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = load(
+    config, _, checkpoint = load(
         argv,
         description=__doc__ or "",
         sections=("model", "diffusion", "sample"),
         checkpoint=("sample", "model_path"),
     )
+    from fastdiff.config.checkpoint import named
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.processes import current, join
     from fastdiff.sampling.build import build_sampler
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
 
     settings, processes = config.sample, current()
     kernels = choose_kernels(settings.kernels, processes.device, settings.fused_convolutions)
-    sampler = build_sampler(config, processes.device, count=-(-settings.num_samples // processes.world_size))
+    share = -(-settings.num_samples // processes.world_size)
+    sampler = build_sampler(config, named(checkpoint), processes.device, count=share)
+    del checkpoint  # its weights are in the network
     run(sampler, settings, join(group=False), notes=kernels, count=settings.num_samples)
 
 

@@ -19,13 +19,14 @@ from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, _ = load(
+    config, _, checkpoint = load(
         argv,
         description=__doc__ or "",
         sections=("model", "diffusion", "sample"),
         kind=SuperResConfig,
         checkpoint=("sample", "model_path"),
     )
+    from fastdiff.config.checkpoint import named
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.processes import current, join
     from fastdiff.sampling.build import build_upsampler
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     assert isinstance(config, SuperResConfig)
     settings, processes = config.sample, current()
     kernels = choose_kernels(settings.kernels, processes.device, settings.fused_convolutions)
-    sampler, base = build_upsampler(config, processes.device, processes.world_size)
+    sampler, base = build_upsampler(config, named(checkpoint), processes.device, processes.world_size)
+    del checkpoint  # its weights are in the network
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)
     identity = {"base_samples": base.digest}
     note = f", enlarged from {len(base)}"

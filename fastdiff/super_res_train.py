@@ -19,7 +19,7 @@ from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, args = load(
+    config, args, _ = load(
         argv,
         description=__doc__ or "",
         kind=SuperResConfig,

@@ -1,8 +1,12 @@
-"""The settings of a checkpoint: those that it carries, else those of its preset, else what its shapes show."""
+"""A checkpoint opened once: its weights, and its settings, which it carries, or its preset has, or its shapes show."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,52 @@ from fastdiff.settings import is_true
 Layer = dict[str, dict[str, Any]]
 # What a checkpoint of the same network and process may have otherwise: these say how to train, or which steps to take.
 _FREE = {"dropout", "use_checkpoint", "use_kl", "min_snr_gamma", "rescale_learned_sigmas", "timestep_respacing"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file whose content has been read, for all that needs it: settings, network, identity of a job."""
+
+    file: Path
+    state: OrderedDict[str, Tensor]
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """What the file says of itself (kind, model, diffusion, class_names); empty for a file of another program."""
+        return weights.info_of(self.state)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.info.get("class_names", [])
+
+    @property
+    def super_res(self) -> bool:
+        """Whether it holds a super-resolution model, by what it says of itself or by its first convolution."""
+        if self.info:
+            return self.info["kind"] == "super_res"
+        return bool(weights.script_mismatch(self.state, super_res=False))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file's bytes, shortened to 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        with self.file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+        return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def open_checkpoint(path: str) -> Checkpoint:
+    """Read the checkpoint that a path means (see `weights.find`). Raises UserError for what can't be read."""
+    file = weights.find(path)
+    return Checkpoint(file, weights.read_state_dict(file))
+
+
+def named(checkpoint: Checkpoint | None) -> Checkpoint:
+    """The checkpoint, where a script can't do without one. Raises UserError."""
+    if checkpoint is None:
+        raise UserError("--model_path is missing: give a .pt checkpoint or a run's folder")
+    return checkpoint
 
 
 def scripts_for(super_res: bool) -> str:
@@ -32,28 +82,26 @@ def preset_of(name: str, super_res: bool, flag: str = "--preset") -> Preset | No
 
 
 def settings_of(
-    path: str,
-    flag: str,
+    checkpoint: Checkpoint,
     super_res: bool,
     preset: Preset | None = None,
     given: Layer | None = None,
     preset_flag: str = "--preset",
 ) -> tuple[str, Layer]:
-    """Sections model and diffusion of the checkpoint that a path means, and a name for where they are from.
+    """Sections model and diffusion of a checkpoint, and a name for where they are from.
 
-    given holds what was set besides: it is laid over the result later, and is not warned about.
-    Raises UserError where the file can't be read, is of the other kind, or contradicts the preset.
+    given holds the settings of the command line and the JSON file, which the caller lays over the result: no warning
+    says that they were assumed. Raises UserError where the file is of the other kind or contradicts the preset.
     """
-    file = weights.find(path, flag)
-    state = weights.read_state_dict(file, flag)
-    if info := weights.info_of(state):
-        if (info["kind"] == "super_res") != super_res:
-            raise UserError(f"{flag}: {file} is for {scripts_for(not super_res)}")
+    file = checkpoint.file
+    if info := checkpoint.info:
+        if checkpoint.super_res != super_res:
+            raise UserError(f"{file} is for {scripts_for(not super_res)}")
         if preset:
             _check_agrees(info, preset, file, preset_flag)
         return f"the settings in {file}", {"model": info["model"], "diffusion": info["diffusion"]}
-    if mismatch := weights.script_mismatch(state, super_res):
-        raise UserError(f"{flag}: {file} does not fit: {mismatch}, which is for {scripts_for(not super_res)}")
+    if mismatch := weights.script_mismatch(checkpoint.state, super_res):
+        raise UserError(f"{file} does not fit: {mismatch}, which is for {scripts_for(not super_res)}")
     if preset:
         return f"preset {preset.name}", preset.layer
     if named := preset_for_file(file):
@@ -62,9 +110,9 @@ def settings_of(
         )
         return f"preset {named.name}", named.layer
     try:
-        return f"the settings in {file}", {"model": _shown(state, file, super_res, given or {})}
+        return f"the settings in {file}", {"model": _shown(checkpoint.state, file, super_res, given or {})}
     except UserError as error:
-        raise UserError(f"{flag}: {file} can't be used: {error}") from None
+        raise UserError(f"{file} can't be used: {error}") from None
 
 
 def _shown(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) -> dict[str, Any]:

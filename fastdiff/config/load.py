@@ -7,14 +7,14 @@ import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 from pydantic import Field, ValidationError
 
-from fastdiff.config.checkpoint import Layer, preset_of, settings_of
+from fastdiff.config.checkpoint import Checkpoint, Layer, open_checkpoint, preset_of, settings_of
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
-from fastdiff.errors import UserError, did_you_mean, quoted, shortened
+from fastdiff.errors import UserError, blaming, did_you_mean, quoted, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
@@ -46,6 +46,16 @@ class SuperResConfig(Config):
     sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)  # type: ignore[assignment]
 
 
+class Loaded(NamedTuple):
+    """What `load` returns."""
+
+    config: Config
+    args: argparse.Namespace
+    """The switches that aren't settings: dry_run, config."""
+    checkpoint: Checkpoint | None
+    """The checkpoint that the settings name, opened; None where they name none."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -58,8 +68,8 @@ def load(
     sections: tuple[str, ...],
     kind: type[Config] = Config,
     checkpoint: tuple[str, str] | None = None,
-) -> tuple[Config, argparse.Namespace]:
-    """Settings from the command line, and the switches that aren't settings (print_config, dry_run).
+) -> Loaded:
+    """Read settings from the command line and the files that it names.
 
     sections    whose leaves are flags of this script.
     checkpoint  (section, name) of the setting that names a checkpoint, whose own settings come first.
@@ -77,8 +87,10 @@ def load(
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
+    opened = None
     if checkpoint:
-        layers = [*_checkpoint_layer(checkpoint, layers, kind), *layers]
+        opened, below = _checkpoint_layer(checkpoint, layers, kind)
+        layers = [*below, *layers]
     config = _resolve(kind, layers)
     if "train" in sections:
         config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
@@ -90,20 +102,23 @@ def load(
             del shown["sample"]["num_samples"]  # not given, it follows the small images, which a number would fix
         print(json.dumps(shown, indent=2))
         sys.exit(0)
-    if checkpoint:
-        config = _with_released_file(config, checkpoint)
-    return config, args
+    if checkpoint and opened is None:
+        config, opened = _with_released_file(config, checkpoint)
+    return Loaded(config, args, opened)
 
 
-def describe(name: str, path: str, kind: type[Config] = Config, preset: str = "") -> Config:
-    """The settings of a checkpoint besides the run's own, which the setting `name` of section sample names.
+def describe(
+    checkpoint: Checkpoint, preset: str = "", super_res: bool | None = None, preset_flag: str = "--preset"
+) -> Config:
+    """The settings of a checkpoint alone: those that it carries, or a preset's, or what its shapes show.
 
-    They are those that it carries, or a preset's, or what its shapes show. Raises UserError for what can't be.
+    super_res says which kind of model is wanted; None takes either. Raises UserError for another kind, and for
+    settings that can't be.
     """
-    preset_flag = "--sr_preset" if name == "sr_model_path" else "--preset"
-    super_res = kind is SuperResConfig
+    super_res = checkpoint.super_res if super_res is None else super_res
     found = preset_of(preset, super_res, preset_flag)
-    return _resolve(kind, [settings_of(path, f"--{name}", super_res, found, preset_flag=preset_flag)])
+    layer = settings_of(checkpoint, super_res, found, preset_flag=preset_flag)
+    return _resolve(SuperResConfig if super_res else Config, [layer])
 
 
 def _with_null_class(config: Config, given: bool) -> Config:
@@ -118,14 +133,16 @@ def _with_null_class(config: Config, given: bool) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update={"null_class": True})})
 
 
-def _with_released_file(config: Config, setting: tuple[str, str]) -> Config:
-    """The checkpoint of a preset for which none is named: downloaded, unless that was done before."""
+def _with_released_file(config: Config, setting: tuple[str, str]) -> tuple[Config, Checkpoint | None]:
+    """The settings with the path of a preset's released file where no checkpoint is named, and that file opened."""
     section, name = setting
     settings = getattr(config, section)
     if getattr(settings, name) or not getattr(settings, "preset", ""):
-        return config
+        return config, None
     file = download(find_preset(settings.preset))
-    return config.model_copy(update={section: settings.model_copy(update={name: str(file)})})
+    with blaming("--preset"):
+        opened = open_checkpoint(str(file))
+    return config.model_copy(update={section: settings.model_copy(update={name: str(file)})}), opened
 
 
 def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]) -> _Parser:
@@ -192,8 +209,8 @@ def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Confi
 
 def _checkpoint_layer(
     setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
-) -> list[tuple[str, Layer]]:
-    """The settings of the checkpoint that the layers name, or of a preset whose released file is to be fetched."""
+) -> tuple[Checkpoint | None, list[tuple[str, Layer]]]:
+    """The checkpoint that the layers name with its settings, or those of a preset whose released file is missing."""
     section, name = setting
     preset = _preset(section, layers, kind)
     given: Layer = {}
@@ -201,8 +218,10 @@ def _checkpoint_layer(
         given = merge(given, layer)
     path = given.get(section, {}).get(name)
     if path:
-        return [settings_of(str(path), f"--{name}", kind is SuperResConfig, preset, given)]
-    return [(f"preset {preset.name}", preset.layer)] if preset else []
+        with blaming(f"--{name}"):
+            opened = open_checkpoint(str(path))
+            return opened, [settings_of(opened, kind is SuperResConfig, preset, given)]
+    return None, [(f"preset {preset.name}", preset.layer)] if preset else []
 
 
 def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:

@@ -118,7 +118,7 @@ def download(preset: Preset, folder: Path | None = None, progress: bool = True, 
         with (folder / f".{preset.released}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not file.is_file():
-                _fetch(preset, file, progress, flag)
+                _fetch(preset, file, progress)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         reason = getattr(reason, "strerror", None) or reason
@@ -129,14 +129,14 @@ def download(preset: Preset, folder: Path | None = None, progress: bool = True, 
     return file
 
 
-def _fetch(preset: Preset, file: Path, progress: bool, flag: str) -> None:
+def _fetch(preset: Preset, file: Path, progress: bool) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     if progress:
         print(f"fetching {preset.url} to {file}", file=sys.stderr, flush=True)
     try:
         torch.hub.download_url_to_file(preset.url, str(partial), progress=progress)
         try:
-            weights.read_state_dict(partial, flag)  # a connection that breaks off leaves a shorter file
+            weights.read_state_dict(partial)  # a connection that breaks off leaves a shorter file
         except UserError:
             raise OSError("it came incomplete") from None
         partial.replace(file)

@@ -24,14 +24,14 @@ _METADATA_KEY = "fastdiff"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def read_state_dict(path: Path, flag: str) -> OrderedDict[str, Tensor]:
+def read_state_dict(path: Path) -> OrderedDict[str, Tensor]:
     """The state_dict in a file; UserError when it is something else, or the settings that it carries are none."""
-    state = read(path, flag)
+    state = read(path)
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named or not state:
-        raise UserError(f"{flag}: {path} holds no state_dict; give a model or ema .pt file")
+        raise UserError(f"{path} holds no state_dict; give a model or ema .pt file")
     if problem := _problem_of(_text(state)):
-        raise UserError(f"{flag}: the settings in {path} are damaged ({problem}); give another checkpoint")
+        raise UserError(f"the settings in {path} are damaged ({problem}); give another checkpoint")
     return state if isinstance(state, OrderedDict) else OrderedDict(state)
 
 
@@ -138,48 +138,47 @@ def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
     return "it is no super-resolution model" if super_res else "it is a super-resolution model"
 
 
-def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path, flag: str) -> None:
+def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path) -> None:
     """UserError where `load_into` would raise one for a network of these settings, which isn't built for it.
 
     For settings that come with the file: they could describe a network larger than any machine.
     """
     if settings.num_res_blocks * len(settings.level_mult) > len(state):
         raise UserError(
-            f"{flag}: {path} does not fit the model: it has {len(state)} tensors, which is too few for num_res_blocks "
+            f"{path} does not fit the model: it has {len(state)} tensors, which is too few for num_res_blocks "
             f"{settings.num_res_blocks}"
         )
     try:
         with torch.device("meta"):
             model = build_model(settings)
     except (RuntimeError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"{flag}: {path}: no network of its settings can be built ({error})") from None
-    _compare(model, state, path, flag)
+        raise UserError(f"{path}: no network of its settings can be built ({error})") from None
+    _compare(model, state, path)
 
 
-def load_into(model: UNet, state: dict[str, Tensor], path: Path, flag: str) -> None:
+def load_into(model: UNet, state: dict[str, Tensor], path: Path) -> None:
     """Strict loading; where keys or shapes differ, a UserError that says which settings would fit.
 
     Weights that aren't finite floating-point numbers are refused too.
     """
-    _compare(model, state, path, flag)
+    _compare(model, state, path)
     for name, value in state.items():
         if value.dtype not in _DTYPES:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise UserError(f"{flag}: {name} in {path} is {value.dtype}, weights are of {kinds}")
+            raise UserError(f"{name} in {path} is {value.dtype}, weights are of {kinds}")
     model.load_state_dict(state)
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise UserError(
-                f"{flag}: {name} in {path} is not finite (NaN or infinity): that run had diverged; give an earlier "
-                "checkpoint"
+                f"{name} in {path} is not finite (NaN or infinity): that run had diverged; give an earlier checkpoint"
             )
 
 
-def _compare(model: UNet, state: dict[str, Tensor], path: Path, flag: str) -> None:
+def _compare(model: UNet, state: dict[str, Tensor], path: Path) -> None:
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if own != given:
-        raise UserError(f"{flag}: {path} does not fit the model: {_difference(model.settings, state, own, given)}")
+        raise UserError(f"{path} does not fit the model: {_difference(model.settings, state, own, given)}")
 
 
 def _difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
@@ -228,12 +227,12 @@ _EMA = re.compile(r"ema_([0-9]+(?:\.[0-9]+)?)_(\d+)\.pt$")
 _MODEL = re.compile(r"model(\d+)\.pt$")
 
 
-def find(path: str, flag: str) -> Path:
+def find(path: str) -> Path:
     """The file a path means: itself, or in a folder (of a step, or of a run) the newest EMA of the highest rate."""
     if not path:
-        raise UserError(f"{flag} is missing: give a .pt checkpoint or a run's folder")
+        raise UserError("no checkpoint is named: give a .pt checkpoint or a run's folder")
     place = Path(path)
-    if not is_there(place, flag, "dir"):
+    if not is_there(place, "dir"):
         return place
     candidates = [*place.glob("*.pt"), *place.glob("step_*/*.pt"), *place.glob("checkpoints/step_*/*.pt")]
     ranked = []
@@ -243,5 +242,5 @@ def find(path: str, flag: str) -> Path:
         elif match := _MODEL.search(file.name):
             ranked.append((int(match[1]), 0, 0.0, file))
     if not ranked:
-        raise UserError(f"{flag}: {path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt)")
+        raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt)")
     return max(ranked)[-1]

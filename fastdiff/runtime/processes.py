@@ -146,7 +146,7 @@ def output_folder(setting: str, default: str) -> Path:
     return Path(setting or os.environ.get("OPENAI_LOGDIR", "") or default)
 
 
-def make_writable(folder: Path, flag: str) -> Path:
+def make_writable(folder: Path) -> Path:
     """Create the folder if need be; UserError when nothing can be written there."""
     probe = folder / f".writable.{os.getpid()}"
     try:
@@ -154,7 +154,7 @@ def make_writable(folder: Path, flag: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{flag}: {folder} can't be written to ({error.strerror}); name another folder") from error
+        raise UserError(f"{folder} can't be written to ({error.strerror}); name another folder") from error
     return folder
 
 

@@ -32,14 +32,14 @@ _NEEDED = {
 }
 
 
-def read(path: Path, flag: str) -> Any:
+def read(path: Path) -> Any:
     """What a file of torch.save holds, without running code: tensors on the CPU, in plain containers.
 
     Raises UserError for a file that is missing, damaged, would run code, or would take far more memory than it has
     bytes.
     """
-    if not is_there(path, flag, "file"):
-        raise UserError(f"{flag}: {path} does not exist; give the path of a .pt checkpoint")
+    if not is_there(path, "file"):
+        raise UserError(f"{path} does not exist; give the path of a .pt checkpoint")
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == _ZIP
@@ -53,16 +53,16 @@ def read(path: Path, flag: str) -> Any:
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
             return _Plain(2 * path.stat().st_size + (1 << 20)).copy(content)
     except _Refused as error:
-        raise UserError(f"{flag}: {path} is refused: {error}") from None
+        raise UserError(f"{path} is refused: {error}") from None
     except _NamesObjects as error:
         raise UserError(
-            f"{flag}: {path} holds Python objects ({error}) that would run code when loaded, or take any amount of "
+            f"{path} holds Python objects ({error}) that would run code when loaded, or take any amount of "
             "memory; it is refused, a checkpoint holds tensors only"
         ) from None
     except PermissionError as error:
-        raise UserError(f"{flag}: {path} can't be read ({error.strerror}); give a file that can") from None
+        raise UserError(f"{path} can't be read ({error.strerror}); give a file that can") from None
     except Exception:  # whatever a damaged file leads zipfile, pickle and torch to
-        raise UserError(f"{flag}: {path} is not a checkpoint, or is damaged") from None
+        raise UserError(f"{path} is not a checkpoint, or is damaged") from None
 
 
 class _NamesObjects(Exception):
@@ -158,12 +158,12 @@ class _Plain:
         return plain.clone()
 
 
-def is_there(place: Path, flag: str, kind: Literal["file", "dir"]) -> bool:
+def is_there(place: Path, kind: Literal["file", "dir"]) -> bool:
     """Path.is_file or is_dir; UserError where the system refuses to tell, as for a name of thousands of letters."""
     try:
         return place.is_file() if kind == "file" else place.is_dir()
     except OSError as error:
-        raise UserError(f"{flag}: {quoted(str(place))} can't be opened ({error.strerror}); name a checkpoint") from None
+        raise UserError(f"{quoted(str(place))} can't be opened ({error.strerror}); name a checkpoint") from None
 
 
 def npz_header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> tuple[tuple[int, ...], np.dtype]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
 from fastdiff.config.load import Config, SuperResConfig, describe
 from fastdiff.config.presets import download, find_preset
 from fastdiff.diffusion.noise_keys import ENLARGED
-from fastdiff.errors import UserError
-from fastdiff.models import SuperResSettings, weights
+from fastdiff.errors import UserError, blaming
+from fastdiff.models import SuperResSettings
 from fastdiff.sampling.labels import Labels, parse_labels
 from fastdiff.sampling.low_res import BaseImages, as_low_res
 from fastdiff.sampling.network import Network, open_network
@@ -22,19 +24,29 @@ from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import DrawSettings
 
 
-def build_sampler(config: Config, device: torch.device, count: int) -> Sampler | Cascade:
-    """What the sections model, diffusion and sample describe; count as for `Sampler`. Raises UserError."""
+def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, count: int) -> Sampler | Cascade:
+    """The sampler that the sections model, diffusion and sample describe, with the weights of model_path's checkpoint.
+
+    count is how many images this process draws. Raises UserError for networks that don't fit together.
+    """
     settings = config.sample
-    network = _open(config, settings, device)
-    labels = labels_of(network, settings.classes)
-    base = Sampler(network, settings, device, labels=labels, guide=_guide(config, settings, device), count=count)
+    with blaming("--model_path"):
+        network = _network(config, checkpoint, settings, device)
+    guide, labels = _guide(config, settings, device), labels_of(network, settings.classes)
+    with _naming_flags():
+        base = Sampler(network, settings, device, labels=labels, guide=guide, count=count)
     if not (settings.sr_model_path or settings.sr_preset):
         return base
-    sr_path = settings.sr_model_path
-    if not sr_path:
-        sr_path = str(download(find_preset(settings.sr_preset, "--sr_preset"), flag="--sr_preset"))
-    large = describe("sr_model_path", sr_path, SuperResConfig, settings.sr_preset)
-    process = large.diffusion.model_copy(update={"timestep_respacing": settings.sr_timestep_respacing})
+    path = settings.sr_model_path
+    if not path:
+        path = str(download(find_preset(settings.sr_preset, "--sr_preset"), flag="--sr_preset"))
+    with blaming("--sr_model_path"):
+        sr_checkpoint = open_checkpoint(path)
+        large = describe(sr_checkpoint, settings.sr_preset, super_res=True, preset_flag="--sr_preset")
+        process = large.diffusion.model_copy(update={"timestep_respacing": settings.sr_timestep_respacing})
+        large = large.model_copy(update={"diffusion": process})
+        upsampler = _network(large, sr_checkpoint, settings, device)
+        check_fit(network, upsampler)
     enlarging = settings.model_copy(
         update={
             "steps": settings.sr_steps,
@@ -42,50 +54,60 @@ def build_sampler(config: Config, device: torch.device, count: int) -> Sampler |
             **{"guidance": 1.0, "guidance_interval": (), "guide_model_path": ""},
         }
     )
-    frozen = settings.kernels != "reference"
-    upsampler = open_network(large.model, process, sr_path, settings.precision, device, "--sr_model_path", frozen)
-    check_fit(network, upsampler)
 
     def make(inputs: Inputs) -> Sampler:
-        return Sampler(
-            upsampler,
-            enlarging,
-            device,
-            inputs=inputs,
-            stream=ENLARGED,
-            count=min(count, base.batch_size),
-            flag="--sr_",
-        )
+        with _naming_flags(own="sr_"):
+            most = min(count, base.batch_size)
+            return Sampler(upsampler, enlarging, device, inputs=inputs, noise_key=ENLARGED, count=most)
 
     return Cascade(base, make)
 
 
-def build_upsampler(config: SuperResConfig, device: torch.device, world_size: int) -> tuple[Sampler, BaseImages]:
+def build_upsampler(
+    config: SuperResConfig, checkpoint: Checkpoint, device: torch.device, world_size: int
+) -> tuple[Sampler, BaseImages]:
     """The sampler that enlarges the settings' base_samples, and those. Raises UserError."""
     settings = config.sample
-    network = _open(config, settings, device)
+    with blaming("--model_path"):
+        network = _network(config, checkpoint, settings, device)
     assert isinstance(config.model, SuperResSettings)
     base = BaseImages(settings.base_samples, config.model, network.class_names)
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)
-    guide = _guide(config, settings, device)
-    share = -(-count // world_size)
-    return Sampler(network, settings, device, inputs=base, guide=guide, stream=ENLARGED, count=share), base
+    guide, share = _guide(config, settings, device), -(-count // world_size)
+    with _naming_flags():
+        return Sampler(network, settings, device, inputs=base, guide=guide, noise_key=ENLARGED, count=share), base
 
 
-def _open(config: Config, settings: DrawSettings, device: torch.device) -> Network:
+def _network(config: Config, checkpoint: Checkpoint, settings: DrawSettings, device: torch.device) -> Network:
     frozen = settings.kernels != "reference"
-    return open_network(config.model, config.diffusion, settings.model_path, settings.precision, device, frozen=frozen)
+    return open_network(config.model, config.diffusion, checkpoint, settings.precision, device, frozen)
 
 
 def _guide(config: Config, settings: DrawSettings, device: torch.device) -> Network | None:
-    """The weaker network; a file that carries no settings has the model's own."""
-    path, flag = settings.guide_model_path, "--guide_model_path"
-    if not path:
+    """The weaker network for autoguidance. A file that carries no settings has those of the model itself."""
+    if not settings.guide_model_path:
         return None
-    if weights.info_of(weights.read_state_dict(weights.find(path, flag), flag)):
-        config = describe(flag.removeprefix("--"), path, type(config))
-    frozen = settings.kernels != "reference"
-    return open_network(config.model, config.diffusion, path, settings.precision, device, flag, frozen)
+    with blaming("--guide_model_path"):
+        checkpoint = open_checkpoint(settings.guide_model_path)
+        if checkpoint.info:
+            config = describe(checkpoint, super_res=isinstance(config, SuperResConfig))
+        return _network(config, checkpoint, settings, device)
+
+
+@contextmanager
+def _naming_flags(own: str = "") -> Iterator[None]:
+    """Begin the sentence of a UserError, which begins with a setting's name, with that setting's flag.
+
+    The flags of the settings that a second network has for itself begin with `own`.
+    """
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        if text.startswith("--"):
+            raise
+        has_own = text.startswith(("steps", "batch_size"))
+        raise UserError(f"--{own if has_own else ''}{text}") from error
 
 
 def labels_of(network: Network, classes: str) -> Labels | None:
@@ -112,7 +134,8 @@ class Cascade:
         """Large images `index` [n] int64, with the base images' labels; see `drawn.Draw`."""
         share = self.base.flops / (self.base.flops + self.upsampler.flops)
         self._index, self._small = index, self.base.draw(index, lambda images: on_progress(images * share))
-        large = self.upsampler.draw(index, lambda images: on_progress(images * (1 - share)))
+        with blaming("enlarging"):
+            large = self.upsampler.draw(index, lambda images: on_progress(images * (1 - share)))
         return Images(large.images, self._small.labels)
 
     def trace(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -137,7 +160,7 @@ def check_fit(base: Network, upsampler: Network) -> None:
     """UserError unless the second network enlarges what the first one draws."""
     small, large = base.settings, upsampler.settings
     assert isinstance(large, SuperResSettings)
-    who = f"--sr_model_path: {upsampler.file}"
+    who = upsampler.file
     if large.small_size != small.size_hw:
         sizes = ["x".join(map(str, size)) for size in (large.small_size, small.size_hw)]
         raise UserError(f"{who} enlarges images of {sizes[0]} pixels, the model draws {sizes[1]}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastdiff.config.checkpoint import Checkpoint
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model, weights
@@ -38,32 +38,21 @@ class Network:
 def open_network(
     settings: BackboneSettings,
     diffusion: DiffusionSettings,
-    model_path: str,
+    checkpoint: Checkpoint,
     precision: str,
     device: torch.device,
-    flag: str = "--model_path",
     frozen: bool = True,
 ) -> Network:
-    """Read a checkpoint into the network that the settings describe. UserError where that can't be.
+    """Build the network that the settings describe with a checkpoint's weights. UserError where they don't fit.
 
     frozen False leaves the weights as they are, for ops in mode "reference".
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
-    file = weights.find(model_path, flag)
-    state = weights.read_state_dict(file, flag)
-    weights.check_fits(settings, state, file, flag)
+    weights.check_fits(settings, checkpoint.state, checkpoint.file)
     model = build_model(settings)
-    weights.load_into(model, state, file, flag)
+    weights.load_into(model, checkpoint.state, checkpoint.file)
     model.to(device).eval().set_precision(body_dtype(precision, device))
     if frozen:
         freeze(model)
-    return Network(model, diffusion, file, _digest(file), weights.info_of(state).get("class_names", []))
-
-
-def _digest(file: Path) -> str:
-    found = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 22):
-            found.update(block)
-    return f"sha256:{found.hexdigest()[:16]}"
+    return Network(model, diffusion, checkpoint.file, checkpoint.digest, checkpoint.class_names)

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastdiff.errors import blaming
 from fastdiff.runtime.processes import Processes, make_writable
 from fastdiff.sampling.build import Cascade
 from fastdiff.sampling.job.job import Job, run_job
@@ -36,7 +37,8 @@ def run(
     shape = last.network.settings
     folder = _folder(settings, first, identity)
     if not (folder / NAME).is_file():
-        make_writable(folder, "--out_dir")
+        with blaming("--out_dir"):
+            make_writable(folder)
     if processes.is_main:
         print("\n".join([*notes, *sampler.notes]), flush=True)
     labels = first.labels

@@ -54,21 +54,20 @@ class Sampler:
         labels: Labels | None = None,
         inputs: Inputs | None = None,
         guide: Network | None = None,
-        stream: int = SAMPLES,
+        noise_key: int = SAMPLES,
         count: int = 0,
-        flag: str = "--",
     ) -> None:
-        """flag is what the names of settings begin with in error messages. Raises UserError for what can't be."""
-        self.network, self.settings, self.device, self.flag = network, settings, device, flag
+        """Raises UserError for what can't be, in a sentence that begins with the setting's name."""
+        self.network, self.settings, self.device = network, settings, device
         self.labels, self.inputs = labels, inputs
-        self.stream = stream
+        self.noise_key = noise_key
         if settings.cuda_graph is True and device.type != "cuda":
-            raise UserError("--cuda_graph True needs a GPU; leave it out")
-        self.diffusion = self._diffusion(flag)
+            raise UserError("cuda_graph True needs a GPU; leave it out")
+        self.diffusion = self._diffusion()
         try:
             self.plan = make_plan(self.diffusion, settings.solver, settings.eta)
         except ValueError as error:  # of a respacing that keeps too few steps
-            raise UserError(f"{flag.removesuffix('sr_')}solver: {error}") from None
+            raise UserError(f"solver: {error}") from None
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
         keep_compiled_code()
@@ -155,13 +154,12 @@ class Sampler:
     def _complete_steps(self) -> int:
         return int(self.plan.complete.sum())
 
-    def _diffusion(self, flag: str) -> Any:
+    def _diffusion(self) -> Any:
         settings, process = self.settings, self.network.diffusion
         try:
             kept = keep_steps(process, settings.steps, self._spacing, settings.sigma_max) if settings.steps else None
         except ValueError as error:
-            own = str(error).startswith("steps")  # sigma_max is one for all
-            raise UserError(f"{flag if own else flag.removesuffix('sr_')}{error}") from None
+            raise UserError(str(error)) from None
         return create_diffusion(process, self.network.settings.learn_sigma, kept)
 
     def _guidance(self, guide: Network | None) -> Guidance:
@@ -170,7 +168,7 @@ class Sampler:
             return Guidance()
         if guide is None and not (model.class_cond and model.null_class):
             raise UserError(
-                f"--guidance {settings.guidance:g}: the model has no null class to steer away from; train it with "
+                f"guidance {settings.guidance:g}: the model has no null class to steer away from; train it with "
                 "--label_dropout 0.1, or name a weaker checkpoint by --guide_model_path"
             )
         if guide is not None:
@@ -207,7 +205,7 @@ class Sampler:
         try:
             size, how = best_batch_size(self._seconds, min(count or most, most), key)
         except torch.OutOfMemoryError:
-            raise UserError("--batch_size auto: not even one image fits in the GPU's memory") from None
+            raise UserError("batch_size auto: not even one image fits in the GPU's memory") from None
         finally:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -264,12 +262,11 @@ class Sampler:
 
     def _refusal(self, bad: list[int]) -> str:
         """What to say of images that are not finite."""
-        flag = self.flag.removesuffix("sr_")  # one for all networks
-        advice = ["another checkpoint or average of its weights" + (f" ({self.flag}model_path)" if self.flag else "")]
+        advice = ["another checkpoint or average of its weights"]
         if self.settings.precision != "fp32":
-            advice.append(f"{flag}precision fp32")
+            advice.append("precision fp32")
         if self.guidance.weight != 1:
-            advice.append(f"a {flag}guidance nearer 1 than {self.guidance.weight:g}")
+            advice.append(f"a guidance nearer 1 than {self.guidance.weight:g}")
         return f"{non_finite(bad)}, and are not written; try {', or '.join(advice)}"
 
     def _engine_of(self) -> Engine:
@@ -283,7 +280,7 @@ class Sampler:
                 self.diffusion,
                 self.device,
                 batch_size=self.batch_size,
-                seed_stream=self.settings.seed | self.stream,
+                seed_stream=self.settings.seed | self.noise_key,
                 clip=self.settings.clip_denoised,
                 fixed_shape=self.compiled,
                 cuda_graph=self.cuda_graph,

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from fastdiff import errors
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.errors import StopWith
+from fastdiff.errors import StopWith, blaming
 from fastdiff.runtime.signals import StopSignals
 from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training.checkpoints import folder as checkpoint_files
@@ -297,7 +297,8 @@ class Loop:
             f"{bad} steps in a row had a non-finite loss or gradient and were skipped: going back to {target}, and on "
             "with other images, timesteps and noise"
         )
-        trainer.roll_back(checkpoints.read(target, [str(rate) for rate in self.train.ema_rate], "--run_dir"))
+        with blaming("--run_dir"):
+            trainer.roll_back(checkpoints.read(target, [str(rate) for rate in self.train.ema_rate]))
         self.processes.barrier()
         if self.processes.is_main:
             for newer in checkpoint_files.listed(self.checkpoints):

@@ -15,7 +15,7 @@ import torch
 from fastdiff import errors, precompile
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
-from fastdiff.errors import StopWith, UserError
+from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images import Loader, open_images
 from fastdiff.models import build_model
 from fastdiff.models.unet import body_dtype
@@ -81,7 +81,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         found = snapshot.notes if snapshot else []
         snapshot = None  # it takes as much memory as a checkpoint has bytes
         if writes:
-            make_writable(folder, "--run_dir")
+            with blaming("--run_dir"):
+                make_writable(folder)
         if writes and not known:
             open_things.enter_context(resuming.lock_new(folder))
         if settings.detect_anomaly:

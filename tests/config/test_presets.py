@@ -16,7 +16,8 @@ from helpers.tiny import info_for, pictures, refusal, save, save_bare, super_res
 from test_settings import json_file, read
 
 from fastdiff import nll, sample, super_res_sample
-from fastdiff.config.load import Config, SuperResConfig, describe
+from fastdiff.config.checkpoint import open_checkpoint
+from fastdiff.config.load import describe
 from fastdiff.config.presets import PRESETS, RELEASED, Preset, download, find_preset, is_preset, preset_for_file
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, weights
@@ -197,7 +198,7 @@ def test_preset_of_the_other_kind(tmp_path: Path) -> None:
     file = json_file(tmp_path, {"sample": {"preset": "upsample_256"}})
     assert f"{file}: sample.preset: upsample_256 is for super_res" in refusal(sample.main, ["--config", file])
     with pytest.raises(UserError, match="--sr_preset: cifar10_uncond is for train.py"):
-        describe("sr_model_path", "large.pt", SuperResConfig, "cifar10_uncond")
+        describe(open_checkpoint("large.pt"), "cifar10_uncond", super_res=True, preset_flag="--sr_preset")
 
 
 def test_null_class_of_a_bare_file(tmp_path: Path) -> None:
@@ -208,19 +209,19 @@ def test_null_class_of_a_bare_file(tmp_path: Path) -> None:
     for words in (["--null_class", "True"], ["--null_class", "--num_classes", "5"]):
         found = read("sample", "--model_path", file, "--image_size", 8, "--attention_resolutions", 4, *words).model
         assert (found.num_classes, found.null_class, found.num_labels) == (5, True, 6)
-        weights.load_into(build_model(found), model.state_dict(), file, "--model_path")
+        weights.load_into(build_model(found), model.state_dict(), file)
 
 
 def test_describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_preset(monkeypatch)
     bare = save_bare(unet(), tmp_path / "bare.pt")
-    assert describe("guide_model_path", str(bare), Config, "tiny").model.num_heads == 2
+    assert describe(open_checkpoint(str(bare)), "tiny").model.num_heads == 2
     large = save(super_res(), tmp_path / "large.pt", diffusion_steps=50)
-    assert describe("sr_model_path", str(large), SuperResConfig).diffusion.diffusion_steps == 50
+    assert describe(open_checkpoint(str(large))).diffusion.diffusion_steps == 50
     with pytest.raises(
         UserError, match="--sr_model_path: .* is for super_res_train.py|--sr_model_path: .* is for train"
     ):
-        describe("sr_model_path", str(save(unet(), tmp_path / "small.pt")), SuperResConfig)
+        describe(open_checkpoint(str(save(unet(), tmp_path / "small.pt"))), super_res=True)
 
 
 # --- released files ---

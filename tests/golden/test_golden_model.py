@@ -119,8 +119,8 @@ def test_flags_and_defaults(case: Case) -> None:
     for script, flags in case.expected["script_flag_defaults"].items():
         kind, sections = scripts[script]
         argv = [word for name, value in flags.items() if value != "" for word in (f"--{name}", str(value))]
-        given, _ = load(argv, description="", sections=sections, kind=kind)
-        bare, _ = load([], description="", sections=sections, kind=kind)
+        given = load(argv, description="", sections=sections, kind=kind).config
+        bare = load([], description="", sections=sections, kind=kind).config
         assert given.model_dump() == bare.model_dump(), script
         stored = {name: value for s in sections for name, value in getattr(bare, s).model_dump(mode="json").items()}
         for name, value in flags.items():

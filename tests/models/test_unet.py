@@ -281,11 +281,11 @@ def test_weights_carry_their_settings(name: str, tmp_path: Path) -> None:
     info = info_for(model, ["a", "b"])
     path = tmp_path / "model000001.pt"
     torch.save(weights.with_info(model.state_dict(), info), path)
-    state = weights.read_state_dict(path, "--model_path")
+    state = weights.read_state_dict(path)
     assert weights.info_of(state) == info
     assert list(state) == list(model.state_dict())
     again = build_model(kind(**weights.info_of(state)["model"]))
-    weights.load_into(again, state, path, "--model_path")
+    weights.load_into(again, state, path)
     with torch.no_grad():
         assert torch.equal(again.eval()(**inputs(model)), model(**inputs(model)))
     plain = torch.load(path, weights_only=True)  # as another program would
@@ -294,6 +294,6 @@ def test_weights_carry_their_settings(name: str, tmp_path: Path) -> None:
 
 def test_bare_weights_have_no_settings(tmp_path: Path) -> None:
     path = save_bare(unet(), tmp_path / "model.pt")
-    assert weights.info_of(weights.read_state_dict(path, "--model_path")) == {}
+    assert weights.info_of(weights.read_state_dict(path)) == {}
     with pytest.raises(UserError, match="does not fit the model"):
-        weights.load_into(unet(num_res_blocks=2), weights.read_state_dict(path, "--model_path"), path, "--model_path")
+        weights.load_into(unet(num_res_blocks=2), weights.read_state_dict(path), path)

@@ -11,6 +11,7 @@ import torch
 from helpers.tiny import flags, save, unet
 
 from fastdiff import sample
+from fastdiff.config.checkpoint import open_checkpoint
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.sampling import sampler
 from fastdiff.sampling.batch_size import best_batch_size
@@ -88,7 +89,7 @@ def test_auto_in_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def open_tiny(folder: Path, **settings: Any) -> Network:
     model = unet(**settings)
     path = save(model, folder / "model.pt")
-    return open_network(model.settings, DiffusionSettings(diffusion_steps=50), str(path), "fp32", CPU)
+    return open_network(model.settings, DiffusionSettings(diffusion_steps=50), open_checkpoint(str(path)), "fp32", CPU)
 
 
 def test_long_jobs_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_a_run_from_an_old_checkpoint(folder: Path) -> None:
     assert (folder / "new" / "samples" / "step_000002.png").is_file()
     config = checkpoints.read_json(folder / "new" / "config.json")
     assert (config["model"]["null_class"], config["train"]["label_dropout"]) == (True, 0.5)
-    state = weights.read_state_dict(weights.find("new", "test"), "test")
+    state = weights.read_state_dict(weights.find("new"))
     assert weights.info_of(state)["model"]["null_class"]
     assert state[LABELS].shape[0] == CLASSES + 1
     train.main([*new, "--max_steps", "3"])
@@ -219,7 +219,7 @@ def test_super_resolution(folder: Path) -> None:
     file = save(super_res(class_cond=True, num_classes=CLASSES), folder / "model000004.pt")
     small = words("run", SUPER_RES, max_steps=5, label_dropout=0.1, resume_checkpoint=file)
     super_res_train.main(small)
-    state = weights.read_state_dict(weights.find("run", "test"), "test")
+    state = weights.read_state_dict(weights.find("run"))
     assert state[LABELS].shape[0] == CLASSES + 1
     assert weights.info_of(state)["kind"] == "super_res"
     assert weights.info_of(state)["model"]["null_class"]
@@ -252,10 +252,10 @@ def test_what_would_fit(own: dict[str, Any], file: dict[str, Any], hint: str | N
     model = build_model(UNetSettings(**MODEL, class_cond=True, **own))
     state = unet(class_cond=True, **file).state_dict()
     if hint is None:  # as many rows: what they stand for can't be seen
-        weights.load_into(model, state, Path("x.pt"), "--model_path")
+        weights.load_into(model, state, Path("x.pt"))
         return
     with pytest.raises(UserError, match=f"--model_path: x.pt does not fit the model: it was trained with {hint}$"):
-        weights.load_into(model, state, Path("x.pt"), "--model_path")
+        weights.load_into(model, state, Path("x.pt"))
 
 
 def test_bare_file_with_the_null_class(folder: Path) -> None:

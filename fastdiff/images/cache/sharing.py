@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, blaming
 from fastdiff.images.cache.build import pack, partial_of, read_state, usable_cores
 from fastdiff.images.cache.format import RECORD, Packed, describe, is_packed, open_packed
 from fastdiff.images.listing import Listing
@@ -57,7 +57,8 @@ def cached(
     if not is_packed(place):
         if not build:
             return None
-        make_writable(place.parent, "--cache_dir")
+        with blaming("--cache_dir"):
+            make_writable(place.parent)
         together(
             place,
             lambda: pack(listing, size_hw, channels, place, workers=usable_cores(), flag="--cache_dir"),

@@ -135,7 +135,7 @@ def damage(checkpoint: Path) -> str:
         return f"manifest.json can't be read ({reason})"
 
 
-def newest_whole(checkpoints: Path, flag: str = "--run_dir") -> tuple[Path | None, list[str]]:
+def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and a sentence for each newer one that is damaged.
 
     Raises UserError when there are checkpoints, but not one is whole: starting over would bury them.
@@ -151,8 +151,8 @@ def newest_whole(checkpoints: Path, flag: str = "--run_dir") -> tuple[Path | Non
         notes.append(f"{folder} is damaged ({wrong}) and left out")
     if folders:
         raise UserError(
-            f"{flag}: none of the {len(folders)} checkpoints in {checkpoints} is whole ({notes[0]}); "
-            f"give another {flag}, or move them away"
+            f"none of the {len(folders)} checkpoints in {checkpoints} is whole ({notes[0]}); "
+            "name another folder, or move them away"
         )
     return None, notes
 

@@ -65,24 +65,24 @@ _STATE: dict[str, Callable[[Any], bool]] = {
 """What each entry of state.pt must be, where it is there."""
 
 
-def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Snapshot:
+def read(place: Path, rates: list[str]) -> Snapshot:
     """A checkpoint: one of our step folders, or a model or ema .pt file with what lies beside it.
 
     What a bare .pt lacks (averages, moments), and which newer checkpoints are damaged, is noted in `notes`, in
     sentences for the log. Raises UserError where nothing can be read.
     """
-    file, notes = _model_file(place, flag)
-    state = weights.read_state_dict(file, flag)
+    file, notes = _model_file(place)
+    state = weights.read_state_dict(file)
     match = _STEP.search(file.name)
     step = int(match[1]) if match else 0
     snapshot = Snapshot(step=step, model=dict(state), notes=notes)
     rest = file.parent / "state.pt"
-    snapshot.state = weights.read(rest, flag) if rest.is_file() else {}
+    snapshot.state = weights.read(rest) if rest.is_file() else {}
     if not isinstance(snapshot.state, dict):
-        raise UserError(f"{flag}: {rest} holds no training state; take another checkpoint")
+        raise UserError(f"{rest} holds no training state; take another checkpoint")
     for name, value in snapshot.state.items():
         if not _STATE.get(name, lambda _: True)(value):
-            raise UserError(f"{flag}: {name} in {rest} is not what a training state has; take another checkpoint")
+            raise UserError(f"{name} in {rest} is not what a training state has; take another checkpoint")
     if not file.name.startswith("model"):
         snapshot.step, snapshot.state = 0, {}
         snapshot.notes.append(f"{file.name} is taken as first weights: a new run starts from it, at step 0")
@@ -90,39 +90,39 @@ def read(place: Path, rates: list[str], flag: str = "--resume_checkpoint") -> Sn
     for rate in rates:
         average = file.with_name(f"ema_{rate}_{match[1]}.pt") if match else file
         if match and average.is_file():
-            snapshot.ema[rate] = dict(weights.read_state_dict(average, flag))
+            snapshot.ema[rate] = dict(weights.read_state_dict(average))
             if _shapes(snapshot.ema[rate]) != _shapes(snapshot.model):
-                raise UserError(f"{flag}: {average} is of another model than {file.name} beside it")
+                raise UserError(f"{average} is of another model than {file.name} beside it")
         else:
             snapshot.notes.append(f"no ema_{rate} beside {file.name}: that average starts as a copy of the weights")
     optimizer = file.with_name(f"opt{match[1]}.pt") if match else file
     if match and optimizer.is_file():
         try:
-            _read_optimizer(snapshot, weights.read(optimizer, flag), list(state), optimizer, flag)
+            _read_optimizer(snapshot, weights.read(optimizer), list(state), optimizer)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{flag}: {optimizer} holds no moments of Adam (exp_avg, exp_avg_sq)") from error
+            raise UserError(f"{optimizer} holds no moments of Adam (exp_avg, exp_avg_sq)") from error
     else:
         snapshot.notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
     return snapshot
 
 
-def _model_file(place: Path, flag: str) -> tuple[Path, list[str]]:
+def _model_file(place: Path) -> tuple[Path, list[str]]:
     """The model's file that a path means, and sentences about newer checkpoints that are damaged."""
     notes: list[str] = []
-    if not is_there(place, flag, "dir"):
+    if not is_there(place, "dir"):
         return place, notes
     folder = place
     if not list(place.glob("*.pt")):
         for checkpoints in (place / "checkpoints", place):
-            newest, notes = checkpoint_files.newest_whole(checkpoints, flag)
+            newest, notes = checkpoint_files.newest_whole(checkpoints)
             if newest:
                 folder = newest
                 break
     elif (place / checkpoint_files.MANIFEST).is_file() and (wrong := checkpoint_files.damage(place)):
-        raise UserError(f"{flag}: {place} is damaged ({wrong}); take another checkpoint")
+        raise UserError(f"{place} is damaged ({wrong}); take another checkpoint")
     models = sorted(folder.glob("model*.pt"))
     if not models:
-        raise UserError(f"{flag}: {place} holds no modelNNNNNN.pt")
+        raise UserError(f"{place} holds no modelNNNNNN.pt")
     return models[-1], notes
 
 
@@ -138,7 +138,7 @@ def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
-def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Path, flag: str) -> None:
+def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Path) -> None:
     moments = content.get("state") if isinstance(content, dict) else None
     if not isinstance(moments, dict) or sorted(moments) != list(range(len(names))):
         count = len(moments) if isinstance(moments, dict) else 0
@@ -153,14 +153,14 @@ def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Pa
                     target.update({n: p.view(snapshot.model[n].shape) for n, p in zip(names, parts, strict=True)})
                 snapshot.state.setdefault("updates", int(flat["step"]))
                 return
-        raise UserError(f"{flag}: {file} holds moments of {count} tensors, the model has {len(names)}")
+        raise UserError(f"{file} holds moments of {count} tensors, the model has {len(names)}")
     if not all({"step", "exp_avg", "exp_avg_sq"} <= moments[i].keys() for i in range(len(names))):
-        raise UserError(f"{flag}: {file} holds no moments of Adam (exp_avg, exp_avg_sq)")
+        raise UserError(f"{file} holds no moments of Adam (exp_avg, exp_avg_sq)")
     for i, name in enumerate(names):
         snapshot.exp_avg[name], snapshot.exp_avg_sq[name] = moments[i]["exp_avg"], moments[i]["exp_avg_sq"]
         shape = snapshot.model[name].shape
         if snapshot.exp_avg[name].shape != shape or snapshot.exp_avg_sq[name].shape != shape:
-            raise UserError(f"{flag}: {file} holds moments of another model ({name} differs in shape)")
+            raise UserError(f"{file} holds moments of another model ({name} differs in shape)")
     snapshot.state.setdefault("updates", int(moments[0]["step"]))
 
 

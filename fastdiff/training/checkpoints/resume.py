@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fastdiff.config.load import Config, SuperResConfig
-from fastdiff.errors import UserError, quoted
+from fastdiff.errors import UserError, blaming, quoted
 from fastdiff.models import build_model, weights
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.checkpoints import folder as checkpoint_files
@@ -48,15 +48,18 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
     """
     train = config.train
     rates = [str(rate) for rate in train.ema_rate]
-    previous, notes = checkpoint_files.newest_whole(folder / "checkpoints")
+    with blaming("--run_dir"):
+        previous, notes = checkpoint_files.newest_whole(folder / "checkpoints")
     if previous:
         _check_same_model(folder, config)
         source, model_file = previous, f"model{checkpoint_files.step_of(previous):06d}.pt"
-        snapshot = checkpoints.read(previous / model_file, rates, "--run_dir")
+        with blaming("--run_dir"):
+            snapshot = checkpoints.read(previous / model_file, rates)
         snapshot.notes[:0] = notes
     elif train.resume_checkpoint:
         source = Path(train.resume_checkpoint)
-        snapshot = checkpoints.read(source, rates)
+        with blaming("--resume_checkpoint"):
+            snapshot = checkpoints.read(source, rates)
     else:
         return None, ""
     with torch.device("meta"):
@@ -68,7 +71,8 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
     flag = "--run_dir" if previous else "--resume_checkpoint"
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if own != {name: tuple(value.shape) for name, value in snapshot.model.items()}:
-        weights.load_into(model, snapshot.model, source, flag)  # says what differs
+        with blaming(flag):
+            weights.load_into(model, snapshot.model, source)  # raises an error that says what differs
     snapshot.notes += _changes(snapshot.state, train, source)
     return snapshot, str(source)
 

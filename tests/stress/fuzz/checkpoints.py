@@ -20,7 +20,7 @@ from helpers.tiny import info_for, unet
 from torch import Tensor
 
 from fastdiff import sample
-from fastdiff.config.checkpoint import settings_of
+from fastdiff.config.checkpoint import open_checkpoint, settings_of
 from fastdiff.config.load import describe
 from fastdiff.models import weights
 from fastdiff.sampling.network import open_network
@@ -287,10 +287,11 @@ def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     """Read, its settings found out, and the network opened."""
 
     def run(file: Path) -> tuple[str, str]:
-        weights.read_state_dict(file, "--model_path")
+        weights.read_state_dict(file)
         settings_of(str(file), "--model_path", super_res=False)
-        config = describe("model_path", str(file))
-        open_network(config.model, config.diffusion, str(file), "fp32", torch.device("cpu"))
+        checkpoint = open_checkpoint(str(file))
+        config = describe(checkpoint)
+        open_network(config.model, config.diffusion, checkpoint, "fp32", torch.device("cpu"))
         return READ, ""
 
     for name, file in _make(folder, "checkpoints", seed, start, stop):

@@ -14,6 +14,7 @@ import torch
 from helpers.tiny import info_for, pictures, unet
 from pydantic import ValidationError
 
+from fastdiff.config.checkpoint import open_checkpoint
 from fastdiff.config.load import describe
 from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack
@@ -34,7 +35,7 @@ def refused(data: bytes, folder: Path) -> str:
     file = folder / "model000001.pt"
     file.write_bytes(data)
     with pytest.raises(UserError, match="model000001.pt") as caught:
-        weights.read_state_dict(file, "--model_path")
+        weights.read_state_dict(file)
     return str(caught.value)
 
 
@@ -94,7 +95,7 @@ def test_loops_and_hidden_methods(tmp_path: Path) -> None:
     shadow = Sets(a=torch.ones(2))
     shadow.attributes = {"values": 1, "items": 2}
     (tmp_path / "model000002.pt").write_bytes(saved(shadow))
-    assert list(weights.read_state_dict(tmp_path / "model000002.pt", "--model_path").items())[0][0] == "a"
+    assert list(weights.read_state_dict(tmp_path / "model000002.pt").items())[0][0] == "a"
 
 
 def test_settings_of_a_file_that_no_machine_could_hold(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_settings_of_a_file_that_no_machine_could_hold(tmp_path: Path) -> None:
     ):
         settings = UNetSettings(**{**info_for(model)["model"], **changes})
         with pytest.raises(UserError, match="does not fit"):
-            weights.check_fits(settings, model.state_dict(), tmp_path / "a.pt", "--model_path")
+            weights.check_fits(settings, model.state_dict(), tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "{}", "[" * 5000, '{"kind": "unet", "model": 1, "diffusion": {}}', 7])
@@ -121,19 +122,19 @@ def test_contradicting_settings_name_their_file(tmp_path: Path) -> None:
     info["model"]["num_heads"] = 3
     (tmp_path / "model000003.pt").write_bytes(saved(weights.with_info(unet().state_dict(), info)))
     with pytest.raises(UserError, match="model000003.pt: num_heads 3"):
-        describe("model_path", str(tmp_path / "model000003.pt"))
+        describe(open_checkpoint(str(tmp_path / "model000003.pt")))
 
 
 def test_nan_weights(tmp_path: Path) -> None:
     model = unet()
     state = {**model.state_dict(), "out.2.bias": torch.full((3,), float("nan"))}
     with pytest.raises(UserError, match="out.2.bias .* not finite"):
-        weights.load_into(model, state, tmp_path / "a.pt", "--model_path")
+        weights.load_into(model, state, tmp_path / "a.pt")
 
 
 def test_names_too_long_for_the_system() -> None:
     with pytest.raises(UserError, match="--model_path: .*can't be opened"):
-        weights.find("x" * 5000, "--model_path")
+        weights.find("x" * 5000)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -148,7 +149,7 @@ def test_all_kinds_of_tensors_pass(tmp_path: Path) -> None:
     content = {str(kind): torch.ones(2, dtype=kind) for kind in kinds}
     content |= {"p": torch.nn.Parameter(torch.ones(2)), "size": torch.Size([1]), "kind": torch.float16, "text": "a"}
     (tmp_path / "a.pt").write_bytes(saved(content))
-    assert list(weights.read(tmp_path / "a.pt", "--model_path")) == list(content)
+    assert list(weights.read(tmp_path / "a.pt")) == list(content)
 
 
 DEEP = "[" * 100_000
