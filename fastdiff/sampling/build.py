@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
+from fastdiff.config.checkpoint import Checkpoint, open_checkpoint, preset_of
 from fastdiff.config.load import Config, SuperResConfig, describe
-from fastdiff.config.presets import download, find_preset
+from fastdiff.config.presets import download
 from fastdiff.diffusion.noise_keys import ENLARGED
 from fastdiff.errors import UserError, blaming
 from fastdiff.models import SuperResSettings
@@ -39,7 +39,9 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
         return base
     path = settings.sr_model_path
     if not path:
-        path = str(download(find_preset(settings.sr_preset, "--sr_preset"), flag="--sr_preset"))
+        preset = preset_of(settings.sr_preset, super_res=True, flag="--sr_preset")
+        assert preset
+        path = str(download(preset, flag="--sr_preset"))
     with blaming("--sr_model_path"):
         sr_checkpoint = open_checkpoint(path)
         large = describe(sr_checkpoint, settings.sr_preset, super_res=True, preset_flag="--sr_preset")

@@ -287,9 +287,8 @@ def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     """Read, its settings found out, and the network opened."""
 
     def run(file: Path) -> tuple[str, str]:
-        weights.read_state_dict(file)
-        settings_of(str(file), "--model_path", super_res=False)
         checkpoint = open_checkpoint(str(file))
+        settings_of(checkpoint, super_res=False)
         config = describe(checkpoint)
         open_network(config.model, config.diffusion, checkpoint, "fp32", torch.device("cpu"))
         return READ, ""
