@@ -36,16 +36,13 @@ from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.pictures import grid, non_finite, save_grid
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import SampleSettings
-from fastdiff.settings import validated
+from fastdiff.settings import affecting, validated
 
 SOLVER, STEPS = "dpmpp_2m_sde", 20
 """Unless said otherwise. Of all solvers with 20 evaluations it came nearest to the whole chain on a network trained
 briefly (benchmarks/results/sampling_quality_digits.md): noise mends what such a network gets wrong."""
 
-DRAWING = (
-    *("solver", "steps", "spacing", "sigma_max", "eta", "clip_denoised", "guidance", "guidance_interval", "seed"),
-    *("classes", "batch_size"),
-)
+DRAWING = affecting(SampleSettings, "images", "batch")
 """Settings of a call. Others of sample.py's belong to `load`, or to jobs and their files."""
 
 
@@ -229,7 +226,7 @@ class Model:
         """The sampler for settings; kept for the next call with the same ones, for what is compiled is in it."""
         for name in given:
             if name in SampleSettings.model_fields and name not in DRAWING:
-                raise UserError(f"{name} is not a setting of a model's images; those are {', '.join(DRAWING)}")
+                raise UserError(f"{name} is not a setting of a model's images; those are {', '.join(sorted(DRAWING))}")
         settings = validated(SampleSettings, {**self._defaults, **given})
         if guide is not None and settings.guidance == 1:
             raise UserError("guide needs a guidance other than 1")

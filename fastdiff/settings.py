@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -19,6 +20,7 @@ from pydantic import (
     ValidationError,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 
 from fastdiff.errors import UserError, quoted, shortened
 
@@ -83,6 +85,23 @@ def validated(kind: type[S], values: Mapping[str, Any]) -> S:
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise UserError(f"{place + ': ' if place else ''}{what_is_wrong(error)}") from None
+
+
+@dataclass(frozen=True)
+class Affects:
+    """What a setting affects, as metadata of its field: `Annotated[int, Affects("images")]`."""
+
+    what: str
+
+
+def affecting(kind: type[Settings], *what: str) -> set[str]:
+    """Names of the settings that affect one of `what`, by the metadata of their fields."""
+    marks = {Affects(each) for each in what}
+    return {name for name, field in kind.model_fields.items() if not marks.isdisjoint(_marks(field))}
+
+
+def _marks(field: FieldInfo) -> set[Affects]:
+    return {mark for mark in field.metadata if isinstance(mark, Affects)}
 
 
 def _split(value: Any) -> Any:

@@ -13,13 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.config.presets import Preset, find_preset, preset_for_file
+from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
-from fastdiff.models import weights
-from fastdiff.settings import is_true
+from fastdiff.models import BackboneSettings, weights
+from fastdiff.settings import affecting, is_true
 
 Layer = dict[str, dict[str, Any]]
-# What a checkpoint of the same network and process may have otherwise: these say how to train, or which steps to take.
-_FREE = {"dropout", "use_checkpoint", "use_kl", "min_snr_gamma", "rescale_learned_sigmas", "timestep_respacing"}
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,9 @@ def _shown(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) 
 def _check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -> None:
     """UserError where settings that a checkpoint carries are not the preset's."""
     carried = {**info["model"], **info["diffusion"]}
+    free = affecting(BackboneSettings, "training") | affecting(DiffusionSettings, "training", "steps")
     for name, value in {**preset.model, **preset.diffusion}.items():
-        if name not in _FREE and carried.get(name, value) != value:
+        if name not in free and carried.get(name, value) != value:
             raise UserError(
                 f"{flag}: {preset.name} has {name} {value}, but {file} carries its own settings, with {name} "
                 f"{carried[name]}; leave {flag} out"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from fastdiff.diffusion.schedules import named_betas, space_timesteps
-from fastdiff.settings import Settings
+from fastdiff.settings import Affects, Settings
 
 
 class DiffusionSettings(Settings):
@@ -17,20 +17,20 @@ class DiffusionSettings(Settings):
     """T, the length of the forward chain."""
     noise_schedule: Literal["linear", "cosine"] = "linear"
     """linear: Ho et al. 2020, section 4. cosine: Nichol & Dhariwal 2021, eq. 17."""
-    timestep_respacing: str = ""
+    timestep_respacing: Annotated[str, Affects("steps")] = ""
     """Which steps to keep: empty: all; 250: that many, evenly; 10,15,20: so many in each of three equal parts; ddim50:
     50 at a fixed whole stride."""
     sigma_small: bool = False
     """Without learn_sigma: use the posterior variance instead of beta."""
     predict_xstart: bool = False
     """The network predicts x_0 instead of the noise."""
-    use_kl: bool = False
+    use_kl: Annotated[bool, Affects("training")] = False
     """Train on the variational bound (L_vlb)."""
     rescale_timesteps: bool = True
     """Show the network timesteps scaled to 0..1000."""
-    rescale_learned_sigmas: bool = True
+    rescale_learned_sigmas: Annotated[bool, Affects("training")] = True
     """With learn_sigma: scale the bound's share of the hybrid loss by T / 1000."""
-    min_snr_gamma: float = Field(0.0, ge=0)
+    min_snr_gamma: Annotated[float, Affects("training")] = Field(0.0, ge=0)
     """Weigh the squared error by Min-SNR with this gamma (Hang et al. 2023; 5 is usual); 0: no weights."""
 
     @model_validator(mode="after")

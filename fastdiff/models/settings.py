@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
-from fastdiff.settings import Floats, Ints, Settings, Size, Switch
+from fastdiff.settings import Affects, Floats, Ints, Settings, Size, Switch
 
+TRAINING = Affects("training")
+"""Marks settings that only training uses: a network computes the same without them."""
 GROUPS = 32  # of every group norm (Ho et al. 2020)
 
 _DEFAULT_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}  # the seed's table by image size
@@ -28,7 +32,7 @@ class BackboneSettings(Settings):
     """Image sizes at which attention blocks stand, e.g. 16,8."""
     channel_mult: Floats = ()
     """Width multiple of each level, e.g. 1,2,3,4; empty: the standard one for 256, 64 or 32 pixels."""
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: Annotated[float, TRAINING] = Field(0.0, ge=0, lt=1)
     """Dropout probability inside residual blocks."""
     learn_sigma: bool = False
     """Predict the variances too (Nichol & Dhariwal 2021, section 3.1)."""
@@ -40,7 +44,7 @@ class BackboneSettings(Settings):
     """An extra label, number num_classes, that stands for no class: for classifier-free guidance."""
     in_channels: int = Field(3, ge=1)
     """Image channels: 1 gray, 3 RGB, 4 RGBA."""
-    use_checkpoint: Switch = False
+    use_checkpoint: Annotated[Switch, TRAINING] = False
     """Recompute the activations of each block in the backward pass: about a third more work, far less memory. auto:
     only where the micro-batch would not fit otherwise."""
     use_scale_shift_norm: bool = True

@@ -17,7 +17,7 @@ from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, make_plan
 from fastdiff.errors import UserError
-from fastdiff.models import SuperResSettings
+from fastdiff.models import BackboneSettings, SuperResSettings
 from fastdiff.models.cost import forward_flops
 from fastdiff.runtime.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
 from fastdiff.runtime.machine import device_name, free_memory
@@ -28,6 +28,7 @@ from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.network import Network
 from fastdiff.sampling.pictures import Images, non_finite, to_uint8
 from fastdiff.sampling.settings import DrawSettings
+from fastdiff.settings import affecting
 
 Inputs = Callable[[Tensor], dict[str, Tensor]]
 """Extra arguments of the network for images `index` [B] of the job: {"low_res": …}, {"y": …}."""
@@ -118,22 +119,24 @@ class Sampler:
 
     def identity(self) -> dict[str, Any]:
         """Everything that makes image i what it is, by the names of the settings."""
-        settings, diffusion = self.settings, self.network.diffusion
-        found: dict[str, Any] = {"model_path": self.network.digest, "seed": settings.seed, "solver": settings.solver}
-        if settings.steps:
-            found |= {"steps": settings.steps, "spacing": self._spacing, "sigma_max": settings.sigma_max}
-        if settings.solver == "ddim":
-            found["eta"] = settings.eta
-        if self.guidance.weight != 1:
-            found |= {"guidance": settings.guidance, "guidance_interval": list(settings.guidance_interval)}
-            found["guide_model_path"] = self._guide_digest
-        found |= {"clip_denoised": settings.clip_denoised, "precision": settings.precision}
-        if settings.allow_tf32:
-            found["allow_tf32"] = True
-        training = {"use_kl", "rescale_learned_sigmas", "min_snr_gamma"}
-        found |= diffusion.model_dump(mode="json", exclude=training)
-        model = self.network.settings.model_dump(mode="json", exclude={"dropout", "use_checkpoint"})
-        found |= {name: value for name, value in model.items() if name not in found}
+        settings, network = self.settings, self.network
+        unused: set[str] = set()  # settings that change no image of this job
+        if not settings.steps:
+            unused |= {"steps", "spacing", "sigma_max"}
+        if settings.solver != "ddim":
+            unused.add("eta")
+        if self.guidance.weight == 1:
+            unused |= {"guidance", "guidance_interval", "guide_model_path"}
+        if not settings.allow_tf32:
+            unused.add("allow_tf32")
+        given = {name: getattr(settings, name) for name in affecting(DrawSettings, "images", "network") - unused}
+        named = {"model_path": network.digest, "guide_model_path": self._guide_digest, "spacing": self._spacing}
+        found: dict[str, Any] = {**given, **{name: value for name, value in named.items() if name in given}}
+        if "guidance_interval" in found:
+            found["guidance_interval"] = list(settings.guidance_interval)
+        for section in (network.settings, network.diffusion):
+            shown = section.model_dump(mode="json", exclude=affecting(type(section), "training"))
+            found = {**shown, **found}
         if self.labels is not None:
             found["classes"] = {"classes": list(self.labels.chosen), "weights": list(self.labels.weights)}
         return found
@@ -192,7 +195,7 @@ class Sampler:
             return min(int(wanted), count or int(wanted))
         most = MOST[self.device.type]
         key = {
-            "model": self.network.settings.model_dump(mode="json", exclude={"dropout", "use_checkpoint"}),
+            "model": self.network.settings.model_dump(mode="json", exclude=affecting(BackboneSettings, "training")),
             "device": device_name(self.device),
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
             "precision": self.settings.precision,

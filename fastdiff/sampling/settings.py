@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fastdiff.diffusion.schedules import Spacing
 from fastdiff.diffusion.solvers import SOLVERS, Solver
 from fastdiff.ops import Kernels
-from fastdiff.settings import Count, Floats, Settings, Switch, Words
+from fastdiff.settings import Affects, Count, Floats, Settings, Switch, Words
 
+IMAGES, NETWORK, BATCH = Affects("images"), Affects("network"), Affects("batch")
+"""Marks of settings: which images are drawn, by which networks in which arithmetic, and how many at a time. What has no
+mark says where files go, or how to compute the same images."""
 Precision = Literal["fp32", "bf16", "fp16"]
 FORMATS = ("npz", "png", "zip", "tar")
 
@@ -18,44 +21,44 @@ FORMATS = ("npz", "png", "zip", "tar")
 class DrawSettings(Settings):
     """What all sampling jobs have in common."""
 
-    model_path: str = ""
+    model_path: Annotated[str, NETWORK] = ""
     """The checkpoint: a .pt file, or a folder of checkpoints (its newest EMA is taken)."""
     preset: str = ""
     """Settings of a published checkpoint by its name, for a .pt file that carries none, e.g. cifar10_uncond; without
     model_path that checkpoint is fetched."""
     num_samples: int = Field(10000, ge=1)
     """Images to draw."""
-    batch_size: Count = 16
+    batch_size: Annotated[Count, BATCH] = 16
     """Images at a time, per process; auto: what is fastest of that which fits, tried out once and remembered."""
-    solver: Solver = "ddpm"
+    solver: Annotated[Solver, IMAGES] = "ddpm"
     """ddpm: ancestral sampling; ddim; dpmpp_2m, dpmpp_3m: DPM-Solver++, and with _sde its stochastic form; unipc;
     heun: two evaluations a step, as EDM does it."""
-    steps: int = Field(0, ge=0)
+    steps: Annotated[int, IMAGES] = Field(0, ge=0)
     """Steps of the solver, spread as `spacing` says; 0: those that timestep_respacing keeps."""
-    spacing: Literal["auto", Spacing] = "auto"
+    spacing: Annotated[Literal["auto", Spacing], IMAGES] = "auto"
     """How `steps` are spread over the chain: evenly in t, in its square root, in log SNR, or as Karras et al. do; auto:
     as suits the solver."""
-    sigma_max: float = Field(160.0, gt=0)
+    sigma_max: Annotated[float, IMAGES] = Field(160.0, gt=0)
     """With `steps`: the largest noise to start from, in units of the image; a cosine chain goes on to 80,000."""
     use_ddim: bool = False
     """The same as solver ddim."""
-    eta: float = Field(0.0, ge=0, le=1)
+    eta: Annotated[float, IMAGES] = Field(0.0, ge=0, le=1)
     """Noise of DDIM: 0 none, 1 as much as DDPM."""
-    clip_denoised: bool = True
+    clip_denoised: Annotated[bool, IMAGES] = True
     """Clip the predicted x_0 to [-1, 1] at every step."""
-    guidance: float = Field(1.0, ge=0)
+    guidance: Annotated[float, IMAGES] = Field(1.0, ge=0)
     """Weight of classifier-free guidance, or of guide_model_path; 1: none."""
-    guidance_interval: Floats = ()
+    guidance_interval: Annotated[Floats, IMAGES] = ()
     """Guide only at these noise levels, LOW,HIGH in units of the image, e.g. 0.2,5; empty: at all."""
-    guide_model_path: str = ""
+    guide_model_path: Annotated[str, NETWORK] = ""
     """Autoguidance: a weaker checkpoint to steer away from, instead of the null class."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: Annotated[int, IMAGES] = Field(0, ge=0, lt=2**32)
     """Image i of a job depends on the seed and i, not on batch size or process count."""
-    precision: Precision = "fp32"
+    precision: Annotated[Precision, NETWORK] = "fp32"
     """Arithmetic of the network's body."""
     use_fp16: bool = False
     """The same as precision fp16."""
-    allow_tf32: bool = False
+    allow_tf32: Annotated[bool, NETWORK] = False
     """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
     products and convolutions at precision fp32, else of the time embedding and the last layer."""
     compile: Switch = "auto"
@@ -125,7 +128,7 @@ class DrawSettings(Settings):
 class SampleSettings(DrawSettings):
     """Drawing images from a checkpoint."""
 
-    classes: str = ""
+    classes: Annotated[str, IMAGES] = ""
     """Classes to draw in turn, by number or name, e.g. 0,5,7; with weights at random, e.g. cat:3,dog:1; balanced: all
     in turn; empty: each image's class at random."""
     sr_model_path: str = ""

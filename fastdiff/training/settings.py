@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastdiff.errors import UserError
 from fastdiff.ops import Kernels
-from fastdiff.settings import Count, Floats, Interval, Settings, Switch, Words, what_is_wrong
+from fastdiff.settings import Affects, Count, Floats, Interval, Settings, Switch, Words, affecting, what_is_wrong
 
-CHANGES = ("batch_size", "seed")
-"""What makes a run another one, and so must be allowed to change."""
+RUN = Affects("run")
+"""Marks settings that say where and how to run. Changing them changes no number of a run, or only its rounding."""
+STREAM = Affects("stream")
+"""Marks settings that decide which images, timesteps and noise each step sees. A run may change them only by
+allow_change."""
 FOREVER = 1_000_000  # steps of a run that names no end
 
 
 class TrainSettings(Settings):
     """The optimiser, the batch, and what is written when."""
 
-    run_dir: str = ""
+    run_dir: Annotated[str, RUN] = ""
     """Folder of the run; empty: the folder in OPENAI_LOGDIR, else runs/NAME. The same folder again resumes."""
-    name: str = ""
+    name: Annotated[str, RUN] = ""
     """NAME in runs/NAME; empty: the JSON file's name, else the script's."""
-    resume_checkpoint: str = ""
+    resume_checkpoint: Annotated[str, RUN] = ""
     """A checkpoint to start from: a step folder, or a .pt file with its ema_ and opt files beside it."""
-    max_steps: int = Field(0, ge=0)
+    max_steps: Annotated[int, RUN] = Field(0, ge=0)
     """Optimiser steps of the whole run; 0: lr_anneal_steps if that is set, else 1,000,000."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: Annotated[int, STREAM] = Field(1, ge=1)
     """Images per optimiser step, over all processes."""
-    microbatch: Count = -1
+    microbatch: Annotated[Count, RUN] = -1
     """The most images one process takes at once; -1: its whole share of the batch; auto: what is fastest of that
     which fits, tried out at the start."""
     lr: float = Field(1e-4, gt=0)
@@ -56,50 +59,50 @@ class TrainSettings(Settings):
     products and convolutions at precision fp32, else of the time embedding and the last layer."""
     fp16_scale_growth: float = Field(1e-3, gt=0, le=1)
     """Growth of log2 of the fp16 loss scale per step."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[Literal[0, 1, 2, 3], RUN] = 0
     """What DeepSpeed's ZeRO shares out over processes: 1 optimiser state, 2 gradients too, 3 weights too."""
-    compile: Switch = "auto"
+    compile: Annotated[Switch, RUN] = "auto"
     """Compile the network with torch.compile. auto: on a GPU unless weights are shared out (zero_stage 3), on a CPU
     for runs long enough to win back the minutes it takes."""
-    cuda_graph: bool = False
+    cuda_graph: Annotated[bool, RUN] = False
     """Replay the whole step as CUDA graphs: for small networks, on one GPU, without ZeRO or with its stage 1."""
-    cudnn_benchmark_limit: int = Field(10, ge=0)
+    cudnn_benchmark_limit: Annotated[int, RUN] = Field(10, ge=0)
     """On a GPU: how many plans cuDNN times for each shape of a convolution, at every start, to take the fastest; 0: all
     of them, for which the first step takes longer and later ones may be faster."""
-    kernels: Kernels = "auto"
+    kernels: Annotated[Kernels, RUN] = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: Annotated[int, STREAM] = Field(0, ge=0, lt=2**32)
     """Of the weights, the order of the images, timesteps, noise and dropout."""
-    profile: int = Field(0, ge=0)
+    profile: Annotated[int, RUN] = Field(0, ge=0)
     """Steps to profile, once the first ones are over: a trace and a table of where their time went; 0: none."""
-    log_interval: int = Field(10, ge=1)
+    log_interval: Annotated[int, RUN] = Field(10, ge=1)
     """Steps between log lines."""
-    save_interval: Interval = 10000
+    save_interval: Annotated[Interval, RUN] = 10000
     """Steps between checkpoints, or minutes (30min); one is written at the end as well."""
-    keep_last: int = Field(0, ge=0)
+    keep_last: Annotated[int, RUN] = Field(0, ge=0)
     """Checkpoints that stay, older ones are removed; 0: all stay."""
-    keep_every: int = Field(0, ge=0)
+    keep_every: Annotated[int, RUN] = Field(0, ge=0)
     """Checkpoints of steps that this divides stay in any case; 0: none does."""
-    save_in_background: Switch = "auto"
+    save_in_background: Annotated[Switch, RUN] = "auto"
     """Write checkpoints beside training, from a copy in memory. auto: where the copy fits."""
-    allow_change: Words = ()
+    allow_change: Annotated[Words, RUN] = ()
     """What may differ from the checkpoint that the run goes on from: batch_size, seed, or both."""
-    deterministic: bool = False
+    deterministic: Annotated[bool, RUN] = False
     """The same numbers, bit for bit, on every run on the same GPUs: slower algorithms where need be, none chosen by
     their time. On a CPU that is always so."""
-    stall_minutes: float = Field(10.0, gt=0)
+    stall_minutes: Annotated[float, RUN] = Field(10.0, gt=0)
     """A rank without progress for so long ends the run, which says where it hangs."""
     max_bad_steps: int = Field(50, ge=0)
     """So many steps in a row with a non-finite loss or gradient, which are skipped, take the run back to its last good
     checkpoint, once, and then end it with a diagnosis; 0: it goes on for ever."""
-    detect_anomaly: bool = False
+    detect_anomaly: Annotated[bool, RUN] = False
     """Look for the first operation with a non-finite result, in forward and backward pass: slow."""
-    sample_interval: int = Field(0, ge=0)
+    sample_interval: Annotated[int, RUN] = Field(0, ge=0)
     """Steps between grids of samples from the first EMA; 0: none."""
-    sample_count: int = Field(16, ge=1)
+    sample_count: Annotated[int, RUN] = Field(16, ge=1)
     """Images in such a grid."""
-    sample_respacing: str = "ddim25"
+    sample_respacing: Annotated[str, RUN] = "ddim25"
     """Timesteps of such a grid: ddim25 takes 25 DDIM steps, 250 as many ancestral ones."""
 
     @property
@@ -151,6 +154,10 @@ class TrainSettings(Settings):
         if self.cuda_graph and self.zero_stage > 1:
             raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")
         return self
+
+
+CHANGES = tuple(sorted(affecting(TrainSettings, "stream")))
+"""The settings that allow_change may name."""
 
 
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.

@@ -18,6 +18,7 @@ from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.errors import UserError, blaming, quoted
 from fastdiff.models import build_model, weights
 from fastdiff.runtime.processes import Processes
+from fastdiff.settings import affecting
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.checkpoints.format import Snapshot
@@ -28,13 +29,6 @@ SHARED = 60.0
 """Seconds in which what one rank has written must be seen by those on other nodes."""
 LOCK_WAIT = 30.0
 """Seconds that a run waits for the one before it to end."""
-# Settings that say where and how to run, not what is trained: changing them changes no number, or only rounding.
-_QUIET = {
-    *("run_dir", "name", "resume_checkpoint", "max_steps", "microbatch", "compile", "cuda_graph", "kernels", "profile"),
-    *("log_interval", "save_interval", "sample_interval", "sample_count", "sample_respacing", "zero_stage"),
-    *("keep_last", "keep_every", "save_in_background", "allow_change", "stall_minutes", "detect_anomaly"),
-    *("deterministic", "cudnn_benchmark_limit", *CHANGES),
-}
 
 
 def kind_of(config: Config) -> str:
@@ -80,7 +74,7 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
 def _changes(state: dict[str, Any], train: TrainSettings, source: Path) -> list[str]:
     """Sentences on settings that differ from the checkpoint's; UserError for one that must be allowed to."""
     stored = state.get("settings") or {name: state[name] for name in CHANGES if name in state}
-    lines = []
+    lines, quiet = [], affecting(TrainSettings, "run")
     for name, now in train.model_dump(mode="json").items():
         if name not in stored or stored[name] == now:
             continue
@@ -89,7 +83,7 @@ def _changes(state: dict[str, Any], train: TrainSettings, source: Path) -> list[
                 f"--{name} {now}: {source} is of a run with {name} {stored[name]}; keep that, or say "
                 f"--allow_change {name} to go on otherwise"
             )
-        if name in CHANGES or name not in _QUIET:
+        if name not in quiet:
             lines.append(f"{name} is {now} from here on; it was {stored[name]}")
     return lines
 
