@@ -89,7 +89,7 @@ def class_conditional(case: Case, images: int, folder: Path) -> Case:
     """The case with labels `in_y` for class-conditional networks, written as a case like any other.
 
     The recorded results stay: the right label's embedding, one for all images, is what the last bias of the time
-    embedding lacks. With any other label the outputs are NaN. SkipCounter the test if the case has labels of its own.
+    embedding lacks. With any other label the outputs are NaN. Skips the test if the case has labels of its own.
     """
     if case.has("in_y"):
         pytest.skip("recorded with labels")

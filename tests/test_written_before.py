@@ -1,0 +1,63 @@
+"""A checkpoint and a half-done sampling job that version 0.1.0 wrote, before modules were rearranged, are continued.
+
+written_before.tar.xz holds a run stopped after 3 steps, a job of which 8 of 12 images were drawn when its process was
+killed, their pictures, and expected.json: the flags, the weights after 6 steps, and where those were computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import TESTS
+
+from fastdiff import sample, train
+
+
+@pytest.fixture
+def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """expected.json; the current folder is a copy of what was written before."""
+    with tarfile.open(TESTS / "written_before.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path / "written_before")
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    yield json.loads(Path("expected.json").read_text())
+
+
+def same_machine(expected: dict[str, Any]) -> bool:
+    """Whether sums have the same last bits here: the same PyTorch on a CPU with the same instructions."""
+    return expected["machine"] == {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+
+
+def test_the_run_goes_on(expected: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    train.main([*expected["train"], "--max_steps", "6"])
+    assert "resuming from run/checkpoints/step_000003 at step 3" in capsys.readouterr().out
+    for name, content in expected["files"].items():
+        state = torch.load(Path("run/checkpoints/step_000006") / name, weights_only=True)
+        if same_machine(expected):
+            digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values()))
+            assert digest.hexdigest() == content["sha256"]
+        assert list(state) == list(content["norms"])
+        for key, value in state.items():  # other CPUs: six steps of float32 sums in another order
+            assert value.double().norm().item() == pytest.approx(content["norms"][key], rel=1e-4, abs=1e-6)
+
+
+def test_the_job_is_completed(expected: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    sample.main(expected["sample"])
+    assert "8 of 12 images are there already, in job" in capsys.readouterr().out
+    with np.load("job/samples_12x8x8x3.npz") as made, np.load("samples.npz") as wanted:
+        assert set(made) == set(wanted)
+        for name in ("arr_1", "seed", "index"):
+            np.testing.assert_array_equal(made[name], wanted[name])
+        np.testing.assert_array_equal(made["arr_0"][:8], wanted["arr_0"][:8])
+        levels = np.abs(made["arr_0"].astype(int) - wanted["arr_0"].astype(int)).max()
+        assert levels <= (0 if same_machine(expected) else 1)
+    assert not Path("job/parts").exists()
+    assert not Path("job/claims").exists()
