@@ -16,7 +16,7 @@ TRITONS = pytest.mark.parametrize("triton", ["", OLDEST], ids=["Triton", f"Trito
 
 
 def run(triton: str, *command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """SkipCounter the test if the Triton is not there."""
+    """Skip the test if the Triton is not there."""
     pytest.importorskip("triton")
     aside = ROOT / f".triton-{triton}"
     if triton and not (aside / "triton").is_dir():

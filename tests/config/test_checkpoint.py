@@ -1,0 +1,85 @@
+"""A checkpoint is opened once per network, however many parts of a script need something of it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny import flags, save, super_res, unet
+
+import fastdiff
+from fastdiff import nll, sample, super_res_sample
+
+OPENS = 4
+"""Times that Python opens a file for one reading: to check it, to load it, and to hash it."""
+_watched: list[Counter[str]] = []
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _watched and str(arguments[0]).endswith(".pt"):
+        _watched[-1][Path(str(arguments[0])).name] += 1
+
+
+sys.addaudithook(_audit)  # hooks stay for good: it counts only inside `opened_files`
+
+
+@contextmanager
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """How often each .pt file is opened in the block, and how often torch.load reads it."""
+    opens: Counter[str] = Counter()
+    loads: Counter[str] = Counter()
+    load = torch.load
+
+    def counting(file: Any, *args: Any, **kwargs: Any) -> Any:
+        loads[Path(file).name] += 1
+        return load(file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", counting)
+    _watched.append(opens)
+    try:
+        yield opens, loads
+    finally:
+        _watched.pop()
+        monkeypatch.undo()
+
+
+def check(opens: Counter[str], loads: Counter[str], *names: str) -> None:
+    assert loads == dict.fromkeys(names, 1)
+    assert opens == dict.fromkeys(names, OPENS)
+
+
+def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = save(unet(), tmp_path / "model.pt")
+    with opened_files(monkeypatch) as counts:
+        fastdiff.load(file, device="cpu")
+    check(*counts, "model.pt")
+
+
+def test_sample_with_three_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    given = {
+        "model_path": save(unet(), tmp_path / "model.pt"),
+        "guide_model_path": save(unet(), tmp_path / "guide.pt"),
+        "sr_model_path": save(super_res(), tmp_path / "large.pt"),
+        **{"guidance": 2, "num_samples": 2, "batch_size": 2, "sr_batch_size": 2, "out_dir": tmp_path / "out"},
+    }
+    with opened_files(monkeypatch) as counts:
+        sample.main(flags(given))
+    check(*counts, "model.pt", "guide.pt", "large.pt")
+
+
+@pytest.mark.parametrize("script", [nll, super_res_sample])
+def test_start(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the first file besides the checkpoint is missing."""
+    name = "nll" if script is nll else "super_res_sample"
+    file = save(unet() if script is nll else super_res(), tmp_path / f"{name}.pt")
+    argv = flags({"model_path": file, **({"data_dir": tmp_path} if script is nll else {})})
+    with opened_files(monkeypatch) as (opens, loads), pytest.raises(fastdiff.errors.UserError):
+        script.main(argv)
+    check(opens, loads, f"{name}.pt")
