@@ -8,7 +8,7 @@ GOLDEN ?= tests/golden
 OLDEST_TRITON := 3.6.0
 REHEARSAL := .rehearsal/venv
 
-.PHONY: help setup demo test chaos test-golden test-gpu lint bench bench-sampling gpu-proof rehearse bench-kernels aot
+.PHONY: help setup demo test test-fast stress chaos test-golden test-gpu lint bench bench-sampling gpu-proof rehearse bench-kernels aot
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
@@ -42,14 +42,23 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 	    --batch_size 20 --timestep_respacing 100 --out_dir .demo/nll
 	@echo 'Look at .demo/samples/samples_100x16x16x1.png: each row is a class, 0 to 9. How ten came about: samples_100x16x16x1_steps.gif'
 
-test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## all tests, on the CPU
+test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## all tests, on the CPU: under 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+
+test-fast: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## the tests that are not marked slow: under 4 minutes on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests
+
+stress: $(READY)  ## an hour of kills, hostile input, dying ranks and two nodes; `make test` has a short version of each
+	$(BIN)/python tests/stress/chaos.py --kills $(or $(KILLS),100)
+	$(BIN)/python tests/stress/fuzz/run.py --seconds $(or $(SECONDS),900)
+	$(BIN)/python tests/stress/deaths.py
+	$(BIN)/python tests/stress/two_nodes/two_nodes.py --all
 
 chaos: $(READY)  ## kill a small training run a hundred times at random instants; nothing may be lost (KILLS=100)
 	$(BIN)/python tests/stress/chaos.py --kills $(or $(KILLS),100)
 
 test-golden: $(READY)  ## the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
-	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/test_golden_*.py
+	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/golden
 
 test-gpu: $(READY)  ## the tests that need a GPU, those of the kernels natively on it, and recorded numbers
 	$(BIN)/python benchmarks/gpu_proof.py --again --only kernels golden 'gpu tests'

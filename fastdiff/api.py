@@ -1,4 +1,4 @@
-"""Models in three lines:
+"""The Python API: load a checkpoint and draw from it in three lines.
 
 model = fastdiff.load("runs/NAME")
 samples = model.sample(16, classes="cat,dog", solver="dpmpp_2m", steps=20)
@@ -39,16 +39,17 @@ from fastdiff.sampling.settings import SampleSettings
 from fastdiff.settings import affecting, validated
 
 SOLVER, STEPS = "dpmpp_2m_sde", 20
-"""Unless said otherwise. Of all solvers with 20 evaluations it came nearest to the whole chain on a network trained
-briefly (benchmarks/results/sampling_quality_digits.md): noise mends what such a network gets wrong."""
+"""The default solver. Of all solvers with 20 evaluations its images came nearest to those of the whole chain, measured
+on a briefly trained network (benchmarks/results/sampling_quality_digits.md): added noise corrects its errors."""
 
 DRAWING = affecting(SampleSettings, "images", "batch")
-"""Settings of a call. Others of sample.py's belong to `load`, or to jobs and their files."""
+"""Settings that a call may give. The other settings of sample.py belong to `load`, or to jobs and their files."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images [n, H, W, C] uint8, their labels [n] int64 (None without classes), and what draws them again."""
+    """Images [n, H, W, C] uint8, their labels [n] int64 (None without classes), and the seed and numbers [n] that
+    identify them."""
 
     images: np.ndarray
     labels: np.ndarray | None
@@ -59,11 +60,11 @@ class Samples:
         return len(self.images)
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """All images as one picture."""
+        """Arrange all images in one picture."""
         return grid(self.images, columns)
 
     def save(self, path: str | Path, columns: int | None = None) -> None:
-        """An .npz as sample.py writes it, or the grid as a picture (.png)."""
+        """Write an .npz with the arrays of sample.py's, or the grid as a picture (any other suffix, such as .png)."""
         path = Path(path)
         if path.suffix != ".npz":
             save_grid(path, self.images, columns)
@@ -84,7 +85,7 @@ def load(
     cuda_graph: bool | str = "auto",
     allow_tf32: bool = False,
 ) -> Model:
-    """A checkpoint, ready to draw.
+    """Load a checkpoint for drawing.
 
     path_or_preset  a .pt file, a run's folder, or the name of a published checkpoint (`fastdiff.config.presets`),
                     which is downloaded once.
@@ -113,7 +114,7 @@ def load(
 
 
 class Model:
-    """A checkpoint that draws; `load` makes one."""
+    """A network that draws images. `load` creates it."""
 
     def __init__(self, network: Network, device: torch.device, defaults: dict[str, Any]) -> None:
         self.network, self.device = network, device
@@ -122,12 +123,12 @@ class Model:
 
     @property
     def settings(self) -> BackboneSettings:
-        """Of the network."""
+        """Settings of the network."""
         return self.network.settings
 
     @property
     def class_names(self) -> list[str]:
-        """Empty where the checkpoint knows none."""
+        """Names of the classes; empty where the checkpoint stores none."""
         return self.network.class_names
 
     def sample(
@@ -143,7 +144,7 @@ class Model:
         progress: bool = False,
         **settings: Any,
     ) -> Samples:
-        """Images start to start + n - 1 of the job that the settings describe, as sample.py draws them.
+        """Draw images start to start + n - 1 of the job that the settings describe, the same ones as sample.py.
 
         classes   in turn, or anything that --classes takes.
         steps     0: every step that the checkpoint's timestep_respacing keeps.
@@ -170,8 +171,9 @@ class Model:
         progress: bool = False,
         **settings: Any,
     ) -> Samples:
-        """Small images [n, h, w, C] uint8, enlarged by a super-resolution model; labels [n] of a class-conditional one.
+        """Enlarge small images [n, h, w, C] uint8 with a super-resolution model.
 
+        labels [n] are the classes of the images, for a class-conditional model.
         Raises UserError for images of another size and settings that can't be.
         """
         wanted = self.settings
@@ -195,7 +197,7 @@ class Model:
         return self._draw(sampler, seed, 0, len(images), progress)
 
     def encode(self, images: np.ndarray, labels: np.ndarray | None = None, *, steps: int = 100) -> Tensor:
-        """The noise [n, C, H, W] float32 that DDIM with as many steps makes these images [n, H, W, C] uint8 of.
+        """Encode images [n, H, W, C] uint8 into the noise [n, C, H, W] float32 from which DDIM draws them again.
 
         labels [n] of a class-conditional model. Raises UserError for images and steps that can't be.
         """
@@ -223,7 +225,7 @@ class Model:
     def _sampler_of(
         self, given: dict[str, Any], guide: Model | None, count: int, inputs: Inputs | None = None
     ) -> Sampler:
-        """The sampler for settings; kept for the next call with the same ones, for what is compiled is in it."""
+        """The sampler for these settings, kept for the next call with the same ones: it holds the compiled network."""
         for name in given:
             if name in SampleSettings.model_fields and name not in DRAWING:
                 raise UserError(f"{name} is not a setting of a model's images; those are {', '.join(sorted(DRAWING))}")
@@ -255,7 +257,7 @@ class Model:
 
 
 def _check_labels(call: str, settings: BackboneSettings, labels: np.ndarray | None, count: int) -> None:
-    """UserError unless there is a class for each image exactly where the model has classes."""
+    """Raise UserError unless a class-conditional model gets a label for each image, and any other model none."""
     if (labels is not None) != settings.class_cond:
         says = "needs labels, one for each image" if settings.class_cond else "has no classes; leave labels out"
         raise UserError(f"{call}: the model {says}")

@@ -37,12 +37,12 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def one_line(text: str) -> str:
-    """Text with what would break its line, or move the cursor, written as escapes."""
+    """Escape the characters of a text that would break its line or move the cursor."""
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def quoted(value: Any) -> str:
-    """A value as messages show it: its repr, cut in the middle where it is long."""
+    """The repr of a value for a message, shortened in the middle where it is long."""
     try:
         return _QUOTES.repr(value)
     except ValueError:  # Python refuses to write numbers of thousands of digits
@@ -60,7 +60,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def shortened(text: str, length: int = 500) -> str:
-    """Text without its middle where it is long: a message is to be read."""
+    """Cut the middle out of a text that is longer than `length`."""
     return text if len(text) <= length else f"{text[: length - 100]} ... {text[-95:]}"
 
 

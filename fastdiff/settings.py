@@ -24,12 +24,12 @@ from pydantic.fields import FieldInfo
 
 from fastdiff.errors import UserError, quoted, shortened
 
-# Of these no file's name can be made. U+DC80 to U+DCFF stand for the bytes of names that aren't Unicode.
+# Characters that no file name can hold. U+DC80 to U+DCFF are allowed: they stand for bytes that aren't Unicode.
 _NO_TEXT = re.compile(r"[\x00\ud800-\udc7f\udd00-\udfff]")
 
 
 class Settings(BaseModel):
-    """A component's settings: unknown keys are refused, values are checked, instances don't change."""
+    """Base class of settings. Unknown keys are refused, values are checked, and instances are immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -67,7 +67,7 @@ _KINDS = {
 
 
 def what_is_wrong(error: ValidationError) -> str:
-    """The first complaint about a value: 'must be a whole number, not 2.5'."""
+    """Describe the first error of a value, such as 'must be a whole number, not 2.5'."""
     first = error.errors()[0]
     if first["type"] == "value_error":  # from a validator of ours, which tells the value itself
         return shortened(first["msg"].removeprefix("Value error, "))
@@ -79,7 +79,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def validated(kind: type[S], values: Mapping[str, Any]) -> S:
-    """The settings of these values; UserError, which names the value, where they can't be."""
+    """Build settings from values. UserError names the value that is not allowed."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -105,7 +105,7 @@ def _marks(field: FieldInfo) -> set[Affects]:
 
 
 def _split(value: Any) -> Any:
-    """'16,8' → ['16', '8']; a lone number → [number]; anything else as it is."""
+    """Split '16,8' into ['16', '8'], put a lone number into a list, and leave anything else as it is."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return [value] if isinstance(value, (int, float)) else value
@@ -124,7 +124,7 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_joi
 
 
 def _switch(value: Any) -> Any:
-    """'auto' as it is; everything that pydantic takes for a bool as one."""
+    """Keep 'auto', and parse anything else as a bool."""
     if isinstance(value, str) and value.strip().lower() == "auto":
         return "auto"
     try:
@@ -138,7 +138,7 @@ Switch = Annotated[Literal["auto", True, False], BeforeValidator(_switch)]
 
 
 def _count(value: Any) -> Any:
-    """'auto' as it is; text as a whole number."""
+    """Keep 'auto', and parse any other text as a whole number."""
     if isinstance(value, str):
         value = value.strip().lower()
         if value.lstrip("-").isdecimal():
@@ -153,7 +153,7 @@ Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
 
 
 def _interval(value: Any) -> Any:
-    """'30min', '30 m' → '30min'; '2h' → '120min'; text of digits → a number of steps."""
+    """Parse '30 m' as '30min', '2h' as '120min', and text of digits as a number of steps."""
     given = value
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,6})?)\s*(m|min|minutes?|h|hours?)?\s*", value.lower())
@@ -171,11 +171,11 @@ def _interval(value: Any) -> Any:
 Interval = Annotated[int | str, BeforeValidator(_interval)]
 """A number of steps, or minutes as '30min'."""
 MAX_SIDE = 16384
-"""Pixels of a side; more is a slip of the keyboard, or a file that means harm."""
+"""Largest number of pixels of a side. More is a typing error, or a forged file."""
 
 
 def _size(value: Any) -> Any:
-    """64, '64', '64x96' or [64, 96] → (height, width)."""
+    """Parse 64, '64', '64x96' or [64, 96] as (height, width)."""
     given = value
     if isinstance(value, str):
         value = value.lower().split("x")
@@ -198,7 +198,7 @@ Size = Annotated[tuple[int, int], BeforeValidator(_size), PlainSerializer(_show_
 
 
 def is_true(value: Any) -> bool:
-    """Whether a setting of type bool would take the value for true."""
+    """Whether a setting of type bool would parse the value as true."""
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
@@ -206,7 +206,7 @@ def is_true(value: Any) -> bool:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, object by object."""
+    """Merge `over` into a copy of `base`, recursively."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)

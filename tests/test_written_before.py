@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from fastdiff import sample, train
 
 
 @pytest.fixture
-def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """expected.json; the current folder is a copy of what was written before."""
     with tarfile.open(TESTS / "written_before.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path / "written_before")
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
-    yield json.loads(Path("expected.json").read_text())
+    return json.loads(Path("expected.json").read_text())
 
 
 def same_machine(expected: dict[str, Any]) -> bool:

@@ -68,12 +68,12 @@ def named(checkpoint: Checkpoint | None) -> Checkpoint:
 
 
 def scripts_for(super_res: bool) -> str:
-    """The scripts for checkpoints of that kind, in words."""
+    """Names of the scripts for checkpoints of that kind, as messages list them."""
     return "super_res_train.py and super_res_sample.py" if super_res else "train.py, sample.py and nll.py"
 
 
 def preset_of(name: str, super_res: bool, flag: str = "--preset") -> Preset | None:
-    """The preset of that name, None for an empty one; UserError for an unknown one or one of the other kind."""
+    """The preset of that name, or None for an empty name. UserError for an unknown one or one of the other kind."""
     preset = find_preset(name, flag) if name else None
     if preset and (preset.kind == "super_res") != super_res:
         raise UserError(f"{flag}: {name} is for {scripts_for(not super_res)}")
@@ -130,7 +130,7 @@ def _shown(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) 
 
 
 def _check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -> None:
-    """UserError where settings that a checkpoint carries are not the preset's."""
+    """Raise UserError where the settings that a checkpoint carries differ from the preset's."""
     carried = {**info["model"], **info["diffusion"]}
     free = affecting(BackboneSettings, "training") | affecting(DiffusionSettings, "training", "steps")
     for name, value in {**preset.model, **preset.diffusion}.items():

@@ -1,4 +1,7 @@
-"""All settings of a run: sections of one JSON file, every leaf a flag. Defaults < checkpoint < JSON < flags."""
+"""Reads all settings of a run: sections of one JSON file, each setting also a flag.
+
+Later sources win: defaults, the checkpoint's settings or a preset, the JSON file, flags.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ _SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
 
 
 class Config(Settings):
-    """What a JSON file may hold. A script uses some sections; the others are checked all the same."""
+    """The sections of a JSON file. A script uses some of them, and all are checked."""
 
     model: UNetSettings = Field(default_factory=UNetSettings)
     diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
@@ -36,11 +39,11 @@ class Config(Settings):
     sample: SampleSettings = Field(default_factory=SampleSettings)
     nll: NllSettings = Field(default_factory=NllSettings)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own JSON, merged over what is derived from the other sections."""
+    """DeepSpeed's own JSON, merged over the configuration that is derived from the other sections."""
 
 
 class SuperResConfig(Config):
-    """The same for super-resolution."""
+    """The sections of a JSON file for super-resolution."""
 
     model: SuperResSettings = Field(default_factory=SuperResSettings)  # type: ignore[assignment]
     sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)  # type: ignore[assignment]
@@ -71,8 +74,8 @@ def load(
 ) -> Loaded:
     """Read settings from the command line and the files that it names.
 
-    sections    whose leaves are flags of this script.
-    checkpoint  (section, name) of the setting that names a checkpoint, whose own settings come first.
+    sections    the sections whose settings are flags of this script.
+    checkpoint  (section, name) of the setting that names a checkpoint. Its settings are overridden by all others.
     Raises UserError, with one sentence that names the flag or the file and key.
     """
     parser = _make_parser(description, sections, kind)
@@ -122,7 +125,7 @@ def describe(
 
 
 def _with_null_class(config: Config, given: bool) -> Config:
-    """The null class switched on where labels are dropped; given says that the user gave null_class."""
+    """Switch the null class on where labels are dropped. `given` says whether the user set null_class."""
     dropped = f"--label_dropout {config.train.label_dropout:g}"
     if not config.train.label_dropout or config.model.null_class:
         return config
@@ -134,7 +137,7 @@ def _with_null_class(config: Config, given: bool) -> Config:
 
 
 def _with_released_file(config: Config, setting: tuple[str, str]) -> tuple[Config, Checkpoint | None]:
-    """The settings with the path of a preset's released file where no checkpoint is named, and that file opened."""
+    """Where a preset but no checkpoint is named: the settings with its released file as checkpoint, and that opened."""
     section, name = setting
     settings = getattr(config, section)
     if getattr(settings, name) or not getattr(settings, "preset", ""):
@@ -210,7 +213,7 @@ def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Confi
 def _checkpoint_layer(
     setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
 ) -> tuple[Checkpoint | None, list[tuple[str, Layer]]]:
-    """The checkpoint that the layers name with its settings, or those of a preset whose released file is missing."""
+    """The checkpoint that the layers name, and the layer of its settings, or of those of the preset that is named."""
     section, name = setting
     preset = _preset(section, layers, kind)
     given: Layer = {}
@@ -225,7 +228,7 @@ def _checkpoint_layer(
 
 
 def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:
-    """The preset that the last layer to name one names."""
+    """The preset named by the last layer that names one."""
     named = [(source, layer[section]["preset"]) for source, layer in layers if "preset" in layer.get(section, {})]
     if not named or "preset" not in _section_class(kind, section).model_fields:
         return None
@@ -279,7 +282,7 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
 
 
 def _aliases(source: str, section: str, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Switches of improved-diffusion as the choices they stand for."""
+    """Replace improved-diffusion's switches (use_fp16, use_ddim) by the choices that they stand for."""
     values = dict(values)
     for switch, (name, choice) in _SWITCHES.items():
         if switch in known and is_true(values.get(switch)):
