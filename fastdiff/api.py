@@ -179,21 +179,15 @@ class Model:
         wanted = self.settings
         if not isinstance(wanted, SuperResSettings):
             raise UserError("enlarge: this model draws images; call sample")
-        shape = (*wanted.small_size, wanted.in_channels)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
-            raise UserError(f"enlarge: images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
-        _check_labels("enlarge", wanted, labels, len(images))
+        with blaming("enlarge"):
+            classes = _checked_labels(wanted, wanted.small_size, images, labels)
 
         def inputs(index: Tensor) -> dict[str, Tensor]:
-            rows = index.cpu().numpy()
-            found = {"low_res": as_low_res(images[rows], index.device)}
-            if wanted.class_cond and labels is not None:
-                found["y"] = torch.from_numpy(np.asarray(labels, dtype=np.int64)[rows]).to(index.device)
-            return found
+            given = {"low_res": as_low_res(images[index.cpu().numpy()], index.device)}
+            return given if classes is None else {**given, "y": classes.to(index.device)[index]}
 
-        sampler = self._sampler_of(
-            {"solver": solver, "steps": steps, "seed": seed, **settings}, None, len(images), inputs
-        )
+        chosen = {"solver": solver, "steps": steps, "seed": seed, **settings}
+        sampler = self._sampler_of(chosen, None, len(images), inputs)
         return self._draw(sampler, seed, 0, len(images), progress)
 
     def encode(self, images: np.ndarray, labels: np.ndarray | None = None, *, steps: int = 100) -> Tensor:
@@ -202,19 +196,17 @@ class Model:
         labels [n] of a class-conditional model. Raises UserError for images and steps that can't be.
         """
         process, settings = self.network.diffusion, self.settings
-        shape = (*settings.size_hw, settings.in_channels)
         if isinstance(settings, SuperResSettings):
             raise UserError("encode: this model enlarges images; give one that draws them")
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not len(images):
-            raise UserError(f"encode: images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
-        _check_labels("encode", settings, labels, len(images))
+        with blaming("encode"):
+            classes = _checked_labels(settings, settings.size_hw, images, labels)
         try:
             kept = keep_steps(process, steps, "uniform", float("inf")) if steps else None
         except ValueError as error:
             raise UserError(f"encode: {error}") from None
         diffusion = create_diffusion(process, settings.learn_sigma, kept)
         x = as_low_res(images, self.device)
-        kwargs = {} if labels is None else {"y": torch.from_numpy(np.asarray(labels, dtype=np.int64)).to(self.device)}
+        kwargs = {} if classes is None else {"y": classes.to(self.device)}
         with tf32(self._defaults["allow_tf32"]):
             for step in ddim_reverse_loop(diffusion, self.network.model, x, model_kwargs=kwargs):
                 x = step.sample
@@ -256,15 +248,21 @@ class Model:
         return Samples(drawn.images, drawn.labels, seed, index)
 
 
-def _check_labels(call: str, settings: BackboneSettings, labels: np.ndarray | None, count: int) -> None:
-    """Raise UserError unless a class-conditional model gets a label for each image, and any other model none."""
+def _checked_labels(
+    settings: BackboneSettings, size_hw: tuple[int, int], images: np.ndarray, labels: np.ndarray | None
+) -> Tensor | None:
+    """Labels [n] int64 of images [n, *size_hw, C] uint8; None without any. UserError for what the model refuses."""
+    shape, count = (*size_hw, settings.in_channels), len(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not count:
+        raise UserError(f"images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
     if (labels is not None) != settings.class_cond:
         says = "needs labels, one for each image" if settings.class_cond else "has no classes; leave labels out"
-        raise UserError(f"{call}: the model {says}")
-    if labels is not None and not (
-        np.shape(labels) == (count,) and all(0 <= label < settings.num_labels for label in labels)
-    ):
-        raise UserError(f"{call}: labels must be {count} numbers from 0 to {settings.num_labels - 1}")
+        raise UserError(f"the model {says}")
+    if labels is None:
+        return None
+    if np.shape(labels) != (count,) or not all(0 <= label < settings.num_labels for label in labels):
+        raise UserError(f"labels must be {count} numbers from 0 to {settings.num_labels - 1}")
+    return torch.from_numpy(np.asarray(labels, dtype=np.int64))
 
 
 _BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"

@@ -167,12 +167,18 @@ _OURS = {
     "amp": "use train.precision",
     "torch_autocast": "use train.precision",
 }
-# Section → the switch in it without which DeepSpeed would let non-finite gradients through.
+# Section → the switch that makes DeepSpeed detect non-finite gradients.
 _CHECKS = {"bf16": "check_grad_overflow", "zero_optimization": "compute_grad_norm"}
+# Our settings → DeepSpeed's names for them.
+_NAMES = {
+    "batch_size": "train_batch_size",
+    "microbatch": "train_micro_batch_size_per_gpu",
+    "grad_clip": "gradient_clipping",
+}
 
 
 def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
-    """Training settings with those that only DeepSpeed's JSON names; UserError where the two contradict."""
+    """Take over the settings that only DeepSpeed's JSON gives. UserError where the two contradict each other."""
     for section, instead in _OURS.items():
         if section in deepspeed:
             raise UserError(f"deepspeed.{section} can't be given: {instead}")
@@ -184,19 +190,15 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
     for section, switch in _CHECKS.items():
         if deepspeed.get(section, {}).get(switch) is False:
             raise UserError(f"deepspeed.{section}.{switch} false can't be given: by it bad steps are found and skipped")
-    named: dict[str, tuple[str, Any]] = {}
-    if "train_batch_size" in deepspeed:
-        named["batch_size"] = ("train_batch_size", deepspeed["train_batch_size"])
-    if "train_micro_batch_size_per_gpu" in deepspeed:
-        named["microbatch"] = ("train_micro_batch_size_per_gpu", deepspeed["train_micro_batch_size_per_gpu"])
-    if "gradient_clipping" in deepspeed:
-        named["grad_clip"] = ("gradient_clipping", deepspeed["gradient_clipping"])
-    if "stage" in deepspeed.get("zero_optimization", {}):
-        named["zero_stage"] = ("zero_optimization.stage", deepspeed["zero_optimization"]["stage"])
-    for precision in ("fp16", "bf16"):
-        if deepspeed.get(precision, {}).get("enabled"):
-            named["precision"] = (f"{precision}.enabled", precision)
-    named = {ours: (theirs, value) for ours, (theirs, value) in named.items() if value != "auto"}
+    zero = deepspeed.get("zero_optimization", {})
+    given = {"zero_stage": ("zero_optimization.stage", zero.get("stage", "auto"))}
+    given |= {ours: (theirs, deepspeed.get(theirs, "auto")) for ours, theirs in _NAMES.items()}
+    given |= {
+        "precision": (f"{precision}.enabled", precision)
+        for precision in ("fp16", "bf16")
+        if deepspeed.get(precision, {}).get("enabled")
+    }
+    named = {ours: (theirs, value) for ours, (theirs, value) in given.items() if value != "auto"}
     for ours, (theirs, value) in named.items():
         if ours in train.model_fields_set and getattr(train, ours) != value:
             raise UserError(f"deepspeed.{theirs} {value} contradicts train.{ours} {getattr(train, ours)}; give one")
