@@ -193,11 +193,9 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
     zero = deepspeed.get("zero_optimization", {})
     given = {"zero_stage": ("zero_optimization.stage", zero.get("stage", "auto"))}
     given |= {ours: (theirs, deepspeed.get(theirs, "auto")) for ours, theirs in _NAMES.items()}
-    given |= {
-        "precision": (f"{precision}.enabled", precision)
-        for precision in ("fp16", "bf16")
-        if deepspeed.get(precision, {}).get("enabled")
-    }
+    for precision in ("fp16", "bf16"):
+        if deepspeed.get(precision, {}).get("enabled"):
+            given["precision"] = (f"{precision}.enabled", precision)
     named = {ours: (theirs, value) for ours, (theirs, value) in given.items() if value != "auto"}
     for ours, (theirs, value) in named.items():
         if ours in train.model_fields_set and getattr(train, ours) != value:
