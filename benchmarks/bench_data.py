@@ -35,7 +35,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastdiff.images import DataSettings, list_images, open_images
+from fastdiff.images.listing import list_images
+from fastdiff.images.open import open_images
+from fastdiff.images.settings import DataSettings
 
 TARGETS = {
     "imagenet64_uncond": (64, 2015),

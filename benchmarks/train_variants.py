@@ -26,7 +26,7 @@ from fastdiff import ops
 from fastdiff.config.load import Config
 from fastdiff.diffusion import create_diffusion
 from fastdiff.errors import UserError
-from fastdiff.images import Batch
+from fastdiff.images.loader import Batch
 from fastdiff.models import BackboneSettings, SuperResSettings, blocks, build_model, unet
 from fastdiff.models.cost import train_flops
 from fastdiff.models.unet import DTYPES

@@ -20,12 +20,10 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 from preparation_cli import add_size, parser, run
 
 from fastdiff.errors import UserError, blaming
-from fastdiff.images.cache.build import pack
-from fastdiff.images.cache.format import is_packed, open_packed
-from fastdiff.images.cache.sharing import check_same, default_place, together
+from fastdiff.images.cache.format import is_packed
+from fastdiff.images.cache.sharing import default_place, open_or_pack
 from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import MODES
-from fastdiff.runtime.processes import make_writable
 
 
 def main() -> None:
@@ -46,19 +44,10 @@ def main() -> None:
         raise UserError(f"--data_dir: {args.data_dir} is packed already; give the folder of images that it came from")
     listing = index_images(args.data_dir)
     target = args.out or default_place(args.data_dir, args.size, args.channels)
-    if not is_packed(target):
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"--out: {target} is there already and no packed folder; choose another or an empty one")
-        with blaming("--out"):
-            make_writable(target.parent)
-        together(
-            target,
-            lambda: pack(listing, args.size, args.channels, target, workers=args.workers, flag="--out"),
-            rank=0,
-            flag="--out",
-        )
-    packed = open_packed(target, args.size, args.channels, "--out")
-    check_same(packed, listing, "or choose another --out")
+    with blaming("--out"):
+        if target.exists() and not is_packed(target) and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{target} is there already and no packed folder; choose another or an empty one")
+        packed = open_or_pack(listing, args.size, args.channels, target, workers=args.workers)
 
     height, width = args.size
     command = f"--data_dir {shlex.quote(str(target))} --image_size {height if height == width else f'{height}x{width}'}"

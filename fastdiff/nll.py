@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.config.checkpoint import named
     from fastdiff.diffusion import create_diffusion
     from fastdiff.errors import UserError, blaming
-    from fastdiff.images import open_images
+    from fastdiff.images.open import open_images
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.compilation import tf32
     from fastdiff.runtime.processes import current, join, make_writable, output_folder

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.noise_keys import BOUND
-from fastdiff.images import Loader
+from fastdiff.images.loader import Loader
 from fastdiff.runtime.processes import Processes
 
 TERMS = ("vb", "mse", "xstart_mse")

@@ -436,7 +436,7 @@ def test_caches(world: World) -> None:
         world.train(cache="disk", cache_dir="file/deep"), "--cache_dir: file/deep can't be written to", "another folder"
     )
     packed = world.folder / "packed"
-    pack(index_images(world.images), (16, 16), 1, packed, workers=1, flag="--out")
+    pack(index_images(world.images), (16, 16), 1, packed, workers=1)
     for call in (world.train, world.nll):
         says(call(data_dir=packed), "packed holds images of 16x16 pixels in 1 channel, 8x8 pix", "--channels 3")
         says(call(cache="disk", cache_dir=packed), "packed is a packed folder itself", "as --data_dir")

@@ -1,19 +1,18 @@
-"""The default loader: NVIDIA DALI decodes and resizes, on the GPU where the batches are wanted there.
+"""The default loader: NVIDIA DALI decodes and resizes the images, on the GPU if the loader's device is one.
 
-Files that DALI decodes as Pillow does (see headers.py) go through its pipeline, which follows the reference recipe
-stage by stage; the others come from the reference itself and are put between them. Order, labels and replacements are
-the reference loader's, because both take them from loader.py and reader.py.
+Files that DALI decodes as Pillow does (`image_files.plain_size`) go through its pipeline, which follows the reference
+recipe step by step; all others are decoded by Pillow. Order, labels and replacements are those of the Pillow loader.
 
-How far the pixels are from the reference's, in levels of 0 to 255, with DALI's CPU backend (DALI 2.4, Pillow 13):
+Differences from the reference pixels, in levels of 0 to 255, with DALI's CPU backend (DALI 2.4, Pillow 13):
 
-    pictures                            target      mean   rms    99.9%  largest
+    images                              target      mean   rms    99.9%  largest
     PNG, or JPEG already at the target  any size    0      0      0      0
     250 photos, about 500x375, JPEG     64x64       0.33   0.61   3      24
     the same                            256x256     0.18   0.43   1      25
 
-The largest lie on the middle line of odd sides, which Pillow's box filter blends and this leaves out. One cubic resize
-from the full size would be off by 2.6 on average at 64x64, a chain of plain linear halvings by 2.1. On a GPU, nvJPEG's
-own rounding is added.
+The largest ones lie on the middle line of odd sides, which Pillow's box filter blends and this pipeline leaves out.
+With a single cubic resize the mean at 64x64 would be 2.6, with a chain of linear halvings 2.1. On a GPU, nvJPEG's
+rounding is added.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from fastdiff.images.image_files import plain_size
 from fastdiff.images.loader import Finish, Loader, Request, to_device
-from fastdiff.images.pixels import Recipe, plan
+from fastdiff.images.pixels import Recipe, recipe_for
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
@@ -38,21 +37,21 @@ logger = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
-    """A file for DALI."""
+    """An image file that DALI is to decode."""
 
     data: np.ndarray
     """[bytes] uint8."""
     size: tuple[int, int]
-    """Height and width in the file."""
+    """Height and width of the image in the file."""
     recipe: Recipe
 
 
 Source = tuple[int, Encoded | np.ndarray]
-"""Index of an image, and its file for DALI or its reference pixels."""
+"""Index of an image, and either its file for DALI or its reference pixels."""
 
 
 class DaliLoader(Loader):
-    """Batches decoded by DALI: the driver runs its pipeline, fed by threads that read files."""
+    """Batches decoded by DALI. Threads read the files, and the driver runs DALI's pipeline."""
 
     loader_name = "dali"
 
@@ -61,7 +60,7 @@ class DaliLoader(Loader):
         self._pipeline: Pipeline | None = None
         self._failed: deque[Pipeline | None] = deque(maxlen=2)
         self._halvings = 1
-        self._undecodable: set[int] = set()  # by DALI, though Pillow can
+        self._undecodable: set[int] = set()  # files that Pillow can decode and DALI can't
 
     def close(self) -> None:
         super().close()
@@ -75,23 +74,21 @@ class DaliLoader(Loader):
         return lambda: self._assemble(parts, request.flips)
 
     def _fetch(self, index: int) -> Source:
-        """Read one image, as what it has to be for DALI. Runs in the reading threads."""
+        """Read one image, and decode it unless DALI is to do that. Runs in the reading threads."""
 
         def prepare(candidate: int, data: bytes) -> Encoded | np.ndarray:
             size = plain_size(data) if self._reader.channels != 4 and candidate not in self._undecodable else None
             if size is None:
                 return self._reader.reference(candidate, data)
-            return Encoded(np.frombuffer(data, dtype=np.uint8), size, plan(*size, self._reader.size_hw))
+            return Encoded(np.frombuffer(data, dtype=np.uint8), size, recipe_for(*size, self._reader.size_hw))
 
         return self._reader.read(index, prepare)
 
     def _assemble(self, parts: list[Future[list[Source]]], flips: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Wait for the files, decode those for DALI, and lay all in their rows. Runs in the driver."""
+        """Wait for the files, decode those for DALI, and write all images to their rows. Runs in the driver."""
         sources = [source for part in parts for source in part.result()]
         sources, decoded = self._decode(sources)
-        images = torch.empty(
-            (len(sources), *self._reader.size_hw, self._reader.channels), dtype=torch.uint8, device=self.device
-        )
+        images = self._empty(len(sources), self._reader.channels)
         plain = [row for row, (_, source) in enumerate(sources) if isinstance(source, Encoded)]
         other = {row: source for row, (_, source) in enumerate(sources) if isinstance(source, np.ndarray)}
         if plain:
@@ -104,23 +101,26 @@ class DaliLoader(Loader):
             images[mirrored] = images[mirrored].flip(2)
         return images, np.array([index for index, _ in sources], dtype=np.int64)
 
+    def _empty(self, count: int, channels: int) -> Tensor:
+        return torch.empty((count, *self._reader.size_hw, channels), dtype=torch.uint8, device=self.device)
+
     def _rows(self, rows: list[int]) -> Tensor:
         return to_device(torch.tensor(rows), self.device)
 
     def _decode(self, sources: list[Source]) -> tuple[list[Source], Tensor]:
-        """Decode the files among the sources: uint8 [n, H, W, 3] of those that are files in the sources returned.
+        """Decode the files among the sources. Returns the sources shown, and uint8 [n, H, W, 3] of the n files in them.
 
-        One that DALI refuses fails its whole batch. Halving the batch finds it, and it is read anew: from the
-        reference, or if that refuses it too, as its replacement.
+        A file that DALI can't decode makes its whole batch fail. It is found by halving the batch, and read again with
+        Pillow, or replaced if that fails too.
         """
         encoded = [source for _, source in sources if isinstance(source, Encoded)]
         if not encoded:
-            return sources, torch.empty((0, *self._reader.size_hw, 3), dtype=torch.uint8, device=self.device)
+            return sources, self._empty(0, 3)
         try:
             return sources, self._run(encoded)
-        except (RuntimeError, ValueError, IndexError) as error:  # DALI keeps the type its operator raised
-            # DALI's pipelines don't survive an error. Threads of this one may still be at work on other files: when it
-            # goes at once the process has been seen to crash, so it goes with the second next.
+        except (RuntimeError, ValueError, IndexError) as error:  # DALI keeps the type that its operator raised
+            # A pipeline can't be used after an error. Its threads may still be decoding other files, and freeing it at
+            # once has been seen to crash the process, so it is freed at the second failure after this one.
             self._failed.append(self._pipeline)
             self._pipeline = None
             if len(sources) == 1:
@@ -139,7 +139,7 @@ class DaliLoader(Loader):
         return self._fetch(index)
 
     def _run(self, encoded: list[Encoded]) -> Tensor:
-        """Files → uint8 [n, H, W, 3] on the device, copied out of DALI's memory."""
+        """Decode files to uint8 [n, H, W, 3] on the device."""
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         halvings = max(len(item.recipe.halvings) for item in encoded)
@@ -153,13 +153,13 @@ class DaliLoader(Loader):
             cover=[np.array(item.recipe.cover, dtype=np.float32) for item in encoded],
             corner=[np.array(item.recipe.corner, dtype=np.int32) for item in encoded],
         )
-        images = torch.empty((len(encoded), *self._reader.size_hw, 3), dtype=torch.uint8, device=self.device)
+        images = self._empty(len(encoded), 3)
         feed_ndarray(pixels.as_tensor(), images, cuda_stream=self._side)
-        self._wait()  # the pipeline's next run writes over its pixels
+        self._wait()  # the pipeline's next run overwrites its output
         return images
 
     def _build(self) -> Pipeline:
-        """The reference recipe in DALI's operators, for pictures that are halved at most self._halvings times."""
+        """The reference recipe as a DALI pipeline, for images that are halved at most self._halvings times."""
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self.device.type == "cuda"
@@ -167,7 +167,7 @@ class DaliLoader(Loader):
         stages = self._halvings
 
         @pipeline_def(enable_conditionals=True)
-        def recipe():  # unannotated, for type checkers misread DALI's operators
+        def recipe():  # without annotations, because type checkers misread DALI's operators
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             halvings = fn.external_source(name="halvings", dtype=types.INT32, ndim=0)
             sizes = fn.external_source(name="sizes", dtype=types.FLOAT, ndim=3)
@@ -182,7 +182,7 @@ class DaliLoader(Loader):
             )
             for stage in range(stages):
                 if halvings > stage:
-                    # Pillow's box filter drops (nearly) the middle line of an odd side, and so does this
+                    # Pillow's box filter almost ignores the middle line of an odd side; this drops it
                     images = fn.resize(images, size=sizes[stage, 0], interp_type=types.INTERP_NN, subpixel_scale=False)
                     means = fn.resize(
                         images,
@@ -192,7 +192,7 @@ class DaliLoader(Loader):
                         subpixel_scale=False,
                         dtype=types.FLOAT,
                     )
-                    # Pillow rounds .5 up, after rows and again after columns: half a level more on average
+                    # Pillow rounds .5 up after rows and again after columns, which adds half a level on average
                     images = fn.cast(means + np.float32(0.25), dtype=types.UINT8)
             images = fn.resize(images, size=cover, interp_type=types.INTERP_CUBIC, antialias=True, subpixel_scale=False)
             return fn.slice(images, start=corner, shape=[height, width], axes=(0, 1))
@@ -210,7 +210,7 @@ class DaliLoader(Loader):
 
 
 def _sizes(item: Encoded, stages: int) -> np.ndarray:
-    """[stages, 2, 2] float32: (height, width) made even and halved, of each stage; 0 past the file's last."""
+    """float32 [stages, 2, 2]: of each stage (height, width) made even and halved; 0 after the file's last stage."""
     sizes = np.zeros((stages, 2, 2), dtype=np.float32)
     before = item.size
     for stage, after in enumerate(item.recipe.halvings):
@@ -220,6 +220,6 @@ def _sizes(item: Encoded, stages: int) -> np.ndarray:
 
 
 def _to_gray(images: Tensor) -> Tensor:
-    """[n, H, W, 3] → [n, H, W, 1] uint8 as Pillow converts it: ITU-R 601 in 16-bit fixed point."""
+    """Convert uint8 [n, H, W, 3] to [n, H, W, 1] as Pillow does: ITU-R 601 in 16-bit fixed point."""
     red, green, blue = images.int().unbind(-1)
     return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8).unsqueeze(-1)

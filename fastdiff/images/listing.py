@@ -1,4 +1,4 @@
-"""Which images a folder holds, in which order, and of which class each is."""
+"""Lists the images of a folder in a fixed order, with their classes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
 
 @dataclass(frozen=True)
 class Listing:
-    """The images of a data set with their classes: what a loader reads from."""
+    """The images of a data set and their classes."""
 
     root: Path
     names: list[str]
-    """Path of each image below root, with forward slashes. Strings, for a Path each would take 0.5 GB on ImageNet."""
+    """Path of each image relative to root, with forward slashes. As Path objects ImageNet's would take 0.5 GB."""
     labels: np.ndarray
-    """[N] int64."""
+    """Class of each image, int64 [N]."""
     class_names: list[str]
 
     def path(self, index: int) -> Path:
@@ -33,19 +33,19 @@ class Listing:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that change when an image is added, removed or renamed."""
+        """A hash of the names, 16 hex digits."""
         digest = hashlib.sha256()
         for name in self.names:
             digest.update(os.fsencode(name) + b"\0")
         return digest.hexdigest()[:16]
 
     def first(self, count: int) -> Listing:
-        """The first `count` images, with the classes of the whole."""
+        """The first `count` images, with the class names of all."""
         return Listing(self.root, self.names[:count], self.labels[:count], self.class_names)
 
 
 def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
-    """Every image below data_dir, depth first, the files and folders of a folder together in code-point order."""
+    """All images below data_dir, depth first; entries of a folder, files and folders alike, in code-point order."""
     root = Path(data_dir)
     if not str(data_dir):
         raise UserError("no image folder is given: name one with --data_dir")
@@ -65,7 +65,7 @@ def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     identity = (folder.stat().st_dev, folder.stat().st_ino)
-    if identity in above:  # a link back to a folder that we are in
+    if identity in above:  # a link to a folder that contains it
         return
     with os.scandir(folder) as entries:
         found = sorted((entry.name, entry.is_dir()) for entry in entries)
@@ -82,12 +82,12 @@ def label_images(
     labels_mode: Literal["auto", "prefix", "folder"] = "auto",
     class_names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
-    """The class of each image ([N] int64) and the names of the classes, which are numbered in sorted order.
+    """The class of each image, int64 [N], and the names of the classes, which are numbered in sorted order.
 
-    prefix: the file name up to its first underscore (all of it where there is none).
+    prefix: the file name up to its first underscore, or all of it if there is none.
     folder: the folder that holds the image, relative to data_dir.
-    auto: folder where all images lie in subfolders, at least two, and no file name has an underscore; else prefix.
-    class_names fixes the numbering, as an earlier run had it; images of other classes are refused.
+    auto: folder if all images lie in at least two subfolders and no file name has an underscore, else prefix.
+    class_names are the classes of an earlier run, whose numbers are kept; UserError for images of other classes.
     """
     if labels_mode == "auto":
         folders = {path.parent for path in paths} if not any("_" in path.name for path in paths) else set()
@@ -120,5 +120,5 @@ def index_images(
     paths = list_images(data_dir)
     labels, names = label_images(paths, data_dir, labels_mode, class_names)
     root = Path(data_dir)
-    above = 0 if root == Path() else len(root.as_posix().rstrip("/")) + 1  # relative_to is slow on millions
+    above = 0 if root == Path() else len(root.as_posix().rstrip("/")) + 1  # relative_to is slow for millions
     return Listing(root, [path.as_posix()[above:] for path in paths], labels, names)

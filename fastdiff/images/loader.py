@@ -1,8 +1,8 @@
-"""What every loader of images does, wherever its pixels come from: order, shares, reading ahead, resuming.
+"""The base class of the image loaders (order, shares of the ranks, reading ahead, resuming), and the Pillow loader.
 
-Threads read and decode; one more, the driver, puts batches together in their order and, where they are wanted on a
-GPU, copies them there on a stream of its own. So what the caller gets lies on its device already, and neither the
-caller's thread nor its stream waits for a copy.
+Several threads read and decode images. One more, the driver, assembles the batches in order and copies them to the GPU,
+if there is one, on a CUDA stream of its own. A batch is handed out when it lies on the device, so neither the caller's
+thread nor its stream waits for a copy.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Batch:
     labels: Tensor
     """[b] int64 on the loader's device."""
     positions: Tensor
-    """[b] int64 on the CPU: each sample's position in the endless stream, or in the listing for `once()`."""
+    """[b] int64 on the CPU: each sample's position in the stream, or for `once()` in the listing."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Samples that are to be read; arrays [b]."""
+    """The samples of a batch to read; arrays [b] of int64, int64 and bool."""
 
     positions: np.ndarray
     indices: np.ndarray
@@ -50,14 +50,14 @@ class Request:
 
 
 Finish = Callable[[], tuple[Tensor, np.ndarray]]
-"""Waits for requested samples: uint8 [b, H, W, C] on the CPU or on the device, and the index int64 [b] of each image
-shown. It is called in the driver, on its stream."""
+"""Waits for requested samples. Returns uint8 [b, H, W, C], on the CPU or the device, and int64 [b], the index of each
+image shown. The driver calls it on its CUDA stream."""
 
 
 class Loader(ABC):
-    """An endless iterator over batches; `once()` goes through the images a single time instead.
+    """An endless iterator over batches; `once()` iterates over the images a single time.
 
-    Threads decode at least two batches ahead of the caller; `state_dict()` counts only those handed out.
+    At least two batches are decoded ahead of the caller; `state_dict()` counts only those handed out.
     """
 
     loader_name: str
@@ -74,13 +74,11 @@ class Loader(ABC):
         device: torch.device,
     ) -> None:
         self.device = device
-        self._reader = reader
-        self._order = order
-        self._random_flip = random_flip
+        self._reader, self._order, self._random_flip = reader, order, random_flip
         self._rank, self._world_size = rank, world_size
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="images")
         self._driver = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        # Small copies and kernels: a high priority lets them in between the caller's large ones.
+        # The high priority lets its small copies and kernels run between the caller's large ones.
         self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._num_workers = num_workers
         self._batches_ahead = max(2, -(-2 * num_workers // self.batch_size))
@@ -89,11 +87,11 @@ class Loader(ABC):
 
     @abstractmethod
     def _start(self, request: Request) -> Finish:
-        """Begin to read and decode in the background."""
+        """Begin to read and decode a batch in the background."""
 
     @property
     def batch_size(self) -> int:
-        """Samples per batch of this rank."""
+        """Samples per batch on this rank."""
         return self._order.batch_size // self._world_size
 
     @property
@@ -106,12 +104,12 @@ class Loader(ABC):
 
     @property
     def labels(self) -> np.ndarray:
-        """[num_images] int64, in the listing's order."""
+        """Class of each image in the listing's order, int64 [num_images]."""
         return self._reader.listing.labels
 
     @property
     def unreadable(self) -> list[Path]:
-        """The images that were found unreadable so far, and replaced by their neighbours."""
+        """The images found unreadable, and replaced, so far."""
         return self._reader.unreadable
 
     def __iter__(self) -> Iterator[Batch]:
@@ -123,22 +121,22 @@ class Loader(ABC):
         try:
             batch = next(self._stream)
         except BaseException:
-            self._stream = None  # a second try begins again where this one did
+            self._stream = None  # the next call begins again at the same position
             raise
         self._position += self._order.batch_size
         return batch
 
     def once(self) -> Iterator[Batch]:
-        """This rank's share [rank::world_size] of the listing, in order, never mirrored; the last batch may be short.
+        """Iterate over this rank's share of the listing, [rank::world_size], in order and not mirrored.
 
-        Leaves the endless stream where it is.
+        The last batch may be smaller. The position in the endless stream stays the same.
         """
         mine = np.arange(self._rank, self.num_images, self._world_size, dtype=np.int64)
         parts = (mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size))
         return self._read_ahead(Request(part, part, np.zeros(len(part), dtype=bool)) for part in parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run stores to go on with the next sample, with however many ranks."""
+        """The state by which a run continues with the next sample, with any number of ranks."""
         return {
             "position": self._position,
             "num_images": self.num_images,
@@ -146,11 +144,11 @@ class Loader(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the run that stored `state` was; warns if the folder holds other images than then."""
+        """Continue at the position of `state`; warns if the folder holds other images than then."""
         if state["fingerprint"] != self._reader.listing.fingerprint:
             logger.warning(
                 "the images below %s are not those that the run began with (%d then, %d now): "
-                "the order of the samples is another from here on",
+                "the order of the samples changes from here on",
                 self._reader.listing.root,
                 state["num_images"],
                 self.num_images,
@@ -159,12 +157,12 @@ class Loader(ABC):
         self._stream = None
 
     def reseed(self, seed: int) -> None:
-        """Go on at the same place of the stream of another seed."""
+        """Continue at the same position in the stream of another seed."""
         self._order = replace(self._order, seed=seed)
         self._stream = None
 
     def close(self) -> None:
-        """Stop the threads; batches that were read ahead are dropped."""
+        """Stop the threads; batches that were read ahead are lost."""
         self._stream = None
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._driver.shutdown(wait=True, cancel_futures=True)
@@ -186,7 +184,7 @@ class Loader(ABC):
         while waiting:
             waiting.extend(map(self._begin, itertools.islice(requests, 1)))
             batch = waiting.popleft().result()
-            if self._side is not None:  # whose memory the caller's stream uses from here on
+            if self._side is not None:  # the memory comes from this stream, and the caller's uses it from here on
                 stream = torch.cuda.current_stream(self.device)
                 batch.images.record_stream(stream)
                 batch.labels.record_stream(stream)
@@ -196,7 +194,7 @@ class Loader(ABC):
         return self._driver.submit(self._deliver, request, self._start(request))
 
     def _deliver(self, request: Request, finish: Finish) -> Batch:
-        """Runs in the driver, which waits until the batch has arrived."""
+        """Wait until a batch lies on the device. Runs in the driver."""
         with self._on_side():
             images, indices = finish()
             images = to_device(images, self.device)
@@ -205,39 +203,38 @@ class Loader(ABC):
         return Batch(images, labels, torch.from_numpy(request.positions))
 
     def _on_side(self) -> AbstractContextManager[object]:
-        """The driver's stream and its GPU; nothing on a CPU."""
+        """Make the driver's CUDA stream current; does nothing on a CPU."""
         return nullcontext() if self._side is None else torch.cuda.stream(self._side)
 
     def _wait(self) -> None:
-        """Until the driver's stream has done all it was given. Sleeps, where synchronising the stream would spin."""
+        """Wait for the driver's CUDA stream by sleeping; `Stream.synchronize` would keep a core busy."""
         if self._side is not None:
             event = torch.cuda.Event(blocking=True)
             event.record(self._side)
             event.synchronize()
 
     def _chunks(self, count: int) -> list[range]:
-        """range(count) in parts for the threads: some to share out evenly, not so many that the queue costs time."""
+        """Split range(count) into tasks for the threads: enough to share evenly, few enough to cost little time."""
         size = max(1, min(8, count // (2 * self._num_workers)))
         return [range(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. A copy from the CPU to a GPU is made without waiting for it."""
-    if device.type != "cuda" or values.is_cuda:  # only memory of the CPU can be pinned
+    """Move a tensor to the device; copies to a GPU are asynchronous."""
+    if device.type != "cuda" or values.is_cuda:  # only CPU memory can be pinned
         return values.to(device)
     return (values if values.is_pinned() else values.pin_memory()).to(device, non_blocking=True)
 
 
 class PillowLoader(Loader):
-    """Batches of reference pixels."""
+    """Batches of reference pixels, decoded with Pillow."""
 
     loader_name = "pillow"
 
     def _start(self, request: Request) -> Finish:
         count = len(request.indices)
-        channels = self._reader.channels
-        pinned = self.device.type == "cuda"
-        images = torch.empty((count, *self._reader.size_hw, channels), dtype=torch.uint8, pin_memory=pinned)
+        shape = (count, *self._reader.size_hw, self._reader.channels)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         pixels, shown = images.numpy(), np.empty(count, dtype=np.int64)
 
         def decode(rows: range) -> None:

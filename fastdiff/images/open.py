@@ -1,4 +1,4 @@
-"""From settings to a loader."""
+"""Opens the loader that the settings ask for."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, blaming
 from fastdiff.images.cache.format import Packed, is_packed, open_packed
 from fastdiff.images.cache.loader import PackedLoader
-from fastdiff.images.cache.sharing import cached
+from fastdiff.images.cache.sharing import default_place, open_or_pack
 from fastdiff.images.dali import DaliLoader
 from fastdiff.images.listing import Listing, index_images
 from fastdiff.images.loader import Loader, PillowLoader
@@ -20,6 +20,7 @@ from fastdiff.images.order import Order
 from fastdiff.images.pixels import MODES
 from fastdiff.images.reader import Reader
 from fastdiff.images.settings import DataSettings
+from fastdiff.runtime.machine import allowed_cores
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +39,12 @@ def open_images(
     limit: int | None = None,
     build_cache: bool = True,
 ) -> Loader:
-    """The images of settings.data_dir as batches for one rank. UserError, in one sentence, where that can't be.
+    """Open the images of settings.data_dir as batches for one rank. UserError if they can't be read as asked.
 
-    batch_size is the global one. class_names are the classes of an earlier run, whose numbers are to be kept. limit
-    leaves only the first images of the listing; their classes are numbered over all. With a limit, or without
-    build_cache, a cache is used if there is one, but none is made.
+    batch_size   of all ranks together.
+    class_names  classes of an earlier run, which fix the numbers of the classes.
+    limit        keeps only the first images of the listing; their classes are numbered over all of them.
+    build_cache  False: a cache is used if there is one, but none is built. The same holds with a limit.
     """
     if channels not in MODES:
         raise UserError(f"images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, not {channels}")
@@ -80,7 +82,7 @@ def _find(
     rank: int,
     build_cache: bool,
 ) -> tuple[Listing, Packed | None]:
-    """The images, and where they are decoded already the folder that holds them."""
+    """The listing of the images, and the packed folder that holds their pixels if there is one."""
     packs = is_packed(settings.data_dir)
     if settings.cache_dir and settings.cache == "none" and not packs:
         raise UserError(f"--cache_dir {settings.cache_dir} needs --cache disk or --cache gpu; without one leave it out")
@@ -89,16 +91,25 @@ def _find(
             "--loader dali contradicts decoded images, which are Pillow's; leave it out, or give --cache none"
         )
     if packs:
-        packed = open_packed(Path(settings.data_dir), size_hw, channels, "--data_dir")
+        with blaming("--data_dir"):
+            packed = open_packed(Path(settings.data_dir), size_hw, channels)
         return packed.listing(settings.labels, class_names), packed
     listing = index_images(settings.data_dir, settings.labels, class_names)
     if settings.cache == "none":
         return listing, None
-    return listing, cached(listing, size_hw, channels, settings.cache_dir, rank=rank, build=build_cache)
+    with blaming("--cache_dir"):
+        if is_packed(settings.cache_dir):
+            raise UserError(
+                f"{settings.cache_dir} is a packed folder itself; give it as --data_dir, without --cache_dir"
+            )
+        place = default_place(settings.data_dir, size_hw, channels, settings.cache_dir)
+        if not build_cache and not is_packed(place):
+            return listing, None
+        return listing, open_or_pack(listing, size_hw, channels, place, workers=allowed_cores(), rank=rank)
 
 
 def _one_device(device: torch.device) -> torch.device:
-    """'cuda' → the GPU that is current in this thread; other threads may have another."""
+    """Add the index of this thread's current GPU to the device 'cuda'; in other threads another may be current."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

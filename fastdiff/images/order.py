@@ -1,9 +1,9 @@
-"""Which image comes when: an endless stream of samples that all ranks of a run share.
+"""The order of the samples: an endless stream that all ranks of a run share.
 
-Stream position k (0, 1, 2, …) stands for one image and whether it is mirrored; both follow from the seed and k alone.
-Global batch s is positions [s·B, (s+1)·B), and rank r of W takes every W-th of them from the r-th on. So a run that
-knows how many positions it has consumed can go on anywhere, with any number of ranks. Batches run over the border of
-two epochs, hence no folder is too small and no rank runs short.
+The seed and a stream position k (0, 1, 2, …) alone determine an image and whether it is mirrored. Global batch s
+consists of positions [s·B, (s+1)·B), of which rank r of W takes every W-th, beginning with the r-th. So a run that has
+stored its position can continue with any number of ranks. Batches may reach from one epoch into the next, so no data
+set is too small and all ranks have equally many samples.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """The stream over a data set of num_images, for global batches of batch_size."""
+    """The stream of samples of a data set with num_images images, in global batches of batch_size."""
 
     num_images: int
     batch_size: int
     seed: int = 0
     shuffle: bool = True
     drop_last: bool = False
-    """An epoch leaves out the images that don't fill a batch (unless it has no whole batch at all)."""
+    """Leave out the last images of an epoch that don't fill a batch, unless there is no full batch at all."""
 
     @property
     def epoch_length(self) -> int:
@@ -32,7 +32,7 @@ class Order:
         return self.num_images
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Index in the listing of the image at each stream position; both int64 [n]."""
+        """Index in the listing of the image at each stream position; both are int64 [n]."""
         epochs, offsets = np.divmod(positions, self.epoch_length)
         if not self.shuffle:
             return offsets
@@ -43,14 +43,13 @@ class Order:
         return indices
 
     def flips(self, positions: np.ndarray) -> np.ndarray:
-        """Whether the sample at each stream position is to be mirrored; bool [n], half of them true."""
-        return (
-            _mix(positions.astype(np.uint64) + _mix(np.array([self.seed % 2**64], np.uint64))) >> np.uint64(63)
-        ) == 1
+        """Whether the sample at each stream position is mirrored, bool [n], with probability 1/2."""
+        seed = _mix(np.array([self.seed % 2**64], np.uint64))
+        return _mix(positions.astype(np.uint64) + seed) >= np.uint64(2**63)
 
 
 def share(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """The stream positions (int64) that a rank takes of the global batch that begins at position `start`."""
+    """Stream positions, int64 [n], of a rank's part of the global batch that begins at position `start`."""
     return np.arange(start + rank, start + batch_size, world_size, dtype=np.int64)
 
 
@@ -58,12 +57,12 @@ def share(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray
 def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch])))
     permutation = generator.permutation(num_images)
-    permutation.setflags(write=False)  # callers share it
+    permutation.setflags(write=False)  # because the cache hands it to several callers
     return permutation
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 that scatters neighbouring numbers (SplitMix64, https://doi.org/10.1145/2660193.2660195)."""
+    """Hash uint64 numbers one-to-one, element by element (SplitMix64, https://doi.org/10.1145/2660193.2660195)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around; numpy scalars would warn
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,9 +1,9 @@
-"""The reference pixels: how a picture file becomes [H, W, C] uint8, with Pillow.
+"""Decodes an image file to its reference pixels, uint8 [H, W, C], with Pillow.
 
-improved-diffusion's recipe, which its released models were trained with: halve with a box filter while the picture
-stays at least twice the target, then one bicubic resize that just covers the target, then the colour conversion, then
-a centre crop. The conversion comes after the resizing on purpose: palettes and 1-bit pictures are resized by nearest
-neighbour and transparent ones premultiplied, as Pillow does for those modes.
+This is improved-diffusion's recipe, with which its released models were trained: halve the image with a box filter
+while both sides are at least twice the target's, resize it once (bicubic) to just cover the target, crop the centre and
+convert the colours. Because the conversion comes last, palette and 1-bit images are resized by nearest neighbour and
+transparent ones premultiplied, as Pillow does for those modes.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from PIL import Image, UnidentifiedImageError
 from fastdiff.images.image_files import FORMATS, check_canvas, check_scans, max_pixels, other_kind, read_file
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's mode for each number of channels that a batch can have."""
+"""Pillow's mode for each possible number of channels."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The sizes that a picture goes through, all (height, width) in pixels."""
+    """How an image is resized and cropped; sizes are (height, width) in pixels."""
 
     halvings: tuple[tuple[int, int], ...]
     """Size after each box halving."""
     cover: tuple[int, int]
     """Size after the bicubic resize: at least the target on both sides."""
     corner: tuple[int, int]
-    """Top and left of the crop."""
+    """Top and left of the centre crop."""
 
 
-def plan(height: int, width: int, size_hw: tuple[int, int]) -> Recipe:
-    """The recipe for a picture of height x width. ValueError where its cover would be as large as a bomb."""
+def recipe_for(height: int, width: int, size_hw: tuple[int, int]) -> Recipe:
+    """The recipe for an image of height x width. ValueError if it would have to grow beyond `max_pixels`."""
     target_h, target_w = size_hw
     halvings = []
     while height >= 2 * target_h and width >= 2 * target_w:
@@ -49,16 +49,15 @@ def plan(height: int, width: int, size_hw: tuple[int, int]) -> Recipe:
 
 
 def load_image(source: str | PathLike[str] | bytes, size_hw: tuple[int, int], mode: str) -> np.ndarray:
-    """Read a picture (see above for what is taken of it) as uint8 [H, W, C], C by `mode` (L, RGB, RGBA).
+    """Decode an image, a path or a file's bytes, to uint8 [H, W, C] with the channels of `mode` (L, RGB or RGBA).
 
-    source is a path or the file's bytes. Whatever Pillow raises for a picture that it can't read or holds for a
-    decompression bomb is passed on; ValueError for other kinds of files and for those that `files` refuses.
+    ValueError for other kinds of files and for those beyond the limits of `image_files`. Pillow's own exceptions, of
+    many kinds, for images that it can't read or takes for a decompression bomb.
     """
     data = source if isinstance(source, bytes) else read_file(source)
     check_canvas(data)
     with _open(data) as image:
-        if data[:2] == b"\xff\xd8":
-            check_scans(data, image.width * image.height)
+        check_scans(data, image.width * image.height)
         image.load()
         pixels = _resize_and_crop(_in_8_bits(image), size_hw, mode)
     return pixels[..., None] if pixels.ndim == 2 else pixels
@@ -74,17 +73,17 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit gray by its high byte, as Pillow itself reads 16-bit colour; any other picture as it is."""
+    """Reduce 16-bit gray to its high byte, as Pillow itself does with 16-bit colour; leaves other images alone."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
 def _resize_and_crop(image: Image.Image, size_hw: tuple[int, int], mode: str) -> np.ndarray:
-    recipe = plan(image.height, image.width, size_hw)
+    recipe = recipe_for(image.height, image.width, size_hw)
     for height, width in recipe.halvings:
         image = image.resize((width, height), resample=Image.Resampling.BOX)
     image = image.resize(recipe.cover[::-1], resample=Image.Resampling.BICUBIC)
     top, left = recipe.corner
-    image = image.crop((left, top, left + size_hw[1], top + size_hw[0]))  # first: a strip's cover is large
+    image = image.crop((left, top, left + size_hw[1], top + size_hw[0]))  # first, as a strip's cover is large
     return np.array(image.convert(mode))

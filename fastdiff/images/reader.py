@@ -1,8 +1,8 @@
-"""Reading single images by their index, and what happens when one can't be read.
+"""Reading single images by their index, and replacing those that can't be read.
 
-Such an image is named once in the log and replaced by the next readable one of the listing, label and all, so that
-every loader, and every resumption, sees the same samples. When more than 1% of a data set is unreadable, or the only
-images there are, something else is wrong, and the run stops.
+An unreadable image is named once in the log and replaced by the next readable one of the listing, together with its
+label, so that every loader and every resumed run sees the same samples. If more than 1% of a data set is unreadable,
+or all of it, the cause is likely not the single images, and the run stops.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TOLERATED = 0.01
-"""Share of the data set that may be unreadable (one image may be in any case)."""
+"""Share of the data set that may be unreadable; one image may always be."""
 
 
 def what_is_wrong(error: Exception) -> str:
-    """Why an image can't be read, in few words on one line."""
+    """A short reason, on one line, why an image can't be read."""
     if isinstance(error, UnidentifiedImageError):
         return "no picture"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror  # the file is named already
+        return error.strerror  # str(error) would name the file again
     return one_line(str(error))[:200] or type(error).__name__
 
 
@@ -41,77 +41,71 @@ class Reader:
     """Reads images of a listing at one size. Threads may share it."""
 
     def __init__(self, listing: Listing, size_hw: tuple[int, int], channels: int) -> None:
-        self.listing = listing
-        self.size_hw = size_hw
-        self.channels = channels
-        self._bad: dict[int, str] = {}
+        self.listing, self.size_hw, self.channels = listing, size_hw, channels
+        self._unreadable: dict[int, str] = {}
         self._lock = threading.Lock()
 
     @property
-    def unreadable(self) -> list[Path]:
-        """The images found unreadable so far."""
+    def reasons(self) -> dict[int, str]:
+        """Index of each image found unreadable so far, and the reason."""
         with self._lock:
-            return [self.listing.path(index) for index in sorted(self._bad)]
-
-    def reference(self, index: int, data: bytes) -> np.ndarray:
-        """A file's bytes → its reference pixels, uint8 [H, W, C]; to be given to `read`."""
-        return load_image(data, self.size_hw, MODES[self.channels])
+            return dict(self._unreadable)
 
     @property
-    def reasons(self) -> dict[int, str]:
-        """Index of each image found unreadable so far, and what is wrong with it."""
-        with self._lock:
-            return dict(self._bad)
+    def unreadable(self) -> list[Path]:
+        """The images found unreadable so far, in the listing's order."""
+        return [self.listing.path(index) for index in sorted(self.reasons)]
+
+    def reference(self, index: int, data: bytes) -> np.ndarray:
+        """Decode a file's bytes to reference pixels, uint8 [H, W, C]. This is a `decode` function for `read`."""
+        return load_image(data, self.size_hw, MODES[self.channels])
 
     def read(self, index: int, decode: Callable[[int, bytes], T]) -> tuple[int, T]:
-        """decode(index, bytes of the file) for image `index`, or else for the first readable one after it.
+        """Call decode(index, bytes of the file) for image `index`, or for the first readable one after it.
 
-        Returns the index of the image that was taken, and what `decode` made of it.
+        Returns the index of the image that was read, and the result of `decode`. UserError if too many images are
+        unreadable.
         """
         self.stop_if_too_many()
         count = len(self.listing.names)
         for step in range(count):
             candidate = (index + step) % count
-            if candidate in self._bad:
+            if candidate in self._unreadable:
                 continue
             found = self.attempt(candidate, decode)
             if found is not None:
                 return candidate, found
             self.stop_if_too_many()
-        raise UserError(f"none of the {count} images below {self.listing.root} can be read")
+        raise UserError(f"--data_dir: none of the {count} images below {self.listing.root} can be read")
 
     def attempt(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
-        """decode(index, bytes of the file), or None for an image that can't be read, which is then named."""
+        """Call decode(index, bytes of the file); an image that can't be read is rejected, and the result is None."""
         try:
             return decode(index, read_file(self.listing.path(index)))
-        except Exception as error:  # Pillow's decoders raise many kinds; all are about this one file
+        except Exception as error:  # Pillow's decoders raise many kinds, all about this one file
             self.reject(index, what_is_wrong(error))
             return None
 
-    def retry(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
-        """The same for an image found unreadable before, which counts as readable if it now is."""
-        try:
-            found = decode(index, read_file(self.listing.path(index)))
-        except Exception:  # named when it was first met
-            return None
-        with self._lock:
-            self._bad.pop(index, None)
-        return found
-
     def reject(self, index: int, reason: str) -> None:
-        """Count an image as unreadable and name it in the log, once."""
+        """Count an image as unreadable, and name it in the log the first time."""
         with self._lock:
-            if index in self._bad:
+            if index in self._unreadable:
                 return
-            self._bad[index] = reason
-        logger.warning(
-            "unreadable image, replaced by the next one: %s (%s)", one_line(str(self.listing.path(index))), reason
-        )
+            self._unreadable[index] = reason
+        name = one_line(str(self.listing.path(index)))
+        logger.warning("unreadable image, replaced by the next one: %s (%s)", name, reason)
+
+    def accept(self, index: int) -> None:
+        """Count an image as readable again."""
+        with self._lock:
+            self._unreadable.pop(index, None)
 
     def stop_if_too_many(self) -> None:
-        """UserError, which names some, when more images are unreadable than may be."""
+        """UserError, naming the first three, if more images are unreadable than tolerated."""
         reasons, count = self.reasons, len(self.listing.names)
         if len(reasons) > max(1, TOLERATED * count) or len(reasons) == count:
             named = "; ".join(f"{self.listing.path(i)} ({why})" for i, why in list(reasons.items())[:3])
-            named += "; ..." if len(reasons) > 3 else ""
-            raise UserError(f"{len(reasons)} of {count} images can't be read, which is too many to go on: {named}")
+            more = "; ..." if len(reasons) > 3 else ""
+            raise UserError(
+                f"--data_dir: {len(reasons)} of {count} images can't be read, which is too many to go on: {named}{more}"
+            )

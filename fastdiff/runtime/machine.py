@@ -1,8 +1,8 @@
-"""What a GPU can do: datasheets, what is typically reached of them, and what this machine reaches.
+"""Speed and memory of GPUs by their datasheets, measured rates, and the free memory and cores of this machine.
 
-Peaks are dense bf16 with float32 accumulation, and bandwidth is the memory's, both from NVIDIA's datasheets. The rates
-of an H200 are those of an 8192 x 8192 matrix product (788 TFLOP/s) and of a device copy, read and write counted
-(4.3 TB/s); the other GPUs' are the same shares of their datasheets, an assumption until `measure_rates` replaces it.
+Peaks are those of dense bf16 with float32 accumulation; they and the memory's bandwidth come from NVIDIA's datasheets.
+The rates of an H200 were measured: an 8192 x 8192 matrix product (788 TFLOP/s) and a device copy, read and write
+counted (4.3 TB/s). The other GPUs are assumed to reach the same shares of their datasheets; `measure_rates` measures.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import psutil
 import torch
 
 MATMUL_SHARE = 788 / 989
-"""Of the datasheet's FLOP/s that a large matrix product reaches, on an H200."""
+"""Share of the datasheet's FLOP/s that a large matrix product reaches on an H200."""
 COPY_SHARE = 4.3 / 4.8
-"""Of the datasheet's bandwidth that a device copy reaches, on an H200."""
+"""Share of the datasheet's bandwidth that a device copy reaches on an H200."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A datasheet and two rates; FLOP/s, bytes/s and bytes."""
+    """Figures of a GPU by its datasheet, and two rates that it reaches; in FLOP/s, bytes/s and bytes."""
 
     name: str
     peak_flops: float
@@ -37,7 +37,7 @@ class Gpu:
     matmul_flops: float
     copy_bytes: float
     names: str
-    """Regular expression of what torch.cuda.get_device_name() calls it."""
+    """Regular expression for its name in torch.cuda.get_device_name()."""
 
 
 def _gpu(name: str, teraflops: float, terabytes: float, gigabytes: float, names: str) -> Gpu:
@@ -45,7 +45,7 @@ def _gpu(name: str, teraflops: float, terabytes: float, gigabytes: float, names:
     return Gpu(name, peak, bandwidth, gigabytes * 1e9, peak * MATMUL_SHARE, bandwidth * COPY_SHARE, names)
 
 
-# PCIe and NVL boards of the same chips are slower, and GB200 is faster: none of them is meant.
+# PCIe and NVL boards of the same chips are slower and GB200 is faster, so the expressions leave them out.
 GPUS: dict[str, Gpu] = {
     "H200": _gpu("H200", 989, 4.8, 141, r"H200(?! NVL)"),
     "H100": _gpu("H100 SXM", 989, 3.35, 80, r"H100 (SXM|80GB HBM3)|H100$"),
@@ -55,12 +55,12 @@ GPUS: dict[str, Gpu] = {
 
 
 def find(name: str) -> Gpu | None:
-    """The GPU that torch.cuda.get_device_name() calls `name` ("NVIDIA H100 80GB HBM3"); None if the table lacks it."""
+    """The GPU with this name in torch.cuda.get_device_name(), as "NVIDIA H100 80GB HBM3"; None if it isn't in GPUS."""
     return next((gpu for gpu in GPUS.values() if re.search(gpu.names, name.strip())), None)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or the CPU's model ("AMD EPYC 9655P 96-Core Processor") where the system tells it."""
+    """The name of the GPU, or the CPU's model ("AMD EPYC 9655P 96-Core Processor") if the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     table = Path("/proc/cpuinfo")
@@ -69,13 +69,9 @@ def device_name(device: torch.device) -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-_SIZE = {True: 8192, False: 1024}  # on a GPU, on a CPU
-_COPY_SIZE = {True: 1 << 30, False: 1 << 26}
-
-
 @dataclass(frozen=True)
 class Rates:
-    """What one device reached: FLOP/s of a matrix product, and bytes/s of a copy, read and write counted."""
+    """Measured speed of a device: FLOP/s of a matrix product, and bytes/s of a copy, read and write counted."""
 
     matmul_flops: float
     copy_bytes: float
@@ -84,95 +80,93 @@ class Rates:
 def measure_rates(
     device: torch.device, *, dtype: torch.dtype | None = None, size: int = 0, copy_size: int = 0, repeats: int = 5
 ) -> Rates:
-    """The best of `repeats` rounds of each.
+    """Measure a device; each rate is the best of `repeats` rounds.
 
     dtype      of the matrix product; by default bf16 on a GPU and float32 on a CPU.
     size       of the square matrices; by default 8192 on a GPU and 1024 on a CPU.
-    copy_size  bytes copied; by default 1 GiB on a GPU and 64 MiB on a CPU, more than caches hold.
+    copy_size  bytes copied, more than caches hold; by default 1 GiB on a GPU and 64 MiB on a CPU.
     """
-    cuda = device.type == "cuda"
-    matmul = _matmul_rate(device, dtype or (torch.bfloat16 if cuda else torch.float32), size or _SIZE[cuda], repeats)
-    source = torch.zeros(copy_size or _COPY_SIZE[cuda], dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    return Rates(matmul, 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, repeats))
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype, n: int, repeats: int) -> float:
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    on_gpu = device.type == "cuda"
+    dtype = dtype or (torch.bfloat16 if on_gpu else torch.float32)
+    size, copy_size = size or (8192 if on_gpu else 1024), copy_size or (1 << 30 if on_gpu else 1 << 26)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    return 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=product), device, repeats)
+    matmul_seconds = _best_seconds(lambda: torch.mm(a, b, out=product), device, repeats)
+    source = torch.zeros(copy_size, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    copy_seconds = _best_seconds(lambda: target.copy_(source), device, repeats)
+    return Rates(2 * size**3 / matmul_seconds, 2 * copy_size / copy_seconds)
 
 
 def _best_seconds(fn: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Of one call. A round on a GPU is 10 calls between two synchronisations, so that launching them doesn't count."""
+    """Seconds of one call. A round on a GPU is 10 calls between two synchronisations, which hides their launches."""
     calls = 10 if device.type == "cuda" else 1
-
-    def synchronize() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     fn()
-    best = float("inf")
+    best = math.inf
     for _ in range(repeats):
-        synchronize()
+        _synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
             fn()
-        synchronize()
+        _synchronize(device)
         best = min(best, (time.perf_counter() - start) / calls)
     return best
 
 
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of the GPU, or of this machine or the part of it that a container grants."""
+    """Free bytes of the GPU, or of this machine or the part of it that a container may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     try:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         lines = (line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-        cached = next(int(words[1]) for words in lines if words[0] == "file")  # cached files give way
+        cached = next(int(words[1]) for words in lines if words[0] == "file")  # the cache of files is freed on demand
         return min(free, limit - used + cached)
-    except (OSError, ValueError, StopIteration):  # no container, or one without a limit
+    except (OSError, ValueError, StopIteration):  # no container, or no limit
         return free
 
 
-_INTERVAL = 0.25
-"""Seconds over which the machine is watched."""
-
-
 def use_free_cores(before: int | None = None) -> int:
-    """Set torch's threads to the free cores, unless OMP_NUM_THREADS says how many; returns their number.
+    """Set torch's number of threads to `free_cores`, unless OMP_NUM_THREADS gives it; returns the number.
 
-    before is how many a run had that goes on: as many again, where there are so many cores, for sums over another
-    number of threads differ in their last bits.
+    before is the number that a resumed run had. It is kept if there are as many cores, because sums over another number
+    of threads differ in their last bits.
     """
     if not os.environ.get("OMP_NUM_THREADS"):
-        again = before is not None and 0 < before <= max(1, _allowed() // _fellows())
-        torch.set_num_threads(before if before is not None and again else free_cores())
+        keep = before is not None and 0 < before <= _share()
+        torch.set_num_threads(before if before is not None and keep else free_cores())
     return torch.get_num_threads()
 
 
 def free_cores() -> int:
-    """Cores that this process may use and that nobody else is busy on, at least 1.
+    """Cores that this process may use and that are idle, at least 1.
 
-    Of several processes on this machine each takes its share of the cores, and looks at no one's load: its fellows'
-    would be in it.
+    If the run has several processes on this machine, each takes an equal share without regard to the load, which would
+    include that of the others.
     """
-    cores, fellows = _allowed(), _fellows()
-    if fellows > 1:
-        return max(1, cores // fellows)
-    idle = _idle()
-    return max(1, cores if idle is None else min(cores, math.floor(idle + 0.5)))
+    if _local_processes() > 1:
+        return _share()
+    idle = _idle_cores()
+    return max(1, allowed_cores() if idle is None else min(allowed_cores(), math.floor(idle + 0.5)))
 
 
-def _fellows() -> int:
-    """Processes of this run on this machine."""
+def _share() -> int:
+    return max(1, allowed_cores() // _local_processes())
+
+
+def _local_processes() -> int:
+    """Number of processes of this run on this machine."""
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _allowed() -> int:
-    """Cores by the scheduler's mask and the container's quota (cgroup v2)."""
+def allowed_cores() -> int:
+    """Cores that this process may use by the scheduler's mask and the container's quota (cgroup v2)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -181,11 +175,10 @@ def _allowed() -> int:
         return cores
 
 
-def _idle() -> float | None:
-    """Cores that were idle for a moment just now; None where the system doesn't tell."""
-    before = _idle_seconds()
-    start = time.perf_counter()
-    time.sleep(_INTERVAL)
+def _idle_cores() -> float | None:
+    """Number of idle cores over the next quarter of a second; None if the system doesn't tell."""
+    before, start = _idle_seconds(), time.perf_counter()
+    time.sleep(0.25)
     after = _idle_seconds()
     if before is None or after is None:
         return None
@@ -193,7 +186,7 @@ def _idle() -> float | None:
 
 
 def _idle_seconds() -> float | None:
-    """Idle time of all cores since the machine started, waiting for disks included."""
+    """Idle time of all cores since the machine started, including the wait for disks; None if it can't be read."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
         return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")

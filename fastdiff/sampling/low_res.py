@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError, one_line, quoted
-from fastdiff.images import DataSettings, label_images, list_images, load_image
-from fastdiff.images.pixels import MODES
+from fastdiff.images.listing import label_images, list_images
+from fastdiff.images.pixels import MODES, load_image
 from fastdiff.images.reader import what_is_wrong
+from fastdiff.images.settings import DataSettings
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.untrusted import npz_header, read_npz_array
 

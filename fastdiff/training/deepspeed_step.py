@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.images import Batch
+from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
 from fastdiff.training.device_step import Losses, poison_gradients
 from fastdiff.training.optimizer import AdamWEMA, laid_out_as, learning_rate

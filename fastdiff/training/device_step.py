@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.images import Batch
+from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
 from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as, learning_rate, learning_rate_on_device
 from fastdiff.training.settings import TrainSettings

@@ -16,7 +16,8 @@ from fastdiff import errors, precompile
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.errors import StopWith, UserError, blaming
-from fastdiff.images import Loader, open_images
+from fastdiff.images.loader import Loader
+from fastdiff.images.open import open_images
 from fastdiff.models import build_model
 from fastdiff.models.unet import body_dtype
 from fastdiff.ops import choose_kernels

@@ -23,8 +23,7 @@ from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion, create_timestep_sampler
 from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS
 from fastdiff.errors import UserError
-from fastdiff.images import Batch, Loader
-from fastdiff.images.loader import to_device
+from fastdiff.images.loader import Batch, Loader, to_device
 from fastdiff.models import SuperResSettings, UNet
 from fastdiff.runtime.processes import Processes
 from fastdiff.training import compilation

@@ -12,7 +12,9 @@ from helpers.preparation_scripts import (
     succeed,
 )
 
-from fastdiff.images import DataSettings, load_image, open_images
+from fastdiff.images.open import open_images
+from fastdiff.images.pixels import load_image
+from fastdiff.images.settings import DataSettings
 
 
 def source(folder: Path, count: int = 20) -> Path:
@@ -73,5 +75,6 @@ def test_bad_input(tmp_path: Path):
     assert "holds images of 8x8 pixels in 3 channels, 16x16 pixels in 3 channels are wanted" in message
     (images / "dog_00.png").unlink()
     message = fail("pack.py", "--data_dir", images, "--size", 8, "--out", tmp_path / "packed")
+    assert "--out: " in message
     assert "their number differed" in message
-    assert message.endswith("or choose another --out")
+    assert message.endswith("delete that folder to have it made anew, or choose another")

@@ -11,7 +11,10 @@ import torch
 from helpers.golden_cases import Case, cases
 from PIL import Image
 
-from fastdiff.images import DataSettings, label_images, list_images, load_image, open_images
+from fastdiff.images.listing import label_images, list_images
+from fastdiff.images.open import open_images
+from fastdiff.images.pixels import load_image
+from fastdiff.images.settings import DataSettings
 
 
 @cases("images")

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.images import DataSettings, open_images
+from fastdiff.images.open import open_images
+from fastdiff.images.settings import DataSettings
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.deepspeed_engine import start_processes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.diffusion.timesteps import UniformSampler
-from fastdiff.images import Batch
+from fastdiff.images.loader import Batch
 from fastdiff.training.trainer import Trainer
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.images import Batch
-from fastdiff.images.loader import to_device
+from fastdiff.images.loader import Batch, to_device
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.deepspeed_engine import start_processes

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdiff.images import DataSettings, Loader, open_images
+from fastdiff.images.loader import Loader
+from fastdiff.images.open import open_images
+from fastdiff.images.settings import DataSettings
 
 
 def make_photo(height: int, width: int, seed: int = 0) -> Image.Image:

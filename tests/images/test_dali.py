@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from fastdiff.images import load_image
 from fastdiff.images.image_files import plain_size
+from fastdiff.images.pixels import load_image
 
 pytest.importorskip("nvidia.dali")
 

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 from fastdiff.errors import UserError
-from fastdiff.images import DataSettings, load_image, open_images
 from fastdiff.images.listing import index_images
 from fastdiff.images.loader import PillowLoader, to_device
+from fastdiff.images.open import open_images
+from fastdiff.images.pixels import load_image
 from fastdiff.images.reader import Reader
+from fastdiff.images.settings import DataSettings
 
 
 def take(loader, count):

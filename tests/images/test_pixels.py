@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fastdiff.images.image_files import plain_size
-from fastdiff.images.pixels import load_image, plan
+from fastdiff.images.pixels import load_image, recipe_for
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -73,7 +73,7 @@ def test_jpeg_from_a_path(photo, tmp_path):
 
 def test_oblong_targets_are_covered_and_cropped_in_the_middle(photo):
     image = photo(100, 256)
-    recipe = plan(100, 256, (16, 48))
+    recipe = recipe_for(100, 256, (16, 48))
     assert recipe.halvings == ((50, 128), (25, 64))
     assert recipe.cover == (19, 48)
     assert recipe.corner == (1, 0)
@@ -81,10 +81,10 @@ def test_oblong_targets_are_covered_and_cropped_in_the_middle(photo):
     np.testing.assert_array_equal(load_image(encoded(image), (16, 48), "RGB"), np.asarray(small)[1:17])
 
 
-def test_every_plan_covers_its_target():
+def test_every_recipe_covers_its_target():
     generator = np.random.default_rng(0)
     for height, width, target_h, target_w in generator.integers(1, 500, (2000, 4)).tolist():
-        recipe = plan(height, width, (target_h, target_w))
+        recipe = recipe_for(height, width, (target_h, target_w))
         (cover_h, cover_w), (top, left) = recipe.cover, recipe.corner
         assert 0 <= top <= cover_h - target_h
         assert 0 <= left <= cover_w - target_w

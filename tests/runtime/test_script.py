@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastdiff.images import DataSettings
+from fastdiff.images.settings import DataSettings
 from fastdiff.runtime import script as screen
 from fastdiff.training.reporting import Reporter
 

@@ -22,22 +22,22 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Sixteen cores, five of them idle."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(threads, "_allowed", lambda: 16)
-    monkeypatch.setattr(threads, "_idle", lambda: 5.2)
+    monkeypatch.setattr(threads, "allowed_cores", lambda: 16)
+    monkeypatch.setattr(threads, "_idle_cores", lambda: 5.2)
     return monkeypatch
 
 
 def test_takes_the_idle_cores(machine: pytest.MonkeyPatch) -> None:
     assert threads.use_free_cores() == torch.get_num_threads() == 5
-    machine.setattr(threads, "_idle", lambda: 15.7)
+    machine.setattr(threads, "_idle_cores", lambda: 15.7)
     assert threads.free_cores() == 16
-    machine.setattr(threads, "_idle", lambda: 0.1)
+    machine.setattr(threads, "_idle_cores", lambda: 0.1)
     assert threads.free_cores() == 1
-    machine.setattr(threads, "_idle", lambda: None)
+    machine.setattr(threads, "_idle_cores", lambda: None)
     assert threads.free_cores() == 16
 
 
-def test_shares_cores_with_its_fellows(machine: pytest.MonkeyPatch) -> None:
+def test_shares_cores_with_other_processes_of_the_run(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("LOCAL_WORLD_SIZE", "3")
     assert threads.free_cores() == 5
     machine.setenv("LOCAL_WORLD_SIZE", "40")
@@ -59,6 +59,6 @@ def test_a_run_that_goes_on_has_as_many_as_before(machine: pytest.MonkeyPatch) -
 
 
 def test_idle_cores_of_this_machine() -> None:
-    idle = threads._idle()
-    assert idle is None or -0.5 <= idle <= 1.5 * threads._allowed() + 1
-    assert threads._allowed() >= 1
+    idle = threads._idle_cores()
+    assert idle is None or -0.5 <= idle <= 1.5 * threads.allowed_cores() + 1
+    assert threads.allowed_cores() >= 1

@@ -21,7 +21,8 @@ from PIL import Image
 from fastdiff import nll, ops, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.noise_keys import BOUND
-from fastdiff.images import DataSettings, open_images
+from fastdiff.images.open import open_images
+from fastdiff.images.settings import DataSettings
 from fastdiff.models import UNet
 from fastdiff.models.unet import DTYPES
 from fastdiff.runtime.processes import current

@@ -12,7 +12,7 @@ from helpers.tiny import DIFFUSION, MODEL, SUPER_RES, flags, pictures, refusal, 
 
 from fastdiff import super_res_train, train
 from fastdiff.errors import UserError
-from fastdiff.images import Batch
+from fastdiff.images.loader import Batch
 from fastdiff.models import SuperResSettings, UNetSettings, build_model, weights
 from fastdiff.models.settings import BackboneSettings
 from fastdiff.training.checkpoints import format as checkpoints

@@ -20,7 +20,7 @@ from training.test_train_scripts import flags
 
 from fastdiff import errors, train
 from fastdiff.errors import StopWith, UserError
-from fastdiff.images import Batch
+from fastdiff.images.loader import Batch
 from fastdiff.runtime import machine as threads
 from fastdiff.training import previews
 from fastdiff.training.checkpoints import folder as checkpoint_files
@@ -310,10 +310,10 @@ def test_as_many_threads_and_compiled_as_before(
     """Either would change the last bits of sums, so neither is chosen anew on a CPU."""
     count = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(threads, "_allowed", lambda: 2)
+    monkeypatch.setattr(threads, "allowed_cores", lambda: 2)
     try:
         for idle, steps in ((2, "2"), (1, "3")):
-            monkeypatch.setattr(threads, "_idle", lambda idle=idle: idle)
+            monkeypatch.setattr(threads, "_idle_cores", lambda idle=idle: idle)
             train.main(flags(data, tmp_path / "run", "--max_steps", steps))
         assert torch.get_num_threads() == 2
         assert "threads: 2, as before" in capsys.readouterr().out

@@ -3,10 +3,10 @@
     pixels.npy   uint8 [N, H, W, C]: np.load("pixels.npy", mmap_mode="r")
     labels.npy   int64 [N], classes by the rule `auto`
     names.json   path of each image below the folder that it came from
-    packed.json  size, channels, recipe, class names, unreadable images, and what tells the original folder again
+    packed.json  size, channels, recipe, class names, unreadable images, and by what the original folder is recognised
 
-Row i is image i of the listing; the row and label of an unreadable image are those of the next readable one, which
-replaces it. The folder is written under another name and renamed at the end, so one that holds packed.json is whole.
+Row i is image i of the listing; an unreadable image has the row and the label of its replacement, the next readable
+one. The folder is written under another name and renamed at the end, so a folder that holds packed.json is complete.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PIXELS, LABELS, NAMES, RECORD = "pixels.npy", "labels.npy", "names.json", "packe
 FORMAT = 1
 RECIPE = "box halvings while at least twice the size, a bicubic resize that just covers it, centre crop"
 PROBES = 1000
-"""Files whose lengths are compared, to notice that a folder's pictures were made anew under the same names."""
+"""Number of files whose lengths are compared, which shows whether images were replaced under the same names."""
 
 
 def describe(listing: Listing, size_hw: tuple[int, int], channels: int) -> dict[str, Any]:
-    """The part of packed.json that says what a packed folder is, or would be, made of."""
+    """The part of packed.json that identifies the images, their size and the format."""
     count = len(listing.names)
     lengths = [_length(listing.path(int(i))) for i in np.linspace(0, count - 1, min(count, PROBES)).astype(int)]
     return {
@@ -54,15 +54,15 @@ def _length(path: Path) -> int:
 
 
 def is_packed(folder: str | Path) -> bool:
-    """Whether the folder is a packed one, and whole."""
+    """Whether the folder is a complete packed folder."""
     try:
         return bool(str(folder)) and (Path(folder) / RECORD).is_file()
-    except OSError:  # one that can't be entered, or whose name is too long: whoever lists it says so
+    except OSError:  # it can't be entered, or its name is too long; listing its images will report that
         return False
 
 
 def replacements(count: int, unreadable: Iterable[int]) -> np.ndarray:
-    """[count] int64: each image's own index, or that of the first readable one after an unreadable one (cyclic)."""
+    """int64 [count]: index of the image shown for each image, itself or the next readable one (cyclically)."""
     shown, bad = np.arange(count), np.array(sorted(unreadable), dtype=np.int64)
     readable = np.setdiff1d(shown, bad)
     shown[bad] = readable[np.searchsorted(readable, bad) % len(readable)]
@@ -71,7 +71,7 @@ def replacements(count: int, unreadable: Iterable[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed folder, opened for reading."""
+    """A packed folder that is open for reading."""
 
     folder: Path
     record: dict[str, Any]
@@ -80,13 +80,13 @@ class Packed:
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """Index of each image that couldn't be read, and why."""
+        """Index of each image that couldn't be read, and the reason."""
         return {int(entry["index"]): str(entry["reason"]) for entry in self.record["unreadable"]}
 
     def listing(
         self, labels_mode: Literal["auto", "prefix", "folder"] = "auto", class_names: Sequence[str] | None = None
     ) -> Listing:
-        """What `index_images` gave for the original folder; paths begin with the packed one."""
+        """The listing that `index_images` gave for the original folder, with paths below this folder."""
         names = _read_json(self.folder, NAMES)
         if not isinstance(names, list) or not all(isinstance(name, str) and _is_path(name) for name in names):
             raise _damaged(self.folder, f"{NAMES} is no list of names")
@@ -96,14 +96,22 @@ class Packed:
             raise _damaged(self.folder, f"{NAMES} lists other images than {RECORD}")
         return listing
 
+    def check_same(self, listing: Listing) -> None:
+        """UserError unless the folder was packed from the listing's images."""
+        now = describe(listing, (self.pixels.shape[1], self.pixels.shape[2]), self.pixels.shape[3])
+        for key, what in (("num_images", "number"), ("listing", "names"), ("file_lengths", "contents")):
+            if self.record.get(key) != now[key]:
+                raise UserError(
+                    f"{self.folder} was packed when {listing.root} held other images (their {what} differed); delete "
+                    "that folder to have it made anew, or choose another"
+                )
 
-def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str) -> Packed:
-    """Open a packed folder that the flag named. UserError where it is damaged or of another size."""
+
+def open_packed(folder: Path, size_hw: tuple[int, int], channels: int) -> Packed:
+    """Open a packed folder. UserError if it is damaged or of another size."""
     record = _read_json(folder, RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise UserError(
-            f"{flag}: {folder} was packed by another version of fastdiff; delete it and run datasets/pack.py again"
-        )
+        raise UserError(f"{folder} was packed by another version of fastdiff; delete it and run datasets/pack.py again")
     try:
         _check(record)
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -112,12 +120,12 @@ def open_packed(folder: Path, size_hw: tuple[int, int], channels: int, flag: str
     shape = (record["num_images"], *held)
     if held != (*size_hw, channels):
         raise UserError(
-            f"{flag}: {folder} holds images of {_shape(*held)}, {_shape(*size_hw, channels)} are wanted; give a folder "
+            f"{folder} holds images of {_shape(*held)}, {_shape(*size_hw, channels)} are wanted; give a folder "
             f"that datasets/pack.py made with --size {size_hw[0]}x{size_hw[1]} --channels {channels}"
         )
     try:
         pixels = np.lib.format.open_memmap(folder / PIXELS, mode="r")
-    except Exception as error:  # numpy, mmap and Python's tokenizer, which reads the header, each have their own
+    except Exception as error:  # numpy, mmap and Python's tokenizer, which reads the header, raise many kinds
         raise _damaged(folder, f"{PIXELS}: {error}") from None
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise _damaged(folder, f"{PIXELS} holds {pixels.dtype} {list(pixels.shape)}, not uint8 {list(shape)}")
@@ -132,7 +140,7 @@ def _is_path(name: str) -> bool:
 
 
 def _check(record: dict[str, Any]) -> None:
-    """KeyError, TypeError or ValueError where packed.json's entries aren't what they should be."""
+    """KeyError, TypeError, ValueError or OverflowError for a wrong or missing entry of packed.json."""
     height, width = record["size"]
     numbers = (height, width, record["channels"], record["num_images"])
     if any(type(number) is not int or number < 1 for number in numbers):
@@ -144,10 +152,10 @@ def _check(record: dict[str, Any]) -> None:
             raise ValueError("no image")
 
 
-def finish_record(described: dict[str, Any], class_names: list[str], unreadable: list[dict[str, Any]]) -> str:
-    """The text of packed.json."""
+def whole_record(described: dict[str, Any], class_names: list[str], unreadable: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of packed.json."""
     more = {"recipe": RECIPE, "pillow": PIL.__version__, "class_names": class_names, "unreadable": unreadable}
-    return json.dumps({**described, **more}, indent=1) + "\n"
+    return {**described, **more}
 
 
 def _shape(height: int, width: int, channels: int) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastdiff.images import Batch
+from fastdiff.images.loader import Batch
 from fastdiff.models import UNet, build_model
 from fastdiff.models.blocks import Sum, value
 from fastdiff.training.optimizer import learning_rate

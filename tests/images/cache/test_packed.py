@@ -19,16 +19,18 @@ import torch
 from PIL import Image
 
 from fastdiff.errors import UserError
-from fastdiff.images import DataSettings, load_image, open_images
-from fastdiff.images.cache import build as decoding
-from fastdiff.images.cache import build as packing
-from fastdiff.images.cache import loader as gathering
-from fastdiff.images.cache import sharing as caching
+from fastdiff.images.cache import build, sharing
+from fastdiff.images.cache import loader as packed_loader
 from fastdiff.images.cache.build import pack, partial_of, read_state
+from fastdiff.images.cache.decoder import Decoder
 from fastdiff.images.cache.format import is_packed, replacements
 from fastdiff.images.cache.loader import PackedLoader, mirror
-from fastdiff.images.cache.sharing import default_place, together
+from fastdiff.images.cache.sharing import default_place, open_or_pack, together
 from fastdiff.images.listing import index_images
+from fastdiff.images.open import open_images
+from fastdiff.images.pixels import load_image
+from fastdiff.images.settings import DataSettings
+from fastdiff.runtime.files import FileLock
 
 FIELDS = ("images", "labels", "positions")
 
@@ -56,7 +58,7 @@ def pair(open_loader):
 
 def pack_folder(folder, size_hw=(32, 32), channels=3, target=None, workers=2):
     target = target or default_place(folder, size_hw, channels)
-    pack(index_images(folder), size_hw, channels, target, workers=workers, flag="--out")
+    pack(index_images(folder), size_hw, channels, target, workers=workers)
     return target
 
 
@@ -93,14 +95,14 @@ def test_gathers_on_a_device(folder, pair):
 
 
 def test_large_batches_are_gathered_in_parts(folder, pair, monkeypatch):
-    monkeypatch.setattr(gathering, "TASK_BYTES", 7 * 32 * 32 * 3)
+    monkeypatch.setattr(packed_loader, "TASK_BYTES", 7 * 32 * 32 * 3)
     packed, pillow = pair(folder, batch_size=40, random_flip=True)
     assert_same(take(packed, 3), take(pillow, 3))
 
 
 def test_rows_of_a_file_larger_than_memory_are_announced(folder, pair, monkeypatch):
     asked = []
-    monkeypatch.setattr(gathering, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(packed_loader, "free_memory", lambda device: 1000)
     monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given[1:3]), raising=False)
     packed, pillow = pair(folder, batch_size=6, shuffle=False)
     assert_same(take(packed, 2), take(pillow, 2))
@@ -176,7 +178,7 @@ def test_too_many_unreadable_images_stop_the_packing_until_they_are_put_right(da
     names = index_images(damaged).names
     good = (damaged / names[5]).read_bytes()
     (damaged / names[100]).write_bytes(b"")
-    with pytest.raises(UserError, match="2 of 150 images can't be read"):
+    with pytest.raises(UserError, match="--data_dir: 2 of 150 images can't be read"):
         pair(damaged, size_hw=(8, 8), batch_size=4)
     assert not is_packed(default_place(damaged, (8, 8), 3))
     (damaged / names[6]).write_bytes(good)
@@ -188,7 +190,7 @@ def test_too_many_unreadable_images_stop_the_packing_until_they_are_put_right(da
 def test_a_disk_that_failed_once_leaves_no_mark(damaged, monkeypatch):
     names = index_images(damaged).names
     good = (damaged / names[5]).read_bytes()
-    attempt = packing.Reader.attempt
+    attempt = build.Reader.attempt
 
     def mend_after_failure(self, index, decode):
         found = attempt(self, index, decode)
@@ -196,7 +198,7 @@ def test_a_disk_that_failed_once_leaves_no_mark(damaged, monkeypatch):
             (damaged / names[6]).write_bytes(good)
         return found
 
-    monkeypatch.setattr(packing.Reader, "attempt", mend_after_failure)
+    monkeypatch.setattr(build.Reader, "attempt", mend_after_failure)
     place = pack_folder(damaged, (8, 8))
     assert json.loads((place / "packed.json").read_text())["unreadable"] == []
     assert np.load(place / "pixels.npy")[6, 0, 0, 0] == np.load(place / "pixels.npy")[5, 0, 0, 0]
@@ -204,18 +206,36 @@ def test_a_disk_that_failed_once_leaves_no_mark(damaged, monkeypatch):
 
 def test_processes_decode_the_same(damaged, monkeypatch, capfd):
     in_threads = pack_folder(damaged, (6, 8), target=damaged.parent / "threads")
-    monkeypatch.setattr(packing, "FEW", 3)
-    monkeypatch.setattr(packing.Reader, "attempt", None)  # not in this process
+    monkeypatch.setattr(build, "FEW", 3)
+    attempt = build.Reader.attempt
+
+    def read_only_the_unreadable(self, index, decode):  # which this process tries once more
+        assert index == 6
+        return attempt(self, index, decode)
+
+    monkeypatch.setattr(build.Reader, "attempt", read_only_the_unreadable)
     in_processes = pack_folder(damaged, (6, 8), target=damaged.parent / "processes")
     for name in os.listdir(in_threads):
         assert (in_processes / name).read_bytes() == (in_threads / name).read_bytes(), name
     assert "Warning" not in capfd.readouterr().err
 
 
+def test_the_processes_that_decode_need_no_pytorch(folder, tmp_path, monkeypatch):
+    """Loading it would take each of them seconds and 200 MB."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "torch.py").write_text("raise AssertionError('torch is imported')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
+    decoder = Decoder(folder, (24, 32), 3)
+    block, unreadable = decoder.decode(["a_0.jpg", "missing.png"])
+    decoder.close()
+    np.testing.assert_array_equal(block[0], load_image(folder / "a_0.jpg", (24, 32), "RGB"))
+    assert unreadable == {1: "No such file or directory"}
+
+
 def test_a_process_that_dies_stops_nothing(damaged, monkeypatch, caplog):
     in_threads = pack_folder(damaged, (8, 8), target=damaged.parent / "threads")
-    monkeypatch.setattr(packing, "FEW", 3)
-    monkeypatch.setattr(decoding.sys, "executable", "/bin/false")
+    monkeypatch.setattr(build, "FEW", 3)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     alone = pack_folder(damaged, (8, 8), target=damaged.parent / "alone")
     assert "going on without it" in caplog.text
     assert (alone / "pixels.npy").read_bytes() == (in_threads / "pixels.npy").read_bytes()
@@ -242,7 +262,7 @@ def test_memory_is_used_again_only_when_nobody_holds_it(folder, pair):
     views = [next(packed).images.permute(0, 3, 1, 2)[1:, :, 2:] for _ in range(30)]
     for view in views:
         assert torch.equal(view, next(pillow).images.permute(0, 3, 1, 2)[1:, :, 2:])
-    assert len({next(packed).images.data_ptr() for _ in range(30)}) <= gathering.BUFFERS
+    assert len({next(packed).images.data_ptr() for _ in range(30)}) <= packed_loader.BUFFERS
 
 
 def test_close_ends_the_threads(folder, open_loader):
@@ -287,7 +307,7 @@ def test_a_packed_folder_is_a_data_set(folder, open_loader):
 
 def test_the_second_start_packs_nothing(folder, open_loader, monkeypatch):
     open_loader(folder, "auto", cache="disk", batch_size=4)
-    monkeypatch.setattr(caching, "pack", None)
+    monkeypatch.setattr(sharing, "pack", None)
     open_loader(folder, "auto", cache="gpu", batch_size=4)
 
 
@@ -310,7 +330,7 @@ def test_an_interrupted_packing_goes_on(damaged, monkeypatch):
     listing = index_images(damaged)
     place = default_place(damaged, (8, 8), 3)
     decoded = []
-    reference = packing.Reader.reference
+    reference = build.Reader.reference
 
     def stop_at_100(self, index, data):
         decoded.append(index)
@@ -318,14 +338,14 @@ def test_an_interrupted_packing_goes_on(damaged, monkeypatch):
             raise KeyboardInterrupt
         return reference(self, index, data)
 
-    monkeypatch.setattr(packing.Reader, "reference", stop_at_100)
+    monkeypatch.setattr(build.Reader, "reference", stop_at_100)
     with pytest.raises(KeyboardInterrupt):
         pack_folder(damaged, (8, 8), workers=1)
     assert not is_packed(place)
     done = read_state(partial_of(place))["rows"]
     assert done == 64
     decoded.clear()
-    monkeypatch.setattr(packing.Reader, "reference", lambda *given: decoded.append(given[1]) or reference(*given))
+    monkeypatch.setattr(build.Reader, "reference", lambda *given: decoded.append(given[1]) or reference(*given))
     with open(partial_of(place) / "pixels.npy", "ab") as file:
         file.write(b"half a row")
     pack_folder(damaged, (8, 8))
@@ -340,7 +360,7 @@ def test_an_interrupted_packing_goes_on(damaged, monkeypatch):
 def test_a_packing_of_other_images_starts_anew(damaged, monkeypatch):
     place = default_place(damaged, (8, 8), 3)
     with monkeypatch.context() as patch:
-        patch.setattr(packing._Build, "_finish", lambda self: None)
+        patch.setattr(build._Build, "_finish", lambda self: None)
         pack_folder(damaged, (8, 8))
     assert read_state(partial_of(place))["rows"] == 150
     first = damaged / index_images(damaged).names[0]
@@ -352,8 +372,12 @@ def test_a_packing_of_other_images_starts_anew(damaged, monkeypatch):
 # --- several processes ---
 
 
+def lock_of(place):
+    return place.with_name(f".{place.name}.lock")
+
+
 def test_one_builds_and_the_others_wait(folder, monkeypatch):
-    monkeypatch.setattr(caching, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sharing, "POLL_SECONDS", 0.02)
     place, built = default_place(folder, (32, 32), 3), []
 
     def build():
@@ -362,8 +386,7 @@ def test_one_builds_and_the_others_wait(folder, monkeypatch):
         pack_folder(folder)
 
     ranks = [
-        threading.Thread(target=together, args=(place, build), kwargs={"rank": r, "flag": "--x"}, name=str(r))
-        for r in (3, 2, 1, 0)
+        threading.Thread(target=together, args=(place, build), kwargs={"rank": r}, name=str(r)) for r in (3, 2, 1, 0)
     ]
     for rank in ranks:
         rank.start()
@@ -376,10 +399,10 @@ def test_one_builds_and_the_others_wait(folder, monkeypatch):
 
 
 def test_a_rank_builds_where_rank_0_does_not(folder, monkeypatch):
-    monkeypatch.setattr(caching, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(caching, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(sharing, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sharing, "GRACE_SECONDS", 0.1)
     place = default_place(folder, (32, 32), 3)
-    together(place, lambda: pack_folder(folder), rank=5, flag="--x")
+    together(place, lambda: pack_folder(folder), rank=5)
     assert is_packed(place)
 
 
@@ -388,27 +411,27 @@ def test_another_process_goes_on_when_the_builder_dies(damaged):
     place = default_place(damaged, (8, 8), 3)
     script = f"""
 import sys, time
-from fastdiff.images import caching, packing
-from fastdiff.images.index import index_images
-reference = packing.Reader.reference
+from fastdiff.images.cache import build, sharing
+from fastdiff.images.listing import index_images
+reference = build.Reader.reference
 def slow(self, index, data):
     if index >= 64: time.sleep(60)
     return reference(self, index, data)
-packing.Reader.reference = slow
-packing.SAVE_SECONDS = 0.0
-caching.cached(index_images({str(damaged)!r}), (8, 8), 3)
+build.Reader.reference = slow
+build.SAVE_SECONDS = 0.0
+place = sharing.default_place({str(damaged)!r}, (8, 8), 3)
+sharing.open_or_pack(index_images({str(damaged)!r}), (8, 8), 3, place, workers=1)
 """
     builder = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 60
         while (read_state(partial_of(place)) or {}).get("rows") != 64 and time.monotonic() < deadline:
             time.sleep(0.02)
-        with caching._lock(place.with_name(f".{place.name}.lock"), "--x") as mine:
-            assert not mine
+        assert not FileLock(lock_of(place)).acquire(timeout=0)
     finally:
         builder.kill()
         builder.wait()
-    packed = caching.cached(index_images(damaged), (8, 8), 3)
+    packed = open_or_pack(index_images(damaged), (8, 8), 3, place, workers=1)
     assert packed.pixels.shape == (150, 8, 8, 3)
     np.testing.assert_array_equal(
         packed.pixels, np.load(pack_folder(damaged, (8, 8), target=damaged.parent / "w") / "pixels.npy")
@@ -416,8 +439,8 @@ caching.cached(index_images({str(damaged)!r}), (8, 8), 3)
 
 
 def test_a_build_of_another_host_is_left_alone_while_it_gets_on(folder, monkeypatch):
-    monkeypatch.setattr(caching, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(caching, "FOREIGN_SECONDS", 0.5)
+    monkeypatch.setattr(sharing, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sharing, "FOREIGN_SECONDS", 0.5)
     place = default_place(folder, (32, 32), 3)
     partial = partial_of(place)
     partial.mkdir()
@@ -436,19 +459,17 @@ def test_a_build_of_another_host_is_left_alone_while_it_gets_on(folder, monkeypa
 
     elsewhere = threading.Thread(target=work)
     elsewhere.start()
-    together(place, build, rank=0, flag="--x")
+    together(place, build, rank=0)
     elsewhere.join()
     assert is_packed(place)
 
 
 def test_waiting_for_a_build_that_stands_still_ends(folder, monkeypatch):
-    monkeypatch.setattr(caching, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(caching, "STALLED_SECONDS", 0.2)
+    monkeypatch.setattr(sharing, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sharing, "STALLED_SECONDS", 0.2)
     place = default_place(folder, (32, 32), 3)
-    with caching._lock(place.with_name(f".{place.name}.lock"), "--x") as mine:
-        assert mine
-        with pytest.raises(UserError, match="got no further for 0 minutes"):
-            together(place, lambda: None, rank=1, flag="--x")
+    with FileLock(lock_of(place), remove=True), pytest.raises(UserError, match="got no further for 0 minutes"):
+        together(place, lambda: None, rank=1)
 
 
 # --- what is refused ---
@@ -458,7 +479,7 @@ def test_a_cache_of_other_images_is_refused(folder, photo, open_loader):
     given = {"cache": "disk", "batch_size": 4}
     open_loader(folder, "auto", **given)
     photo(100, 90, 77).save(folder / "a_0.jpg")
-    with pytest.raises(UserError, match="their contents differed.*delete that folder.*another --cache_dir"):
+    with pytest.raises(UserError, match="--cache_dir: .*their contents differed.*delete that folder"):
         open_loader(folder, "auto", **given)
     (folder / "a_0.jpg").rename(folder / "a_00.jpg")
     with pytest.raises(UserError, match="their names differed"):
@@ -505,8 +526,8 @@ def test_a_disk_that_fills_up_is_one_sentence(folder, monkeypatch):
     def full(self, file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packing._Build, "_save", full)
-    with pytest.raises(UserError, match="--out: can't write .*: No space left on device"):
+    monkeypatch.setattr(build._Build, "_save", full)
+    with pytest.raises(UserError, match="can't write .*: No space left on device"):
         pack_folder(folder)
 
 
@@ -524,7 +545,7 @@ def test_contradictions_are_refused(folder, open_loader):
 
 
 def test_images_that_memory_can_not_hold_are_refused(folder, monkeypatch, open_loader):
-    monkeypatch.setattr(gathering, "free_memory", lambda device: 40000)
+    monkeypatch.setattr(packed_loader, "free_memory", lambda device: 40000)
     with pytest.raises(
         UserError, match=r"--cache gpu: .* take 3.69e-05 GB, and memory has 4e-05 GB free.*--cache disk"
     ):
@@ -534,7 +555,7 @@ def test_images_that_memory_can_not_hold_are_refused(folder, monkeypatch, open_l
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("cache", ["disk", "gpu"])
 def test_batches_on_a_gpu_are_those_of_the_cpu(folder, open_loader, cache, monkeypatch):
-    monkeypatch.setattr(gathering, "COPY_BYTES", 5 * 3072)
+    monkeypatch.setattr(packed_loader, "COPY_BYTES", 5 * 3072)
     given = {"batch_size": 10, "seed": 8, "random_flip": True}
     on_gpu = open_loader(folder, "auto", cache=cache, device="cuda", **given)
     assert next(on_gpu).images.device.type == "cuda"

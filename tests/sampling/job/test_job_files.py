@@ -33,7 +33,7 @@ from helpers.tiny import files, nothing_written
 from PIL import Image
 
 from fastdiff.errors import UserError
-from fastdiff.images import label_images, list_images
+from fastdiff.images.listing import label_images, list_images
 from fastdiff.sampling.job import chunks as parts
 from fastdiff.sampling.job import exports, progress
 from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, member, split

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from helpers.tiny import SUPER_RES, pictures
 
-from fastdiff.images import DataSettings, open_images
 from fastdiff.images.cache.build import pack
 from fastdiff.images.listing import index_images
+from fastdiff.images.open import open_images
+from fastdiff.images.settings import DataSettings
 from fastdiff.models import SuperResSettings
 from fastdiff.sampling.job.chunks import DamagedPart, Piece, Range, Store
 from fastdiff.sampling.low_res import BaseImages
@@ -170,7 +171,7 @@ def packed_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Cas
     """A packed folder one of whose files is damaged."""
     pictures(folder / "pictures", ["a_1", "a_2", "b_1"])
     shutil.rmtree(folder / "packed", ignore_errors=True)
-    pack(index_images(folder / "pictures"), (8, 8), 3, folder / "packed", workers=1, flag="--data_dir")
+    pack(index_images(folder / "pictures"), (8, 8), 3, folder / "packed", workers=1)
     whole = {path.name: path.read_bytes() for path in (folder / "packed").iterdir()}
     for index in range(start, stop):
         rng = generator(seed, "packed", index)

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastdiff.images import DataSettings, open_images
 from fastdiff.images.image_files import plain_size
 from fastdiff.images.listing import Listing
+from fastdiff.images.open import open_images
 from fastdiff.images.reader import Reader
+from fastdiff.images.settings import DataSettings
 from fuzz.cases import READ, REFUSED, Case, generator
 from fuzz.damage import damage
 from fuzz.picture_files import DAMAGEABLE, KINDS, bomb, encode, noise

@@ -202,19 +202,19 @@ def test_a_part_whose_header_promises_terabytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damaged", [b"\x93NUMPY\x01\0\x10\0" + b"(" * 16, npy((0, 8, 8, 3))])
 def test_packed_pixels_with_a_broken_header(damaged: bytes, tmp_path: Path) -> None:
     pictures(tmp_path / "images", ["a", "b"])
-    pack(index_images(tmp_path / "images"), (8, 8), 3, tmp_path / "packed", workers=1, flag="--data_dir")
+    pack(index_images(tmp_path / "images"), (8, 8), 3, tmp_path / "packed", workers=1)
     (tmp_path / "packed" / "pixels.npy").write_bytes(damaged)
     with pytest.raises(UserError, match="pixels.npy"):
-        open_packed(tmp_path / "packed", (8, 8), 3, "--data_dir")
+        open_packed(tmp_path / "packed", (8, 8), 3)
 
 
 def test_packed_names_that_are_none(tmp_path: Path) -> None:
     pictures(tmp_path / "images", ["a", "b"])
-    pack(index_images(tmp_path / "images"), (8, 8), 3, tmp_path / "packed", workers=1, flag="--data_dir")
+    pack(index_images(tmp_path / "images"), (8, 8), 3, tmp_path / "packed", workers=1)
     for text in ("5", "[5]", '["\\ud800"]', "{}"):
         (tmp_path / "packed" / "names.json").write_text(text)
         with pytest.raises(UserError, match="names.json"):
-            open_packed(tmp_path / "packed", (8, 8), 3, "--data_dir").listing()
+            open_packed(tmp_path / "packed", (8, 8), 3).listing()
 
 
 def test_pickles_that_ask_for_memory() -> None:
