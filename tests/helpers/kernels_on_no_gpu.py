@@ -26,7 +26,7 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
-from fastdiff.training.launches import training_launches
+from fastdiff.training.compilation import training_launches
 
 ARCH = 90
 MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resolutions": "8"}
