@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from fastdiff.kernels import aot
-from helpers import small_trainer as small
-from helpers.small_trainer import small_trainer
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -27,6 +25,8 @@ from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 from fastdiff.training.compilation import training_launches
+from helpers import small_trainer as small
+from helpers.small_trainer import small_trainer
 
 ARCH = 90
 MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resolutions": "8"}
@@ -84,9 +84,7 @@ def step(**given: Any) -> None:
 def draw() -> None:
     process, plan = DRAWING
     model = freeze(build_model(LABELLED).set_precision(torch.bfloat16))
-    device = torch.device("cpu")
-    evaluation = GuidedNetwork(model, plan, process, GUIDANCE, device)
-    engine = Engine(evaluation, plan, process, device, batch_size=BATCH, seed_stream=SAMPLES)
+    engine = Engine(GuidedNetwork(model, plan, process, GUIDANCE), batch_size=BATCH, seed_and_key=SAMPLES)
     engine.draw(torch.arange(BATCH), torch.arange(BATCH) % 3)
 
 

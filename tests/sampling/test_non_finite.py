@@ -18,7 +18,7 @@ from fastdiff.diffusion.solvers import make_plan
 from fastdiff.errors import UserError
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
+from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import non_finite
 
 CLASSES = ["ape", "bee", "cat"]
@@ -122,13 +122,12 @@ def test_a_bad_row_of_a_batch(value: float) -> None:
     model = unet()
     diffusion = create_diffusion(DiffusionSettings(**DIFFUSION), model.settings.learn_sigma)
     plan = make_plan(diffusion, "ddim")
-    with torch.no_grad():
-        evaluation = GuidedNetwork(freeze(model), plan, diffusion, Guidance(), torch.device("cpu"))
-    engine = Engine(evaluation, plan, diffusion, torch.device("cpu"), batch_size=3, seed_stream=5, fixed_shape=True)
+    network = GuidedNetwork(freeze(model), plan, diffusion)
+    engine = Engine(network, batch_size=3, seed_and_key=5, fixed_shape=True)
     index = torch.tensor([4, 9])
     wanted = engine.draw(index).clone()
     assert engine.finite(2).tolist() == [True, True]
-    body, calls = evaluation.network.body, iter(range(100))
+    body, calls = network.network.body, iter(range(100))
 
     def spoilt(*args: Any) -> torch.Tensor:
         output = body(*args)
@@ -136,10 +135,10 @@ def test_a_bad_row_of_a_batch(value: float) -> None:
             output[1, 0, 0, 0] = value
         return output
 
-    evaluation.network.body = spoilt
+    network.network.body = spoilt
     engine.draw(index)
     assert engine.finite(2).tolist() == [True, False]
-    evaluation.network.body = body
+    network.network.body = body
     assert torch.equal(engine.draw(index), wanted)
     assert engine.finite(2).tolist() == [True, True]
 
