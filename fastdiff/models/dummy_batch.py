@@ -1,4 +1,4 @@
-"""Inputs of the right shapes and dtypes and no meaning, to time, measure or record a network with."""
+"""Dummy inputs of a network, to time it, to measure its memory, or to record its kernel launches."""
 
 from __future__ import annotations
 

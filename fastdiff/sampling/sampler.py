@@ -17,6 +17,7 @@ from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, make_plan
 from fastdiff.errors import UserError
+from fastdiff.models import BackboneSettings
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.runtime.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32

@@ -1,4 +1,4 @@
-"""Images that are not finite are refused by number, wherever they are drawn, and none of their part is written."""
+"""Images that are not finite are refused by number, however they are drawn, and none of their chunk is written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_logdir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def overflowing(path: Path, make: Any = unet, bee_only: bool = False, **settings: Any) -> Path:
-    """A checkpoint of finite weights whose outputs are not: all, or those of the class bee."""
+    """A checkpoint with finite weights whose outputs are not finite: for all classes, or for the class bee."""
     model = make(class_cond=True, num_classes=3, **settings)
     with torch.no_grad():
         if bee_only:
@@ -118,7 +118,7 @@ def test_nll(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_row_of_a_batch(value: float) -> None:
-    """One evaluation of one image is enough, and the next batch begins anew."""
+    """One bad output for one image is enough, and the next batch starts afresh."""
     model = unet()
     diffusion = create_diffusion(DiffusionSettings(**DIFFUSION), model.settings.learn_sigma)
     plan = make_plan(diffusion, "ddim")
@@ -143,7 +143,7 @@ def test_a_bad_row_of_a_batch(value: float) -> None:
     assert engine.finite(2).tolist() == [True, True]
 
 
-def test_words() -> None:
+def test_message() -> None:
     end = "came out with values that are not finite"
     assert non_finite([3]) == f"image 3 {end}"
     assert non_finite([3, 8]) == f"images 3 and 8 {end}"
