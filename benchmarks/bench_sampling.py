@@ -52,6 +52,7 @@ from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import find, measure_rates
 from fastdiff.runtime.script import run_script
+from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.job.job import Job, run_job
 from fastdiff.sampling.pictures import Images, to_uint8
 
@@ -175,11 +176,11 @@ def _times(mine: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 class _Constant:
-    """In the place of an evaluation: the same output every time, so that what remains is the step."""
+    """Stands in for a network and always gives the same output, so that only the sampler's step remains."""
 
-    def __init__(self, evaluation: Any, output: Tensor) -> None:
-        self.settings, self.input_format = evaluation.settings, evaluation.input_format
-        self.guided, self.conditioning, self.output = evaluation.guided, evaluation.conditioning, output
+    def __init__(self, network: GuidedNetwork, output: Tensor) -> None:
+        self.input_format, self.epsilon = network.input_format, network.epsilon
+        self.guided, self.conditioning, self.output = network.guided, network.conditioning, output
 
     def __call__(self, *_: Any) -> Tensor:
         return self.output
@@ -222,7 +223,7 @@ def split(case: DrawCase, compiled: bool, seconds: float) -> dict[str, float | N
     model = case.config.model
     shape = (case.batch, model.out_channels, *model.size_hw)
     output = torch.randn(shape, device=case.device).contiguous(memory_format=torch.channels_last)
-    idle.evaluation = _Constant(idle.evaluation, output)  # type: ignore[assignment]
+    idle.network = _Constant(idle.network, output)  # type: ignore[assignment]
     step = median_seconds(lambda: idle.draw(index, y, low_res), seconds)
     found = {"all": whole, "step": step, "to_host": host, "network": max(0.0, whole - step - host), "gaps": gaps}
     return {name: None if value is None else value / case.evaluations for name, value in found.items()}

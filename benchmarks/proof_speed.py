@@ -112,7 +112,7 @@ def compile_beforehand(case: Any, draw: bool) -> list[str]:
     from fastdiff import precompile
     from fastdiff.models.unet import DTYPES
     from fastdiff.sampling.engine import sampling_launches
-    from fastdiff.training.launches import training_launches
+    from fastdiff.training.compilation import training_launches
 
     dtype, model = DTYPES[case.precision], case.config.model
     if draw:

@@ -36,7 +36,7 @@ from fastdiff.models.freeze import freeze
 from fastdiff.models.unet import DTYPES, body_dtype
 from fastdiff.runtime import compilation
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
+from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import to_uint8
 
 Draw = Callable[[], Tensor]
@@ -236,7 +236,7 @@ def diffusers(case: DrawCase) -> Draw:
 
 
 class _EmbeddedEachTime:
-    """A network that finds its conditioning anew at every evaluation."""
+    """A network that computes its conditioning anew in every call."""
 
     def __init__(self, precomputed: Any, plan: Plan, diffusion: GaussianDiffusion, device: torch.device) -> None:
         self.model, self.body, self.labels = precomputed.model, precomputed.body, precomputed.labels
@@ -259,19 +259,10 @@ def our_engine(
 ) -> Engine:
     """The engine as sampling jobs run it."""
     diffusion, plan = case.diffusion(), case.plan()
-    evaluation = GuidedNetwork(our_network(case, frozen), plan, diffusion, Guidance(), case.device, compiled)
+    network = GuidedNetwork(our_network(case, frozen), plan, diffusion, compiled=compiled)
     if not precomputed:
-        evaluation.network = _EmbeddedEachTime(evaluation.network, plan, diffusion, case.device)  # type: ignore[assignment]
-    return Engine(
-        evaluation,
-        plan,
-        diffusion,
-        case.device,
-        batch_size=case.batch,
-        seed_stream=SAMPLES,
-        fixed_shape=compiled,
-        cuda_graph=cuda_graph,
-    )
+        network.network = _EmbeddedEachTime(network.network, plan, diffusion, case.device)  # type: ignore[assignment]
+    return Engine(network, batch_size=case.batch, seed_and_key=SAMPLES, fixed_shape=compiled, cuda_graph=cuda_graph)
 
 
 def ours(case: DrawCase, compiled: bool = True, cuda_graph: bool = True, **changes: bool) -> Draw:

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead: the run finds them all, and nothing that goes wrong reaches it."""
+"""Kernels compiled ahead: the run finds them all, and no failure of the compilation reaches it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_named_gpu")
-def test_what_goes_wrong_is_said_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_only_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails() -> list[Any]:
         raise RuntimeError("no such shape")
 
@@ -76,7 +76,7 @@ def test_nothing_without_a_gpu() -> None:
 
 
 def test_a_process_that_fails_or_dies() -> None:
-    """Lines that make no sense are passed over, and nothing waits for the process to read them, or to live."""
+    """Invalid lines are skipped, and nothing waits for the process to read its input or to stay alive."""
     assert precompile._spawn(90, ["{}", "nonsense"]).wait() == 0
     worker = precompile._spawn(90, ["{}"] * 100_000)
     assert worker.poll() is None
@@ -85,7 +85,7 @@ def test_a_process_that_fails_or_dies() -> None:
 
 
 def test_a_process_ends_with_its_run() -> None:
-    """Killed at the run's end, or finding itself alone after a run that had no end."""
+    """The process is killed at the end of the run, and ends by itself if the run died without one."""
     script = (
         "import os, sys; from fastdiff import precompile\n"
         "print(precompile._spawn(90, ['{}'] * 10**6).pid, flush=True)\n"

@@ -1,9 +1,9 @@
-"""From noise to images: generators over the steps of a process. Each yields after every step.
+"""The sampling loops of the library: generators that yield the state after every step, from noise to images.
 
-They know no progress bar, seed or file: `noise(t)` gives the standard normal noise [B, C, H, W] of step t, as a tensor
-or as counters, so a job can give every image its own seed and a test can feed recorded noise.
+`noise(t)` gives the standard normal noise [B, C, H, W] of step t, as a tensor or as counters. So each image can have
+its own seed, and a test can pass recorded noise. `sampling.engine` runs the same plans in place, for jobs.
 
-From the network's output to the next x is one op; solvers are tables of its coefficients (fastdiff.diffusion.solvers).
+One op computes the next x from the network's output; solvers are tables of its coefficients (diffusion.solvers).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Noise = Callable[[int], ops.Noise]
 
 @dataclass(frozen=True)
 class Step:
-    """The state after step t: the sample x_{t-1} (x_{t+1} in reverse) and the x_0 predicted from what it came from.
+    """The state after step t: the sample x_{t-1} (x_{t+1} in reverse) and the x_0 that the step predicted.
 
     t runs down to 0 with every solver. With Heun's, x_0 is predicted at the trial point.
     """
@@ -47,12 +47,15 @@ def solve(
     clip: bool = True,
     input_dtype: torch.dtype | None = None,
 ) -> Iterator[Step]:
-    """Carry out a plan from the noisiest step's x [B, C, H, W] float32; a Step after every complete row.
+    """Run a plan from x_T [B, C, H, W] float32; yields a Step after every complete row.
 
-    predict(network input, step) → the network's output [B, C or 2C, H, W] at that kept step of the schedule: the
-        noise, or x_0 if not `epsilon`. Its input is x, or x as `input_dtype` [B, 8, H, W] after a kernel's row.
-    noise(step) is asked for in rows that take it; None if the plan is not stochastic.
-    clip: the predicted x_0 to [-1, 1]. float64 x is computed in float64, which the kernels don't take.
+    predict(network_input, step)  The network's output [B, C or 2C, H, W] at that kept step of the schedule: the noise,
+                                  or x_0 if not `epsilon`. network_input is x; if a kernel computed it, it is x as
+                                  [B, 8, H, W] in `input_dtype`, if that is given.
+    noise(step)                   Called in rows that add noise; may be None if the plan is not stochastic.
+    clip                          Clip the predicted x_0 to [-1, 1].
+
+    A float64 x is computed in float64, by the definitions, because the kernels are float32.
     """
     if plan.stochastic and noise is None:
         raise ValueError("the plan is stochastic and needs noise")

@@ -1,10 +1,9 @@
-"""Finds how many images at a time a machine draws fastest, and remembers it."""
+"""Finds the batch size at which a machine draws fastest, and caches it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,19 +12,22 @@ from typing import Any
 import torch
 
 from fastdiff.runtime.compilation import cache_folder
+from fastdiff.runtime.files import write_json
 
 NOT_WORTH = 1.03
-"""A batch twice as large must be this much faster, or the smaller one stays: it shares work out more evenly."""
+"""How much faster a batch twice as large must be. Otherwise the smaller one is better: it balances work more evenly."""
 
 
 def best_batch_size(
     seconds: Callable[[int], float], most: int, key: dict[str, Any], cache: Path | None = None
 ) -> tuple[int, str]:
-    """The fastest of 1, 2, 4, … up to `most`, and a line that says how it was found.
+    """The fastest of 1, 2, 4, … up to `most`, and a line for the log that says how it was found.
 
-    seconds(size) measures one evaluation; it may raise torch.OutOfMemoryError, or return infinity where a size can't
-    fit. key is what the answer depends on: with the same key it is read from `cache`, a JSON file, instead.
-    Raises torch.OutOfMemoryError where not even one image fits.
+    seconds(size)  Measures one network call. It may raise torch.OutOfMemoryError, or return infinity for a size that
+                   can't fit.
+    key            Everything that the result depends on. If `cache`, a JSON file, has it, nothing is measured.
+
+    Raises torch.OutOfMemoryError if not even one image fits.
     """
     cache = cache or cache_folder() / "batch_sizes.json"
     digest = hashlib.sha256(json.dumps({**key, "most": most}, sort_keys=True).encode()).hexdigest()
@@ -49,7 +51,9 @@ def best_batch_size(
         size *= 2
     if not best:
         raise torch.OutOfMemoryError("not even one image fits")
-    _write(cache, {**_read(cache), digest: best})
+    with suppress(OSError):  # without a cache the size is only measured again next time
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_json(cache, {**_read(cache), digest: best}, sync=False)
     tried = ", ".join(f"{size}: {rate:.4g}" for size, rate in rates.items() if rate)
     return best, f"{best} (images x evaluations per second at {tried})"
 
@@ -59,16 +63,4 @@ def _read(cache: Path) -> dict[str, int]:
         content = json.loads(cache.read_text())
         return {key: size for key, size in content.items() if isinstance(size, int) and size > 0}
     except (OSError, ValueError, AttributeError):
-        return {}  # nothing found yet, or not by us: it is found again
-
-
-def _write(cache: Path, content: dict[str, int]) -> None:
-    """Whole or not at all; a folder that can't be written to costs only the search next time."""
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1, sort_keys=True))
-        partial.replace(cache)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
+        return {}  # there is no cache yet, or the file is damaged: the sizes are measured again

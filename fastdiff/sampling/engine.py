@@ -1,11 +1,12 @@
-"""Runs a sampler's plan: a network evaluation and one fused step per row, as CUDA graphs where they are wanted.
+"""Draws batches of images: a network call and one fused step for every row of a plan, as CUDA graphs if wanted.
 
-All state lies in fixed places, so that a graph captured once serves every row, every batch and every image: the row's
-number, the images' numbers and their conditioning are copied in, and graphs are replayed.
+All state lies at fixed addresses, so that a graph captured once serves every row, every batch and every image: the
+number of the row, those of the images and their conditioning are copied in, and the graph is replayed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,21 +16,22 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
-from fastdiff.diffusion.process import ModelMeanType
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.solvers import Plan
-from fastdiff.models import BackboneSettings, SuperResSettings, UNet, build_model
+from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.models.freeze import freeze
 from fastdiff.precompile import META, Launch, launches_of
-from fastdiff.sampling.guided_network import Guidance, GuidedNetwork, coefficient_rows
+from fastdiff.runtime.cuda_graphs import GraphRunner
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 
 WARM_UP = 2
-"""Rows taken before a graph is captured: code is compiled in them, and cuDNN chooses its kernels."""
+"""Rows computed without a graph before one is captured: code is compiled in them, and cuDNN chooses its kernels."""
 
 
 @dataclass
 class _State:
-    """A batch on its way. Maps are channels-last; `input` is x itself where the network takes it as it is."""
+    """A batch as it is drawn. Maps are channels-last; `input` is x itself where the network takes it as it is."""
 
     x: Tensor  # [B, C, H, W] float32
     input: Tensor  # as GuidedNetwork.input_format says
@@ -42,79 +44,77 @@ class _State:
 
 
 class Engine:
-    """Draws batches of one size by one plan.
+    """Draws batches of at most `batch_size` images by the network's plan.
 
-    seed_stream is the seed with its stream in the high half (`diffusion.streams`): with it and the image's number all
-    noise of an image is fixed. With fixed_shape a smaller batch is filled up, for compiled code and graphs know one.
+    seed_and_key  The seed, with a key of `diffusion.noise_keys` in its high half. With it and the number of an image
+                  all noise of that image is fixed.
+    clip          Clip the predicted x_0 to [-1, 1].
+    fixed_shape   Fill up smaller batches, because compiled code is made for one shape; CUDA graphs always need it.
     """
 
     def __init__(
         self,
-        evaluation: GuidedNetwork,
-        plan: Plan,
-        diffusion: GaussianDiffusion,
-        device: torch.device,
+        network: GuidedNetwork,
         *,
         batch_size: int,
-        seed_stream: int,
+        seed_and_key: int,
         clip: bool = True,
         fixed_shape: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        settings = evaluation.settings
-        self.evaluation, self.plan, self.batch_size, self.clip = evaluation, plan, batch_size, clip
+        settings, plan, device = network.settings, network.plan, network.device
+        self.network, self.plan, self.device = network, plan, device
+        self.batch_size, self.seed_and_key, self.clip = batch_size, seed_and_key, clip
         self.shape = (settings.in_channels, *settings.size_hw)
-        self.epsilon = diffusion.mean_type is ModelMeanType.EPSILON
-        self.seed_stream, self.device = seed_stream, device
         self.fixed_shape = fixed_shape or cuda_graph
-        self._coefficients = coefficient_rows(plan, device)
+        self._coefficients = torch.from_numpy(plan.coefficients).to(device, torch.float32)
         self._rows = torch.arange(plan.num_evaluations, device=device)
         self._draws = torch.from_numpy(plan.steps).to(device) + 1
-        self._noisy = [bool(sigma) for sigma in plan.coefficients[:, ops.STEP_COLUMNS.index("sigma")]]
-        self._stream = torch.cuda.Stream(device) if cuda_graph else None
+        self._noisy = (plan.column("sigma") != 0).tolist()
         self._state: _State | None = None
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._graphs = GraphRunner(device, enabled=cuda_graph)
         self._warm = {False: 0, True: 0}
 
     @torch.no_grad()
     def steps(self, index: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Iterator[Step]:
-        """Draw images `index` [n] int64, n at most batch_size; yields after every complete step.
+        """Draw images number `index` [n] int64, n at most batch_size; yields after every complete step.
 
-        y [n] int64 are their classes, low_res [n, C, h, w] float32 the images to enlarge. What a Step holds is valid
-        until the next one.
+        y [n] int64 are their classes, low_res [n, C, h, w] float32 the images to enlarge. The tensors of a Step are
+        overwritten by the next one.
         """
         count = len(index)
         if count > self.batch_size:
-            raise ValueError(f"{count} images at once, the engine takes {self.batch_size}")
+            raise ValueError(f"{count} images at once, but the engine takes {self.batch_size}")
         if self.fixed_shape and count < self.batch_size:
             index = _filled(index, self.batch_size)
             y = y if y is None else _filled(y, self.batch_size)
             low_res = low_res if low_res is None else _filled(low_res, self.batch_size)
         state = self._begin(index, y, low_res)
-        for e, (step, complete) in enumerate(zip(self.plan.steps.tolist(), self.plan.complete.tolist(), strict=True)):
-            self._advance(state, e)
+        steps = zip(self.plan.steps.tolist(), self.plan.complete.tolist(), strict=True)
+        for row, (step, complete) in enumerate(steps):
+            self._advance(state, row)
             if complete:
                 yield Step(step, state.x[:count], state.pred_xstart[:count])
 
     def finite(self, count: int) -> Tensor:
-        """Whether each of the first `count` images of the last batch is finite, and all that made it was, [n] bool.
+        """Whether each of the first `count` images of the last batch and its network outputs are finite, [n] bool.
 
-        An image shows it only in part: clipping makes 1 of an infinite prediction.
+        The image alone doesn't show it: clipping turns an infinite prediction into 1.
         """
         assert self._state is not None
         return (self._state.watch + self._state.x.sum(dim=(1, 2, 3))).isfinite()[:count]
 
     def draw(self, index: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         """The images [n, C, H, W] float32 in about [-1, 1]."""
-        for step in self.steps(index, y, low_res):
-            drawn = step.sample
-        return drawn
+        *_, last = self.steps(index, y, low_res)
+        return last.sample
 
-    def _begin(self, index: Tensor, y: Tensor | None, low_res: Tensor | None) -> _State:
-        x = ops.image_noise(self.seed_stream, index, 0, self.shape)
-        given = self.evaluation.conditioning(y, low_res)
-        if self._state is None or self._stream is None:
-            self._state = self._places(x, index, given)
+    def _begin(self, index: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> _State:
+        """Put x_T and the conditioning of a batch in place."""
+        x = ops.image_noise(self.seed_and_key, index, 0, self.shape)
+        given = self.network.conditioning(y, low_res)
+        if self._state is None or not self._graphs.enabled:
+            self._state = self._allocate(x, index, given)
         state = self._state
         state.x.copy_(x)
         if state.input is not state.x:
@@ -128,68 +128,51 @@ class Engine:
             state.given[name].copy_(value)
         return state
 
-    def _places(self, x: Tensor, index: Tensor, given: dict[str, Tensor]) -> _State:
+    def _allocate(self, x: Tensor, index: Tensor, given: dict[str, Tensor]) -> _State:
         B, C, H, W = x.shape
 
-        def place(channels: int, dtype: torch.dtype) -> Tensor:  # channels-last also where C, H or W is 1
+        def zeros(channels: int, dtype: torch.dtype) -> Tensor:  # channels-last also where C, H or W is 1
             return torch.zeros(B, H, W, channels, dtype=dtype, device=self.device).permute(0, 3, 1, 2)
 
-        own = place(C, torch.float32)
-        form = self.evaluation.input_format
+        own_x = zeros(C, torch.float32)
+        form = self.network.input_format
         return _State(
-            x=own,
-            input=own if form is None else place(form[1], form[0]),
-            pred_xstart=place(C, torch.float32),
-            history=[place(C, torch.float32) for _ in range(self.plan.history)],
+            x=own_x,
+            input=own_x if form is None else zeros(form[1], form[0]),
+            pred_xstart=zeros(C, torch.float32),
+            history=[zeros(C, torch.float32) for _ in range(self.plan.history)],
             row=self._rows[:1].clone(),
             index=index.clone(),
             watch=torch.zeros(B, device=self.device),
             given={name: value.clone() for name, value in given.items()},
         )
 
-    def _advance(self, state: _State, e: int) -> None:
-        """Row e of the plan: an evaluation and a step."""
-        state.row.copy_(self._rows[e : e + 1])
-        guided = self.evaluation.guided[e]
-        if self._stream is None:
-            self._work(state, guided, self._noisy[e])
-            return
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            if self._warm[guided] < WARM_UP:
-                self._warm[guided] += 1
-                self._work(state, guided, self.plan.stochastic)
-            else:
-                if guided not in self._graphs:
-                    self._capture(state, guided)
-                self._graphs[guided].replay()
-        current.wait_stream(self._stream)
-
-    def _capture(self, state: _State, guided: bool) -> None:
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        # thread_local: the thread that writes files goes on with CUDA calls of its own.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            self._work(state, guided, self.plan.stochastic)
-        self._graphs[guided] = graph
+    def _advance(self, state: _State, row: int) -> None:
+        """Compute a row of the plan: a network call and a step."""
+        state.row.copy_(self._rows[row : row + 1])
+        guided = self.network.guided[row]
+        # A graph serves all rows that are guided, or all that aren't, so it takes noise if any row does.
+        noisy = self.plan.stochastic if self._graphs.enabled else self._noisy[row]
+        work = functools.partial(self._work, state, guided, noisy)
+        self._graphs.run(guided, work, warming_up=self._warm[guided] < WARM_UP)
+        self._warm[guided] += 1
 
     def _work(self, state: _State, guided: bool, noisy: bool) -> None:
-        """A row of the plan, in place. A row whose sigma is 0 comes out the same with noise and without."""
+        """Compute the row `state.row` in place. Noise makes no difference to a row whose sigma is 0."""
         B = len(state.x)
-        output = self.evaluation(state.input, state.row, state.given, guided)
+        output = self.network(state.input, state.row, state.given, guided)
         state.watch += output.sum(dim=(1, 2, 3), dtype=torch.float32)
         noise = None
         if noisy:
             draws = self._draws.index_select(0, state.row).expand(B).contiguous()
-            noise = ops.CounterNoise(self.seed_stream, state.index, self.shape, draws)
+            noise = ops.CounterNoise(self.seed_and_key, state.index, self.shape, draws)
         x, pred_xstart, network_input = ops.sampler_step(
             output,
             state.x,
             self._coefficients.index_select(0, state.row).expand(B, -1),
             noise,
             history=tuple(state.history),
-            epsilon=self.epsilon,
+            epsilon=self.network.epsilon,
             clip=self.clip,
             variance=self.plan.variance if noisy else "fixed",
             input_dtype=None if state.input is state.x else state.input.dtype,
@@ -219,23 +202,20 @@ def sampling_launches(
     guidance: Guidance | None = None,
     clip: bool = True,
 ) -> list[Launch]:
-    """Launches of drawing `batch` images at once by `Engine`, with a body in `precision`."""
+    """The kernel launches by which `Engine` draws `batch` images at once, with a body in `precision`."""
 
-    def network(settings: BackboneSettings) -> UNet:
+    def frozen(settings: BackboneSettings) -> UNet:
         with META:
             return freeze(build_model(settings).set_precision(precision))
 
     def work() -> None:
         chosen = guidance or Guidance()
-        guide = None if chosen.guide is None else network(chosen.guide.settings)
-        evaluation = GuidedNetwork(network(settings), plan, diffusion, replace(chosen, guide=guide), META)
-        engine = Engine(evaluation, plan, diffusion, META, batch_size=batch, seed_stream=SAMPLES, clip=clip)
-        index = torch.empty(batch, dtype=torch.int64, device=META)
-        small = None
-        if isinstance(settings, SuperResSettings):
-            small = torch.empty(batch, settings.in_channels, *settings.small_size, device=META)
-        state = engine._begin(index, index if settings.class_cond else None, small)
-        kinds = zip(evaluation.guided, engine._noisy, strict=True)
+        guide = None if chosen.guide is None else frozen(chosen.guide.settings)
+        network = GuidedNetwork(frozen(settings), plan, diffusion, replace(chosen, guide=guide))
+        engine = Engine(network, batch_size=batch, seed_and_key=SAMPLES, clip=clip)
+        dummy = dummy_batch(settings, batch, META)
+        state = engine._begin(dummy.noise.index, **dummy.model_kwargs)
+        kinds = zip(network.guided, engine._noisy, strict=True)
         for row in {kind: row for row, kind in enumerate(kinds)}.values():
             engine._advance(state, row)
 

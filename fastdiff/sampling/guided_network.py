@@ -1,15 +1,15 @@
-"""One evaluation of the network at a row of a sampler's plan: what depends on the time alone is found beforehand."""
+"""A network as the engine calls it: by the rows of a solver's plan, and guided where that is wanted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.process import ModelMeanType
 from fastdiff.diffusion.solvers import Plan
 from fastdiff.models import UNet
 from fastdiff.models.unet import enlarged
@@ -39,23 +39,23 @@ class Guidance:
 
 
 class _Network:
-    """A frozen network with its conditioning at every row of the plan.
+    """A network whose conditioning on the time is computed once, for every row of the plan.
 
-    Without classes that is a table [E, width] of what all residual blocks take; with them the time's share of the
-    embedding, [E, 4 * num_channels], to which the class's is added before one product for all blocks.
+    Without classes that is a table [E, width] of the inputs of all residual blocks. With classes it is the time
+    embedding, [E, 4 * num_channels], to which the class embedding is added before one product for all blocks.
     """
 
-    def __init__(self, model: UNet, plan: Plan, diffusion: GaussianDiffusion, device: torch.device) -> None:
+    def __init__(self, model: UNet, plan: Plan, diffusion: GaussianDiffusion) -> None:
         self.model = model
         self.body: Any = model.body
         self.class_cond = model.settings.class_cond
-        steps = torch.from_numpy(plan.steps).to(device)
+        steps = torch.from_numpy(plan.steps).to(next(model.parameters()).device)
         emb = model.embed_time(diffusion.model_timesteps(steps))
         self.table = emb if self.class_cond else torch.cat(model.project(emb), dim=1)
         self.widths = [block.emb_width for block in model.res_blocks]
 
     def labels(self, y: Tensor) -> Tensor:
-        """The classes' share of the embedding, [B, 4 * num_channels] float32."""
+        """The class embedding, [B, 4 * num_channels] float32."""
         return self.model.label_emb(y).float()
 
     def __call__(self, x: Tensor, row: Tensor, classes: Tensor | None, low_res: Tensor | None) -> Tensor:
@@ -68,34 +68,40 @@ class _Network:
 
 
 class GuidedNetwork:
-    """The outputs of a network, guided where its guidance says so, at the rows of a plan."""
+    """A network's outputs at the rows of a plan, guided where its guidance says so."""
 
+    @torch.no_grad()
     def __init__(
         self,
         model: UNet,
         plan: Plan,
         diffusion: GaussianDiffusion,
-        guidance: Guidance,
-        device: torch.device,
+        guidance: Guidance | None = None,
         compiled: bool = False,
     ) -> None:
-        """Networks as `models.inference.freeze` leaves them. compiled: let torch.compile have the networks' bodies."""
-        self.settings = model.settings
+        """The network must be in eval mode; `models.freeze.freeze` makes it faster.
+
+        compiled: compile the body of the network, and that of the guide, with torch.compile.
+        """
+        guidance = guidance or Guidance()
+        self.settings, self.plan = model.settings, plan
+        self.device = next(model.parameters()).device
         self.input_format = model.input_format
-        self.network = _Network(model, plan, diffusion, device)
-        self.guide = None if guidance.guide is None else _Network(guidance.guide, plan, diffusion, device)
+        self.epsilon = diffusion.mean_type is ModelMeanType.EPSILON
+        self.network = _Network(model, plan, diffusion)
+        self.guide = None if guidance.guide is None else _Network(guidance.guide, plan, diffusion)
         self.guided = guidance.rows(plan, diffusion)
         if compiled:
-            kwargs = compile_kwargs(device, frozen=True)
+            kwargs = compile_kwargs(self.device, frozen=True)
             for network in filter(None, (self.network, self.guide)):
                 network.body = torch.compile(network.body, **kwargs)
         C = self.settings.in_channels
         weights = torch.ones(self.settings.out_channels)
         weights[:C] = guidance.weight  # the predicted variances stay those of the stronger output
-        self._weights = weights[:, None, None].to(device)
+        self._weights = weights[:, None, None].to(self.device)
 
-    def conditioning(self, y: Tensor | None, low_res: Tensor | None) -> dict[str, Tensor]:
-        """What a batch's classes [B] and small images [B, C, h, w] give to every evaluation."""
+    def conditioning(self, y: Tensor | None = None, low_res: Tensor | None = None) -> dict[str, Tensor]:
+        """The inputs of every call that depend on a batch's classes [B] and small images [B, C, h, w] alone."""
         given: dict[str, Tensor] = {}
         if y is not None:
             given["classes"] = self.network.labels(y)
@@ -121,8 +127,3 @@ class GuidedNetwork:
             low_res = low_res if low_res is None else torch.cat([low_res, low_res])
             strong, weak = self.network(torch.cat([x, x]), row, both, low_res).chunk(2)
         return weak + self._weights * (strong - weak)
-
-
-def coefficient_rows(plan: Plan, device: torch.device) -> Tensor:
-    """A plan's table on the device, [E, 10] float32."""
-    return torch.from_numpy(plan.coefficients.astype(np.float32)).to(device)

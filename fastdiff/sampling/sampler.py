@@ -1,4 +1,4 @@
-"""Draws images by number: a network, a plan of its solver, and engines that run it in batches."""
+"""Draws images by number: chooses the plan, whether to compile and the batch size, and runs an engine."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from fastdiff import precompile
-from fastdiff.diffusion import create_diffusion
+from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, make_plan
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, SuperResSettings
+from fastdiff.models import BackboneSettings
 from fastdiff.models.cost import forward_flops
+from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.runtime.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
 from fastdiff.runtime.machine import device_name, free_memory
 from fastdiff.sampling.batch_size import best_batch_size
@@ -31,19 +32,21 @@ from fastdiff.sampling.settings import DrawSettings
 from fastdiff.settings import affecting
 
 Inputs = Callable[[Tensor], dict[str, Tensor]]
-"""Extra arguments of the network for images `index` [B] of the job: {"low_res": …}, {"y": …}."""
+"""Extra arguments of the network for images number `index` [B]: {"low_res": …}, {"y": …}."""
 
 WORTHWHILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
-"""Work of a process from which compiling pays on its own: ten to twenty minutes of two CPU cores, or (a prediction) one
-of a GPU. Compiling takes a minute or two."""
-MOST = {"cpu": 64, "cuda": 4096}  # images at a time that batch_size auto tries
+"""FLOPs of a process from which compiling pays: ten to twenty minutes of two CPU cores, or (a prediction) one of a GPU.
+Compiling takes a minute or two."""
+MOST = {"cpu": 64, "cuda": 4096}
+"""The largest batch size that batch_size auto tries."""
 
 
 class Sampler:
     """Draws any images of a job; image i is a function of the settings and i.
 
-    labels gives the classes of a class-conditional network, inputs the small images (and their classes) of one that
-    enlarges. count is how many images this process may come to draw, 0 if unknown: what pays depends on it.
+    labels  Gives the classes for a class-conditional network.
+    inputs  Gives the small images (and their classes) for a super-resolution network.
+    count   How many images this process may draw at most, 0 if unknown: compiling pays for many only.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class Sampler:
         noise_key: int = SAMPLES,
         count: int = 0,
     ) -> None:
-        """Raises UserError for what can't be, in a sentence that begins with the setting's name."""
+        """Raises UserError for impossible settings, in a sentence that begins with the setting's name."""
         self.network, self.settings, self.device = network, settings, device
         self.labels, self.inputs = labels, inputs
         self.noise_key = noise_key
@@ -67,7 +70,7 @@ class Sampler:
         self.diffusion = self._diffusion()
         try:
             self.plan = make_plan(self.diffusion, settings.solver, settings.eta)
-        except ValueError as error:  # of a respacing that keeps too few steps
+        except ValueError as error:  # the respacing keeps too few steps
             raise UserError(f"solver: {error}") from None
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
@@ -88,34 +91,29 @@ class Sampler:
     # --- what is drawn ---
 
     def draw(self, index: np.ndarray, on_progress: Callable[[float], None] = lambda images: None) -> Images:
-        """Images `index` [n] int64 of the job; see `drawn.Draw`. UserError where one is not finite."""
+        """Images number `index` [n] int64; see `pictures.Draw`. UserError if one is not finite."""
         images, labels = [], []
-        for part in torch.from_numpy(index).split(self.batch_size):
-            given = self._given(part.to(self.device))
-            share = len(part) / self._complete_steps
+        for batch in torch.from_numpy(index).split(self.batch_size):
+            given = self._given(batch.to(self.device))
+            share = len(batch) / int(self.plan.complete.sum())
 
-            def tell(step: Step, share: float = share) -> None:
+            def report(_: Step, share: float = share) -> None:
                 on_progress(share)
 
-            final = self._run(given, tell)
-            images.append(to_uint8(final).cpu().numpy())
+            images.append(self._run(given, report))
             if "y" in given:
                 labels.append(given["y"].cpu().numpy())
         return Images(np.concatenate(images), np.concatenate(labels) if labels else None)
 
     def trace(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """(predictions of x_0 after every step, the images), each [n, H, W, C] uint8, of images `index` [n]."""
+        """(predictions of x_0 after every step, the images), each [n, H, W, C] uint8, for images number `index` [n]."""
         frames: list[list[np.ndarray]] = []
-        finals = []
-        for part in torch.from_numpy(index).split(self.batch_size):
-            predictions: list[np.ndarray] = []
-
-            def keep(step: Step, predictions: list[np.ndarray] = predictions) -> None:
-                predictions.append(to_uint8(step.pred_xstart).cpu().numpy())
-
-            finals.append(to_uint8(self._run(self._given(part.to(self.device)), keep)).cpu().numpy())
-            frames.append(predictions)
-        return [np.concatenate(each) for each in zip(*frames, strict=True)], np.concatenate(finals)
+        images = []
+        for batch in torch.from_numpy(index).split(self.batch_size):
+            frames.append([])
+            keep = lambda step: frames[-1].append(_pixels(step.pred_xstart))
+            images.append(self._run(self._given(batch.to(self.device)), keep))
+        return [np.concatenate(each) for each in zip(*frames, strict=True)], np.concatenate(images)
 
     def identity(self) -> dict[str, Any]:
         """Everything that makes image i what it is, by the names of the settings."""
@@ -145,7 +143,7 @@ class Sampler:
 
     @property
     def flops(self) -> float:
-        """Of the network, per image of the job."""
+        """FLOPs of the network per image."""
         return forward_flops(self.network.settings) * self.plan.num_evaluations
 
     @property
@@ -153,11 +151,7 @@ class Sampler:
         settings = self.settings
         return SOLVERS[settings.solver].spacing if settings.spacing == "auto" else settings.spacing
 
-    @property
-    def _complete_steps(self) -> int:
-        return int(self.plan.complete.sum())
-
-    def _diffusion(self) -> Any:
+    def _diffusion(self) -> GaussianDiffusion:
         settings, process = self.settings, self.network.diffusion
         try:
             kept = keep_steps(process, settings.steps, self._spacing, settings.sigma_max) if settings.steps else None
@@ -216,55 +210,51 @@ class Sampler:
         return size
 
     def _seconds(self, size: int) -> float:
-        """Of one evaluation of `size` images, guided if any is, without graphs; infinite where that can't fit."""
+        """Seconds of one network call on `size` images, guided if any row is; infinity if it can't fit in memory."""
         settings = self.network.settings
         C, (H, W) = settings.in_channels, settings.size_hw
         if self.device.type == "cpu":
             widest = max(c / 4**level for level, c in enumerate(settings.level_channels)) * 4
             if 12 * size * H * W * widest > free_memory(self.device) / 2:
                 return float("inf")
-        evaluation = self._evaluation(compiled=False)
-        y = torch.zeros(size, dtype=torch.int64, device=self.device) if settings.class_cond else None
-        low = None
-        if isinstance(settings, SuperResSettings):
-            low = torch.zeros(size, C, *settings.small_size, device=self.device)
-        given = evaluation.conditioning(y, low)
+        network = self._guided_network()
+        given = network.conditioning(**dummy_batch(settings, size, self.device).model_kwargs)
         x = torch.zeros(size, C, H, W, device=self.device)
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
         times = []
         with torch.no_grad(), tf32(self.settings.allow_tf32):
             for _ in range(3):
                 start = time.perf_counter()
-                evaluation(x, row, given, any(evaluation.guided))
+                network(x, row, given, any(network.guided))
                 if self.device.type == "cuda":
                     torch.cuda.synchronize(self.device)
                 times.append(time.perf_counter() - start)
         return min(times[1:])
 
     def _launches(self) -> list[Any]:
-        """Launches of kernels that the engine will make."""
+        """Kernel launches of the engine."""
         return sampling_launches(
             *(self.network.settings, self.diffusion, self.plan, self.batch_size, self.network.model.dtype),
             guidance=self.guidance,
             clip=self.settings.clip_denoised,
         )
 
-    def _evaluation(self, compiled: bool) -> GuidedNetwork:
-        return GuidedNetwork(self.network.model, self.plan, self.diffusion, self.guidance, self.device, compiled)
+    def _guided_network(self, compiled: bool = False) -> GuidedNetwork:
+        return GuidedNetwork(self.network.model, self.plan, self.diffusion, self.guidance, compiled)
 
-    def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> Tensor:
-        """The images as maps, valid until the next batch. UserError where one is not finite."""
+    def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> np.ndarray:
+        """Draw a batch: images [n, H, W, C] uint8. UserError if one is not finite."""
         with tf32(self.settings.allow_tf32):
             engine = self._engine_of()
             for step in engine.steps(**given):
                 on_step(step)
-        # Waits for the device, once a batch: the images are about to be fetched.
+        # This waits for the device, once a batch, as fetching the images does next.
         if bad := given["index"][~engine.finite(len(given["index"]))].tolist():
             raise UserError(self._refusal(bad))
-        return step.sample
+        return _pixels(step.sample)
 
     def _refusal(self, bad: list[int]) -> str:
-        """What to say of images that are not finite."""
+        """The error message for images that are not finite."""
         advice = ["another checkpoint or average of its weights"]
         if self.settings.precision != "fp32":
             advice.append("precision fp32")
@@ -273,17 +263,12 @@ class Sampler:
         return f"{non_finite(bad)}, and are not written; try {', or '.join(advice)}"
 
     def _engine_of(self) -> Engine:
-        """The engine, built when the first image is asked for."""
+        """The engine, built when the first image is drawn."""
         if self._engine is None:
-            with torch.no_grad():
-                evaluation = self._evaluation(self.compiled)
             self._engine = Engine(
-                evaluation,
-                self.plan,
-                self.diffusion,
-                self.device,
+                self._guided_network(self.compiled),
                 batch_size=self.batch_size,
-                seed_stream=self.settings.seed | self.noise_key,
+                seed_and_key=self.settings.seed | self.noise_key,
                 clip=self.settings.clip_denoised,
                 fixed_shape=self.compiled,
                 cuda_graph=self.cuda_graph,
@@ -291,7 +276,7 @@ class Sampler:
         return self._engine
 
     def _given(self, index: Tensor) -> dict[str, Tensor]:
-        """Arguments of Engine.steps for images `index`."""
+        """Arguments of `Engine.steps` for images number `index`."""
         given = {"index": index, **(self.inputs(index) if self.inputs else {})}
         if self.network.settings.class_cond and "y" not in given:
             assert self.labels is not None
@@ -299,8 +284,12 @@ class Sampler:
         return given
 
 
+def _pixels(samples: Tensor) -> np.ndarray:
+    return to_uint8(samples).cpu().numpy()
+
+
 def _check_guide(network: Network, guide: Network) -> None:
-    """UserError unless the guide takes and gives what the network does."""
+    """UserError unless the guide has the inputs and outputs of the network."""
     for section in ("settings", "diffusion"):
         ours, theirs = getattr(network, section), getattr(guide, section)
         names = ("class_cond", "num_classes", "learn_sigma", "in_channels", "image_size", "large_size", "small_size")

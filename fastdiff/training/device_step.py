@@ -12,6 +12,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
+from fastdiff.runtime.cuda_graphs import GraphRunner
 from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as, learning_rate, learning_rate_on_device
 from fastdiff.training.settings import TrainSettings
 
@@ -45,8 +46,7 @@ class DeviceStep:
         self._skips = SkipCounter(device)
         self._inputs: Batch | None = None
         self._steps = 0
-        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self._stream = torch.cuda.Stream(device) if train.cuda_graph and device.type == "cuda" else None
+        self._graphs = GraphRunner(device, enabled=train.cuda_graph and device.type == "cuda")
 
     @property
     def skipped_steps(self) -> int:
@@ -83,15 +83,18 @@ class DeviceStep:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, max(0, step - self._skips.known[0]))  # for the checkpoint
+        warming_up = self._steps < WARM_UP
         for i, batch in enumerate(micro_batches):
-            if self._stream is None:
-                self._inputs = batch
-            else:
+            if self._graphs.enabled:
                 self._put(batch)
+            else:
+                self._inputs = batch
             seed_dropout(i)
-            self._run("more" if i else "first", functools.partial(self._accumulate, first=i == 0))
+            accumulate = functools.partial(self._accumulate, first=i == 0)
+            self._graphs.run("more" if i else "first", accumulate, warming_up=warming_up)
         self._step.fill_(step)
-        self._run("update", functools.partial(self._update, train), prepare=self.optimizer.prepare)
+        update = functools.partial(self._update, train)
+        self._graphs.run("update", update, warming_up=warming_up, prepare=self.optimizer.prepare)
         self._skips.publish()
         self.grad_norms.append(self._grad_norm.clone())
         self._steps += 1
@@ -105,31 +108,6 @@ class DeviceStep:
             (self._inputs.images, self._inputs.labels, self._inputs.positions), given, strict=True
         ):
             place.copy_(tensor, non_blocking=True)
-
-    def _run(self, name: str, work: Callable[[], None], prepare: Callable[[], None] | None = None) -> None:
-        if self._stream is None:
-            work()
-            return
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            if self._steps < WARM_UP:
-                work()
-            else:
-                if name not in self._graphs:
-                    self._capture(name, work, prepare)
-                self._graphs[name].replay()
-        current.wait_stream(self._stream)
-
-    def _capture(self, name: str, work: Callable[[], None], prepare: Callable[[], None] | None) -> None:
-        if prepare is not None:
-            prepare()  # what must reach the device before, for a capture takes no copies from the host
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
-        # thread_local: the loader's threads go on with CUDA calls of their own.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        self._graphs[name] = graph
 
     def _accumulate(self, first: bool) -> None:
         """Gradients of the micro-batch in place, added to those of the ones before."""

@@ -1,11 +1,10 @@
-"""Grids of samples during training, always from the same noise."""
+"""Draws grids of samples during training, always from the same noise."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,12 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.samplers import Step
+from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion.solvers import make_plan
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, build_model
-from fastdiff.sampling.draw import draw
+from fastdiff.sampling.engine import Engine
+from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import grid, save_grid, to_uint8
 from fastdiff.settings import what_is_wrong
 from fastdiff.training.trainer import Trainer, low_res_of
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def preview_diffusion(config: Config) -> GaussianDiffusion | None:
-    """The process of the grids; None where none are wanted. UserError for a sample_respacing that can't be."""
+    """The process that draws the grids, or None if none are wanted. UserError for an impossible sample_respacing."""
     if not config.train.sample_interval:
         return None
     try:
@@ -39,28 +40,23 @@ def preview_diffusion(config: Config) -> GaussianDiffusion | None:
     return create_diffusion(settings, config.model.learn_sigma)
 
 
-class _Abandoned(Exception):
-    """There is no time left to draw."""
-
-
 def draw_preview(
     trainer: Trainer, diffusion: GaussianDiffusion, file: Path, go_on: Callable[[], bool] = lambda: True
 ) -> np.ndarray | None:
-    """A grid [H, W, C] uint8 of samples from the first average, saved as `file`: on rank 0; None elsewhere. Collective.
+    """A grid [H, W, C] uint8 of samples from the first average, saved as `file`; None except on rank 0. Collective.
 
-    go_on is asked on rank 0 before each of the sampler's steps, and leaves the grid out by False.
+    go_on is called on rank 0 before each of the sampler's steps. Once it returns False there is no grid.
     """
     average = trainer.masters.gather(trainer.ema[str(trainer.train.ema_rate[0])])
     if not trainer.processes.is_main or average is None or not go_on():
         return None
-    try:
-        drawn = _draw(trainer, diffusion, average, go_on)
-    except _Abandoned:
+    samples = _draw(trainer, diffusion, average, go_on)
+    if samples is None:
         return None
-    if not drawn.isfinite().all():
+    if not samples.isfinite().all():
         logger.warning("the samples after step %d are not finite: no grid of them is written", trainer.step)
         return None
-    images = to_uint8(drawn).cpu().numpy()
+    images = to_uint8(samples).cpu().numpy()
     file.parent.mkdir(exist_ok=True)
     save_grid(file, images)
     return np.array(grid(images).convert("RGB"))
@@ -68,17 +64,14 @@ def draw_preview(
 
 def _draw(
     trainer: Trainer, diffusion: GaussianDiffusion, average: dict[str, Tensor], go_on: Callable[[], bool]
-) -> Tensor:
-    def check(_: Step) -> None:
-        if not go_on():
-            raise _Abandoned
-
+) -> Tensor | None:
+    """Samples [n, C, H, W] float32 of the network with the averaged weights; None once go_on returns False."""
     settings, train, device = trainer.model_settings, trainer.train, trainer.device
     model = build_model(settings)
     model.load_state_dict(average)
     model.to(device).eval().set_precision(trainer.model.dtype)
     index = torch.arange(train.sample_count, device=device)
-    kwargs: dict[str, Any] = {}
+    kwargs: dict[str, Tensor] = {}
     batch = next(trainer.loader.once()) if isinstance(settings, SuperResSettings) else None
     if batch is not None and isinstance(settings, SuperResSettings):
         x = ops.start_map(batch.images[: train.sample_count])
@@ -87,6 +80,12 @@ def _draw(
     if settings.class_cond:
         classes = torch.tensor(range(len(trainer.loader.class_names)), device=device)
         kwargs["y"] = classes[index % len(classes)] if batch is None else batch.labels[: len(index)]
-    shape = (settings.in_channels, *settings.size_hw)
-    use_ddim = train.sample_respacing.startswith("ddim")
-    return draw(model, diffusion, index, shape, seed=train.seed, use_ddim=use_ddim, model_kwargs=kwargs, on_step=check)
+    plan = make_plan(diffusion, "ddim" if train.sample_respacing.startswith("ddim") else "ddpm")
+    network = GuidedNetwork(model, plan, diffusion)
+    engine = Engine(network, batch_size=len(index), seed_and_key=train.seed | SAMPLES)
+    samples = None
+    for step in engine.steps(index, **kwargs):
+        samples = step.sample
+        if not go_on():
+            return None
+    return samples

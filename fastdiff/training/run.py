@@ -32,7 +32,6 @@ from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import deepspeed_config, needs_engine, split_batch, start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.diagnostics.microbatch_tuning import fit
-from fastdiff.training.launches import training_launches
 from fastdiff.training.loop import LONG
 from fastdiff.training.previews import preview_diffusion
 from fastdiff.training.trainer import Trainer
@@ -167,7 +166,7 @@ def _compile_kernels(config: Config, processes: Processes) -> list[str]:
     train, world_size = config.train, processes.world_size
     micro, accumulation = split_batch(train, world_size)
     launches = functools.partial(
-        training_launches,
+        compilation.training_launches,
         *(config.model, config.diffusion, micro, body_dtype(train.precision, processes.device)),
         more=accumulation > 1,
         rates=train.ema_rate,

@@ -103,7 +103,7 @@ def test_every_solver_returns_the_spread(solver: str, schedule: str) -> None:
 
 
 def test_predicting_the_start_is_the_same() -> None:
-    """A network that predicts x_0 says the same in other words: float32 noise of 250 steps apart."""
+    """A network that predicts x_0 gives the same images up to the float32 rounding of 250 steps."""
     of_noise, of_start = process(250), process(250, predict_xstart=True)
     eps_model = best_predictor(of_noise)
 
@@ -128,7 +128,7 @@ def test_clipping_bounds_the_prediction() -> None:
 
 
 def test_ddim_is_deterministic_at_eta_0() -> None:
-    """The noise isn't even asked for; at eta > 0 it counts."""
+    """The noise isn't even drawn at eta 0; at eta > 0 it matters."""
     diffusion = process(20)
     model = best_predictor(diffusion)
 
@@ -143,7 +143,7 @@ def test_ddim_is_deterministic_at_eta_0() -> None:
 
 
 def test_no_noise_after_the_last_step() -> None:
-    """x_0 is the mean of the last step, whatever noise comes with it."""
+    """x_0 is the mean of the last step, whatever its noise."""
     diffusion = process(20)
     model = best_predictor(diffusion)
     for sampler in (p_sample_loop, ddim_sample_loop):

@@ -1,7 +1,8 @@
-"""Takes training steps and draws, with kernels launched on a GPU that exists only by name, after compiling them ahead.
+"""Compiles kernels ahead, then trains and draws with kernels that are launched on a GPU in name only.
 
-Prints as JSON what the run's own dispatch compiled or found in Triton's cache: {"found": names, "compiled": names,
-"ahead": number of launches compiled ahead}. The process must run without TRITON_INTERPRET, with an empty cache.
+Prints as JSON which kernels the run's own dispatch found in Triton's cache and which it compiled: {"found": names,
+"compiled": names, "ahead": number of launches compiled ahead}. The process must run without TRITON_INTERPRET, with an
+empty cache.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from typing import Any
 
 import torch
 from fastdiff.kernels import aot
-from helpers import small_trainer as small
-from helpers.small_trainer import small_trainer
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -26,7 +25,9 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
-from fastdiff.training.launches import training_launches
+from fastdiff.training.compilation import training_launches
+from helpers import small_trainer as small
+from helpers.small_trainer import small_trainer
 
 ARCH = 90
 MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resolutions": "8"}
@@ -39,7 +40,7 @@ BATCH = 5
 
 
 class NoGPU:
-    """What Triton asks a driver for in a launch. Nothing is loaded, and nothing runs."""
+    """The parts of a driver that Triton uses in a launch. Nothing is loaded, and nothing runs."""
 
     launcher_cls = staticmethod(lambda source, metadata: lambda *args: None)
     utils = SimpleNamespace(
@@ -59,7 +60,7 @@ class NoGPU:
 
 
 def recorded() -> list[Any]:
-    """What the three tasks below would launch."""
+    """The launches of the two training steps and the drawing below."""
     model = UNetSettings(**MODEL)
     found = training_launches(model, DIFFUSION, 2, torch.bfloat16, more=True, rates=RATES)
     found += training_launches(model, DIFFUSION, 2, torch.bfloat16, rates=RATES, through_engine=True)
@@ -67,7 +68,7 @@ def recorded() -> list[Any]:
 
 
 def compile_ahead(launches: list[Any]) -> int:
-    """By two processes, as a run starts them."""
+    """Compile in two processes, as a run starts them; returns the number of launches."""
     lines = list(dict.fromkeys(map(aot.to_json, launches)))
     workers = [precompile._spawn(ARCH, lines[i::2]) for i in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
@@ -84,9 +85,7 @@ def step(**given: Any) -> None:
 def draw() -> None:
     process, plan = DRAWING
     model = freeze(build_model(LABELLED).set_precision(torch.bfloat16))
-    device = torch.device("cpu")
-    evaluation = GuidedNetwork(model, plan, process, GUIDANCE, device)
-    engine = Engine(evaluation, plan, process, device, batch_size=BATCH, seed_stream=SAMPLES)
+    engine = Engine(GuidedNetwork(model, plan, process, GUIDANCE), batch_size=BATCH, seed_and_key=SAMPLES)
     engine.draw(torch.arange(BATCH), torch.arange(BATCH) % 3)
 
 

@@ -1,4 +1,4 @@
-"""The batch size that is found, and what is remembered of it; the work from which compiling pays."""
+"""The batch size that is found and cached; the amount of work from which compiling pays."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def machine(fixed: float, each: float, room: int = 10**9) -> Any:
-    """Seconds of one evaluation on a machine with an overhead, and the sizes that were tried."""
+    """(seconds of one network call on a machine with a fixed overhead, the sizes that were tried)."""
     tried: list[int] = []
 
     def seconds(size: int) -> float:
@@ -63,14 +63,14 @@ def test_not_even_one_fits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"a": "b"}', "\0"])
-def test_a_damaged_memory_is_written_anew(content: str, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_rewritten(content: str, tmp_path: Path) -> None:
     cache = tmp_path / "cache.json"
     cache.write_text(content)
     best_batch_size(machine(1, 1)[0], 8, {}, cache)
     assert list(json.loads(cache.read_text()).values()) == [8]
 
 
-def test_a_memory_that_can_not_be_kept(tmp_path: Path) -> None:
+def test_a_cache_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert best_batch_size(machine(1, 1)[0], 8, {}, tmp_path / "file" / "cache.json")[0] == 8
 

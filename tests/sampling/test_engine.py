@@ -1,4 +1,4 @@
-"""The engine against the solvers' generators on the same network, and what guidance does to an evaluation."""
+"""The engine against the solvers' generators on the same network, and the effect of guidance on the output."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
-from fastdiff.diffusion.samplers import solve
+from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop, solve
 from fastdiff.diffusion.solvers import SOLVERS, Plan, make_plan
 from fastdiff.models import UNet
 from fastdiff.models.freeze import freeze
-from fastdiff.sampling import guided_network as evaluation
+from fastdiff.sampling import guided_network
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
+from fastdiff.sampling.pictures import to_uint8
 
 CPU = torch.device("cpu")
 SEED = 5 | SAMPLES
@@ -37,7 +38,7 @@ def process(model: UNet, **settings: Any) -> GaussianDiffusion:
 
 
 def plainly(model: UNet, diffusion: GaussianDiffusion, plan: Plan, index: Tensor, **kwargs: Tensor) -> Tensor:
-    """The images as the generator draws them, with the whole network at every evaluation."""
+    """The images as the generator draws them, with the whole network in every step."""
     shape = (model.settings.in_channels, *model.settings.size_hw)
 
     def predict(x: Tensor, step: int) -> Tensor:
@@ -55,13 +56,12 @@ def plainly(model: UNet, diffusion: GaussianDiffusion, plan: Plan, index: Tensor
 def engine(
     model: UNet, diffusion: GaussianDiffusion, plan: Plan, guidance: Guidance | None = None, **settings: Any
 ) -> Engine:
-    with torch.no_grad():
-        outputs = GuidedNetwork(freeze(model), plan, diffusion, guidance or Guidance(), CPU)
-    return Engine(outputs, plan, diffusion, CPU, **{"batch_size": 3, "seed_stream": SEED, **settings})
+    network = GuidedNetwork(freeze(model), plan, diffusion, guidance)
+    return Engine(network, **{"batch_size": 3, "seed_and_key": SEED, **settings})
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
-    """Both are float32; the engine finds embeddings of all steps in one product, which rounds otherwise."""
+    """Both are float32; the engine computes the embeddings of all steps in one product, which may round differently."""
     assert relative_error(got, want) < 2e-5
 
 
@@ -76,6 +76,22 @@ def test_engine_is_the_solver(name: str, solver: str) -> None:
     drawer = engine(model, diffusion, plan)
     assert_close(drawer.draw(INDEX, **kwargs), want)
     assert_close(drawer.draw(INDEX, **kwargs), want)  # nothing of the batch before is left
+
+
+@pytest.mark.parametrize("respacing", ["ddim25", ""], ids=["ddim25", "ancestral"])
+@pytest.mark.parametrize("name", ["learned variances", "classes"])
+def test_same_pixels_as_the_loops(name: str, respacing: str) -> None:
+    """A network in training, which is not frozen, draws its previews as the sample loops of the library draw them."""
+    model = unet(**MODELS[name])
+    kwargs = {"y": CLASSES} if model.settings.class_cond else {}
+    diffusion = process(model, diffusion_steps=50, timestep_respacing=respacing)
+    loop, solver = (ddim_sample_loop, "ddim") if respacing else (p_sample_loop, "ddpm")
+    noise = lambda step: ops.CounterNoise(SEED, INDEX, (3, 8, 8), torch.full_like(INDEX, step + 1))
+    x = ops.image_noise(SEED, INDEX, 0, (3, 8, 8))
+    *_, want = loop(diffusion, model, x, noise, model_kwargs=kwargs)
+    network = GuidedNetwork(model, make_plan(diffusion, solver), diffusion)
+    got = Engine(network, batch_size=3, seed_and_key=SEED).draw(INDEX, **kwargs)
+    assert torch.equal(to_uint8(got), to_uint8(want.sample))
 
 
 def test_super_resolution() -> None:
@@ -94,7 +110,7 @@ def test_a_smaller_batch_is_filled_up() -> None:
     want = plainly(model, diffusion, plan, INDEX, y=CLASSES)
     seen: list[int] = []
     drawer = engine(model, diffusion, plan, batch_size=8, fixed_shape=True)
-    network = drawer.evaluation.network
+    network = drawer.network.network
     body = network.body
     network.body = lambda x, *rest: (seen.append(len(x)), body(x, *rest))[1]
     got = drawer.draw(INDEX, CLASSES)
@@ -115,7 +131,7 @@ def test_steps_that_are_no_trials() -> None:
 
 
 def guided_output(weight: float, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(guided, conditional, unconditional) output of one evaluation."""
+    """(guided, conditional, unconditional) output at one row."""
     model = unet(class_cond=True, num_classes=5, null_class=True, learn_sigma=True)
     diffusion = process(model)
     plan = make_plan(diffusion, "ddim")
@@ -123,7 +139,7 @@ def guided_output(weight: float, **settings: Any) -> tuple[Tensor, Tensor, Tenso
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
         outputs = [model(x, t, y=y) for y in (CLASSES, torch.full_like(CLASSES, 5))]
-        guided = GuidedNetwork(freeze(model), plan, diffusion, Guidance(weight, **settings), CPU)
+        guided = GuidedNetwork(freeze(model), plan, diffusion, Guidance(weight, **settings))
         given = guided.conditioning(CLASSES, None)
         return guided(x, row, given, guided.guided[2]), *outputs
 
@@ -146,8 +162,8 @@ def test_outside_the_interval_half_the_work() -> None:
     low, high = sigma[1] * 1.01, sigma[3] * 1.01  # between the second and the fifth of the six levels
     drawer = engine(model, diffusion, plan, Guidance(2.0, (low, high)))
     sizes: list[int] = []
-    body = drawer.evaluation.network.body
-    drawer.evaluation.network.body = lambda x, *rest: (sizes.append(len(x)), body(x, *rest))[1]
+    body = drawer.network.network.body
+    drawer.network.network.body = lambda x, *rest: (sizes.append(len(x)), body(x, *rest))[1]
     drawer.draw(INDEX, CLASSES)
     assert sizes == [3, 3, 6, 6, 3, 3]
 
@@ -160,7 +176,7 @@ def test_autoguidance() -> None:
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
         ours, theirs = strong(x, t), weak(x, t)
-        guided = GuidedNetwork(freeze(strong), plan, diffusion, Guidance(2.0, guide=freeze(weak)), CPU)
+        guided = GuidedNetwork(freeze(strong), plan, diffusion, Guidance(2.0, guide=freeze(weak)))
         got = guided(x, row, guided.conditioning(None, None), True)
     assert_close(got[:, :3], 2 * ours[:, :3] - theirs[:, :3])
     assert_close(got[:, 3:], ours[:, 3:])
@@ -168,9 +184,9 @@ def test_autoguidance() -> None:
 
 def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph without breaks for guided rows and one for the others, whatever the row, the batch and its size."""
-    kwargs = evaluation.compile_kwargs
+    kwargs = guided_network.compile_kwargs
     monkeypatch.setattr(
-        evaluation,
+        guided_network,
         "compile_kwargs",
         lambda *a, **k: {"fullgraph": kwargs(*a, **k)["fullgraph"], "backend": "aot_eager"},
     )
@@ -180,9 +196,8 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     guidance = Guidance(2.0, (0.3, 3.0))
     want = engine(model, diffusion, plan, guidance).draw(INDEX, CLASSES)
     torch._dynamo.reset()
-    with torch.no_grad():
-        compiled = GuidedNetwork(model, plan, diffusion, guidance, CPU, compiled=True)
-    drawer = Engine(compiled, plan, diffusion, CPU, batch_size=3, seed_stream=SEED, fixed_shape=True)
+    compiled = GuidedNetwork(model, plan, diffusion, guidance, compiled=True)
+    drawer = Engine(compiled, batch_size=3, seed_and_key=SEED, fixed_shape=True)
     assert_close(drawer.draw(INDEX, CLASSES), want)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_close(drawer.draw(INDEX, CLASSES), want)
@@ -209,12 +224,8 @@ def test_graphs_replay_the_same_on_a_gpu(solver: str) -> None:
     diffusion = process(model)
     plan = make_plan(diffusion, solver)
     guidance = Guidance(2.0, (0.5, 5.0))
-    with torch.no_grad():
-        outputs = GuidedNetwork(freeze(model), plan, diffusion, guidance, device)
-    plain, graphed = (
-        Engine(outputs, plan, diffusion, device, batch_size=3, seed_stream=SEED, cuda_graph=graph)
-        for graph in (False, True)
-    )
+    network = GuidedNetwork(freeze(model), plan, diffusion, guidance)
+    plain, graphed = (Engine(network, batch_size=3, seed_and_key=SEED, cuda_graph=graph) for graph in (False, True))
     index, y = INDEX.to(device), CLASSES.to(device)
     want = plain.draw(index, y)
     for _ in range(3):  # warming up, capturing, replaying

@@ -1,4 +1,4 @@
-"""Images that are not finite are refused by number, wherever they are drawn, and none of their part is written."""
+"""Images that are not finite are refused by number, however they are drawn, and none of their chunk is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastdiff.diffusion.solvers import make_plan
 from fastdiff.errors import UserError
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine
-from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
+from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import non_finite
 
 CLASSES = ["ape", "bee", "cat"]
@@ -31,7 +31,7 @@ def no_logdir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def overflowing(path: Path, make: Any = unet, bee_only: bool = False, **settings: Any) -> Path:
-    """A checkpoint of finite weights whose outputs are not: all, or those of the class bee."""
+    """A checkpoint with finite weights whose outputs are not finite: for all classes, or for the class bee."""
     model = make(class_cond=True, num_classes=3, **settings)
     with torch.no_grad():
         if bee_only:
@@ -118,17 +118,16 @@ def test_nll(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_row_of_a_batch(value: float) -> None:
-    """One evaluation of one image is enough, and the next batch begins anew."""
+    """One bad output for one image is enough, and the next batch starts afresh."""
     model = unet()
     diffusion = create_diffusion(DiffusionSettings(**DIFFUSION), model.settings.learn_sigma)
     plan = make_plan(diffusion, "ddim")
-    with torch.no_grad():
-        evaluation = GuidedNetwork(freeze(model), plan, diffusion, Guidance(), torch.device("cpu"))
-    engine = Engine(evaluation, plan, diffusion, torch.device("cpu"), batch_size=3, seed_stream=5, fixed_shape=True)
+    network = GuidedNetwork(freeze(model), plan, diffusion)
+    engine = Engine(network, batch_size=3, seed_and_key=5, fixed_shape=True)
     index = torch.tensor([4, 9])
     wanted = engine.draw(index).clone()
     assert engine.finite(2).tolist() == [True, True]
-    body, calls = evaluation.network.body, iter(range(100))
+    body, calls = network.network.body, iter(range(100))
 
     def spoilt(*args: Any) -> torch.Tensor:
         output = body(*args)
@@ -136,15 +135,15 @@ def test_a_bad_row_of_a_batch(value: float) -> None:
             output[1, 0, 0, 0] = value
         return output
 
-    evaluation.network.body = spoilt
+    network.network.body = spoilt
     engine.draw(index)
     assert engine.finite(2).tolist() == [True, False]
-    evaluation.network.body = body
+    network.network.body = body
     assert torch.equal(engine.draw(index), wanted)
     assert engine.finite(2).tolist() == [True, True]
 
 
-def test_words() -> None:
+def test_message() -> None:
     end = "came out with values that are not finite"
     assert non_finite([3]) == f"image 3 {end}"
     assert non_finite([3, 8]) == f"images 3 and 8 {end}"

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from training.test_train_scripts import flags
 
 from fastdiff import errors, train
+from fastdiff.diffusion.samplers import Step
 from fastdiff.errors import StopWith, UserError
 from fastdiff.images.loader import Batch
 from fastdiff.runtime import machine as threads
-from fastdiff.training import previews
+from fastdiff.sampling.engine import Engine
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.checkpoints import resume as resuming
 from fastdiff.training.compilation import decide
@@ -261,7 +262,8 @@ def test_bad_numbers_before_any_checkpoint(
 def test_previews_that_are_not_finite(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(previews, "draw", lambda *_, **__: torch.full((4, 3, 8, 8), float("nan")))
+    nan = torch.full((4, 3, 8, 8), float("nan"))
+    monkeypatch.setattr(Engine, "steps", lambda *_, **__: iter([Step(0, nan, nan)]))
     train.main(flags(data, tmp_path / "run", "--max_steps", "2", "--sample_interval", "1"))
     assert "the samples after step 1 are not finite" in caplog.text
     assert not (tmp_path / "run" / "samples").exists()
@@ -269,17 +271,15 @@ def test_previews_that_are_not_finite(
 
 def test_asked_to_stop_while_drawing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture is given up, for the time until the end may be short; the step before it was saved, and is again."""
-    drawn = previews.draw
+    steps = Engine.steps
 
-    def draw(*args: Any, on_step: Callable[[Any], None], **kwargs: Any) -> Tensor:
-        def stop(step: Any) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> Iterator[Step]:
+        for step in steps(*args, **kwargs):
             os.kill(os.getpid(), signal.SIGTERM)
-            on_step(step)
+            yield step
             raise AssertionError("it goes on drawing")
 
-        return drawn(*args, on_step=stop, **kwargs)
-
-    monkeypatch.setattr(previews, "draw", draw)
+    monkeypatch.setattr(Engine, "steps", stopped)
     with pytest.raises(StopWith, match="stopped by SIGTERM after step 3"):
         train.main(flags(data, tmp_path / "run", "--max_steps", "9", "--sample_interval", "2"))
     assert status_of(tmp_path / "run") == ("preempted", 3, 75)

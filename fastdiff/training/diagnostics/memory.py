@@ -1,7 +1,7 @@
-"""What a training step will take of a device's memory, found before anything is allocated there.
+"""Estimates how much of a device's memory a training step needs, before anything is allocated there.
 
-A step runs on tensors that have sizes and lifetimes but no memory; the largest sum of what is alive
-at once is what an allocator would have to provide. Two batch sizes give the fixed part and the part per image.
+A step runs on tensors that have sizes and lifetimes but no memory. The largest sum of the sizes alive at once is what
+an allocator would have to provide. Two batch sizes give the fixed part and the part per image.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch.utils._pytree import tree_leaves
 
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.models import BackboneSettings, SuperResSettings, build_model
+from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.training.deepspeed_engine import BUCKET
 from fastdiff.training.settings import TrainSettings
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations inside it make: `now`, and their `peak`.
+    """Counts the bytes of the storages that operations inside it create and that are alive: `now`, and their `peak`.
 
-    An allocator hands out whole blocks: sizes are rounded up to `block`.
+    Sizes are rounded up to `block`, because an allocator hands out whole blocks.
     """
 
     def __init__(self, block: int = 512) -> None:
@@ -66,16 +67,16 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, at its fullest."""
+    """Bytes on one device at the peak of a step."""
 
     weights: int
-    """Weights and, in 16 bits, their copies."""
+    """Weights, in the precision that the step stores them in."""
     gradients: int
     optimizer: int
-    """AdamW's moments and the float32 masters of 16-bit weights."""
+    """AdamW's moments and the float32 master weights of 16-bit weights."""
     averages: int
     per_image: int
-    """Activations and intermediate results at the fullest moment of forward and backward pass."""
+    """Activations and intermediate results at the peak of forward and backward pass."""
     fixed: int
     """Intermediate results that don't depend on the batch."""
 
@@ -84,18 +85,18 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.averages
 
     def of(self, micro_batch: int) -> int:
-        """The whole, for so many images at once."""
+        """Total bytes for micro-batches of so many images."""
         return self.states + self.fixed + micro_batch * self.per_image
 
     def describe(self, micro_batch: int, available: int) -> str:
-        """One line for people."""
+        """One line for the log."""
         parts = {name: getattr(self, name) for name in ("weights", "gradients", "optimizer", "averages")}
         parts["activations"] = self.fixed + micro_batch * self.per_image
         listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
         return f"expected memory: {self.of(micro_batch) / 1e9:.2f} of {available / 1e9:.1f} GB ({listed})"
 
     def most(self, available: int) -> int:
-        """Images at once that fit into `available` bytes; 0 if none does."""
+        """The largest micro-batch that fits into `available` bytes; 0 if none does."""
         return max(0, (available - self.states - self.fixed) // self.per_image)
 
 
@@ -108,17 +109,17 @@ def estimate(
     world_size: int = 1,
     on_device: bool = False,
 ) -> Memory:
-    """For the network that the settings describe, its body computed in `dtype`, on `device`, which is not touched.
+    """Estimate the memory of a training step with the network's body in `dtype`, without touching `device`.
 
-    on_device says that the step goes past DeepSpeed (`steps.DeviceStep`), and weights are float32.
+    on_device: the step is a `DeviceStep`, without DeepSpeed, and its weights are float32.
     """
     halves = train.precision != "fp32" and not on_device
     sizes = (2, 4)
-    # Ops choose by device: fake tensors can stand for the CPU's, and tensors on the meta device for a GPU's.
+    # Ops choose their implementation by device: fake tensors stand in for the CPU's, meta tensors for a GPU's.
     stand_in = FakeTensorMode() if device.type == "cpu" else torch.device("meta")
     with stand_in:
         network = build_model(model.model_copy(update={"use_checkpoint": model.use_checkpoint is True}))
-        process = replace(diffusion)  # one that keeps no table of stand-ins
+        process = replace(diffusion)  # a copy, so that the caller's process caches no stand-in tables
         peaks = [_peak(network, process, dtype, device, size, train.kernels, halves) for size in sizes]
     count = sum(p.numel() for p in network.parameters())
     per_image = (peaks[1] - peaks[0]) // (sizes[1] - sizes[0])
@@ -136,28 +137,21 @@ def estimate(
 
 
 def _peak(
-    network: Any,
+    network: UNet,
     diffusion: GaussianDiffusion,
     dtype: torch.dtype,
     device: torch.device,
-    batch: int,
+    size: int,
     kernels: str,
     halves: bool,
 ) -> int:
-    """Most bytes alive in a forward and backward pass, gradients of weights apart."""
-    settings = network.settings
+    """Peak bytes of a forward and backward pass on `size` images, without weights and their gradients."""
     network.train().set_precision(dtype)
     for p in network.parameters():
         p.data = p.data.to(dtype if halves else torch.float32)
-        p.grad = torch.zeros_like(p)  # DeepSpeed keeps them in buffers of its own
-    H, W = settings.size_hw
-    images = torch.empty(batch, H, W, settings.in_channels, dtype=torch.uint8)
-    index = torch.empty(batch, dtype=torch.int64)
-    kwargs: dict[str, Any] = {"y": index} if settings.class_cond else {}
-    if isinstance(settings, SuperResSettings):
-        kwargs["low_res"] = torch.empty(batch, settings.in_channels, *settings.small_size)
-    noise = ops.CounterNoise(0, index, (settings.in_channels, H, W))
+        p.grad = torch.zeros_like(p)  # DeepSpeed keeps gradients in buffers of its own
+    batch = dummy_batch(network.settings, size, next(network.parameters()).device)
     mode: ops.Mode = "triton" if device.type == "cuda" and kernels != "reference" else "auto"
     with ops.using(mode, anywhere=True), LiveBytes() as live:
-        diffusion.training_losses(network, images, index, kwargs, noise)["loss"].mean().backward()
+        diffusion.training_losses(network, *batch)["loss"].mean().backward()
     return live.peak

@@ -1,4 +1,4 @@
-"""Settles what the settings leave to the machine: the micro-batch, and whether activations are recomputed."""
+"""Resolves the settings that are "auto": the micro-batch, and whether activations are recomputed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, SuperResSettings, build_model
+from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import free_memory
 from fastdiff.runtime.processes import Processes
@@ -23,14 +23,14 @@ from fastdiff.training.diagnostics.memory import Memory, estimate
 from fastdiff.training.settings import TrainSettings
 
 SPARE = 0.08
-"""Share of the free memory left for what no estimate sees: cuDNN's workspaces, fragments, other programs."""
+"""Share of the free memory left for what the estimate leaves out: cuDNN's workspaces, fragments, other programs."""
 TRIED = 4
-"""Micro-batches that are timed, the largest that fit."""
+"""How many micro-batch sizes are timed, the largest that fit."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What was settled, and lines that say so."""
+    """The values chosen, and lines for the log that explain them."""
 
     microbatch: int
     use_checkpoint: bool
@@ -46,17 +46,19 @@ def fit(
     before: int | None = None,
     always_estimate: bool = False,
 ) -> Fit:
-    """Micro-batch and use_checkpoint for the settings; collective where something has to be tried.
+    """Choose the micro-batch and use_checkpoint; collective if sizes have to be timed.
 
-    before is the micro-batch of the run that this one goes on with: kept, for dropout masks depend on it. Without
-    anything to settle the memory is estimated on a GPU, and elsewhere only with always_estimate, for it takes seconds.
-    Raises UserError where not even one image fits.
+    before           Micro-batch of the run that this one resumes. It is kept if it fits, because dropout masks depend
+                     on it.
+    always_estimate  Estimate the memory on a CPU even if nothing is "auto". It takes seconds; on a GPU it always is.
+
+    Raises UserError if not even one image fits.
     """
     share = train.batch_size // processes.world_size
     given = -1 if train.microbatch == "auto" else int(train.microbatch)
     micro = _parts(share, share if given == -1 else given)[0]
-    settled = train.microbatch != "auto" and model.use_checkpoint != "auto"
-    if settled and processes.device.type == "cpu" and not always_estimate:
+    fixed = train.microbatch != "auto" and model.use_checkpoint != "auto"
+    if fixed and processes.device.type == "cpu" and not always_estimate:
         return Fit(micro, model.use_checkpoint is True, [])
 
     available = available_memory(processes)
@@ -94,13 +96,13 @@ def fit(
 
 
 def available_memory(processes: Processes) -> int:
-    """Bytes that this process may take: what is free on its GPU, or its share of the free memory of the machine."""
+    """Bytes that this process may use: the free memory of its GPU, or its share of the machine's free memory."""
     free = free_memory(processes.device)
     return free if processes.device.type == "cuda" else free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _parts(share: int, limit: int) -> list[int]:
-    """Micro-batches of at most `limit` images that make up the share evenly, from large to small."""
+    """Micro-batches of at most `limit` images that divide the share evenly, from large to small."""
     return [size for size in range(min(limit, share), 0, -1) if share % size == 0]
 
 
@@ -111,7 +113,7 @@ def _fastest(
     processes: Processes,
     sizes: Sequence[int],
 ) -> tuple[int, dict[int, float]]:
-    """The size with the most images/s in forward and backward pass on the slowest process, and the rates of all."""
+    """The size with the most images/s in forward and backward pass on the slowest process, and all sizes' rates."""
     seconds = torch.zeros(len(sizes), dtype=torch.float64)
     network = build_model(model).to(processes.device).train()
     network.set_precision(body_dtype(train.precision, processes.device))
@@ -133,23 +135,13 @@ def _fastest(
     return sizes[best], {size: 1 / each for size, each in zip(sizes, seconds.tolist(), strict=True)}
 
 
-def _time(network: torch.nn.Module, diffusion: GaussianDiffusion, device: torch.device, size: int) -> float:
-    """Seconds of a forward and backward pass, the better of two after one to warm up."""
-    settings = network.settings
-    assert isinstance(settings, BackboneSettings)
-    H, W = settings.size_hw
-    images = torch.zeros(size, H, W, settings.in_channels, dtype=torch.uint8, device=device)
-    index = torch.arange(size, device=device)
-    kwargs = {"y": index % settings.num_classes} if settings.class_cond else {}
-    if isinstance(settings, SuperResSettings):
-        kwargs["low_res"] = torch.zeros(size, settings.in_channels, *settings.small_size, device=device)
-    noise = ops.CounterNoise(0, index, (settings.in_channels, H, W))
+def _time(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int) -> float:
+    """Seconds of a forward and backward pass, the faster of two after one to warm up."""
+    batch = dummy_batch(network.settings, size, device)
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        diffusion.training_losses(network, images, index % diffusion.num_timesteps, kwargs, noise)[
-            "loss"
-        ].mean().backward()
+        diffusion.training_losses(network, *batch)["loss"].mean().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What a step will take of memory, against what it takes; and what is settled by it."""
+"""The estimated memory of a step against the measured one, and the micro-batch chosen by it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, build_model
+from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.diagnostics import microbatch_tuning as fitting
 from fastdiff.training.diagnostics.memory import LiveBytes, Memory, estimate
@@ -28,15 +28,13 @@ def diffusion() -> GaussianDiffusion:
 
 
 def _measured(settings: UNetSettings, diffusion: GaussianDiffusion, batch: int) -> int:
-    """Most bytes that the allocator gave out in a forward and backward pass."""
+    """Peak bytes that the allocator handed out in a forward and backward pass."""
     network = build_model(settings).train()
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
-    index = torch.arange(batch)
-    images = torch.zeros(batch, *settings.size_hw, 3, dtype=torch.uint8)
+    given = dummy_batch(settings, batch, CPU)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        noise = ops.CounterNoise(0, index, (3, *settings.size_hw))
-        diffusion.training_losses(network, images, index, {}, noise)["loss"].mean().backward()
+        diffusion.training_losses(network, *given)["loss"].mean().backward()
     events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -92,13 +90,13 @@ def test_live_bytes() -> None:
 
 
 def test_does_not_touch_the_process(diffusion: GaussianDiffusion) -> None:
-    """The tables it makes are stand-ins, and must not be found by the run that follows."""
+    """The tables made on stand-in tensors must not stay in the process, which the run uses next."""
     estimate(NETWORK, TrainSettings(), diffusion, torch.float32, CPU)
     x, t = torch.zeros(2, 3, 32, 32), torch.tensor([0, 3])
     assert torch.isfinite(diffusion.q_sample(x, t)).all()
 
 
-# --- what is settled ---
+# --- what is chosen ---
 
 MEMORY = Memory(weights=100, gradients=100, optimizer=200, averages=100, per_image=50, fixed=100)
 
@@ -128,7 +126,7 @@ def test_most_that_fits() -> None:
 
 
 def test_microbatch_auto(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> None:
-    """The fastest of the largest that fit and share the batch out evenly."""
+    """The fastest of the largest that fit and divide the batch evenly."""
     assert _fit(diffusion, batch_size=48, microbatch="auto").microbatch == 4
     made = _fit(diffusion, batch_size=48, microbatch="auto")
     assert [word for word in ("8:", "6:", "4:", "3:", "12:") if word in made.lines[0]] == ["8:", "6:", "4:", "3:"]
@@ -159,13 +157,13 @@ def test_too_large(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> No
     assert _fit(diffusion, batch_size=6, microbatch="auto").microbatch == 3
 
 
-def test_nothing_to_settle(diffusion: GaussianDiffusion) -> None:
+def test_nothing_to_choose(diffusion: GaussianDiffusion) -> None:
     made = _fit(diffusion, batch_size=12, microbatch=5)
     assert (made.microbatch, made.use_checkpoint, made.lines) == (4, False, [])
 
 
 def test_really_tried() -> None:
-    """Without stand-ins: the tiny network on this machine."""
+    """A tiny network is really timed on this machine."""
     tiny = UNetSettings(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
     plain = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=False)
     made = fitting.fit(tiny, TrainSettings(batch_size=4, microbatch="auto"), plain, ALONE, {})

@@ -1,0 +1,99 @@
+"""The CUDA calls of a GraphRunner, on a GPU that only notes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from fastdiff.runtime.cuda_graphs import GraphRunner
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    def __init__(self, calls: list[str], name: str) -> None:
+        self.calls, self.name = calls, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+
+class Graph:
+    def __init__(self, calls: list[str], number: int) -> None:
+        self.calls, self.name = calls, f"graph {number}"
+
+    def pool(self) -> str:
+        return f"pool of {self.name}"
+
+    def replay(self) -> None:
+        self.calls.append(f"replay {self.name}")
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is called on the GPU, in order."""
+    made: list[str] = []
+    graphs: list[Graph] = []
+
+    def new_graph() -> Graph:
+        graphs.append(Graph(made, len(graphs)))
+        return graphs[-1]
+
+    @contextmanager
+    def stream(side: Stream) -> Iterator[None]:
+        made.append(f"on {side.name}")
+        yield
+        made.append("back")
+
+    @contextmanager
+    def capture(graph: Graph, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        made.append(f"capture {graph.name}, {pool}, {stream.name}, {capture_error_mode}")
+        yield
+        made.append("captured")
+
+    current = Stream(made, "main")
+    for name, value in {
+        "Stream": lambda device: Stream(made, "side"),
+        "current_stream": lambda: current,
+        "stream": stream,
+        "CUDAGraph": new_graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return made
+
+
+def on_side(*made: str) -> list[str]:
+    return ["side waits for main", "on side", *made, "back", "main waits for side"]
+
+
+def test_captured_once_and_replayed(calls: list[str]) -> None:
+    runner = GraphRunner(CPU, enabled=True)
+
+    def run(name: str, warming_up: bool = False, prepare: bool = False) -> list[str]:
+        calls.clear()
+        given = {"prepare": lambda: calls.append("prepare")} if prepare else {}
+        runner.run(name, lambda: calls.append(name), warming_up=warming_up, **given)
+        return list(calls)
+
+    for _ in range(2):
+        assert run("first", warming_up=True, prepare=True) == on_side("first")
+    captured = ["capture graph 0, None, side, thread_local", "first", "captured", "replay graph 0"]
+    assert run("first", prepare=True) == on_side("prepare", *captured)
+    assert run("first", prepare=True) == on_side("replay graph 0")
+    captured = ["capture graph 1, pool of graph 0, side, thread_local", "more", "captured", "replay graph 1"]
+    assert run("more") == on_side(*captured)
+    assert run("first") == on_side("replay graph 0")
+    runner.clear()
+    assert run("more")[2] == "capture graph 2, None, side, thread_local"
+
+
+def test_without_graphs(calls: list[str]) -> None:
+    runner = GraphRunner(CPU, enabled=False)
+    for warming_up in (True, False):
+        runner.run("first", lambda: calls.append("first"), warming_up=warming_up)
+    assert calls == ["first", "first"]
