@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fastdiff.errors import UserError
 
+_POLL = 0.05  # seconds
 _joined = False
 
 
@@ -47,6 +48,11 @@ class ProcessId(NamedTuple):
         return ProcessId(found[1], int(found[2]), int(found[3])) if found else None
 
     @staticmethod
+    def of(pid: int) -> ProcessId:
+        """The process of this host that has this pid now."""
+        return ProcessId(_host(), pid, _start_time(pid) or 0)
+
+    @staticmethod
     def own() -> ProcessId:
         """This process."""
         return _own_id(os.getpid())
@@ -54,12 +60,15 @@ class ProcessId(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _own_id(pid: int) -> ProcessId:
+    return ProcessId.of(pid)
+
+
+def _host() -> str:
     try:
         namespace = "-" + re.sub(r"\D", "", os.readlink("/proc/self/ns/pid"))
     except OSError:
         namespace = ""
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) + namespace
-    return ProcessId(host, pid, _start_time(pid) or 0)
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname()) + namespace
 
 
 def _start_time(pid: int) -> int | None:
@@ -122,16 +131,10 @@ def join(group: bool = True, timeout: timedelta = timedelta(minutes=30)) -> Proc
     global _joined
     processes = current()
     if group and processes.world_size > 1 and not dist.is_initialized():
-        backend, rank, world_size = (
-            "nccl" if processes.device.type == "cuda" else "gloo",
-            processes.rank,
-            processes.world_size,
-        )
-        if agent_hosts_store():
-            store = fresh_store(rank, world_size, timeout)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        else:
-            dist.init_process_group(backend, timeout=timeout)
+        backend = "nccl" if processes.device.type == "cuda" else "gloo"
+        rank, world_size = processes.rank, processes.world_size
+        store = open_store("group", rank, world_size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     _joined = True
     return processes
 
@@ -158,58 +161,60 @@ def make_writable(folder: Path) -> Path:
     return folder
 
 
-_ROUND = "fastdiff/round"
-
-
-_POLL = 0.05  # seconds
-
-
 def agent_hosts_store() -> bool:
-    """Whether the store is torchrun's, and outlives rank 0."""
+    """Whether torchrun's agent hosts the store, so that it outlives rank 0."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def fresh_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """torchrun's store, under a prefix that only the ranks of this start use. Collective.
+def store_address() -> tuple[str, int]:
+    """Host and port of the run's store."""
+    return os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "29500"))
 
-    torchrun keeps its store when it starts ranks anew, and in it the addresses of those that died: a group that reads
-    them can't connect. TORCHELASTIC_RESTART_COUNT is no way out, since nodes count differently. So rank 0 names the
-    round, the others answer with words of their own, and who finds its own word in rank 0's list is in that round.
-    Raises dist.DistStoreError when not all have come in time.
+
+def open_store(purpose: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The run's key-value store, under a prefix that only the ranks of this start use, and for this purpose only.
+
+    Collective; raises dist.DistStoreError when not all ranks have come within `timeout`. The store is torchrun's, or
+    else rank 0 hosts it: torch lets a process open the same one repeatedly (multi_tenant).
+
+    The prefix is needed because torchrun keeps its store when it restarts ranks, with the addresses of those that
+    died, to which a new group can't connect; and because another run on this machine may have the port.
+    TORCHELASTIC_RESTART_COUNT doesn't tell starts apart, since nodes count differently. So rank 0 names a round, each
+    other rank answers with a word of its own, and rank 0 publishes the list of words: a rank that finds its word in
+    the list is in that round.
     """
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timeout)
+    hosts = rank == 0 and not agent_hosts_store()
+    store = dist.TCPStore(*store_address(), is_master=hosts, multi_tenant=True, wait_for_workers=False, timeout=timeout)
+    rounds = dist.PrefixStore(f"fastdiff/{purpose}", store)
     until = time.monotonic() + timeout.total_seconds()
-    name = _lead(store, world_size, until) if rank == 0 else _follow(store, rank, until)
-    return dist.PrefixStore(f"{_ROUND}/{name}", store)
+    name = _lead(rounds, world_size, until) if rank == 0 else _follow(rounds, rank, until)
+    return dist.PrefixStore(name, rounds)
 
 
-def _lead(store: dist.TCPStore, world_size: int, until: float) -> str:
+def _lead(store: dist.Store, world_size: int, until: float) -> str:
     name = uuid.uuid4().hex
-    store.set(_ROUND, name)
-    keys = [f"{_ROUND}/{name}/word/{rank}" for rank in range(1, world_size)]
+    store.set("round", name)
+    keys = [f"{name}/word/{rank}" for rank in range(1, world_size)]
     while not store.check(keys):
         _wait(until, "the other ranks")
     words = [value.decode() for value in store.multi_get(keys)]
-    store.set(f"{_ROUND}/{name}/words", json.dumps(words))
+    store.set(f"{name}/words", json.dumps(words))
     return name
 
 
-def _follow(store: dist.TCPStore, rank: int, until: float) -> str:
+def _follow(store: dist.Store, rank: int, until: float) -> str:
     word, answered = uuid.uuid4().hex, ""
     while True:
-        name = store.get(_ROUND).decode() if store.check([_ROUND]) else ""
+        name = store.get("round").decode() if store.check(["round"]) else ""
         if name != answered:
-            store.set(f"{_ROUND}/{name}/word/{rank}", word)
+            store.set(f"{name}/word/{rank}", word)
             answered = name
-        elif (
-            name and store.check([words := f"{_ROUND}/{name}/words"]) and json.loads(store.get(words))[rank - 1] == word
-        ):
+        elif name and store.check([words := f"{name}/words"]) and json.loads(store.get(words))[rank - 1] == word:
             return name
         _wait(until, "rank 0")
 
 
 def _wait(until: float, whom: str) -> None:
     if time.monotonic() > until:
-        raise dist.DistStoreError(f"{whom} did not come to torchrun's store in time")
+        raise dist.DistStoreError(f"{whom} did not come to the store in time")
     time.sleep(_POLL)

@@ -60,7 +60,7 @@ def work(case: str) -> None:
 
 def happen(case: str, me: int, watchdog: Watchdog) -> None:
     pid = os.getpid()
-    while watchdog.exchange and not watchdog.exchange.peers:  # on a busy machine the first sign comes late
+    while watchdog.heartbeat and not watchdog.heartbeat.peers:  # on a busy machine the first heartbeat comes late
         time.sleep(0.05)
     if case == "same late error":
         raise UserError("disk full")
@@ -84,9 +84,9 @@ def happen(case: str, me: int, watchdog: Watchdog) -> None:
     if case == "asked to stop":
         os.kill(pid, signal.SIGUSR1)
     if case == "asked twice":
-        assert watchdog.exchange
+        assert watchdog.heartbeat
         for _ in range(2):  # rank 0 waits in a collective, where Python runs no handlers
-            os.kill(watchdog.exchange.peers[0].sign.pid, signal.SIGTERM)
+            os.kill(watchdog.heartbeat.peers[0].process.pid, signal.SIGTERM)
             time.sleep(1.7)
 
 

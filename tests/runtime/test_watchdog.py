@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import HELPERS, ROOT, TESTS
 
-from fastdiff.runtime.heartbeat import End, Exchange, Sign, behind
-from fastdiff.runtime.processes import Processes
-from fastdiff.runtime.watchdog import Watchdog
+from fastdiff.runtime.heartbeat import Beat, End, Heartbeat
+from fastdiff.runtime.processes import Processes, ProcessId
+from fastdiff.runtime.watchdog import Watchdog, behind
 
 OPTIONS = "timeout:1 attempts:1"
 CASES = [
@@ -118,60 +121,76 @@ def test_a_second_signal_ends_a_rank_inside_a_collective(outcomes: dict[str, Any
     assert outcomes["asked twice"]["words"][0] == "train.py: ended at once by a second SIGTERM\n"
 
 
-def sign(rank: int, collectives: int, waits: bool) -> Sign:
-    return Sign(rank, "node", "boot", 100 + rank, 7, "step 3", "loader.py:5", 700, 600, collectives, waits, False)
+def beat(rank: int, collectives: int = 0, waits: bool = False) -> Beat:
+    process = ProcessId("node-1", 100 + rank, 5)
+    idle = time.monotonic()
+    return Beat(rank, f"rank {rank}", "node-1", process, "step 3", "loader.py:5", idle, 600, collectives, waits)
 
 
 @pytest.mark.parametrize(
-    ("signs", "late"),
+    ("beats", "late"),
     [
-        ([sign(0, 5, True), sign(1, 4, False), sign(2, 5, True)], [1]),
-        ([sign(0, 4, False), sign(1, 5, True)], [0]),
-        ([sign(0, 5, True), sign(1, 5, False)], [1]),  # counts that say nothing
-        ([sign(0, 5, True), sign(1, 5, True)], []),  # the link, or a bug: nobody came too late
-        ([sign(0, 5, False), sign(1, 5, False)], []),
-        ([sign(0, 7, False), sign(1, 6, True), sign(2, 6, True)], [0]),  # gloo counts what rank 0 gathered before
+        ([beat(0, 5, True), beat(1, 4, False), beat(2, 5, True)], [1]),
+        ([beat(0, 4, False), beat(1, 5, True)], [0]),
+        ([beat(0, 5, True), beat(1, 5, False)], [1]),  # counts that say nothing
+        ([beat(0, 5, True), beat(1, 5, True)], []),  # the link, or a bug: nobody came too late
+        ([beat(0, 5, False), beat(1, 5, False)], []),
+        ([beat(0, 7, False), beat(1, 6, True), beat(2, 6, True)], [0]),  # gloo counts what rank 0 gathered before
     ],
 )
-def test_who_is_late(signs: list[Sign], late: list[int]) -> None:
-    assert [sign.rank for sign in behind(signs)] == late
+def test_who_is_late(beats: list[Beat], late: list[int]) -> None:
+    assert [beat.rank for beat in behind(beats)] == late
 
 
-class Store:
-    """A store in which another rank has told its sign, and that it ended, before this one first looks."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {
-            "fastdiff/sign/1": json.dumps(asdict(sign(1, 0, False))),
-            "fastdiff/end/1": json.dumps(asdict(End(1, 101, 2, "no such folder", "rank 1 ended", "itself"))),
-        }
-
-    def set(self, key: str, value: str) -> None:
-        self.values[key] = value
-
-    def add(self, key: str, number: int) -> int:
-        return 1 + number
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
-
-    def get(self, key: str) -> str:
-        return self.values[key]
-
-    def multi_get(self, keys: list[str]) -> list[str]:
-        return [self.values[key] for key in keys]
+def wait_for(condition: Callable[[], Any]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
-@pytest.mark.parametrize(("restarts", "heard"), [("0", True), ("2", False)])
-def test_an_end_from_before_the_first_look(restarts: str, heard: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun's store may still hold what an earlier start said, but only where ranks are started anew."""
+def start_two() -> list[Heartbeat]:
+    """Two ranks in this process, which have heard of each other."""
+    ranks = [Heartbeat(rank, 2, functools.partial(beat, rank), 0.05) for rank in (0, 1)]
+    for heartbeat in ranks:
+        heartbeat.start()
+    wait_for(lambda: all(heartbeat.peers for heartbeat in ranks))
+    return ranks
+
+
+def test_what_ranks_said_before_they_were_restarted_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps its store when it restarts ranks, and with it their last heartbeats."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
-    monkeypatch.setattr(Exchange, "_run", lambda self: None)
-    exchange, store = Exchange(0, 2, lambda beat: sign(0, 0, False), 1.0), Store()
-    for _ in range(2):
-        exchange._exchange(store, time.monotonic())  # type: ignore[arg-type]
-    assert [end.reason for _, end in exchange.others_ends()] == (["no such folder"] if heard else [])
+    before = start_two()
+    assert before[1].tell(End("rank 1 ended: no such folder", 2), patience=20)
+    wait_for(before[0].ends)
+    assert [end.line for _, end in before[0].ends()] == ["rank 1 ended: no such folder"]
+    after = start_two()
+    read = after[0].at
+    wait_for(lambda: after[0].at > read)
+    assert not after[0].ends()
+    for heartbeat in (*before, *after):
+        heartbeat.close()
+
+
+def test_another_run_at_the_same_port_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a launcher that is started twice: ranks of the second one come to the first one's store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    ranks = start_two()
+    stranger = Heartbeat(1, 2, functools.partial(beat, 1, 77), 0.05)
+    stranger.start()
+    assert not stranger.tell(End("rank 1 ended: bad flag", 2), patience=1)
+    assert not ranks[0].ends()
+    assert ranks[0].peers[1].collectives == 0
+    for heartbeat in (*ranks, stranger):
+        heartbeat.close()
 
 
 def test_a_process_that_was_stopped_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +199,7 @@ def test_a_process_that_was_stopped_is_not_idle(monkeypatch: pytest.MonkeyPatch)
     watchdog = Watchdog(alone, stall_seconds=5.0)
     watchdog.progress("step 1")
     before = watchdog._progress_at
-    watchdog._forgive(time.monotonic(), 100.0)
+    watchdog._forgive(100.0)
     assert watchdog._progress_at == before + 100.0
 
 

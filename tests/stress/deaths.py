@@ -22,7 +22,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from training.test_launchers import LAUNCHERS, pid_of, start  # noqa: E402
 
-from fastdiff.runtime.heartbeat import gone  # noqa: E402
+from fastdiff.runtime.processes import ProcessId  # noqa: E402
 
 CASES = (
     ("kill -9 of rank 1", signal.SIGKILL, 1, 60.0),
@@ -38,9 +38,10 @@ def measure(launcher: str, number: signal.Signals, rank: int, limit: float) -> t
         folder = Path(name)
         process = start(launcher, folder, 100_000)
         victim, other = (pid_of(r, process, folder, 5) for r in (rank, 1 - rank))
+        watched = ProcessId.of(other)
         os.kill(victim, number)
         since = time.monotonic()
-        while not gone(other) and time.monotonic() < since + limit:
+        while not watched.is_gone() and time.monotonic() < since + limit:
             time.sleep(0.02)
         first = time.monotonic() - since
         try:
