@@ -88,9 +88,7 @@ class Heartbeat:
         self._told = threading.Event()  # set when the end has been sent, or never will be
         self._wake = threading.Event()
         self._closed = False
-
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def close(self) -> None:
         self._closed = True

@@ -24,21 +24,21 @@ _joined = False
 
 
 class ProcessId(NamedTuple):
-    """A process, told apart from all others of this and other hosts, also from a later one with the same pid."""
+    """A process, distinguished from all others on this and other hosts and from a later one with the same pid."""
 
     host: str
-    """Host name and, on Linux, the pid namespace: containers of one host name each count their pids from 1."""
+    """Host name and, on Linux, the pid namespace: containers with the same host name count pids separately."""
     pid: int
     started: int
     """Start time in the kernel's clock ticks since boot; 0 where the system doesn't tell."""
 
     @property
     def tag(self) -> str:
-        """The process as a part of a file name, such as node3-4026531836.4711.98765."""
+        """The process in a form for file names, such as node3-4026531836.4711.98765."""
         return f"{self.host}.{self.pid}.{self.started}"
 
     def is_gone(self) -> bool:
-        """Whether the process is known to have ended. Only processes of the same host can know."""
+        """Whether the process is known to have ended; always False for a process of another host."""
         return self.host == ProcessId.own().host and _start_time(self.pid) != self.started
 
     @staticmethod
@@ -72,7 +72,7 @@ def _host() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks (0 where the system doesn't tell); None if it has ended."""
+    """Start time of a process of this host, in clock ticks (0 where the system doesn't tell); None if it has ended."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if words[0] in "ZX" else int(words[19])
@@ -91,7 +91,7 @@ def _start_time(pid: int) -> int | None:
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands. `rank` is over all nodes, `local_rank` on this node."""
+    """Rank, world size and device of this process. `rank` counts over all nodes, `local_rank` on this node."""
 
     rank: int
     local_rank: int
@@ -109,7 +109,7 @@ class Processes:
 
 
 def current() -> Processes:
-    """This process by the launcher's environment variables (deepspeed, torchrun), or alone without them."""
+    """Read the launcher's environment variables (deepspeed, torchrun, srun); without them the process is alone."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     if cuda:
@@ -123,10 +123,10 @@ def current() -> Processes:
 
 
 def join(group: bool = True, timeout: timedelta = timedelta(minutes=30)) -> Processes:
-    """`current()`, and the process group of torch.distributed when there are several processes.
+    """`current()`; if there are several processes, also initializes the process group of torch.distributed.
 
-    Without a group the processes go their own ways from here on, and each reports its own errors. timeout is that of
-    every collective.
+    group=False leaves the group out, for processes that work independently. From here on each process reports its
+    own errors. `timeout` applies to every collective and to the start of the group.
     """
     global _joined
     processes = current()
@@ -140,17 +140,17 @@ def join(group: bool = True, timeout: timedelta = timedelta(minutes=30)) -> Proc
 
 
 def has_joined() -> bool:
-    """Whether `join` was called: from then on an error may concern one rank alone, and each rank reports its own."""
+    """Whether `join` was called. From then on an error may concern one rank alone, so each rank reports its own."""
     return _joined
 
 
 def output_folder(setting: str, default: str) -> Path:
-    """The folder a setting names, else the one in OPENAI_LOGDIR (improved-diffusion's variable), else the default."""
+    """The folder that a setting names, else that of OPENAI_LOGDIR (improved-diffusion's variable), else the default."""
     return Path(setting or os.environ.get("OPENAI_LOGDIR", "") or default)
 
 
 def make_writable(folder: Path) -> Path:
-    """Create the folder if need be; UserError when nothing can be written there."""
+    """Create the folder if necessary; UserError if nothing can be written to it."""
     probe = folder / f".writable.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,8 +195,9 @@ def _lead(store: dist.Store, world_size: int, until: float) -> str:
     name = uuid.uuid4().hex
     store.set("round", name)
     keys = [f"{name}/word/{rank}" for rank in range(1, world_size)]
-    while not store.check(keys):
-        _wait(until, "the other ranks")
+    for rank, key in enumerate(keys, start=1):
+        while not store.check([key]):
+            _wait(until, f"rank {rank}")
     words = [value.decode() for value in store.multi_get(keys)]
     store.set(f"{name}/words", json.dumps(words))
     return name

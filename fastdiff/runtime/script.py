@@ -1,4 +1,4 @@
-"""How a script runs and ends: exit codes, error messages, and output streams that may be closed."""
+"""Run a script: its exit code, its error message, and output streams that may be closed."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from fastdiff.runtime.processes import has_joined
 
 
 class _Lossy:
-    """A text stream that loses what can't be written: nobody reads any more, or the disk is full."""
+    """A text stream that drops what can't be written because the reader has gone or the disk is full."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._losing():
+        with self._dropping():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._losing():
+        with self._dropping():
             self._stream.flush()
 
     @contextmanager
-    def _losing(self) -> Iterator[None]:
+    def _dropping(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:  # for good: Python's own flush at the end goes nowhere, too
+        except BrokenPipeError:  # permanent: redirect the descriptor, so that Python's own flush at exit succeeds
             with suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
         except OSError:
             pass
 
@@ -52,8 +52,9 @@ class _Lossy:
 
 @contextmanager
 def tolerate_closed_output() -> Iterator[None]:
-    """In here nothing that is written to sys.stdout and sys.stderr raises: neither OSErrors nor names that aren't
-    Unicode, whose bytes are shown as escapes.
+    """In this context writing to sys.stdout and sys.stderr never raises.
+
+    Text that can't be written is dropped. File names that are not valid Unicode are written with escapes.
     """
     streams = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     try:
@@ -69,47 +70,43 @@ def tolerate_closed_output() -> Iterator[None]:
 
 
 _script = ""
-
-
 _peers: Peers | None = None
-
-
 _SAME_ERROR = 2.0
-"""Seconds in which rank 0 makes the same error as this rank, or the launcher, seeing that, ends this rank."""
+"""Seconds in which rank 0 reports the same error as this rank, or the launcher notices and ends this rank."""
 
 
 class Peers(Protocol):
-    """What a script's end needs of whoever watches the other ranks: see `fastdiff.runtime.watchdog`."""
+    """The methods of `fastdiff.runtime.watchdog.Watchdog` that a script calls when it ends."""
 
     def report_end(self, reason: str, code: int) -> None:
         """Tell the other ranks why this one ends."""
 
     def is_said(self, reason: str, code: int, patience: float) -> bool:
-        """Whether rank 0 says it within `patience` seconds: the same reason, or the same code but for wrong input."""
+        """Whether rank 0 reports the same end within `patience` seconds."""
 
     def explain(self) -> str | None:
-        """One sentence on the rank whose end made this one fail; None where none is known. Waits some seconds."""
+        """One sentence on the rank whose end made a collective fail; None where none is known. Takes seconds."""
 
     def speaks(self) -> bool:
-        """Whether it falls to this rank to say so."""
+        """Whether this rank is the one on its machine that prints it."""
 
 
 def script_name() -> str:
-    """Name of the script that `run_script` runs; empty where the package is a library."""
+    """Name of the script that `run_script` runs; empty where the package is used as a library."""
     return _script
 
 
 def set_peers(peers: Peers | None) -> None:
-    """Name who watches the other ranks."""
+    """Set the watchdog of the other ranks."""
     global _peers
     _peers = peers
 
 
 def run_script(main: Callable[[], None], name: str) -> None:
-    """Run a script's main, and end with one of `fastdiff.errors`.
+    """Run a script's main function and end the process with an exit code of `fastdiff.errors`.
 
-    A UserError or StopWith ends it with one sentence. Where another rank's end made a collective fail, the last line
-    says which rank's and why, instead of a traceback. Whether anybody reads what it prints makes no difference.
+    For a UserError or StopWith one sentence is printed. Where the end of another rank made a collective fail, the last
+    line names that rank and its reason instead of a traceback. Closed output streams don't change the exit code.
     """
     global _script
     _script = name
@@ -119,12 +116,12 @@ def run_script(main: Callable[[], None], name: str) -> None:
         if dist.is_initialized() and not code:
             dist.destroy_process_group()
     if code:
-        # Other ranks may wait in a collective: leave without the clean-up that would wait for them.
+        # Other ranks may be waiting in a collective, and Python's clean-up would wait for them.
         os._exit(code) if has_joined() or _peers else sys.exit(code)
 
 
 def _code_of(main: Callable[[], None]) -> int:
-    """Run it, say why it ended, and tell the other ranks."""
+    """Run `main`, print why it ended and tell the other ranks; returns the exit code."""
     try:
         main()
     except UserError as error:
@@ -146,13 +143,13 @@ def _code_of(main: Callable[[], None]) -> int:
 
 
 def _say_once(reason: str, code: int, what: str = "") -> None:
-    """Print why this rank ends, unless it is for the reason that rank 0 gives."""
+    """Tell the other ranks why this one ends, and print it unless rank 0 prints the same."""
     rank = int(os.environ.get("RANK", "0"))
     if _peers:
         _peers.report_end(reason, code)
     if rank:
         what = f"{what or 'ended'} on rank {rank}"
-        if code == errors.USER_ERROR:  # the launcher's signal says that rank 0 has ended, most likely by the same
+        if code == errors.USER_ERROR:  # a SIGTERM of the launcher then means that rank 0 has ended, by the same error
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if _peers and _peers.is_said(reason, code, _SAME_ERROR):
             return
@@ -163,7 +160,7 @@ def _say_once(reason: str, code: int, what: str = "") -> None:
 
 
 def _failed(error: Exception, peers: Peers) -> int:
-    """Say what an exception was about, this rank's own or another rank's end; the exit code."""
+    """Print whether an exception is this rank's own or due to another rank's end; returns the exit code."""
     if not is_broken_collective(error):
         traceback.print_exception(error)
         peers.report_end(_first_line(error), 1)
@@ -171,7 +168,7 @@ def _failed(error: Exception, peers: Peers) -> int:
     line = peers.explain()
     if line is None:
         traceback.print_exception(error)
-        line = f"a collective failed, though every rank still gives signs of life: {_first_line(error)}"
+        line = f"a collective failed, and no rank is known to have ended: {_first_line(error)}"
         peers.report_end(line, errors.PEER_LOST)
     if peers.speaks():
         print(f"{_script}: {line}", file=sys.stderr, flush=True)
@@ -179,7 +176,7 @@ def _failed(error: Exception, peers: Peers) -> int:
 
 
 def is_broken_collective(error: BaseException) -> bool:
-    """Whether an exception comes from a collective whose other side failed: gloo and NCCL name themselves."""
+    """Whether an exception comes from a collective whose other side failed: messages of gloo and NCCL say so."""
     words = ("gloo", "nccl", "processgroup", "connection closed by peer", "connection reset by peer")
     if isinstance(error, dist.DistError):
         return True

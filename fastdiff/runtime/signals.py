@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and SIGUSR1, by which batch systems and launchers announce the end."""
+"""Handle SIGTERM and SIGUSR1, with which batch systems and launchers ask a process to stop."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fastdiff.runtime.script import script_name
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAME = 1.0
-"""Seconds within which signals count as one: Slurm and torchrun both deliver it."""
+"""Seconds within which signals count as one, because Slurm and torchrun may both deliver the same one."""
 
 
 class StopSignals:
-    """While open, SIGTERM and SIGUSR1 are noted instead of ending the process.
+    """A context in which SIGTERM and SIGUSR1 are recorded instead of ending the process.
 
         with StopSignals() as signals:
             for step in steps:
@@ -28,9 +28,9 @@ class StopSignals:
                     save()
                     signals.finish()
 
-    A second signal, more than a second after the first, ends the process at once, with a line on stderr and exit code
-    130: even while the main thread is inside a collective, where Python runs no handlers. Outside the main thread,
-    where Python allows no handlers, nothing is heard and nothing changes.
+    A second signal, more than a second after the first, ends the process at once with a line on stderr and exit code
+    130, even while the main thread is inside a collective, where Python runs no handlers. Opened in another thread
+    than the main one, where Python allows no handlers, the context does nothing.
     """
 
     def __init__(self) -> None:
@@ -42,13 +42,13 @@ class StopSignals:
 
     @property
     def requested(self) -> str | None:
-        """Name of the first signal that came, None before."""
+        """Name of the first signal received; None before."""
         return self._requested
 
     def finish(self) -> None:
-        """Everything is saved: signals are ignored from here on.
+        """Ignore signals from here on, because everything is saved.
 
-        Launchers send SIGTERM to the slower ranks when a faster one has left.
+        Launchers send SIGTERM to the other ranks when one has ended.
         """
         self._finished = True
 
@@ -64,8 +64,8 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._old:
             return
-        # A script that has saved, or is about to say why it failed, isn't stopped in that: launchers send SIGTERM as
-        # soon as one rank is gone. A caller's own process is as it was before.
+        # A script that has saved, or is about to print why it failed, goes on ignoring signals, since launchers send
+        # SIGTERM as soon as one rank is gone. Where the package is a library the old handlers come back.
         ignored = script_name() and (self._finished or kind)
         for number, handler in self._old.items():
             signal.signal(number, signal.SIG_IGN if ignored else handler)
@@ -74,12 +74,12 @@ class StopSignals:
         self._writer.send(b"\0")
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        """Runs in the main thread, late where that is busy: it doesn't count signals."""
+        """Record a signal. This runs in the main thread, possibly late, so `_listen` counts the signals."""
         if not self._finished:
             self._requested = self._requested or signal.Signals(number).name
 
     def _listen(self) -> None:
-        """Counts signals as they come: Python writes each one's number to the socket in the C handler itself."""
+        """Count signals as they arrive: Python's C handler writes each one's number to the socket at once."""
         with self._reader, self._writer:
             while number := self._reader.recv(1)[0]:
                 if number in SIGNALS and not self._finished:

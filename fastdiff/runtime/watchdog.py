@@ -58,7 +58,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if not self.alone:
-            self.heartbeat.start()
+            self.heartbeat.thread.start()
             set_peers(self)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -108,6 +108,8 @@ class Watchdog:
         """After a collective failed: the sentence on the rank that ended, or None where every rank is alive."""
         self._ending.acquire()
         heartbeat, line = self.heartbeat, None
+        if not heartbeat.at:  # the ranks have not come together: the error says why
+            return None
         until = time.monotonic() + 5 * self.interval  # each rank that is alive sends a heartbeat before
         while not line and heartbeat.at < until and time.monotonic() < until + _SLOW_STORE:
             time.sleep(0.05)

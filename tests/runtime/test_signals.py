@@ -63,12 +63,12 @@ def test_a_script_ends_with_the_code_it_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(processes, "_joined", False)
+    monkeypatch.setattr(script, "_script", "")  # restored at the end of the test, after run_script has set it
 
     def main() -> None:
         raise StopWith(PREEMPTED, "saved at step 3")
 
     with pytest.raises(SystemExit) as ended:
         run_script(main, "train.py")
-    monkeypatch.setattr(script, "_script", "")
     assert ended.value.code == 75
     assert capsys.readouterr().err == "train.py: saved at step 3\n"
