@@ -14,7 +14,7 @@ import torch
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images import DataSettings, open_images
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
@@ -33,9 +33,7 @@ MODEL = UNetSettings(
 DIFFUSION = DiffusionSettings(diffusion_steps=2, noise_schedule="cosine")
 
 
-def make_trainer(
-    data: Path, snapshot: checkpoints.Snapshot | None = None, loader: str = "pillow", **settings: Any
-) -> Trainer:
+def make_trainer(data: Path, snapshot: Snapshot | None = None, loader: str = "pillow", **settings: Any) -> Trainer:
     """A trainer with everything that has state: averages, dropout, micro-batches, loss-aware timesteps."""
     processes = start_processes()
     given = {
@@ -102,7 +100,7 @@ def check_exact_resume(
     final = state(straight)
     straight.loader.close()
     for k in at:
-        snapshot = checkpoints.read(folder / f"step_{k:06d}", ["0.9", "0.99"])
+        snapshot = read_snapshot(folder / f"step_{k:06d}", ["0.9", "0.99"])
         assert not snapshot.notes, snapshot.notes
         resumed = make_trainer(data, snapshot, loader, **settings)
         assert resumed.step == k
@@ -125,7 +123,7 @@ def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
     folder = work / f"back{stage}-{precision}-{trainer.processes.world_size}"
     trainer.save(folder, {})
     first = steps(trainer, 3)
-    snapshot = checkpoints.read(folder / "step_000002", ["0.9", "0.99"])
+    snapshot = read_snapshot(folder / "step_000002", ["0.9", "0.99"])
     trainer.roll_back(snapshot)
     assert (trainer.step, trainer.rollbacks) == (2, 1)
     other = steps(trainer, 3)
@@ -143,7 +141,7 @@ def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
     if final is not None and fresh_final is not None:
         assert all(torch.equal(value, fresh_final[name]) for name, value in final.items())
 
-    later = make_trainer(data, checkpoints.read(folder / "step_000005", ["0.9", "0.99"]), **settings)
+    later = make_trainer(data, read_snapshot(folder / "step_000005", ["0.9", "0.99"]), **settings)
     assert (later.stream_seed, later.rollbacks) == (trainer.stream_seed, 1)  # kept by the checkpoint
     later.loader.close()
 

@@ -10,7 +10,7 @@ from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images import Batch
 from fastdiff.images.loader import to_device
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
@@ -58,7 +58,7 @@ class MadeUp:
 
 
 def small_trainer(
-    snapshot: checkpoints.Snapshot | None = None,
+    snapshot: Snapshot | None = None,
     model: dict[str, Any] | None = None,
     deepspeed: dict[str, Any] | None = None,
     **settings: Any,

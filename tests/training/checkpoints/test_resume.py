@@ -11,7 +11,7 @@ from helpers.pictures_folder import make_pictures
 from helpers.two_ranks import run_two
 
 from fastdiff import ops
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import read_snapshot
 
 CASES = [f"{stage}:{precision}:pillow:2" for precision in ("fp32", "bf16") for stage in range(4)]
 # The rate still rises after 1 step, an epoch ends in the 2nd and the 4th, timesteps follow the losses from the 3rd on.
@@ -59,7 +59,7 @@ def test_going_back_alone(case: str, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", BACK)
 def test_going_back_in_two_processes(case: str, two_processes: Path) -> None:
     folder = two_processes / f"back{case.replace(':', '-')}-2"
-    assert checkpoints.read(folder / "step_000005", ["0.9"]).state["rollbacks"] == 1
+    assert read_snapshot(folder / "step_000005", ["0.9"]).state["rollbacks"] == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -83,7 +83,7 @@ def test_checkpoint_of_two_resumes_on_one(case: str, data: Path, two_processes: 
     """Files know no world size: one process takes up the weights, averages and moments as they are."""
     stage, precision = case.split(":")
     folder = two_processes / f"zero{stage}-{precision}-pillow-2" / "step_000002"
-    snapshot = checkpoints.read(folder, ["0.9", "0.99"])
+    snapshot = read_snapshot(folder, ["0.9", "0.99"])
     trainer = resume_checks.make_trainer(data, snapshot, zero_stage=1, precision=precision)
     state = resume_checks.state(trainer)
     for name, value in snapshot.model.items():
