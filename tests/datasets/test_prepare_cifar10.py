@@ -17,7 +17,7 @@ PER_BATCH = 20
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes as Python 2's cPickle did: text and bytes alike as byte strings, numpy under its name of that time."""
+    """Writes like Python 2's cPickle: text and bytes both as byte strings, numpy under its old module name."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 

@@ -1,4 +1,4 @@
-"""N steps against k steps, a checkpoint, and N - k steps: bit for bit. Run by test_resume.py, alone or by torchrun.
+"""Checks that resuming after k of N steps gives bit for bit the same as N steps. test_resume.py runs it.
 
 python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION:LOADER:K,K.. [...] [back:STAGE:PRECISION ...]
 """
@@ -34,7 +34,7 @@ DIFFUSION = DiffusionSettings(diffusion_steps=2, noise_schedule="cosine")
 
 
 def make_trainer(data: Path, snapshot: Snapshot | None = None, loader: str = "pillow", **settings: Any) -> Trainer:
-    """A trainer with everything that has state: averages, dropout, micro-batches, loss-aware timesteps."""
+    """A trainer with all that has state: averages, dropout, micro-batches, a loss-aware timestep sampler."""
     processes = start_processes()
     given = {
         "batch_size": 8,
@@ -60,13 +60,13 @@ def make_trainer(data: Path, snapshot: Snapshot | None = None, loader: str = "pi
     )
     torch.manual_seed(train.seed)
     diffusion = create_diffusion(DIFFUSION, MODEL.learn_sigma)
-    # Of these networks ZeRO-3 would keep every parameter whole on every rank.
+    # By default ZeRO-3 would not partition parameters as small as those of these networks.
     deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 3000}} if train.zero_stage == 3 else {}
     return Trainer(train, deepspeed, build_model(MODEL), diffusion, images, processes, snapshot)
 
 
 def steps(trainer: Trainer, count: int) -> list[float]:
-    """The losses of so many steps."""
+    """Take `count` steps and return their losses."""
     losses = []
     for _ in range(count):
         trainer.take_step()
@@ -75,7 +75,7 @@ def steps(trainer: Trainer, count: int) -> list[float]:
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Everything that training changes, by name, on rank 0."""
+    """All tensors that training changes, by name, on rank 0; None on others."""
     moments, updates = trainer._moments()
     sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
     gathered = {kind: trainer.masters.gather(tensors) for kind, tensors in sets.items()}
@@ -88,7 +88,7 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
 def check_exact_resume(
     data: Path, work: Path, stage: int, precision: str, loader: str, at: list[int]
 ) -> dict[str, torch.Tensor] | None:
-    """Five steps at once equal k, a checkpoint and the rest, for each k. Returns the final state, on rank 0."""
+    """Check that five steps equal k steps, a checkpoint and 5 - k steps. Returns the final state on rank 0."""
     settings = {"zero_stage": stage, "precision": precision}
     straight = make_trainer(data, None, loader, **settings)
     folder = work / f"zero{stage}-{precision}-{loader}-{straight.processes.world_size}"
@@ -116,7 +116,7 @@ def check_exact_resume(
 
 
 def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
-    """Going back in place equals a new start from the checkpoint that takes the same other stream."""
+    """Check that `roll_back` equals a new trainer from the checkpoint with the same new stream seed."""
     settings = {"zero_stage": stage, "precision": precision}
     trainer = make_trainer(data, None, **settings)
     steps(trainer, 2)
@@ -147,7 +147,7 @@ def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
 
 
 def parts_of(case: str) -> tuple[int, str, str, list[int]]:
-    """STAGE:PRECISION:LOADER:K,K.. apart."""
+    """Split STAGE:PRECISION:LOADER:K,K.. into its parts."""
     stage, precision, loader, at = case.split(":")
     return int(stage), precision, loader, [int(k) for k in at.split(",")]
 

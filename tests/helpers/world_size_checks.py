@@ -1,4 +1,4 @@
-"""Some steps of a run on as many ranks as there are, from its newest checkpoint. Run by test_world_sizes.py.
+"""Resumes a run from its newest checkpoint for some steps, on any number of ranks. test_world_sizes.py runs it.
 
 torchrun --nproc_per_node W world_size_checks.py DATA_FOLDER WORK_FOLDER STEPS ZERO_STAGE
 """
@@ -15,11 +15,11 @@ from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
 from fastdiff.training.trainer import Trainer
 from helpers import resume_checks
 
-BATCH = 12  # which 1, 2 and 3 ranks can share
+BATCH = 12  # divisible by 1, 2 and 3 ranks
 
 
 def differing(trainer: Trainer, snapshot: Snapshot) -> list[str]:
-    """Tensors that are not, bit for bit, what the checkpoint holds; on rank 0."""
+    """Names of tensors that differ from the checkpoint; on rank 0."""
     state = resume_checks.state(trainer)
     stored = {"model": snapshot.model, **snapshot.ema, "exp_avg": snapshot.exp_avg, "exp_avg_sq": snapshot.exp_avg_sq}
     wanted = {f"{kind}/{name}": value for kind, tensors in stored.items() for name, value in tensors.items()}

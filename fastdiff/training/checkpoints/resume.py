@@ -114,13 +114,13 @@ def agree_on_snapshot(
     A rank that found another one looks again for FILE_SYSTEM_LAG seconds: the file system may lag, or rank 0 may have
     waited for the previous run to end. UserError where that doesn't help. Collective.
     """
-    found = _gather_sources(processes, source)
+    found = _gather(processes, source)
     until = time.monotonic() + FILE_SYSTEM_LAG
     while source != found[0] and time.monotonic() < until:
         time.sleep(1)
         snapshot, source = find_snapshot(config, folder)
     if any(each != found[0] for each in found):
-        found = _gather_sources(processes, source)
+        found = _gather(processes, source)
     for rank, other in enumerate(found):
         if other != found[0]:
             raise UserError(
@@ -130,7 +130,7 @@ def agree_on_snapshot(
     return snapshot, source
 
 
-def _gather_sources(processes: Processes, source: str) -> list[str]:
+def _gather(processes: Processes, source: str) -> list[str]:
     found = [source] * processes.world_size
     if processes.world_size > 1:
         dist.all_gather_object(found, source)
@@ -179,14 +179,13 @@ def lock(folder: Path) -> Iterator[None]:
     """
     file_lock = FileLock(folder / LOCK)
     try:
-        acquired = file_lock.acquire(LOCK_WAIT)
+        if not file_lock.acquire(LOCK_WAIT):
+            owner = read_status(folder).get("process", "another process")
+            raise UserError(f"--run_dir: {owner} is training in {folder}; stop it, or give another --run_dir")
     except LocksUnsupported:
-        acquired = True
+        pass
     except OSError as error:
         raise UserError(f"--run_dir: {folder} can't be written to ({error.strerror}); name another folder") from error
-    if not acquired:
-        owner = read_status(folder).get("process", "another process")
-        raise UserError(f"--run_dir: {owner} is training in {folder}; stop it, or give another --run_dir")
     try:
         yield
     finally:

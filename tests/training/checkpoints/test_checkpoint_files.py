@@ -1,4 +1,4 @@
-"""Checkpoint folders are whole or not there, whatever happens to the process, the disk or the bytes."""
+"""A checkpoint folder is complete or absent, even if the process is killed, the disk is full or bytes are damaged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save(folder: Path, step: int) -> Path:
 
 
 def value_of(checkpoint: Path) -> float:
-    """What a whole checkpoint holds, everywhere."""
+    """The value of all tensors in an undamaged checkpoint."""
     assert find_damage(checkpoint) == ""
     snapshot = read_snapshot(checkpoint, ["0.9"])
     values = {float(t.unique()) for t in (snapshot.model["w"], snapshot.ema["0.9"]["w"], snapshot.exp_avg["w"])}
@@ -133,7 +133,7 @@ def test_keeping_few(tmp_path: Path) -> None:
 
 
 def test_the_last_from_before_bad_numbers_stays(tmp_path: Path) -> None:
-    """However many are written while steps are skipped: the run may have to go back to it."""
+    """It is kept however many are written while steps are skipped, since the run may have to go back to it."""
     saver = Saver(tmp_path, keep_last=2)
     for step in range(1, 4):
         saver.save(step, files_of(step), 0, step)
@@ -146,25 +146,25 @@ def test_the_last_from_before_bad_numbers_stays(tmp_path: Path) -> None:
 
 
 def test_keep_last_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the message on a full disk advises: the same command with --keep_last goes on."""
+    """The message about a full disk advises --keep_last, and with it the same command continues."""
     usage = shutil.disk_usage(tmp_path)
     for step in range(1, 5):
         save(tmp_path, step)
 
-    def of_five(path: Path) -> Any:  # each folder takes 100 bytes
+    def small_disk(path: Path) -> Any:  # with room for four folders of 100 bytes
         return usage._replace(free=450 - 100 * len(list_checkpoints(tmp_path)))
 
-    monkeypatch.setattr(shutil, "disk_usage", of_five)
+    monkeypatch.setattr(shutil, "disk_usage", small_disk)
     with pytest.raises(UserError, match="keep fewer with --keep_last .step_000004 is whole"):
         Saver(tmp_path).save(5, files_of(5), 100)
-    told: list[str] = []
-    Saver(tmp_path, keep_last=2, log=told.append).save(5, files_of(5), 100)
+    lines: list[str] = []
+    Saver(tmp_path, keep_last=2, log=lines.append).save(5, files_of(5), 100)
     assert [value_of(p) for p in list_checkpoints(tmp_path)] == [4, 5]
-    assert told[-1] == "removed the checkpoints of steps 1, 2, 3"
+    assert lines[-1] == "removed the checkpoints of steps 1, 2, 3"
 
 
 def test_a_damaged_one_does_not_count_among_the_newest(tmp_path: Path) -> None:
-    """Set aside, for keep_last would keep it in the place of a good one."""
+    """It is renamed, since keep_last would otherwise keep it instead of a good one."""
     save(tmp_path, 2)
     flip(save(tmp_path, 4) / "state.pt")
     assert set_aside(tmp_path, 2) == ["step_000004 is kept as step_000004.damaged"]
@@ -180,15 +180,15 @@ def test_steps_beyond_six_digits_are_in_order(tmp_path: Path) -> None:
     assert prune_checkpoints(tmp_path, 2, 0) == [999_999]
 
 
-def test_saving_beside(tmp_path: Path) -> None:
-    """The state of the moment of saving is written, however it changes afterwards."""
-    told: list[str] = []
-    saver = Saver(tmp_path, background=True, log=told.append)
+def test_saving_in_the_background(tmp_path: Path) -> None:
+    """Each checkpoint is written and reported, the one before always first."""
+    lines: list[str] = []
+    saver = Saver(tmp_path, background=True, log=lines.append)
     for step in (1, 2, 3):
         saver.save(step, files_of(step, 100_000), 0)
     saver.wait()
     assert [value_of(folder) for folder in list_checkpoints(tmp_path)] == [1, 2, 3]
-    assert told == [f"saved {tmp_path / f'step_{step:06d}'}" for step in (1, 2, 3)]
+    assert lines == [f"saved {tmp_path / f'step_{step:06d}'}" for step in (1, 2, 3)]
     saver.close()
 
 
@@ -220,7 +220,7 @@ def test_memory_of_one_file_at_a_time(background: bool, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("background", [False, True])
 def test_a_failed_write(background: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence; the checkpoint before is whole, and nothing of the new one is left."""
+    """The error is one sentence, the previous checkpoint is undamaged, and nothing of the new one is left."""
     save(tmp_path, 1)
 
     def full(file: Any, *args: Any, **kwargs: Any) -> None:
@@ -240,7 +240,7 @@ def test_a_failed_write(background: bool, tmp_path: Path, monkeypatch: pytest.Mo
     assert value_of(tmp_path / "step_000001") == 1
 
 
-def test_a_disk_with_too_little_room_is_told_beforehand(tmp_path: Path) -> None:
+def test_a_disk_with_too_little_room_is_noticed_before_writing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs 1000000\.00 GB, .* left; make room.*nothing is saved yet"):
         write_checkpoint(tmp_path, 1, files_of(1), size=10**15)
     assert list(tmp_path.iterdir()) == []
@@ -265,7 +265,7 @@ for step in range(1, 100):
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """A real one, of 12 MB, where a user may mount one."""
+    """A real file system of 12 MB, where users may mount one."""
     script = 'mount -t tmpfs -o size=12m none "$1" && exec "$2" -c "$3" "$1"'
     command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run([*command, "true", ""], capture_output=True).returncode:
@@ -280,7 +280,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_unfinished_files_of_ended_processes_are_removed(tmp_path: Path) -> None:
-    """In the run's folder and in that of its checkpoints; those of another host, whose process may be running, stay."""
+    """`tidy` looks in the run's folder too. Files from another host stay, since their process may be running."""
     folder = tmp_path / "checkpoints"
     save(folder, 1)
     ended = ProcessId.own()._replace(started=1)
@@ -299,7 +299,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("replaces", [False, True])
 def test_killed_between_any_two_operations(replaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At whatever file operation the process dies, what is listed is whole, and the newest is the old or the new."""
+    """At whichever operation the run dies, listed checkpoints are undamaged; the newest is the old or the new one."""
     at = 0
     while True:
         folder = tmp_path / f"{at}"
