@@ -105,7 +105,7 @@ def preset_for_file(path: str | Path) -> Preset | None:
 def download(preset: Preset, folder: Path | None = None, progress: bool = True, flag: str = "--preset") -> Path:
     """Return the path of the released checkpoint, and download it first if it isn't there.
 
-    `folder` is by default ~/.cache/fastdiff/checkpoints. Of several processes one downloads and the others wait.
+    `folder` is by default ~/.cache/fastdiff/checkpoints. Of several processes one downloads into it at a time.
     Raises UserError where there is no such file or it can't be downloaded.
     """
     if not preset.released:
@@ -116,7 +116,7 @@ def download(preset: Preset, folder: Path | None = None, progress: bool = True, 
         return file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f".{preset.released}.lock"):
+        with FileLock(folder / ".lock"):
             if not file.is_file():
                 remove_partial_files(folder)
                 _fetch(preset, file, progress)

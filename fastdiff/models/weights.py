@@ -221,8 +221,7 @@ def add_null_class(table: Tensor) -> Tensor:
     return torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
-_EMA = re.compile(r"ema_([0-9]+(?:\.[0-9]+)?)_(\d+)\.pt$")
-_MODEL = re.compile(r"model(\d+)\.pt$")
+_CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.pt$")
 
 
 def find(path: str) -> Path:
@@ -233,12 +232,11 @@ def find(path: str) -> Path:
     if not is_there(place, "dir"):
         return place
     candidates = [*place.glob("*.pt"), *place.glob("step_*/*.pt"), *place.glob("checkpoints/step_*/*.pt")]
-    ranked = []
-    for file in candidates:
-        if match := _EMA.search(file.name):
-            ranked.append((int(match[2]), 1, float(match[1]), file))
-        elif match := _MODEL.search(file.name):
-            ranked.append((int(match[1]), 0, 0.0, file))
+    ranked = [
+        (int(match[2]), float(match[1] or -1), file)  # an EMA is preferred to the model of its step
+        for file in candidates
+        if (match := _CHECKPOINT.search(file.name))
+    ]
     if not ranked:
         raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt)")
     return max(ranked)[-1]

@@ -82,7 +82,7 @@ def remove_partial_files(folder: Path) -> None:
         owner = ProcessId.parse(".".join(name[1 : -len(PARTIAL)].rsplit(".", 3)[1:]))
         if owner is None:
             continue  # written by something else
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is gone, or belongs to another user
             age = time.time() - (folder / name).stat().st_mtime
             if owner == ProcessId.own() or owner.is_gone() or age > _FORGOTTEN:
                 (folder / name).unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from helpers import TESTS
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.processes import ProcessId
+from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.folder import (
     find_damage,
     list_checkpoints,
@@ -291,6 +293,19 @@ def test_unfinished_files_of_ended_processes_are_removed(tmp_path: Path) -> None
     tidy(folder)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f".status.json.{elsewhere.tag}.partial", "checkpoints"]
     assert sorted(p.name for p in folder.iterdir()) == [f".latest.{elsewhere.tag}.partial", "latest", "step_000001"]
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on unprotected; where not even the file can be made, it is refused."""
+
+    def unsupported(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with resume.lock(tmp_path):
+        assert resume.holds_run(tmp_path)
+    with pytest.raises(UserError, match="--run_dir: .*absent can't be written to"), resume.lock(tmp_path / "absent"):
+        pass
 
 
 class Killed(BaseException):
