@@ -255,7 +255,7 @@ def test_what_would_fit(own: dict[str, Any], file: dict[str, Any], hint: str | N
     if hint is None:  # as many rows: what they stand for can't be seen
         weights.load_into(model, state, Path("x.pt"))
         return
-    with pytest.raises(UserError, match=f"--model_path: x.pt does not fit the model: it was trained with {hint}$"):
+    with pytest.raises(UserError, match=f"^x.pt does not fit the model: it was trained with {hint}$"):
         weights.load_into(model, state, Path("x.pt"))
 
 

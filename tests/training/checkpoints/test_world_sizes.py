@@ -22,7 +22,7 @@ STEPS = 2  # with each number of processes
 def go_on(data: Path, work: Path, world_size: int, steps: int, stage: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command = [*launcher, str(HELPERS / "world_size_checks.py"), str(data), str(work), str(steps), str(stage)]
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
