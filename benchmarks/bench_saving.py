@@ -63,7 +63,7 @@ def window(trainer: Trainer, folder: Path, way: str, steps: int) -> dict[str, fl
     synchronize()
     start = time.perf_counter()
     if way != "none":
-        saver.save(trainer.step, {}, trainer.fill, 0)
+        saver.save(trainer.step, trainer.checkpoint_files({}), 0)
     stood_still = time.perf_counter() - start
     for _ in range(steps):
         trainer.take_step()

@@ -1,10 +1,10 @@
-"""Reads pickles that hold nothing but dictionaries, lists, strings, numbers and uint8 arrays.
+"""Reads pickles that contain only dictionaries, lists, strings, numbers and uint8 arrays.
 
-A pickle can name any function of any module and have it called. This reader admits only the names that an array's
-pickle needs, and even those stand for the harmless classes below: no function of numpy is ever called by a file.
+A pickle can name and call any function of any module. This reader admits only the names that a pickled array needs,
+and replaces even those by the harmless classes below, so that a file never calls a function of numpy.
 
-Memory is bounded by the file's size too: the reader is Python's own, not the one in C, which lets ten bytes ask for
-64 GB of places to remember things in; and texts that a file has encoded again and again are counted.
+Memory is bounded by the file's size: Python's unpickler is used instead of the one in C, in which ten bytes can
+allocate a memo of 64 GB; and the bytes that a file has encoded repeatedly are counted.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fastdiff.errors import UserError
 
 
 class _Dtype:
-    """Stands for numpy.dtype."""
+    """Replaces numpy.dtype."""
 
     def __init__(self, name: str | bytes, align: bool = False, copy: bool = False) -> None:
         self.name = name.decode("ascii") if isinstance(name, bytes) else name
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and the like: nothing that one byte per number needs."""
+        """Ignore byte order and the like, which one byte per number doesn't need."""
 
 
 class _Array:
-    """Stands for numpy.ndarray."""
+    """Replaces numpy.ndarray."""
 
     values: np.ndarray | None = None
 
@@ -54,7 +54,7 @@ _ADMITTED = {
 
 
 class _Reader(pickle._Unpickler):
-    # Without bytearrays, which are made as long as the file says before their bytes are read.
+    # No bytearrays: they are allocated at the length that the file states before their bytes are read.
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def __init__(self, data: bytes) -> None:
@@ -62,7 +62,7 @@ class _Reader(pickle._Unpickler):
         self._bytes_left = 2 * len(data)
 
     def _encode(self, text: str, encoding: str) -> bytes:
-        """Stands for _codecs.encode, by which Python 3 writes bytes for readers of Python 2."""
+        """Replaces _codecs.encode, with which Python 3 pickles bytes for Python 2."""
         if encoding not in ("latin1", b"latin1"):
             raise ValueError("bytes in another encoding than latin1")
         self._bytes_left -= len(text)
@@ -79,12 +79,12 @@ class _Reader(pickle._Unpickler):
 
 
 def read(data: bytes, origin: str) -> dict[str, Any]:
-    """The dictionary that a pickle holds, with its byte strings for keys turned into text."""
+    """Read a pickled dictionary; keys that are byte strings are decoded. UserError where it is something else."""
     try:
         content = _Reader(data).load()
         pairs = [(key.decode("ascii") if isinstance(key, bytes) else key, value) for key, value in content.items()]
     except UserError as error:
         raise UserError(f"{origin} is not safe to read: {error}") from None
-    except Exception as error:  # a damaged pickle raises whatever its bytes lead to
+    except Exception as error:  # a damaged pickle raises many kinds of errors
         raise UserError(f"{origin} is damaged or of another kind: {' '.join(str(error).split())}") from None
     return {key: value.values if isinstance(value, _Array) else value for key, value in pairs}

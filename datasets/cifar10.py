@@ -2,8 +2,8 @@
 
     python datasets/cifar10.py --archive cifar-10-python.tar.gz --out data
 
-Pixels are copied exactly. The number in a name is the picture's position in the archive. The same command again goes
-on after an interruption. The archive's pickles are read without running any code that they might name.
+Pixels are copied exactly. The number in a name is the picture's position in the archive. After an interruption the
+same command continues. The archive's pickles are read without running code from them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
 
 def read_files(archive: Path) -> dict[str, bytes]:
-    """The pickles by name, from the archive or from the folder that it was extracted to."""
+    """Read the pickles, by name, from the archive or from the folder that it was extracted to."""
     wanted = [META, *(name for names in SPLITS.values() for name in names)]
     if archive.is_dir():
         folder = archive / FOLDER if (archive / FOLDER).is_dir() else archive

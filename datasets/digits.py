@@ -8,10 +8,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+
+if not __package__:  # run as a file, perhaps of a checkout that isn't installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
+
+from fastdiff.runtime.files import atomic_write
 
 
 def main() -> None:
@@ -26,9 +32,8 @@ def main() -> None:
     for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         picture = Image.fromarray(np.clip(pixels * 16, 0, 255).astype(np.uint8))
         target = out / ("test" if i % 10 == 0 else "train") / f"{label}_{i:04d}.png"
-        partial = target.with_suffix(".partial")
-        picture.resize((16, 16), Image.Resampling.BICUBIC).save(partial, format="PNG")
-        partial.replace(target)
+        with atomic_write(target, sync=False) as file:
+            picture.resize((16, 16), Image.Resampling.BICUBIC).save(file, format="PNG")
     print(f"{len(digits.images)} digits in {out}")
 
 

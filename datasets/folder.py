@@ -4,8 +4,8 @@
 
 Large pictures are decoded and resized once here instead of in every epoch. Classes are found as the trainer finds
 them and become the names' prefixes, with - for the characters _ and /; where nothing tells classes apart, all names
-begin with image. The number in a name is the picture's position in the source. The same command again goes on after
-an interruption.
+begin with image. The number in a name is the picture's position in the source. After an interruption
+the same command continues.
 """
 
 from __future__ import annotations

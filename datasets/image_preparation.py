@@ -1,7 +1,7 @@
-"""Turns a list of pictures into a folder of equally large ones, in parallel and so that a restart goes on.
+"""Turns a list of pictures into a folder of pictures of one size, in parallel; a restart skips those already made.
 
-A file that carries its final name is whole: it is written as `.NAME.partial` and renamed. `.preparation.json` in the
-folder says what the folder is made of, so that a restart with other settings is refused instead of mixing two sizes.
+Pictures are written atomically, so a file under its final name is complete. `.preparation.json` in the folder records
+its source and settings, so that a restart with other ones is refused instead of mixing two sizes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from fastdiff.errors import UserError
+from fastdiff.runtime.files import atomic_write, remove_partial_files, write_text
 
 RECORD = ".preparation.json"
 CHUNK = 16
-"""Pictures that a worker gets at once: enough to hide the hand-over, few enough to spread a small folder."""
+"""Pictures per task of a worker: enough to hide the overhead, few enough to use all workers for a small folder."""
 TOLERATED = 0.01
-"""Share of unreadable pictures above which the source itself is taken to be broken."""
+"""Share of unreadable pictures above which the source is considered damaged."""
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG"},
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
@@ -41,7 +42,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A picture's file as it lies inside a larger one."""
+    """A picture's file stored inside a larger file."""
 
     path: Path
     offset: int
@@ -62,7 +63,7 @@ class Task:
     source: Path | Slice | bytes | memoryview | np.ndarray
     """A picture's file, or finished pixels [H, W, 3] uint8, which are written as they are."""
     origin: str
-    """What to call the picture in a message."""
+    """How messages call the picture."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Target:
     format: str = "png"
 
     def claim(self, total: int, made_by: str, **made_of: str | int) -> None:
-        """Create the folder for `total` images, or make sure that this script began it from the same things."""
+        """Create the folder for `total` images, or check that this script began it with the same settings."""
         if not total:
             raise UserError("no images found in the source")
         record = {"made_by": made_by, "size": list(self.size), "format": self.format, **made_of}
@@ -85,11 +86,8 @@ class Target:
                 self._compare(json.loads(path.read_text()), record)
             elif any(not name.startswith(".") for name in os.listdir(self.folder)):
                 raise UserError(f"{self.folder} is not empty and was not begun by {made_by}; choose an empty --out")
-            partial = path.with_name(f"{RECORD}.partial")
-            partial.write_text(json.dumps(record) + "\n")
-            partial.replace(path)
-            for leftover in self.folder.glob(".*.partial"):
-                leftover.unlink()
+            write_text(path, json.dumps(record) + "\n")
+            remove_partial_files(self.folder)
         except OSError as error:
             raise UserError(f"can't write to {self.folder}: {error.strerror}") from None
         except ValueError:
@@ -135,7 +133,7 @@ class Summary:
         return f"{text} ({', '.join(notes)})" if notes else text
 
     def with_training(self) -> str:
-        """The last line of a script: what was made, and the command that trains on it."""
+        """The summary and the command that trains on the folder, which scripts print last."""
         height, width = self.target.size
         flags = f"--data_dir {shlex.quote(str(self.target.folder))} --image_size "
         flags += str(height) if height == width else f"{height}x{width}"
@@ -144,7 +142,7 @@ class Summary:
         return f"{self}; to train on them: deepspeed fastdiff/train.py {flags}"
 
     def check(self) -> None:
-        """UserError when too many pictures were unreadable."""
+        """UserError if too many pictures were unreadable."""
         total = self.images + self.skipped
         if self.skipped > TOLERATED * total:
             raise UserError(
@@ -154,7 +152,7 @@ class Summary:
 
 
 def prefix_of(class_name: str) -> str:
-    """A class's name as a file name can begin with it: an underscore would end the class there."""
+    """A class's name as the prefix of file names, where an underscore would end it."""
     return class_name.replace("_", "-").replace("/", "-")
 
 
@@ -196,7 +194,7 @@ def prepare(tasks: Iterable[Task], total: int, target: Target, workers: int) -> 
 
 
 def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[tuple[str, str | None]]:
-    """(file name, what is wrong with the picture or None) for every task, in order."""
+    """Yield (file name, what is wrong with the picture or None) for every task, in order."""
     chunks = iter(lambda: list(itertools.islice(tasks, CHUNK)), [])
     if workers == 1:
         for chunk in chunks:
@@ -221,7 +219,7 @@ def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[t
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even when it was killed."""
+    """Leave Ctrl-C to the parent process, and exit when the parent ends, even if it was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow() -> None:
@@ -245,20 +243,18 @@ def _make(task: Task, target: Target) -> str | None:
         if isinstance(source, np.ndarray):
             pixels = source
         else:
-            from fastdiff.images.pixels import load_image  # here: not every script needs what it loads
+            from fastdiff.images.pixels import load_image  # here: scripts with finished pixels don't need it
 
             pixels = load_image(source.read() if isinstance(source, Slice) else source, target.size, "RGB")
     except UnidentifiedImageError:
         return f"{task.origin}: not a picture, or of an unknown kind"
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         return f"{task.origin}: {' '.join(str(error).split()) or type(error).__name__}"
 
     path = target.folder / task.name
-    partial = target.folder / f".{task.name}.partial"
     try:
-        with open(partial, "wb") as file:
+        with atomic_write(path, sync=False) as file:
             Image.fromarray(pixels).save(file, **SAVE_OPTIONS[target.format])
-        partial.replace(path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
     return None

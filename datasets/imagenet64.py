@@ -5,7 +5,7 @@
     python datasets/imagenet64.py --source folder_of_class_folders --out data/imagenet64_train
 
 Archives are read in place, nothing is extracted. The number in a name counts the class's pictures in the order of
-their file names. The same command again goes on after an interruption.
+their file names. After an interruption the same command continues.
 """
 
 from __future__ import annotations

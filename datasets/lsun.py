@@ -2,8 +2,8 @@
 
     python datasets/lsun.py --lmdb bedroom_train_lmdb --out data/lsun_bedroom --size 256
 
-The number in a name is the picture's position in the database, whose order is that of its keys. The same command
-again goes on after an interruption; so does one with a larger --limit.
+The number in a name is the picture's position in the database, whose order is that of its keys. After an interruption
+the same command continues; so does one with a larger --limit.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Makes ahead what the trainer's --cache disk would make at its first start. The folder made can be trained on by itself:
 it holds pixels.npy (uint8 [N, H, W, C], for np.load with mmap_mode="r"), labels.npy, names.json and packed.json, which
-says what it was made of. The same command again goes on after an interruption.
+says what it was made of. After an interruption the same command continues.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bits per dimension of a folder of images: what nll.py does."""
+"""The variational bound of a folder of images in bits per dimension, which nll.py reports."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.noise_keys import BOUND
 from fastdiff.images.loader import Loader
+from fastdiff.runtime.files import atomic_write, remove_partial_files
 from fastdiff.runtime.processes import Processes
 
 TERMS = ("vb", "mse", "xstart_mse")
 
 
 class NonFiniteBound(ValueError):
-    """The bound of an image is not finite; says which image's."""
+    """The bound of an image is not finite; the message says which image."""
 
 
 def score(
@@ -37,18 +38,19 @@ def score(
     seed: int,
     say: Callable[[str], None] = print,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The bound of every image of the loader in bits per dimension, [N] in the listing's order, and the mean terms.
+    """Compute the bound of every image in bits per dimension, [N] in the listing's order, and its mean terms.
 
-    The terms vb, mse and xstart_mse are [T], means over the images, index 0 the largest timestep. Each image counts
-    once, whatever the batch size and the number of processes. Complete on rank 0. Raises NonFiniteBound for the first
-    image whose bound, or any output of the network that it is made of, is not finite.
+    The terms vb, mse and xstart_mse are [T] means over the images, with the largest timestep at index 0. They don't
+    depend on the batch size and the number of processes. Collective. Raises NonFiniteBound for the first image whose
+    bound, or a network output that contributes to it, is not finite.
     """
     count, steps = loader.num_images, diffusion.num_timesteps
+    share = -(-count // processes.world_size)  # images of rank 0
     totals = torch.zeros(count, dtype=torch.float64)
     sums = {name: torch.zeros(steps, dtype=torch.float64) for name in TERMS}
     done = 0
     bar = tqdm(
-        total=-(-count // processes.world_size) * steps,
+        total=share * steps,
         unit="evaluation",
         dynamic_ncols=True,
         disable=not processes.is_main or not sys.stderr.isatty(),
@@ -62,7 +64,7 @@ def score(
             return ops.image_noise(seed | BOUND, positions, t, shape)
 
         kwargs = {"y": batch.labels} if class_cond else {}
-        watch = torch.zeros(len(positions), device=x_start.device)  # clipping makes 1 of an infinite output
+        watch = torch.zeros(len(positions), device=x_start.device)  # clipping hides an infinite output
 
         def watched(*args: Any, watch: Tensor = watch, **kwargs: Any) -> Tensor:
             output = model(*args, **kwargs)
@@ -79,7 +81,7 @@ def score(
         done += len(positions)
         if processes.is_main:
             scored = totals[batch.positions[-1] % processes.world_size :: processes.world_size][:done]
-            say(f"{done} of {-(-count // processes.world_size)} images: {scored.mean():.4f} bits/dim so far")
+            say(f"{done} of {share} images: {scored.mean():.4f} bits/dim so far")
     bar.close()
     if processes.world_size > 1:
         for tensor in (totals, *sums.values()):
@@ -90,12 +92,10 @@ def score(
 
 
 def save_terms(folder: Path, terms: dict[str, np.ndarray]) -> list[Path]:
-    """vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, arr_0 each [T] as improved-diffusion writes them."""
-    written = []
-    for name, values in terms.items():
-        target = folder / f"{name}_terms.npz"
-        partial = folder / f".{name}_terms.partial.npz"
-        np.savez(partial, values)
-        partial.replace(target)
-        written.append(target)
+    """Write vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz, each with arr_0 [T], as improved-diffusion does."""
+    remove_partial_files(folder)
+    written = [folder / f"{name}_terms.npz" for name in terms]
+    for target, values in zip(written, terms.values(), strict=True):
+        with atomic_write(target) as file:
+            np.savez(file, values)
     return written

@@ -34,8 +34,10 @@ from fastdiff import nll, sample, super_res_sample, super_res_train, train
 from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack
 from fastdiff.images.listing import index_images
+from fastdiff.models import weights
 from fastdiff.sampling.settings import NllSettings
-from fastdiff.training.checkpoints.saver import Writer
+from fastdiff.training.checkpoints.format import adam_state_dict
+from fastdiff.training.checkpoints.saver import write_checkpoint
 from fastdiff.training.deepspeed_engine import split_batch
 from fastdiff.training.settings import TrainSettings
 
@@ -582,13 +584,15 @@ def run_folder(world: World, name: str) -> Path:
     """A run that could go on: its step folder."""
     model = unet()
     names = [name for name, _ in model.named_parameters()]
-    writer = Writer(world.folder / name / "checkpoints", 2, info_for(model))
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    writer.weights(None, state)
-    writer.weights("0.9999", state)
     moments = {key: torch.zeros_like(state[key]) for key in names}
-    writer.optimizer(moments, moments, 2, {"lr": 1e-4})
-    return writer.finish({"step": 2, "updates": 2})
+    files = {
+        "model000002.pt": weights.with_info(state, info_for(model)),
+        "ema_0.9999_000002.pt": weights.with_info(state, info_for(model)),
+        "opt000002.pt": adam_state_dict(moments, moments, 2, {"lr": 1e-4}),
+        "state.pt": {"step": 2, "updates": 2},
+    }
+    return write_checkpoint(world.folder / name / "checkpoints", 2, files.items())
 
 
 @pytest.mark.parametrize("file", ["model000002.pt", "ema_0.9999_000002.pt", "opt000002.pt", "state.pt"])

@@ -6,16 +6,16 @@ and diffusion, under the configuration's name and under that of the released fil
 
 from __future__ import annotations
 
-import fcntl
 import http.client
 import json
-import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.request import urlopen
 
-import torch
+from tqdm import tqdm
 
 import fastdiff
 from fastdiff.diffusion.settings import DiffusionSettings
@@ -23,6 +23,7 @@ from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.compilation import cache_folder
+from fastdiff.runtime.files import FileLock, atomic_write, partial_path, remove_partial_files
 
 SOURCE = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
 # Configuration → stem of the released file (README of improved-diffusion, "Models and Hyperparameters").
@@ -102,10 +103,10 @@ def preset_for_file(path: str | Path) -> Preset | None:
 
 
 def download(preset: Preset, folder: Path | None = None, progress: bool = True, flag: str = "--preset") -> Path:
-    """The released checkpoint's path, fetched into `folder` (default ~/.cache/fastdiff/checkpoints) unless it is there.
+    """Return the path of the released checkpoint, and download it first if it isn't there.
 
-    Of several processes one fetches it and the others wait. The file appears whole or not at all. Raises UserError
-    where it can't be had.
+    `folder` is by default ~/.cache/fastdiff/checkpoints. Of several processes one downloads into it at a time.
+    Raises UserError where there is no such file or it can't be downloaded.
     """
     if not preset.released:
         raise UserError(f"{flag} {preset.name}: no checkpoint of it was released; name one with --model_path")
@@ -115,9 +116,9 @@ def download(preset: Preset, folder: Path | None = None, progress: bool = True, 
         return file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".{preset.released}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(folder / ".lock"):
             if not file.is_file():
+                remove_partial_files(folder)
                 _fetch(preset, file, progress)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
@@ -130,15 +131,14 @@ def download(preset: Preset, folder: Path | None = None, progress: bool = True, 
 
 
 def _fetch(preset: Preset, file: Path, progress: bool) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     if progress:
         print(f"fetching {preset.url} to {file}", file=sys.stderr, flush=True)
-    try:
-        torch.hub.download_url_to_file(preset.url, str(partial), progress=progress)
+    with atomic_write(file) as target, urlopen(preset.url) as response:
+        total = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm.wrapattr(response, "read", total=total, disable=not progress) as source:
+            shutil.copyfileobj(source, target, 1 << 20)
+        target.flush()
         try:
-            weights.read_state_dict(partial)  # a connection that breaks off leaves a shorter file
+            weights.read_state_dict(partial_path(file))  # a connection that breaks off leaves a shorter file
         except UserError:
             raise OSError("it came incomplete") from None
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Weights on disk: a file's state_dict, and what settings a bare one shows by its keys and shapes.
+"""Checkpoint files: reading their state_dict, the settings stored in it, and settings inferred from keys and shapes.
 
-A file is a plain `state_dict` under improved-diffusion's names. Ours carry the settings they were trained with in the
+A file is a `state_dict` under improved-diffusion's parameter names. Ours carry the settings of their training in the
 state_dict's metadata, which other programs ignore.
 """
 
@@ -25,18 +25,18 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_state_dict(path: Path) -> OrderedDict[str, Tensor]:
-    """The state_dict in a file; UserError when it is something else, or the settings that it carries are none."""
+    """Read the state_dict in a file; UserError where it is something else, or carries invalid settings."""
     state = read(path)
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named or not state:
         raise UserError(f"{path} holds no state_dict; give a model or ema .pt file")
-    if problem := _problem_of(_text(state)):
+    if problem := _find_problem(_stored_text(state)):
         raise UserError(f"the settings in {path} are damaged ({problem}); give another checkpoint")
     return state if isinstance(state, OrderedDict) else OrderedDict(state)
 
 
 def with_info(state: dict[str, Tensor], info: dict[str, Any]) -> OrderedDict[str, Tensor]:
-    """The state_dict with settings and the like (JSON) in its metadata."""
+    """Return the state_dict with `info` (settings and the like, as JSON) in its metadata."""
     carrier = OrderedDict(state)
     if info:
         carrier._metadata = {_METADATA_KEY: json.dumps(info)}  # type: ignore[attr-defined]
@@ -44,18 +44,18 @@ def with_info(state: dict[str, Tensor], info: dict[str, Any]) -> OrderedDict[str
 
 
 def info_of(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What `with_info` put in; empty for a file of another program."""
-    text = _text(state)
+    """The `info` that `with_info` stored; empty for a file of another program."""
+    text = _stored_text(state)
     return {} if text is None else json.loads(text)
 
 
-def _text(state: dict[str, Tensor]) -> Any:
+def _stored_text(state: dict[str, Tensor]) -> Any:
     metadata = getattr(state, "_metadata", None)
     return metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
 
 
-def _problem_of(text: Any) -> str:
-    """What is wrong with the settings that a file carries; empty for sound ones, or none."""
+def _find_problem(text: Any) -> str:
+    """What is wrong with the stored settings; empty for valid ones, and where there are none."""
     if text is None:
         return ""
     try:
@@ -76,10 +76,10 @@ def _problem_of(text: Any) -> str:
 
 
 def infer_settings(state: dict[str, Tensor], super_res: bool = False, null_class: bool = False) -> dict[str, Any]:
-    """Model settings that keys and shapes show. Heads, image size and everything about the process can't be seen.
+    """Infer model settings from keys and shapes, which don't show heads, image size and the diffusion process.
 
-    null_class says that the last row of the labels' table is the null class, which can't be seen either.
-    Raises UserError when the keys are not those of this network.
+    They don't show either whether the last row of the label embedding is the null class: null_class says so. Raises
+    UserError when the keys are not those of this network.
     """
     try:
         return _infer(state, super_res, null_class)
@@ -90,46 +90,48 @@ def infer_settings(state: dict[str, Tensor], super_res: bool = False, null_class
 
 
 def _infer(state: dict[str, Tensor], super_res: bool, null_class: bool) -> dict[str, Any]:
-    width = state["input_blocks.0.0.weight"].shape[0]
-    in_channels = state["input_blocks.0.0.weight"].shape[1] // (2 if super_res else 1)
-    out_channels = state["out.2.weight"].shape[0]
+    first = state["input_blocks.0.0.weight"].shape
+    width, in_channels = first[0], first[1] // (2 if super_res else 1)
     emb = state["time_embed.0.weight"].shape[0]
-    levels, blocks, attention = [], 0, []
-    index, factor, per_level = 1, 1, []
-    while f"input_blocks.{index}.0.op.weight" in state or f"input_blocks.{index}.0.in_layers.0.weight" in state:
-        if f"input_blocks.{index}.0.op.weight" in state:
-            per_level.append(blocks)
+    level_mult: list[float] = []
+    attention: list[int] = []
+    index, factor, blocks = 1, 1, 0
+    while True:
+        block = f"input_blocks.{index}"
+        if f"{block}.0.op.weight" in state:  # downsampling, after the blocks of a level
             blocks, factor = 0, factor * 2
-        else:
-            channels = state[f"input_blocks.{index}.0.out_layers.0.weight"].shape[0]
+        elif f"{block}.0.in_layers.0.weight" in state:
+            multiple = state[f"{block}.0.out_layers.0.weight"].shape[0] / width
             if blocks == 0:
-                levels.append(channels / width)
-            if blocks == 0 and f"input_blocks.{index}.1.qkv.weight" in state:
-                attention.append(factor)
+                level_mult.append(multiple)
+                attention += [factor] if f"{block}.1.qkv.weight" in state else []
             blocks += 1
+        else:
+            break
         index += 1
-    first = (
-        state["input_blocks.1.0.emb_layers.1.weight"].shape[0] // state["input_blocks.1.0.out_layers.0.weight"].shape[0]
-    )
-    shown: dict[str, Any] = {
+    emb_layers, out_layers = (state[f"input_blocks.1.0.{name}.weight"] for name in ("emb_layers.1", "out_layers.0"))
+    inferred: dict[str, Any] = {
         "num_channels": width,
         "num_res_blocks": blocks,
-        "channel_mult": [int(m) if m == int(m) else m for m in levels],
-        "learn_sigma": out_channels == 2 * in_channels,
+        "channel_mult": [int(m) if m == int(m) else m for m in level_mult],
+        "learn_sigma": state["out.2.weight"].shape[0] == 2 * in_channels,
         "in_channels": in_channels,
-        "use_scale_shift_norm": first == 2,
+        "use_scale_shift_norm": emb_layers.shape[0] // out_layers.shape[0] == 2,
         "class_cond": "label_emb.weight" in state,
         "attention_factors": attention,
     }
-    if "label_emb.weight" in state:
-        shown["num_classes"] = state["label_emb.weight"].shape[0] - null_class
+    if inferred["class_cond"]:
+        inferred["num_classes"] = state["label_emb.weight"].shape[0] - null_class
     if emb != 4 * width:
         raise UserError(f"its time embedding has {emb} channels, this network's would have {4 * width}")
-    return shown
+    return inferred
 
 
 def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
-    """What is wrong when the first convolution takes two images of 1, 3 or 4 channels and not one, or the reverse."""
+    """What is wrong where the input channels show a super-resolution model, but none is wanted, or the reverse.
+
+    The first convolution of such a model takes two images of 1, 3 or 4 channels, that of others takes one.
+    """
     first = state.get("input_blocks.0.0.weight")
     if first is None or first.ndim != 4 or first.shape[1] not in (1, 2, 3, 4, 6, 8):
         return ""
@@ -139,9 +141,9 @@ def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
 
 
 def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path) -> None:
-    """UserError where `load_into` would raise one for a network of these settings, which isn't built for it.
+    """Raise the UserError that `load_into` would raise for a network of these settings, without allocating one.
 
-    For settings that come with the file: they could describe a network larger than any machine.
+    Settings stored in a file could describe a network larger than any machine.
     """
     if settings.num_res_blocks * len(settings.level_mult) > len(state):
         raise UserError(
@@ -157,7 +159,7 @@ def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path)
 
 
 def load_into(model: UNet, state: dict[str, Tensor], path: Path) -> None:
-    """Strict loading; where keys or shapes differ, a UserError that says which settings would fit.
+    """Load a state_dict; UserError where keys or shapes differ, saying which settings would fit.
 
     Weights that aren't finite floating-point numbers are refused too.
     """
@@ -178,69 +180,63 @@ def _compare(model: UNet, state: dict[str, Tensor], path: Path) -> None:
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if own != given:
-        raise UserError(f"{path} does not fit the model: {_difference(model.settings, state, own, given)}")
+        raise UserError(f"{path} does not fit the model: {_describe_difference(model.settings, state, own, given)}")
 
 
-def _difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
+def _describe_difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
+    """Which flags would make a model that fits the file; else the first tensor that differs."""
     super_res = isinstance(settings, SuperResSettings)
     if mismatch := script_mismatch(state, super_res):
         return mismatch
     try:
-        shown = infer_settings(state, super_res)
+        inferred = infer_settings(state, super_res)
     except UserError as error:
         return str(error)
-    hints = []
-    for name, value in shown.items():
-        if name == "attention_factors":
-            levels = {2**level for level in range(len(shown["channel_mult"]))}
-            if set(value) != levels & set(settings.attention_factors):
-                sizes = ",".join(str(min(settings.size_hw) // f) for f in value)
-                hints.append(f"--attention_resolutions {sizes or repr('')}")
-        elif name == "channel_mult":
-            if tuple(value) != tuple(settings.level_mult):
-                hints.append(f"--channel_mult {','.join(map(str, value))}")
-        elif name == "num_classes":
-            hints += _label_hints(settings, rows=value)
-        elif value != getattr(settings, name):
-            hints.append(f"--{name} {value}")
-    if hints:
+    if hints := [hint for name, value in inferred.items() if (hint := _hint(settings, name, value, inferred))]:
         return f"it was trained with {' '.join(hints)}"
-    name = next(iter(sorted(own.items() ^ given.items())))[0]
+    name = min(own.items() ^ given.items())[0]
     return f"{name} is {given.get(name, 'missing')} in the file, {own.get(name, 'absent')} in the model"
 
 
-def _label_hints(settings: BackboneSettings, rows: int) -> list[str]:
-    """Flags that make a table of labels as long as the file's."""
-    if rows == settings.num_labels:
-        return []
-    if rows in (settings.num_classes, settings.num_classes + 1):  # the null class alone explains it
-        return [f"--null_class {rows > settings.num_classes}"]
-    return [f"--num_classes {rows - settings.null_class}"]
+def _hint(settings: BackboneSettings, name: str, value: Any, inferred: dict[str, Any]) -> str:
+    """The flag that gives a setting its inferred value; empty if the setting has it."""
+    if name == "attention_factors":
+        levels = {2**level for level in range(len(inferred["channel_mult"]))}
+        sizes = ",".join(str(min(settings.size_hw) // factor) for factor in value)
+        differs = set(value) != levels & set(settings.attention_factors)
+        return f"--attention_resolutions {sizes or repr('')}" if differs else ""
+    if name == "channel_mult":
+        return f"--channel_mult {','.join(map(str, value))}" if tuple(value) != tuple(settings.level_mult) else ""
+    if name == "num_classes":  # the rows of the label embedding
+        if value == settings.num_labels:
+            return ""
+        if value in (settings.num_classes, settings.num_classes + 1):  # the null class alone explains it
+            return f"--null_class {value > settings.num_classes}"
+        return f"--num_classes {value - settings.null_class}"
+    return f"--{name} {value}" if value != getattr(settings, name) else ""
 
 
 def add_null_class(table: Tensor) -> Tensor:
-    """A table of label embeddings [num_classes, C] with a row of zeros for the null class after it."""
+    """Append a row of zeros for the null class to label embeddings [num_classes, C]."""
     return torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
-_EMA = re.compile(r"ema_([0-9]+(?:\.[0-9]+)?)_(\d+)\.pt$")
-_MODEL = re.compile(r"model(\d+)\.pt$")
+_CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.pt$")
 
 
 def find(path: str) -> Path:
-    """The file a path means: itself, or in a folder (of a step, or of a run) the newest EMA of the highest rate."""
+    """The checkpoint file of a path: itself, or in the folder of a step or a run the newest EMA of the highest rate."""
     if not path:
         raise UserError("no checkpoint is named: give a .pt checkpoint or a run's folder")
     place = Path(path)
     if not is_there(place, "dir"):
         return place
     candidates = [*place.glob("*.pt"), *place.glob("step_*/*.pt"), *place.glob("checkpoints/step_*/*.pt")]
-    ranked = []
-    for file in candidates:
-        if match := _EMA.search(file.name):
-            ranked.append((int(match[2]), 1, float(match[1]), file))
-        elif match := _MODEL.search(file.name):
-            ranked.append((int(match[1]), 0, 0.0, file))
+    ranked = [
+        (int(match[2]), float(match[1] or -1), file)  # an EMA is preferred to the model of its step
+        for file in candidates
+        if (match := _CHECKPOINT.search(file.name))
+    ]
     if not ranked:
         raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt)")
     return max(ranked)[-1]

@@ -82,7 +82,7 @@ def remove_partial_files(folder: Path) -> None:
         owner = ProcessId.parse(".".join(name[1 : -len(PARTIAL)].rsplit(".", 3)[1:]))
         if owner is None:
             continue  # written by something else
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is gone, or belongs to another user
             age = time.time() - (folder / name).stat().st_mtime
             if owner == ProcessId.own() or owner.is_gone() or age > _FORGOTTEN:
                 (folder / name).unlink()
@@ -99,6 +99,10 @@ def files_in(folder: Path) -> list[str]:
 # --- locking ---
 
 
+class LocksUnsupported(OSError):
+    """The file system has no locks."""
+
+
 class FileLock:
     """An exclusive lock on a file (flock), which the system releases when the process ends, however it ends.
 
@@ -107,9 +111,10 @@ class FileLock:
         lock = FileLock(path)
         if lock.acquire(timeout=30):    # False if another process still holds it then
             ...
+            lock.release()
 
-    The lock file stays when the lock is released, unless `remove` is set. OSError of a file system without locks is
-    passed on.
+    The lock file stays when the lock is released, unless `remove` is set. Raises LocksUnsupported on a file system
+    without locks, and other OSErrors where the file can't be opened.
     """
 
     def __init__(self, path: Path, *, remove: bool = False) -> None:
@@ -143,8 +148,13 @@ class FileLock:
     def _try(self) -> bool:
         with ExitStack() as closing:
             file = closing.enter_context(self.path.open("a"))
-            with suppress(BlockingIOError, FileNotFoundError):
+            try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise LocksUnsupported(error.errno, error.strerror, str(self.path)) from error
+            with suppress(FileNotFoundError):
                 # The last holder may have removed the file that was opened here, and another process made a new one.
                 if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                     closing.pop_all()

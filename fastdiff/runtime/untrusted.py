@@ -1,7 +1,7 @@
-"""Reading files of torch.save that came from elsewhere.
+"""Reading files from unknown sources: those of torch.save, and npz.
 
-Nothing in such a file is run; its checksums are compared; and reading it takes no more memory than twice its size, for
-it is mapped, not unpacked, and what is larger than what lies in the file is refused.
+Nothing in a file is executed, its checksums are compared, and reading a checkpoint takes at most about twice its size
+in memory: it is memory-mapped, and tensors that claim more bytes than the file has are refused.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import math
 import mmap
+import os
 import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from fastdiff.errors import UserError, quoted
 
 _ZIP = b"PK\3\4"
 _PICKLES = 5
+_MAX_DEPTH = 50
 _NEEDED = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
@@ -33,25 +35,23 @@ _NEEDED = {
 
 
 def read(path: Path) -> Any:
-    """What a file of torch.save holds, without running code: tensors on the CPU, in plain containers.
+    """Read a file of torch.save without running code from it: tensors on the CPU, in plain containers.
 
-    Raises UserError for a file that is missing, damaged, would run code, or would take far more memory than it has
+    Raises UserError for a file that is missing or damaged, would run code, or would take far more memory than it has
     bytes.
     """
     if not is_there(path, "file"):
         raise UserError(f"{path} does not exist; give the path of a .pt checkpoint")
     try:
-        with path.open("rb") as file:
-            is_zip = file.read(4) == _ZIP
-        if is_zip:
-            _check_archive(path)
-        else:
-            _check_pickles(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols and the like; what can't be read raises
-            # Mapped, a storage ends where the file does. Unmapped, torch believes the length that the pickle states.
-            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
-            return _Plain(2 * path.stat().st_size + (1 << 20)).copy(content)
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols and the like; unreadable files raise
+            is_zip = file.read(len(_ZIP)) == _ZIP
+            (_check_archive if is_zip else _check_pickles)(file)
+            # A mapped storage ends where the file does; otherwise torch allocates the length that the pickle states.
+            file.seek(0)
+            source = str(path) if is_zip else file  # torch maps files only by name
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
+            return _PlainCopy(2 * os.fstat(file.fileno()).st_size + (1 << 20)).copy(content)
     except _Refused as error:
         raise UserError(f"{path} is refused: {error}") from None
     except _NamesObjects as error:
@@ -61,81 +61,79 @@ def read(path: Path) -> Any:
         ) from None
     except PermissionError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); give a file that can") from None
-    except Exception:  # whatever a damaged file leads zipfile, pickle and torch to
+    except Exception:  # zipfile, pickle and torch raise many kinds of errors for a damaged file
         raise UserError(f"{path} is not a checkpoint, or is damaged") from None
 
 
 class _NamesObjects(Exception):
-    """A file that would make objects of Python which aren't tensors or containers of them."""
+    """The file names Python objects other than tensors and containers of them."""
 
 
 class _Refused(Exception):
-    """A file that is whole, but not what a checkpoint may be."""
+    """The file is complete, but has what no checkpoint has."""
 
 
-def _check_archive(path: Path) -> None:
-    """_Refused for a zip that is compressed, which torch.save's never are, or whose checksums are wrong."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise _Refused("its parts are compressed, which a checkpoint's are not")
+def _check_archive(file: BinaryIO) -> None:
+    """Check the compression (torch.save uses none), checksums and pickles of a zip file."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise _Refused("its parts are compressed, which a checkpoint's are not")
         if (damaged := archive.testzip()) is not None:
             raise _Refused(f"the checksum of {damaged} in it is wrong, so it is damaged")
-        for entry in archive.infolist():
+        for entry in entries:
             if entry.filename.endswith(".pkl"):
                 _check_names(io.BytesIO(archive.read(entry)))
 
 
-def _check_pickles(path: Path) -> None:
-    """The same in a file from before zips, which begins with several pickles: about itself, its content, its keys."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+def _check_pickles(file: BinaryIO) -> None:
+    """Check a file of torch before 1.6, which begins with several pickles: about itself, its content, its keys."""
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for _ in range(_PICKLES):
             _check_names(data)
 
 
-def _check_names(file: Any) -> None:
-    """_NamesObjects for a pickle that names anything but what tensors in plain containers need.
+def _check_names(pickle: Any) -> None:
+    """Raise _NamesObjects for a pickle with a name that tensors in plain containers don't need.
 
-    torch admits more, among it what makes gigabytes of a number: bytearray, copies of a tensor to a device.
+    torch's weights_only admits more, such as bytearray and copies to a device, which turn a number into gigabytes.
     """
-    for opcode, argument, _ in pickletools.genops(file):
+    for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name not in ("GLOBAL", "INST", "STACK_GLOBAL"):
             continue
         module, _, name = str(argument).partition(" ")
-        kind = getattr(torch, name, None) if module == "torch" else None
-        if not (isinstance(kind, torch.dtype) or (module, name) in _NEEDED or _is_storage(module, name)):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_storage = module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
+        if not (is_dtype or is_storage or (module, name) in _NEEDED):
             raise _NamesObjects(f"{module}.{name}" if argument else "by names that it makes")
 
 
-def _is_storage(module: str, name: str) -> bool:
-    return module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
+class _PlainCopy:
+    """Copies loaded content into new tensors and containers, at most `bytes_left` bytes of tensors.
 
+    The copy has nothing else that a file could have put there: attributes of tensors and dictionaries (which can hide
+    their methods), reference cycles, or strides that repeat a few numbers endlessly.
+    """
 
-class _Plain:
-    """Copies what was loaded, so that nothing of the file's own making stays: attributes of tensors and dictionaries
-    (which can hide their methods), loops, or tensors that repeat a few numbers endlessly."""
-
-    def __init__(self, most_bytes: int) -> None:
-        self._bytes_left = most_bytes
-        self._copies: dict[int, Any] = {}
-        self._inside: set[int] = set()
-        self._alive: list[Any] = []  # an id is its object's for as long as that lives
+    def __init__(self, bytes_left: int) -> None:
+        self._bytes_left = bytes_left
+        self._copies: dict[int, tuple[Any, Any]] = {}  # id → the object, kept alive for its id to stay its own; copy
+        self._open: set[int] = set()
 
     def copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return self._tensor(value)
+            return self._copy_tensor(value)
         if not isinstance(value, (dict, list, tuple)) or isinstance(value, torch.Size):
             return value
-        if id(value) in self._inside or len(self._inside) > 50:
+        if id(value) in self._open or len(self._open) > _MAX_DEPTH:
             raise _Refused("its contents are nested without end")
         if id(value) not in self._copies:
-            self._inside.add(id(value))
-            self._copies[id(value)] = self._container(value)
-            self._inside.remove(id(value))
-            self._alive.append(value)
-        return self._copies[id(value)]
+            self._open.add(id(value))
+            self._copies[id(value)] = value, self._copy_container(value)
+            self._open.remove(id(value))
+        return self._copies[id(value)][1]
 
-    def _container(self, value: dict | list | tuple) -> Any:
+    def _copy_container(self, value: dict | list | tuple) -> Any:
         if not isinstance(value, dict):
             return (list if isinstance(value, list) else tuple)(self.copy(item) for item in value)
         items = ((key, self.copy(item)) for key, item in dict.items(value))
@@ -146,7 +144,7 @@ class _Plain:
             copied._metadata = self.copy(metadata)  # type: ignore[attr-defined]
         return copied
 
-    def _tensor(self, value: Tensor) -> Tensor:
+    def _copy_tensor(self, value: Tensor) -> Tensor:
         plain = value.detach()
         dense = plain.layout == torch.strided and plain.device.type == "cpu" and not plain.is_quantized
         if type(plain) is not Tensor or not dense or plain.is_nested:
@@ -159,7 +157,7 @@ class _Plain:
 
 
 def is_there(place: Path, kind: Literal["file", "dir"]) -> bool:
-    """Path.is_file or is_dir; UserError where the system refuses to tell, as for a name of thousands of letters."""
+    """Path.is_file or Path.is_dir; UserError where the system raises, as for a name of thousands of letters."""
     try:
         return place.is_file() if kind == "file" else place.is_dir()
     except OSError as error:
@@ -167,10 +165,10 @@ def is_there(place: Path, kind: Literal["file", "dir"]) -> bool:
 
 
 def npz_header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an array of an npz.
+    """Shape and dtype of an array in an npz.
 
     ValueError for one that would unpack to more than most_bytes, holds Python objects, or is shorter than its header
-    says; KeyError where there is none of that name.
+    says; KeyError where there is no array of that name.
     """
     entry = archive.getinfo(f"{name}.npy")
     if entry.file_size > most_bytes:
@@ -187,7 +185,7 @@ def npz_header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> tuple[tu
 
 
 def read_npz_array(archive: zipfile.ZipFile, name: str, most_bytes: int) -> np.ndarray:
-    """An array of an npz, under the same conditions."""
+    """Read an array of an npz, with the checks of `npz_header`."""
     npz_header(archive, name, most_bytes)
     with archive.open(f"{name}.npy") as file:
         return np.lib.format.read_array(file, allow_pickle=False)

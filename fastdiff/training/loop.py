@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,21 @@ from fastdiff import errors
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import StopWith, blaming
+from fastdiff.runtime.files import write_json
 from fastdiff.runtime.signals import StopSignals
 from fastdiff.runtime.watchdog import Watchdog
-from fastdiff.training.checkpoints import folder as checkpoint_files
-from fastdiff.training.checkpoints import format as checkpoints
-from fastdiff.training.checkpoints import resume as resuming
-from fastdiff.training.checkpoints.folder import step_of
+from fastdiff.training.checkpoints.folder import (
+    MANIFEST,
+    find_damage,
+    list_checkpoints,
+    remove_checkpoint,
+    set_aside,
+    set_latest,
+    step_of,
+    tidy,
+)
+from fastdiff.training.checkpoints.format import read_snapshot
+from fastdiff.training.checkpoints.resume import FILE_SYSTEM_LAG, kind_of
 from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.consensus import Consensus
 from fastdiff.training.deepspeed_engine import collective_timeout
@@ -61,7 +71,7 @@ class Loop:
         self.checkpoints = folder / "checkpoints"
         self._start_interval(time.perf_counter())
         self.info = {
-            "kind": resuming.kind_of(config),
+            "kind": kind_of(config),
             "model": config.model.model_dump(mode="json"),
             "diffusion": config.diffusion.model_dump(mode="json"),
             "class_names": trainer.loader.class_names if config.model.class_cond else [],
@@ -130,10 +140,10 @@ class Loop:
     def _introduce(self, source: str, notes: list[str]) -> None:
         trainer, loader, reporter = self.trainer, self.trainer.loader, self.reporter
         if self.processes.is_main:
-            content = {"kind": resuming.kind_of(self.config), **self.config.model_dump(mode="json")}
-            checkpoints.write_json(self.folder / "config.json", content)
-            aside = checkpoint_files.set_aside(self.checkpoints, trainer.step)
-            notes = [*notes, *aside, *checkpoint_files.tidy(self.checkpoints)]
+            content = {"kind": kind_of(self.config), **self.config.model_dump(mode="json")}
+            write_json(self.folder / "config.json", content)
+            aside = set_aside(self.checkpoints, trainer.step)
+            notes = [*notes, *aside, *tidy(self.checkpoints)]
         classes = f" in {len(loader.class_names)} classes" if self.config.model.class_cond else ""
         reporter.say(
             f"{millions(trainer)} parameters, {loader.num_images} images{classes} ({loader.loader_name}), batch "
@@ -154,7 +164,7 @@ class Loop:
             keep_last=train.keep_last,
             keep_every=train.keep_every,
             background=train.save_in_background,
-            told=self.reporter.say,
+            log=self.reporter.say,
         )
 
     def _profiler(self) -> StepProfiler | None:
@@ -247,12 +257,13 @@ class Loop:
             self._wait_for_writing()
             self.agreement.forget(SAVE)
             self.reporter.sync()
+            trainer = self.trainer
+            files = trainer.checkpoint_files(self.info)
             if self.saver:
-                trainer = self.trainer
-                sound = trainer.step - trainer.stepper.state_dict()["bad_streak"]  # of now, unlike bad_streak()
-                self.saver.save(trainer.step, self.info, trainer.fill, trainer.state_bytes, sound)
+                last_good = trainer.step - trainer.stepper.state_dict()["bad_streak"]  # of now, unlike bad_streak()
+                self.saver.save(trainer.step, files, trainer.state_bytes, last_good)
             else:
-                self.trainer.fill(None)
+                deque(files, maxlen=0)
 
     def _finish_saving(self) -> None:
         """Until everything is on disk: then ranks may leave, which makes launchers end the others. Collective."""
@@ -298,30 +309,30 @@ class Loop:
             "with other images, timesteps and noise"
         )
         with blaming("--run_dir"):
-            trainer.roll_back(checkpoints.read(target, [str(rate) for rate in self.train.ema_rate]))
+            trainer.roll_back(read_snapshot(target, [str(rate) for rate in self.train.ema_rate]))
         self.processes.barrier()
         if self.processes.is_main:
-            for newer in checkpoint_files.listed(self.checkpoints):
+            for newer in list_checkpoints(self.checkpoints):
                 if step_of(newer) > trainer.step:
-                    checkpoint_files.remove(newer)
-            checkpoint_files.point_to(target)
+                    remove_checkpoint(newer)
+            set_latest(target)
         self.reporter.rewind(trainer.step)
         self._start_interval(time.perf_counter())
 
     def _last_good(self, sound: int) -> Path | None:
         """The newest whole checkpoint of a step up to `sound`, as rank 0 sees it. Collective."""
-        before = [p for p in checkpoint_files.listed(self.checkpoints) if step_of(p) <= sound]
+        before = [p for p in list_checkpoints(self.checkpoints) if step_of(p) <= sound]
         found = None
         if self.processes.is_main:
-            found = next((p for p in reversed(before) if not checkpoint_files.damage(p)), None)
+            found = next((p for p in reversed(before) if not find_damage(p)), None)
         if self.processes.world_size == 1:
             return found
         box = [found.name if found else None]
         dist.broadcast_object_list(box, src=0)
         if box[0] is None:
             return None
-        until = time.monotonic() + resuming.SHARED
-        while not (self.checkpoints / box[0] / checkpoint_files.MANIFEST).is_file() and time.monotonic() < until:
+        until = time.monotonic() + FILE_SYSTEM_LAG
+        while not (self.checkpoints / box[0] / MANIFEST).is_file() and time.monotonic() < until:
             time.sleep(0.5)
         return self.checkpoints / box[0]
 
@@ -330,7 +341,7 @@ class Loop:
         for line in lines:
             self.reporter.say(line)
         if self.processes.is_main:
-            checkpoints.write_json(self.folder / "diagnosis.json", content)
+            write_json(self.folder / "diagnosis.json", content)
         self.processes.barrier()
         self.signals.finish()
         raise StopWith(

@@ -27,7 +27,7 @@ from fastdiff.runtime.script import is_broken_collective
 from fastdiff.runtime.signals import StopSignals
 from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training import compilation, loop
-from fastdiff.training.checkpoints import resume as resuming
+from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import deepspeed_config, needs_engine, split_batch, start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
@@ -52,10 +52,10 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         watchdog = open_things.enter_context(Watchdog(current(), 60 * settings.stall_minutes))
         watchdog.progress("starting", LONG)
         writes = current().is_main and not dry_run
-        known = resuming.is_known(folder)  # else nothing is written before all is known to be well
+        known = resume.holds_run(folder)  # else nothing is written before all is known to be well
         if writes and known:
-            open_things.enter_context(resuming.lock(folder))
-        snapshot, source = resuming.find_snapshot(config, folder)
+            open_things.enter_context(resume.lock(folder))
+        snapshot, source = resume.find_snapshot(config, folder)
         preview = preview_diffusion(config)
         packs = config.data.cache != "none"
         watchdog.progress("opening the images", math.inf if packs else LONG)  # who packs sees to it that it gets on
@@ -64,7 +64,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         # Nodes that pack images for themselves are not ready at the same time.
         processes = start_processes(settings.stall_minutes, early=packs)
         watchdog.progress("starting", LONG)
-        snapshot, source = resuming.agree(processes, config, folder, snapshot, source)
+        snapshot, source = resume.agree_on_snapshot(processes, config, folder, snapshot, source)
         notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
         open_things.enter_context(tf32(settings.allow_tf32))
         keep_compiled_code()
@@ -84,7 +84,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             with blaming("--run_dir"):
                 make_writable(folder)
         if writes and not known:
-            open_things.enter_context(resuming.lock_new(folder))
+            open_things.enter_context(resume.lock_new(folder))
         if settings.detect_anomaly:
             open_things.enter_context(detect_anomaly(model))
         with _clear_words(folder, trainer, writes=writes):
@@ -107,7 +107,7 @@ def _clear_words(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]
 
     def tell(state: str, code: int | None = None, reason: str = "") -> None:
         if writes:
-            resuming.write_status(folder, state, trainer.step, code, reason)
+            resume.write_status(folder, state, trainer.step, code, reason)
 
     tell("running")
     try:

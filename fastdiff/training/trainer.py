@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch, Loader, to_device
 from fastdiff.models import SuperResSettings, UNet
+from fastdiff.models.weights import with_info
 from fastdiff.runtime.processes import Processes
 from fastdiff.training import compilation
-from fastdiff.training.checkpoints import saver as saving
-from fastdiff.training.checkpoints.format import Snapshot
+from fastdiff.training.checkpoints.format import Snapshot, adam_state_dict
+from fastdiff.training.checkpoints.saver import write_checkpoint
 from fastdiff.training.deepspeed_engine import create_engine, needs_engine, split_batch
 from fastdiff.training.deepspeed_step import EngineStep
 from fastdiff.training.device_step import DeviceStep
@@ -167,34 +169,45 @@ class Trainer:
     # --- checkpoints ---
 
     def save(self, folder: Path, info: dict[str, Any]) -> None:
-        """Write the state to `folder`/step_NNNNNN, and wait for it. Collective."""
+        """Write the state to `folder`/step_NNNNNN before returning. Collective."""
+        files = self.checkpoint_files(info)
         if self.processes.is_main:
-            saving.write(folder, self.step, info, self.fill)
+            write_checkpoint(folder, self.step, files)
         else:
-            self.fill(None)
+            deque(files, maxlen=0)
         self.processes.barrier()
 
     @property
     def state_bytes(self) -> int:
-        """What a checkpoint takes, to within some kilobytes: weights, averages, two moments."""
+        """The size of a checkpoint to within some kilobytes: weights, averages and two moments in fp32."""
         return 4 * (3 + len(self.ema)) * sum(shape.numel() for shape in self.masters.shapes.values())
 
-    def fill(self, sink: saving.Sink | None) -> dict[str, Any]:
-        """Give a sink (on rank 0; None on others) one set of tensors after another; returns the rest. Collective."""
-        model = self.masters.gather(self.masters.flats)
-        if sink and model is not None:
-            sink.weights(None, model)
-        del model
-        for rate, averages in self.ema.items():
-            average = self.masters.gather(averages)
-            if sink and average is not None:
-                sink.weights(rate, average)
-            del average
+    def checkpoint_files(self, info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Make the files of a checkpoint one after another: (name, content for torch.save). Collective.
+
+        The weights carry `info` (JSON) in their metadata. On ranks other than 0 the content of weights and moments is
+        None; they have to iterate to the end too.
+        """
+        averages = {f"ema_{rate}_": tensors for rate, tensors in self.ema.items()}
+        for prefix, tensors in {"model": self.masters.flats, **averages}.items():
+            yield f"{prefix}{self.step:06d}.pt", self._gather_weights(tensors, info)
         moments, updates = self._moments()
-        gathered = {key: self.masters.gather(tensors) for key, tensors in moments.items()}
-        if sink and gathered["exp_avg"] is not None and gathered["exp_avg_sq"] is not None:
-            group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-            sink.optimizer(gathered["exp_avg"], gathered["exp_avg_sq"], updates, group)
+        yield f"opt{self.step:06d}.pt", self._gather_moments(moments, updates)
+        yield "state.pt", self._rest_of_state(updates)
+
+    def _gather_weights(self, tensors: list[Tensor], info: dict[str, Any]) -> dict[str, Tensor] | None:
+        state = self.masters.gather(tensors)
+        return None if state is None else with_info(state, info)
+
+    def _gather_moments(self, moments: dict[str, list[Tensor]], updates: int) -> dict[str, Any] | None:
+        exp_avg, exp_avg_sq = (self.masters.gather(moments[key]) for key in ("exp_avg", "exp_avg_sq"))
+        if exp_avg is None or exp_avg_sq is None:
+            return None
+        group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
+        return adam_state_dict(exp_avg, exp_avg_sq, updates, group)
+
+    def _rest_of_state(self, updates: int) -> dict[str, Any]:
+        """The content of state.pt. Collective."""
         return {
             "step": self.step,
             "updates": updates,
@@ -216,6 +229,7 @@ class Trainer:
         }
 
     def _moments(self) -> tuple[dict[str, list[Tensor]], int]:
+        """AdamW's moments on this rank, laid out like the masters (zeros before the first update), and the updates."""
         states = [self.optimizer.state.get(flat, {}) for flat in self.masters.flats]
         updates = max((int(state["step"]) for state in states if "step" in state), default=0)
         zeros = torch.zeros_like

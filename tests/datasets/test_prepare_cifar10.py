@@ -9,6 +9,7 @@ import pytest
 from helpers.preparation_scripts import call_script, fail, images, last_line, only_line, pixels, run_script, succeed
 
 from fastdiff.images.listing import index_images
+from fastdiff.runtime.processes import ProcessId
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -16,7 +17,7 @@ PER_BATCH = 20
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes as Python 2's cPickle did: text and bytes alike as byte strings, numpy under its name of that time."""
+    """Writes like Python 2's cPickle: text and bytes both as byte strings, numpy under its old module name."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
@@ -119,10 +120,12 @@ def test_restart_keeps_whole_files_and_makes_the_missing_ones(archive: Path, tmp
     kept, deleted, emptied, *_ = images(folder)
     before = (folder / kept).stat().st_mtime_ns
     (folder / deleted).unlink()
-    (folder / f".{deleted}.partial").write_bytes(b"half a fi")
+    left = folder / f".{deleted}.{ProcessId.own()._replace(started=1).tag}.partial"  # of an ended process
+    left.write_bytes(b"half a fi")
     (folder / emptied).write_bytes(b"")
     last = succeed("cifar10.py", "--archive", archive, "--out", tmp_path)
     assert "(98 were there already)" in last
+    assert not left.exists()
     assert_whole(tmp_path)
     assert (folder / kept).stat().st_mtime_ns == before
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion import create_timestep_sampler
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.settings import TrainSettings
@@ -108,7 +108,7 @@ class Recording(ScriptedTrainer):
             self.terms["weights"] = kept["weights"]
 
 
-def _trainer(case: Case, variant: dict[str, Any], snapshot: checkpoints.Snapshot | None = None) -> Recording:
+def _trainer(case: Case, variant: dict[str, Any], snapshot: Snapshot | None = None) -> Recording:
     images = case.tensor("in_x")
     model = load_model(case.config["model"], case.weights(), tuple(images.shape[-2:]))
     trainer = Recording(
@@ -180,7 +180,7 @@ def _check_resume(case: Case, variant: dict[str, Any], folder: Path) -> None:
     """The original resumes one step early, from the rows' start; told so, we arrive where it does."""
     step = int(variant["resume"]["file"].removeprefix("model").removesuffix(".pt"))
     updates = case.expected[variant["name"]]["files"][f"opt{step:06d}.pt"]["updates"]
-    snapshot = checkpoints.read(folder / f"step_{updates:06d}", variant["ema_rate"].split(","))
+    snapshot = read_snapshot(folder / f"step_{updates:06d}", variant["ema_rate"].split(","))
     assert not snapshot.notes
     snapshot.step = step
     snapshot.state["loader"] = {"position": 0}

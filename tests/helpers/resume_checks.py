@@ -1,4 +1,4 @@
-"""N steps against k steps, a checkpoint, and N - k steps: bit for bit. Run by test_resume.py, alone or by torchrun.
+"""Checks that resuming after k of N steps gives bit for bit the same as N steps. test_resume.py runs it.
 
 python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION:LOADER:K,K.. [...] [back:STAGE:PRECISION ...]
 """
@@ -15,7 +15,7 @@ from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images.open import open_images
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
@@ -34,10 +34,8 @@ MODEL = UNetSettings(
 DIFFUSION = DiffusionSettings(diffusion_steps=2, noise_schedule="cosine")
 
 
-def make_trainer(
-    data: Path, snapshot: checkpoints.Snapshot | None = None, loader: str = "pillow", **settings: Any
-) -> Trainer:
-    """A trainer with everything that has state: averages, dropout, micro-batches, loss-aware timesteps."""
+def make_trainer(data: Path, snapshot: Snapshot | None = None, loader: str = "pillow", **settings: Any) -> Trainer:
+    """A trainer with all that has state: averages, dropout, micro-batches, a loss-aware timestep sampler."""
     processes = start_processes()
     given = {
         "batch_size": 8,
@@ -63,13 +61,13 @@ def make_trainer(
     )
     torch.manual_seed(train.seed)
     diffusion = create_diffusion(DIFFUSION, MODEL.learn_sigma)
-    # Of these networks ZeRO-3 would keep every parameter whole on every rank.
+    # By default ZeRO-3 would not partition parameters as small as those of these networks.
     deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 3000}} if train.zero_stage == 3 else {}
     return Trainer(train, deepspeed, build_model(MODEL), diffusion, images, processes, snapshot)
 
 
 def steps(trainer: Trainer, count: int) -> list[float]:
-    """The losses of so many steps."""
+    """Take `count` steps and return their losses."""
     losses = []
     for _ in range(count):
         trainer.take_step()
@@ -78,7 +76,7 @@ def steps(trainer: Trainer, count: int) -> list[float]:
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """Everything that training changes, by name, on rank 0."""
+    """All tensors that training changes, by name, on rank 0; None on others."""
     moments, updates = trainer._moments()
     sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
     gathered = {kind: trainer.masters.gather(tensors) for kind, tensors in sets.items()}
@@ -91,7 +89,7 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
 def check_exact_resume(
     data: Path, work: Path, stage: int, precision: str, loader: str, at: list[int]
 ) -> dict[str, torch.Tensor] | None:
-    """Five steps at once equal k, a checkpoint and the rest, for each k. Returns the final state, on rank 0."""
+    """Check that five steps equal k steps, a checkpoint and 5 - k steps. Returns the final state on rank 0."""
     settings = {"zero_stage": stage, "precision": precision}
     straight = make_trainer(data, None, loader, **settings)
     folder = work / f"zero{stage}-{precision}-{loader}-{straight.processes.world_size}"
@@ -103,7 +101,7 @@ def check_exact_resume(
     final = state(straight)
     straight.loader.close()
     for k in at:
-        snapshot = checkpoints.read(folder / f"step_{k:06d}", ["0.9", "0.99"])
+        snapshot = read_snapshot(folder / f"step_{k:06d}", ["0.9", "0.99"])
         assert not snapshot.notes, snapshot.notes
         resumed = make_trainer(data, snapshot, loader, **settings)
         assert resumed.step == k
@@ -119,14 +117,14 @@ def check_exact_resume(
 
 
 def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
-    """Going back in place equals a new start from the checkpoint that takes the same other stream."""
+    """Check that `roll_back` equals a new trainer from the checkpoint with the same new stream seed."""
     settings = {"zero_stage": stage, "precision": precision}
     trainer = make_trainer(data, None, **settings)
     steps(trainer, 2)
     folder = work / f"back{stage}-{precision}-{trainer.processes.world_size}"
     trainer.save(folder, {})
     first = steps(trainer, 3)
-    snapshot = checkpoints.read(folder / "step_000002", ["0.9", "0.99"])
+    snapshot = read_snapshot(folder / "step_000002", ["0.9", "0.99"])
     trainer.roll_back(snapshot)
     assert (trainer.step, trainer.rollbacks) == (2, 1)
     other = steps(trainer, 3)
@@ -144,13 +142,13 @@ def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
     if final is not None and fresh_final is not None:
         assert all(torch.equal(value, fresh_final[name]) for name, value in final.items())
 
-    later = make_trainer(data, checkpoints.read(folder / "step_000005", ["0.9", "0.99"]), **settings)
+    later = make_trainer(data, read_snapshot(folder / "step_000005", ["0.9", "0.99"]), **settings)
     assert (later.stream_seed, later.rollbacks) == (trainer.stream_seed, 1)  # kept by the checkpoint
     later.loader.close()
 
 
 def parts_of(case: str) -> tuple[int, str, str, list[int]]:
-    """STAGE:PRECISION:LOADER:K,K.. apart."""
+    """Split STAGE:PRECISION:LOADER:K,K.. into its parts."""
     stage, precision, loader, at = case.split(":")
     return int(stage), precision, loader, [int(k) for k in at.split(",")]
 

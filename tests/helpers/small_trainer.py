@@ -9,7 +9,7 @@ import torch
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images.loader import Batch, to_device
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
@@ -57,7 +57,7 @@ class MadeUp:
 
 
 def small_trainer(
-    snapshot: checkpoints.Snapshot | None = None,
+    snapshot: Snapshot | None = None,
     model: dict[str, Any] | None = None,
     deepspeed: dict[str, Any] | None = None,
     **settings: Any,

@@ -1,4 +1,4 @@
-"""Some steps of a run on as many ranks as there are, from its newest checkpoint. Run by test_world_sizes.py.
+"""Resumes a run from its newest checkpoint for some steps, on any number of ranks. test_world_sizes.py runs it.
 
 torchrun --nproc_per_node W world_size_checks.py DATA_FOLDER WORK_FOLDER STEPS ZERO_STAGE
 """
@@ -9,17 +9,17 @@ import sys
 from pathlib import Path
 
 import torch
+
+from fastdiff.training.checkpoints.folder import newest_whole
+from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
+from fastdiff.training.trainer import Trainer
 from helpers import resume_checks
 
-from fastdiff.training.checkpoints import folder as checkpoint_files
-from fastdiff.training.checkpoints import format as checkpoints
-from fastdiff.training.trainer import Trainer
-
-BATCH = 12  # which 1, 2 and 3 ranks can share
+BATCH = 12  # divisible by 1, 2 and 3 ranks
 
 
-def differing(trainer: Trainer, snapshot: checkpoints.Snapshot) -> list[str]:
-    """Tensors that are not, bit for bit, what the checkpoint holds; on rank 0."""
+def differing(trainer: Trainer, snapshot: Snapshot) -> list[str]:
+    """Names of tensors that differ from the checkpoint; on rank 0."""
     state = resume_checks.state(trainer)
     stored = {"model": snapshot.model, **snapshot.ema, "exp_avg": snapshot.exp_avg, "exp_avg_sq": snapshot.exp_avg_sq}
     wanted = {f"{kind}/{name}": value for kind, tensors in stored.items() for name, value in tensors.items()}
@@ -28,9 +28,9 @@ def differing(trainer: Trainer, snapshot: checkpoints.Snapshot) -> list[str]:
 
 
 def main(data: Path, work: Path, count: int, stage: int) -> None:
-    newest, notes = checkpoint_files.newest_whole(work)
+    newest, notes = newest_whole(work)
     assert not notes
-    snapshot = checkpoints.read(newest, ["0.9", "0.99"]) if newest else None
+    snapshot = read_snapshot(newest, ["0.9", "0.99"]) if newest else None
     trainer = resume_checks.make_trainer(data, snapshot, batch_size=BATCH, zero_stage=stage)
     processes = trainer.processes
     wrong = differing(trainer, snapshot) if snapshot else []

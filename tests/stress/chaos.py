@@ -33,8 +33,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from fastdiff.training.checkpoints import folder as checkpoint_files  # noqa: E402
-from fastdiff.training.checkpoints import format as checkpoints  # noqa: E402
+from fastdiff.training.checkpoints.folder import find_damage, list_checkpoints, newest_whole, step_of  # noqa: E402
+from fastdiff.training.checkpoints.format import read_snapshot  # noqa: E402
 
 STEPS_PER_KILL = 6
 MACHINE = ("images_per_second", "data_wait", "memory_gb")
@@ -168,14 +168,14 @@ def _rows(run: Path) -> int:
 
 def check_listed(run: Path, tally: Tally) -> None:
     """Every checkpoint under its real name must be whole, and readable."""
-    for folder in checkpoint_files.listed(run / "checkpoints"):
+    for folder in list_checkpoints(run / "checkpoints"):
         key = (folder.name, folder.stat().st_mtime)
         if key in tally.checked:
             continue
-        if wrong := checkpoint_files.damage(folder):
+        if wrong := find_damage(folder):
             raise Lost(f"{folder.name} was listed and is damaged: {wrong}")
-        snapshot = checkpoints.read(folder, ["0.9", "0.99"])
-        if snapshot.notes or snapshot.step != checkpoint_files.step_of(folder):
+        snapshot = read_snapshot(folder, ["0.9", "0.99"])
+        if snapshot.notes or snapshot.step != step_of(folder):
             raise Lost(f"{folder.name} was listed and lacks something: {snapshot.notes}")
         tally.checked.add(key)
     left = list((run / "checkpoints").glob(".step_*"))
@@ -233,8 +233,8 @@ def torment(argv: list[str], run: Path, kills: int, rng: random.Random, tally: T
         tally.kills[kind] += 1
         check_listed(run, tally)
         pace = (time.monotonic() - begun) / (done + 1)
-        newest = checkpoint_files.newest_whole(run / "checkpoints")[0]
-        at = checkpoint_files.step_of(newest) if newest else 0
+        newest = newest_whole(run / "checkpoints")[0]
+        at = step_of(newest) if newest else 0
         print(
             f"kill {done + 1}/{kills} while {kind}; newest whole checkpoint: step {at}; "
             f"{pace:.1f} s a kill, about {pace * (kills - done - 1) / 60:.0f} min left",

@@ -16,7 +16,7 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.blocks import AttentionBlock
 from fastdiff.runtime import compilation as compiling
 from fastdiff.training import compilation
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.settings import TrainSettings
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -60,7 +60,7 @@ def test_compiled_once(settings: dict[str, Any], tmp_path: Path, no_backend: Non
         losses += losses_of(trainer, 1)
         trainer.save(tmp_path, {})
         losses += losses_of(trainer, 2)
-        snapshot = checkpoints.read(tmp_path / "step_000002", ["0.9", "0.99"])
+        snapshot = read_snapshot(tmp_path / "step_000002", ["0.9", "0.99"])
         resumed = small_trainer(snapshot, compile=True, **settings)
         assert losses_of(resumed, 2) == losses[2:]
     # Compiled code rounds in other places; to bf16 where the CPU has it.

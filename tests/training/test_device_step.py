@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.training import device_step as steps
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.deepspeed_engine import needs_engine, start_processes
 from fastdiff.training.deepspeed_step import EngineStep
 from fastdiff.training.device_step import DeviceStep, LossScale
@@ -214,7 +214,7 @@ def test_resume_with_a_loss_scale(tmp_path: Path) -> None:
     losses_of(trainer, 3)
     trainer.stepper.skipped_steps = 2
     trainer.save(tmp_path, {})
-    snapshot = checkpoints.read(tmp_path / "step_000003", ["0.9", "0.99"])
+    snapshot = read_snapshot(tmp_path / "step_000003", ["0.9", "0.99"])
     resumed = small_trainer(snapshot, precision="fp16", fp16_scale_growth=0.5)
     resumed.model.set_precision(torch.float32)
     assert resumed.stepper.scaler_state() == trainer.stepper.scaler_state()

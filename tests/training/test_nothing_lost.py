@@ -9,8 +9,9 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from fastdiff import errors, train
 from fastdiff.diffusion.samplers import Step
 from fastdiff.errors import StopWith, UserError
 from fastdiff.images.loader import Batch
+from fastdiff.runtime import files
 from fastdiff.runtime import machine as threads
 from fastdiff.sampling.engine import Engine
-from fastdiff.training.checkpoints import folder as checkpoint_files
-from fastdiff.training.checkpoints import resume as resuming
+from fastdiff.training.checkpoints import resume
+from fastdiff.training.checkpoints.folder import find_damage, list_checkpoints, step_of
 from fastdiff.training.compilation import decide
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.trainer import Trainer
@@ -38,9 +40,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps_of(run: Path) -> list[int]:
     """The steps whose checkpoints there are, all whole."""
-    folders = checkpoint_files.listed(run / "checkpoints")
-    assert [checkpoint_files.damage(folder) for folder in folders] == [""] * len(folders)
-    return [checkpoint_files.step_of(folder) for folder in folders]
+    folders = list_checkpoints(run / "checkpoints")
+    assert [find_damage(folder) for folder in folders] == [""] * len(folders)
+    return [step_of(folder) for folder in folders]
 
 
 def status_of(run: Path) -> tuple[str, int, int | None]:
@@ -124,15 +126,15 @@ def test_a_disk_without_room_for_small_files(
     """One sentence, whichever file it is that finds the disk full; with room the run goes on."""
     run = tmp_path / "run"
     train.main(flags(data, run, "--max_steps", "1"))
-    write = checkpoint_files.write_text
+    write = files.atomic_write
 
-    def full(path: Path, text: str) -> None:
+    def full(path: Path, *, sync: bool = True) -> AbstractContextManager[BinaryIO]:
         if path.name == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, text)
+        return write(path, sync=sync)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint_files, "write_text", full)
+        patched.setattr(files, "atomic_write", full)
         with pytest.raises(UserError, match=r"--run_dir: .*can't be written.*No space left on device"):
             train.main(flags(data, run, "--max_steps", "2"))
     train.main(flags(data, run, "--max_steps", "3"))
@@ -183,7 +185,7 @@ def test_another_batch_or_seed_must_be_allowed(data: Path, tmp_path: Path, capsy
 def test_two_runs_in_one_folder(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     train.main(flags(data, run, "--max_steps", "1"))
-    monkeypatch.setattr(resuming, "LOCK_WAIT", 0.1)
+    monkeypatch.setattr(resume, "LOCK_WAIT", 0.1)
     with (run / ".lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"process \d+ on .* is training in .*run; stop it"):

@@ -63,9 +63,9 @@ LAGGING_AND_BAD = """
 import sys
 from fastdiff import train
 from fastdiff.runtime.processes import current
-from fastdiff.training import resuming
+from fastdiff.training.checkpoints import resume
 from fastdiff.training.trainer import Trainer
-real, find = Trainer.losses, resuming.find_snapshot
+real, find = Trainer.losses, resume.find_snapshot
 looks = []
 
 def find_snapshot(config, folder):
@@ -76,7 +76,7 @@ def losses(self, network, batch):
     bad = self.step >= 5 and self.stream_seed == self.train.seed and self.processes.rank == 1
     return real(self, network, batch) * (float("nan") if bad else 1.0)
 
-resuming.find_snapshot, Trainer.losses = find_snapshot, losses
+resume.find_snapshot, Trainer.losses = find_snapshot, losses
 train.main(sys.argv[1:])
 """
 

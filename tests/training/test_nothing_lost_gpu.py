@@ -11,8 +11,8 @@ import torch
 from helpers.small_trainer import losses_of, small_trainer, weights_of
 
 from fastdiff.runtime.compilation import prepare_cudnn
-from fastdiff.training.checkpoints import folder as checkpoint_files
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.folder import newest_whole
+from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.trainer import Trainer
 
@@ -55,7 +55,7 @@ def test_exact_resume_gpu(way: dict[str, Any], at: int, tmp_path: Path) -> None:
     first = losses_of(straight, at)
     straight.save(tmp_path, {})
     rest = losses_of(straight, 10 - at)
-    resumed = small_trainer(checkpoints.read(tmp_path / f"step_{at:06d}", ["0.9", "0.99"]), **way)
+    resumed = small_trainer(read_snapshot(tmp_path / f"step_{at:06d}", ["0.9", "0.99"]), **way)
     assert repr(losses_of(resumed, 10 - at)) == repr(rest), first  # a skipped step's norm may be NaN
     assert same(resumed, straight) == []
 
@@ -66,7 +66,7 @@ def test_going_back_gpu(way: dict[str, Any], tmp_path: Path) -> None:
     losses_of(trainer, 4)
     trainer.save(tmp_path, {})
     losses_of(trainer, 4)
-    snapshot = checkpoints.read(tmp_path / "step_000004", ["0.9", "0.99"])
+    snapshot = read_snapshot(tmp_path / "step_000004", ["0.9", "0.99"])
     trainer.roll_back(snapshot)
     other = losses_of(trainer, 6)
     fresh = small_trainer(snapshot, **way)
@@ -81,7 +81,7 @@ def test_saving_beside_gpu(way: dict[str, Any], tmp_path: Path) -> None:
     saving, alone = small_trainer(**way), small_trainer(**way)
     saver = Saver(tmp_path, background=True)
     losses_of(saving, 5)
-    saver.save(saving.step, {}, saving.fill, saving.state_bytes)
+    saver.save(saving.step, saving.checkpoint_files({}), saving.state_bytes)
     losses_of(saving, 5)
     saver.wait()
     saver.close()
@@ -89,10 +89,10 @@ def test_saving_beside_gpu(way: dict[str, Any], tmp_path: Path) -> None:
     alone.save(tmp_path / "alone", {})
     losses_of(alone, 5)
     assert same(saving, alone) == []
-    a, b = (checkpoint_files.newest_whole(folder)[0] for folder in (tmp_path, tmp_path / "alone"))
+    a, b = (newest_whole(folder)[0] for folder in (tmp_path, tmp_path / "alone"))
     assert a is not None
     assert b is not None
-    ours, theirs = checkpoints.read(a, ["0.9", "0.99"]), checkpoints.read(b, ["0.9", "0.99"])
+    ours, theirs = read_snapshot(a, ["0.9", "0.99"]), read_snapshot(b, ["0.9", "0.99"])
     assert all(torch.equal(ours.model[name], value) for name, value in theirs.model.items())
     assert all(torch.equal(ours.exp_avg[name], value) for name, value in theirs.exp_avg.items())
     assert ours.state["loss_scaler"] == theirs.state["loss_scaler"]

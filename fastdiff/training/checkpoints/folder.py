@@ -1,4 +1,4 @@
-"""A run's checkpoint folders: whole or not there, checked by a manifest, old ones removed.
+"""A run's checkpoint folders: writing them atomically, finding the newest undamaged one, removing old ones.
 
 checkpoints/step_NNNNNN/                a checkpoint; under this name it is complete and on disk
 checkpoints/step_NNNNNN/manifest.json   size and SHA-256 of each of its files
@@ -6,101 +6,91 @@ checkpoints/latest                      the name of the newest
 checkpoints/.step_NNNNNN.partial        one that is being written
 checkpoints/.step_NNNNNN.replaced       one that is being replaced by another of the same step
 checkpoints/.step_NNNNNN.removed        one that is being removed
-checkpoints/step_NNNNNN.damaged         one that was found damaged when the run went on from an older one
+checkpoints/step_NNNNNN.damaged         one that was found damaged when the run resumed from an older one
 
-A rename makes a folder appear or vanish whole, so a run killed between any two operations leaves only names with a dot
-behind, which `tidy` clears away.
+Renaming a folder is atomic, so a run that is killed between any two operations leaves only hidden names behind, which
+`tidy` removes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastdiff.errors import UserError
+from fastdiff.runtime.files import remove_partial_files, sync_path, write_text
 
 MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
 
 
 def step_of(folder: Path) -> int:
-    """12 of step_000012, or of .step_000012.partial and the like."""
+    """The step in a checkpoint folder's name: 12 for step_000012, also for .step_000012.partial and the like."""
     match = _STEP_FOLDER.fullmatch(_real(folder).name)
     assert match, folder
     return int(match[1])
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """step_000012 of 12."""
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps, such as step_000012."""
     return checkpoints / f"step_{step:06d}"
 
 
-def listed(checkpoints: Path) -> list[Path]:
+def list_checkpoints(checkpoints: Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     return sorted((p for p in checkpoints.glob("step_*") if _STEP_FOLDER.fullmatch(p.name) and p.is_dir()), key=step_of)
 
 
-# --- durable writing ---
+# --- writing ---
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+@contextmanager
+def new_checkpoint(checkpoints: Path, step: int) -> Iterator[Path]:
+    """Yield an empty folder that becomes the checkpoint of `step`, with a manifest, when the block ends.
 
-
-def write_text(path: Path, text: str) -> None:
-    """A file on disk, whole or not at all, in place of an older one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync(path.parent)
-
-
-def begin(checkpoints: Path, step: int) -> Path:
-    """An empty folder to write a checkpoint into, until `commit`."""
-    partial = _dotted(folder_of(checkpoints, step), "partial")
+    It replaces an older checkpoint of that step. An exception in the block removes the folder.
+    """
+    partial = _hidden(step_folder(checkpoints, step), "partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    return partial
+    try:
+        yield partial
+        _commit(partial, step)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def commit(partial: Path, checkpoints: Path, step: int) -> Path:
-    """Give a complete folder its manifest, its real name, and the pointer; each is on disk before the next."""
+def _commit(partial: Path, step: int) -> None:
+    """Write a complete folder's manifest, give it its real name and point `latest` to it, each on disk in turn."""
     files = sorted(partial.iterdir())
     content = {"step": step, "files": {f.name: {"bytes": f.stat().st_size, "sha256": checksum(f)} for f in files}}
     for file in files:
-        sync(file)
+        sync_path(file)
     write_text(partial / MANIFEST, json.dumps(content, indent=1) + "\n")
-    final = folder_of(checkpoints, step)
-    replaced = _dotted(final, "replaced")
+    final = _real(partial)
+    replaced = _hidden(final, "replaced")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     partial.rename(final)
-    sync(checkpoints)
-    point_to(final)
+    sync_path(final.parent)
+    set_latest(final)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
 
 
-def point_to(checkpoint: Path) -> None:
-    """Make it the run's latest."""
+def set_latest(checkpoint: Path) -> None:
+    """Write the name of a checkpoint into the file `latest` beside it."""
     write_text(checkpoint.parent / "latest", checkpoint.name + "\n")
 
 
 def checksum(file: Path) -> str:
-    """SHA-256 in hexadecimal digits."""
+    """The SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as content:
         while part := content.read(1 << 20):
@@ -111,10 +101,10 @@ def checksum(file: Path) -> str:
 # --- checking ---
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint folder, in few words; empty for a whole one. Reads every byte.
+def find_damage(checkpoint: Path) -> str:
+    """Compare a checkpoint's files with its manifest, byte for byte; returns what is wrong, or an empty string.
 
-    A folder without a manifest is from before there were any, and passes with a state.pt.
+    A folder without a manifest was written before manifests were introduced; it passes if it has a state.pt.
     """
     manifest = checkpoint / MANIFEST
     try:
@@ -136,17 +126,16 @@ def damage(checkpoint: Path) -> str:
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and a sentence for each newer one that is damaged.
+    """The newest undamaged checkpoint, or None, and a sentence for each newer one that is damaged.
 
-    Raises UserError when there are checkpoints, but not one is whole: starting over would bury them.
+    Raises UserError when all checkpoints are damaged: a run that started over would bury them.
     """
     notes: list[str] = []
-    # One without its name: the run was killed while it replaced it.
+    # The run was killed while it replaced these, between the two renames.
     nameless = [p for p in checkpoints.glob(".step_*.replaced") if not _real(p).exists()]
-    folders = sorted([*listed(checkpoints), *nameless], key=step_of)
+    folders = sorted([*list_checkpoints(checkpoints), *nameless], key=step_of)
     for folder in reversed(folders):
-        wrong = damage(folder)
-        if not wrong:
+        if not (wrong := find_damage(folder)):
             return folder, notes
         notes.append(f"{folder} is damaged ({wrong}) and left out")
     if folders:
@@ -157,11 +146,13 @@ def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
-# --- clearing away ---
+# --- removing ---
 
 
 def tidy(checkpoints: Path) -> list[str]:
-    """Clear away what a killed run left behind; sentences on what there was."""
+    """Remove what a killed run left in its checkpoint folder and in the run's folder above; returns notes on it."""
+    for folder in (checkpoints, checkpoints.parent):
+        remove_partial_files(folder)
     notes = []
     for replaced in checkpoints.glob(".step_*.replaced"):
         if _real(replaced).exists():
@@ -176,12 +167,12 @@ def tidy(checkpoints: Path) -> list[str]:
 
 
 def set_aside(checkpoints: Path, step: int) -> list[str]:
-    """Take those after `step`, from which the run could not go on, out of the list; sentences on where they are now.
+    """Rename the checkpoints after `step`, which are damaged, to step_NNNNNN.damaged; returns notes on them.
 
-    Listed, they would count among the newest, which stay when old ones are removed.
+    Otherwise they would count among the newest checkpoints, which `prune_checkpoints` keeps.
     """
     notes = []
-    for folder in listed(checkpoints):
+    for folder in list_checkpoints(checkpoints):
         if step_of(folder) > step:
             aside = folder.with_name(f"{folder.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
@@ -190,34 +181,34 @@ def set_aside(checkpoints: Path, step: int) -> list[str]:
     return notes
 
 
-def prune(checkpoints: Path, keep_last: int, keep_every: int, sound: int | None = None) -> list[int]:
-    """Remove all but the newest keep_last (0: all stay) and those of steps that keep_every (0: none) divides.
+def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int, last_good: int | None = None) -> list[int]:
+    """Remove all checkpoints but the newest keep_last (0: keep all) and those of multiples of keep_every (0: none).
 
-    The newest of a step up to `sound` stays too: numbers were good until then, and the run may have to go back there.
-    Returns the steps removed.
+    The newest one up to step `last_good` is kept too: losses and gradients were finite until then, and the run may
+    have to go back to it. Returns the removed steps.
     """
     if not keep_last:
         return []
-    folders = listed(checkpoints)
-    kept = {*folders[-keep_last:], *[f for f in folders if sound is not None and step_of(f) <= sound][-1:]}
+    folders = list_checkpoints(checkpoints)
+    kept = {*folders[-keep_last:], *[f for f in folders if last_good is not None and step_of(f) <= last_good][-1:]}
     old = [f for f in folders if f not in kept and (not keep_every or step_of(f) % keep_every)]
     for folder in old:
-        remove(folder)
+        remove_checkpoint(folder)
     return [step_of(folder) for folder in old]
 
 
-def remove(checkpoint: Path) -> None:
-    """Remove a checkpoint; nobody ever sees half of it."""
-    away = _dotted(checkpoint, "removed")
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint; it is renamed first, so that no reader sees a part of it."""
+    away = _hidden(checkpoint, "removed")
     shutil.rmtree(away, ignore_errors=True)
     checkpoint.rename(away)
     shutil.rmtree(away, ignore_errors=True)
 
 
-def _real(dotted: Path) -> Path:
-    """step_000012 of .step_000012.partial, or of itself."""
-    return dotted.with_name(dotted.name.removeprefix(".").partition(".")[0])
+def _real(hidden: Path) -> Path:
+    """step_000012 for .step_000012.partial and the like, and for itself."""
+    return hidden.with_name(hidden.name.removeprefix(".").partition(".")[0])
 
 
-def _dotted(folder: Path, ending: str) -> Path:
+def _hidden(folder: Path, ending: str) -> Path:
     return folder.with_name(f".{folder.name}.{ending}")

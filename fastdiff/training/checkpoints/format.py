@@ -1,8 +1,7 @@
-"""Checkpoints as training states: reading them, ours and improved-diffusion's (`saving` writes them)."""
+"""The content of checkpoints: reading our own and improved-diffusion's as a training state, and AdamW's state_dict."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastdiff.errors import UserError
 from fastdiff.models import weights
 from fastdiff.runtime.untrusted import is_there
-from fastdiff.training.checkpoints import folder as checkpoint_files
+from fastdiff.training.checkpoints.folder import MANIFEST, find_damage, newest_whole
 from fastdiff.training.metrics import LossMeter
 
 LABELS = "label_emb.weight"
@@ -24,7 +23,7 @@ _STEP = re.compile(r"(?:ema_[0-9.]+_|model|opt)(\d+)\.pt$")
 
 @dataclass
 class Snapshot:
-    """A training state in memory, on the CPU: tensors by parameter name. Moments are empty where they are unknown."""
+    """A training state on the CPU, with tensors by parameter name. The moments are empty where they are unknown."""
 
     step: int
     model: dict[str, Tensor]
@@ -44,7 +43,7 @@ def _is_loader(value: Any) -> bool:
     return counts and isinstance(value.get("fingerprint"), str)
 
 
-def _numbers(value: Any) -> bool:
+def _are_numbers(value: Any) -> bool:
     return all(isinstance(number, (int, float)) for number in value)
 
 
@@ -58,67 +57,60 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "loader": _is_loader,
     "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "timestep_sampler": lambda value: isinstance(value, dict),
-    "loss_scaler": lambda value: isinstance(value, dict) and _numbers(value.values()),
+    "loss_scaler": lambda value: isinstance(value, dict) and _are_numbers(value.values()),
     "meter": lambda value: isinstance(value, dict) and LossMeter.fits(value.get("sums")),
-    "grad_norms": lambda value: isinstance(value, list) and _numbers(value),
+    "grad_norms": lambda value: isinstance(value, list) and _are_numbers(value),
 }
-"""What each entry of state.pt must be, where it is there."""
+"""Entry of state.pt → check of its type. Every entry may be missing."""
 
 
-def read(place: Path, rates: list[str]) -> Snapshot:
-    """A checkpoint: one of our step folders, or a model or ema .pt file with what lies beside it.
+def read_snapshot(place: Path, rates: list[str]) -> Snapshot:
+    """Read a checkpoint: a step folder, a run's folder, or a model or EMA .pt file and the files beside it.
 
-    What a bare .pt lacks (averages, moments), and which newer checkpoints are damaged, is noted in `notes`, in
-    sentences for the log. Raises UserError where nothing can be read.
+    `notes` says which files a bare .pt lacks (averages, moments) and which newer checkpoints are damaged. Raises
+    UserError where nothing can be read.
     """
-    file, notes = _model_file(place)
-    state = weights.read_state_dict(file)
+    file, notes = _find_model(place)
     match = _STEP.search(file.name)
-    step = int(match[1]) if match else 0
-    snapshot = Snapshot(step=step, model=dict(state), notes=notes)
-    rest = file.parent / "state.pt"
-    snapshot.state = weights.read(rest) if rest.is_file() else {}
-    if not isinstance(snapshot.state, dict):
-        raise UserError(f"{rest} holds no training state; take another checkpoint")
-    for name, value in snapshot.state.items():
-        if not _STATE.get(name, lambda _: True)(value):
-            raise UserError(f"{name} in {rest} is not what a training state has; take another checkpoint")
+    step = match[1] if match else ""
+    snapshot = Snapshot(step=int(step or 0), model=dict(weights.read_state_dict(file)), notes=notes)
+    snapshot.state = _read_state(file.with_name("state.pt"))
     if not file.name.startswith("model"):
         snapshot.step, snapshot.state = 0, {}
-        snapshot.notes.append(f"{file.name} is taken as first weights: a new run starts from it, at step 0")
+        notes.append(f"{file.name} is taken as first weights: a new run starts from it, at step 0")
         return snapshot
     for rate in rates:
-        average = file.with_name(f"ema_{rate}_{match[1]}.pt") if match else file
-        if match and average.is_file():
+        average = file.with_name(f"ema_{rate}_{step}.pt")
+        if step and average.is_file():
             snapshot.ema[rate] = dict(weights.read_state_dict(average))
             if _shapes(snapshot.ema[rate]) != _shapes(snapshot.model):
                 raise UserError(f"{average} is of another model than {file.name} beside it")
         else:
-            snapshot.notes.append(f"no ema_{rate} beside {file.name}: that average starts as a copy of the weights")
-    optimizer = file.with_name(f"opt{match[1]}.pt") if match else file
-    if match and optimizer.is_file():
+            notes.append(f"no ema_{rate} beside {file.name}: that average starts as a copy of the weights")
+    optimizer = file.with_name(f"opt{step}.pt")
+    if step and optimizer.is_file():
         try:
-            _read_optimizer(snapshot, weights.read(optimizer), list(state), optimizer)
+            _read_moments(snapshot, weights.read(optimizer), optimizer)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"{optimizer} holds no moments of Adam (exp_avg, exp_avg_sq)") from error
     else:
-        snapshot.notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
+        notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
     return snapshot
 
 
-def _model_file(place: Path) -> tuple[Path, list[str]]:
-    """The model's file that a path means, and sentences about newer checkpoints that are damaged."""
+def _find_model(place: Path) -> tuple[Path, list[str]]:
+    """The model's file in a step folder or a run's folder, and notes on newer checkpoints that are damaged."""
     notes: list[str] = []
     if not is_there(place, "dir"):
         return place, notes
     folder = place
     if not list(place.glob("*.pt")):
         for checkpoints in (place / "checkpoints", place):
-            newest, notes = checkpoint_files.newest_whole(checkpoints)
+            newest, notes = newest_whole(checkpoints)
             if newest:
                 folder = newest
                 break
-    elif (place / checkpoint_files.MANIFEST).is_file() and (wrong := checkpoint_files.damage(place)):
+    elif (place / MANIFEST).is_file() and (wrong := find_damage(place)):
         raise UserError(f"{place} is damaged ({wrong}); take another checkpoint")
     models = sorted(folder.glob("model*.pt"))
     if not models:
@@ -126,53 +118,70 @@ def _model_file(place: Path) -> tuple[Path, list[str]]:
     return models[-1], notes
 
 
-def add_null_class(snapshot: Snapshot) -> None:
-    """Lengthen the table of labels by the null class: zeros in the weights, the averages and the moments."""
-    for state in (snapshot.model, *snapshot.ema.values(), snapshot.exp_avg, snapshot.exp_avg_sq):
-        if state:
-            state[LABELS] = weights.add_null_class(state[LABELS])
-    snapshot.notes.append("the checkpoint has no null class: its row of the labels' table starts at zero")
+def _read_state(file: Path) -> dict[str, Any]:
+    """The content of state.pt with its types checked; empty where there is no such file."""
+    state = weights.read(file) if file.is_file() else {}
+    if not isinstance(state, dict):
+        raise UserError(f"{file} holds no training state; take another checkpoint")
+    for name, value in state.items():
+        if not _STATE.get(name, lambda _: True)(value):
+            raise UserError(f"{name} in {file} is not what a training state has; take another checkpoint")
+    return state
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in state.items()}
 
 
-def _read_optimizer(snapshot: Snapshot, content: Any, names: list[str], file: Path) -> None:
+def _read_moments(snapshot: Snapshot, content: Any, file: Path) -> None:
+    """Add Adam's moments to a snapshot, from a state_dict of torch.optim.AdamW or improved-diffusion's fp16 runs.
+
+    Raises KeyError and the like where it is neither.
+    """
     moments = content.get("state") if isinstance(content, dict) else None
-    if not isinstance(moments, dict) or sorted(moments) != list(range(len(names))):
-        count = len(moments) if isinstance(moments, dict) else 0
-        # improved-diffusion's fp16 runs keep one flat master tensor
-        if isinstance(moments, dict) and list(moments) == [0]:
-            flat = moments[0]
-            sizes = [snapshot.model[name].numel() for name in names]
-            if flat["exp_avg"].numel() == sum(sizes):
-                for key in ("exp_avg", "exp_avg_sq"):
-                    parts = flat[key].flatten().split(sizes)
-                    target = getattr(snapshot, key)
-                    target.update({n: p.view(snapshot.model[n].shape) for n, p in zip(names, parts, strict=True)})
-                snapshot.state.setdefault("updates", int(flat["step"]))
-                return
-        raise UserError(f"{file} holds moments of {count} tensors, the model has {len(names)}")
-    if not all({"step", "exp_avg", "exp_avg_sq"} <= moments[i].keys() for i in range(len(names))):
-        raise UserError(f"{file} holds no moments of Adam (exp_avg, exp_avg_sq)")
-    for i, name in enumerate(names):
-        snapshot.exp_avg[name], snapshot.exp_avg_sq[name] = moments[i]["exp_avg"], moments[i]["exp_avg_sq"]
-        shape = snapshot.model[name].shape
-        if snapshot.exp_avg[name].shape != shape or snapshot.exp_avg_sq[name].shape != shape:
+    moments = moments if isinstance(moments, dict) else {}
+    shapes = _shapes(snapshot.model)
+    if list(moments) == [0] and len(shapes) > 1:
+        moments = _unflattened(moments[0], list(shapes.values()))
+    if sorted(moments) != list(range(len(shapes))):
+        raise UserError(f"{file} holds moments of {len(moments)} tensors, the model has {len(shapes)}")
+    for i, (name, shape) in enumerate(shapes.items()):
+        _, exp_avg, exp_avg_sq = (moments[i][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+        if exp_avg.shape != shape or exp_avg_sq.shape != shape:
             raise UserError(f"{file} holds moments of another model ({name} differs in shape)")
+        snapshot.exp_avg[name], snapshot.exp_avg_sq[name] = exp_avg, exp_avg_sq
     snapshot.state.setdefault("updates", int(moments[0]["step"]))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """A JSON file, whole or not at all, on disk."""
-    checkpoint_files.write_text(path, json.dumps(content, indent=2) + "\n")
+def _unflattened(flat: dict[str, Any], shapes: list[torch.Size]) -> dict[int, dict[str, Any]]:
+    """Split the moments of improved-diffusion's fp16 runs, which belong to one flat master tensor, by parameter."""
+    sizes = [shape.numel() for shape in shapes]
+    if flat["exp_avg"].numel() != sum(sizes):
+        return {0: flat}
+    pairs = zip(*(flat[key].flatten().split(sizes) for key in ("exp_avg", "exp_avg_sq")), shapes, strict=True)
+    return {
+        i: {"step": flat["step"], "exp_avg": m.view(shape), "exp_avg_sq": v.view(shape)}
+        for i, (m, v, shape) in enumerate(pairs)
+    }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object written by `write_json`."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read as JSON ({error})") from error
-    return content if isinstance(content, dict) else {}
+def adam_state_dict(
+    exp_avg: dict[str, Tensor], exp_avg_sq: dict[str, Tensor], updates: int, group: dict[str, Any]
+) -> dict[str, Any]:
+    """What torch.optim.AdamW.state_dict() returns, with parameters numbered in the model's order.
+
+    exp_avg and exp_avg_sq are the moments by parameter name, `group` the settings of the one parameter group.
+    """
+    state = {
+        i: {"step": torch.tensor(float(updates)), "exp_avg": exp_avg[name], "exp_avg_sq": exp_avg_sq[name]}
+        for i, name in enumerate(exp_avg)
+    }
+    return {"state": state, "param_groups": [{**group, "params": list(range(len(state)))}]}
+
+
+def add_null_class(snapshot: Snapshot) -> None:
+    """Append a row of zeros for the null class to the label embedding: in weights, averages and moments."""
+    for state in (snapshot.model, *snapshot.ema.values(), snapshot.exp_avg, snapshot.exp_avg_sq):
+        if state:
+            state[LABELS] = weights.add_null_class(state[LABELS])
+    snapshot.notes.append("the checkpoint has no null class: its row of the labels' table starts at zero")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from helpers.small_trainer import small_trainer
 
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import read_snapshot
 from fuzz.cases import READ, Case, generator
 
 STEP = 3
@@ -61,7 +61,7 @@ def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     names = (str(made), "--schedule_sampler", "--resume_checkpoint")
 
     def run() -> tuple[str, str]:
-        trainer._restore(checkpoints.read(made / f"model{STEP:06d}.pt", ["0.9", "0.99"]))
+        trainer._restore(read_snapshot(made / f"model{STEP:06d}.pt", ["0.9", "0.99"]))
         return READ, ""
 
     for index in range(start, stop):

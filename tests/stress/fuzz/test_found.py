@@ -23,8 +23,7 @@ from fastdiff.images.listing import index_images
 from fastdiff.models import UNetSettings, weights
 from fastdiff.runtime.files import read_json
 from fastdiff.sampling.job.chunks import DamagedPart, Piece, Range, Store
-from fastdiff.training.checkpoints import folder as checkpoint_files
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.folder import find_damage
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.settings import TrainSettings
 from fuzz.arrays import array_pickle, npy, zipped
@@ -158,10 +157,10 @@ DEEP = "[" * 100_000
 def test_files_of_a_run_that_are_nested_without_end(tmp_path: Path) -> None:
     (tmp_path / "step_000001").mkdir()
     (tmp_path / "step_000001" / "manifest.json").write_text(DEEP)
-    assert "it is no manifest" in checkpoint_files.damage(tmp_path / "step_000001")
+    assert "it is no manifest" in find_damage(tmp_path / "step_000001")
     (tmp_path / "config.json").write_text(DEEP)
-    with pytest.raises(UserError, match="config.json: can't be read as JSON"):
-        checkpoints.read_json(tmp_path / "config.json")
+    with pytest.raises(UserError, match="config.json: is nested too deeply"):
+        read_json(tmp_path / "config.json")
 
 
 def test_tables_that_are_none(tmp_path: Path) -> None:

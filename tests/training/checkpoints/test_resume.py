@@ -11,10 +11,11 @@ from helpers.pictures_folder import make_pictures
 from helpers.two_ranks import run_two
 
 from fastdiff import ops
-from fastdiff.training.checkpoints import format as checkpoints
+from fastdiff.training.checkpoints.format import read_snapshot
 
 CASES = [f"{stage}:{precision}:pillow:2" for precision in ("fp32", "bf16") for stage in range(4)]
-# The rate still rises after 1 step, an epoch ends in the 2nd and the 4th, timesteps follow the losses from the 3rd on.
+# The learning rate is still warming up after step 1, epochs end in steps 2 and 4, and from step 3 on the timestep
+# sampler uses the losses.
 CASES = [
     *(case.replace(":2", ":1,2,3,4") if case in ("0:fp32:pillow:2", "2:bf16:pillow:2") else case for case in CASES),
     *("0:fp32:dali:1,3", "1:bf16:dali:3"),
@@ -36,7 +37,7 @@ def test_one_process(case: str, data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_processes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case by two processes; the folder with their checkpoints and final states."""
+    """Run every case with two processes; returns the folder with their checkpoints and final states."""
     work = tmp_path_factory.mktemp("two")
     back = [f"back:{case}" for case in BACK]
     run_two([str(HELPERS / "resume_checks.py"), str(data), str(work), *CASES, *back])
@@ -59,12 +60,12 @@ def test_going_back_alone(case: str, data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", BACK)
 def test_going_back_in_two_processes(case: str, two_processes: Path) -> None:
     folder = two_processes / f"back{case.replace(':', '-')}-2"
-    assert checkpoints.read(folder / "step_000005", ["0.9"]).state["rollbacks"] == 1
+    assert read_snapshot(folder / "step_000005", ["0.9"]).state["rollbacks"] == 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_agree(precision: str, two_processes: Path) -> None:
-    """ZeRO changes where tensors lie, not what they are; sums run in another order."""
+    """ZeRO stages store tensors elsewhere and sum in another order, but compute the same."""
     finals = [
         torch.load(two_processes / f"final-{stage}-{precision}-pillow.pt", weights_only=True) for stage in range(4)
     ]
@@ -80,10 +81,10 @@ def test_stages_agree(precision: str, two_processes: Path) -> None:
 
 @pytest.mark.parametrize("case", ["2:fp32", "3:bf16", "0:fp32"])
 def test_checkpoint_of_two_resumes_on_one(case: str, data: Path, two_processes: Path) -> None:
-    """Files know no world size: one process takes up the weights, averages and moments as they are."""
+    """Checkpoints don't depend on the world size: one process loads the weights, averages and moments unchanged."""
     stage, precision = case.split(":")
     folder = two_processes / f"zero{stage}-{precision}-pillow-2" / "step_000002"
-    snapshot = checkpoints.read(folder, ["0.9", "0.99"])
+    snapshot = read_snapshot(folder, ["0.9", "0.99"])
     trainer = resume_checks.make_trainer(data, snapshot, zero_stage=1, precision=precision)
     state = resume_checks.state(trainer)
     for name, value in snapshot.model.items():

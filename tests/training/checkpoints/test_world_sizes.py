@@ -1,4 +1,4 @@
-"""A run goes on with any number of processes, 1, 2, 3, 1, and at any ZeRO stage."""
+"""A run can be resumed with another number of processes (1, 2, 3, 1) and another ZeRO stage."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from helpers.pictures_folder import make_pictures
 from helpers.world_size_checks import BATCH
 
 WORLDS = (1, 2, 3, 1)
-STAGES = (0, 2, 1, 3)  # of each
-STEPS = 2  # of each
+STAGES = (0, 2, 1, 3)  # with each number of processes
+STEPS = 2  # with each number of processes
 
 
 def go_on(data: Path, work: Path, world_size: int, steps: int, stage: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
     command = [*launcher, str(HELPERS / "world_size_checks.py"), str(data), str(work), str(steps), str(stage)]
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -38,10 +38,10 @@ def test_one_two_three_one(tmp_path: Path) -> None:
     ends = [STEPS * (i + 1) for i in range(len(WORLDS))]
     reports = [torch.load(work / f"report_{end}.pt", weights_only=True) for end in ends]
     assert [report["world_size"] for report in reports] == list(WORLDS)
-    # What was taken up is what the checkpoint holds: weights, averages, moments, history.
+    # The loaded weights, averages, moments and loss history are those of the checkpoint.
     assert [report["wrong"] for report in reports] == [[]] * len(WORLDS)
 
-    # The images: the stream goes on, each of an epoch comes once, and as in a run that was never moved.
+    # The stream of images continues: each comes once per epoch, in the order of a run with one process throughout.
     seen = [entry for file in sorted(work.glob("seen_*.pt")) for entry in torch.load(file, weights_only=True)]
     seen.sort(key=lambda entry: entry[0])
     assert [position for position, *_ in seen] == list(range(BATCH * STEPS * len(WORLDS)))
@@ -55,7 +55,7 @@ def test_one_two_three_one(tmp_path: Path) -> None:
     whole = torch.load(alone, weights_only=True)
     assert all(torch.equal(a[2], b[2]) and a[:2] == b[:2] for a, b in zip(seen, whole, strict=True))
 
-    # Dropout masks are each rank's own, so losses agree only roughly; those of the first two steps are one rank's.
+    # Each rank has its own dropout masks, so losses agree only roughly, but exactly in the two steps of one process.
     losses = [loss for report in reports for loss in report["losses"]]
     straight_losses = torch.load(straight / f"report_{ends[-1]}.pt", weights_only=True)["losses"]
     assert losses[:STEPS] == straight_losses[:STEPS]
