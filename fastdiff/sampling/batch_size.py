@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from fastdiff.runtime.compilation import cache_folder
+from fastdiff.runtime.files import write_json
 
 NOT_WORTH = 1.03
 """A batch twice as large must be this much faster, or the smaller one stays: it shares work out more evenly."""
@@ -63,12 +63,6 @@ def _read(cache: Path) -> dict[str, int]:
 
 
 def _write(cache: Path, content: dict[str, int]) -> None:
-    """Whole or not at all; a folder that can't be written to costs only the search next time."""
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):  # in a folder that can't be written to, the search is repeated next time
         cache.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(content, indent=1, sort_keys=True))
-        partial.replace(cache)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
+        write_json(cache, content, sync=False)

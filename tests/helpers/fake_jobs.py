@@ -16,7 +16,9 @@ import torch
 
 from fastdiff.runtime.processes import Processes
 from fastdiff.sampling.job import progress
-from fastdiff.sampling.job.job import Job, run_job
+from fastdiff.sampling.job.claims import Claims
+from fastdiff.sampling.job.job import run_job
+from fastdiff.sampling.job.manifest import Job
 from fastdiff.sampling.pictures import Draw, Images
 
 SHAPE = (4, 6, 3)
@@ -62,7 +64,7 @@ def job(count: int = 23, **changes: Any) -> Job:
         "shape": SHAPE,
         "labelled": True,
         "seed": 0,
-        "part_size": 5,
+        "chunk_size": 5,
         "save_as": ("npz",),
         "grid_images": 0,
         "grid_classes": 0,
@@ -106,6 +108,12 @@ def start(folder: Path, job: Job, **how: Any) -> Any:
     return process
 
 
+def hold(folder: str, name: str) -> None:
+    """Claim a piece of work and keep the claim until the process is killed."""
+    assert Claims(Path(folder)).take(name, 0)
+    time.sleep(600)
+
+
 def work(
     folder: str,
     job: Job,
@@ -118,7 +126,7 @@ def work(
     overwrite: bool = False,
 ) -> None:
     """Run the job; killed_at > 0: up to that many files that it opens, names or removes, and no further."""
-    progress._OFTEN = often
+    progress.LOOK = often
     sys.stdout = sys.stderr = open(log or os.devnull, "a", buffering=1)  # noqa: SIM115
     if killed_at:
         steps = 0

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from fastdiff.kernels import aot
-from helpers import small_trainer as small
-from helpers.small_trainer import small_trainer
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -27,6 +25,8 @@ from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 from fastdiff.training.launches import training_launches
+from helpers import small_trainer as small
+from helpers.small_trainer import small_trainer
 
 ARCH = 90
 MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resolutions": "8"}

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import resume_checks
 
 from fastdiff.training.checkpoints import folder as checkpoint_files
 from fastdiff.training.checkpoints import format as checkpoints
 from fastdiff.training.trainer import Trainer
+from helpers import resume_checks
 
 BATCH = 12  # which 1, 2 and 3 ranks can share
 

@@ -1,4 +1,4 @@
-"""Claims: one process gets each, those of the dead are free, and nobody is waited for."""
+"""Claims: one process gets each, those of ended processes are free, and no process waits for another."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers.fake_jobs import check_npz, context, drawing, job, names, place, start
+from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, start
 
 from fastdiff.runtime import processes
 from fastdiff.runtime.files import atomic_write, partial_path, remove_partial_files
 from fastdiff.runtime.processes import ProcessId
 from fastdiff.sampling.job import claims, progress
-from fastdiff.sampling.job.claims import SILENT, Claims, Held, kept_alive
+from fastdiff.sampling.job.claims import SILENT, Claims, Held
 from fastdiff.sampling.job.job import run_job
 
 
@@ -41,7 +41,7 @@ def stopping() -> Iterator[list[int]]:
 
 
 def claimed(folder: Path) -> list[str]:
-    """Claims on images that say whose they are."""
+    """Claims on images that contain their owner's name."""
     found = []
     for path in (folder / "claims").glob("0*-*.0"):
         with suppress(FileNotFoundError):  # released just now
@@ -72,7 +72,7 @@ def test_only_one_gets_a_claim(tmp_path: Path) -> None:
 
 
 def test_owners(tmp_path: Path) -> None:
-    """Gone is who has ended, or another process of the same number; of other hosts nothing is known."""
+    """A process is gone if it ended, or if its number is another process's now; of other hosts nothing is known."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = processes._start_time(child.pid)
     assert started is not None
@@ -90,6 +90,9 @@ def test_owners(tmp_path: Path) -> None:
     (tmp_path / "a.0").write_text(owner.tag)
     (tmp_path / "b.0").write_text(owner._replace(host="elsewhere").tag)
     (tmp_path / "c.0").write_text("")  # created, not written yet
+    (tmp_path / "e.0").write_text(owner._replace(host="elsewhere").tag)
+    past = time.time() - SILENT - 10
+    os.utime(tmp_path / "e.0", (past, past))
     (tmp_path / "d.0").write_text(owner.tag)
     (tmp_path / "d.1").write_text(ProcessId.own().tag)
     assert Claims(tmp_path).held() == {
@@ -97,11 +100,12 @@ def test_owners(tmp_path: Path) -> None:
         "b": Held(0, False),
         "c": Held(0, False),
         "d": Held(1, False),
+        "e": Held(0, True),
     }
 
 
 def test_alone(tmp_path: Path) -> None:
-    """A claim for one process alone goes over when its owner has ended or gives no sign of life."""
+    """A claim for one process alone goes over to another when its owner has ended or shows no heartbeat."""
     first = Claims(tmp_path).take_alone("merge")
     assert first is not None
     assert Claims(tmp_path).take_alone("merge") is None
@@ -110,21 +114,24 @@ def test_alone(tmp_path: Path) -> None:
     second = Claims(tmp_path).take_alone("merge")
     assert second is not None
     assert second.path.name == "merge.1"
-    second.path.write_text(
-        ProcessId.own()._replace(started=ProcessId.own().started + 1).tag
-    )  # somebody's who has ended
-    assert Claims(tmp_path).take_alone("merge") is not None
+    ended = ProcessId.own()._replace(started=ProcessId.own().started + 1)
+    second.path.write_text(ended.tag)
+    third = Claims(tmp_path).take_alone("merge")
+    assert third is not None
     assert names(tmp_path) == ["merge.0", "merge.1", "merge.2"]
+    for claim in (first, second, third):
+        claim.release()
+    assert names(tmp_path) == []
 
 
 def test_a_claim_without_a_name(tmp_path: Path) -> None:
-    """Whoever ended between making the file and writing its name into it holds nothing for long."""
+    """A process that ended between creating the file and writing its name into it holds nothing for long."""
     nameless = tmp_path / "merge.0"
     nameless.touch()
     others = Claims(tmp_path)
     assert others.held() == {"merge": Held(0, False)}
     assert others.take_alone("merge") is None
-    past = time.time() - 10
+    past = time.time() - SILENT - 10
     os.utime(nameless, (past, past))
     assert others.held() == {"merge": Held(0, True)}
     others.tidy(lambda name: False)
@@ -132,13 +139,26 @@ def test_a_claim_without_a_name(tmp_path: Path) -> None:
     assert others.take_alone("merge") is not None
 
 
-def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "_BEAT", 0.01)
+def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that is held stays fresh, and goes when it is released."""
+    monkeypatch.setattr(claims, "BEAT", 0.01)
     claim = Claims(tmp_path).take("merge", 0)
     assert claim is not None
-    os.utime(claim.path, (0, 0))
-    with kept_alive(claim):
+    with claim:
+        os.utime(claim.path, (0, 0))
         until(lambda: claim.path.stat().st_mtime > time.time() - 60)
+        assert Claims(tmp_path).take_alone("merge") is None
+    assert names(tmp_path) == []
+
+
+def test_a_claim_that_others_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    claim = Claims(tmp_path / "claims").take("merge", 0)
+    assert claim is not None
+    claim.path.unlink()
+    claim.path.parent.rmdir()
+    time.sleep(0.05)
+    claim.release()
     assert names(tmp_path) == []
 
 
@@ -243,7 +263,7 @@ def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
 
 
 def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_OFTEN", 0.0)
+    monkeypatch.setattr(progress, "LOOK", 0.0)
     steps = 0
 
     def told(index: object) -> None:
@@ -260,12 +280,10 @@ def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.Mo
 
 def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another leaves in the meantime; when the first is killed, the same command does it at once."""
-    (folder / "claims").mkdir(parents=True)
-    other = context.Process(target=time.sleep, args=(60,), daemon=True)
+    folder.mkdir()
+    other = context.Process(target=hold, args=(str(folder / "claims"), "merge-23-npz-0-0"), daemon=True)
     other.start()
-    started = processes._start_time(other.pid)
-    assert started is not None
-    (folder / "claims" / "merge-23-npz-0-0.0").write_text(ProcessId(ProcessId.own().host, other.pid, started).tag)
+    until(lambda: Claims(folder / "claims").held())
     run_job(drawing(), job(), place(1, 2), folder)
     assert "process 1: all images are drawn; another process puts them together" in capsys.readouterr().out
     assert not list(folder.glob("*.npz"))
@@ -281,7 +299,7 @@ def test_starting_at_the_same_moment(tmp_path: Path) -> None:
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         logs = [tmp_path / f"{attempt}.{rank}" for rank in range(4)]
-        processes = [start(folder, job(60, part_size=3 + rank), log=str(log)) for rank, log in enumerate(logs)]
+        processes = [start(folder, job(60, chunk_size=3 + rank), log=str(log)) for rank, log in enumerate(logs)]
         for process in processes:
             process.join(30)
         assert [process.exitcode for process in processes] == [0] * 4

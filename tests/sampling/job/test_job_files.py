@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from helpers.fake_jobs import (
     CLASSES,
-    SHAPE,
     check_npz,
     drawing,
     images,
@@ -34,12 +33,12 @@ from PIL import Image
 
 from fastdiff.errors import UserError
 from fastdiff.images import label_images, list_images
-from fastdiff.sampling.job import chunks as parts
 from fastdiff.sampling.job import exports, progress
-from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, member, split
-from fastdiff.sampling.job.exports import class_words, file_name, index_in
-from fastdiff.sampling.job.job import Job, run_job
-from fastdiff.sampling.pictures import Images, steps_shown, strip
+from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, split, stored
+from fastdiff.sampling.job.claims import Claims
+from fastdiff.sampling.job.job import run_job
+from fastdiff.sampling.job.manifest import Job, manifest_of
+from fastdiff.sampling.pictures import Images, class_words, file_name, index_in, steps_shown, strip
 
 ALL = ("npz", "png", "zip", "tar")
 
@@ -78,7 +77,7 @@ def test_npz(count: int, labelled: bool, folder: Path) -> None:
 
 
 def test_batch_larger_than_the_job_and_small_parts(folder: Path) -> None:
-    assert run(folder, job(23, part_size=1000)) == [Range(0, 23)]
+    assert run(folder, job(23, chunk_size=1000)) == [Range(0, 23)]
     check_npz(folder, 23)
 
 
@@ -86,7 +85,9 @@ def test_npz_can_be_mapped(folder: Path) -> None:
     """Arrays lie in it as they are, and each has its checksum."""
     run(folder, job(23))
     path = folder / "samples_23x4x6x3.npz"
-    np.testing.assert_array_equal(member(path, "arr_0"), images(np.arange(23)), strict=True)
+    there = stored(path, "arr_0")
+    mapped = np.memmap(path, there.dtype, "r", there.offset, there.shape)
+    np.testing.assert_array_equal(np.asarray(mapped), images(np.arange(23)), strict=True)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.namelist() == ["arr_0.npy", "arr_1.npy", "seed.npy", "index.npy"]
@@ -277,7 +278,7 @@ def test_stopped_at_any_part(at: int, folder: Path, capsys: pytest.CaptureFixtur
 
 def test_killed_at_every_file(tmp_path: Path) -> None:
     """SIGKILL before each of the files that a job opens, names and removes, in turn; the same command then ends it."""
-    wanted = job(7, part_size=3, save_as=ALL, grid_images=4, trajectory=2)
+    wanted = job(7, chunk_size=3, save_as=ALL, grid_images=4, trajectory=2)
     run(tmp_path / "whole", wanted)
     want = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
     for at in range(1, 400, 5):
@@ -330,7 +331,7 @@ def test_more_and_fewer(folder: Path) -> None:
 def test_more_parts_without_an_npz(folder: Path) -> None:
     """Parts stay where no npz holds their images; the range of one that was cut short is added to."""
     run(folder, job(12, save_as=("png",)))
-    assert run(folder, job(23, save_as=("png",), part_size=7)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
+    assert run(folder, job(23, save_as=("png",), chunk_size=7)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
     assert len(names(folder / "images")) == 23
     assert len(names(folder / "parts")) == 6
     assert run(folder, job(23, save_as=("npz", "zip"))) == []
@@ -365,8 +366,8 @@ def damage(path: Path, how: str) -> None:
         content.clear()
     elif how == "of another job":
         held = Images(images(np.arange(5)), labels(np.arange(5)))
-        store = Store(path.parents[2], SHAPE, True, 0, "another")
-        store.write(Range(5, 10), held)
+        other = manifest_of(job(23, identity={"seed": 1}))
+        Store(path.parents[1], other, 23).write(Range(5, 10), held)
         return
     else:
         np.savez(path, images=images(np.arange(4)), labels=labels(np.arange(4)), job=np.array("x"))
@@ -482,7 +483,7 @@ def test_memory(folder: Path) -> None:
     part = 16 * 32 * 32 * 3
     index = np.arange(640)
     blank = Images(np.zeros((16, *shape), np.uint8), labels(index[:16]))
-    wanted = job(640, shape=shape, part_size=16)
+    wanted = job(640, shape=shape, chunk_size=16)
     peaks = []
     for name in "abc":
         tracemalloc.start()
@@ -511,9 +512,10 @@ def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         if where == "parts":
             patch.setattr(np, "savez", failing(np.savez, 2))
         elif where == "npz":
-            patch.setattr(exports, "_write_array", failing(exports._write_array, 1))
+            header = np.lib.format.write_array_header_1_0
+            patch.setattr(np.lib.format, "write_array_header_1_0", failing(header, 1))
         else:
-            patch.setattr("fastdiff.sampling.job.claims.Claims.take", failing(parts.range_of, 0))
+            patch.setattr(Claims, "take", failing(Claims.take, 0))
         with pytest.raises(UserError) as caught:
             run(folder, job(23))
     assert str(caught.value) == (
@@ -529,8 +531,8 @@ def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_progress_counts_all_processes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_OFTEN", 0.0)
-    monkeypatch.setattr(progress, "_SELDOM", 0.0)
+    monkeypatch.setattr(progress, "LOOK", 0.0)
+    monkeypatch.setattr(progress, "LINE", 0.0)
     run(folder, job(5))
     (folder / "claims").mkdir()
     told = {"rank": 3, "rate": 2.5, "unfinished": 1.5}
