@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import re
 import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,13 @@ import numpy as np
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import atomic_write, files_in, remove_partial_files
-from fastdiff.runtime.untrusted import read_npz_array
+from fastdiff.runtime.untrusted import npz_header, read_npz_array
 from fastdiff.sampling.job.claims import Claim
 from fastdiff.sampling.job.manifest import Manifest, digest
 from fastdiff.sampling.pictures import Images
+
+IMAGES, LABELS = ("arr_0", "images"), ("arr_1", "labels")
+"""Names of the arrays in an npz of all images and in a chunk."""
 
 
 class Range(NamedTuple):
@@ -124,33 +129,26 @@ class Store:
         pieces = []
         pattern = re.compile("samples_([1-9][0-9]*)" + "".join(f"x{n}" for n in self.shape) + r"\.npz")
         for name in files_in(self.folder):
-            if (found := pattern.fullmatch(name)) and self._is_merged(self.folder / name, int(found[1])):
+            if found := pattern.fullmatch(name):
                 held = Range(0, int(found[1]))
                 pieces.append(Piece(self.folder / name, held, held))
-        return pieces
+        return [piece for piece in pieces if self._is_merged(piece)]
 
     # --- reading: DamagedFile where a file can't be used or is missing after all ---
 
     def images(self, first: int = 0) -> Iterator[tuple[int, Images]]:
-        """(number of the first, images) from image `first` on, at most a chunk's size at a time."""
+        """Yield (number of the first, images) from image `first` on, at most a chunk's size at a time."""
         for piece in self._pieces():
-            if piece.used.stop <= first:
-                continue
-            images, labels = self._arrays(piece)
-            for start in range(max(piece.used.start, first), piece.used.stop, self.chunk_size):
-                rows = start - piece.holds.start, min(start + self.chunk_size, piece.used.stop) - piece.holds.start
-                with _damage(piece.path):
-                    drawn = Images(images.read(*rows), labels.read(*rows) if labels else None)
-                yield start, drawn
+            start = max(piece.used.start, first)
+            labels = self._rows(piece, LABELS, start) if self.labelled else repeat(None)
+            for images, their_labels in zip(self._rows(piece, IMAGES, start), labels, strict=False):
+                yield start, Images(images, their_labels)
+                start += len(images)
 
     def labels(self) -> Iterator[np.ndarray]:
-        """The labels of all images in order, a file's at a time."""
+        """Yield all labels in order, at most a chunk's size at a time."""
         for piece in self._pieces():
-            _, labels = self._arrays(piece)
-            assert labels is not None
-            with _damage(piece.path):
-                found = labels.read(piece.used.start - piece.holds.start, piece.used.stop - piece.holds.start)
-            yield found
+            yield from self._rows(piece, LABELS, piece.used.start)
 
     def _pieces(self) -> list[Piece]:
         chosen, missing = self.cover()
@@ -158,40 +156,51 @@ class Store:
             raise DamagedFile(self.path(missing[0]), "it is missing")
         return chosen
 
-    def _arrays(self, piece: Piece) -> tuple[Stored, Stored | None]:
-        """The images and labels of a file, once its checksums are compared."""
+    def _rows(self, piece: Piece, names: tuple[str, str], start: int) -> Iterator[np.ndarray]:
+        """Yield a file's images or labels from image `start` to the last used, at most a chunk's size at a time."""
+        if start >= piece.used.stop:
+            return
         is_chunk = piece.path.parent == self.chunks
-        with _damage(piece.path):
-            stat = piece.path.stat()
-            key = piece.path, stat.st_size, stat.st_mtime_ns
-            images = stored(piece.path, "images" if is_chunk else "arr_0")
-            labels = stored(piece.path, "labels" if is_chunk else "arr_1") if self.labelled else None
-            if not self._fit(images, labels, len(range(*piece.holds))):
-                raise ValueError(f"its images are {images.dtype} {list(images.shape)}, or its labels are wrong")
-            if key not in self._tested:
-                with zipfile.ZipFile(piece.path) as archive:
-                    if is_chunk and str(read_npz_array(archive, "job", stat.st_size)) != self.digest:
-                        raise ValueError("it is of another job")
-                    if (bad := archive.testzip()) is not None:
-                        raise ValueError(f"the checksum of {bad} is wrong")
-                self._tested.add(key)
-        return images, labels
+        with _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
+            self._test(archive, piece, is_chunk)
+            shape, dtype = npz_header(archive, names[is_chunk], _most(piece.path))
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            entry = archive.getinfo(f"{names[is_chunk]}.npy")
+            with archive.open(entry) as file:
+                if b"'fortran_order': False" not in file.read(entry.file_size - shape[0] * row_bytes):
+                    raise ValueError("its arrays are not in C order")
+                file.seek((start - piece.holds.start) * row_bytes, os.SEEK_CUR)
+                for place in range(start, piece.used.stop, self.chunk_size):
+                    rows = min(self.chunk_size, piece.used.stop - place)
+                    yield np.frombuffer(file.read(rows * row_bytes), dtype).reshape(rows, *shape[1:])
 
-    def _is_merged(self, path: Path, count: int) -> bool:
-        """Whether a file is an npz of so many images that a job of this seed wrote."""
-        try:
-            with _damage(path):
-                images, labels = stored(path, "arr_0"), stored(path, "arr_1") if self.labelled else None
-                index, seed = stored(path, "index"), stored(path, "seed").read(0, 1)
-                ends = [index.read(row, row + 1)[0] for row in (0, count - 1)]
-                fits = self._fit(images, labels, count) and index.shape == (count,) and ends == [0, count - 1]
-                return fits and int(seed[0]) == self.seed
-        except DamagedFile:
-            return False
+    def _test(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> None:
+        """Compare a file's shapes and, once, its checksums; ValueError where they are wrong."""
+        if not self._fits(archive, piece, is_chunk):
+            raise ValueError("its images or labels are of another shape or type")
+        stat = piece.path.stat()
+        key = piece.path, stat.st_size, stat.st_mtime_ns
+        if key not in self._tested:
+            if is_chunk and str(read_npz_array(archive, "job", _most(piece.path))) != self.digest:
+                raise ValueError("it is of another job")
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {bad} is wrong")
+            self._tested.add(key)
 
-    def _fit(self, images: Stored, labels: Stored | None, count: int) -> bool:
-        fit = images.dtype == np.uint8 and images.shape == (count, *self.shape)
-        return fit and (labels is None or (labels.dtype == np.int64 and labels.shape == (count,)))
+    def _is_merged(self, piece: Piece) -> bool:
+        """Whether a file is an npz with the images 0 to N - 1 of a job of this seed."""
+        most = _most(piece.path)
+        with suppress(DamagedFile), _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
+            index, seed = (read_npz_array(archive, name, most) for name in ("index", "seed"))
+            numbered = len(index) == piece.holds.stop and np.array_equal(index, np.arange(len(index)))
+            return numbered and int(seed) == self.seed and self._fits(archive, piece, False)
+        return False
+
+    def _fits(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> bool:
+        """Whether a file's images and labels have the shapes and types that its name and the job say."""
+        count, most = piece.holds.stop - piece.holds.start, _most(piece.path)
+        fit = npz_header(archive, IMAGES[is_chunk], most) == ((count, *self.shape), np.uint8)
+        return fit and (not self.labelled or npz_header(archive, LABELS[is_chunk], most) == ((count,), np.int64))
 
     # --- writing ---
 
@@ -227,39 +236,9 @@ class Store:
             self.chunks.rmdir()
 
 
-class Stored(NamedTuple):
-    """An array as it lies in a file."""
-
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start to stop - 1; a number without dimensions is its only row."""
-        shape = self.shape[1:]
-        offset = self.offset + start * math.prod(shape) * self.dtype.itemsize
-        found = np.fromfile(self.path, self.dtype, (stop - start) * math.prod(shape), offset=offset)
-        return found.reshape(stop - start, *shape)
-
-
-def stored(path: Path, name: str) -> Stored:
-    """Where an array lies in an npz. ValueError unless it is uncompressed, whole and in C order."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
-        info = archive.getinfo(f"{name}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("it is compressed")
-        with archive.open(info) as file:
-            np.lib.format.read_magic(file)  # type: ignore[arg-type]
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)  # type: ignore[arg-type]
-            header = file.tell()
-        raw.seek(info.header_offset + 26)  # the lengths of the name and of the extra field end the local header
-        name_length, extra_length = int.from_bytes(raw.read(2), "little"), int.from_bytes(raw.read(2), "little")
-    if fortran or dtype.hasobject or min(shape, default=0) < 0:
-        raise ValueError("its arrays lie in another order")
-    if math.prod(shape) * dtype.itemsize != info.file_size - header:
-        raise ValueError(f"{name} is not as long as its header says")
-    return Stored(path, info.header_offset + 30 + name_length + extra_length + header, shape, dtype)
+def _most(path: Path) -> int:
+    """How many bytes an array of a file may have: ours are not compressed."""
+    return path.stat().st_size + (1 << 20)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -102,26 +103,22 @@ def shard_paths(base: Path, count: int) -> list[Path]:
 def write_tars(base: Path, store: Store) -> None:
     """Write WebDataset shards of KEY.png, KEY.cls (with classes) and KEY.json, where KEY is the image's number.
 
-    Shards that exist are whole and are left as they are.
+    Shards are written in order. Those before the first missing one are whole and are left as they are.
     """
     paths = shard_paths(base, store.count)
-    for shard, path in enumerate(paths):
-        if path.exists():
-            continue
-        last = min((shard + 1) * SHARD, store.count) - 1
-        with (
-            closing(_encoded(store, shard * SHARD)) as images,
-            atomic_write(path) as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
-        ):
-            for index, label, png in images:
-                about = {"seed": store.seed, "index": index, "label": label}
-                _add(archive, f"{index:06d}.png", png)
-                if label is not None:
-                    _add(archive, f"{index:06d}.cls", str(label).encode())
-                _add(archive, f"{index:06d}.json", json.dumps(about).encode())
-                if index == last:
-                    break
+    whole = next((shard for shard, path in enumerate(paths) if not path.exists()), len(paths))
+    with closing(_encoded(store, whole * SHARD)) as images:
+        for path in paths[whole:]:
+            with (
+                atomic_write(path) as file,
+                tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+            ):
+                for index, label, png in islice(images, SHARD):
+                    about = {"seed": store.seed, "index": index, "label": label}
+                    _add(archive, f"{index:06d}.png", png)
+                    if label is not None:
+                        _add(archive, f"{index:06d}.cls", str(label).encode())
+                    _add(archive, f"{index:06d}.json", json.dumps(about).encode())
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stopping() -> Iterator[list[int]]:
-    """Processes by number that are ended with the test, even where they stand still."""
+    """Process numbers; these processes are killed at the end of the test, even if they are stopped."""
     pids: list[int] = []
     yield pids
     for pid in pids:
@@ -81,7 +81,7 @@ def test_owners(tmp_path: Path) -> None:
     assert not owner.is_gone()
     assert owner._replace(started=started + 1).is_gone()
     child.kill()
-    until(owner.is_gone)  # even before its parent asks how it ended
+    until(owner.is_gone)  # even before its parent has waited for it
     child.communicate()
     assert owner.is_gone()
     assert not owner._replace(host="elsewhere").is_gone()
@@ -163,7 +163,7 @@ def test_a_claim_that_others_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_whole_files(tmp_path: Path) -> None:
-    """A file has its name when it is finished; what others left unfinished goes when they have ended."""
+    """A file has its name when it is finished; unfinished files are removed when their processes have ended."""
     target = tmp_path / "a.npz"
 
     def fail() -> None:
@@ -193,7 +193,7 @@ def test_whole_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launched", [True, False], ids=["one launch", "a job array"])
 def test_processes_share_a_job(launched: bool, folder: Path, tmp_path: Path) -> None:
-    """Three processes draw a job of 40 parts; each takes its share, and no part is drawn needlessly often."""
+    """Three processes draw a job of 40 chunks; each takes its share, and few chunks are drawn twice."""
     logs = [tmp_path / f"{rank}.log" for rank in range(3)]
     processes = [
         start(
@@ -219,7 +219,7 @@ def test_processes_share_a_job(launched: bool, folder: Path, tmp_path: Path) -> 
 
 
 def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: list[int]) -> None:
-    """Its images are drawn by others; when it wakes up, it finds that and leaves."""
+    """Its images are drawn by others; when it wakes up, it notices that and ends."""
     stalled = start(folder, job(), pause=0.02, rank=1, world_size=2)
     stopping.append(stalled.pid)
     until(lambda: claimed(folder))
@@ -228,7 +228,7 @@ def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: li
     drawn: list[int] = []
     run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
     check_npz(folder, 23)
-    assert int(first[:9]) == drawn[-1]  # what it was at comes last
+    assert int(first[:9]) == drawn[-1]  # its chunk comes last
     before = (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns
     os.kill(stalled.pid, signal.SIGCONT)
     stalled.join(20)
@@ -237,8 +237,8 @@ def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: li
     assert (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns == before
 
 
-def test_claims_of_the_dead_are_free(folder: Path) -> None:
-    """A killed process's images come in their turn, not last."""
+def test_claims_of_killed_processes_are_free(folder: Path) -> None:
+    """A killed process's images are drawn in their turn, not last."""
     process = start(folder, job(), pause=0.05)
     until(lambda: claimed(folder))
     process.kill()
@@ -269,7 +269,7 @@ def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.Mo
     def told(index: object) -> None:
         nonlocal steps
         steps += 1
-        if steps == 1:  # while this process is at its first part, another draws everything
+        if steps == 1:  # while this process draws its first chunk, another draws everything
             run_job(drawing(), job(), place(), folder)
 
     run_job(drawing(told=told), job(), place(), folder)
@@ -278,8 +278,8 @@ def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.Mo
     assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
 
 
-def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another leaves in the meantime; when the first is killed, the same command does it at once."""
+def test_one_process_merges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another process ends meanwhile; when the first is killed, the same command merges at once."""
     folder.mkdir()
     other = context.Process(target=hold, args=(str(folder / "claims"), "merge-23-npz-0-0"), daemon=True)
     other.start()
@@ -295,7 +295,7 @@ def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.Captu
 
 
 def test_starting_at_the_same_moment(tmp_path: Path) -> None:
-    """All agree on one size of parts, or are refused as another job; the folder then holds one job's images."""
+    """All agree on one chunk size, and the folder then holds one job's images."""
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         logs = [tmp_path / f"{attempt}.{rank}" for rank in range(4)]
@@ -308,7 +308,7 @@ def test_starting_at_the_same_moment(tmp_path: Path) -> None:
 
 
 def test_overwriting_at_the_same_moment(folder: Path) -> None:
-    """Another job's files go once: not those that the first of the processes has drawn since."""
+    """Another job's files are removed once, and not those that the first of the processes has drawn since."""
     run_job(drawing(), job(30, identity={"seed": 1}, seed=1), place(), folder)
     processes = [start(folder, job(60), overwrite=True, pause=0.001) for _ in range(4)]
     for process in processes:
