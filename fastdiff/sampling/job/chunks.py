@@ -162,7 +162,7 @@ class Store:
             return
         is_chunk = piece.path.parent == self.chunks
         with _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
-            self._test(archive, piece, is_chunk)
+            self._verify(archive, piece, is_chunk)
             shape, dtype = npz_header(archive, names[is_chunk], _most(piece.path))
             row_bytes = math.prod(shape[1:]) * dtype.itemsize
             entry = archive.getinfo(f"{names[is_chunk]}.npy")
@@ -174,7 +174,7 @@ class Store:
                     rows = min(self.chunk_size, piece.used.stop - place)
                     yield np.frombuffer(file.read(rows * row_bytes), dtype).reshape(rows, *shape[1:])
 
-    def _test(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> None:
+    def _verify(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> None:
         """Compare a file's shapes and, once, its checksums; ValueError where they are wrong."""
         if not self._fits(archive, piece, is_chunk):
             raise ValueError("its images or labels are of another shape or type")

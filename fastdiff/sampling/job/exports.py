@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,8 @@ def write_pngs(folder: Path, store: Store, words: list[str], there: set[int]) ->
     """Write a PNG file for each image except those in `there`."""
     folder.mkdir(exist_ok=True)
 
-    def write(index: int, label: int | None, pixels: np.ndarray) -> None:
+    def write(item: tuple[int, int | None, np.ndarray]) -> None:
+        index, label, pixels = item
         with atomic_write(folder / file_name(index, label, words), sync=False) as file:
             file.write(encode(pixels))
 
@@ -63,10 +64,8 @@ def write_pngs(folder: Path, store: Store, words: list[str], there: set[int]) ->
     with ThreadPoolExecutor(_THREADS) as pool:
         for start, drawn in store.images(first):
             labels = [None] * len(drawn.images) if drawn.labels is None else drawn.labels.tolist()
-            rows = [row for row in range(len(labels)) if start + row not in there]
-            numbers, kinds = [start + row for row in rows], [labels[row] for row in rows]
-            for _ in pool.map(write, numbers, kinds, [drawn.images[row] for row in rows]):
-                pass
+            items = zip(count(start), labels, drawn.images, strict=False)
+            list(pool.map(write, (item for item in items if item[0] not in there)))
 
 
 def _encoded(store: Store, first: int) -> Generator[tuple[int, int | None, bytes], None, None]:

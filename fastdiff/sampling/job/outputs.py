@@ -1,4 +1,4 @@
-"""The files that are made once all images of a job are drawn: the formats asked for, a picture grid, a trajectory."""
+"""Makes the files of a job once all its images are drawn: the formats asked for, a picture grid, a trajectory."""
 
 from __future__ import annotations
 

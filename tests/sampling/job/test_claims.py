@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, start
 
@@ -260,6 +261,32 @@ def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
     assert drawn == [1, 15, 20, 5, 10]
     check_npz(folder, 23)
     assert names(folder) == ["job.json", "samples_1x4x6x3.npz", "samples_23x4x6x3.npz"]
+
+
+def test_claims_without_a_heartbeat_are_free(folder: Path) -> None:
+    """Images that a process of another host left long ago are drawn in their turn, not last."""
+    run_job(drawing(), job(1), place(), folder)
+    (folder / "claims").mkdir()
+    claim = folder / "claims" / "000000005-000000010.0"
+    claim.write_text(ProcessId("elsewhere", 1, 2).tag)
+    past = time.time() - SILENT - 10
+    os.utime(claim, (past, past))
+    drawn: list[int] = []
+    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    assert drawn == [1, 5, 10, 15, 20]
+    assert names(folder) == ["job.json", "samples_1x4x6x3.npz", "samples_23x4x6x3.npz"]
+
+
+def test_heartbeat_while_drawing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+
+    def told(index: np.ndarray) -> None:
+        claim = folder / "claims" / f"{index[0]:09d}-{index[-1] + 1:09d}.0"
+        os.utime(claim, (0, 0))
+        until(lambda: claim.stat().st_mtime > 0)
+
+    run_job(drawing(told=told), job(), place(), folder)
+    check_npz(folder, 23)
 
 
 def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
