@@ -53,7 +53,8 @@ from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import find, measure_rates
 from fastdiff.runtime.script import run_script
 from fastdiff.sampling.guided_network import GuidedNetwork
-from fastdiff.sampling.job.job import Job, run_job
+from fastdiff.sampling.job.job import run_job
+from fastdiff.sampling.job.manifest import Job
 from fastdiff.sampling.pictures import Images, to_uint8
 
 VARIANTS: dict[str, Callable[[DrawCase], Draw]] = {

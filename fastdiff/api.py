@@ -227,11 +227,13 @@ class Model:
         key = (settings, guide, count)
         if inputs is None and self._sampler is not None and self._sampler[0] == key:
             return self._sampler[1]
+        with blaming("classes"):
+            labels = None if inputs else labels_of(self.network, settings.classes)
         sampler = Sampler(
             self.network,
             settings,
             self.device,
-            labels=None if inputs else labels_of(self.network, settings.classes),
+            labels=labels,
             inputs=inputs,
             guide=guide.network if guide else None,
             noise_key=ENLARGED if inputs else SAMPLES,

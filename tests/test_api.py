@@ -109,7 +109,7 @@ def test_encoding_is_the_reverse_flow(checkpoint: Path) -> None:
         ({"colour": 1}, ["colour"]),
         ({"out_dir": "x"}, ["out_dir", "guidance"]),
         ({"sr_model_path": "x"}, ["sr_model_path"]),
-        ({"classes": "cow"}, ["cow"]),
+        ({"classes": "cow"}, ["classes: cow"]),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Samplers from settings: the networks that they name, and what they do together."""
+"""Builds samplers from settings, and joins two of them into a cascade."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from fastdiff.sampling.settings import DrawSettings
 
 
 def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, count: int) -> Sampler | Cascade:
-    """The sampler that the sections model, diffusion and sample describe, with the weights of model_path's checkpoint.
+    """Build the sampler that the sections model, diffusion and sample describe, with the checkpoint's weights.
 
     count is how many images this process draws. Raises UserError for networks that don't fit together.
     """
     settings = config.sample
     with blaming("--model_path"):
         network = _network(config, checkpoint, settings, device)
-    guide, labels = _guide(config, settings, device), labels_of(network, settings.classes)
+    guide = _guide(config, settings, device)
+    with blaming("--classes"):
+        labels = labels_of(network, settings.classes)
     with _naming_flags():
         base = Sampler(network, settings, device, labels=labels, guide=guide, count=count)
     if not (settings.sr_model_path or settings.sr_preset):
@@ -49,13 +51,9 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
         large = large.model_copy(update={"diffusion": process})
         upsampler = _network(large, sr_checkpoint, settings, device)
         check_fit(network, upsampler)
-    enlarging = settings.model_copy(
-        update={
-            "steps": settings.sr_steps,
-            "batch_size": settings.sr_batch_size,
-            **{"guidance": 1.0, "guidance_interval": (), "guide_model_path": ""},
-        }
-    )
+    unguided = {"guidance": 1.0, "guidance_interval": (), "guide_model_path": ""}
+    own = {"steps": settings.sr_steps, "batch_size": settings.sr_batch_size}
+    enlarging = settings.model_copy(update={**unguided, **own})
 
     def make(inputs: Inputs) -> Sampler:
         with _naming_flags(own="sr_"):
@@ -68,12 +66,13 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
 def build_upsampler(
     config: SuperResConfig, checkpoint: Checkpoint, device: torch.device, world_size: int
 ) -> tuple[Sampler, BaseImages]:
-    """The sampler that enlarges the settings' base_samples, and those. Raises UserError."""
+    """Build the sampler that enlarges the setting base_samples; returns it and the small images. Raises UserError."""
     settings = config.sample
     with blaming("--model_path"):
         network = _network(config, checkpoint, settings, device)
     assert isinstance(config.model, SuperResSettings)
-    base = BaseImages(settings.base_samples, config.model, network.class_names)
+    with blaming("--base_samples"):
+        base = BaseImages(settings.base_samples, config.model, network.class_names)
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)
     guide, share = _guide(config, settings, device), -(-count // world_size)
     with _naming_flags():
@@ -86,7 +85,7 @@ def _network(config: Config, checkpoint: Checkpoint, settings: DrawSettings, dev
 
 
 def _guide(config: Config, settings: DrawSettings, device: torch.device) -> Network | None:
-    """The weaker network for autoguidance. A file that carries no settings has those of the model itself."""
+    """Open the weaker network for autoguidance. A checkpoint that carries no settings has those of the model itself."""
     if not settings.guide_model_path:
         return None
     with blaming("--guide_model_path"):
@@ -98,9 +97,9 @@ def _guide(config: Config, settings: DrawSettings, device: torch.device) -> Netw
 
 @contextmanager
 def _naming_flags(own: str = "") -> Iterator[None]:
-    """Begin the sentence of a UserError, which begins with a setting's name, with that setting's flag.
+    """Turn the setting's name that begins a UserError into a flag: "steps 7: ..." into "--steps 7: ...".
 
-    The flags of the settings that a second network has for itself begin with `own`.
+    `own` begins the flags of the settings that the second network of a cascade has for itself.
     """
     try:
         yield
@@ -108,32 +107,34 @@ def _naming_flags(own: str = "") -> Iterator[None]:
         text = str(error)
         if text.startswith("--"):
             raise
-        has_own = text.startswith(("steps", "batch_size"))
-        raise UserError(f"--{own if has_own else ''}{text}") from error
+        prefix = own if text.startswith(("steps", "batch_size")) else ""
+        raise UserError(f"--{prefix}{text}") from error
 
 
 def labels_of(network: Network, classes: str) -> Labels | None:
-    """The classes that the setting `classes` stands for; None of a network without classes. Raises UserError."""
+    """The classes that the setting `classes` describes; None for a network without classes. Raises UserError."""
     if not network.settings.class_cond:
         if classes:
-            raise UserError("--classes: the model is not class-conditional")
+            raise UserError("the model is not class-conditional")
         return None
     return parse_labels(classes, network.class_names, network.known_classes)
 
 
 class Cascade:
-    """Draws as a Sampler does: the same images as a job of the base model, and one that enlarges its npz."""
+    """Draws with a base sampler and enlarges with another, without files in between.
 
-    def __init__(self, base: Sampler, upsampler: Callable[[Callable[[Tensor], dict[str, Tensor]]], Sampler]) -> None:
-        """upsampler makes the second sampler, given its inputs."""
+    The images are those of a job of the base model followed by a super-resolution job with its npz.
+    """
+
+    def __init__(self, base: Sampler, make_upsampler: Callable[[Inputs], Sampler]) -> None:
         self.base = base
         self._index = np.zeros(0, dtype=np.int64)
         self._small = Images(np.zeros(0, dtype=np.uint8), None)
-        self.upsampler = upsampler(self._inputs)
+        self.upsampler = make_upsampler(self._inputs)
         self.notes = [*base.notes, *(f"enlarging: {note}" for note in self.upsampler.notes)]
 
     def draw(self, index: np.ndarray, on_progress: Callable[[float], None] = lambda images: None) -> Images:
-        """Large images `index` [n] int64, with the base images' labels; see `drawn.Draw`."""
+        """Draw large images `index` [n] int64, with the base images' labels; a `pictures.Draw`."""
         share = self.base.flops / (self.base.flops + self.upsampler.flops)
         self._index, self._small = index, self.base.draw(index, lambda images: on_progress(images * share))
         with blaming("enlarging"):
@@ -141,12 +142,12 @@ class Cascade:
         return Images(large.images, self._small.labels)
 
     def trace(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """As Sampler.trace, of the enlarging."""
+        """As Sampler.trace, for the steps of the enlarging."""
         self._index, self._small = index, self.base.draw(index)
         return self.upsampler.trace(index)
 
     def identity(self) -> dict[str, Any]:
-        """Both samplers' settings, the second's with sr_ before their names."""
+        """The identities of both samplers, with sr_ before the names of the second."""
         return {**self.base.identity(), **{f"sr_{name}": value for name, value in self.upsampler.identity().items()}}
 
     def _inputs(self, index: Tensor) -> dict[str, Tensor]:
@@ -159,7 +160,7 @@ class Cascade:
 
 
 def check_fit(base: Network, upsampler: Network) -> None:
-    """UserError unless the second network enlarges what the first one draws."""
+    """UserError unless the second network can enlarge what the first one draws."""
     small, large = base.settings, upsampler.settings
     assert isinstance(large, SuperResSettings)
     who = upsampler.file

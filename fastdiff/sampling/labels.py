@@ -1,4 +1,4 @@
-"""Which class each image of a job is."""
+"""Chooses the class of each image of a job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdiff.errors import UserError
 
 @dataclass(frozen=True)
 class Labels:
-    """The class of image i: the chosen ones in turn, or at random by their weights. A function of the seed and i."""
+    """Classes as a function of the seed and the image's number: in turn, or at random if they have weights."""
 
     chosen: tuple[int, ...]
     weights: tuple[float, ...] = ()
@@ -35,9 +35,9 @@ class Labels:
 
 
 def parse_labels(classes: str, class_names: list[str], num_classes: int) -> Labels:
-    """'0,5,cat' in turn, 'cat:3,dog:1' at random with weights, 'balanced' all in turn, '' all at random.
+    """Read '0,5,cat' (in turn), 'cat:3,dog:1' (at random with weights), 'balanced' (all in turn) or '' (all at random).
 
-    A class is a number below num_classes or a name that the checkpoint knows. UserError for anything else.
+    A class is a number below num_classes or one of class_names. UserError for anything else.
     """
     if classes.strip() == "balanced" and "balanced" not in class_names:
         return Labels(tuple(range(num_classes)))
@@ -55,7 +55,7 @@ def parse_labels(classes: str, class_names: list[str], num_classes: int) -> Labe
     if not given:
         return Labels(tuple(chosen))
     if len(given) < len(weights):
-        raise UserError(f"--classes: {classes} gives weights to some classes only; give every class one, as in 0:3,5:1")
+        raise UserError(f"{classes} gives weights to some classes only; give every class one, as in 0:3,5:1")
     return Labels(tuple(chosen), tuple(given))
 
 
@@ -65,7 +65,7 @@ def _number(word: str, class_names: list[str], num_classes: int) -> int:
     if word.isdecimal() and int(word) < num_classes:
         return int(word)
     known = f" or one of {', '.join(class_names[:10])}" if class_names else ""
-    raise UserError(f"--classes: {word} is not a class; give numbers from 0 to {num_classes - 1}{known}")
+    raise UserError(f"{word} is not a class; give numbers from 0 to {num_classes - 1}{known}")
 
 
 def _weight(text: str, word: str) -> float:
@@ -74,5 +74,5 @@ def _weight(text: str, word: str) -> float:
     except ValueError:
         weight = 0.0
     if not 0 < weight < float("inf"):
-        raise UserError(f"--classes: {word} has no weight above 0 after its colon; write CLASS:WEIGHT, as in 0:3")
+        raise UserError(f"{word} has no weight above 0 after its colon; write CLASS:WEIGHT, as in 0:3")
     return weight

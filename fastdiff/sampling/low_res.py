@@ -1,4 +1,4 @@
-"""Small images for a super-resolution job: from an npz or a folder of pictures."""
+"""Reads the small images of a super-resolution job from an npz or a folder of pictures."""
 
 from __future__ import annotations
 
@@ -19,47 +19,44 @@ from fastdiff.models import SuperResSettings
 from fastdiff.runtime.untrusted import npz_header, read_npz_array
 
 LARGE = 256 << 20
-"""Bytes that an array may have however small its file."""
+"""Bytes that an array may have however small its file is."""
 EXPANSION = 100
-"""How many times its file's bytes a larger array may have: compressed images are rarely a tenth of themselves."""
+"""Larger arrays may have this many times their file's bytes: images are rarely compressed to less than a tenth."""
 
 
 class BaseImages:
-    """Images [N, h, w, C] uint8 with labels [N] int64 (or None), read as they are needed."""
+    """Images [N, h, w, C] uint8 with labels [N] int64 or None. The files of a folder are read when they are needed."""
 
     def __init__(self, source: str, settings: SuperResSettings, class_names: list[str]) -> None:
-        self.settings = settings
-        path = Path(source)
+        """Raises UserError for images or labels that the model can't take."""
+        self.settings, self.path = settings, Path(source)
         if not source:
             raise UserError("--base_samples is missing: give an .npz of small images, or a folder of them")
         try:
-            if not path.exists():
-                raise UserError(
-                    f"--base_samples: {path} does not exist; give an .npz of small images, or a folder of them"
-                )
+            exists = self.path.exists()
         except OSError as error:
-            raise UserError(f"--base_samples: {quoted(source)} can't be opened ({error.strerror})") from error
-        self.path = path
+            raise UserError(f"{quoted(source)} can't be opened ({error.strerror})") from error
+        if not exists:
+            raise UserError(f"{self.path} does not exist; give an .npz of small images, or a folder of them")
         self._files: list[Path] | None = None
         self.labels: np.ndarray | None = None
-        if path.is_dir():
-            self._files = list_images(path)
+        if self.path.is_dir():
+            self._files = list_images(self.path)
             if settings.class_cond:
-                self.labels, _ = label_images(self._files, path, DataSettings().labels, class_names or None)
+                self.labels, _ = label_images(self._files, self.path, DataSettings().labels, class_names or None)
         else:
-            self._images, self.labels = read_npz(path, settings)
-        if settings.class_cond and self.labels is None:
-            raise UserError(f"--base_samples: {path} has no labels (arr_1), which a class-conditional model needs")
-        if settings.class_cond and self.labels is not None:
-            strange = self.labels[(self.labels < 0) | (self.labels >= settings.num_classes)]
-            if len(strange):
-                raise UserError(
-                    f"--base_samples: {path} has label {strange[0]}, the model classes 0 to {settings.num_classes - 1}"
-                )
+            self._images, self.labels = read_npz(self.path, settings)
+        if not settings.class_cond:
+            return
+        if self.labels is None:
+            raise UserError(f"{self.path} has no labels (arr_1), which a class-conditional model needs")
+        strange = self.labels[(self.labels < 0) | (self.labels >= settings.num_classes)]
+        if len(strange):
+            raise UserError(f"{self.path} has label {strange[0]}, the model classes 0 to {settings.num_classes - 1}")
 
     @property
     def digest(self) -> str:
-        """Of the small images: two jobs with the same digest enlarge the same."""
+        """A hash of the small images; of a folder, a hash of the files' names and sizes."""
         found = hashlib.sha256()
         if self._files is None:
             found.update(self._images.tobytes())
@@ -71,7 +68,7 @@ class BaseImages:
         return len(self._images) if self._files is None else len(self._files)
 
     def __call__(self, index: Tensor) -> dict[str, Tensor]:
-        """The network's arguments for images `index` [B] of a job: in order, from the start again after the last."""
+        """The network's arguments for images `index` [B] of a job, whose image i enlarges small image i modulo N."""
         rows = index.cpu().numpy() % len(self)
         if self._files is None:
             images = self._images[rows]
@@ -87,37 +84,37 @@ class BaseImages:
         try:
             return load_image(file, self.settings.small_size, mode)
         except Exception as error:  # Pillow's decoders raise many kinds
+            # The flag is named here, because the error comes while the job draws, from which others come too.
             raise UserError(
                 f"--base_samples: {file} can't be read ({what_is_wrong(error)}); mend it, or take it out of the folder"
             ) from error
 
 
 def as_low_res(images: np.ndarray, device: torch.device) -> Tensor:
-    """Images [N, h, w, C] uint8 as a super-resolution model sees them: [N, C, h, w] float32 in [-1, 1]."""
+    """Turn images [N, h, w, C] uint8 into a super-resolution model's input [N, C, h, w] float32 in [-1, 1]."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.ndarray | None]:
-    """arr_0 and arr_1 of an npz of small images; UserError when they aren't what the model takes.
+    """Read arr_0 and arr_1 (None if there is none) of an npz of small images. UserError if the model can't take them.
 
-    Each array's header is looked at before the array is read, and one that would unpack to more than LARGE bytes and
-    EXPANSION times the file's is refused, so that a small file takes little memory.
+    Each array's header is checked before the array is read, and an array that would unpack to more than LARGE bytes
+    and EXPANSION times the file's is refused, so that a small file takes little memory.
     """
     wanted = (*settings.small_size, settings.in_channels)
-    nameless = UserError(f"--base_samples: {path} has no arr_0; give an .npz as sample.py writes it")
+    no_arr_0 = UserError(f"{path} has no arr_0; give an .npz as sample.py writes it")
     try:
         with path.open("rb") as file:
-            is_npy = file.read(6) == np.lib.format.MAGIC_PREFIX  # a single array
-        if is_npy:
-            raise nameless
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:  # an .npy file holds a single array
+                raise no_arr_0
         with zipfile.ZipFile(path) as archive:
             if "arr_0.npy" not in archive.namelist():
-                raise nameless
+                raise no_arr_0
             most = max(LARGE, EXPANSION * path.stat().st_size)
             shape, dtype = npz_header(archive, "arr_0", most)
             if dtype != np.uint8 or len(shape) != 4 or shape[1:] != wanted or not shape[0]:
                 raise UserError(
-                    f"--base_samples: arr_0 of {path} is {quoted(dtype)} {quoted(list(shape))}, the model takes uint8 "
+                    f"arr_0 of {path} is {quoted(dtype)} {quoted(list(shape))}, the model takes uint8 "
                     f"[N, {', '.join(map(str, wanted))}]"
                 )
             images = read_npz_array(archive, "arr_0", most)
@@ -126,12 +123,12 @@ def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.nda
             label_shape, label_dtype = npz_header(archive, "arr_1", most)
             if label_shape != shape[:1] or label_dtype.kind not in "iu":
                 raise UserError(
-                    f"--base_samples: arr_1 of {path} is {quoted(label_dtype)} {quoted(list(label_shape))}, the "
-                    f"{shape[0]} images need as many whole numbers"
+                    f"arr_1 of {path} is {quoted(label_dtype)} {quoted(list(label_shape))}, the {shape[0]} images need "
+                    "as many whole numbers"
                 )
             return images, read_npz_array(archive, "arr_1", most).astype(np.int64)
     except UserError:
         raise
     except Exception as error:  # zipfile, numpy and the operating system each have their own
         reason = one_line(str(error))[:200]
-        raise UserError(f"--base_samples: {path} is not an .npz of arrays, or is damaged ({reason})") from error
+        raise UserError(f"{path} is not an .npz of arrays, or is damaged ({reason})") from error

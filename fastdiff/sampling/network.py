@@ -1,4 +1,4 @@
-"""A network from a checkpoint, ready to draw."""
+"""Opens the network of a checkpoint for drawing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from fastdiff.models.unet import body_dtype
 
 @dataclass(frozen=True)
 class Network:
-    """A frozen network on its device, with what its checkpoint says about it."""
+    """A network on its device, with what its checkpoint says about it."""
 
     model: UNet
     diffusion: DiffusionSettings
     file: Path
-    digest: str  # of the file's bytes
+    digest: str
+    """The hash of the file's bytes."""
     class_names: list[str]
 
     @property
@@ -31,7 +32,7 @@ class Network:
 
     @property
     def known_classes(self) -> int:
-        """Of a model with room for 1000 classes that saw 10 in training, those 10."""
+        """How many classes the training data had; the network may have room for more."""
         return len(self.class_names) or self.settings.num_classes
 
 
@@ -43,9 +44,9 @@ def open_network(
     device: torch.device,
     frozen: bool = True,
 ) -> Network:
-    """Build the network that the settings describe with a checkpoint's weights. UserError where they don't fit.
+    """Build the network that the settings describe with a checkpoint's weights. UserError if they don't fit.
 
-    frozen False leaves the weights as they are, for ops in mode "reference".
+    frozen=False leaves out `freeze`, for kernels "reference".
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")

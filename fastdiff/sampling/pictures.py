@@ -1,7 +1,8 @@
-"""Samples as pictures: 8-bit pixels, grids, and the way from noise to an image."""
+"""Samples as pictures: 8-bit pixels, picture files and their names, grids, trajectories."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,32 +16,44 @@ from torch import Tensor
 from fastdiff.runtime.files import atomic_write
 
 CHANNELS = (1, 3, 4)
-"""Channels of which a picture can be made: gray, RGB, RGBA."""
+"""Numbers of channels that a picture can have: gray, RGB, RGBA."""
 NAMED = 5
-"""Images whose numbers an error gives."""
+"""How many images an error names."""
+
+
+class Images(NamedTuple):
+    """Images [n, H, W, C] uint8 and labels [n] int64 (None without classes), on the host."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+
+
+Draw: TypeAlias = Callable[[np.ndarray, Callable[[float], None]], Images]
+"""draw(index [n] int64, on_progress) → the images of the job with these numbers. It calls on_progress(images) with
+fractions of images as they are done, n in all. An exception of on_progress ends the drawing."""
 
 
 def non_finite(images: list[int]) -> str:
-    """images 3, 7 and 12 came out with values that are not finite"""
+    """The sentence "images 3, 7 and 12 came out with values that are not finite"."""
     named = [str(image) for image in images[:NAMED]]
     if more := len(images) - len(named):
         named.append(f"{more} other{'s' * (more > 1)}")
-    listed = f"{', '.join(named[:-1])} and {named[-1]}" if len(named) > 1 else named[0]
+    listed = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
     return f"image{'s' * (len(images) > 1)} {listed} came out with values that are not finite"
 
 
 def to_uint8(samples: Tensor) -> Tensor:
-    """[B, C, H, W] in [-1, 1] → [B, H, W, C] uint8; fractions are cut off, as improved-diffusion does."""
+    """Turn samples [B, C, H, W] in [-1, 1] into pixels [B, H, W, C] uint8, rounding down as improved-diffusion does."""
     return ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def picture(pixels: np.ndarray) -> Image.Image:
-    """[H, W, C] uint8 of 1, 3 or 4 channels."""
+    """The picture of pixels [H, W, C] uint8 with 1, 3 or 4 channels."""
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Images [N, H, W, C] uint8 side by side, row by row; `columns` defaults to the square root of N."""
+    """Put images [N, H, W, C] uint8 side by side, row by row; `columns` defaults to the square root of N."""
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
     rows = -(-count // columns)
@@ -60,14 +73,14 @@ def save_grid(path: Path, images: np.ndarray, columns: int | None = None) -> Non
 
 
 def steps_shown(steps: int, columns: int = 12) -> list[int]:
-    """Up to columns - 1 of the steps' numbers, evenly spread, the first and the last among them."""
+    """Up to columns - 1 step numbers from 0 to steps - 1, evenly spread, including the first and the last."""
     return sorted({round(place) for place in np.linspace(0, steps - 1, min(steps, columns - 1))})
 
 
 def strip(frames: list[np.ndarray], final: np.ndarray) -> Image.Image:
-    """A row per image, from noise to the image: up to 11 of the predictions and the final one.
+    """Draw a row per image with up to 11 of its predictions, and the image itself at the end.
 
-    frames  predictions of x_0 over the steps, each [n, H, W, C] uint8; final [n, H, W, C] uint8.
+    frames are the predictions of x_0 over the steps, each [n, H, W, C] uint8; final is [n, H, W, C] uint8.
     """
     columns = [*(frames[step] for step in steps_shown(len(frames))), final] if frames else [final]
     rows = np.stack(columns, axis=1)  # [n, columns, H, W, C]
@@ -75,19 +88,45 @@ def strip(frames: list[np.ndarray], final: np.ndarray) -> Image.Image:
 
 
 def save_animation(file: BinaryIO, frames: list[np.ndarray], final: np.ndarray) -> None:
-    """A GIF of all images side by side over the steps, about 4 s long; the final images stand for 2 s more."""
+    """Write a GIF of all images side by side over the steps, about 4 s long, and the final images for 2 s more."""
     shown = [grid(frame).convert("RGB") for frame in [*frames, final]]
     durations = [max(20, 4000 // len(shown) // 10 * 10)] * len(frames) + [2000]  # GIF counts hundredths of a second
     shown[0].save(file, format="GIF", save_all=True, append_images=shown[1:], duration=durations, loop=0)
 
 
-class Images(NamedTuple):
-    """Images [n, H, W, C] uint8 and labels [n] int64 (None without classes), on the host."""
-
-    images: np.ndarray
-    labels: np.ndarray | None
+# --- picture files ---
 
 
-Draw: TypeAlias = Callable[[np.ndarray, Callable[[float], None]], Images]
-"""draw(index [n] int64, on_progress) → those images of the job. on_progress(images) is told fractions of images done, n
-in all; an exception that it raises ends the drawing."""
+def class_words(class_names: list[str]) -> list[str]:
+    """Class names as file names can begin with them: different words of letters, digits and '-'.
+
+    Training takes the part of a file's name before the first underscore as its class.
+    """
+    words: list[str] = []
+    for label, name in enumerate(class_names):
+        word = plain = "".join(c if c.isalnum() or c == "-" else "-" for c in name) or str(label)
+        suffix = label
+        while word in words:
+            word, suffix = f"{plain}-{suffix}", suffix + 1
+        words.append(word)
+    return words
+
+
+def file_name(index: int, label: int | None, words: list[str]) -> str:
+    """The name of an image's file: cat_000012.png, 5_000012.png without class names, 000012.png without labels."""
+    if label is None:
+        return f"{index:06d}.png"
+    return f"{words[label] if 0 <= label < len(words) else label}_{index:06d}.png"
+
+
+def index_in(name: str) -> int | None:
+    """The image's number in a name that `file_name` made; None for other names."""
+    stem = name.removesuffix(".png").rpartition("_")[2]
+    return int(stem) if name.endswith(".png") and len(stem) >= 6 and stem.isascii() and stem.isdecimal() else None
+
+
+def encode(pixels: np.ndarray) -> bytes:
+    """The bytes of a PNG file with pixels [H, W, C] uint8."""
+    buffer = io.BytesIO()
+    picture(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

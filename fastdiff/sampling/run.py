@@ -1,4 +1,4 @@
-"""What both sampling scripts do with a sampler: a folder, a job, and lines that say what computes."""
+"""Runs a sampling job for the scripts: chooses the folder, prints what computes, and draws."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from fastdiff.errors import blaming
 from fastdiff.runtime.processes import Processes, make_writable
 from fastdiff.sampling.build import Cascade
-from fastdiff.sampling.job.job import Job, run_job
-from fastdiff.sampling.job.manifest import NAME
+from fastdiff.sampling.job.job import run_job
+from fastdiff.sampling.job.manifest import NAME, Job
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import DrawSettings
 
@@ -29,26 +29,24 @@ def run(
 ) -> list[Path]:
     """Draw images 0 to count - 1 into the settings' folder; returns the files.
 
-    identity is what else makes the images what they are. note ends the closing line.
+    identity holds what the images depend on besides the sampler. note ends the closing line.
     """
     identity = {**sampler.identity(), **(identity or {})}
-    last = sampler.upsampler if isinstance(sampler, Cascade) else sampler
-    first = sampler.base if isinstance(sampler, Cascade) else sampler
-    shape = last.network.settings
+    first, last = (sampler.base, sampler.upsampler) if isinstance(sampler, Cascade) else (sampler, sampler)
     folder = _folder(settings, first, identity)
     if not (folder / NAME).is_file():
         with blaming("--out_dir"):
             make_writable(folder)
     if processes.is_main:
         print("\n".join([*notes, *sampler.notes]), flush=True)
-    labels = first.labels
+    labels, shape = first.labels, last.network.settings
     job = Job(
         identity=identity,
         count=count,
         shape=(*shape.size_hw, shape.in_channels),
         labelled=first.network.settings.class_cond,
         seed=settings.seed,
-        part_size=max(1, min(first.batch_size, -(-count // processes.world_size))),
+        chunk_size=max(1, min(first.batch_size, -(-count // processes.world_size))),
         save_as=settings.save_as,
         grid_images=settings.grid_images,
         grid_classes=len(set(labels.chosen)) if labels is not None and labels.in_turn else 0,
@@ -60,7 +58,7 @@ def run(
 
 
 def _folder(settings: DrawSettings, sampler: Sampler, identity: dict[str, Any]) -> Path:
-    """Where the settings say, or OPENAI_LOGDIR (improved-diffusion's variable), else a folder of the job's own."""
+    """The folder of --out_dir or OPENAI_LOGDIR (improved-diffusion's variable), else one named after the job."""
     named = settings.out_dir or os.environ.get("OPENAI_LOGDIR", "")
     if named:
         return Path(named)

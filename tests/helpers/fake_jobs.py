@@ -1,4 +1,4 @@
-"""Sampling jobs without a network: images that tell their number, and processes to draw them, kill and stop."""
+"""Sampling jobs without a network: images that show their numbers, and processes that draw them and can be killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ import torch
 
 from fastdiff.runtime.processes import Processes
 from fastdiff.sampling.job import progress
-from fastdiff.sampling.job.job import Job, run_job
+from fastdiff.sampling.job.claims import Claims
+from fastdiff.sampling.job.job import run_job
+from fastdiff.sampling.job.manifest import Job
 from fastdiff.sampling.pictures import Draw, Images
 
 SHAPE = (4, 6, 3)
@@ -24,7 +26,7 @@ CLASSES = ["ape", "big bee", "cat_2", "dog", "ünd"]
 
 
 def images(index: np.ndarray, shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
-    """Images [n, H, W, C] uint8 whose pixels all depend on their numbers [n]."""
+    """Make images [n, H, W, C] uint8 whose pixels all depend on their numbers [n]."""
     place = np.arange(np.prod(shape)).reshape(shape)
     return ((index[:, None, None, None] * 7919 >> place % 11) + place * 13).astype(np.uint8)
 
@@ -39,7 +41,7 @@ def drawing(
     shape: tuple[int, int, int] = SHAPE,
     told: Callable[[np.ndarray], None] = lambda index: None,
 ) -> Draw:
-    """A draw that takes `pause` seconds per image; told is given the numbers before it begins."""
+    """Return a draw that takes `pause` seconds per image and first calls `told` with the numbers."""
 
     def draw(index: np.ndarray, on_progress: Callable[[float], None]) -> Images:
         told(index)
@@ -62,7 +64,7 @@ def job(count: int = 23, **changes: Any) -> Job:
         "shape": SHAPE,
         "labelled": True,
         "seed": 0,
-        "part_size": 5,
+        "chunk_size": 5,
         "save_as": ("npz",),
         "grid_images": 0,
         "grid_classes": 0,
@@ -78,7 +80,7 @@ def place(rank: int = 0, world_size: int = 1) -> Processes:
 
 
 def check_npz(folder: Path, count: int, labelled: bool = True, seed: int = 0) -> None:
-    """The npz is exactly what one undisturbed process would make."""
+    """Assert that the npz is exactly what one undisturbed process would make."""
     index = np.arange(count)
     with np.load(folder / f"samples_{count}x4x6x3.npz", allow_pickle=False) as content:
         assert set(content) == {"arr_0", "seed", "index"} | ({"arr_1"} if labelled else set())
@@ -100,10 +102,16 @@ context.set_forkserver_preload(["fastdiff.sampling.job.job"])  # torch once, not
 
 
 def start(folder: Path, job: Job, **how: Any) -> Any:
-    """A process at the job; `how` goes to `work`."""
+    """Start a process that draws the job; `how` goes to `work`."""
     process = context.Process(target=work, args=(str(folder), job), kwargs=how, daemon=True)
     process.start()
     return process
+
+
+def hold(folder: str, name: str) -> None:
+    """Claim a piece of work and keep the claim until the process is killed."""
+    assert Claims(Path(folder)).take(name, 0)
+    time.sleep(600)
 
 
 def work(
@@ -117,8 +125,8 @@ def work(
     often: float = 0.02,
     overwrite: bool = False,
 ) -> None:
-    """Run the job; killed_at > 0: up to that many files that it opens, names or removes, and no further."""
-    progress._OFTEN = often
+    """Run the job. killed_at > 0 kills the process at that number of files that it opens, renames or removes."""
+    progress.LOOK = often
     sys.stdout = sys.stderr = open(log or os.devnull, "a", buffering=1)  # noqa: SIM115
     if killed_at:
         steps = 0

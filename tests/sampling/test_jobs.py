@@ -45,7 +45,7 @@ def no_logdir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(folder: Path) -> Arrays:
-    """Images and labels in the only npz of a folder, which holds nothing else but a picture and what the job was."""
+    """Read images and labels from the only npz of a folder, which holds only a grid and the manifest besides."""
     names = sorted(path.name for path in folder.iterdir())
     assert len(names) <= 3, f"left behind: {names}"
     assert all(re.fullmatch(r"job\.json|samples_\d+x\d+x\d+x\d+\.(npz|png)", name) for name in names), names
@@ -77,8 +77,8 @@ def run(tmp_path: Path) -> Callable[..., Arrays]:
 def assert_same_images(got: np.ndarray, want: np.ndarray) -> None:
     """Equal but for one level of 255 in at most 1% of the pixels.
 
-    How a convolution adds up may depend on the batch, which moves its float32 results by about 1e-6. That shows only
-    where a value lies so near to the border of two levels.
+    The order of a convolution's sums may depend on the batch, which changes its float32 results by about 1e-6. That
+    shows only where a value lies that close to the border of two levels.
     """
     assert got.shape == want.shape
     difference = np.abs(got.astype(int) - want.astype(int))
@@ -223,7 +223,7 @@ def test_random_classes_are_those_of_the_training(tmp_path: Path, run: Callable[
 
 
 def test_bare_checkpoint_with_flags(tmp_path: Path, run: Callable[..., Arrays]) -> None:
-    """What the shapes show needs no flag; what they can't show is given."""
+    """Settings that the shapes show need no flag; the others are given."""
     model = unet(**MODELS["both"])
     known = run(save(model, tmp_path / "model000001.pt"))
     bare = save_bare(model, tmp_path / "model000002.pt")

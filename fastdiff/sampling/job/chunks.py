@@ -1,18 +1,21 @@
-"""Images of a job that are drawn: in parts, or put together in one npz.
+"""The images of a job on disk: in chunks as they are drawn, and in npz files with all images.
 
-A part is a range of images in parts/START-STOP.npz (images, labels), which is there whole or not at all. What is there
-can be read off the names.
+A chunk is a range of images in parts/START-STOP.npz (images, labels, job), which is there whole or not at all. The file
+names alone tell which images are there.
 """
 
 from __future__ import annotations
 
 import errno
+import math
+import os
 import re
 import zipfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +23,13 @@ import numpy as np
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import atomic_write, files_in, remove_partial_files
-from fastdiff.runtime.untrusted import read_npz_array
+from fastdiff.runtime.untrusted import npz_header, read_npz_array
 from fastdiff.sampling.job.claims import Claim
+from fastdiff.sampling.job.manifest import Manifest, digest
 from fastdiff.sampling.pictures import Images
+
+IMAGES, LABELS = ("arr_0", "images"), ("arr_1", "labels")
+"""Names of the arrays in an npz of all images and in a chunk."""
 
 
 class Range(NamedTuple):
@@ -35,16 +42,19 @@ class Range(NamedTuple):
     def name(self) -> str:
         return f"{self.start:09d}-{self.stop:09d}"
 
+    def overlaps(self, others: list[Range]) -> bool:
+        return any(other.start < self.stop and self.start < other.stop for other in others)
+
 
 class Piece(NamedTuple):
-    """Images that a file holds, of which `used` are wanted of it."""
+    """A file that holds a range of images, of which the range `used` is read from it."""
 
     path: Path
     holds: Range
     used: Range
 
 
-class DamagedPart(Exception):
+class DamagedFile(Exception):
     """A file of images that can't be used; it is removed, and its images are drawn again."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -53,282 +63,234 @@ class DamagedPart(Exception):
 
 
 def range_of(name: str) -> Range | None:
-    """The range in a name such as 000000256-000000512, perhaps with .npz."""
+    """The range in a name such as 000000256-000000512, which may end in .npz."""
     found = re.fullmatch(r"(\d{9,})-(\d{9,})(?:\.npz)?", name)
     return Range(int(found[1]), int(found[2])) if found else None
 
 
-def cover(pieces: list[Piece], count: int) -> tuple[list[Piece], list[Range]]:
-    """The files to read for images 0 to count - 1, each image in one of them, and the ranges that are in none."""
+def cover(pieces: Iterable[Piece], count: int) -> tuple[list[Piece], list[Range]]:
+    """The files to read for images 0 to count - 1, each image from one of them, and the ranges that are in none."""
     chosen: list[Piece] = []
     missing: list[Range] = []
-    ordered = sorted(pieces, key=lambda piece: piece.holds)
-    place, i, furthest = 0, 0, None
-    while place < count:
-        while i < len(ordered) and ordered[i].holds.start <= place:
-            if furthest is None or ordered[i].holds.stop > furthest.holds.stop:
-                furthest = ordered[i]
-            i += 1
-        if furthest is not None and furthest.holds.stop > place:
-            stop = min(furthest.holds.stop, count)
-            chosen.append(furthest._replace(used=Range(place, stop)))
-        else:
-            stop = min(ordered[i].holds.start, count) if i < len(ordered) else count
-            missing.append(Range(place, stop))
-        place = stop
+    place = 0
+    for piece in sorted(pieces, key=lambda piece: (piece.holds.start, -piece.holds.stop)):
+        start, stop = (min(image, count) for image in piece.holds)
+        if start > place:
+            missing.append(Range(place, start))
+            place = start
+        if stop > place:
+            chosen.append(piece._replace(used=Range(place, stop)))
+            place = stop
+    if place < count:
+        missing.append(Range(place, count))
     return chosen, missing
 
 
-def split(ranges: list[Range], part_size: int) -> list[Range]:
-    """Ranges cut where parts begin."""
-    pieces = []
+def split(ranges: list[Range], chunk_size: int) -> list[Range]:
+    """The ranges cut at the multiples of chunk_size."""
+    chunks = []
     for start, stop in ranges:
         while start < stop:
-            end = min((start // part_size + 1) * part_size, stop)
-            pieces.append(Range(start, end))
+            end = min((start // chunk_size + 1) * chunk_size, stop)
+            chunks.append(Range(start, end))
             start = end
-    return pieces
+    return chunks
 
 
 class Store:
-    """The images of a job in its folder.
+    """Images 0 to count - 1 of the job that a manifest describes, in its folder."""
 
-    digest  stands for everything that makes the images what they are; a part with another one is not of this job.
-    """
+    def __init__(self, folder: Path, manifest: Manifest, count: int) -> None:
+        self.folder, self.chunks, self.count = folder, folder / "parts", count
+        self.shape, self.labelled = tuple(manifest["shape"]), manifest["labelled"]
+        self.seed, self.chunk_size = manifest["seed"], manifest["part_size"]
+        self.digest = digest(manifest["identity"])  # chunks with another one belong to another job
+        self._tested: set[tuple[Path, int, int]] = set()  # (path, size, time of change) of files with right checksums
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int], labelled: bool, seed: int, digest: str) -> None:
-        self.folder, self.parts = folder, folder / "parts"
-        self.shape, self.labelled, self.seed, self.digest = shape, labelled, seed, digest
-        self._merged: dict[tuple[str, int, int], int] = {}  # (name, size, time of change) → images; 0: not usable
-        self._tested: set[tuple[str, int, int]] = set()
+    # --- what is there, by the files' names ---
 
-    def path(self, part: Range) -> Path:
-        return self.parts / f"{part.name}.npz"
+    def path(self, chunk: Range) -> Path:
+        return self.chunks / f"{chunk.name}.npz"
 
-    def cover(self, count: int) -> tuple[list[Piece], list[Range]]:
-        """The files to read for images 0 to count - 1, and the ranges that are missing, by the files' names."""
-        pieces = [*self.merged()]
-        for name in files_in(self.parts):
+    def cover(self) -> tuple[list[Piece], list[Range]]:
+        """The files to read for the images, and the ranges of images that are still to be drawn."""
+        pieces = self.merged()
+        for name in files_in(self.chunks):
             if (held := range_of(name)) and name.endswith(".npz") and held.start < held.stop:
-                pieces.append(Piece(self.parts / name, held, held))
-        return cover(pieces, count)
+                pieces.append(Piece(self.chunks / name, held, held))
+        return cover(pieces, self.count)
 
-    def missing(self, count: int) -> list[Range]:
-        """Ranges of images that are still to be drawn."""
-        return self.cover(count)[1]
+    def missing(self) -> list[Range]:
+        """The ranges of images that are still to be drawn."""
+        return self.cover()[1]
 
     def merged(self) -> list[Piece]:
-        """The npz files of an earlier or present count, each with images 0 to N - 1."""
+        """The npz files of an earlier or the present count, each with images 0 to N - 1."""
         pieces = []
-        pattern = re.compile("samples_([0-9]+)" + "".join(f"x{n}" for n in self.shape) + r"\.npz")
+        pattern = re.compile("samples_([1-9][0-9]*)" + "".join(f"x{n}" for n in self.shape) + r"\.npz")
         for name in files_in(self.folder):
-            found = pattern.fullmatch(name)
-            if found and self._usable(self.folder / name) == int(found[1]) > 0:
+            if found := pattern.fullmatch(name):
                 held = Range(0, int(found[1]))
                 pieces.append(Piece(self.folder / name, held, held))
-        return pieces
+        return [piece for piece in pieces if self._is_merged(piece)]
 
-    def write(self, part: Range, drawn: Images) -> None:
-        """Write a part, unless its images have come into an npz meanwhile."""
+    # --- reading: DamagedFile where a file can't be used or is missing after all ---
+
+    def images(self, first: int = 0) -> Iterator[tuple[int, Images]]:
+        """Yield (number of the first, images) from image `first` on, at most a chunk's size at a time."""
+        for piece in self._pieces():
+            start = max(piece.used.start, first)
+            labels = self._rows(piece, LABELS, start) if self.labelled else repeat(None)
+            for images, their_labels in zip(self._rows(piece, IMAGES, start), labels, strict=False):
+                yield start, Images(images, their_labels)
+                start += len(images)
+
+    def labels(self) -> Iterator[np.ndarray]:
+        """Yield all labels in order, at most a chunk's size at a time."""
+        for piece in self._pieces():
+            yield from self._rows(piece, LABELS, piece.used.start)
+
+    def _pieces(self) -> list[Piece]:
+        chosen, missing = self.cover()
+        if missing:
+            raise DamagedFile(self.path(missing[0]), "it is missing")
+        return chosen
+
+    def _rows(self, piece: Piece, names: tuple[str, str], start: int) -> Iterator[np.ndarray]:
+        """Yield a file's images or labels from image `start` to the last used, at most a chunk's size at a time."""
+        if start >= piece.used.stop:
+            return
+        is_chunk = piece.path.parent == self.chunks
+        with _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
+            self._verify(archive, piece, is_chunk)
+            shape, dtype = npz_header(archive, names[is_chunk], _most(piece.path))
+            row_bytes = math.prod(shape[1:]) * dtype.itemsize
+            entry = archive.getinfo(f"{names[is_chunk]}.npy")
+            with archive.open(entry) as file:
+                if b"'fortran_order': False" not in file.read(entry.file_size - shape[0] * row_bytes):
+                    raise ValueError("its arrays are not in C order")
+                file.seek((start - piece.holds.start) * row_bytes, os.SEEK_CUR)
+                for place in range(start, piece.used.stop, self.chunk_size):
+                    rows = min(self.chunk_size, piece.used.stop - place)
+                    yield np.frombuffer(file.read(rows * row_bytes), dtype).reshape(rows, *shape[1:])
+
+    def _verify(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> None:
+        """Compare a file's shapes and, once, its checksums; ValueError where they are wrong."""
+        if not self._fits(archive, piece, is_chunk):
+            raise ValueError("its images or labels are of another shape or type")
+        stat = piece.path.stat()
+        key = piece.path, stat.st_size, stat.st_mtime_ns
+        if key not in self._tested:
+            if is_chunk and str(read_npz_array(archive, "job", _most(piece.path))) != self.digest:
+                raise ValueError("it is of another job")
+            if (bad := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {bad} is wrong")
+            self._tested.add(key)
+
+    def _is_merged(self, piece: Piece) -> bool:
+        """Whether a file is an npz with the images 0 to N - 1 of a job of this seed."""
+        most = _most(piece.path)
+        with suppress(DamagedFile), _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
+            index, seed = (read_npz_array(archive, name, most) for name in ("index", "seed"))
+            numbered = len(index) == piece.holds.stop and np.array_equal(index, np.arange(len(index)))
+            return numbered and int(seed) == self.seed and self._fits(archive, piece, False)
+        return False
+
+    def _fits(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> bool:
+        """Whether a file's images and labels have the shapes and types that its name and the job say."""
+        count, most = piece.holds.stop - piece.holds.start, _most(piece.path)
+        fit = npz_header(archive, IMAGES[is_chunk], most) == ((count, *self.shape), np.uint8)
+        return fit and (not self.labelled or npz_header(archive, LABELS[is_chunk], most) == ((count,), np.int64))
+
+    # --- writing ---
+
+    def write(self, chunk: Range, drawn: Images) -> None:
+        """Write a chunk, unless its images have come into an npz meanwhile."""
         arrays = {"images": drawn.images, "job": np.array(self.digest)}
         if self.labelled:
             assert drawn.labels is not None
             arrays["labels"] = drawn.labels
         for _ in range(10):
             try:
-                with atomic_write(self.path(part)) as file:
+                with atomic_write(self.path(chunk)) as file:
                     np.savez(file, **arrays)  # type: ignore[arg-type]
                 return
-            except FileNotFoundError:  # whoever puts the images together has tidied up
-                if all(hole.start >= part.stop or hole.stop <= part.start for hole in self.missing(part.stop)):
+            except FileNotFoundError:  # a process that merged the chunks has removed their folder
+                if not chunk.overlaps(self.missing()):
                     return
-                self.parts.mkdir(parents=True, exist_ok=True)
-        raise FileNotFoundError(f"{self.parts} vanishes")
+                self.chunks.mkdir(parents=True, exist_ok=True)
+        raise FileNotFoundError(f"{self.chunks} vanishes")
 
-    def read(self, pieces: list[Piece], rows: int) -> Iterator[tuple[int, Images]]:
-        """(number of the first, images) in order, at most a part at a time, or `rows` of an npz.
-
-        Raises DamagedPart.
-        """
-        for piece in pieces:
-            if piece.path.parent == self.parts:
-                drawn = self._read_part(piece)
-                used = slice(piece.used.start - piece.holds.start, piece.used.stop - piece.holds.start)
-                labels = None if drawn.labels is None else drawn.labels[used]
-                yield piece.used.start, Images(drawn.images[used], labels)
-                continue
-            images, all_labels = self._map(piece.path)
-            for start in range(piece.used.start, piece.used.stop, rows):
-                stop = min(start + rows, piece.used.stop)
-                labels = None if all_labels is None else np.array(all_labels[start:stop])
-                yield start, Images(np.array(images[start:stop]), labels)
-
-    def read_labels(self, pieces: list[Piece]) -> Iterator[np.ndarray]:
-        """Labels in order, a file's at a time."""
-        for piece in pieces:
-            if piece.path.parent == self.parts:
-                with _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
-                    labels: np.ndarray | None = read_npz_array(archive, "labels", piece.path.stat().st_size + (1 << 20))
-            else:
-                labels = self._map(piece.path)[1]
-            assert labels is not None
-            yield np.array(labels[piece.used.start - piece.holds.start : piece.used.stop - piece.holds.start])
-
-    def discard(self, damaged: DamagedPart) -> None:
+    def discard(self, damaged: DamagedFile) -> None:
         with suppress(FileNotFoundError, IsADirectoryError):
             damaged.path.unlink()
 
     def tidy(self) -> None:
-        """Remove the parts whose images are in an npz, and what processes that ended have left unfinished."""
+        """Remove the chunks whose images are in an npz, and unfinished files of processes that have ended."""
         within = max((piece.holds.stop for piece in self.merged()), default=0)
-        for name in files_in(self.parts):
-            held = range_of(name)
-            if held and held.stop <= within:
-                (self.parts / name).unlink(missing_ok=True)
-        remove_partial_files(self.parts)
-        with suppress(OSError):  # others may still need it
-            self.parts.rmdir()
-
-    def _read_part(self, piece: Piece) -> Images:
-        count = piece.holds.stop - piece.holds.start
-        with _damage(piece.path):
-            most = piece.path.stat().st_size + (1 << 20)  # parts are not compressed
-            with zipfile.ZipFile(piece.path) as archive:
-                images = read_npz_array(archive, "images", most)
-                labels = read_npz_array(archive, "labels", most) if self.labelled else None
-                digest = str(read_npz_array(archive, "job", most))
-            if digest != self.digest:
-                raise ValueError("it is of another job")
-            if images.shape != (count, *self.shape) or images.dtype != np.uint8:
-                raise ValueError(f"its images are {images.dtype} {list(images.shape)}")
-            if labels is not None and (labels.shape != (count,) or labels.dtype != np.int64):
-                raise ValueError(f"its labels are {labels.dtype} {list(labels.shape)}")
-        return Images(images, labels)
-
-    def _usable(self, path: Path) -> int:
-        """Images in an npz that a job of this seed put together; 0 when it is something else."""
-        try:
-            with _damage(path):
-                key = _key(path)
-                if key not in self._merged:
-                    self._merged[key] = self._count(path)
-                return self._merged[key]
-        except DamagedPart:
-            return 0
-
-    def _count(self, path: Path) -> int:
-        images = member(path, "arr_0")
-        index, seed = member(path, "index"), member(path, "seed")
-        count = len(images)
-        fits = images.dtype == np.uint8 and images.shape == (count, *self.shape) and index.shape == (count,)
-        if self.labelled:
-            labels = member(path, "arr_1")
-            fits = fits and labels.shape == (count,) and labels.dtype == np.int64
-        return count if count and fits and int(seed) == self.seed and index[0] == 0 and index[-1] == count - 1 else 0
-
-    def _map(self, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-        """Images and labels of an npz as they lie on disk, once it is known to be sound."""
-        with _damage(path):
-            key = _key(path)
-            if key not in self._tested:
-                with zipfile.ZipFile(path) as archive:
-                    if (bad := archive.testzip()) is not None:
-                        raise ValueError(f"the checksum of {bad} is wrong")
-                self._tested.add(key)
-            return member(path, "arr_0"), member(path, "arr_1") if self.labelled else None
+        for name in files_in(self.chunks):
+            if (held := range_of(name)) and held.stop <= within:
+                (self.chunks / name).unlink(missing_ok=True)
+        remove_partial_files(self.chunks)
+        with suppress(OSError):  # it has chunks that are still needed
+            self.chunks.rmdir()
 
 
-def member(path: Path, name: str) -> np.ndarray:
-    """An array of an npz that isn't compressed, mapped read-only; a copy when it has no dimension."""
-    with zipfile.ZipFile(path) as archive:
-        info = archive.getinfo(f"{name}.npy")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError("it is compressed")
-        with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)  # type: ignore[arg-type]
-            header = file.tell()
-            if not shape:
-                return np.frombuffer(file.read(dtype.itemsize), dtype)[0]
-    if fortran or dtype.hasobject:
-        raise ValueError("its arrays lie in another order")
-    with open(path, "rb") as raw:
-        raw.seek(info.header_offset + 26)  # the lengths of the name and of the extra field end the local header
-        lengths = raw.read(4)
-    begin = info.header_offset + 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-    return np.memmap(path, dtype, "r", begin + header, shape)
-
-
-def _key(path: Path) -> tuple[str, int, int]:
-    stat = path.stat()
-    return path.name, stat.st_size, stat.st_mtime_ns
+def _most(path: Path) -> int:
+    """How many bytes an array of a file may have: ours are not compressed."""
+    return path.stat().st_size + (1 << 20)
 
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file that is read becomes DamagedPart, but for errors of the machine."""
+    """Turn any error in reading a file into DamagedFile, except errors of the machine."""
     try:
         yield
     except (FileNotFoundError, zipfile.BadZipFile) as error:
-        raise DamagedPart(path, str(error)) from error
+        raise DamagedFile(path, str(error)) from error
     except (OSError, MemoryError) as error:
-        if getattr(error, "errno", None) == errno.EINVAL:  # a place before the file's start, by its list of arrays
-            raise DamagedPart(path, "its list of arrays is wrong") from error
+        if getattr(error, "errno", None) == errno.EINVAL:  # the zip's directory points before the file's start
+            raise DamagedFile(path, "its list of arrays is wrong") from error
         raise
     except Exception as error:  # numpy, zipfile and zlib each have their own
-        raise DamagedPart(path, str(error).strip() or type(error).__name__) from error
+        raise DamagedFile(path, str(error).strip() or type(error).__name__) from error
 
 
 class Writer:
-    """Writes parts while the next are drawn, and ends their claims; at most two wait."""
+    """Writes chunks in a thread while the next are drawn, and releases their claims."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
-        self.store, self.folder = store, folder
-        self.pool = ThreadPoolExecutor(1)
-        self.waiting: deque[tuple[Range, Claim, Future[None]]] = deque()
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self._pool = ThreadPoolExecutor(1)
+        self._unwritten: deque[tuple[Range, Future[None]]] = deque()
 
-    def put(self, part: Range, drawn: Images, claim: Claim) -> None:
-        self.waiting.append((part, claim, self.pool.submit(self._write, part, drawn, claim)))
-        while len(self.waiting) > 2:
-            self._first()
-        self.check()
+    def put(self, chunk: Range, drawn: Images, claim: Claim) -> None:
+        self._unwritten.append((chunk, self._pool.submit(self._write, chunk, drawn, claim)))
+        self.wait(most=2)
 
-    def pending(self) -> set[Range]:
-        """Parts that are not known to be written."""
-        return {part for part, _, future in self.waiting if not future.done()}
+    def wait(self, most: int) -> list[Range]:
+        """Wait until at most so many chunks are unwritten, and return those. Raises an error of writing the others."""
+        while self._unwritten and (len(self._unwritten) > most or self._unwritten[0][1].done()):
+            with disk(self.store.folder):
+                self._unwritten.popleft()[1].result()
+        return [chunk for chunk, _ in self._unwritten]
 
-    def check(self) -> None:
-        """Raise what went wrong, if something did."""
-        while self.waiting and self.waiting[0][2].done():
-            self._first()
-
-    def wait(self) -> None:
-        while self.waiting:
-            self._first()
-
-    def _first(self) -> None:
-        with disk(self.folder):
-            self.waiting.popleft()[2].result()
-
-    def _write(self, part: Range, drawn: Images, claim: Claim) -> None:
-        try:
-            self.store.write(part, drawn)
-        finally:
-            claim.release()
+    def _write(self, chunk: Range, drawn: Images, claim: Claim) -> None:
+        with claim:
+            self.store.write(chunk, drawn)
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.pool.shutdown(wait=True)  # what is drawn is worth its file, whatever has happened
+        self._pool.shutdown(wait=True)  # images that are drawn are written whatever has happened
         if error is None:
-            self.wait()
+            self.wait(most=0)
 
 
 @contextmanager
 def disk(folder: Path) -> Iterator[None]:
-    """An error of the file system becomes one sentence."""
+    """Turn an error of the file system into a UserError."""
     try:
         yield
     except OSError as error:

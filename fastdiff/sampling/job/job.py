@@ -1,63 +1,34 @@
-"""A sampling job: many images by any number of processes, which can be stopped at any moment and go on later.
+"""A sampling job: any number of processes draw its images. It can be stopped at any moment and continued later.
 
-Image i depends on the job's identity and i alone, so it does not matter who draws it, or when, or that two do.
-Processes share a folder and nothing else:
+Image i depends on the job's identity and i alone, so it does not matter which process draws it, when, or how often.
+The processes share a folder and nothing else:
 
-    OUT/job.json                what the job is
-    OUT/claims/START-STOP.0     who is at which images, so that others take those elsewhere first
-    OUT/parts/START-STOP.npz    images that are drawn
-    OUT/samples_NxHxWxC.npz     all of them, put together by whoever finds all parts there
+    OUT/job.json                the manifest: what the job is
+    OUT/claims/START-STOP.0     says that a process draws these images, so that others draw different ones first
+    OUT/parts/START-STOP.npz    a chunk of drawn images
+    OUT/samples_NxHxWxC.npz     all images, merged by a process that finds all chunks there
 
-Nobody waits for anybody: with no unclaimed images left, a process draws those that others are at but have not finished.
+No process waits for another: without unclaimed images left, it draws those that others have claimed but not finished.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, blaming
 from fastdiff.runtime.files import files_in, remove_partial_files
 from fastdiff.runtime.processes import Processes
-from fastdiff.sampling.job.chunks import DamagedPart, Range, Store, Writer, disk, range_of, split
-from fastdiff.sampling.job.claims import Claim, Claims, kept_alive
-from fastdiff.sampling.job.exports import Source
-from fastdiff.sampling.job.manifest import agree, check_same, digest, new_record
+from fastdiff.sampling.job.chunks import DamagedFile, Range, Store, Writer, disk, range_of, split
+from fastdiff.sampling.job.claims import Claim, Claims, Held
+from fastdiff.sampling.job.manifest import Job, Manifest, agree, check_same, manifest_of
 from fastdiff.sampling.job.outputs import Outputs, Trace
 from fastdiff.sampling.job.progress import STATUS, Progress
 from fastdiff.sampling.pictures import CHANNELS, Draw, Images
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to draw, and what to make of it."""
-
-    identity: dict[str, Any]
-    """Everything that makes the images what they are, as JSON: setting → value. Not the count or batch size."""
-    count: int
-    """Images 0 to count - 1."""
-    shape: tuple[int, int, int]
-    """Height, width, channels."""
-    labelled: bool
-    seed: int
-    part_size: int
-    """Images per part, unless the folder's job has parts of another size."""
-    save_as: tuple[str, ...] = ("npz",)
-    """Of npz, png, zip, tar."""
-    grid_images: int = 0
-    """Images in the picture grid."""
-    grid_classes: int = 0
-    """More than 0: rows of the grid by class, so many classes."""
-    class_names: tuple[str, ...] | list[str] = ()
-    trajectory: int = 0
-    """Images whose x_0 predictions become a strip and a GIF."""
-    note: str = ""
-    """Ends the closing line."""
 
 
 def run_job(
@@ -69,11 +40,10 @@ def run_job(
     overwrite: bool = False,
     trace: Trace | None = None,
 ) -> list[Path]:
-    """Draw what is missing of a job's images, together with whoever else does, and make its files.
+    """Draw the missing images of a job, together with all other processes at it, and make its files.
 
-    draw       called for one range of images after another, each as large as a part or smaller.
-    overwrite  removes another job's files from the folder instead of refusing it.
-    trace      shows the way of job.trajectory images.
+    draw is called for one range of images after another, each at most a chunk. overwrite removes another job's files
+    from the folder instead of refusing it. trace draws the trajectories of job.trajectory images.
 
     Returns the job's files (a folder for png), which another process may be about to make. Raises UserError when the
     folder holds another job or can't be written to.
@@ -82,46 +52,35 @@ def run_job(
         for kind in job.save_as:
             if kind != "npz":
                 raise UserError(f"--save_as: no {kind} can be made of {job.shape[2]} channels; npz takes any number")
-    record = new_record(job.identity, job.shape, job.labelled, job.seed, job.part_size)
-    with disk(folder):
+    with disk(folder), blaming("--out_dir"):
         folder.mkdir(parents=True, exist_ok=True)
-        record = agree(folder, record, overwrite)
-    return _Run(draw, job, processes, folder, record, trace).run()
+        manifest = agree(folder, manifest_of(job), overwrite)
+    return _Run(draw, job, processes, folder, manifest, trace).run()
 
 
 class _DrawnElsewhere(Exception):
-    """Another process has finished the images that this one is at."""
+    """Another process has finished the images that this one draws."""
 
 
 class _Run:
-    """One process's part in a job."""
+    """The work of one process at a job."""
 
     def __init__(
-        self, draw: Draw, job: Job, processes: Processes, folder: Path, record: dict[str, Any], trace: Trace | None
+        self, draw: Draw, job: Job, processes: Processes, folder: Path, manifest: Manifest, trace: Trace | None
     ) -> None:
-        self.draw, self.job, self.processes, self.folder, self.record = draw, job, processes, folder, record
-        self.trace = trace
-        self.store = Store(folder, job.shape, job.labelled, job.seed, digest(record["identity"]))
+        self.draw, self.job, self.processes, self.folder, self.manifest = draw, job, processes, folder, manifest
+        self.store = Store(folder, manifest, job.count)
         self.claims = Claims(folder / "claims")
-        pictures = job.shape[2] in CHANNELS
-        self.outputs = Outputs(
-            folder,
-            job.count,
-            job.shape,
-            job.save_as,
-            list(job.class_names),
-            (job.grid_images if pictures else 0, job.grid_classes),
-            job.trajectory if pictures and trace is not None else 0,
-        )
+        self.outputs = Outputs(self.store, job, trace)
         self.started = time.monotonic()
 
     def run(self) -> list[Path]:
         with disk(self.folder):
             there = self.job.count - self._missing()
-            if not self._to_make():
+            if not self.outputs.missing():
                 self._tidy()
                 if self.processes.is_main:
-                    print(f"{self._where()}: complete already{self.job.note}")
+                    print(f"{self._summary()}: complete already{self.job.note}")
                 return self.outputs.paths()
         if there and self.processes.is_main:
             print(f"{there} of {self.job.count} images are there already, in {self.folder}", flush=True)
@@ -131,163 +90,131 @@ class _Run:
             try:
                 with disk(self.folder):
                     return self._finish(there)
-            except DamagedPart as damaged:
+            except DamagedFile as damaged:
                 self.store.discard(damaged)
                 print(damaged, flush=True)
 
     def _missing(self) -> int:
-        return sum(stop - start for start, stop in self.store.missing(self.job.count))
+        """How many images are not on disk."""
+        return sum(stop - start for start, stop in self.store.missing())
 
-    def _to_make(self) -> list[str]:
-        """Outputs that are not there."""
-        usable = any(piece.path == self.outputs.path(".npz") for piece in self.store.merged())
-        return self.outputs.missing(usable)
+    def _check_same(self) -> None:
+        with blaming("--out_dir"):
+            check_same(self.folder, self.manifest)
 
     # --- drawing ---
 
     def _draw_missing(self, there: int) -> None:
-        """Draw until all images are on disk, whoever drew them."""
+        """Draw chunks until all images are on disk, drawn by this process or by others."""
         with disk(self.folder):
-            for place in (self.store.parts, self.claims.folder):
-                place.mkdir(exist_ok=True)
+            for folder in (self.store.chunks, self.claims.folder):
+                folder.mkdir(exist_ok=True)
         progress = Progress(
             self.job.count, there, self._missing, self.claims.folder, self.processes.rank, self.processes.is_main
         )
-        with Writer(self.store, self.folder) as writer, progress:
+        with Writer(self.store) as writer, progress:
             while True:
                 with disk(self.folder):
-                    check_same(self.folder, self.record)
-                    # Before the parts, because what has left either of these is in a part.
-                    held, pending = self.claims.held(), writer.pending()
-                    missing = self.store.missing(self.job.count)
+                    self._check_same()
+                    # These come before the list of chunks, because work that leaves them is in a chunk by then.
+                    held, unwritten = self.claims.held(), writer.wait(most=2)
+                    missing = self.store.missing()
                     if not missing:
                         return
-                    todo = [part for part in split(missing, self.record["part_size"]) if part not in pending]
+                    todo = [chunk for chunk in split(missing, self.store.chunk_size) if chunk not in unwritten]
                     if not todo:
-                        writer.wait()
+                        writer.wait(most=0)
                         continue
-                    part, claim = self._choose(todo, held)
-                    if claim is not None and self.store.path(part).exists():  # in the meantime
+                    chunk, claim = self._choose(todo, held)
+                    if claim is not None and self.store.path(chunk).exists():  # it was finished in the meantime
                         claim.release()
                         claim = None
                 if claim is not None:
-                    self._draw_part(part, claim, writer, progress)
+                    self._draw_chunk(chunk, claim, writer, progress)
 
-    def _choose(self, todo: list[Range], held: dict[str, Any]) -> tuple[Range, Claim | None]:
-        """What to draw next, and this process's claim on it, which is None when another was quicker.
+    def _choose(self, todo: list[Range], held: Mapping[str, Held]) -> tuple[Range, Claim | None]:
+        """The chunk to draw next, and the claim on it, which is None if another process was quicker.
 
-        First what nobody is at, each process from another place on; then what the fewest are at.
+        Chunks without a claim come first, and each process begins at another place among them. After those come the
+        chunks that the fewest processes draw.
         """
         begin = len(todo) * self.processes.rank // max(self.processes.world_size, 1)
         todo = [*todo[begin:], *todo[:begin]]
-        free = [part for part in todo if part.name not in held or held[part.name].gone]
-        part = free[0] if free else min(todo, key=lambda part: held[part.name].generation)
-        generation = held[part.name].generation + 1 if part.name in held else 0
-        return part, self.claims.take(part.name, generation)
+        claims = {chunk: held.get(chunk.name, Held()) for chunk in todo}
+        free = [chunk for chunk in todo if claims[chunk].abandoned]
+        chunk = free[0] if free else min(todo, key=lambda chunk: claims[chunk].generation)
+        return chunk, self.claims.take(chunk.name, claims[chunk].generation + 1)
 
-    def _draw_part(self, part: Range, claim: Claim, writer: Writer, progress: Progress) -> None:
+    def _draw_chunk(self, chunk: Range, claim: Claim, writer: Writer, progress: Progress) -> None:
         def on_progress(images: float) -> None:
             if progress.add(images):
-                writer.check()
-                if self.store.path(part).exists() or not claim.path.exists():
+                writer.wait(most=2)  # raises an error of writing as soon as there is one
+                if self.store.path(chunk).exists() or not claim.path.exists():
                     raise _DrawnElsewhere
 
         try:
-            drawn = self.draw(np.arange(part.start, part.stop), on_progress)
-            _check(drawn, part, self.job)
+            drawn = self.draw(np.arange(chunk.start, chunk.stop), on_progress)
+            _check(drawn, chunk, self.job)
         except BaseException as error:
             claim.release()
             if not isinstance(error, _DrawnElsewhere):
                 raise
         else:
-            writer.put(part, drawn, claim)
+            writer.put(chunk, drawn, claim)
         progress.settle()
 
-    # --- putting together ---
+    # --- making the files ---
 
     def _finish(self, there: int) -> list[Path]:
         """Make the files, unless another process does."""
-        name = f"merge-{self.outputs.key}"
+        made: list[str] = []
         lines: list[str] = []
-        claim = self.claims.take_alone(name)
-        if claim is None:
-            self.store.tidy()  # the other may have done so before this process's last part
-            with suppress(OSError):
-                self.claims.folder.rmdir()
-            print(f"process {self.processes.rank}: all images are drawn; another process puts them together")
-            return self.outputs.paths()
-        with kept_alive(claim):
-            check_same(self.folder, self.record)
-            made = self._to_make()
-            try:
-                lines = self.outputs.make(made, self._source(), self.trace)
-            except FileNotFoundError as error:  # this process stood still so long that others have tidied up
-                if self._to_make():
-                    raise DamagedPart(Path(str(error.filename)), "it has vanished") from error
-                made = []
-            self._tidy()
-        with suppress(OSError):
-            self.claims.folder.rmdir()
+        claim = self.claims.take_alone(f"merge-{self.outputs.key}")
+        if claim is not None:
+            with claim:
+                self._check_same()
+                made = self.outputs.missing()
+                try:
+                    lines = self.outputs.make(made)
+                except FileNotFoundError as error:  # another process took over and has removed the chunks
+                    if self.outputs.missing():
+                        raise DamagedFile(Path(str(error.filename)), "it has vanished") from error
+                    made = []
+        self._tidy()
         if made:
             seconds = time.monotonic() - self.started
             rate = f", {(self.job.count - there) / seconds:.3g} images/s" if there < self.job.count else ""
-            print(f"{self._where()}, {seconds:.1f} s{rate}{self.job.note}")
-            for line in lines:
-                print(line)
+            print("\n".join([f"{self._summary()}, {seconds:.1f} s{rate}{self.job.note}", *lines]))
         else:
-            print(f"process {self.processes.rank}: all images are drawn; another process has put them together")
+            merges = "puts" if claim is None else "has put"
+            print(f"process {self.processes.rank}: all images are drawn; another process {merges} them together")
         return self.outputs.paths()
 
-    def _where(self) -> str:
-        return f"{self.job.count} images in {' and '.join(self.outputs.main().values())}"
-
-    def _source(self) -> Source:
-        """The images as they are on disk; raises DamagedPart when some are missing after all."""
-
-        def pieces(first: int) -> list[Any]:
-            chosen, missing = self.store.cover(self.job.count)
-            if missing:
-                raise DamagedPart(self.store.path(missing[0]), "it is missing")
-            return [
-                piece._replace(used=Range(max(piece.used.start, first), piece.used.stop))
-                for piece in chosen
-                if piece.used.stop > first
-            ]
-
-        return Source(
-            self.job.count,
-            self.job.shape,
-            self.job.labelled,
-            self.job.seed,
-            lambda first: self.store.read(pieces(first), self.record["part_size"]),
-            lambda: self.store.read_labels(pieces(0)),
-        )
+    def _summary(self) -> str:
+        return f"{self.job.count} images in {self.outputs.places()}"
 
     def _tidy(self) -> None:
-        """Remove what the job needs no more: parts that are in an npz, claims on images that are there, leftovers."""
+        """Remove what the job no longer needs: chunks that are in an npz, claims on drawn images, leftovers."""
         self.outputs.tidy()
         self.store.tidy()
         folder = self.claims.folder
         for name in files_in(folder):
-            if name.endswith((STATUS, ".now")):
+            if name.endswith((STATUS, ".now")):  # versions until 0.1 wrote .now
                 (folder / name).unlink(missing_ok=True)
-        holes = self.store.missing(self.job.count)  # of a job whose images are needed no more, or of another format
+        holes = self.store.missing()
 
-        def needless(name: str) -> bool:
-            part = range_of(name)
-            if part is None or part.stop > self.job.count:
-                return False
-            return all(hole.start >= part.stop or hole.stop <= part.start for hole in holes)
+        def is_drawn(name: str) -> bool:
+            chunk = range_of(name)
+            return chunk is not None and chunk.stop <= self.job.count and not chunk.overlaps(holes)
 
-        self.claims.tidy(needless)
+        self.claims.tidy(is_drawn)
         remove_partial_files(folder)
-        remove_partial_files(self.folder)
-        with suppress(OSError):
+        with suppress(OSError):  # it has claims
             folder.rmdir()
 
 
-def _check(drawn: Images, part: Range, job: Job) -> None:
-    count = part.stop - part.start
+def _check(drawn: Images, chunk: Range, job: Job) -> None:
+    count = chunk.stop - chunk.start
     assert drawn.images.shape == (count, *job.shape), (drawn.images.shape, count, job.shape)
     assert drawn.images.dtype == np.uint8, drawn.images.dtype
     if job.labelled:

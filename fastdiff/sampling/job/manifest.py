@@ -1,8 +1,7 @@
-"""What job a folder holds: job.json, on which all processes agree, and what is removed to hold another."""
+"""The manifest job.json, which says what job a folder holds; all processes of a job agree on it."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -10,163 +9,174 @@ import re
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fastdiff.errors import UserError
-from fastdiff.runtime.files import PARTIAL, files_in, partial_path, sync_path
-from fastdiff.sampling.job.claims import Claims, kept_alive
-from fastdiff.sampling.job.exports import index_in
+from fastdiff.runtime.files import PARTIAL, files_in, partial_path, sync_path, write_json
+from fastdiff.sampling.job.claims import Claims
+from fastdiff.sampling.pictures import index_in
 
 NAME = "job.json"
 _OURS = re.compile(r"samples_\d+x\d+x\d+x\d+(\.npz|\.png|\.zip|-\d+\.tar|_steps\.png|_steps\.gif)")
-_PATIENCE = 10.0  # seconds for others to write a small file
+_REMEDY = "name another folder, or give --overwrite True"
+
+
+@dataclass(frozen=True)
+class Job:
+    """The images to draw, and the files to make of them."""
+
+    identity: dict[str, Any]
+    """Everything that the images depend on, as JSON: setting → value. Not the count or batch size."""
+    count: int
+    """The job is images 0 to count - 1."""
+    shape: tuple[int, int, int]
+    """Height, width, channels."""
+    labelled: bool
+    seed: int
+    chunk_size: int
+    """Images per chunk, unless the folder's job has chunks of another size."""
+    save_as: tuple[str, ...] = ("npz",)
+    """Of npz, png, zip, tar."""
+    grid_images: int = 0
+    """Images in the picture grid."""
+    grid_classes: int = 0
+    """More than 0: the grid has rows by class, for this many classes."""
+    class_names: tuple[str, ...] | list[str] = ()
+    trajectory: int = 0
+    """Images whose x_0 predictions become a strip and a GIF."""
+    note: str = ""
+    """The end of the closing line."""
+
+
+class Manifest(TypedDict):
+    """The content of job.json."""
+
+    identity: dict[str, Any]
+    shape: list[int]
+    labelled: bool
+    seed: int
+    part_size: int
+    """Images per chunk."""
+
+
+def manifest_of(job: Job) -> Manifest:
+    """The job's manifest as it is after a round trip through JSON."""
+    given = {"identity": job.identity, "shape": job.shape, "labelled": job.labelled, "seed": job.seed}
+    manifest: Manifest = json.loads(json.dumps({**given, "part_size": job.chunk_size}))
+    return manifest
 
 
 def digest(identity: dict[str, Any]) -> str:
-    """A short name for everything that makes the images what they are."""
+    """A short hash of everything that the images depend on."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def agree(folder: Path, record: dict[str, Any], overwrite: bool) -> dict[str, Any]:
-    """The record of the job in the folder: the one that is there, else this one, which then is there.
+def agree(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
+    """The manifest in the folder, which is written if there is none.
 
-    Raises UserError, and leaves everything as it is, when the folder holds another job; overwrite removes that instead.
+    Raises UserError, and changes nothing, when the folder holds another job; overwrite removes that job instead.
     """
-    problem = _problem(folder, record)
-    if problem and overwrite:
-        _clear(folder, record)
-    elif problem:
-        raise UserError(problem)
-    if not (folder / NAME).exists():
-        _create(folder, record)
-        problem = _problem(folder, record)
-        if problem:  # somebody else was quicker, with another job
+    if overwrite and _problem(folder, manifest):
+        _clear(folder, manifest)
+    for _ in range(2):
+        if problem := _problem(folder, manifest):
             raise UserError(problem)
-    found = _read(folder)
-    assert found is not None
-    return found
+        if found := _read(folder):
+            return found
+        _create(folder, manifest)  # unless another process, perhaps with another job, does so first
+    raise UserError(f"{folder / NAME} vanishes")
 
 
-def check_same(folder: Path, record: dict[str, Any]) -> None:
-    """UserError when the folder has come to hold another job."""
-    try:
-        same = _read(folder) == record
-    except ValueError:
-        same = False
-    if not same:
-        raise UserError(f"--out_dir: another job was begun in {folder} meanwhile, or its {NAME} removed")
+def check_same(folder: Path, manifest: Manifest) -> None:
+    """UserError when another job was begun in the folder."""
+    with suppress(ValueError):
+        if _read(folder) == manifest:
+            return
+    raise UserError(f"another job was begun in {folder} meanwhile, or its {NAME} removed")
 
 
-def _problem(folder: Path, record: dict[str, Any]) -> str:
-    """Why the folder can't take this job, or nothing."""
-    remedy = "name another folder, or give --overwrite True"
-    names = files_in(folder)  # first: a job's files come after its record
+def _problem(folder: Path, manifest: Manifest) -> str:
+    """The reason why the folder can't take this job; empty if it can."""
+    names = files_in(folder)  # listed first, because a job's files are written after its manifest
     try:
         found = _read(folder)
     except ValueError:
-        return f"--out_dir: {folder / NAME} is damaged; {remedy}"
+        return f"{folder / NAME} is damaged; {_REMEDY}"
     if found is None:
         ours = sorted(name for name in names if _OURS.fullmatch(name) or name == "parts")
-        if ours:
-            return f"--out_dir: {folder} has {ours[0]}, but no {NAME} to say what job made it; {remedy}"
-        return ""
-    differences = compare(found.get("identity", {}), record["identity"])
+        return f"{folder} has {ours[0]}, but no {NAME} to say what job made it; {_REMEDY}" if ours else ""
+    differences = _differences(found["identity"], manifest["identity"])
     for key in ("shape", "labelled", "seed"):
-        if not differences and found.get(key) != record[key]:
-            differences = compare({key: found.get(key)}, {key: record[key]})
-    return f"--out_dir: {folder} holds another job: {differences}; {remedy}" if differences else ""
+        differences = differences or _differences({key: found.get(key)}, {key: manifest.get(key)})
+    return f"{folder} holds another job: {differences}; {_REMEDY}" if differences else ""
 
 
-def compare(there: dict[str, Any], now: dict[str, Any]) -> str:
-    """'its seed is 0, now it is 1; its solver is ddim, now it is ddpm'. Empty when all is the same."""
+def _differences(there: dict[str, Any], now: dict[str, Any]) -> str:
+    """'its seed is 0, now it is 1; its solver is ddim, now it is ddpm'. Empty when all values are the same."""
+
+    def show(value: Any) -> str:
+        return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
     parts = []
     for key in sorted({*there, *now}):
-        before, after = (_show(values[key]) if key in values else "not given" for values in (there, now))
+        before, after = (show(values[key]) if key in values else "not given" for values in (there, now))
         if before != after:
             parts.append(f"its {key} is {before}, now it is {after}")
     return "; ".join(parts)
 
 
-def _show(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    """The record; None without one. ValueError when it is damaged."""
-    started = time.monotonic()
-    while True:
-        try:
-            found = json.loads((folder / NAME).read_text())
-            if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
-                raise ValueError("it is no record of a job")
-            if not isinstance(found.get("part_size"), int) or found["part_size"] < 1:
-                raise ValueError("it has no part_size")
-            return found
-        except FileNotFoundError:
-            return None
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-        except ValueError:  # where there are no links, it may be half written
-            age = time.time() - _changed(folder / NAME)
-            if not 0 <= age < _PATIENCE or time.monotonic() - started > _PATIENCE:
-                raise
-            time.sleep(0.1)
-
-
-def _changed(path: Path) -> float:
+def _read(folder: Path) -> Manifest | None:
+    """The manifest; None if there is none. ValueError when it is damaged."""
     try:
-        return path.stat().st_mtime
+        found = json.loads((folder / NAME).read_text())
     except FileNotFoundError:
-        return 0.0
+        return None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+        raise ValueError("it has no identity")
+    if not isinstance(found.get("part_size"), int) or found["part_size"] < 1:
+        raise ValueError("it has no part_size")
+    manifest: Manifest = found  # type: ignore[assignment]
+    return manifest
 
 
-def _create(folder: Path, record: dict[str, Any]) -> None:
-    """Write job.json unless there is one: the first wins, and nobody sees it half written."""
-    text = json.dumps(record, indent=1, ensure_ascii=False).encode()
+def _create(folder: Path, manifest: Manifest) -> None:
+    """Write job.json unless there is one: of several processes the first wins, and none sees an unfinished file."""
     staged = partial_path(folder / NAME)
     try:
-        with open(staged, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_json(staged, manifest)
         try:
-            os.link(staged, folder / NAME)
+            os.link(staged, folder / NAME)  # fails where the file exists, unlike a rename
         except FileExistsError:
             return
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
-                raise
-            with suppress(FileExistsError), open(folder / NAME, "xb") as file:  # a file system without links
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+        except OSError:  # a file system without links
+            if not (folder / NAME).exists():
+                staged.replace(folder / NAME)
         sync_path(folder)
     finally:
         staged.unlink(missing_ok=True)
 
 
-def _clear(folder: Path, record: dict[str, Any]) -> None:
-    """Remove another job's files and begin this one. Of several processes one does; the others wait until it has."""
+def _clear(folder: Path, manifest: Manifest) -> None:
+    """Replace another job by this one. One of several processes does so; the others wait until it has."""
     turns = Claims(folder / ".overwriting")
-    while _problem(folder, record):
+    while _problem(folder, manifest):
         claim = turns.take_alone("turn")
         if claim is None:
             time.sleep(0.05)
             continue
-        with kept_alive(claim):
-            if _problem(folder, record):
+        with claim:
+            if _problem(folder, manifest):
                 _remove(folder)
-                _create(folder, record)
-    for name in files_in(turns.folder):
-        with suppress(OSError):
-            (turns.folder / name).unlink()
-    with suppress(OSError):
-        turns.folder.rmdir()
+                _create(folder, manifest)
+    shutil.rmtree(turns.folder, ignore_errors=True)
 
 
 def _remove(folder: Path) -> None:
-    """What a job leaves, its record last, and nothing else."""
+    """Remove a job's files, the manifest last, and nothing else."""
     for name in ("parts", "claims"):
         shutil.rmtree(folder / name, ignore_errors=True)
     images = folder / "images"
@@ -179,12 +189,3 @@ def _remove(folder: Path) -> None:
         if _OURS.fullmatch(name) or (name.startswith(".samples_") and name.endswith(PARTIAL)):
             (folder / name).unlink(missing_ok=True)
     (folder / NAME).unlink(missing_ok=True)
-
-
-def new_record(
-    identity: dict[str, Any], shape: tuple[int, int, int], labelled: bool, seed: int, part_size: int
-) -> dict[str, Any]:
-    """A record as it reads when it comes back from JSON."""
-    record = {"identity": identity, "shape": list(shape), "labelled": labelled, "seed": seed, "part_size": part_size}
-    returned: dict[str, Any] = json.loads(json.dumps(record))
-    return returned

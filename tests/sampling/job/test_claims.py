@@ -1,4 +1,4 @@
-"""Claims: one process gets each, those of the dead are free, and nobody is waited for."""
+"""Claims: one process gets each, those of ended processes are free, and no process waits for another."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers.fake_jobs import check_npz, context, drawing, job, names, place, start
+from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, start
 
 from fastdiff.runtime import processes
 from fastdiff.runtime.files import atomic_write, partial_path, remove_partial_files
 from fastdiff.runtime.processes import ProcessId
 from fastdiff.sampling.job import claims, progress
-from fastdiff.sampling.job.claims import SILENT, Claims, Held, kept_alive
+from fastdiff.sampling.job.claims import SILENT, Claims, Held
 from fastdiff.sampling.job.job import run_job
 
 
@@ -30,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stopping() -> Iterator[list[int]]:
-    """Processes by number that are ended with the test, even where they stand still."""
+    """Process numbers; these processes are killed at the end of the test, even if they are stopped."""
     pids: list[int] = []
     yield pids
     for pid in pids:
@@ -41,7 +42,7 @@ def stopping() -> Iterator[list[int]]:
 
 
 def claimed(folder: Path) -> list[str]:
-    """Claims on images that say whose they are."""
+    """Claims on images that contain their owner's name."""
     found = []
     for path in (folder / "claims").glob("0*-*.0"):
         with suppress(FileNotFoundError):  # released just now
@@ -72,7 +73,7 @@ def test_only_one_gets_a_claim(tmp_path: Path) -> None:
 
 
 def test_owners(tmp_path: Path) -> None:
-    """Gone is who has ended, or another process of the same number; of other hosts nothing is known."""
+    """A process is gone if it ended, or if its number is another process's now; of other hosts nothing is known."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     started = processes._start_time(child.pid)
     assert started is not None
@@ -81,7 +82,7 @@ def test_owners(tmp_path: Path) -> None:
     assert not owner.is_gone()
     assert owner._replace(started=started + 1).is_gone()
     child.kill()
-    until(owner.is_gone)  # even before its parent asks how it ended
+    until(owner.is_gone)  # even before its parent has waited for it
     child.communicate()
     assert owner.is_gone()
     assert not owner._replace(host="elsewhere").is_gone()
@@ -90,6 +91,9 @@ def test_owners(tmp_path: Path) -> None:
     (tmp_path / "a.0").write_text(owner.tag)
     (tmp_path / "b.0").write_text(owner._replace(host="elsewhere").tag)
     (tmp_path / "c.0").write_text("")  # created, not written yet
+    (tmp_path / "e.0").write_text(owner._replace(host="elsewhere").tag)
+    past = time.time() - SILENT - 10
+    os.utime(tmp_path / "e.0", (past, past))
     (tmp_path / "d.0").write_text(owner.tag)
     (tmp_path / "d.1").write_text(ProcessId.own().tag)
     assert Claims(tmp_path).held() == {
@@ -97,11 +101,12 @@ def test_owners(tmp_path: Path) -> None:
         "b": Held(0, False),
         "c": Held(0, False),
         "d": Held(1, False),
+        "e": Held(0, True),
     }
 
 
 def test_alone(tmp_path: Path) -> None:
-    """A claim for one process alone goes over when its owner has ended or gives no sign of life."""
+    """A claim for one process alone goes over to another when its owner has ended or shows no heartbeat."""
     first = Claims(tmp_path).take_alone("merge")
     assert first is not None
     assert Claims(tmp_path).take_alone("merge") is None
@@ -110,21 +115,24 @@ def test_alone(tmp_path: Path) -> None:
     second = Claims(tmp_path).take_alone("merge")
     assert second is not None
     assert second.path.name == "merge.1"
-    second.path.write_text(
-        ProcessId.own()._replace(started=ProcessId.own().started + 1).tag
-    )  # somebody's who has ended
-    assert Claims(tmp_path).take_alone("merge") is not None
+    ended = ProcessId.own()._replace(started=ProcessId.own().started + 1)
+    second.path.write_text(ended.tag)
+    third = Claims(tmp_path).take_alone("merge")
+    assert third is not None
     assert names(tmp_path) == ["merge.0", "merge.1", "merge.2"]
+    for claim in (first, second, third):
+        claim.release()
+    assert names(tmp_path) == []
 
 
 def test_a_claim_without_a_name(tmp_path: Path) -> None:
-    """Whoever ended between making the file and writing its name into it holds nothing for long."""
+    """A process that ended between creating the file and writing its name into it holds nothing for long."""
     nameless = tmp_path / "merge.0"
     nameless.touch()
     others = Claims(tmp_path)
     assert others.held() == {"merge": Held(0, False)}
     assert others.take_alone("merge") is None
-    past = time.time() - 10
+    past = time.time() - SILENT - 10
     os.utime(nameless, (past, past))
     assert others.held() == {"merge": Held(0, True)}
     others.tidy(lambda name: False)
@@ -132,18 +140,31 @@ def test_a_claim_without_a_name(tmp_path: Path) -> None:
     assert others.take_alone("merge") is not None
 
 
-def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "_BEAT", 0.01)
+def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that is held stays fresh, and goes when it is released."""
+    monkeypatch.setattr(claims, "BEAT", 0.01)
     claim = Claims(tmp_path).take("merge", 0)
     assert claim is not None
-    os.utime(claim.path, (0, 0))
-    with kept_alive(claim):
+    with claim:
+        os.utime(claim.path, (0, 0))
         until(lambda: claim.path.stat().st_mtime > time.time() - 60)
+        assert Claims(tmp_path).take_alone("merge") is None
+    assert names(tmp_path) == []
+
+
+def test_a_claim_that_others_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    claim = Claims(tmp_path / "claims").take("merge", 0)
+    assert claim is not None
+    claim.path.unlink()
+    claim.path.parent.rmdir()
+    time.sleep(0.05)
+    claim.release()
     assert names(tmp_path) == []
 
 
 def test_whole_files(tmp_path: Path) -> None:
-    """A file has its name when it is finished; what others left unfinished goes when they have ended."""
+    """A file has its name when it is finished; unfinished files are removed when their processes have ended."""
     target = tmp_path / "a.npz"
 
     def fail() -> None:
@@ -173,7 +194,7 @@ def test_whole_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launched", [True, False], ids=["one launch", "a job array"])
 def test_processes_share_a_job(launched: bool, folder: Path, tmp_path: Path) -> None:
-    """Three processes draw a job of 40 parts; each takes its share, and no part is drawn needlessly often."""
+    """Three processes draw a job of 40 chunks; each takes its share, and few chunks are drawn twice."""
     logs = [tmp_path / f"{rank}.log" for rank in range(3)]
     processes = [
         start(
@@ -199,7 +220,7 @@ def test_processes_share_a_job(launched: bool, folder: Path, tmp_path: Path) -> 
 
 
 def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: list[int]) -> None:
-    """Its images are drawn by others; when it wakes up, it finds that and leaves."""
+    """Its images are drawn by others; when it wakes up, it notices that and ends."""
     stalled = start(folder, job(), pause=0.02, rank=1, world_size=2)
     stopping.append(stalled.pid)
     until(lambda: claimed(folder))
@@ -208,7 +229,7 @@ def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: li
     drawn: list[int] = []
     run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
     check_npz(folder, 23)
-    assert int(first[:9]) == drawn[-1]  # what it was at comes last
+    assert int(first[:9]) == drawn[-1]  # its chunk comes last
     before = (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns
     os.kill(stalled.pid, signal.SIGCONT)
     stalled.join(20)
@@ -217,8 +238,8 @@ def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: li
     assert (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns == before
 
 
-def test_claims_of_the_dead_are_free(folder: Path) -> None:
-    """A killed process's images come in their turn, not last."""
+def test_claims_of_killed_processes_are_free(folder: Path) -> None:
+    """A killed process's images are drawn in their turn, not last."""
     process = start(folder, job(), pause=0.05)
     until(lambda: claimed(folder))
     process.kill()
@@ -242,14 +263,40 @@ def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
     assert names(folder) == ["job.json", "samples_1x4x6x3.npz", "samples_23x4x6x3.npz"]
 
 
+def test_claims_without_a_heartbeat_are_free(folder: Path) -> None:
+    """Images that a process of another host left long ago are drawn in their turn, not last."""
+    run_job(drawing(), job(1), place(), folder)
+    (folder / "claims").mkdir()
+    claim = folder / "claims" / "000000005-000000010.0"
+    claim.write_text(ProcessId("elsewhere", 1, 2).tag)
+    past = time.time() - SILENT - 10
+    os.utime(claim, (past, past))
+    drawn: list[int] = []
+    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    assert drawn == [1, 5, 10, 15, 20]
+    assert names(folder) == ["job.json", "samples_1x4x6x3.npz", "samples_23x4x6x3.npz"]
+
+
+def test_heartbeat_while_drawing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+
+    def told(index: np.ndarray) -> None:
+        claim = folder / "claims" / f"{index[0]:09d}-{index[-1] + 1:09d}.0"
+        os.utime(claim, (0, 0))
+        until(lambda: claim.stat().st_mtime > 0)
+
+    run_job(drawing(told=told), job(), place(), folder)
+    check_npz(folder, 23)
+
+
 def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "_OFTEN", 0.0)
+    monkeypatch.setattr(progress, "LOOK", 0.0)
     steps = 0
 
     def told(index: object) -> None:
         nonlocal steps
         steps += 1
-        if steps == 1:  # while this process is at its first part, another draws everything
+        if steps == 1:  # while this process draws its first chunk, another draws everything
             run_job(drawing(), job(), place(), folder)
 
     run_job(drawing(told=told), job(), place(), folder)
@@ -258,14 +305,12 @@ def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.Mo
     assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
 
 
-def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another leaves in the meantime; when the first is killed, the same command does it at once."""
-    (folder / "claims").mkdir(parents=True)
-    other = context.Process(target=time.sleep, args=(60,), daemon=True)
+def test_one_process_merges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another process ends meanwhile; when the first is killed, the same command merges at once."""
+    folder.mkdir()
+    other = context.Process(target=hold, args=(str(folder / "claims"), "merge-23-npz-0-0"), daemon=True)
     other.start()
-    started = processes._start_time(other.pid)
-    assert started is not None
-    (folder / "claims" / "merge-23-npz-0-0.0").write_text(ProcessId(ProcessId.own().host, other.pid, started).tag)
+    until(lambda: Claims(folder / "claims").held())
     run_job(drawing(), job(), place(1, 2), folder)
     assert "process 1: all images are drawn; another process puts them together" in capsys.readouterr().out
     assert not list(folder.glob("*.npz"))
@@ -277,11 +322,11 @@ def test_one_process_puts_the_images_together(folder: Path, capsys: pytest.Captu
 
 
 def test_starting_at_the_same_moment(tmp_path: Path) -> None:
-    """All agree on one size of parts, or are refused as another job; the folder then holds one job's images."""
+    """All agree on one chunk size, and the folder then holds one job's images."""
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         logs = [tmp_path / f"{attempt}.{rank}" for rank in range(4)]
-        processes = [start(folder, job(60, part_size=3 + rank), log=str(log)) for rank, log in enumerate(logs)]
+        processes = [start(folder, job(60, chunk_size=3 + rank), log=str(log)) for rank, log in enumerate(logs)]
         for process in processes:
             process.join(30)
         assert [process.exitcode for process in processes] == [0] * 4
@@ -290,7 +335,7 @@ def test_starting_at_the_same_moment(tmp_path: Path) -> None:
 
 
 def test_overwriting_at_the_same_moment(folder: Path) -> None:
-    """Another job's files go once: not those that the first of the processes has drawn since."""
+    """Another job's files are removed once, and not those that the first of the processes has drawn since."""
     run_job(drawing(), job(30, identity={"seed": 1}, seed=1), place(), folder)
     processes = [start(folder, job(60), overwrite=True, pause=0.001) for _ in range(4)]
     for process in processes:

@@ -1,4 +1,4 @@
-"""Files of sampling jobs: what is in them, and that no interruption loses, doubles or changes an image."""
+"""Files of sampling jobs: their content, and that no interruption loses, doubles or changes an image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from helpers.fake_jobs import (
     CLASSES,
-    SHAPE,
     check_npz,
     drawing,
     images,
@@ -34,12 +33,12 @@ from PIL import Image
 
 from fastdiff.errors import UserError
 from fastdiff.images.listing import label_images, list_images
-from fastdiff.sampling.job import chunks as parts
 from fastdiff.sampling.job import exports, progress
-from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, member, split
-from fastdiff.sampling.job.exports import class_words, file_name, index_in
-from fastdiff.sampling.job.job import Job, run_job
-from fastdiff.sampling.pictures import Images, steps_shown, strip
+from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, split
+from fastdiff.sampling.job.claims import Claims
+from fastdiff.sampling.job.job import run_job
+from fastdiff.sampling.job.manifest import Job, digest, manifest_of
+from fastdiff.sampling.pictures import Images, class_words, file_name, index_in, steps_shown, strip
 
 ALL = ("npz", "png", "zip", "tar")
 
@@ -77,22 +76,24 @@ def test_npz(count: int, labelled: bool, folder: Path) -> None:
     assert names(folder) == ["job.json", f"samples_{count}x4x6x3.npz"]
 
 
-def test_batch_larger_than_the_job_and_small_parts(folder: Path) -> None:
-    assert run(folder, job(23, part_size=1000)) == [Range(0, 23)]
+def test_chunks_larger_than_the_job(folder: Path) -> None:
+    assert run(folder, job(23, chunk_size=1000)) == [Range(0, 23)]
     check_npz(folder, 23)
 
 
-def test_npz_can_be_mapped(folder: Path) -> None:
+def test_npz_is_not_compressed(folder: Path) -> None:
     """Arrays lie in it as they are, and each has its checksum."""
     run(folder, job(23))
     path = folder / "samples_23x4x6x3.npz"
-    np.testing.assert_array_equal(member(path, "arr_0"), images(np.arange(23)), strict=True)
+    raw = path.read_bytes()
+    assert images(np.arange(23)).tobytes() in raw
+    assert labels(np.arange(23)).tobytes() in raw
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
         assert archive.namelist() == ["arr_0.npy", "arr_1.npy", "seed.npy", "index.npy"]
 
 
-def test_what_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, job(23, grid_images=100, note=", enlarged from 5"))
     shown = capsys.readouterr()
     first, second = shown.out.splitlines()
@@ -107,7 +108,7 @@ def test_what_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.err == ""
 
 
-def test_what_is_returned(folder: Path) -> None:
+def test_returned_files(folder: Path) -> None:
     made = run_job(drawing(), job(23, save_as=ALL, grid_images=3, trajectory=2), place(), folder, trace=tracing)
     ends = (".npz", ".zip", "-000000.tar", ".png", "_steps.png", "_steps.gif")
     assert sorted(made) == sorted([folder / "images", *(folder / f"samples_23x4x6x3{end}" for end in ends)])
@@ -255,8 +256,8 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("at", range(5))
-def test_stopped_at_any_part(at: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What was drawn before is kept, also what the writer had yet to write."""
+def test_stopped_at_any_chunk(at: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Images drawn before are kept, also those that the writer had yet to write."""
     drawn = 0
 
     def told(index: np.ndarray) -> None:
@@ -277,7 +278,7 @@ def test_stopped_at_any_part(at: int, folder: Path, capsys: pytest.CaptureFixtur
 
 def test_killed_at_every_file(tmp_path: Path) -> None:
     """SIGKILL before each of the files that a job opens, names and removes, in turn; the same command then ends it."""
-    wanted = job(7, part_size=3, save_as=ALL, grid_images=4, trajectory=2)
+    wanted = job(7, chunk_size=3, save_as=ALL, grid_images=4, trajectory=2)
     run(tmp_path / "whole", wanted)
     want = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
     for at in range(1, 400, 5):
@@ -318,7 +319,7 @@ def test_killed_again_and_again(folder: Path) -> None:
 
 
 def test_more_and_fewer(folder: Path) -> None:
-    """Images that are there are drawn no more, though the last part was cut short or the parts are gone."""
+    """Images that are there are not drawn again, though the last chunk was short or the chunks are merged."""
     run(folder, job(12))
     assert run(folder, job(23)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
     assert run(folder, job(7)) == []
@@ -327,10 +328,10 @@ def test_more_and_fewer(folder: Path) -> None:
     assert names(folder) == ["job.json", *(f"samples_{count}x4x6x3.npz" for count in (12, 23, 7))]
 
 
-def test_more_parts_without_an_npz(folder: Path) -> None:
-    """Parts stay where no npz holds their images; the range of one that was cut short is added to."""
+def test_more_chunks_without_an_npz(folder: Path) -> None:
+    """Chunks stay as long as no npz holds their images; after a short one the rest of its range is drawn."""
     run(folder, job(12, save_as=("png",)))
-    assert run(folder, job(23, save_as=("png",), part_size=7)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
+    assert run(folder, job(23, save_as=("png",), chunk_size=7)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
     assert len(names(folder / "images")) == 23
     assert len(names(folder / "parts")) == 6
     assert run(folder, job(23, save_as=("npz", "zip"))) == []
@@ -338,7 +339,7 @@ def test_more_parts_without_an_npz(folder: Path) -> None:
     assert names(folder) == ["images", "job.json", "samples_23x4x6x3.npz", "samples_23x4x6x3.zip"]
 
 
-def test_parts_that_overlap() -> None:
+def test_chunks_that_overlap() -> None:
     def piece(start: int, stop: int) -> Piece:
         return Piece(Path(f"{start}-{stop}"), Range(start, stop), Range(start, stop))
 
@@ -365,8 +366,13 @@ def damage(path: Path, how: str) -> None:
         content.clear()
     elif how == "of another job":
         held = Images(images(np.arange(5)), labels(np.arange(5)))
-        store = Store(path.parents[2], SHAPE, True, 0, "another")
-        store.write(Range(5, 10), held)
+        other = manifest_of(job(23, identity={"seed": 1}))
+        Store(path.parents[1], other, 23).write(Range(5, 10), held)
+        return
+    elif how == "in another order":
+        held = np.asfortranarray(images(np.arange(5, 10)))
+        identity = np.array(digest(job().identity))
+        np.savez(path, images=held, labels=labels(np.arange(5, 10)), job=identity)
         return
     else:
         np.savez(path, images=images(np.arange(4)), labels=labels(np.arange(4)), job=np.array("x"))
@@ -374,8 +380,10 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["cut short", "a pixel", "empty", "of another job", "of another shape"])
-def test_damaged_part(how: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "how", ["cut short", "a pixel", "empty", "of another job", "of another shape", "in another order"]
+)
+def test_damaged_chunk(how: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, job(23, save_as=("png",)))
     damage(folder / "parts" / "000000005-000000010.npz", how)
     capsys.readouterr()
@@ -431,7 +439,7 @@ def test_images_of_an_unknown_job_are_refused(left: str, folder: Path) -> None:
     )
 
 
-def test_damaged_record_is_refused(folder: Path) -> None:
+def test_damaged_manifest_is_refused(folder: Path) -> None:
     run(folder, job(12))
     (folder / "job.json").write_text("{")
     os.utime(folder / "job.json", (0, 0))
@@ -474,27 +482,27 @@ def test_another_job_begun_meanwhile(folder: Path) -> None:
 
 
 def test_memory(folder: Path) -> None:
-    """Drawing and putting together hold a few parts, never all images.
+    """Drawing and merging hold a few chunks in memory, never all images.
 
-    The least of three jobs counts: what other threads and first imports take is traced as well.
+    The least of three jobs counts, because memory of other threads and first imports is traced as well.
     """
     shape = (32, 32, 3)
-    part = 16 * 32 * 32 * 3
+    chunk = 16 * 32 * 32 * 3
     index = np.arange(640)
     blank = Images(np.zeros((16, *shape), np.uint8), labels(index[:16]))
-    wanted = job(640, shape=shape, part_size=16)
+    wanted = job(640, shape=shape, chunk_size=16)
     peaks = []
     for name in "abc":
         tracemalloc.start()
         run_job(lambda index, on_progress: blank, wanted, place(), folder / name)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert min(peaks) < 10 * part < 640 * 32 * 32 * 3 / 2
+    assert min(peaks) < 10 * chunk < 640 * 32 * 32 * 3 / 2
 
 
-@pytest.mark.parametrize("where", ["parts", "npz", "claims"])
+@pytest.mark.parametrize("where", ["chunks", "npz", "claims"])
 def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One sentence; what is there stays, and the same command goes on."""
+    """The error is one sentence; the images that are there stay, and the same command goes on."""
     full = OSError(28, "No space left on device")
 
     def failing(function: Callable[..., Any], times: int) -> Callable[..., Any]:
@@ -508,12 +516,13 @@ def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         return call
 
     with monkeypatch.context() as patch:
-        if where == "parts":
+        if where == "chunks":
             patch.setattr(np, "savez", failing(np.savez, 2))
         elif where == "npz":
-            patch.setattr(exports, "_write_array", failing(exports._write_array, 1))
+            header = np.lib.format.write_array_header_1_0
+            patch.setattr(np.lib.format, "write_array_header_1_0", failing(header, 1))
         else:
-            patch.setattr("fastdiff.sampling.job.claims.Claims.take", failing(parts.range_of, 0))
+            patch.setattr(Claims, "take", failing(Claims.take, 0))
         with pytest.raises(UserError) as caught:
             run(folder, job(23))
     assert str(caught.value) == (
@@ -521,7 +530,7 @@ def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         "kept, and the same command goes on with them"
     )
     assert not list(folder.rglob("*.partial"))
-    assert len(run(folder, job(23))) == {"parts": 3, "npz": 0, "claims": 5}[where]
+    assert len(run(folder, job(23))) == {"chunks": 3, "npz": 0, "claims": 5}[where]
     check_npz(folder, 23)
     assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
 
@@ -529,8 +538,8 @@ def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_progress_counts_all_processes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_OFTEN", 0.0)
-    monkeypatch.setattr(progress, "_SELDOM", 0.0)
+    monkeypatch.setattr(progress, "LOOK", 0.0)
+    monkeypatch.setattr(progress, "LINE", 0.0)
     run(folder, job(5))
     (folder / "claims").mkdir()
     told = {"rank": 3, "rate": 2.5, "unfinished": 1.5}

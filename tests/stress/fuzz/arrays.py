@@ -26,7 +26,8 @@ from fastdiff.images.listing import index_images
 from fastdiff.images.open import open_images
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import SuperResSettings
-from fastdiff.sampling.job.chunks import DamagedPart, Piece, Range, Store
+from fastdiff.sampling.job.chunks import DamagedFile, Range, Store
+from fastdiff.sampling.job.manifest import Manifest, digest
 from fastdiff.sampling.low_res import BaseImages
 from fuzz.cases import READ, REFUSED, Case, generator
 from fuzz.checkpoints import code
@@ -131,7 +132,7 @@ def npz_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
 def part_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     """Parts of a job, and all of one put together."""
     images, labels = np.zeros((COUNT, *SHAPE), np.uint8), np.zeros(COUNT, np.int64)
-    part = {"images": saved(images), "labels": saved(labels), "job": saved(np.array("digest"))}
+    part = {"images": saved(images), "labels": saved(labels), "job": saved(np.array(digest({})))}
     merged = {
         "arr_0": saved(images),
         "arr_1": saved(labels),
@@ -152,17 +153,15 @@ def part_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]
 
 
 def _read_job(place: Path, file: Path) -> tuple[str, str]:
-    store = Store(place, SHAPE, True, 0, "digest")
+    manifest: Manifest = {"identity": {}, "shape": list(SHAPE), "labelled": True, "seed": 0, "part_size": 2}
+    store = Store(place, manifest, COUNT)
     try:
-        pieces, missing = store.cover(COUNT)
-        if missing:
+        if store.missing():
             return REFUSED, f"{file} is not one of this job"
-        held = Range(0, COUNT)
-        assert pieces == [Piece(file, held, held)], pieces
-        for _, drawn in store.read(pieces, 2):
+        for _, drawn in store.images():
             assert drawn.images.dtype == np.uint8
-        assert sum(len(labels) for labels in store.read_labels(pieces)) == COUNT
-    except DamagedPart as error:
+        assert sum(len(labels) for labels in store.labels()) == COUNT
+    except DamagedFile as error:
         return REFUSED, str(error)
     return READ, ""
 

@@ -22,7 +22,8 @@ from fastdiff.images.cache.format import open_packed
 from fastdiff.images.listing import index_images
 from fastdiff.models import UNetSettings, weights
 from fastdiff.runtime.files import read_json
-from fastdiff.sampling.job.chunks import DamagedPart, Piece, Range, Store
+from fastdiff.sampling.job.chunks import DamagedFile, Store
+from fastdiff.sampling.job.manifest import Manifest
 from fastdiff.training.checkpoints.folder import find_damage
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.settings import TrainSettings
@@ -180,22 +181,23 @@ def test_text_of_which_no_name_can_be_made(text: str) -> None:
         TrainSettings(run_dir=text)
 
 
+JOB: Manifest = {"identity": {}, "shape": [8, 8, 3], "labelled": False, "seed": 0, "part_size": 5}
+
+
 def test_a_part_that_unpacks_to_more_than_its_file(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     file = tmp_path / "parts" / "000000000-000020000.npz"
     np.savez_compressed(file, images=np.zeros((20_000, 8, 8, 3), np.uint8), job=np.array("a"))
-    held = Range(0, 20_000)
-    with pytest.raises(DamagedPart, match="would unpack to"):
-        list(Store(tmp_path, (8, 8, 3), False, 0, "a").read([Piece(file, held, held)], 5))
+    with pytest.raises(DamagedFile, match="would unpack to"):
+        list(Store(tmp_path, JOB, 20_000).images())
 
 
 def test_a_part_whose_header_promises_terabytes(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     file = tmp_path / "parts" / "000000000-000000005.npz"
     file.write_bytes(zipped({"images": npy((10**12, 8, 8, 3)), "job": npy((), "<U1", b"a\0\0\0")}))
-    held = Range(0, 5)
-    with pytest.raises(DamagedPart, match="header"):
-        list(Store(tmp_path, (8, 8, 3), False, 0, "a").read([Piece(file, held, held)], 5))
+    with pytest.raises(DamagedFile, match="header"):
+        list(Store(tmp_path, JOB, 5).images())
 
 
 @pytest.mark.parametrize("damaged", [b"\x93NUMPY\x01\0\x10\0" + b"(" * 16, npy((0, 8, 8, 3))])
