@@ -16,7 +16,7 @@ from helpers.tiny import flags, save, super_res, unet
 import fastdiff
 from fastdiff import nll, sample, super_res_sample
 
-OPENS = 4
+OPENS = 3
 """Times that Python opens a file for one reading: to check it, to load it, and to hash it."""
 _watched: list[Counter[str]] = []
 
