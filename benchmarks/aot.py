@@ -49,7 +49,7 @@ from fastdiff.diffusion.solvers import make_plan
 from fastdiff.runtime.script import run_script
 from fastdiff.sampling.engine import sampling_launches
 from fastdiff.training.compilation import training_launches
-from fastdiff.training.deepspeed_engine import split_batch
+from fastdiff.training.step_plan import split_batch
 
 # What the benchmarks run; other configurations train at their own size and draw 16 images at once.
 TRAINED = {"cifar10_uncond": (128, 256)}

@@ -307,7 +307,7 @@ def row(
 def shares(gpus: Sequence[int], batch: int, micro: int, accumulation: int | None) -> Iterator[tuple[int, int, int]]:
     """(GPUs, micro-batch, accumulation) for each number of GPUs that can share the batch evenly.
 
-    With `accumulation` the batch grows with the GPUs instead. As `training.engine.split_batch`: equal micro-batches.
+    With `accumulation` the batch grows with the GPUs instead. As `training.step_plan.split_batch`: equal micro-batches.
     """
     for n in gpus:
         if accumulation:

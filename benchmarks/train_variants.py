@@ -33,6 +33,7 @@ from fastdiff.models.unet import DTYPES
 from fastdiff.runtime import compilation
 from fastdiff.runtime.machine import device_name, find
 from fastdiff.runtime.processes import Processes
+from fastdiff.training.step_plan import plan_step
 from fastdiff.training.trainer import Trainer, low_res_of
 
 Step = Callable[[], None]
@@ -326,7 +327,8 @@ def trainer_of(case: Case, **changes: Any) -> Trainer:
         update["zero_stage"] = 0
     model = case.filled(build_model)
     settings = train.model_copy(update={**update, **changes})
-    trainer = Trainer(settings, {}, model, case.diffusion(), SameBatch(case.images, case.labels), case.processes)  # type: ignore[arg-type]
+    plan, images = plan_step(settings, {}, case.processes), SameBatch(case.images, case.labels)
+    trainer = Trainer(plan, model, case.diffusion(), images, case.processes)  # type: ignore[arg-type]
     if case.precision == "fp16":
         trainer.stepper.load_scaler_state({"cur_scale": 2.0**12})  # else its first steps would be left out
     return trainer

@@ -1,4 +1,4 @@
-"""One optimiser step: through DeepSpeed's engine, or on the device alone, where CUDA graphs can replay it."""
+"""An optimiser step that one process takes on its device alone, where CUDA graphs can replay it."""
 
 from __future__ import annotations
 
@@ -13,59 +13,44 @@ from fastdiff import ops
 from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
 from fastdiff.runtime.cuda_graphs import GraphRunner
+from fastdiff.training.metrics import LossResult
 from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as, learning_rate, learning_rate_on_device
-from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import StepPlan
 
-Losses = Callable[[Any, Batch], Tensor]
-"""losses(network, micro-batch) → the scalar to be minimised"""
+Losses = Callable[[Any, Batch], LossResult]
+"""losses(network, micro-batch) changes nothing."""
+Record = Callable[[LossResult], None]
+"""Adds the losses of a micro-batch to what is logged and to the timestep sampler's history."""
 WARM_UP = 3
-"""Steps taken before graphs are captured: code is compiled in them, and cuDNN chooses its kernels."""
+"""Steps before graphs are captured, in which code is compiled and cuDNN chooses its kernels."""
 
 
-class DeviceStep:
-    """On one device, without a number from the host: nothing waits, and with cuda_graph CUDA graphs replay it.
+class OptimizerStep:
+    """What `DeviceStep` and `EngineStep` share. In both a step with a non-finite loss or gradient changes no number.
 
-    A step with a non-finite loss or gradient changes nothing but its count, in every precision. To know of it before
-    the update costs another pass over the gradients: 4 bytes an element beside the update's 28 and 8 per average.
-
-    Parameters and gradients are float32 here whatever the precision; the network casts weights where it uses them. A
-    micro-batch is one graph and the update another, so that any accumulation needs the memory of one micro-batch.
+    grad_norms  norms of the gradients before clipping, of the steps since the list was last emptied
     """
 
-    def __init__(self, losses: Losses, optimizer: AdamWEMA, model: UNet, train: TrainSettings, accumulation: int):
-        device = next(model.parameters()).device
-        self.losses, self.optimizer, self.model = losses, optimizer, model
-        self.grad_clip, self.accumulation = train.grad_clip, accumulation
-        self.scale: LossScale | None = None
-        if train.precision == "fp16":
-            self.scale = LossScale(max(1, round(1 / train.fp16_scale_growth)), device)
+    def __init__(
+        self, losses: Losses, record: Record, optimizer: AdamWEMA, model: UNet, plan: StepPlan, device: torch.device
+    ) -> None:
+        self.losses, self.record, self.optimizer, self.model = losses, record, optimizer, model
+        self.train, self.accumulation = plan.train, plan.accumulation
         self.grad_norms: list[Tensor | float] = []
-        self._parameters = list(model.parameters())
-        self._step = torch.zeros((), dtype=torch.int64, device=device)
-        self._grad_norm = torch.zeros((), device=device)
         self._skips = SkipCounter(device)
-        self._inputs: Batch | None = None
-        self._steps = 0
-        self._graphs = GraphRunner(device, enabled=train.cuda_graph and device.type == "cuda")
 
     @property
     def skipped_steps(self) -> int:
-        """Steps with a non-finite loss or gradient. Waits for the device."""
+        """Number of steps with a non-finite loss or gradient. Waits for the device."""
         return self._skips.read()[0]
 
-    @skipped_steps.setter
-    def skipped_steps(self, count: int) -> None:
-        self._skips.set(count, 0)
-
     def bad_streak(self) -> int:
-        """Steps skipped in a row up to now, or up to a step or two ago on a GPU, which is not waited for."""
+        """Steps skipped in a row up to now; on a GPU, for which this doesn't wait, up to a step or two ago."""
         return self._skips.poll()[1]
 
     def start_over(self) -> None:
-        """Weights and moments were replaced by those of a good checkpoint, maybe in other places."""
+        """Forget the streak: weights and moments now are those of a good checkpoint, maybe in new tensors."""
         self._skips.set(self.skipped_steps, 0)
-        self._graphs.clear()
-        self._steps = 0
 
     def state_dict(self) -> dict[str, int]:
         skipped, streak = self._skips.read()
@@ -74,15 +59,43 @@ class DeviceStep:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skips.set(state["skipped_steps"], state["bad_streak"])
 
-    def take(
-        self, micro_batches: list[Batch], train: TrainSettings, step: int, seed_dropout: Callable[[int], None]
-    ) -> None:
-        """Forward and backward for each micro-batch, then the update. `step` counts those before, skipped or not.
 
-        The learning rate is computed where the skipped steps are counted, and is a float32 here.
+class DeviceStep(OptimizerStep):
+    """A step for which the host never waits for the device, and which CUDA graphs replay with cuda_graph.
+
+    Whether the step is skipped must be known before the update, which takes another pass over the gradients: 4 bytes an
+    element, beside the update's 28 and 8 per average.
+
+    Parameters and gradients are float32 in every precision; the network casts weights where it uses them. A micro-batch
+    is one graph and the update another, so that any accumulation needs the memory of one micro-batch.
+    """
+
+    def __init__(self, losses: Losses, record: Record, optimizer: AdamWEMA, model: UNet, plan: StepPlan) -> None:
+        device = next(model.parameters()).device
+        super().__init__(losses, record, optimizer, model, plan, device)
+        self.scale: LossScale | None = None
+        if self.train.precision == "fp16":
+            self.scale = LossScale(max(1, round(1 / self.train.fp16_scale_growth)), device)
+        self._scales_gradients = plan.scales_gradients
+        self._parameters = list(model.parameters())
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._grad_norm = torch.zeros((), device=device)
+        self._inputs: Batch | None = None
+        self._steps = 0
+        self._graphs = GraphRunner(device, enabled=self.train.cuda_graph and device.type == "cuda")
+
+    def start_over(self) -> None:
+        super().start_over()
+        self._graphs.clear()
+        self._steps = 0
+
+    def take(self, micro_batches: list[Batch], step: int, seed_dropout: Callable[[int], None]) -> None:
+        """Forward and backward pass of each micro-batch, then the update. `step` counts earlier steps, even skipped.
+
+        The learning rate is computed on the device, where skipped steps are counted, and is a float32 there.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, max(0, step - self._skips.known[0]))  # for the checkpoint
+            group["lr"] = learning_rate(self.train, max(0, step - self._skips.known[0]))  # for the checkpoint
         warming_up = self._steps < WARM_UP
         for i, batch in enumerate(micro_batches):
             if self._graphs.enabled:
@@ -93,14 +106,13 @@ class DeviceStep:
             accumulate = functools.partial(self._accumulate, first=i == 0)
             self._graphs.run("more" if i else "first", accumulate, warming_up=warming_up)
         self._step.fill_(step)
-        update = functools.partial(self._update, train)
-        self._graphs.run("update", update, warming_up=warming_up, prepare=self.optimizer.prepare)
+        self._graphs.run("update", self._update, warming_up=warming_up, prepare=self.optimizer.prepare)
         self._skips.publish()
         self.grad_norms.append(self._grad_norm.clone())
         self._steps += 1
 
     def _put(self, batch: Batch) -> None:
-        """Copy a micro-batch to where graphs read it."""
+        """Copy a micro-batch into the tensors that the graphs read."""
         given = (batch.images, batch.labels, batch.positions)
         if self._inputs is None:
             self._inputs = Batch(*(tensor.clone() for tensor in given))
@@ -110,26 +122,27 @@ class DeviceStep:
             place.copy_(tensor, non_blocking=True)
 
     def _accumulate(self, first: bool) -> None:
-        """Gradients of the micro-batch in place, added to those of the ones before."""
+        """Add the gradients of the micro-batch in `_inputs` to those of the ones before."""
         assert self._inputs is not None
         if first:
             for p in self._parameters:
                 p.grad = None
-        loss = poison_gradients(self.losses(self.model, self._inputs)) / self.accumulation
+        result = self.losses(self.model, self._inputs)
+        self.record(result)
+        loss = poison_gradients(result.loss) / self.accumulation
         (loss if self.scale is None else loss * self.scale.cur_scale).backward()
         for p in self._parameters:
             if p.grad is not None:
                 p.grad = laid_out_as(p, p.grad)
 
-    def _update(self, train: TrainSettings) -> None:
-        """Clip, AdamW, averages, loss scale; none of them where a gradient is not finite."""
+    def _update(self) -> None:
+        """Clip, AdamW, averages, loss scale; nothing but the scale changes where a gradient is not finite."""
         squared = ops.squared_norm([p.grad for p in self._parameters if p.grad is not None])
         loss_scale = self.scale.cur_scale if self.scale else 1.0
-        grad_scale, found_inf = ops.grad_scale_and_overflow(squared, loss_scale, self.grad_clip)
+        grad_scale, found_inf = ops.grad_scale_and_overflow(squared, loss_scale, self.train.grad_clip)
         self._grad_norm.copy_(squared.sqrt() / loss_scale)
-        lr = learning_rate_on_device(train, self._step - self._skips.counts[0]).float()
-        scaled = self.scale is not None or self.grad_clip > 0
-        self.optimizer.step_on_device(OnDevice(lr, grad_scale if scaled else None, found_inf))
+        lr = learning_rate_on_device(self.train, self._step - self._skips.counts[0]).float()
+        self.optimizer.step_on_device(OnDevice(lr, grad_scale if self._scales_gradients else None, found_inf))
         searching = None
         if self.scale:
             before = self.scale.cur_scale.clone()
@@ -138,7 +151,7 @@ class DeviceStep:
         self._skips.note(found_inf != 0, searching)
 
     def scaler_state(self) -> dict[str, float]:
-        """The dynamic loss scale of fp16; empty without one."""
+        """The dynamic loss scale of fp16; empty in other precisions."""
         return self.scale.state_dict() if self.scale else {}
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
@@ -147,20 +160,19 @@ class DeviceStep:
 
 
 def poison_gradients(loss: Tensor) -> Tensor:
-    """The loss, whose gradients are NaN throughout where it is not finite itself.
+    """The same loss, but every gradient of it is NaN if it is not finite itself.
 
-    So whoever looks at gradients sees every bad loss: of any micro-batch, and once they are summed of any rank.
+    A look at the gradients then finds every bad loss: of any micro-batch and, once gradients are summed, of any rank.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 class SkipCounter:
-    """Counts skipped steps on the device; only `read` waits for it.
+    """Counts skipped steps on the device. Only `read` waits for it.
 
-    counts  [2] int64: skipped steps, and how many there were in a row up to now. A step in which fp16's loss scale
-            could still fall is a part of the search for it, not a sign of divergence: it is skipped, but neither adds
-            to the row nor ends it.
-    known   the same on the host: of now on a CPU, of a step or two ago on a GPU.
+    counts  [2] int64: skipped steps in all, and in a row up to now. While fp16's loss scale still falls, a skipped step
+            is part of the search for the scale and no sign of divergence: it neither extends the row nor ends it.
+    known   the same numbers on the host: current on a CPU, a step or two old on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -170,12 +182,12 @@ class SkipCounter:
         self._copied: torch.cuda.Event | None = None
 
     def note(self, bad: Tensor, searching: Tensor | None = None) -> None:
-        """After a step: whether it was skipped, and whether the loss scale fell in it, bool scalars on the device."""
+        """Count a step. bad: it was skipped; searching: the loss scale fell in it. Bool scalars on the device."""
         adds = bad if searching is None else bad & ~searching
         self.counts.copy_(torch.stack([self.counts[0] + bad, (self.counts[1] + adds) * bad]))
 
     def publish(self) -> None:
-        """Send the counts to the host, unless those sent before are still on their way."""
+        """Start copying the counts to the host, unless an earlier copy is still under way."""
         if self._pinned is None or (self._copied is not None and not self._copied.query()):
             return
         self.poll()
@@ -184,7 +196,7 @@ class SkipCounter:
         self._copied.record()
 
     def poll(self) -> tuple[int, int]:
-        """`known`, as new as it can be without waiting for a GPU."""
+        """`known`, updated as far as possible without waiting for a GPU."""
         if self._pinned is None:
             return self.read()
         if self._copied is not None and self._copied.query():
@@ -194,22 +206,24 @@ class SkipCounter:
         return self.known
 
     def read(self) -> tuple[int, int]:
-        """`known`, as of now. Waits for the device."""
+        """`known`, made current. Waits for the device."""
         skipped, streak = self.counts.tolist()
         self.known, self._copied = (skipped, streak), None
         return self.known
 
     def set(self, skipped: int, streak: int) -> None:
-        """Take up counts of another run."""
+        """Replace the counts."""
         self.counts.copy_(torch.tensor([skipped, streak]))
         self.known, self._copied = (skipped, streak), None
 
 
 class LossScale:
-    """Halves when gradients overflow, doubles after every `window` steps without. Nothing here waits for the device.
+    """fp16's loss scale: halves when gradients overflow, doubles after every `window` steps without an overflow.
 
-    cur_scale            float32 scalar, at first 2^20 (improved-diffusion's).
-    cur_iter             int64 scalar, updates so far, skipped ones too.
+    Only state_dict waits for the device.
+
+    cur_scale            float32 scalar, at first 2^20 as in improved-diffusion.
+    cur_iter             int64 scalar: updates so far, skipped ones included.
     last_overflow_iter   int64 scalar, -1 at first.
     """
 
@@ -222,7 +236,7 @@ class LossScale:
         self.last_overflow_iter = torch.full((), -1, dtype=torch.int64, device=device)
 
     def update(self, found_inf: Tensor) -> None:
-        """After a step: found_inf is a scalar on the device, not 0 where gradients overflowed."""
+        """Follow a step. found_inf: a scalar on the device, 0 unless gradients overflowed."""
         overflow = found_inf != 0
         quiet = self.cur_iter - self.last_overflow_iter - 1
         grows = (quiet > 0) & (quiet % self.window == 0)

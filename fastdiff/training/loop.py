@@ -1,4 +1,4 @@
-"""The loop around the trainer: when to log, save, draw, go back and stop, and into which files."""
+"""The loop around the trainer: when to log, save, draw, roll back and stop, and into which files."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ from fastdiff.training.reporting import Reporter
 from fastdiff.training.trainer import Trainer
 
 LONG = 3600.0
-"""Seconds that something which is no step may take: compiling, drawing, writing."""
-TURN = 20.0
-"""Seconds that ranks wait in one go for the one that writes or draws."""
-WISHES = STOP, SAVE, BACK = range(3)
-"""What a rank may wish, in the order in which it says so: to stop, to save, to go back."""
+"""Seconds that compiling, drawing or writing may take, before the watchdog takes it for a hang."""
+POLL = 20.0
+"""Seconds between the collectives in which ranks ask whether rank 0 is still writing or drawing."""
+REQUESTS = STOP, SAVE, BACK = range(3)
+"""Requests of a rank, as `Consensus` numbers them: stop, save, roll back."""
 
 
 class Loop:
-    """A run from its present step to its last, in its folder."""
+    """Takes a run from its current step to its last, and writes its folder."""
 
     def __init__(
         self,
@@ -79,26 +79,28 @@ class Loop:
         every = config.train.save_interval
         self.save_seconds = 60 * float(every.removesuffix("min")) if isinstance(every, str) else None
         self.save_steps = None if isinstance(every, str) else every
-        self.last_save = self.turn_began = time.monotonic()
+        self.last_save = self.last_poll = time.monotonic()
 
     def go(self, source: str, notes: list[str]) -> None:
-        """Train to the end. StopWith when a signal or numbers that stay bad end it before."""
+        """Train to the end. StopWith when a signal, or losses that stay non-finite, end the run before."""
         train, trainer = self.train, self.trainer
         main = self.processes.is_main
         with Reporter(self.folder if main else None, train.last_step, trainer.step) as reporter:
             self.reporter = reporter
             self._introduce(source, notes)
             self.saver = self._open_saver() if main else None
-            self.agreement = Consensus(self.processes.world_size, len(WISHES), collective_timeout(train.stall_minutes))
+            self.consensus = Consensus(
+                self.processes.world_size, len(REQUESTS), collective_timeout(train.stall_minutes)
+            )
             try:
                 self._take_steps(source)
             finally:
                 if self.saver:
                     self.saver.close()
-            self.agreement.close()
+            self.consensus.close()
             unreadable = len(trainer.loader.unreadable)
             skipped = f" ({unreadable} unreadable files left out, named in the log)" if unreadable else ""
-            reporter.say(f"done: {trainer.step} steps, {trainer.samples} images{skipped}, in {self.folder}")
+            reporter.log(f"done: {trainer.step} steps, {trainer.samples} images{skipped}, in {self.folder}")
 
     def _take_steps(self, source: str) -> None:
         train, trainer, reporter = self.train, self.trainer, self.reporter
@@ -115,11 +117,11 @@ class Loop:
                 self._profile(profiler)
             if self.saver:
                 self.saver.check()
-            stop, save_now, gone_bad = self.agreement.exchange(
-                (bool(self.signals.requested), self._save_is_due(), self._gone_bad())
+            stop, save_now, roll_back = self.consensus.exchange(
+                (bool(self.signals.requested), self._save_is_due(), self._has_diverged())
             )
-            if gone_bad and self._gone_bad():  # the step since that wish may have been a good one
-                self._go_back()
+            if roll_back and self._has_diverged():  # the step after that request may have been a good one
+                self._roll_back()
                 continue
             last = step == train.last_step
             if step % train.log_interval == 0 or last:
@@ -138,56 +140,52 @@ class Loop:
     # --- starting ---
 
     def _introduce(self, source: str, notes: list[str]) -> None:
-        trainer, loader, reporter = self.trainer, self.trainer.loader, self.reporter
+        """Write config.json, clean up the checkpoints' folder, and log what is trained on what."""
+        trainer, loader, plan = self.trainer, self.trainer.loader, self.trainer.plan
         if self.processes.is_main:
             content = {"kind": kind_of(self.config), **self.config.model_dump(mode="json")}
             write_json(self.folder / "config.json", content)
             aside = set_aside(self.checkpoints, trainer.step)
             notes = [*notes, *aside, *tidy(self.checkpoints)]
         classes = f" in {len(loader.class_names)} classes" if self.config.model.class_cond else ""
-        reporter.say(
+        summary = (
             f"{millions(trainer)} parameters, {loader.num_images} images{classes} ({loader.loader_name}), batch "
-            f"{self.train.batch_size} = {self.processes.world_size} x {trainer.micro} x {trainer.accumulation}, "
+            f"{self.train.batch_size} = {self.processes.world_size} x {plan.micro} x {plan.accumulation}, "
             f"{self.train.precision} on {self.processes.device}, in {self.folder}"
         )
-        for line in self.notes:
-            reporter.say(line)
-        if source:
-            reporter.say(f"resuming from {source} at step {trainer.step}")
-        for note in notes:
-            reporter.say(note)
+        resuming_from = [f"resuming from {source} at step {trainer.step}"] if source else []
+        for line in (summary, *self.notes, *resuming_from, *notes):
+            self.reporter.log(line)
 
     def _open_saver(self) -> Saver:
-        train = self.train
         return Saver(
             self.checkpoints,
-            keep_last=train.keep_last,
-            keep_every=train.keep_every,
-            background=train.save_in_background,
-            log=self.reporter.say,
+            keep_last=self.train.keep_last,
+            keep_every=self.train.keep_every,
+            background=self.train.save_in_background,
+            log=self.reporter.log,
         )
 
     def _profiler(self) -> StepProfiler | None:
-        """On rank 0 for the setting `profile`."""
-        train, device = self.train, self.processes.device
-        if not train.profile or not self.processes.is_main:
+        """The profiler that the setting `profile` asks for: on rank 0; None elsewhere."""
+        if not self.train.profile or not self.processes.is_main:
             return None
-        share = train.batch_size // self.processes.world_size
-        floor = floor_of(self.config.model, train, share, device)
-        return StepProfiler(train.profile, self.folder / "profile", share, device, floor)
+        share, device = self.trainer.plan.share, self.processes.device
+        floor = floor_of(self.config.model, self.train, share, device)
+        return StepProfiler(self.train.profile, self.folder / "profile", share, device, floor)
 
     def _profile(self, profiler: StepProfiler) -> None:
         with self._off_the_clock():  # writing the trace takes seconds
             if found := profiler.advance(self.trainer.waited):
-                self.reporter.say("\n".join([f"profile, in {profiler.folder}:", *found.rows()]))
+                self.reporter.log("\n".join([f"profile, in {profiler.folder}:", *found.rows()]))
 
     def _first_step_done(self) -> None:
-        """How long starting took. It doesn't count in images/s: the first step compiles."""
+        """Log how long starting took, and leave the first step, which compiles, out of images/s."""
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         begun = self.interval_start
-        self.reporter.say(
+        self.reporter.log(
             f"first step after {now - self.started:.1f} s: {begun - self.started:.1f} s to start, {now - begun:.1f} s "
             "for the step"
         )
@@ -201,7 +199,7 @@ class Loop:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Saving and drawing don't count in images/s."""
+        """Time within the block doesn't count in images/s."""
         start = time.perf_counter()
         yield
         self.interval_start += time.perf_counter() - start
@@ -221,63 +219,65 @@ class Loop:
         self._start_interval(time.perf_counter())
 
     def _draw(self) -> None:
-        """A grid of samples; left out when the run is about to stop. Collective."""
+        """Draw a grid of samples, unless the run is about to stop. Collective."""
         assert self.preview is not None
         trainer = self.trainer
         self.watchdog.progress(f"drawing after step {trainer.step}", LONG)
         with self._off_the_clock():
             file = self.folder / "samples" / f"step_{trainer.step:06d}.png"
-            self.turn_began = time.monotonic()
+            self.last_poll = time.monotonic()
             picture = draw_preview(trainer, self.preview, file, self._may_draw_on)
             if picture is not None:
                 self.reporter.picture("samples", trainer.step, picture)
-            while self.agreement.any(False):  # in turns with `_may_draw_on`
+            while self.consensus.any(False):  # answers rank 0's polls in `_may_draw_on`
                 continue
 
     def _may_draw_on(self) -> bool:
-        """Lets the others, who wait for rank 0, know that it is still drawing; False once the run is to stop."""
-        if time.monotonic() - self.turn_began > TURN:
-            self.agreement.any(True)
-            self.turn_began = time.monotonic()
+        """Tell the waiting ranks now and then that rank 0 is still drawing; returns False once the run is to stop."""
+        if time.monotonic() - self.last_poll > POLL:
+            self.consensus.any(True)
+            self.last_poll = time.monotonic()
         return not self.signals.requested
 
     # --- saving and stopping ---
 
     def _save_is_due(self) -> bool:
-        """By the clock of rank 0, for an interval in minutes."""
+        """Whether an interval in minutes is over, by rank 0's clock."""
         if self.save_seconds is None or not self.processes.is_main:
             return False
         return time.monotonic() - self.last_save >= self.save_seconds
 
     def _save(self) -> None:
-        """Take the state of now; it is on disk when this returns, or some time later. Collective."""
+        """Save the current state; the checkpoint is on disk when this returns or, written beside training, later.
+        Collective.
+        """
         self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
         self.last_save = time.monotonic()
         with self._off_the_clock():
             self._wait_for_writing()
-            self.agreement.forget(SAVE)
+            self.consensus.forget(SAVE)
             self.reporter.sync()
             trainer = self.trainer
             files = trainer.checkpoint_files(self.info)
             if self.saver:
-                last_good = trainer.step - trainer.stepper.state_dict()["bad_streak"]  # of now, unlike bad_streak()
+                last_good = trainer.step - trainer.stepper.state_dict()["bad_streak"]  # current, unlike bad_streak()
                 self.saver.save(trainer.step, files, trainer.state_bytes, last_good)
             else:
                 deque(files, maxlen=0)
 
     def _finish_saving(self) -> None:
-        """Until everything is on disk: then ranks may leave, which makes launchers end the others. Collective."""
+        """Wait until everything is on disk: launchers end all ranks as soon as one exits. Collective."""
         self._wait_for_writing()
         self.signals.finish()
 
     def _wait_for_writing(self) -> None:
-        """Until rank 0 has written what it was given; however long that takes, no collective waits for all of it."""
+        """Wait until rank 0 has written its checkpoint, in collectives that each last at most POLL. Collective."""
         self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
-        while self.agreement.any(self.saver is not None and not self.saver.wait(TURN)):
+        while self.consensus.any(self.saver is not None and not self.saver.wait(POLL)):
             continue
 
     def _stop(self) -> None:
-        """What SIGTERM and SIGUSR1 ask for, once the step is saved."""
+        """End the run as SIGTERM and SIGUSR1 ask for, after the step has been saved. Collective."""
         self._finish_saving()
         name = self.signals.requested or "a signal to another rank"
         raise StopWith(
@@ -286,25 +286,28 @@ class Loop:
             "command goes on from there",
         )
 
-    # --- numbers that stay bad ---
+    # --- losses that stay non-finite ---
 
-    def _gone_bad(self) -> bool:
+    def _has_diverged(self) -> bool:
+        """Whether max_bad_steps steps in a row were skipped."""
         limit = self.train.max_bad_steps
         return bool(limit) and self.trainer.stepper.bad_streak() >= limit
 
-    def _go_back(self) -> None:
-        """To the last checkpoint from before the numbers went bad; StopWith where that was done already. Collective."""
+    def _roll_back(self) -> None:
+        """Return to the last checkpoint before the bad steps. StopWith if there is none, or at the second time.
+        Collective.
+        """
         trainer = self.trainer
-        self.watchdog.progress("going back", LONG)
+        self.watchdog.progress("rolling back", LONG)
         bad = trainer.stepper.bad_streak()
         self._wait_for_writing()
-        self.agreement.forget(SAVE, BACK)
+        self.consensus.forget(SAVE, BACK)
         if trainer.rollbacks:
             self._diverged(bad, "once more")
         target = self._last_good(trainer.step - bad)
         if target is None:
             self._diverged(bad, "and there is no checkpoint from before")
-        self.reporter.say(
+        self.reporter.log(
             f"{bad} steps in a row had a non-finite loss or gradient and were skipped: going back to {target}, and on "
             "with other images, timesteps and noise"
         )
@@ -320,7 +323,7 @@ class Loop:
         self._start_interval(time.perf_counter())
 
     def _last_good(self, sound: int) -> Path | None:
-        """The newest whole checkpoint of a step up to `sound`, as rank 0 sees it. Collective."""
+        """The newest whole checkpoint of a step up to `sound` that rank 0 sees; None without one. Collective."""
         before = [p for p in list_checkpoints(self.checkpoints) if step_of(p) <= sound]
         found = None
         if self.processes.is_main:
@@ -339,7 +342,7 @@ class Loop:
     def _diverged(self, bad: int, why: str) -> NoReturn:
         lines, content = diagnose(self.trainer)
         for line in lines:
-            self.reporter.say(line)
+            self.reporter.log(line)
         if self.processes.is_main:
             write_json(self.folder / "diagnosis.json", content)
         self.processes.barrier()
@@ -353,7 +356,7 @@ class Loop:
 
 
 def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) -> None:
-    """One step, and a report of what a run would take."""
+    """Take one step and print the time, memory and disk space that a run would take."""
     start = time.perf_counter()
     trainer.take_step()
     metrics = trainer.read_metrics()
@@ -365,8 +368,8 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
         "\n".join(notes) + "\n"
         f"parameters     {millions(trainer)}\n"
         f"images         {trainer.loader.num_images} ({trainer.loader.loader_name})\n"
-        f"batch          {config.train.batch_size} = {trainer.processes.world_size} processes x {trainer.micro} "
-        f"images x {trainer.accumulation} times\n"
+        f"batch          {config.train.batch_size} = {trainer.processes.world_size} processes x {trainer.plan.micro} "
+        f"images x {trainer.plan.accumulation} times\n"
         f"first loss     {metrics.get('loss', math.nan):.4f}\n"
         f"first step     {seconds:.1f} s, start-up included\n"
         f"peak memory    {memory_gb(trainer.device):.2f} GB on {trainer.device}\n"
@@ -377,12 +380,12 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
 
 
 def millions(trainer: Trainer) -> str:
-    """The number of parameters, as 120.3M."""
-    return f"{sum(shape.numel() for shape in trainer.masters.shapes.values()) / 1e6:.1f}M"
+    """The number of parameters in millions, such as 120.3M."""
+    return f"{sum(shape.numel() for shape in trainer.master_weights.shapes.values()) / 1e6:.1f}M"
 
 
 def memory_gb(device: torch.device) -> float:
-    """Most memory used so far: of the GPU, else of this process."""
+    """Peak memory so far in GB: of the GPU, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

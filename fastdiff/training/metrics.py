@@ -1,6 +1,8 @@
-"""Sums of losses on the device, read once per log interval."""
+"""The loss of a micro-batch, and means of losses that are summed on the device and read once per log interval."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -9,27 +11,40 @@ from torch import Tensor
 _TERMS = ("loss", "mse", "vb")
 
 
+class LossResult(NamedTuple):
+    """The loss of a micro-batch, and what its images contributed."""
+
+    loss: Tensor
+    """Scalar to be minimised: the weighted mean."""
+    t: Tensor
+    """Timesteps [B] int64."""
+    weights: Tensor
+    """Importance weights [B] float32 of the timesteps."""
+    terms: dict[str, Tensor]
+    """Unweighted terms [B] of each image: "loss", and "mse" and "vb" where it is their sum."""
+
+
 class LossMeter:
     """Means of the loss terms since the last read, overall and by quartile of the timestep, over all ranks.
 
-    As improved-diffusion logs them: values weighted by the importance weights; loss_q0 the least noisy quarter. Values
-    that are not finite stay out of the means; of the losses they are counted.
+    They are what improved-diffusion logs: values times importance weights; loss_q0 is the least noisy quarter. Values
+    that are not finite stay out of the means; non-finite losses are counted.
     """
 
     def __init__(self, num_timesteps: int, device: torch.device) -> None:
         self.num_timesteps = num_timesteps
-        # [term, q0..q3 and all, sum/count/how many were not finite]
+        # [term, q0..q3 and all, sum/count/number of non-finite values]
         self.sums = torch.zeros(len(_TERMS), 5, 3, dtype=torch.float64, device=device)
         self._columns = torch.arange(5, device=device)[:, None]
 
     @staticmethod
     def fits(sums: object) -> bool:
-        """Whether it is what `state_dict` gives, of any number of ranks."""
+        """Whether `sums` has the shape that `state_dict` gives it, for any number of ranks."""
         return isinstance(sums, Tensor) and sums.ndim == 4 and sums.shape[1:] == (len(_TERMS), 5, 3)
 
     def add(self, t: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
-        """The terms [B] of a micro-batch at timesteps t [B]."""
-        # All terms at once, and no more operations than needed: on a GPU each is a launch, in every micro-batch.
+        """Add the terms [B] of a micro-batch at timesteps t [B]."""
+        # All terms together and in few operations: on a GPU each is a launch, in every micro-batch.
         rows = [i for i, name in enumerate(_TERMS) if name in terms]
         values = (torch.stack([terms[_TERMS[i]].detach() for i in rows]) * weights).double()
         finite = values.isfinite()
@@ -41,9 +56,9 @@ class LossMeter:
             self.sums[i] += row
 
     def read(self) -> dict[str, float]:
-        """{"loss": …, "loss_q0": …}; terms and quartiles without values are left out. Starts over. Collective.
+        """{"loss": …, "loss_q0": …} without terms and quartiles that had no values; then start over. Collective.
 
-        bad_losses, where there are any, is the number of images whose loss was not finite.
+        bad_losses, if there are any, is the number of images whose loss was not finite.
         """
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(self.sums)
@@ -59,7 +74,7 @@ class LossMeter:
         return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The sums since the last read, a row per rank. Collective."""
+        """The sums since the last read, one row per rank. Collective."""
         rows = [self.sums]
         if dist.is_initialized() and dist.get_world_size() > 1:
             rows = [torch.empty_like(self.sums) for _ in range(dist.get_world_size())]
@@ -67,10 +82,9 @@ class LossMeter:
         return {"sums": torch.stack(rows).cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up this rank's row; of another number of ranks, the first takes them all."""
+        """Continue from this rank's row; if the number of ranks has changed, rank 0 takes the sum of all rows."""
         rows = state["sums"]
-        world_size = dist.get_world_size() if dist.is_initialized() else 1
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         if len(rows) == world_size:
             self.sums.copy_(rows[rank])
         elif rank == 0:

@@ -47,7 +47,7 @@ def draw_preview(
 
     go_on is called on rank 0 before each of the sampler's steps. Once it returns False there is no grid.
     """
-    average = trainer.masters.gather(trainer.ema[str(trainer.train.ema_rate[0])])
+    average = trainer.master_weights.gather(trainer.ema[str(trainer.train.ema_rate[0])])
     if not trainer.processes.is_main or average is None or not go_on():
         return None
     samples = _draw(trainer, diffusion, average, go_on)

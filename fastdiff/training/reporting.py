@@ -1,4 +1,4 @@
-"""What a run tells its user: a progress bar, log.txt, progress.csv and TensorBoard curves."""
+"""Reports a run's progress: a progress bar, log.txt, progress.csv and TensorBoard curves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -19,16 +18,17 @@ import numpy as np
 from tqdm import tqdm
 
 from fastdiff.errors import UserError
+from fastdiff.runtime.files import remove_partial_files, sync_path, write_text
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class Reporter:
-    """Writes a run's metrics into its folder and shows progress. On ranks other than 0, and in a dry run, it is mute.
+    """Writes a run's metrics into its folder and shows progress; without a folder, as on ranks other than 0, nothing.
 
-    progress.csv is kept when a run resumes; a metric that appears later gets a column of its own. Whatever can't be
-    written ends in a UserError.
+    progress.csv is kept when a run resumes; a metric that appears later gets a new column. UserError for a file that
+    can't be written.
     """
 
     def __init__(self, folder: Path | None, total_steps: int, first_step: int) -> None:
@@ -38,13 +38,12 @@ class Reporter:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(folder)
         self._csv = folder / "progress.csv"
-        with self._writing("log.txt"):
-            self._log = (folder / "log.txt").open("a", buffering=1, errors="backslashreplace")
-        # Warnings of other modules belong in the log too.
-        self._warnings = logging.FileHandler(folder / "log.txt", errors="backslashreplace")
-        self._warnings.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logging.getLogger().addHandler(self._warnings)
+        with self._writing("log.txt"):  # warnings of other modules go there, too
+            self._log_file = logging.FileHandler(folder / "log.txt", errors="backslashreplace")
+        self._log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logging.getLogger().addHandler(self._log_file)
         try:
             self.rewind(first_step)
         except UserError as error:
@@ -52,7 +51,7 @@ class Reporter:
             raise
 
     def rewind(self, step: int) -> None:
-        """Go on from `step`: rows after it will be made again."""
+        """Continue from `step`, without the rows after it, which will be written again."""
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -67,29 +66,29 @@ class Reporter:
         with self._writing("the TensorBoard events"):
             if self._tensorboard is not None:
                 self._tensorboard.close()
-            self._tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1)  # the first to be hidden
+            self._tensorboard = SummaryWriter(str(self.folder), purge_step=step + 1)  # hides this step and later ones
         if self._bar is not None:
             self._bar.close()
         self._bar = tqdm(
             total=self.total_steps, initial=step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
 
-    def say(self, message: str) -> None:
-        """A line for people, on the screen and in log.txt."""
+    def log(self, message: str) -> None:
+        """Print a line on the screen and, with the time, into log.txt."""
         if self.folder is None:
             return
         with self._writing("log.txt"):
-            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=self._log_file.stream, flush=True)
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
 
     def advance(self) -> None:
-        """One step done."""
+        """Move the progress bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def write(self, step: int, total_steps: int, metrics: Mapping[str, float], seconds_left: float) -> None:
-        """The metrics of a log interval that ended with `step` steps done."""
+        """Report the metrics of a log interval that ended with `step` steps done."""
         if self.folder is None:
             return
         with self._writing("progress.csv"):
@@ -101,23 +100,22 @@ class Reporter:
         shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "mse", "vb", "grad_norm") if name in metrics]
         bad = [f"skipped {metrics['skipped_steps']:.0f}"] if metrics.get("skipped_steps") else []
         pace = f"{metrics.get('images_per_second', 0):.4g} images/s  ETA {_duration(seconds_left)}"
-        self.say(f"step {step}/{total_steps}  {'  '.join(shown + bad)}  {pace}")
+        self.log(f"step {step}/{total_steps}  {'  '.join(shown + bad)}  {pace}")
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
-        """An [H, W, C] uint8 picture for TensorBoard."""
+        """Add an [H, W, C] uint8 picture to TensorBoard."""
         if self._tensorboard is not None:
             with self._writing("the TensorBoard events"):
                 self._tensorboard.add_image(name, image, step, dataformats="HWC")
 
     def sync(self) -> None:
-        """Wait until all that was written is on disk."""
+        """Wait until progress.csv and log.txt are on disk."""
         if self.folder is None:
             return
         with self._writing("progress.csv"):
             for path in (self._csv, self.folder / "log.txt"):
                 if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
+                    sync_path(path)
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -129,7 +127,7 @@ class Reporter:
 
     def _append(self, row: dict[str, float]) -> None:
         fresh = [name for name in row if name not in self._columns]
-        if fresh:  # a new column: the file is written anew
+        if fresh:  # new columns: rewrite the file
             rows = _read_rows(self._csv)
             self._columns += fresh
             self._rewrite(rows)
@@ -137,14 +135,11 @@ class Reporter:
             csv.DictWriter(file, self._columns, restval="").writerow({k: f"{v:.10g}" for k, v in row.items()})
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        partial = self._csv.with_name(".progress.csv.partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._csv)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, self._columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self._csv, table.getvalue())
 
     def __enter__(self) -> Reporter:
         return self
@@ -158,14 +153,13 @@ class Reporter:
             if self._tensorboard is not None:
                 self._tensorboard.close()
         if self.folder is not None:
-            logging.getLogger().removeHandler(self._warnings)
+            logging.getLogger().removeHandler(self._log_file)
             with suppress(OSError) if error else self._writing("log.txt"):
-                self._warnings.close()
-                self._log.close()
+                self._log_file.close()
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """Whole rows; one that was cut off when the machine went down is left out."""
+    """The complete rows of progress.csv; without one that a crash cut off."""
     if not path.is_file():
         return []
     text = path.read_bytes().decode(errors="replace").replace("\0", "")

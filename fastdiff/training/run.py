@@ -1,4 +1,4 @@
-"""A training run from settings to its folder: what train.py and super_res_train.py do."""
+"""A training run from its settings to its folder, as train.py and super_res_train.py start it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
 from fastdiff.models import build_model
-from fastdiff.models.unet import body_dtype
 from fastdiff.ops import choose_kernels
 from fastdiff.runtime.compilation import keep_compiled_code, prepare_cudnn, tf32
 from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
@@ -29,36 +28,38 @@ from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training import compilation, loop
 from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.format import Snapshot
-from fastdiff.training.deepspeed_engine import deepspeed_config, needs_engine, split_batch, start_processes
+from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.diagnostics.microbatch_tuning import fit
 from fastdiff.training.loop import LONG
 from fastdiff.training.previews import preview_diffusion
+from fastdiff.training.step_plan import StepPlan, plan_step
 from fastdiff.training.trainer import Trainer
 
 
 def train(config: Config, default_name: str, dry_run: bool = False) -> None:
-    """Train until the last step, or continue to it; with dry_run one step, and nothing written.
+    """Train to the last step, from the beginning or from where the run stopped; dry_run: take one step, write nothing.
 
-    config as `fastdiff.config.load` gives it. Raises StopWith when a signal, or numbers that stay bad, end the run.
+    config is what `fastdiff.config.load` returns. Raises StopWith when a signal ends the run, or losses that stay
+    non-finite do.
     """
     started = time.perf_counter()
     settings = config.train
     _check(config)
-    deepspeed_config(settings, config.deepspeed, current().world_size)  # refuses early what can't be
+    plan = plan_step(settings, config.deepspeed, current())  # refuses what can't be before anything is written
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
     with ExitStack() as open_things:
         signals = open_things.enter_context(StopSignals())
         watchdog = open_things.enter_context(Watchdog(current(), 60 * settings.stall_minutes))
         watchdog.progress("starting", LONG)
         writes = current().is_main and not dry_run
-        known = resume.holds_run(folder)  # else nothing is written before all is known to be well
+        known = resume.holds_run(folder)  # a new folder is not written to until all settings are known to be good
         if writes and known:
             open_things.enter_context(resume.lock(folder))
         snapshot, source = resume.find_snapshot(config, folder)
         preview = preview_diffusion(config)
         packs = config.data.cache != "none"
-        watchdog.progress("opening the images", math.inf if packs else LONG)  # who packs sees to it that it gets on
+        watchdog.progress("opening the images", math.inf if packs else LONG)  # packing reports its own progress
         loader = open_things.enter_context(_open_loader(config, current(), snapshot, build_cache=not dry_run))
         watchdog.progress("joining", LONG)
         # Nodes that pack images for themselves are not ready at the same time.
@@ -72,14 +73,15 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         if processes.device.type == "cuda":
             notes.append(searches)
         diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
-        config, settled = _settle(config, diffusion, processes, snapshot, dry_run)
+        config, plan, resolved = resolve_auto(config, plan, diffusion, processes, snapshot, dry_run)
+        notes += resolved
         if not dry_run:
-            settled += _compile_kernels(config, processes)
+            notes += _compile_kernels(config, plan, processes.device)
         torch.manual_seed(settings.seed)
         model = build_model(config.model)
-        trainer = Trainer(config.train, config.deepspeed, model, diffusion, loader, processes, snapshot)
+        trainer = Trainer(plan, model, diffusion, loader, processes, snapshot)
         found = snapshot.notes if snapshot else []
-        snapshot = None  # it takes as much memory as a checkpoint has bytes
+        snapshot = None  # frees as much memory as a checkpoint has bytes
         if writes:
             with blaming("--run_dir"):
                 make_writable(folder)
@@ -87,96 +89,100 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             open_things.enter_context(resume.lock_new(folder))
         if settings.detect_anomaly:
             open_things.enter_context(detect_anomaly(model))
-        with _clear_words(folder, trainer, writes=writes):
+        with report_outcome(folder, trainer, writes=writes):
             if dry_run:
-                loop.dry_run(config, folder, trainer, [*notes, *settled])
+                loop.dry_run(config, folder, trainer, notes)
             else:
-                run = loop.Loop(config, folder, trainer, preview, [*notes, *settled], started, signals, watchdog)
-                run.go(source, found)
+                loop.Loop(config, folder, trainer, preview, notes, started, signals, watchdog).go(source, found)
 
 
 def _threads_of(snapshot: Snapshot | None, processes: Processes) -> int | None:
-    """How many threads the run had on a CPU, if it had as many processes as now."""
+    """Number of threads that the run used on a CPU, if it had as many processes as now."""
     state = snapshot.state if snapshot else {}
     return state.get("threads") if state.get("world_size") == processes.world_size else None
 
 
 @contextmanager
-def _clear_words(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]:
-    """status.json from the beginning to the end of a run, and sentences for errors that have none."""
+def report_outcome(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]:
+    """Keep status.json up to date while a run runs and when it ends; turn errors that users can mend into UserErrors.
 
-    def tell(state: str, code: int | None = None, reason: str = "") -> None:
+    writes  whether this process writes status.json
+    """
+
+    def report(state: str, code: int | None = None, reason: str = "") -> None:
         if writes:
             resume.write_status(folder, state, trainer.step, code, reason)
 
-    tell("running")
+    report("running")
     try:
         yield
     except StopWith as stop:
-        tell("preempted" if stop.code == errors.PREEMPTED else "diverged", stop.code, str(stop))
+        report("preempted" if stop.code == errors.PREEMPTED else "diverged", stop.code, str(stop))
         raise
     except NonFinite as found:
-        tell("diverged", errors.DIVERGED, str(found))
+        report("diverged", errors.DIVERGED, str(found))
         raise StopWith(errors.DIVERGED, str(found)) from None
     except torch.OutOfMemoryError as error:
         reason = (
-            f"the GPU's memory is full with {trainer.micro} images at once; try --microbatch auto, a smaller "
+            f"the GPU's memory is full with {trainer.plan.micro} images at once; try --microbatch auto, a smaller "
             "--microbatch, or --use_checkpoint True"
         )
-        tell("failed", errors.USER_ERROR, reason)
+        report("failed", errors.USER_ERROR, reason)
         raise UserError(reason) from error
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = f"--run_dir: {folder} can't be written to ({error.strerror}); make room: the same command goes on"
             with suppress(OSError, UserError):
-                tell("failed", errors.USER_ERROR, reason)
+                report("failed", errors.USER_ERROR, reason)
             raise UserError(reason) from error
         code = errors.USER_ERROR if isinstance(error, UserError) else 1
         if is_broken_collective(error):
             code = errors.PEER_LOST
-        with suppress(OSError, UserError):  # the disk may be what is wrong
-            tell("failed", code, f"{error}" or type(error).__name__)
+        with suppress(OSError, UserError):  # the disk may be what failed
+            report("failed", code, f"{error}" or type(error).__name__)
         raise
-    tell("done", errors.DONE)
+    report("done", errors.DONE)
 
 
-def _settle(
-    config: Config, diffusion: GaussianDiffusion, processes: Processes, snapshot: Snapshot | None, dry_run: bool
-) -> tuple[Config, list[str]]:
-    """The settings with every auto replaced by what it comes to here, and lines that say so."""
-    train, step = config.train, snapshot.step if snapshot else 0
-    before = snapshot.state.get("microbatch") if snapshot else None
-    fitted = fit(config.model, train, diffusion, processes, config.deepspeed, before, always_estimate=dry_run)
-    stored = snapshot.state.get("settings", {}).get("compile") if snapshot else None
-    compiles, why = compilation.decide(train, processes.device, train.last_step - step, stored)
+def resolve_auto(
+    config: Config,
+    plan: StepPlan,
+    diffusion: GaussianDiffusion,
+    processes: Processes,
+    snapshot: Snapshot | None,
+    dry_run: bool,
+) -> tuple[Config, StepPlan, list[str]]:
+    """Settings and plan with every auto replaced by the value chosen here, and lines for the log about the choices."""
+    train, state = config.train, snapshot.state if snapshot else {}
+    fitted = fit(config.model, plan, diffusion, processes, state.get("microbatch"), always_estimate=dry_run)
+    steps_left = train.last_step - (snapshot.step if snapshot else 0)
+    compiles, why = compilation.decide(train, processes.device, steps_left, state.get("settings", {}).get("compile"))
     if dry_run:
         compiles, why = False, "a dry run takes one step"
     if train.detect_anomaly:
         compiles, why = False, "detect_anomaly looks at single operations"
-    update = {"compile": compiles, "microbatch": fitted.microbatch}
+    plan = plan.resolved(fitted.microbatch, compiles)
     model = config.model.model_copy(update={"use_checkpoint": fitted.use_checkpoint})
-    settled = config.model_copy(update={"train": train.model_copy(update=update), "model": model})
-    why_engine = needs_engine(train, config.deepspeed, processes.world_size)
-    step_line = f"step: through DeepSpeed ({why_engine})" if why_engine else "step: on the device alone (one process)"
-    return settled, [step_line, f"torch.compile: {'yes' if compiles else 'no'} ({why})", *fitted.lines]
+    path = f"through DeepSpeed ({plan.engine_reason})" if plan.engine_reason else "on the device alone (one process)"
+    lines = [f"step: {path}", f"torch.compile: {'yes' if compiles else 'no'} ({why})", *fitted.lines]
+    return config.model_copy(update={"train": plan.train, "model": model}), plan, lines
 
 
-def _compile_kernels(config: Config, processes: Processes) -> list[str]:
-    """Have Triton's kernels compiled while this process builds and traces the network; lines that say so."""
-    train, world_size = config.train, processes.world_size
-    micro, accumulation = split_batch(train, world_size)
+def _compile_kernels(config: Config, plan: StepPlan, device: torch.device) -> list[str]:
+    """Start compiling Triton's kernels beside this process, which builds and traces the network; lines for the log."""
     launches = functools.partial(
         compilation.training_launches,
-        *(config.model, config.diffusion, micro, body_dtype(train.precision, processes.device)),
-        more=accumulation > 1,
-        rates=train.ema_rate,
-        scaled=train.precision == "fp16" or train.grad_clip > 0,
-        through_engine=bool(needs_engine(train, config.deepspeed, world_size)),
+        *(config.model, config.diffusion, plan.micro, plan.dtype),
+        more=plan.accumulation > 1,
+        rates=plan.train.ema_rate,
+        scaled=plan.scales_gradients,
+        through_engine=bool(plan.engine_reason),
     )
-    return precompile.start(launches, processes.device)
+    return precompile.start(launches, device)
 
 
 def _check(config: Config) -> None:
+    """UserError for settings that training can't use, alone or on this machine."""
     train, model = config.train, config.model
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to train on")
@@ -196,6 +202,7 @@ def _check(config: Config) -> None:
 
 
 def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None, build_cache: bool) -> Loader:
+    """This rank's images, with the classes of the checkpoint. UserError for classes that don't fit the model."""
     known = snapshot.state.get("class_names") if snapshot else None
     loader = open_images(
         config.data,

@@ -1,4 +1,4 @@
-"""The training loop: one optimiser step is a few micro-batches through DeepSpeed's engine, then the averages.
+"""The training state and its step: a few micro-batches forward and backward, AdamW, and the averages of the weights.
 
 A step is a function of the settings, the state and its number: images come from a seeded order, timesteps, noise
 and dropped labels from counters (seed, position of the image in the stream), dropout from a seed per step. So a run
@@ -31,18 +31,23 @@ from fastdiff.runtime.processes import Processes
 from fastdiff.training import compilation
 from fastdiff.training.checkpoints.format import Snapshot, adam_state_dict
 from fastdiff.training.checkpoints.saver import write_checkpoint
-from fastdiff.training.deepspeed_engine import create_engine, needs_engine, split_batch
+from fastdiff.training.deepspeed_engine import create_engine
 from fastdiff.training.deepspeed_step import EngineStep
 from fastdiff.training.device_step import DeviceStep
 from fastdiff.training.master_weights import MasterWeights
-from fastdiff.training.metrics import LossMeter
+from fastdiff.training.metrics import LossMeter, LossResult
 from fastdiff.training.optimizer import learning_rate
-from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import StepPlan
 
 
 def low_res_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
-    """Images [B, C, H, W] made small by area averaging, as super-resolution models see them in training."""
+    """Shrink images [B, C, H, W] by area averaging, as super-resolution models see them in training."""
     return F.interpolate(x, size_hw, mode="area")
+
+
+def rows_of(batch: Batch, rows: slice | Tensor) -> Batch:
+    """The part of a batch in these rows."""
+    return Batch(batch.images[rows], batch.labels[rows], batch.positions[rows])
 
 
 class Trainer:
@@ -50,62 +55,65 @@ class Trainer:
 
     def __init__(
         self,
-        train: TrainSettings,
-        deepspeed: dict[str, Any],
+        plan: StepPlan,
         model: UNet,
         diffusion: GaussianDiffusion,
         loader: Loader,
         processes: Processes,
         snapshot: Snapshot | None = None,
     ) -> None:
-        self.train, self.diffusion, self.loader, self.processes = train, diffusion, loader, processes
-        self.model_settings = model.settings
-        self.device = processes.device
-        self.micro, self.accumulation = split_batch(train, processes.world_size)
+        self.plan, self.train = plan, plan.train
+        self.model, self.model_settings = model, model.settings
+        self.diffusion, self.loader = diffusion, loader
+        self.processes, self.device = processes, processes.device
         if snapshot:
             model.load_state_dict(snapshot.model)
         weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         model.to(self.device).train()
-        self.engine, self.optimizer = create_engine(model, train, deepspeed, processes)
-        self.model = model
-        if train.compile is True:  # auto is settled before: see compilation.decide
-            compilation.compile_network(model, train.zero_stage)
-        self.masters = MasterWeights(self.engine, model, processes.rank, processes.world_size)
-        # DeepSpeed makes masters from weights already rounded to 16 bits, and may take a trial step on them.
-        self.masters.fill(self.masters.detached(), weights)
+        self.engine, self.optimizer = create_engine(model, plan)
+        if plan.train.compile is True:  # an auto has been resolved before
+            compilation.compile_network(model, plan.train.zero_stage)
+        self.master_weights = MasterWeights(self.engine, model, processes.rank, processes.world_size)
+        # DeepSpeed makes the master weights from weights already rounded to 16 bits, and may take a trial step.
+        self.master_weights.fill(self.master_weights.shards, weights)
         self.optimizer.state.clear()
-        self.ema = {str(rate): self.masters.clone() for rate in train.ema_rate}
-        self.optimizer.attach_averages(self.masters.flats, {float(rate): a for rate, a in self.ema.items()})
+        self.ema = {str(rate): self.master_weights.clone() for rate in self.train.ema_rate}
+        self.optimizer.attach_averages(self.master_weights.shards, {float(rate): a for rate, a in self.ema.items()})
         self.stepper: EngineStep | DeviceStep
-        if not needs_engine(train, deepspeed, processes.world_size):
-            self.stepper = DeviceStep(self.losses, self.optimizer, model, train, self.accumulation)
+        if plan.engine_reason:
+            self.stepper = EngineStep(self.losses, self.record, self.engine, self.optimizer, model, plan)
         else:
-            self.stepper = EngineStep(self.losses, self.engine, self.optimizer, model, self.accumulation)
-        self.sampler = create_timestep_sampler(train.schedule_sampler, diffusion.num_timesteps, self.device)
+            self.stepper = DeviceStep(self.losses, self.record, self.optimizer, model, plan)
+        self.timestep_sampler = create_timestep_sampler(
+            self.train.schedule_sampler, diffusion.num_timesteps, self.device
+        )
         self.meter = LossMeter(diffusion.num_timesteps, self.device)
-        self.step, self.samples = 0, 0  # optimiser steps taken, skipped ones too, and images
-        self.stream_seed, self.rollbacks = train.seed, 0
-        self.waited = 0.0  # seconds, for images
+        self.step, self.samples = 0, 0  # optimiser steps (skipped ones included) and images so far
+        self.stream_seed, self.rollbacks = self.train.seed, 0
+        self.waited = 0.0  # seconds spent waiting for images
         if snapshot:
             self._restore(snapshot)
 
     # --- one step ---
 
     def run(self) -> Iterator[int]:
-        """Steps until the last, yielding the number of steps done after each."""
+        """Take steps until the last, yielding the number of steps done after each."""
         while self.step < self.train.last_step:
             self.take_step()
             yield self.step
 
     def take_step(self) -> None:
-        """One optimiser step over batch_size images."""
-        batch = self._next_batch()
-        cuts = (slice(i * self.micro, (i + 1) * self.micro) for i in range(self.accumulation))
-        parts = [Batch(batch.images[cut], batch.labels[cut], batch.positions[cut]) for cut in cuts]
-        self.last_batch = batch
-        self.stepper.take(parts, self.train, self.step, functools.partial(self.seed_dropout, self.step))
+        """Take one optimiser step over batch_size images."""
+        self.last_batch = self._next_batch()
+        micro_batches = self.micro_batches(self.last_batch)
+        self.stepper.take(micro_batches, self.step, functools.partial(self.seed_dropout, self.step))
         self.step += 1
         self.samples += self.train.batch_size
+
+    def micro_batches(self, batch: Batch) -> list[Batch]:
+        """This rank's part of a global batch, cut into micro-batches."""
+        micro = self.plan.micro
+        return [rows_of(batch, slice(i * micro, (i + 1) * micro)) for i in range(self.plan.accumulation)]
 
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
@@ -113,8 +121,8 @@ class Trainer:
         self.waited += time.perf_counter() - start
         return Batch(batch.images, batch.labels, to_device(batch.positions, self.device))
 
-    def losses(self, network: Any, batch: Batch) -> Tensor:
-        """The loss of a micro-batch, to be minimised; its terms go to the meter and the timestep sampler."""
+    def losses(self, network: Any, batch: Batch) -> LossResult:
+        """The loss of a micro-batch under the trainer's counters and timestep sampler. Changes nothing."""
         t, weights = self.draw_timesteps(batch)
         model_kwargs = {}
         if self.model_settings.class_cond:
@@ -122,13 +130,16 @@ class Trainer:
         if isinstance(self.model_settings, SuperResSettings):
             model_kwargs["low_res"] = low_res_of(ops.start_map(batch.images), self.model_settings.small_size)
         terms = self.diffusion.training_losses(network, batch.images, t, model_kwargs, self.noise_of(batch))
-        self.sampler.update(t, terms["loss"].detach())
-        self.meter.add(t, weights, terms)
-        return (terms["loss"] * weights).mean()
+        return LossResult((terms["loss"] * weights).mean(), t, weights, terms)
+
+    def record(self, result: LossResult) -> None:
+        """Add a micro-batch's losses to the timestep sampler's history and to the meter. Collective."""
+        self.timestep_sampler.update(result.t, result.terms["loss"].detach())
+        self.meter.add(result.t, result.weights, result.terms)
 
     def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Timesteps and importance weights of a micro-batch."""
-        return self.sampler.sample(ops.image_uniform(self.stream_seed | TIMESTEPS, batch.positions, 0))
+        """Timesteps [B] int64 and importance weights [B] float32 of a micro-batch."""
+        return self.timestep_sampler.sample(ops.image_uniform(self.stream_seed | TIMESTEPS, batch.positions, 0))
 
     def labels_of(self, batch: Batch) -> Tensor:
         """Labels [B] int64 of a micro-batch, a share of them replaced by the null class (Ho & Salimans 2022)."""
@@ -138,19 +149,19 @@ class Trainer:
         return batch.labels.masked_fill(uniform < self.train.label_dropout, self.model_settings.num_classes)
 
     def noise_of(self, batch: Batch) -> ops.CounterNoise:
-        """The noise of a micro-batch, named by the images' positions in the stream."""
+        """The noise of a micro-batch, keyed by the images' positions in the stream."""
         _, H, W, C = batch.images.shape
         return ops.CounterNoise(self.stream_seed | NOISE, batch.positions, (C, H, W))
 
     def seed_dropout(self, step: int, micro: int) -> None:
-        """Before a micro-batch of the step that follows `step` others."""
+        """Seed PyTorch's generators for micro-batch number `micro` of the step after `step` others."""
         entropy = [self.stream_seed, step, self.processes.rank, micro]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
-    # --- what is reported ---
+    # --- reporting ---
 
     def read_metrics(self) -> dict[str, float]:
-        """Means since the last call, under improved-diffusion's names. Collective; the one place that waits."""
+        """Means since the last call, under improved-diffusion's names. Waits for the device. Collective."""
         metrics = self.meter.read()
         norms = [float(norm) for norm in self.stepper.grad_norms if norm is not None]
         finite = [norm for norm in norms if math.isfinite(norm)] or norms  # not finite where a step was skipped
@@ -180,7 +191,7 @@ class Trainer:
     @property
     def state_bytes(self) -> int:
         """The size of a checkpoint to within some kilobytes: weights, averages and two moments in fp32."""
-        return 4 * (3 + len(self.ema)) * sum(shape.numel() for shape in self.masters.shapes.values())
+        return 4 * (3 + len(self.ema)) * sum(shape.numel() for shape in self.master_weights.shapes.values())
 
     def checkpoint_files(self, info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """Make the files of a checkpoint one after another: (name, content for torch.save). Collective.
@@ -189,18 +200,18 @@ class Trainer:
         None; they have to iterate to the end too.
         """
         averages = {f"ema_{rate}_": tensors for rate, tensors in self.ema.items()}
-        for prefix, tensors in {"model": self.masters.flats, **averages}.items():
+        for prefix, tensors in {"model": self.master_weights.shards, **averages}.items():
             yield f"{prefix}{self.step:06d}.pt", self._gather_weights(tensors, info)
         moments, updates = self._moments()
         yield f"opt{self.step:06d}.pt", self._gather_moments(moments, updates)
         yield "state.pt", self._rest_of_state(updates)
 
     def _gather_weights(self, tensors: list[Tensor], info: dict[str, Any]) -> dict[str, Tensor] | None:
-        state = self.masters.gather(tensors)
+        state = self.master_weights.gather(tensors)
         return None if state is None else with_info(state, info)
 
     def _gather_moments(self, moments: dict[str, list[Tensor]], updates: int) -> dict[str, Any] | None:
-        exp_avg, exp_avg_sq = (self.masters.gather(moments[key]) for key in ("exp_avg", "exp_avg_sq"))
+        exp_avg, exp_avg_sq = (self.master_weights.gather(moments[key]) for key in ("exp_avg", "exp_avg_sq"))
         if exp_avg is None or exp_avg_sq is None:
             return None
         group = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
@@ -219,31 +230,28 @@ class Trainer:
             "settings": self.train.model_dump(mode="json"),
             "loader": self.loader.state_dict(),
             "class_names": list(self.loader.class_names),
-            "timestep_sampler": self.sampler.state_dict(),
+            "timestep_sampler": self.timestep_sampler.state_dict(),
             "loss_scaler": self.stepper.scaler_state() if self.train.precision == "fp16" else {},
             "meter": self.meter.state_dict(),
             "grad_norms": [float(norm) for norm in self.stepper.grad_norms if norm is not None],
             "world_size": self.processes.world_size,
-            "microbatch": self.micro,
+            "microbatch": self.plan.micro,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
         }
 
     def _moments(self) -> tuple[dict[str, list[Tensor]], int]:
-        """AdamW's moments on this rank, laid out like the masters (zeros before the first update), and the updates."""
-        states = [self.optimizer.state.get(flat, {}) for flat in self.masters.flats]
+        """AdamW's moments on this rank, laid out like the shards (zeros before the first update), and the updates."""
+        states = [self.optimizer.state.get(shard, {}) for shard in self.master_weights.shards]
         updates = max((int(state["step"]) for state in states if "step" in state), default=0)
-        zeros = torch.zeros_like
+        pairs = list(zip(states, self.master_weights.shards, strict=True))
         return {
-            key: [
-                state[key] if key in state else zeros(flat)
-                for state, flat in zip(states, self.masters.flats, strict=True)
-            ]
+            key: [state[key] if key in state else torch.zeros_like(shard) for state, shard in pairs]
             for key in ("exp_avg", "exp_avg_sq")
         }, updates
 
     def roll_back(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot, and on from there with other images, timesteps and noise than the first time."""
-        self.masters.load(self.model, snapshot.model)
+        """Return to a snapshot, and draw other images, timesteps and noise from there than the first time."""
+        self.master_weights.load(self.model, snapshot.model)
         self.optimizer.state.clear()
         self._restore(snapshot)
         self.rollbacks += 1
@@ -251,26 +259,26 @@ class Trainer:
         self.stepper.start_over()
 
     def _take_stream(self, seed: int) -> None:
-        """The seed of everything that is drawn per image."""
+        """Set the seed of everything that is drawn per image."""
         self.stream_seed = seed
         self.loader.reseed(seed)
 
     def _restore(self, snapshot: Snapshot) -> None:
         for rate, averages in self.ema.items():
-            self.masters.fill(averages, snapshot.ema.get(rate, snapshot.model))
+            self.master_weights.fill(averages, snapshot.ema.get(rate, snapshot.model))
         if snapshot.exp_avg:
             updates = torch.tensor(float(snapshot.state.get("updates", snapshot.step)))
             for key in ("exp_avg", "exp_avg_sq"):
-                tensors = self.masters.zeros()
-                self.masters.fill(tensors, getattr(snapshot, key))
-                for flat, tensor in zip(self.masters.flats, tensors, strict=True):
-                    self.optimizer.state[flat][key] = tensor
-            for flat in self.masters.flats:
-                self.optimizer.state[flat]["step"] = updates.to(flat.device, copy=True)
+                tensors = self.master_weights.zeros()
+                self.master_weights.fill(tensors, getattr(snapshot, key))
+                for shard, tensor in zip(self.master_weights.shards, tensors, strict=True):
+                    self.optimizer.state[shard][key] = tensor
+            for shard in self.master_weights.shards:
+                self.optimizer.state[shard]["step"] = updates.to(shard.device, copy=True)
         self.step = snapshot.step
         state = snapshot.state
         self.stepper.load_state_dict({name: state.get(name, 0) for name in ("skipped_steps", "bad_streak")})
-        # A bare checkpoint doesn't say how many images it has seen: as many as these steps would have taken.
+        # A checkpoint without this state does not say how many images it has seen: assume these steps' batches.
         self.samples = state.get("samples", snapshot.step * self.train.batch_size)
         self.loader.load_state_dict(state.get("loader") or {**self.loader.state_dict(), "position": self.samples})
         self.rollbacks = state.get("rollbacks", 0)
@@ -278,7 +286,7 @@ class Trainer:
             self._take_stream(state["stream_seed"])
         if state.get("timestep_sampler"):
             try:
-                self.sampler.load_state_dict(state["timestep_sampler"])
+                self.timestep_sampler.load_state_dict(state["timestep_sampler"])
             except ValueError as error:
                 raise UserError(f"--schedule_sampler: {error}; keep the checkpoint's diffusion steps") from None
             except (KeyError, AttributeError, TypeError, RuntimeError) as error:

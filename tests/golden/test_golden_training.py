@@ -16,8 +16,9 @@ from fastdiff import ops
 from fastdiff.diffusion import create_timestep_sampler
 from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
 from fastdiff.training.deepspeed_engine import start_processes
-from fastdiff.training.metrics import LossMeter
+from fastdiff.training.metrics import LossMeter, LossResult
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import plan_step
 from fastdiff.training.trainer import learning_rate
 
 
@@ -97,29 +98,20 @@ class Trace:
 class Recording(ScriptedTrainer):
     """Keeps the unweighted terms of the last micro-batch."""
 
-    def losses(self, network: Any, batch: Any) -> Tensor:
-        kept, add = {}, self.meter.add
-        self.meter.add = lambda t, weights, terms: (kept.update(terms, weights=weights), add(t, weights, terms))
-        try:
-            return super().losses(network, batch)
-        finally:
-            del self.meter.add
-            self.terms = {f"per_sample_{k}": v.detach().clone() for k, v in kept.items() if k != "weights"}
-            self.terms["weights"] = kept["weights"]
+    def losses(self, network: Any, batch: Any) -> LossResult:
+        result = super().losses(network, batch)
+        self.terms = {f"per_sample_{name}": term.detach().clone() for name, term in result.terms.items()}
+        self.terms["weights"] = result.weights
+        return result
 
 
 def _trainer(case: Case, variant: dict[str, Any], snapshot: Snapshot | None = None) -> Recording:
     images = case.tensor("in_x")
     model = load_model(case.config["model"], case.weights(), tuple(images.shape[-2:]))
-    trainer = Recording(
-        _settings(variant),
-        {},
-        model,
-        diffusion_for(variant["flags"]),
-        ScriptedLoader(images, _labels(case)),
-        start_processes(),
-        snapshot,
-    )
+    processes = start_processes()
+    plan = plan_step(_settings(variant), {}, processes)
+    loader = ScriptedLoader(images, _labels(case))
+    trainer = Recording(plan, model, diffusion_for(variant["flags"]), loader, processes, snapshot)
     trainer.t, trainer.weights = _script(case, variant)
     trainer.noise = case.tensor("in_noise")
     return trainer
@@ -143,17 +135,17 @@ def test_trainer_follows_the_trace(case: Case, tmp_path: Path) -> None:
                 trainer.save(tmp_path / variant["name"], {})
         trace.compare()
         prefix = f"out_{variant['name']}"
-        masters = trainer.masters
-        _check_state(case, prefix, masters.gather(masters.flats), "param")
+        master_weights = trainer.master_weights
+        _check_state(case, prefix, master_weights.gather(master_weights.shards), "param")
         for rate, averages in trainer.ema.items():
-            _check_state(case, prefix, masters.gather(averages), f"ema{rate}")
+            _check_state(case, prefix, master_weights.gather(averages), f"ema{rate}")
         moments, updates = trainer._moments()
         assert updates == case.expected[variant["name"]].get("optimizer_steps", variant["steps"])
         order = case.expected["param_order"]
         for key, tensors in moments.items():
-            case.check(f"{prefix}__{key}_norms", _norms(masters.gather(tensors), order))
+            case.check(f"{prefix}__{key}_norms", _norms(master_weights.gather(tensors), order))
         if case.has(f"{prefix}__sampler_weights_final"):
-            case.check(f"{prefix}__sampler_weights_final", trainer.sampler.weights())
+            case.check(f"{prefix}__sampler_weights_final", trainer.timestep_sampler.weights())
         for updates, name in saves.items():
             _check_files(case, variant, tmp_path / variant["name"] / f"step_{updates:06d}", updates, name)
         if "resume" in variant:
@@ -196,9 +188,9 @@ def _check_resume(case: Case, variant: dict[str, Any], folder: Path) -> None:
     case.check(f"{prefix}__lr", rates)
     case.check(f"{prefix}__logged_step", steps)
     order = case.expected["param_order"]
-    case.check(f"{prefix}__param_norms", _norms(trainer.masters.gather(trainer.masters.flats), order))
+    case.check(f"{prefix}__param_norms", _norms(trainer.master_weights.gather(trainer.master_weights.shards), order))
     for rate, averages in trainer.ema.items():
-        case.check(f"{prefix}__ema{rate}_norms", _norms(trainer.masters.gather(averages), order))
+        case.check(f"{prefix}__ema{rate}_norms", _norms(trainer.master_weights.gather(averages), order))
 
 
 @cases("training")

@@ -1,4 +1,4 @@
-"""A step with a non-finite loss or gradient is as if it hadn't been. Run by test_guards.py, alone or by torchrun.
+"""Checks that a step with a non-finite loss or gradient changes nothing. test_guards.py runs it, alone or by torchrun.
 
 python guard_checks.py STAGE:PRECISION:WHAT [STAGE:PRECISION:WHAT ...]
 """
@@ -16,27 +16,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiff.training.diagnostics.diagnosis import diagnose
+from fastdiff.training.metrics import LossResult
 from fastdiff.training.trainer import Trainer
 from helpers.small_trainer import small_trainer
 
 SETTINGS: dict[str, Any] = {"lr_warmup_steps": 5, "lr_anneal_steps": 20, "weight_decay": 0.1}
 THROUGH_ENGINE = {"wall_clock_breakdown": False}
-"""A section that only DeepSpeed can follow, and that changes nothing in the numbers."""
+"""A section that forces the step through DeepSpeed and changes no number."""
 
 
 @contextmanager
 def spoilt(trainer: Trainer, what: str, micro: int = 1, rank: int = 0) -> Iterator[None]:
-    """In here one micro-batch of one rank has a bad loss ("loss": inf, its gradients finite) or bad gradients."""
+    """Within the block one micro-batch of one rank has an infinite loss with finite gradients (what="loss"), or nan
+    gradients (what="gradient").
+    """
     losses, seen = trainer.stepper.losses, iter(range(1000))
 
-    def spoil(network: Any, batch: Any) -> Tensor:
-        loss = losses(network, batch)
-        if next(seen) % trainer.accumulation != micro or trainer.processes.rank != rank:
-            return loss
+    def spoil(network: Any, batch: Any) -> LossResult:
+        result = losses(network, batch)
+        if next(seen) % trainer.plan.accumulation != micro or trainer.processes.rank != rank:
+            return result
         if what == "loss":
-            return loss + math.inf
-        loss.register_hook(lambda gradient: gradient * math.nan)
-        return loss
+            return result._replace(loss=result.loss + math.inf)
+        result.loss.register_hook(lambda gradient: gradient * math.nan)
+        return result
 
     trainer.stepper.losses = spoil
     yield
@@ -44,20 +47,20 @@ def spoilt(trainer: Trainer, what: str, micro: int = 1, rank: int = 0) -> Iterat
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that a step changes, on rank 0; on others nothing."""
+    """Everything that a step changes, on rank 0; only "updates" elsewhere. Collective."""
     moments, updates = trainer._moments()
-    sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
-    gathered = {kind: trainer.masters.gather(tensors) or {} for kind, tensors in sets.items()}
+    sets = {"model": trainer.master_weights.shards, **trainer.ema, **moments}
+    gathered = {kind: trainer.master_weights.gather(tensors) or {} for kind, tensors in sets.items()}
     whole = {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
     return {**whole, "updates": torch.tensor(updates)}
 
 
 def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] | None = None, **settings: Any) -> None:
-    """Good, bad, good equals good, nothing, good, bit for bit; a bad step alone changes no bit."""
+    """A good, a bad and a good step give the bits of a good, no and a good step; the bad one changes no bit."""
     made = {"zero_stage": stage, "precision": precision, "batch_size": 8, **SETTINGS, **settings}
     trainer = small_trainer(deepspeed=deepspeed, **made)
     case = (type(trainer.stepper).__name__, stage, precision, what, trainer.processes.world_size)
-    assert trainer.accumulation > 1
+    assert trainer.plan.accumulation > 1
     trainer.take_step()
     before = state(trainer)
     with spoilt(trainer, what, rank=trainer.processes.world_size - 1):
@@ -88,9 +91,9 @@ def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] 
 
 
 def check_diagnosis(settings: dict[str, Any]) -> None:
-    """Of a step whose gradients were spoilt: the images, timesteps and losses of the step, finite norms by block."""
+    """A diagnosis of a step with nan gradients names its images, timesteps and losses, and finite norms by block."""
     trainer = small_trainer(lr_anneal_steps=10, **settings)
-    trainer.loader.batch_size = trainer.micro * trainer.accumulation  # a rank's share, as real loaders give
+    trainer.loader.batch_size = trainer.plan.share  # a rank's share, as real loaders give
     trainer.take_step()
     trainer.read_metrics()
     with spoilt(trainer, "gradient"):
@@ -119,7 +122,7 @@ def check_diagnosis(settings: dict[str, Any]) -> None:
         assert all(math.isfinite(number) and number > 0 for number in numbers.values())
     assert not content["bad_weights"] + content["bad_gradients"]
     assert lines[0].startswith("diagnosis after step 2: 1 steps skipped, the last 1 in a row")
-    trainer.take_step()  # nothing was changed by looking
+    trainer.take_step()  # the diagnosis has changed nothing
     assert trainer.stepper.bad_streak() == 0
 
 

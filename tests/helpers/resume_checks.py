@@ -18,6 +18,7 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import plan_step
 from fastdiff.training.trainer import Trainer
 
 MODEL = UNetSettings(
@@ -63,7 +64,8 @@ def make_trainer(data: Path, snapshot: Snapshot | None = None, loader: str = "pi
     diffusion = create_diffusion(DIFFUSION, MODEL.learn_sigma)
     # By default ZeRO-3 would not partition parameters as small as those of these networks.
     deepspeed = {"zero_optimization": {"stage3_param_persistence_threshold": 3000}} if train.zero_stage == 3 else {}
-    return Trainer(train, deepspeed, build_model(MODEL), diffusion, images, processes, snapshot)
+    plan = plan_step(train, deepspeed, processes)
+    return Trainer(plan, build_model(MODEL), diffusion, images, processes, snapshot)
 
 
 def steps(trainer: Trainer, count: int) -> list[float]:
@@ -78,12 +80,12 @@ def steps(trainer: Trainer, count: int) -> list[float]:
 def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """All tensors that training changes, by name, on rank 0; None on others."""
     moments, updates = trainer._moments()
-    sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
-    gathered = {kind: trainer.masters.gather(tensors) for kind, tensors in sets.items()}
+    sets = {"model": trainer.master_weights.shards, **trainer.ema, **moments}
+    gathered = {kind: trainer.master_weights.gather(tensors) for kind, tensors in sets.items()}
     if gathered["model"] is None:
         return None
     whole = {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
-    return {**whole, "history": trainer.sampler.history, "updates": torch.tensor(updates)}
+    return {**whole, "history": trainer.timestep_sampler.history, "updates": torch.tensor(updates)}
 
 
 def check_exact_resume(

@@ -1,4 +1,4 @@
-"""A trainer whose images, timesteps and noise are given, and small stand-ins around it."""
+"""A trainer whose images, timesteps and noise are given, and a loader for it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def importance(sampler: UniformSampler, t: Tensor) -> Tensor:
 
 
 class ScriptedTrainer(Trainer):
-    """Feeds row `loader.position` of recorded timesteps, weights and noise, [steps, B, ...]; logs what it saw."""
+    """A trainer that takes its timesteps, weights and noise from row `loader.position` of tensors [steps, B, ...]."""
 
     t: Tensor
     noise: Tensor
@@ -54,7 +54,7 @@ class ScriptedTrainer(Trainer):
         t = self.t[row]
         if self.weights is not None:
             return t, self.weights[row]
-        return t, importance(self.sampler, t)
+        return t, importance(self.timestep_sampler, t)
 
     def noise_of(self, batch: Batch) -> Tensor:  # type: ignore[override]
         return self.noise[int(batch.positions[0])]

@@ -1,4 +1,4 @@
-"""A trainer of a tiny network on images made up on the spot."""
+"""A trainer of a tiny network on random images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import plan_step
 from fastdiff.training.trainer import Trainer
 
 MODEL: dict[str, Any] = {
@@ -26,7 +27,7 @@ MODEL: dict[str, Any] = {
 
 
 class MadeUp:
-    """Random images [B, 8, 8, 3] that depend on their position in the stream alone, on the GPU where there is one."""
+    """A loader of random images [B, 8, 8, 3] that depend on their position in the stream alone, on the GPU if any."""
 
     class_names = ["only"]
     num_images = 1000
@@ -62,7 +63,7 @@ def small_trainer(
     deepspeed: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Trainer:
-    """Four images a step, in two micro-batches unless settings say otherwise; no weight starts at zero."""
+    """A trainer of four images a step, in two micro-batches unless settings say otherwise; no weight starts at zero."""
     given = {"batch_size": 4, "microbatch": 2, "lr": 1e-3, "ema_rate": "0.9,0.99", "seed": 3, **settings}
     train = TrainSettings(**given)
     network_settings = UNetSettings(**{**MODEL, **(model or {})})
@@ -73,11 +74,13 @@ def small_trainer(
             parameter.add_(0.02 * torch.randn_like(parameter))
     diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50, noise_schedule="cosine"), learn_sigma=True)
     loader = MadeUp(train.batch_size, network_settings.image_size[0])
-    return Trainer(train, deepspeed or {}, network, diffusion, loader, start_processes(), snapshot)  # type: ignore[arg-type]
+    processes = start_processes()
+    plan = plan_step(train, deepspeed or {}, processes)
+    return Trainer(plan, network, diffusion, loader, processes, snapshot)  # type: ignore[arg-type]
 
 
 def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
-    """Metrics of each of so many steps."""
+    """Take steps; returns the metrics of each."""
     made = []
     for _ in range(steps):
         trainer.take_step()
@@ -86,8 +89,8 @@ def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, averages and moments."""
+    """Weights, averages and moments, as "model/NAME", "0.9/NAME", "exp_avg/NAME", …"""
     moments, _ = trainer._moments()
-    sets = {"model": trainer.masters.flats, **trainer.ema, **moments}
-    gathered = {kind: trainer.masters.gather(tensors) or {} for kind, tensors in sets.items()}
+    sets = {"model": trainer.master_weights.shards, **trainer.ema, **moments}
+    gathered = {kind: trainer.master_weights.gather(tensors) or {} for kind, tensors in sets.items()}
     return {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}

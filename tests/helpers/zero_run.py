@@ -22,6 +22,7 @@ from fastdiff.runtime.processes import Processes
 from fastdiff.training.deepspeed_engine import create_engine, start_processes
 from fastdiff.training.master_weights import MasterWeights
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import plan_step
 
 MODEL = UNetSettings(
     image_size=8, num_channels=32, channel_mult="1,2", num_res_blocks=1, attention_resolutions="4", learn_sigma=True
@@ -82,8 +83,8 @@ def count(processes: Processes, stage: int, precision: str, reuse: int = 1_000_0
             "stage3_prefetch_bucket_size": min(reuse, 50_000_000),  # what it fetches ahead it doesn't release either
             "reduce_bucket_size": 1_000_000,
         }
-    engine, optimizer = create_engine(model, train, section, processes)
-    masters = MasterWeights(engine, model, processes.rank, world_size)
+    engine, optimizer = create_engine(model, plan_step(train, section, processes))
+    master_weights = MasterWeights(engine, model, processes.rank, world_size)
     parameters = list(model.parameters())
     counted: dict[str, Any] = {"stage": stage, "precision": precision, "reuse": reuse}
     for _ in range(2):
@@ -100,11 +101,11 @@ def count(processes: Processes, stage: int, precision: str, reuse: int = 1_000_0
     counted["messages"] = logged(comms_logger.comms_dict, world_size)
     weights = storages([p.data for p in parameters] + [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")])
     counted["weights"] = sum(weights.values())
-    flats = storages(masters.detached())
-    counted["masters"] = sum(size for address, size in flats.items() if address not in weights)
+    shards = storages(master_weights.shards)
+    counted["masters"] = sum(size for address, size in shards.items() if address not in weights)
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     counted["moments"] = sum(storages(moments).values())
-    counted["averages"] = sum(sum(storages(masters.clone()).values()) for _ in train.ema_rate)
+    counted["averages"] = sum(sum(storages(master_weights.clone()).values()) for _ in train.ema_rate)
     return counted
 
 

@@ -22,7 +22,7 @@ def test_a_reader_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "stdout", pipe)
         with screen.tolerate_closed_output():
             for line in ("one", "two"):
-                reporter.say(line)
+                reporter.log(line)
             print("three", flush=True)
         assert sys.stdout is pipe
         monkeypatch.undo()
@@ -62,6 +62,6 @@ def test_names_that_are_no_unicode(tmp_path: Path, capsys: pytest.CaptureFixture
     images = str(tmp_path / os.fsdecode(b"b\xff"))
     assert DataSettings(data_dir=images).data_dir == images
     with screen.tolerate_closed_output(), Reporter(tmp_path, 3, 0) as reporter:
-        reporter.say(f"of {images}")
+        reporter.log(f"of {images}")
     assert capsys.readouterr().out.endswith("b\\udcff\n")
     assert (tmp_path / "log.txt").read_text().endswith("b\\udcff\n")

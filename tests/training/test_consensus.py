@@ -1,4 +1,4 @@
-"""Wishes of ranks are heard, however often something else is agreed on between two steps."""
+"""Requests of ranks reach all ranks, however often ranks agree on something else between two steps."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ class Done:
 
 
 @pytest.fixture
-def agreement(monkeypatch: pytest.MonkeyPatch) -> Consensus:
-    """Of two ranks, of which the other wishes nothing."""
+def consensus(monkeypatch: pytest.MonkeyPatch) -> Consensus:
+    """A consensus of two ranks, of which the other requests nothing."""
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: Done())
     return Consensus(2, 2, timedelta(seconds=1))
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_a_wish_is_heard(every: int, agreement: Consensus) -> None:
-    """Given at step 4 and from then on, with something saved after every so many steps."""
+def test_a_request_is_heard(every: int, consensus: Consensus) -> None:
+    """It is sent from step 4 on, and something is saved every few steps."""
     heard = []
     for step in range(1, 9):
-        heard.append(agreement.exchange([step >= 4, False])[0])
+        heard.append(consensus.exchange([step >= 4, False])[0])
         if step % every == 0:
-            assert agreement.any(False) is False
+            assert consensus.any(False) is False
     assert heard.index(True) + 1 == 5
     assert heard == [False] * 4 + [True] * 4
 
 
-def test_a_wish_that_is_granted_is_forgotten(agreement: Consensus) -> None:
-    agreement.exchange([True, True])
-    agreement.forget(1)
-    assert agreement.exchange([False, False]) == [True, False]
-    assert agreement.exchange([False, False]) == [False, False]
+def test_a_request_that_is_served_is_forgotten(consensus: Consensus) -> None:
+    consensus.exchange([True, True])
+    consensus.forget(1)
+    assert consensus.exchange([False, False]) == [True, False]
+    assert consensus.exchange([False, False]) == [False, False]
 
 
 def test_alone() -> None:

@@ -16,10 +16,12 @@ from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.training import device_step as steps
 from fastdiff.training.checkpoints.format import read_snapshot
-from fastdiff.training.deepspeed_engine import needs_engine, start_processes
+from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.deepspeed_step import EngineStep
 from fastdiff.training.device_step import DeviceStep, LossScale
+from fastdiff.training.metrics import LossResult
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import needs_engine
 
 # A section that only DeepSpeed can follow, and that changes nothing in the numbers.
 THROUGH_ENGINE = {"wall_clock_breakdown": False}
@@ -149,6 +151,20 @@ def test_cuda_graph_gpu(precision: str, microbatch: int) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-2)
 
 
+def test_losses_change_nothing() -> None:
+    """They are computed first and recorded after: by the meter and in the timestep sampler's history."""
+    trainer = small_trainer(schedule_sampler="loss-second-moment", model={"dropout": 0.0})
+    batch = trainer.micro_batches(trainer._next_batch())[0]
+    first, again = (trainer.losses(trainer.model, batch) for _ in range(2))
+    assert torch.equal(first.loss, again.loss)
+    assert torch.equal(first.loss, (first.terms["loss"] * first.weights).mean())
+    assert not trainer.timestep_sampler.counts.any()
+    assert not trainer.meter.sums.any()
+    trainer.record(first)
+    assert trainer.timestep_sampler.counts.sum() == len(first.t)
+    assert trainer.read_metrics()["loss"] == pytest.approx(first.loss.item())
+
+
 # --- the loss scale ---
 
 
@@ -184,7 +200,12 @@ def test_overflow_skips_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: value.clone() for name, value in weights_of(trainer).items()}
     scale = step.scaler_state()["cur_scale"]
     losses = step.losses
-    step.losses = lambda network, batch: losses(network, batch) * float("inf")
+
+    def infinite(network: Any, batch: Any) -> LossResult:
+        result = losses(network, batch)
+        return result._replace(loss=result.loss * float("inf"))
+
+    step.losses = infinite
     trainer.take_step()
     assert all(torch.equal(value, before[name]) for name, value in weights_of(trainer).items())
     assert step.scaler_state()["cur_scale"] == scale / 2
@@ -212,7 +233,7 @@ def test_resume_with_a_loss_scale(tmp_path: Path) -> None:
     trainer = small_trainer(precision="fp16", fp16_scale_growth=0.5)
     trainer.model.set_precision(torch.float32)
     losses_of(trainer, 3)
-    trainer.stepper.skipped_steps = 2
+    trainer.stepper.load_state_dict({"skipped_steps": 2, "bad_streak": 0})
     trainer.save(tmp_path, {})
     snapshot = read_snapshot(tmp_path / "step_000003", ["0.9", "0.99"])
     resumed = small_trainer(snapshot, precision="fp16", fp16_scale_growth=0.5)

@@ -109,7 +109,7 @@ def test_losses_take_the_dropped_labels() -> None:
         seen.append(y)
         return trainer.model(x, t, y=y)
 
-    trainer.losses(network, batch).backward()
+    trainer.losses(network, batch).loss.backward()
     assert torch.equal(seen[0], trainer.labels_of(batch))
     gradient = trainer.model.label_emb.weight.grad
     assert gradient[0].abs().max() > 0

@@ -21,20 +21,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-IN_SHORT_TURNS = """
+WITH_SHORT_POLLS = """
 import sys
 from fastdiff import train
 from fastdiff.training import loop
 may_draw_on = loop.Loop._may_draw_on
 
 def counted(self):
-    began = self.turn_began
+    began = self.last_poll
     go_on = may_draw_on(self)
-    if self.turn_began != began:
-        print("a turn", flush=True)
+    if self.last_poll != began:
+        print("a poll", flush=True)
     return go_on
 
-loop.TURN, loop.Loop._may_draw_on = 0.0, counted
+loop.POLL, loop.Loop._may_draw_on = 0.0, counted
 train.main(sys.argv[1:])
 """
 
@@ -50,11 +50,11 @@ def by_two(code: str, folder: Path, argv: list[str]) -> str:
     return done.stdout
 
 
-def test_ranks_wait_in_turns_for_the_one_that_draws(data: Path, tmp_path: Path) -> None:
-    """No collective waits for a whole picture: here each of the sampler's steps ends a turn."""
+def test_ranks_poll_the_one_that_draws(data: Path, tmp_path: Path) -> None:
+    """No collective waits for a whole picture: here rank 0 answers a poll in each of the sampler's steps."""
     more = ("--max_steps", "4", "--sample_interval", "2", "--sample_respacing", "ddim5")
-    out = by_two(IN_SHORT_TURNS, tmp_path, flags(data, tmp_path / "run", *more))
-    assert out.count("a turn") == 2 * (1 + 5)  # before each of two pictures, and after each of their five steps
+    out = by_two(WITH_SHORT_POLLS, tmp_path, flags(data, tmp_path / "run", *more))
+    assert out.count("a poll") == 2 * (1 + 5)  # before each of two pictures, and after each of their five steps
     assert sorted(p.name for p in (tmp_path / "run" / "samples").iterdir()) == ["step_000002.png", "step_000004.png"]
     assert status_of(tmp_path / "run") == ("done", 4, 0)
 
@@ -74,7 +74,8 @@ def find_snapshot(config, folder):
 
 def losses(self, network, batch):
     bad = self.step >= 5 and self.stream_seed == self.train.seed and self.processes.rank == 1
-    return real(self, network, batch) * (float("nan") if bad else 1.0)
+    result = real(self, network, batch)
+    return result._replace(loss=result.loss * float("nan")) if bad else result
 
 resume.find_snapshot, Trainer.losses = find_snapshot, losses
 train.main(sys.argv[1:])

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.waits import Waits
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.errors import UserError
 from fastdiff.training import deepspeed_engine as engines
-from fastdiff.training.master_weights import MasterWeights
+from fastdiff.training.master_weights import TRIED, MasterWeights
 from fastdiff.training.optimizer import AdamWEMA, OnDevice
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import plan_step
 
 SHAPES = [(5, 3, 3, 3), (5,), (7, 11), (1,), (130, 4)]
 RATES = [0.999, 0.5]
@@ -50,7 +53,7 @@ class Run:
 
     engine: Any
     optimizer: AdamWEMA
-    masters: MasterWeights
+    master_weights: MasterWeights
     averages: dict[float, list[Tensor]]
     dtype: torch.dtype
 
@@ -64,11 +67,11 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a step changes, copied."""
-        states = [self.optimizer.state[flat] for flat in self.masters.flats]
-        sets: dict[str, list[Tensor]] = {"weight": self.masters.flats}
+        states = [self.optimizer.state[flat] for flat in self.master_weights.shards]
+        sets: dict[str, list[Tensor]] = {"weight": self.master_weights.shards}
         sets |= {f"average {rate}": tensors for rate, tensors in self.averages.items()}
         sets |= {key: [state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")}
-        sets["model"] = list(self.masters.gather(self.masters.flats).values())
+        sets["model"] = list(self.master_weights.gather(self.master_weights.shards).values())
         return {f"{kind} {i}": t.detach().clone() for kind, ts in sets.items() for i, t in enumerate(ts)}
 
 
@@ -83,17 +86,17 @@ def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0
     deepspeed = engines._import_deepspeed()
     train = TrainSettings(batch_size=1, zero_stage=stage, precision=precision, grad_clip=grad_clip)
     section = {"fp16": {"initial_scale_power": 4}} if precision == "fp16" else {}
-    config = engines.deepspeed_config(train, section, processes.world_size)
+    config = plan_step(train, section, processes).deepspeed_json()
     model = Dots().to(processes.device)
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = AdamWEMA(model.parameters(), lr=1e-3, weight_decay=0.0, fused_kernel=fused_kernel)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    masters = MasterWeights(engine, model, 0, 1)
-    masters.fill(masters.detached(), weights)
+    master_weights = MasterWeights(engine, model, 0, 1)
+    master_weights.fill(master_weights.shards, weights)
     optimizer.state.clear()
-    averages = {rate: masters.clone() for rate in RATES}
-    optimizer.attach_averages(masters.flats, averages)
-    return Run(engine, optimizer, masters, averages, DTYPES[precision])
+    averages = {rate: master_weights.clone() for rate in RATES}
+    optimizer.attach_averages(master_weights.shards, averages)
+    return Run(engine, optimizer, master_weights, averages, DTYPES[precision])
 
 
 def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], ulps: float) -> None:
@@ -118,7 +121,7 @@ def test_kernel_equals_torch(stage: int, precision: str) -> None:
         assert_close(ours.tensors(), torchs.tensors(), ulps=2 * (i + 1))
     last = ours.tensors()
     assert last["step 0"].item() == STEPS
-    for i, flat in enumerate(ours.masters.flats):  # they did move, and apart from each other
+    for i, flat in enumerate(ours.master_weights.shards):  # they did move, and apart from each other
         assert not torch.equal(last[f"average 0.999 {i}"], flat)
         assert not torch.equal(last[f"average 0.5 {i}"], last[f"average 0.999 {i}"])
 
@@ -139,11 +142,11 @@ def test_kernel_equals_plain_adamw(stage: int) -> None:
         for rate, tensors in averages.items():
             ops.update_ema(tensors, [p.detach() for p in model.parameters()], rate)
     for rate, tensors in averages.items():
-        got = ours.masters.gather(ours.averages[rate])
+        got = ours.master_weights.gather(ours.averages[rate])
         names = [name for name, _ in model.named_parameters()]
         assert_close(got, dict(zip(names, (t.cpu() for t in tensors), strict=True)), ulps=2 * STEPS)
     wanted = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    assert_close(ours.masters.gather(ours.masters.flats), wanted, ulps=2 * STEPS)
+    assert_close(ours.master_weights.gather(ours.master_weights.shards), wanted, ulps=2 * STEPS)
 
 
 @pytest.mark.parametrize("fused_kernel", [True, False])
@@ -305,7 +308,7 @@ def test_gradients_in_another_layout(fused_kernel: bool) -> None:
 @pytest.mark.parametrize("fused_kernel", [True, False])
 def test_refusals(fused_kernel: bool) -> None:
     params, optimizer = alone(fused_kernel)
-    with pytest.raises(ValueError, match="in the shape of each of 5 masters"):
+    with pytest.raises(ValueError, match="in the shape of each of 5 master weights"):
         optimizer.attach_averages(params, {0.9: [torch.zeros(3)]})
     optimizer.attach_averages(params[1:], {0.9: [p.detach().clone() for p in params[1:]]})
     give_gradients(params, 0)
@@ -316,3 +319,20 @@ def test_refusals(fused_kernel: bool) -> None:
     optimizer.param_groups[0]["amsgrad"] = True
     with pytest.raises(ValueError, match="amsgrad"):
         optimizer.step()
+
+
+# --- DeepSpeed's private attributes ---
+
+
+def test_the_release_of_deepspeed_that_was_tried() -> None:
+    assert f"deepspeed=={TRIED}" in (ROOT / "constraints.txt").read_text().split()
+
+
+@pytest.mark.parametrize("attribute", ["_hp_mapping", "single_partition_of_fp32_groups"])
+def test_a_deepspeed_without_a_private_attribute(attribute: str) -> None:
+    """One sentence, with the release that has it."""
+    run = start(2, "bf16", fused_kernel=False)
+    owner = next(run.engine.module.parameters()) if attribute == "_hp_mapping" else run.engine.optimizer
+    delattr(owner, attribute)
+    with pytest.raises(UserError, match=rf"has no \w+\); install deepspeed=={TRIED}"):
+        MasterWeights(run.engine, run.engine.module, 0, 1)

@@ -1,6 +1,6 @@
-"""Which operation was the first to make a non-finite value: for runs that diverge, and slow.
+"""Finds the first operation that makes a non-finite value in a run that diverges. Slow.
 
-Every operation of the network, of the loss and of their backward pass is looked at as it runs. Compiled code and CUDA
+Every operation of the network, of the loss and of their backward pass is checked as it runs. Compiled code and CUDA
 graphs would hide operations and must be off.
 """
 
@@ -18,15 +18,15 @@ from torch.utils._pytree import tree_leaves
 
 LOSS = "the loss"
 _UNWRITTEN = ("empty", "new_empty", "resize", "set_")
-"""Beginnings of operations whose result may be whatever lay in memory before."""
+"""Operations, by the beginnings of their names, whose results may be uninitialised memory."""
 
 
 class NonFinite(Exception):
-    """An operation made or was given a value that is not finite; says which, where and of what."""
+    """An operation made or was given a non-finite value; the message names it, its module and its inputs."""
 
 
 class _Where:
-    """At which module the program is, by hooks; in the backward pass at which one the forward pass was.
+    """The module that is being computed, known by hooks; in the backward pass the one whose forward pass is undone.
 
     An operation of the backward pass belongs to a node of autograd's graph, and its sequence number tells when in the
     forward pass it was made.
@@ -50,7 +50,7 @@ class _Where:
         self.in_loss = not self.stack
 
     def place(self) -> tuple[str, str] | None:
-        """(module, pass) of the operation of now; None for one that is neither the network's nor the loss's."""
+        """(module, pass) of the current operation; None if it belongs neither to the network nor to the loss."""
         node = torch._C._current_autograd_node()
         if node is not None:
             self.in_loss = False
@@ -81,13 +81,13 @@ class _Watch(TorchDispatchMode):
         if place is None or not self._matters(func, place, args, kwargs):
             return func(*args, **kwargs)
         given = list(_floats((args, kwargs)))
-        # What is written in place must be looked at before.
+        # Inputs that the operation overwrites must be checked before.
         before = self._report(given) if func._schema.is_mutable else None
         result = func(*args, **kwargs)
         made = [tensor for tensor in _floats(result) if not _finite(tensor)]
         if made:
-            finite, words = before or self._report(given)
-            raise NonFinite(_sentence(func, place, finite, words, made[0]))
+            finite, described = before or self._report(given)
+            raise NonFinite(_sentence(func, place, finite, described, made[0]))
         return result
 
     def _matters(self, func: Any, place: tuple[str, str], args: Any, kwargs: Any) -> bool:
@@ -95,15 +95,14 @@ class _Watch(TorchDispatchMode):
         if func.is_view or name.startswith(_UNWRITTEN) or func.namespace in ("c10d", "_c10d_functional"):
             return False
         if place[1] == "backward pass" and self.model.dtype == torch.float16:
-            return False  # overflows on purpose, while the loss scale is searched for
+            return False  # it overflows on purpose, while the loss scale is searched for
         numbers = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float))
-        return all(map(math.isfinite, numbers))  # else it is asked to make such values
+        return all(map(math.isfinite, numbers))  # else it is meant to make such values
 
     def _report(self, tensors: list[Tensor]) -> tuple[bool, list[str]]:
-        """Whether all are finite, and each in words."""
-        names = (self.where.weights.get(id(tensor), "") for tensor in tensors)
-        words = [f"{name} {_words(tensor)}".strip() for name, tensor in zip(names, tensors, strict=True)]
-        return all(map(_finite, tensors)), words
+        """Whether all tensors are finite, and a description of each."""
+        described = [f"{self.where.weights.get(id(tensor), '')} {_describe(tensor)}".strip() for tensor in tensors]
+        return all(map(_finite, tensors)), described
 
 
 def _floats(values: Any) -> Iterator[Tensor]:
@@ -116,8 +115,8 @@ def _finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
 
-def _words(tensor: Tensor) -> str:
-    """float32 [2, 8] from -1 to 3, 1 nan and 2 inf."""
+def _describe(tensor: Tensor) -> str:
+    """Dtype, shape, range and non-finite values: "float32 [2, 8] from -1 to 3, 1 nan and 2 inf of 16"."""
     head = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     finite = tensor[tensor.isfinite()]
     if finite.numel():
@@ -132,16 +131,16 @@ def _sentence(func: Any, place: tuple[str, str], finite: bool, given: list[str],
     head = f"in the {place[1]} {name} in {place[0]} "
     of = "; ".join(given) or "no input"
     if finite:
-        return f"{head}is the first operation to make a non-finite value: {_words(made)}, of {of}"
+        return f"{head}is the first operation to make a non-finite value: {_describe(made)}, of {of}"
     return f"{head}is the first operation to be given a non-finite value, by the weights or the images: {of}"
 
 
 @contextmanager
 def detect_anomaly(model: nn.Module) -> Iterator[None]:
-    """In here the first operation of a step that makes a non-finite value ends it with NonFinite.
+    """Within the block the first operation of a step that makes a non-finite value raises NonFinite.
 
-    model is the network itself, also where DeepSpeed's engine runs it, and uncompiled. Of an fp16 network the backward
-    pass is left alone: its overflows are how the loss scale is found.
+    model is the uncompiled network itself, also where DeepSpeed's engine runs it. The backward pass of an fp16 network
+    is not checked: its overflows are how the loss scale is found.
     """
     where = _Where(model)
     with ExitStack() as hooks:

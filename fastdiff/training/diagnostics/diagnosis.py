@@ -1,10 +1,10 @@
-"""What is wrong with a run whose losses or gradients stay non-finite: a fresh network on the last step's images."""
+"""Why losses or gradients of a run stay non-finite: the last step's images once more, through a second network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from fastdiff.images.loader import Batch
 from fastdiff.models import UNet, build_model
 from fastdiff.models.blocks import Sum, value
+from fastdiff.training.metrics import LossResult
 from fastdiff.training.optimizer import learning_rate
-from fastdiff.training.trainer import Trainer
+from fastdiff.training.trainer import Trainer, rows_of
 
 WORST = 8
-"""Images named, those with the greatest losses."""
+"""Number of images named: those with the greatest losses."""
 NAMED = 10
-"""Parameters named at most."""
+"""Most parameters named."""
 
 Numbers = dict[str, float]
 
 
 @dataclass
 class _Found:
-    """What a rank finds in its share of the last batch."""
+    """Results of one rank for its share of the last batch."""
 
     samples: list[dict[str, float]] = field(default_factory=list)
     activations: Numbers = field(default_factory=dict)
@@ -41,14 +42,14 @@ class _Found:
 def diagnose(trainer: Trainer) -> tuple[list[str], dict[str, Any]]:
     """(lines for the log, the same as JSON): loss scale, learning rate, weights, activations, gradients, worst images.
 
-    The last step is taken once more by a network in which no gradient is sharded, whatever the ZeRO stage: its losses,
-    and the gradients of the images whose loss is finite (of all, if none is). With timesteps drawn by losses these may
-    be others than in the step itself. Every rank gets the same. Collective.
+    A network in which no gradient is sharded, whatever the ZeRO stage, takes the last step again: its losses, and the
+    gradients of the images whose loss is finite (of all, if none is). If timesteps are drawn by losses, they may differ
+    from those of the step. The trainer is not changed. Every rank gets the same result. Collective.
     """
-    weights = _everyones(trainer, trainer.masters.gather(trainer.masters.flats))
+    weights = _on_all_ranks(trainer, trainer.master_weights.gather(trainer.master_weights.shards))
     found = _Found()
     try:
-        _look(trainer, weights, found)
+        _examine(trainer, weights, found)
     except torch.OutOfMemoryError:
         found.left_out = "the GPU's memory was too small for a second network"
         torch.cuda.empty_cache()
@@ -69,40 +70,41 @@ def block_of(name: str) -> str:
 # --- on each rank ---
 
 
-def _everyones(trainer: Trainer, whole: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Rank 0's weights, on every rank."""
+def _on_all_ranks(trainer: Trainer, whole: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Broadcast the weights that rank 0 has to every rank. Collective."""
     if trainer.processes.world_size == 1:
         assert whole is not None
         return whole
     weights = {}
-    for name, shape in trainer.masters.shapes.items():
+    for name, shape in trainer.master_weights.shapes.items():
         there = torch.empty(shape, device=trainer.device) if whole is None else whole[name].to(trainer.device)
         dist.broadcast(there, src=0)
         weights[name] = there.cpu()
     return weights
 
 
-def _look(trainer: Trainer, weights: dict[str, Tensor], found: _Found) -> None:
+def _examine(trainer: Trainer, weights: dict[str, Tensor], found: _Found) -> None:
+    """Fill in everything in `found` that takes the second network."""
     model = build_model(trainer.model_settings)
     model.load_state_dict(weights)
     model.to(trainer.device).train().set_precision(trainer.model.dtype)
-    batch = trainer.last_batch
-    cuts = [slice(i * trainer.micro, (i + 1) * trainer.micro) for i in range(trainer.accumulation)]
-    with _recording(trainer) as recorder:
-        with torch.no_grad(), _watching(model, found.activations):
-            for i, cut in enumerate(cuts):
-                _losses(trainer, model, _part(batch, cut), i)
-        found.samples = recorder.samples(batch.positions)
-        finite = torch.tensor([math.isfinite(sample["loss"]) for sample in found.samples], device=trainer.device)
-        if not finite.any():
-            finite[:] = True
-        found.without = int((~finite).sum())
-        loss_scale = trainer.stepper.scaler_state().get("cur_scale", 1.0)
-        for i, cut in enumerate(cuts):
-            if finite[cut].any():
-                part = _part(_part(batch, cut), finite[cut].nonzero().flatten())
-                share = len(part.positions) / int(finite.sum())
-                (_losses(trainer, model, part, i) * share * loss_scale).backward()
+    micro_batches = trainer.micro_batches(trainer.last_batch)
+    with torch.no_grad(), _watching(model, found.activations):
+        for i, batch in enumerate(micro_batches):
+            result = _losses(trainer, model, batch, i)
+            rows = (batch.positions, result.t, result.terms["loss"] * result.weights)
+            for position, t, loss in zip(*(row.tolist() for row in rows), strict=True):
+                found.samples.append({"position": position, "timestep": t, "loss": loss})
+    finite = torch.tensor([math.isfinite(sample["loss"]) for sample in found.samples], device=trainer.device)
+    if not finite.any():
+        finite[:] = True
+    found.without = int((~finite).sum())
+    loss_scale = trainer.stepper.scaler_state().get("cur_scale", 1.0)
+    for i, (batch, chosen) in enumerate(zip(micro_batches, finite.split(trainer.plan.micro), strict=True)):
+        if chosen.any():
+            share = int(chosen.sum()) / int(finite.sum())
+            result = _losses(trainer, model, rows_of(batch, chosen.nonzero().flatten()), i)
+            (result.loss * share * loss_scale).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             squared = float(parameter.grad.double().square().sum()) / loss_scale**2
@@ -112,49 +114,15 @@ def _look(trainer: Trainer, weights: dict[str, Tensor], found: _Found) -> None:
     found.gradients = {block: math.sqrt(squared) for block, squared in found.gradients.items()}
 
 
-def _part(batch: Batch, rows: Any) -> Batch:
-    return Batch(batch.images[rows], batch.labels[rows], batch.positions[rows])
-
-
-def _losses(trainer: Trainer, model: UNet, batch: Batch, micro: int) -> Tensor:
-    """The loss of a micro-batch as the last step had it, dropout included where the images are the same."""
+def _losses(trainer: Trainer, model: UNet, batch: Batch, micro: int) -> LossResult:
+    """The losses of a micro-batch as the last step had them, with the same dropout if the images are the same."""
     trainer.seed_dropout(trainer.step - 1, micro)
     return trainer.losses(model, batch)
 
 
-class _Recorder:
-    """In the places of the loss meter and of the timestep sampler's memory: keeps what each image had."""
-
-    def __init__(self, sampler: Any) -> None:
-        self.sample = sampler.sample
-        self.rows: list[tuple[float, float]] = []
-
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Learns nothing."""
-
-    def add(self, t: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
-        losses = terms["loss"].detach() * weights
-        self.rows += zip(t.tolist(), losses.tolist(), strict=True)
-
-    def samples(self, positions: Tensor) -> list[dict[str, float]]:
-        found = zip(positions.tolist(), self.rows, strict=True)
-        return [{"position": position, "timestep": t, "loss": loss} for position, (t, loss) in found]
-
-
-@contextmanager
-def _recording(trainer: Trainer) -> Iterator[_Recorder]:
-    kept = trainer.meter, trainer.sampler
-    recorder = _Recorder(trainer.sampler)
-    trainer.meter, trainer.sampler = recorder, recorder  # type: ignore[assignment]
-    try:
-        yield recorder
-    finally:
-        trainer.meter, trainer.sampler = kept
-
-
 @contextmanager
 def _watching(model: UNet, greatest: Numbers) -> Iterator[None]:
-    """Puts the greatest magnitude of each block's output into `greatest`; nan where one is."""
+    """Put the greatest magnitude of each block's output into `greatest`; nan if the output has one."""
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor | Sum) -> None:
@@ -167,30 +135,21 @@ def _watching(model: UNet, greatest: Numbers) -> Iterator[None]:
     blocks = {"time_embed": model.time_embed, "middle_block": model.middle_block, "out": model.out[2]}
     for kind in ("input_blocks", "output_blocks"):
         blocks |= {f"{kind}.{i}": block for i, block in enumerate(getattr(model, kind))}
-    handles = [block.register_forward_hook(look(name)) for name, block in blocks.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, block in blocks.items():
+            hooks.callback(block.register_forward_hook(look(name)).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-# --- put together ---
+# --- over all ranks ---
 
 
 def _content(trainer: Trainer, weights: dict[str, Tensor], all_found: list[_Found]) -> dict[str, Any]:
+    """The diagnosis as a dictionary, with the worst rank's numbers for each block."""
     skipped = trainer.stepper.skipped_steps
-    greatest: Numbers = {}
-    for name, weight in weights.items():
-        most = float(weight.abs().max())
-        greatest[block_of(name)] = _worse(greatest.get(block_of(name), 0.0), most)
-    activations: Numbers = {}
-    gradients: Numbers = {}
-    for found in all_found:
-        for mine, theirs in ((activations, found.activations), (gradients, found.gradients)):
-            for block, number in theirs.items():
-                mine[block] = _worse(mine.get(block, 0.0), number)
-    order = list(dict.fromkeys(block_of(name) for name in weights))
+    greatest = _worst((block_of(name), float(weight.abs().max())) for name, weight in weights.items())
+    activations = _worst(item for found in all_found for item in found.activations.items())
+    gradients = _worst(item for found in all_found for item in found.gradients.items())
     samples = [sample for found in all_found for sample in found.samples]
     return {
         "step": trainer.step,
@@ -203,11 +162,11 @@ def _content(trainer: Trainer, weights: dict[str, Tensor], all_found: list[_Foun
         "bad_gradients": list(dict.fromkeys(name for found in all_found for name in found.bad_gradients)),
         "blocks": {
             block: {
-                "greatest_weight": greatest[block],
+                "greatest_weight": weight,
                 "greatest_activation": activations.get(block),
                 "gradient_norm": gradients.get(block),
             }
-            for block in order
+            for block, weight in greatest.items()
         },
         "gradients_without": sum(found.without for found in all_found),
         "images": len(samples),
@@ -221,8 +180,12 @@ def _size(number: float) -> float:
     return math.inf if math.isnan(number) else abs(number)
 
 
-def _worse(a: float, b: float) -> float:
-    return max(a, b, key=_size)
+def _worst(numbers: Iterable[tuple[str, float]]) -> Numbers:
+    """The number of greatest magnitude of each block, in the order in which blocks come; nan counts as infinite."""
+    worst: Numbers = {}
+    for block, number in numbers:
+        worst[block] = max(worst.get(block, 0.0), number, key=_size)
+    return worst
 
 
 def _lines(content: dict[str, Any]) -> list[str]:
@@ -254,7 +217,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _as_json(content: Any) -> Any:
-    """With words for the numbers that JSON doesn't have."""
+    """The same with nan and infinities as strings, because JSON doesn't have them."""
     if isinstance(content, dict):
         return {name: _as_json(each) for name, each in content.items()}
     if isinstance(content, list):

@@ -21,8 +21,8 @@ from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.models import BackboneSettings, UNet, build_model
 from fastdiff.models.dummy_batch import dummy_batch
-from fastdiff.training.deepspeed_engine import BUCKET
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import BUCKET
 
 
 class LiveBytes(TorchDispatchMode):

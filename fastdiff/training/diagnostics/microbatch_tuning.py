@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,9 +17,9 @@ from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import free_memory
 from fastdiff.runtime.processes import Processes
-from fastdiff.training.deepspeed_engine import needs_engine
 from fastdiff.training.diagnostics.memory import Memory, estimate
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import StepPlan
 
 SPARE = 0.08
 """Share of the free memory left for what the estimate leaves out: cuDNN's workspaces, fragments, other programs."""
@@ -39,10 +38,9 @@ class Fit:
 
 def fit(
     model: BackboneSettings,
-    train: TrainSettings,
+    plan: StepPlan,
     diffusion: GaussianDiffusion,
     processes: Processes,
-    deepspeed: dict[str, Any],
     before: int | None = None,
     always_estimate: bool = False,
 ) -> Fit:
@@ -54,21 +52,17 @@ def fit(
 
     Raises UserError if not even one image fits.
     """
-    share = train.batch_size // processes.world_size
-    given = -1 if train.microbatch == "auto" else int(train.microbatch)
-    micro = _parts(share, share if given == -1 else given)[0]
+    train, share, micro = plan.train, plan.share, plan.micro
     fixed = train.microbatch != "auto" and model.use_checkpoint != "auto"
     if fixed and processes.device.type == "cpu" and not always_estimate:
         return Fit(micro, model.use_checkpoint is True, [])
 
     available = available_memory(processes)
-    dtype = body_dtype(train.precision, processes.device)
-    on_device = not needs_engine(train, deepspeed, processes.world_size)
     estimates: dict[bool, Memory] = {}
     for recompute in (False, True) if model.use_checkpoint == "auto" else (model.use_checkpoint is True,):
         settings = model.model_copy(update={"use_checkpoint": recompute})
         estimates[recompute] = estimate(
-            settings, train, diffusion, dtype, processes.device, processes.world_size, on_device
+            settings, train, diffusion, plan.dtype, processes.device, plan.world_size, not plan.engine_reason
         )
         wanted = min(8, share) if train.microbatch == "auto" else micro
         if estimates[recompute].most(int(available * (1 - SPARE))) >= wanted:

@@ -1,8 +1,7 @@
-"""Where the time of training steps goes: a trace for Perfetto (ui.perfetto.dev), and a table by class of work."""
+"""Profiles training steps: a trace for Perfetto (ui.perfetto.dev), and a table of the time by class of operation."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import defaultdict
@@ -17,13 +16,14 @@ from torch.profiler import ProfilerActivity, profile
 from fastdiff.models import BackboneSettings
 from fastdiff.models import cost as work
 from fastdiff.models.unet import DTYPES
+from fastdiff.runtime.files import write_json, write_text
 from fastdiff.runtime.machine import device_name, find, measure_rates
 from fastdiff.training.device_step import WARM_UP
 from fastdiff.training.diagnostics.roofline import Machine, predict
 from fastdiff.training.settings import TrainSettings
 
 SETTLING = WARM_UP + 2
-"""Steps before the profile: compilation, choice of kernels, capture of graphs."""
+"""Steps before the profile, which compile code, choose kernels and capture graphs."""
 
 CLASSES: dict[str, str] = {
     "communication": r"nccl|gloo|c10d|allreduce|all_reduce|allgather|reduce_scatter|broadcast",
@@ -37,30 +37,28 @@ CLASSES: dict[str, str] = {
     "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_(noise|uniform)|philox|searchsorted",
     "copies": r"memcpy|memset|copy_kernel|CatArray|aten::copy_|aten::_to_copy|aten::to$|aten::clone|aten::contiguous",
 }
-"""Class → what the names of its operations or GPU kernels hold; the first that matches counts. Our own Triton kernels
-have the names of their functions in `kernels/`."""
+"""Class → pattern in the names of its operations or GPU kernels; the first match counts. Our own Triton kernels are
+named after their functions in `kernels/`."""
 POINTWISE, REDUCTIONS = "pointwise", "reductions"
 GENERAL: dict[str, str] = {
     REDUCTIONS: r"reduce_kernel|aten::(sum|mean|var|std|amax|amin|all|any)$",
     POINTWISE: r"elementwise|aten::(add|sub|mul|div|neg|exp|log|sqrt|rsqrt|square|pow|clamp|where|fill|zero|silu)_?$",
 }
-"""The same for operations that may belong to anything: these count where no name around them says more."""
+"""The same for operations that may belong to any class: these count if no enclosing operation matches CLASSES."""
 OTHER, GAPS, WAIT = "other", "launch gaps", "input wait"
 _INDUCTOR = re.compile(r"triton_(poi|for|red|per|spl)_")
-"""Kernels that Inductor generates. The rest of a name lists the operations it was fused from, a convolution where it
-only adds that one's bias."""
+"""Kernels that Inductor generates. The rest of the name lists the fused operations: a convolution, for example, where
+only its bias is added."""
 _INDUCTOR_CLASSES = {"poi": POINTWISE, "for": POINTWISE, "red": REDUCTIONS, "per": REDUCTIONS, "spl": REDUCTIONS}
 
 
-def _compiled(classes: dict[str, str]) -> list[tuple[str, re.Pattern[str]]]:
-    return [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in classes.items()]
-
-
-_PATTERNS = (_compiled(CLASSES), _compiled(GENERAL))
+_PATTERNS = [
+    [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in classes.items()] for classes in (CLASSES, GENERAL)
+]
 
 
 def classify(names: Sequence[str]) -> str:
-    """The class of an operation, by its own name or else by those around it, innermost first."""
+    """The class of an operation, by its own name or else by those of the enclosing ones, innermost first."""
     if generated := _INDUCTOR.match(names[0]):
         return _INDUCTOR_CLASSES[generated[1]]
     for patterns in _PATTERNS:
@@ -89,19 +87,22 @@ def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, devic
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Milliseconds per step of `batch` images. On a GPU `classes` are times of its kernels, and the gaps are when it
-    ran none; on a CPU they are the operations' own times, and the gaps what Python took between them."""
+    """Milliseconds per step of `batch` images.
+
+    On a GPU `classes` are times of kernels, and the gaps are times without one. On a CPU they are the operations' own
+    times, and the gaps are Python's time between them.
+    """
 
     steps: int
     batch: int
     step_ms: float
     classes: dict[str, float]
     floor: dict[str, float]
-    """The least they could take, by `fastdiff.training.diagnostics.roofline`."""
+    """The least milliseconds of each class, by `fastdiff.training.diagnostics.roofline`."""
     device: str
 
     def rows(self) -> list[str]:
-        """A table for people, largest first."""
+        """The lines of a table, largest class first."""
         ordered = sorted(self.classes.items(), key=lambda item: -item[1])
         lines = [f"{'':18}{'ms/step':>10}{'share':>8}{'floor':>10}"]
         for name, ms in ordered:
@@ -114,10 +115,11 @@ class Breakdown:
 
 
 class StepProfiler:
-    """Watches `steps` steps of a run once it has settled; `advance` after each step returns the result once.
+    """Profiles `steps` steps of a run after its first SETTLING ones, and writes the result into a folder.
 
-    batch is this process's share, floor what `floor_of` says. Writes trace.json.gz, profile.json and profile.txt into
-    the folder.
+    batch  images of this process per step
+    floor  result of `floor_of`
+    The files are trace.json.gz, profile.json and profile.txt.
     """
 
     def __init__(self, steps: int, folder: Path, batch: int, device: torch.device, floor: dict[str, float]) -> None:
@@ -127,7 +129,10 @@ class StepProfiler:
         self._start = self._waited = 0.0
 
     def advance(self, data_wait: float) -> Breakdown | None:
-        """After a step; data_wait is how long the run has waited for images so far, in seconds."""
+        """Count a step; returns the breakdown after the last profiled one, else None.
+
+        data_wait  seconds that the run has waited for images so far
+        """
         self._seen += 1
         if self._seen == SETTLING:
             self._begin(data_wait)
@@ -159,8 +164,8 @@ class StepProfiler:
     def _write(self, result: Breakdown) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        (self.folder / "profile.json").write_text(json.dumps(vars(result), indent=2) + "\n")
-        (self.folder / "profile.txt").write_text("\n".join(result.rows()) + "\n")
+        write_json(self.folder / "profile.json", vars(result))
+        write_text(self.folder / "profile.txt", "\n".join(result.rows()) + "\n")
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -169,19 +174,18 @@ class StepProfiler:
 
 @dataclass(frozen=True)
 class Times:
-    """Where the time of everything that a torch profiler recorded went, in seconds."""
+    """Seconds of everything that a torch profiler recorded."""
 
     classes: dict[str, float]
-    """Sums by class; where kernels run beside each other, more than `busy` together."""
+    """Sum of each class; together more than `busy` where kernels ran at the same time."""
     kernels: dict[str, tuple[float, int]]
     """Name → (seconds, launches) of each GPU kernel or CPU operation, the costliest first."""
     busy: float
-    """How long the GPU ran anything at all; on a CPU the operations' own times together."""
+    """Time in which the GPU ran anything; on a CPU the sum of the operations' own times."""
 
 
 def times_of(watched: profile, device: torch.device) -> Times:
-    """What a stopped profiler saw: of the GPU's kernels on a GPU, which it must have been told to record, else of the
-    operations."""
+    """Times that a stopped profiler recorded: of the kernels on a GPU, else of the operations."""
     found = list(_kernels(watched) if device.type == "cuda" else _operations(watched))
     classes: dict[str, float] = defaultdict(float)
     kernels: dict[str, tuple[float, int]] = {}
@@ -197,7 +201,7 @@ def times_of(watched: profile, device: torch.device) -> Times:
 
 
 def _operations(watched: Any) -> Iterator[tuple[list[str], float, float]]:
-    """(its name and those around it, 0, nanoseconds it took itself) of each; backward runs in a thread of its own."""
+    """([its name and those of enclosing operations], 0, own nanoseconds) of each operation."""
     for event in watched.events():
         names, parent = [event.name], event.cpu_parent
         while parent is not None:
@@ -207,10 +211,10 @@ def _operations(watched: Any) -> Iterator[tuple[list[str], float, float]]:
 
 
 def _kernels(watched: Any) -> Iterator[tuple[list[str], float, float]]:
-    """(its name, start, end in nanoseconds) of each kernel, copy and fill on the GPU.
+    """([its name], start, end in nanoseconds) of each kernel, copy and fill on the GPU.
 
-    Annotations (`record_function`, `ProfilerStep`) are left out: the profiler repeats them on the GPU's side, and they
-    span kernels that are counted themselves.
+    Annotations (`record_function`, `ProfilerStep`), which the profiler repeats for the GPU, are left out: they span
+    kernels that are counted themselves.
     """
     for event in watched.profiler.kineto_results.events():
         if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation():
@@ -218,13 +222,9 @@ def _kernels(watched: Any) -> Iterator[tuple[list[str], float, float]]:
 
 
 def union(spans: Sequence[tuple[float, float]]) -> float:
-    """The length that intervals (start, end) cover together."""
+    """The length of the union of intervals (start, end)."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
-        if start > reached:
-            total += end - start
-            reached = end
-        elif end > reached:
-            total += end - reached
-            reached = end
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
     return total

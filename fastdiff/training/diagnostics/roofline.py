@@ -1,11 +1,11 @@
-"""How fast a training step could be: operations and least bytes against what a machine does per second. A prediction.
+"""Predicts how fast a training step can be, from its operations, their least bytes and a machine's rates.
 
-Each operation of `fastdiff.models.cost`, forward and backward each, takes
+The forward and the backward pass of each operation of `fastdiff.models.cost` each take
 
-    max(run FLOPs / (matmul rate * convolution efficiency), bytes / (copy rate * copy efficiency))
+    max(FLOPs as run / (matmul rate * convolution efficiency), bytes / (copy rate * copy efficiency))
 
-and each kernel a launch more, once per batch ("launch gaps"). Input, communication and the host's own time are taken
-to be hidden.
+and each kernel takes a launch besides, once per batch ("launch gaps"). Input, communication and the host's own time
+are assumed to be hidden.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from fastdiff.models import cost as work
 
-# Classes as `train.py --profile` calls them; a prediction has no communication, copies or input wait.
+# The classes of `train.py --profile`; a prediction has no communication, copies or input wait.
 CLASSES = (
     "convolutions",
     "matrix products",
@@ -39,7 +39,7 @@ CLASS_OF: dict[str, str] = {kind: name for name, kinds in _KINDS.items() for kin
 
 @dataclass(frozen=True)
 class Machine:
-    """What is predicted for: FLOP/s and bytes/s; peak_flops is None where no datasheet is known."""
+    """The rates of a machine in FLOP/s and bytes/s; peak_flops is None where no datasheet is known."""
 
     name: str
     matmul_flops: float
@@ -49,7 +49,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Share:
-    """One class of operations: FLOPs and bytes per image, as run, and milliseconds per step."""
+    """One class of operations: FLOPs (as run) and bytes per image, and milliseconds per step."""
 
     run_flops: float
     bytes: float
@@ -58,7 +58,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One training step of `batch` images on one GPU."""
+    """The predicted times of one training step of `batch` images on one GPU."""
 
     batch: int
     train_flops: float
@@ -87,7 +87,7 @@ def predict(
     launch_us: float = 2.0,
     optimiser_bytes: int = 38,
 ) -> Prediction:
-    """A step over `batch` images: forward, backward and one update of the weights (`optimiser_bytes` each)."""
+    """Predict a step over `batch` images: forward, backward and one update (`optimiser_bytes` per weight)."""
     products, copies = machine.matmul_flops * convolution_efficiency, machine.copy_bytes * copy_efficiency
     totals = {name: [0.0, 0.0, 0.0] for name in CLASSES}
     launches = 1

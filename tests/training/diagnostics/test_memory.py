@@ -16,6 +16,7 @@ from fastdiff.runtime.processes import Processes
 from fastdiff.training.diagnostics import microbatch_tuning as fitting
 from fastdiff.training.diagnostics.memory import LiveBytes, Memory, estimate
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import plan_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 ALONE = Processes(0, 0, 1, CPU)
@@ -115,7 +116,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def _fit(diffusion: GaussianDiffusion, use_checkpoint: Any = False, before: int | None = None, **train: Any) -> Any:
     settings = NETWORK.model_copy(update={"use_checkpoint": use_checkpoint})
-    return fitting.fit(settings, TrainSettings(**train), diffusion, ALONE, {}, before)
+    return fitting.fit(settings, plan_step(TrainSettings(**train), {}, ALONE), diffusion, ALONE, before)
 
 
 def test_most_that_fits() -> None:
@@ -166,7 +167,7 @@ def test_really_tried() -> None:
     """A tiny network is really timed on this machine."""
     tiny = UNetSettings(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
     plain = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=False)
-    made = fitting.fit(tiny, TrainSettings(batch_size=4, microbatch="auto"), plain, ALONE, {})
+    made = fitting.fit(tiny, plan_step(TrainSettings(batch_size=4, microbatch="auto"), {}, ALONE), plain, ALONE)
     assert made.microbatch in (1, 2, 4)
     assert "images/s" in made.lines[0]
     assert "expected memory" in made.lines[1]
