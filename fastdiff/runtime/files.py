@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from fastdiff.errors import UserError, shortened
-from fastdiff.runtime.processes import ProcessId
+from fastdiff.runtime.process_id import ProcessId
 
 PARTIAL = ".partial"
 _FORGOTTEN = 600.0

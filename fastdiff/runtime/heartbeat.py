@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple
 
 import torch.distributed as dist
 
-from fastdiff.runtime.processes import ProcessId, agent_hosts_store, open_store
+from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.processes import agent_hosts_store, open_store
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep

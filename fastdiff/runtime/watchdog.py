@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from fastdiff.errors import DONE, PEER_LOST, PREEMPTED, USER_ERROR
 from fastdiff.runtime.heartbeat import Beat, End, Heartbeat, collectives, this_machine, where_blocked
-from fastdiff.runtime.processes import Processes, ProcessId, agent_hosts_store, store_address
+from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.processes import Processes, agent_hosts_store, store_address
 from fastdiff.runtime.script import script_name, set_peers
 
 _SLOW_STORE = 8.0

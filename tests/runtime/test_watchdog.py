@@ -20,7 +20,8 @@ import torch.distributed as dist
 from helpers import HELPERS, ROOT, TESTS
 
 from fastdiff.runtime.heartbeat import Beat, End, Heartbeat
-from fastdiff.runtime.processes import Processes, ProcessId, open_store
+from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.processes import Processes, open_store
 from fastdiff.runtime.watchdog import Watchdog, behind
 
 OPTIONS = "timeout:1 attempts:1"

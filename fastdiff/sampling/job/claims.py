@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdiff.runtime.files import files_in
-from fastdiff.runtime.processes import ProcessId
+from fastdiff.runtime.process_id import ProcessId
 
 SILENT = 60.0
 """Seconds without a heartbeat after which a claim counts as abandoned."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fastdiff.runtime.files import files_in, write_json
-from fastdiff.runtime.processes import ProcessId
+from fastdiff.runtime.process_id import ProcessId
 
 STATUS = ".status"
 LOOK = 1.0

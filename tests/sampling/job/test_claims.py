@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, start
 
-from fastdiff.runtime import processes
 from fastdiff.runtime.files import atomic_write, partial_path, remove_partial_files
-from fastdiff.runtime.processes import ProcessId
+from fastdiff.runtime.process_id import ProcessId, _start_time
 from fastdiff.sampling.job import claims, progress
 from fastdiff.sampling.job.claims import SILENT, Claims, Held
 from fastdiff.sampling.job.job import run_job
@@ -75,7 +74,7 @@ def test_only_one_gets_a_claim(tmp_path: Path) -> None:
 def test_owners(tmp_path: Path) -> None:
     """A process is gone if it ended, or if its number is another process's now; of other hosts nothing is known."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = processes._start_time(child.pid)
+    started = _start_time(child.pid)
     assert started is not None
     owner = ProcessId(ProcessId.own().host, child.pid, started)
     assert ProcessId.parse(owner.tag) == owner
