@@ -72,15 +72,13 @@ BULK = {
     "backward_whole": "ls",
     "backward_short": "ls",
     "backward_long": "ls",
-    "pointers": "ls",
-    "boxes": "ls",
     "adamw_ema": "ls",
     "squares": "l",
 }
 # Loads and stores of local memory that a launch may have: where it lets another block onto a multiprocessor, the
 # assembler stores one value there and reads it once.
 FEW_SPILLS = 2
-MATMUL = {*(name for name in BULK if name.endswith(("_short", "_long", "_whole"))), "pointers", "boxes"}
+MATMUL = {name for name in BULK if name.endswith(("_short", "_long", "_whole"))}
 
 
 def recorded(name: str) -> Iterator[Launch]:
@@ -99,9 +97,9 @@ def recorded(name: str) -> Iterator[Launch]:
 
 
 def optional() -> Iterator[Launch]:
-    """Launches that no configuration chooses: updates through DeepSpeed's engine, and `conv3x3` in a residual block."""
+    """Launches that no configuration chooses: updates through DeepSpeed's engine."""
     with launch.record() as found:
-        for name, args in (*optimiser_calls(), *convolution_calls()):
+        for name, args in optimiser_calls():
             launch.IMPLEMENTATIONS[name](*args)
     yield from found
 
@@ -118,16 +116,6 @@ def optimiser_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
         lists = ([flat], [flat], [flat], [flat], [flat] * len(rates), [], [scalar])
         yield "adamw_ema_", (*lists, *numbers)
     yield "squared_norm", ([flat],)
-
-
-def convolution_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """conv3x3, which no configuration chooses: the two convolutions of a residual block."""
-    for C1, C2, C_out, side in ((128, 128, 128, 64), (384, 0, 384, 16), (512, 0, 512, 8)):
-        channels_last = lambda C, side=side: _meta(4, side, side, C).permute(0, 3, 1, 2)
-        affine, weight, bias = _meta(4, C1 + C2, dtype=torch.float32), _meta(C_out, 3, 3, C1 + C2), _meta(C_out)
-        x, skip = channels_last(C1), channels_last(C2) if C2 else None
-        yield "conv3x3", (x, weight, bias, skip, affine, affine, affine, None, True, False)
-        yield "conv3x3", (x, weight, bias, skip, affine, affine, affine, channels_last(C_out), True, False)
 
 
 def _multiplies(made: Compiled) -> bool:

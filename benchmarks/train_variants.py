@@ -376,7 +376,7 @@ LEVERS: dict[str, Lever] = {
     "virtual concat of skips": Lever(patches=((ops, "skip_conv1x1", reference.skip_conv1x1),)),
     "weights laid out once": Lever(patches=((ops, "conv_weight", _ordinary_weight),)),
     "one embedding product": Lever(patches=((unet, "project_embedding", _one_by_one),), gpu_only=False),
-    "residual sum in the norm": Lever(patches=((blocks, "_sums_wait", lambda *_: False),)),
+    "residual sum in the norm": Lever(patches=((blocks, "_leaves_sum", lambda *_: False),)),
     "optimiser kernel": Lever(),
 }
 

@@ -30,7 +30,6 @@ from fastdiff.kernels.launch import Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -53,15 +52,15 @@ class Compiled:
     loads: dict[int, int]  # bits of a global load → how often, in the machine code
     stores: dict[int, int]
     matmuls: dict[str, int]  # tensor-core instruction → how often
-    others: dict[str, int]  # asynchronous and tensor-map copies
+    others: dict[str, int]  # asynchronous copies to shared memory, by width → how often
 
     def wide_loads(self) -> bool:
-        """Whether bulk loads take 128 bits at once; asynchronous copies and tensor maps count."""
-        return 128 in self.loads or any(name in ("LDGSTS.128", "UTMALDG") for name in self.others)
+        """Whether bulk loads, asynchronous copies included, take 128 bits at once."""
+        return 128 in self.loads or "LDGSTS.128" in self.others
 
     def wide_stores(self) -> bool:
         """Whether bulk stores put 128 bits at once."""
-        return 128 in self.stores or "UTMASTG" in self.others
+        return 128 in self.stores
 
     def widest(self) -> bool:
         """Whether loads and stores both take 128 bits at once."""
@@ -183,9 +182,6 @@ def _kind_of(value: Any, free: bool) -> Any:
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": str(value.dtype).removeprefix("torch."), "address": value.data_ptr() % 16}
-    if isinstance(value, TensorDescriptor):
-        base = {"dtype": str(value.base.dtype).removeprefix("torch."), "shape": value.shape, "strides": value.strides}
-        return {"descriptor": base, "block": value.block_shape}
     if isinstance(value, triton.language.dtype):
         return {"type": value.name}
     return value
@@ -196,10 +192,6 @@ def _undescribed(value: Any) -> Any:
         return value
     if "type" in value:
         return triton.language.dtype(value["type"])
-    if "descriptor" in value:
-        base = value["descriptor"]
-        made = torch.empty_strided(base["shape"], base["strides"], dtype=getattr(torch, base["dtype"]), device="meta")
-        return TensorDescriptor.from_tensor(made, value["block"])
     made = torch.empty(16, dtype=getattr(torch, value["tensor"]), device="meta")
     return made[value["address"] // made.itemsize :]
 
@@ -228,10 +220,7 @@ def inspect_launch(launch: Launch, arch: int) -> Compiled:
         loads=_widths(code, "LDG"),
         stores=_widths(code, "STG"),
         matmuls=_count(code, r"\b(HMMA|HGMMA|UTCHMMA|QGMMA|DMMA)\b"),
-        others={
-            **{f"LDGSTS.{bits}": n for bits, n in _widths(code, "LDGSTS").items()},
-            **_count(code, r"\b(UTMALDG|UTMASTG)\b"),
-        },
+        others={f"LDGSTS.{bits}": n for bits, n in _widths(code, "LDGSTS").items()},
     )
 
 

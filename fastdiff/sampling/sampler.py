@@ -195,7 +195,6 @@ class Sampler:
             "precision": self.settings.precision,
             "allow_tf32": self.settings.allow_tf32,
             "kernels": self.settings.kernels,
-            "fused_convolutions": self.settings.fused_convolutions,
             "guided": [self.guidance.weight != 1, self.guidance.guide is not None],
             "torch": torch.__version__,
         }
