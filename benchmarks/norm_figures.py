@@ -31,6 +31,7 @@ class NoSuchWay(Exception):
 def forced(way: str) -> Iterator[None]:
     """Let group_norm_silu run one way; the op raises NoSuchWay where its shape does not allow it. "" forces nothing."""
     from fastdiff.kernels import group_norm_silu as norm
+    from fastdiff.kernels.group_norm_silu_plan import Tile
 
     chosen_by = norm.plan
     if not way:
@@ -46,7 +47,7 @@ def forced(way: str) -> Iterator[None]:
         if way == "split":
             rows = min(usual.rows, 2048 // usual.block_c)
             return dataclasses.replace(usual, slab=False, one_block=False, block_l=rows, num_warps=4)
-        tile = norm.Tile.of(C1 + C2, group, 8, 32 // itemsize, 64)
+        tile = Tile.of(C1 + C2, group, 8, 32 // itemsize, 64)
         if way != "loop" or tile.padded > 128:
             raise NoSuchWay(f"{way} on {L} pixels of {C1 + C2} channels")
         slabs = B * ((C1 + C2) // tile.channels)

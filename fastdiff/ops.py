@@ -47,6 +47,7 @@ if HAVE_TRITON:
     from fastdiff.kernels import sampler_step as triton_step
     from fastdiff.kernels.adamw_ema import Lists as AdamWLists  # noqa: F401
     from fastdiff.kernels.adamw_ema import squared_norm as triton_squared_norm
+    from fastdiff.kernels.group_norm_silu_plan import MAX_GROUP
 
 # --- the choice ---
 
@@ -205,7 +206,7 @@ def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     if x.shape[1] % 8 or channels % 8:
         return "channels not in multiples of 8"
-    return "groups too large" if channels // num_groups > triton_norm.MAX_GROUP else ""
+    return "groups too large" if channels // num_groups > MAX_GROUP else ""
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -2,8 +2,8 @@
 
 Shapes   x [B, C, H, W], read and written channels-last as [B, L, C]; weight, bias [C]; scale, shift [B, C] or None.
 Passes   forward: sum, centre, sum of squares, scale-and-shift, SiLU. backward: SiLU, two sums, two multiply-adds.
-         Without gradients all of it in one map.
-         torch's own channels-last group norm walks each group with a stride instead, about twice as long.
+         Without gradients everything is computed in one map.
+         torch's own channels-last group norm reads each group with a stride and takes about twice as long.
 Source   dx = P g + Q (x - mean) + D per image and channel, from the two sums that dweight and dbias need anyway.
 """
 
@@ -101,7 +101,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         slope = -rstd.square() * ctx.over_group(sum_gx * gain)
         constant = -rstd * ctx.over_group(sum_g * gain)
         dx = torch.addcmul(constant[:, None], centered, slope[:, None]).addcmul_(grad, (rstd * gain)[:, None])
-        doffset = None  # the sum of dx, from sums at hand
+        doffset = None  # the sum of dx, from sums computed above
         if excess is not None:
             doffset = rstd * gain * sum_g + H * W * (slope * excess + constant)
         dx = dx.view(B, H, W, C).permute(0, 3, 1, 2)

@@ -111,9 +111,10 @@ def test_every_way_computes_the_same(op: str) -> None:
 def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit into registers has no such row; another error has a row that says so, and the rest goes on."""
     from fastdiff.kernels import group_norm_silu as norm
+    from fastdiff.kernels import group_norm_silu_plan
 
     rows: list[dict[str, Any]] = []
-    monkeypatch.setattr(norm, "ONE_BLOCK", {False: 16, True: 16})
+    monkeypatch.setattr(group_norm_silu_plan, "ONE_BLOCK", {False: 16, True: 16})
     launch = norm.launch
 
     def without_moments(kernel: Any, *args: Any, **settings: Any) -> None:
