@@ -45,7 +45,7 @@ from benchmarks.bench_train import CONFIGS, chosen
 from benchmarks.flag_types import at_least, existing_file
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
-from fastdiff.diffusion.solvers import make_plan
+from fastdiff.diffusion.solvers import solver_table
 from fastdiff.runtime.script import run_script
 from fastdiff.sampling.engine import sampling_launches
 from fastdiff.training.compilation import training_launches
@@ -93,7 +93,7 @@ def recorded(name: str) -> Iterator[Launch]:
     process = create_diffusion(config.diffusion, model.learn_sigma)
     for batch in DRAWN.get(name, (16,)):
         for solver in SOLVERS:
-            yield from sampling_launches(model, process, make_plan(process, solver), batch, torch.bfloat16)
+            yield from sampling_launches(model, process, solver_table(process, solver), batch, torch.bfloat16)
 
 
 def optional() -> Iterator[Launch]:

@@ -116,7 +116,7 @@ def compile_beforehand(case: Any, draw: bool) -> list[str]:
 
     dtype, model = DTYPES[case.precision], case.config.model
     if draw:
-        launches = functools.partial(sampling_launches, model, case.diffusion(), case.plan(), case.batch, dtype)
+        launches = functools.partial(sampling_launches, model, case.diffusion(), case.table(), case.batch, dtype)
     else:
         scaled = case.precision == "fp16"
         rates = case.config.train.ema_rate
