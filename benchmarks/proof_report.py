@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import proof_log
 from fastdiff.errors import UserError
-from fastdiff.runtime import machine as hardware
+from fastdiff.runtime.machine import find
 
 Row = proof_log.Row
 NOTE = (
@@ -123,7 +123,7 @@ def _calls(row: Row) -> int:
 def name_of(rows: Sequence[Row]) -> str:
     """What kept results are called: gpu_h100_2026-01-02."""
     device = next(row["device"] for row in reversed(rows) if row["kind"] == "machine")
-    known = hardware.find(device)
+    known = find(device)
     name = known.name.split()[0] if known else device
     day = next(row["date"] for row in reversed(rows) if row["kind"] == "start")
     return f"gpu_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}_{day}"

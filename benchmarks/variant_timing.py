@@ -28,7 +28,7 @@ from fastdiff.runtime import compilation
 from fastdiff.runtime.machine import use_free_cores
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.deepspeed_engine import start_processes
-from fastdiff.training.diagnostics import profile as step_profile
+from fastdiff.training.diagnostics.profile import times_of
 
 Step = Callable[[], Any]
 
@@ -208,7 +208,7 @@ def profiled(step: Step, device: torch.device, steps: int = 3, top: int = 40) ->
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as watched:
         wall = steps * seconds_of(step, steps)
-    found = step_profile.times_of(watched, device)
+    found = times_of(watched, device)
     launches = None
     if cuda:
         events = watched.profiler.kineto_results.events()

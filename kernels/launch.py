@@ -23,7 +23,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as the torch op fastdiff::name, opaque to torch.compile; its caller adds fake and backward."""
+    """Register a function as the torch op fastdiff::name, opaque to torch.compile, yet without fake and backward."""
 
     def register(fn: Callable[..., Any]) -> Any:
         IMPLEMENTATIONS[name] = fn
