@@ -204,20 +204,7 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    output: Tensor,
-    x_start: Tensor,
-    coefficients: Tensor,
-    noise: Tensor | None,
-    seed: int,
-    index: Tensor | None,
-    draw: Tensor | None,
-    flip: Tensor | None,
-    epsilon: bool,
-    variance: str,
-    kl: bool,
-    vb_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(output: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return output.new_empty(3, len(output), dtype=torch.float32), empty_map(*output.shape, like=output)
 
 

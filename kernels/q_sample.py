@@ -114,17 +114,8 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    x_start: Tensor,
-    coefficients: Tensor,
-    noise: Tensor | None,
-    seed: int,
-    index: Tensor | None,
-    draw: Tensor | None,
-    flip: Tensor | None,
-    dtype: torch.dtype,
-    channels: int,
-) -> Tensor:
+def _(x_start, *others):
+    dtype, channels = others[-2:]
     B, _, H, W = start_map(x_start, "q_sample").shape
     return empty_map(B, channels, H, W, x_start, dtype)
 

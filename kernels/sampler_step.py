@@ -160,21 +160,8 @@ def _empty(x: Tensor, input_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, 
 
 
 @_op.register_fake
-def _(
-    output: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    history: list[Tensor],
-    noise: Tensor | None,
-    seed: int,
-    index: Tensor | None,
-    draw: Tensor | None,
-    epsilon: bool,
-    clip: bool,
-    variance: str,
-    input_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x, input_dtype)
+def _(output, x, *others):
+    return _empty(x, input_dtype=others[-1])
 
 
 def sampler_step(

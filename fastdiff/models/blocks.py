@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdiff import ops
+from fastdiff.ops import NormOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -68,15 +69,15 @@ class Linear(nn.Linear):
 
 
 class GroupNorm(nn.GroupNorm):
-    """A norm of 32 groups (Ho et al. 2020), then scale and shift, SiLU and dropout (see `ops.NormOptions`)."""
+    """A norm of 32 groups (Ho et al. 2020), then scale and shift, SiLU and dropout (see `NormOptions`)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels, eps=1e-5)  # as the ops' defaults
 
-    def forward(self, x: Tensor, **options: Unpack[ops.NormOptions]) -> Tensor:
+    def forward(self, x: Tensor, **options: Unpack[NormOptions]) -> Tensor:
         return ops.group_norm_silu(x, self.weight, self.bias, **options)
 
-    def of(self, x: Map, **options: Unpack[ops.NormOptions]) -> tuple[Tensor, Tensor]:
+    def of(self, x: Map, **options: Unpack[NormOptions]) -> tuple[Tensor, Tensor]:
         """(x as a tensor, norm of cat(x, skip)); one op computes both where x is a sum that is not added up yet."""
         if not isinstance(x, Sum) or x.parts is None:
             total = value(x)
