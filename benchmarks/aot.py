@@ -119,14 +119,14 @@ def optimiser_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def _multiplies(made: Compiled) -> bool:
-    """Whether the products run on tensor cores; those of 32 rows or fewer by HMMA everywhere, padding costs more."""
+    """Whether the products run on tensor cores; with 32 rows or fewer HMMA will do on every GPU, as padding costs more."""
     length = re.search(r"\bL=(\d+)", made.variant)
     few = length is not None and int(length[1]) <= 32
     return aot.MATMUL[made.arch] in made.matmuls or (few and "HMMA" in made.matmuls)
 
 
 def broken_rules(made: Compiled, must_be_fast: bool) -> list[str]:
-    """What a compiled launch gets wrong, in words; empty when nothing."""
+    """The rules that a compiled launch breaks; empty if it breaks none."""
     wrong = []
     if made.registers > 255:
         wrong.append(f"{made.registers} registers")

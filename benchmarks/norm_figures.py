@@ -121,7 +121,7 @@ class Norm:
         return " ".join([f"{B}x{channels}x{H}x{W}", *(name for name, there in has.items() if there)])
 
     def tensors(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
-        """What the definition in PyTorch takes of the op's arguments; the second summand of a backward is made up."""
+        """The op's arguments as the definition in PyTorch takes them; the second summand of a backward is invented."""
         named = self.named(args)
         if self.summed and "b" not in named:
             named["b"] = torch.randn_like(named["x"])
@@ -216,7 +216,7 @@ def difference(got: Any, wanted: Any) -> float:
 
 
 def _definition(bench: Bench, norm: Norm) -> Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """For `Bench.row`: the definition in PyTorch, compiled on a GPU, or its backward pass, and arguments."""
+    """Function and arguments for `Bench.row`: the definition in PyTorch, compiled on a GPU, or its backward pass."""
     run, call = norm.definition(), norm.call
     if bench.device.type == "cuda":
         torch.compiler.reset()  # or torch.compile gives up after some shapes and runs eagerly

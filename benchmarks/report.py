@@ -64,7 +64,7 @@ def _title(results: Results) -> str:
 
 
 def _split_table(results: Results) -> list[str]:
-    """Where the time of ours goes while it draws; nothing where that was not measured."""
+    """The table of how our time is spent while drawing; empty if that was not measured."""
     if not results.splits:
         return []
     lines = [

@@ -37,13 +37,13 @@ class Row:
     peak_memory_gb: float | None
     start_seconds: float | None
     solver: str = ""
-    """Of drawing, with its steps; empty for a training step."""
+    """The solver of drawing, with its steps; empty for a training step."""
     evaluations_per_second: tuple[float, float, float] | None = None
-    """Of the network, of drawing: images times evaluations."""
+    """Evaluations of the network while drawing: images times evaluations per image."""
 
     @property
     def rate(self) -> tuple[float, float, float]:
-        """What the chart shows: evaluations per second of drawing, else images per second."""
+        """The rate in the chart: evaluations per second of drawing, else images per second."""
         return self.evaluations_per_second or self.images_per_second
 
 
@@ -124,7 +124,7 @@ def row_of(entry: dict[str, Any]) -> Row:
 
 
 def _quick() -> Config:
-    """The benchmark's own configuration; its import brings the whole trainer, which nothing else here needs."""
+    """The benchmark's own configuration, imported here because that imports the whole trainer."""
     try:
         from bench_train import load
     except ImportError:

@@ -93,7 +93,7 @@ def usual_batch(settings: Config) -> int:
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """What `train.py --profile` wrote: batch, step_ms, and ms per step by class. Raises UserError."""
+    """The profile that `train.py --profile` wrote: batch, step_ms, and ms per step by class. Raises UserError."""
     try:
         profile = json.loads(path.read_text())
         batch, classes = int(profile["batch"]), {str(k): float(v) for k, v in profile["classes"].items()}

@@ -86,7 +86,7 @@ class DrawCase(Case):
 
 
 class SeedLoop:
-    """improved-diffusion's way from noise to images, its operations stated anew one by one.
+    """improved-diffusion's sampling, its operations written out one by one.
 
     Every coefficient is looked up in a numpy table that goes to the device at every step; with on_device the tables
     are there once, as a loop written well has them.
@@ -113,7 +113,7 @@ class SeedLoop:
         return original.float() * (1000.0 / schedule.original_steps) if self.diffusion.rescale_timesteps else original
 
     def _log_variance(self, values: Tensor | None, t: Tensor, x: Tensor) -> Tensor:
-        """Of the step back, with its variance beside it as the original always has it."""
+        """The mean of the reverse step, and its variance, which the original always computes."""
         if values is None:
             small = self.diffusion.var_type is ModelVarType.FIXED_SMALL
             self._at("posterior_variance" if small else "fixed_large_variance", t, x)
@@ -161,7 +161,7 @@ class SeedLoop:
 
 @without_our_ops
 def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
-    """improved-diffusion's sampler: its operations stated anew, or with a checkout its own network and loop."""
+    """improved-diffusion's sampler: its operations written out, or with a checkout its own network and loop."""
     case = case.with_evaluations()
     ddim, size = case.solver == "ddim", (case.batch, case.config.model.in_channels, *case.config.model.size_hw)
     fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
@@ -283,5 +283,5 @@ LEVERS: dict[str, dict[str, bool]] = {
     "compile": {"compiled": False},
     "graphs": {"cuda_graph": False},
 }
-"""What `ours` is given to leave it out."""
+"""The settings of `ours` that leave the lever out."""
 GPU_ONLY = ("graphs",)

@@ -65,7 +65,7 @@ PERSISTENT = 100_000
 REUSE = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance, elements."""
 USD_PER_HOUR = 3.0
-"""Of one GPU: an assumption; prices differ by a factor of three."""
+"""The price of one GPU, an assumption; prices differ by a factor of three."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Messages:
     all_gather: float = 0.0
 
     def sent(self, gpus: int) -> float:
-        """By each GPU of one ring."""
+        """Bytes that each GPU of one ring sends."""
         return (2 * self.all_reduce + self.reduce_scatter + self.all_gather) * (gpus - 1) / gpus
 
 
@@ -127,7 +127,7 @@ class Links:
     node: int = 8
 
     def seconds(self, gathered: float, gpus: int, messages: float = 1) -> float:
-        """Of a reduce-scatter or an all-gather of so many bytes over all GPUs; an all-reduce takes both."""
+        """Time of a reduce-scatter or an all-gather of `gathered` bytes over all GPUs; an all-reduce is both."""
         local = min(gpus, self.node)
         nodes = gpus / local
         within, between = gathered * (local - 1) / local, gathered / local * (nodes - 1) / nodes
@@ -173,7 +173,7 @@ def memory(
     activations: float = 0.0,
     bucket: int = BUCKET,
 ) -> Memory:
-    """Of one GPU, by the table above."""
+    """Memory of one GPU, by the module's table."""
     P, w = size.parameters, weight_bytes
     share = P / gpus if stage else P
     weights = w * P if stage < 3 else w * (P / gpus + size.persistent)
@@ -194,7 +194,7 @@ def memory(
 
 
 def messages(size: Size, stage: int, accumulation: int, *, weight_bytes: int = 2) -> Messages:
-    """Of one optimiser step on several GPUs, by the table above."""
+    """Messages of one optimiser step on several GPUs, by the module's table."""
     whole = float(weight_bytes * size.parameters)
     if stage == 0:
         return Messages(all_reduce=whole)
@@ -217,7 +217,7 @@ class Step:
 
 
 def measured_step(step_ms: float, micro: int, optimiser: float, launches: float) -> Step:
-    """From one measured step of one micro-batch; the optimiser and the launches are predicted, and taken off."""
+    """The step from a measured one of one micro-batch, less the predicted optimiser and launches."""
     rest = step_ms / 1e3 - optimiser - launches
     if rest <= 0:
         raise UserError(

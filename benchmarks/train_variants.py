@@ -143,7 +143,7 @@ def without_our_ops(make: Callable[..., Callable[[], Result]]) -> Callable[..., 
 
 @without_our_ops
 def seed(case: Case, checkout: Path | None = None) -> Step:
-    """improved-diffusion's step: its operations stated anew, or with a checkout its own network and losses."""
+    """improved-diffusion's step: its operations written out, or with a checkout its own network and losses."""
     diffusion = case.diffusion()
     model: nn.Module
     if checkout is None:

@@ -1,7 +1,7 @@
-"""Compile recorded launches for GPUs that are not here, and read what became of them: registers, spills, widths.
+"""Compile recorded launches for GPUs that are not in this machine, and read registers, spills and access widths.
 
-Triton's own dispatch does it, with a driver that only names a GPU. So the cache keys are those of a run on such a GPU,
-which finds in Triton's cache what was compiled here.
+Triton's own dispatch compiles, with a driver that only names a GPU. So the cache keys are those of a run on such a GPU,
+which finds the compiled code in Triton's cache.
 
 Needs Triton's own NVIDIA tools (ptxas, cuobjdump, nvdisasm), which its wheel brings, and no GPU. Must run without
 TRITON_INTERPRET, which replaces kernels when they are defined.
@@ -40,7 +40,7 @@ MATMUL = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler made of one launch for one GPU."""
+    """The machine code of one launch for one GPU in numbers."""
 
     kernel: str
     variant: str
@@ -68,7 +68,7 @@ class Compiled:
 
 
 class _NamedGPU:
-    """A driver for Triton that names a GPU of compute capability arch / 10 and can do nothing else.
+    """A Triton driver that only names a GPU of compute capability arch / 10.
 
     Triton keeps a table of compiled kernels for each device number; the capability serves as that number.
     """
@@ -93,7 +93,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def specialisation(launch: Launch) -> list[tuple[str, Any]]:
-    """For each parameter its type and what else Triton compiles for: "D" of one divisible by 16, or a constant."""
+    """Each parameter's type and specialisation: "D" if divisible by 16, or a constant's value."""
     driver.set_active(_NamedGPU(90))  # the result is the same for all GPUs
     *_, bind = launch.kernel.device_caches[90]
     values, found, _ = bind(*launch.args, **launch.options())
@@ -104,7 +104,7 @@ def specialisation(launch: Launch) -> list[tuple[str, Any]]:
 
 
 def variant(launch: Launch) -> str:
-    """A short name of what tells this compilation of a kernel from its others."""
+    """A short name that distinguishes the compilations of a kernel."""
     parameters = list(zip(launch.kernel.params, specialisation(launch), strict=True))
     dtypes = ",".join(dict.fromkeys(kind[1:] for _, (kind, _) in parameters if kind.startswith("*")))
     constants = {parameter.name: value for parameter, (kind, value) in parameters if kind == "constexpr"}
@@ -133,7 +133,7 @@ def unique(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def to_json(launch: Launch) -> str:
-    """What decides a launch's compilation, on one line: equal for launches that compile to the same code.
+    """Everything that determines a launch's compilation, on one line: equal for launches that compile to the same code.
 
     `from_json` makes a launch of it again.
     """
@@ -166,7 +166,7 @@ def from_json(text: str) -> Launch:
 
 
 def _kind_of(value: Any, free: bool) -> Any:
-    """An argument, or instead of a number one that Triton compiles the same code for.
+    """An argument; a number is replaced by one for which Triton compiles the same code.
 
     It looks at an integer's width and, unless the parameter is free, at 1 and at multiples of 16.
     """
@@ -250,7 +250,7 @@ def _count(code: str, pattern: str) -> dict[str, int]:
 
 
 def missing(lines: Iterable[str], arch: int) -> list[str]:
-    """Those launches, each a line of `to_json`, that `compile_all` has not put into Triton's cache yet."""
+    """The launches, each a line of `to_json`, that `compile_all` has not put into Triton's cache yet."""
     with contextlib.suppress(OSError):
         done = set(_list_of_done().read_text(errors="replace").split())
         return [line for line in lines if _digest(line, arch) not in done]
@@ -260,7 +260,7 @@ def missing(lines: Iterable[str], arch: int) -> list[str]:
 def compile_all(lines: Iterable[str], arch: int, parent: int) -> None:
     """Compile launches into Triton's cache as long as this process's parent lives.
 
-    A launch that fails is left to the run that needs it.
+    A launch that fails to compile is left to the run.
     """
     for line in lines:
         if os.getppid() != parent:

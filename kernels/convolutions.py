@@ -40,7 +40,7 @@ def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_arranged(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a weight is already as `conv_weight` would make it."""
+    """Whether `conv_weight` has nothing to convert."""
     return weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last)
 
 

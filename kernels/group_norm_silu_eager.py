@@ -116,7 +116,7 @@ def group_norm_silu(
     silu: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `reference.group_norm_silu`, which says what the arguments are."""
+    """As `reference.group_norm_silu`, which describes the arguments."""
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
     if offset is not None and offset.dim() == 1:

@@ -86,7 +86,7 @@ class Operation:
     """One layer's cost for one image. The module's docstring defines the numbers."""
 
     name: str
-    """Of the module, e.g. input_blocks.1.0.in_layers.2."""
+    """The module's name, e.g. input_blocks.1.0.in_layers.2."""
     kind: Kind
     shape: tuple[int, ...]
     """(C_in, C_out, H, W) of a convolution's result; (C, H, W) of a map; (heads, L, D); (in, out) of a vector."""
