@@ -119,7 +119,7 @@ def optimiser_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def _multiplies(made: Compiled) -> bool:
-    """Whether the products run on tensor cores; with 32 rows or fewer HMMA will do on every GPU, as padding costs more."""
+    """Whether the products run on tensor cores; with 32 rows or fewer HMMA will do, as padding costs more."""
     length = re.search(r"\bL=(\d+)", made.variant)
     few = length is not None and int(length[1]) <= 32
     return aot.MATMUL[made.arch] in made.matmuls or (few and "HMMA" in made.matmuls)
