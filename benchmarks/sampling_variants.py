@@ -238,7 +238,9 @@ def diffusers(case: DrawCase) -> Draw:
 class _EmbeddedEachTime:
     """A network that computes its conditioning anew in every call."""
 
-    def __init__(self, precomputed: Any, table: SolverTable, diffusion: GaussianDiffusion, device: torch.device) -> None:
+    def __init__(
+        self, precomputed: Any, table: SolverTable, diffusion: GaussianDiffusion, device: torch.device
+    ) -> None:
         self.model, self.body, self.labels = precomputed.model, precomputed.body, precomputed.labels
         self.timesteps = diffusion.model_timesteps(torch.from_numpy(table.steps).to(device))
 
