@@ -45,7 +45,7 @@ from benchmarks.bench_train import CONFIGS, chosen
 from benchmarks.flag_types import at_least, existing_file
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
-from fastdiff.diffusion.solvers import make_plan
+from fastdiff.diffusion.solvers import solver_table
 from fastdiff.runtime.script import run_script
 from fastdiff.sampling.engine import sampling_launches
 from fastdiff.training.compilation import training_launches
@@ -72,15 +72,13 @@ BULK = {
     "backward_whole": "ls",
     "backward_short": "ls",
     "backward_long": "ls",
-    "pointers": "ls",
-    "boxes": "ls",
     "adamw_ema": "ls",
     "squares": "l",
 }
 # Loads and stores of local memory that a launch may have: where it lets another block onto a multiprocessor, the
 # assembler stores one value there and reads it once.
 FEW_SPILLS = 2
-MATMUL = {*(name for name in BULK if name.endswith(("_short", "_long", "_whole"))), "pointers", "boxes"}
+MATMUL = {name for name in BULK if name.endswith(("_short", "_long", "_whole"))}
 
 
 def recorded(name: str) -> Iterator[Launch]:
@@ -95,13 +93,13 @@ def recorded(name: str) -> Iterator[Launch]:
     process = create_diffusion(config.diffusion, model.learn_sigma)
     for batch in DRAWN.get(name, (16,)):
         for solver in SOLVERS:
-            yield from sampling_launches(model, process, make_plan(process, solver), batch, torch.bfloat16)
+            yield from sampling_launches(model, process, solver_table(process, solver), batch, torch.bfloat16)
 
 
 def optional() -> Iterator[Launch]:
-    """Launches that no configuration chooses: updates through DeepSpeed's engine, and `conv3x3` in a residual block."""
+    """Launches that no configuration chooses: updates through DeepSpeed's engine."""
     with launch.record() as found:
-        for name, args in (*optimiser_calls(), *convolution_calls()):
+        for name, args in optimiser_calls():
             launch.IMPLEMENTATIONS[name](*args)
     yield from found
 
@@ -120,25 +118,15 @@ def optimiser_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "squared_norm", ([flat],)
 
 
-def convolution_calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """conv3x3, which no configuration chooses: the two convolutions of a residual block."""
-    for C1, C2, C_out, side in ((128, 128, 128, 64), (384, 0, 384, 16), (512, 0, 512, 8)):
-        channels_last = lambda C, side=side: _meta(4, side, side, C).permute(0, 3, 1, 2)
-        affine, weight, bias = _meta(4, C1 + C2, dtype=torch.float32), _meta(C_out, 3, 3, C1 + C2), _meta(C_out)
-        x, skip = channels_last(C1), channels_last(C2) if C2 else None
-        yield "conv3x3", (x, weight, bias, skip, affine, affine, affine, None, True, False)
-        yield "conv3x3", (x, weight, bias, skip, affine, affine, affine, channels_last(C_out), True, False)
-
-
 def _multiplies(made: Compiled) -> bool:
-    """Whether the products run on tensor cores; those of 32 rows or fewer by HMMA everywhere, padding costs more."""
+    """Whether the products run on tensor cores; with 32 rows or fewer HMMA will do, as padding costs more."""
     length = re.search(r"\bL=(\d+)", made.variant)
     few = length is not None and int(length[1]) <= 32
     return aot.MATMUL[made.arch] in made.matmuls or (few and "HMMA" in made.matmuls)
 
 
 def broken_rules(made: Compiled, must_be_fast: bool) -> list[str]:
-    """What a compiled launch gets wrong, in words; empty when nothing."""
+    """The rules that a compiled launch breaks; empty if it breaks none."""
     wrong = []
     if made.registers > 255:
         wrong.append(f"{made.registers} registers")

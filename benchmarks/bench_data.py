@@ -225,7 +225,7 @@ def parse() -> argparse.Namespace:
 
 
 def place() -> dict[str, Any]:
-    """Where the figures come from."""
+    """Device, versions, commit and date of the figures."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -167,7 +167,7 @@ def summary(rows: Rows) -> list[str]:
 
 
 def _times(mine: dict[str, Any], other: dict[str, Any]) -> float:
-    """How many times as fast: by the rounds where the table has that ratio, else by the medians."""
+    """The speed ratio, from the rounds if the table has it, else from the medians."""
     if mine["ratio"] and other["variant"] == mine["ratio_to"]:
         return mine["ratio"][1]
     return other["ms"][1] / mine["ms"][1]
@@ -231,7 +231,7 @@ def split(case: DrawCase, compiled: bool, seconds: float) -> dict[str, float | N
 
 
 def job_overhead(case: DrawCase, compiled: bool, parts: int) -> dict[str, float]:
-    """Of a job of so many batches, each a part: images, wall seconds, and the share of them not spent on drawing."""
+    """Images, wall seconds, and the share of them not spent on drawing, of a job of `batches` parts."""
     engine = our_engine(case, compiled, case.device.type == "cuda")
     spent = 0.0
 
@@ -258,7 +258,7 @@ def job_overhead(case: DrawCase, compiled: bool, parts: int) -> dict[str, float]
 
 
 def split_lines(entry: dict[str, Any]) -> list[str]:
-    """What a person reads of a split and a job."""
+    """The printed lines of a split and a job."""
     parts, job = entry["split"], entry["job"]
     gaps = "launch gaps do not apply to a CPU" if parts["gaps"] is None else f"GPU idle {1e3 * parts['gaps']:.3f} ms"
     ms = ", ".join(f"{name} {1e3 * parts[name]:.3f}" for name in ("network", "step", "to_host"))

@@ -243,7 +243,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def place(args: Any, device: torch.device, rates: Any) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Device, versions, commit and date of the figures."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     given = {key: value for key, value in vars(args).items() if key in ("configs", "batches", "precisions", "rounds")}
     return {

@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: where they run, how they are timed, what is written beside each figure.
+"""Fixtures of the kernels' benchmarks: the device, the timer, and the data written beside each figure.
 
     make bench-kernels        →  benchmarks/results/kernels_<device>.json
 
@@ -51,7 +51,7 @@ def small(device: torch.device) -> bool:
 
 @pytest.fixture(scope="session")
 def rates(device: torch.device) -> Rates:
-    """What memory-bound kernels and products are measured by: a device copy and a large matrix product."""
+    """The rates that kernels are compared with: a device copy and a large matrix product."""
     return measure_rates(device)
 
 

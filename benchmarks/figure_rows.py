@@ -28,7 +28,7 @@ class OutOfTime(Exception):
 
 @dataclasses.dataclass
 class Bench:
-    """Where figures are made and where rows go."""
+    """The device of the figures and the destination of their rows."""
 
     device: torch.device
     rates: Rates
@@ -37,7 +37,7 @@ class Bench:
     most: int = 0
     """Only so many shapes of each kind, the costliest; 0 for all."""
     compiled: int = 6
-    """For so many shapes of norms, forward and backward, torch.compile is timed as well; each compiles for seconds."""
+    """The number of norms' shapes, forward and backward, that torch.compile is timed on; each compiles for seconds."""
     until: float = float("inf")
     """On time.monotonic(): no row begins later."""
 

@@ -55,7 +55,7 @@ from benchmarks.proof_log import FILE, OK, Log, Row, finished, latest_kind, of_o
 from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part  # noqa: E402
 
 BROUGHT = ROOT / ".gpu"
-"""Where pack_for_gpu.py puts what a machine without a network needs."""
+"""The folder in which pack_for_gpu.py puts the files for a machine without a network."""
 IMPORTS = (
     *("deepspeed", "torch._inductor.compile_fx", "fastdiff.training.run", "fastdiff.sampling.sampler"),
     "diffusers.models.unets.unet_2d",
@@ -132,7 +132,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def known_rows(args: argparse.Namespace) -> list[Row]:
-    """What earlier commands of the same mode and commit found, in --out or in the files of --done_in."""
+    """The findings of earlier commands of the same mode and commit, in --out or in the files of --done_in."""
     files = [args.out / FILE, *args.done_in]
     rows = [row for file in dict.fromkeys(files) if file.is_file() for row in read_rows(file)]
     return of_one_kind(rows, mode_of(args), args.commit)
@@ -221,7 +221,7 @@ class Proof:
 
 
 def run_part(context: Context, parent: int) -> None:
-    """In the part's process: what it prints goes into log.txt; an exception becomes a row and exit code 1."""
+    """Run in the part's process: its output goes to log.txt; an exception becomes a row and exit code 1."""
     os.setpgid(0, 0)  # so that it can be stopped with all that it has started
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()

@@ -26,13 +26,13 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """Of features [N, D], N at least 2."""
+        """The moments of features [N, D], N at least 2."""
         x = features.double()
         return cls(x.mean(dim=0), torch.cov(x.T).reshape(x.shape[1], x.shape[1]))
 
 
 def square_root(matrix: Tensor) -> Tensor:
-    """Of a symmetric matrix [D, D] without negative eigenvalues, but for rounding."""
+    """The square root of a symmetric matrix [D, D] without negative eigenvalues but for rounding."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 

@@ -31,6 +31,7 @@ class NoSuchWay(Exception):
 def forced(way: str) -> Iterator[None]:
     """Let group_norm_silu run one way; the op raises NoSuchWay where its shape does not allow it. "" forces nothing."""
     from fastdiff.kernels import group_norm_silu as norm
+    from fastdiff.kernels.group_norm_silu_plan import Tile
 
     chosen_by = norm.plan
     if not way:
@@ -46,7 +47,7 @@ def forced(way: str) -> Iterator[None]:
         if way == "split":
             rows = min(usual.rows, 2048 // usual.block_c)
             return dataclasses.replace(usual, slab=False, one_block=False, block_l=rows, num_warps=4)
-        tile = norm.Tile.of(C1 + C2, group, 8, 32 // itemsize, 64)
+        tile = Tile.of(C1 + C2, group, 8, 32 // itemsize, 64)
         if way != "loop" or tile.padded > 128:
             raise NoSuchWay(f"{way} on {L} pixels of {C1 + C2} channels")
         slabs = B * ((C1 + C2) // tile.channels)
@@ -120,7 +121,7 @@ class Norm:
         return " ".join([f"{B}x{channels}x{H}x{W}", *(name for name, there in has.items() if there)])
 
     def tensors(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
-        """What the definition in PyTorch takes of the op's arguments; the second summand of a backward is made up."""
+        """The op's arguments as the definition in PyTorch takes them; the second summand of a backward is invented."""
         named = self.named(args)
         if self.summed and "b" not in named:
             named["b"] = torch.randn_like(named["x"])
@@ -215,7 +216,7 @@ def difference(got: Any, wanted: Any) -> float:
 
 
 def _definition(bench: Bench, norm: Norm) -> Callable[[int], tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """For `Bench.row`: the definition in PyTorch, compiled on a GPU, or its backward pass, and arguments."""
+    """Function and arguments for `Bench.row`: the definition in PyTorch, compiled on a GPU, or its backward pass."""
     run, call = norm.definition(), norm.call
     if bench.device.type == "cuda":
         torch.compiler.reset()  # or torch.compile gives up after some shapes and runs eagerly

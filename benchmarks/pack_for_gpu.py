@@ -85,7 +85,7 @@ def download(packages: list[str], python: str, wheels: Path) -> None:
 
 
 def worth_taking(cache: Path) -> list[Path]:
-    """Of compiled code, Inductor's graphs, which hold their kernels, and our own Triton kernels; the oldest first.
+    """Files of compiled code: Inductor's graphs, which hold their kernels, and our Triton kernels; the oldest first.
 
     Left out is what Inductor writes a second time, its choices among launch configurations, which on a machine without
     a real GPU were made by timing nothing, what kernels were on their way to machine code, and fastdiff's list of

@@ -89,11 +89,10 @@ KERNEL_TESTS = [
         "diffusion_kernels",
         "adamw_ema",
         "convolutions",
-        "norm_coefficients",
         "reference",
     )
 ]
-kernels = native_tests(*KERNEL_TESTS, tiny=("tests/kernels/test_norm_coefficients.py",), workers=10)
+kernels = native_tests(*KERNEL_TESTS, tiny=("tests/kernels/test_convolutions.py",), workers=10)
 golden = native_tests(
     "tests/golden/test_golden_kernels.py",
     "tests/golden/test_golden_model.py",

@@ -157,7 +157,7 @@ def peers_of(mine: Row, latest: Sequence[Row]) -> list[Row]:
 
 
 def ratios(rows: Sequence[Row]) -> list[str]:
-    """How many times as fast ours is as each baseline, by medians; other batches and precisions are named."""
+    """The ratio of each baseline's median to ours; other batches and precisions are named."""
     lines = []
     latest = latest_throughput(rows)
     for mine in (row for row in latest if row["variant"].startswith("ours")):

@@ -1,4 +1,4 @@
-"""What a part of gpu_proof.py is, where it runs, and how it runs commands."""
+"""A part of gpu_proof.py, the context in which it runs, and functions that run commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARGIN = 5.0
 
 @dataclass(frozen=True)
 class Context:
-    """Where a part runs and where it writes."""
+    """The device, folders and mode of a part."""
 
     part: str
     log: Log
@@ -31,7 +31,7 @@ class Context:
     """A folder of pictures, or a tar file of one, to train on; None: made-up ones."""
     tiny: bool
     rehearsal: bool
-    """Whether the GPU computes nothing, so that numbers aren't judged."""
+    """Whether the GPU is a rehearsal's, which computes nothing, so that numbers aren't judged."""
     until: float
     """time.monotonic() at which the part is stopped."""
 
@@ -53,7 +53,7 @@ class Part:
     """Predicted seconds on an H100 that finds compiled code. It is stopped after four times as long and 20 s more."""
     run: Callable[[Context], None]
     alone: bool = True
-    """Whether it needs the GPU for itself, as everything that is timed does."""
+    """Whether it needs the GPU for itself, like everything that is timed."""
 
 
 class LeftOut(Exception):

@@ -1,4 +1,4 @@
-"""What gpu_proof.py found, as report.py shows it: rows for its tables and charts, and tables of parts and kernels."""
+"""The findings of gpu_proof.py for report.py: rows of its tables and charts, and tables of parts and kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks import proof_log
 from fastdiff.errors import UserError
-from fastdiff.runtime import machine as hardware
+from fastdiff.runtime.machine import find
 
 Row = proof_log.Row
 NOTE = (
@@ -21,7 +21,7 @@ SHOWN = 20
 
 
 def read(path: Path) -> list[Row]:
-    """What commands of the last one's mode and commit found. Raises UserError."""
+    """The findings of all commands with the last one's mode and commit. Raises UserError."""
     try:
         rows = proof_log.latest_kind(proof_log.read_rows(path))
     except OSError as error:
@@ -34,7 +34,7 @@ def read(path: Path) -> list[Row]:
 
 
 def place_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """Where and when the figures were measured, and what to say of them."""
+    """Device, versions and date of the figures, and a note on them."""
     heads = [row for row in rows if row["kind"] in ("start", "machine")]
     return {name: value for row in heads for name, value in row.items()} | {"threads": 0, "note": NOTE}
 
@@ -90,7 +90,7 @@ def parts_table(rows: Sequence[Row]) -> str:
 
 
 def figures_tables(rows: Sequence[Row]) -> str:
-    """What kernel_figures.py found: milliseconds per step by way, and the calls that cost most in a step."""
+    """The findings of kernel_figures.py: milliseconds per step by way, and the calls that cost most in a step."""
     figures = [row for row in rows if row["kind"] == "figure" and "section" in row]
     lines = []
     for section in dict.fromkeys(row["section"] for row in figures):
@@ -121,9 +121,9 @@ def _calls(row: Row) -> int:
 
 
 def name_of(rows: Sequence[Row]) -> str:
-    """What kept results are called: gpu_h100_2026-01-02."""
+    """The name of kept results: gpu_h100_2026-01-02."""
     device = next(row["device"] for row in reversed(rows) if row["kind"] == "machine")
-    known = hardware.find(device)
+    known = find(device)
     name = known.name.split()[0] if known else device
     day = next(row["date"] for row in reversed(rows) if row["kind"] == "start")
     return f"gpu_{re.sub('[^a-z0-9]+', '_', name.lower()).strip('_')}_{day}"

@@ -116,7 +116,7 @@ def compile_beforehand(case: Any, draw: bool) -> list[str]:
 
     dtype, model = DTYPES[case.precision], case.config.model
     if draw:
-        launches = functools.partial(sampling_launches, model, case.diffusion(), case.plan(), case.batch, dtype)
+        launches = functools.partial(sampling_launches, model, case.diffusion(), case.table(), case.batch, dtype)
     else:
         scaled = case.precision == "fp16"
         rates = case.config.train.ema_rate
@@ -126,7 +126,7 @@ def compile_beforehand(case: Any, draw: bool) -> list[str]:
 
 
 def compiled_code() -> dict[str, int]:
-    """How many of Inductor's graphs this process found in the cache, and how many it had to compile."""
+    """The numbers of Inductor's graphs that this process found in the cache, and that it had to compile."""
     from torch._dynamo.utils import counters
 
     seen = counters["inductor"]
@@ -193,7 +193,7 @@ def other_kernels(context: Context) -> None:
 
 
 def saving(context: Context) -> None:
-    """What a checkpoint of the 270M network costs training."""
+    """The time that a checkpoint of the 270M network costs training."""
     result = context.work / "saving.json"
     case = "--config imagenet64_270M --batch 64 --precision bf16 --rounds 3"
     if context.tiny:

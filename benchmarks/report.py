@@ -17,189 +17,21 @@ configuration that isn't known here gets none.
 from __future__ import annotations
 
 import argparse
-import functools
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import proof_report, roofline
-from fastdiff.config.load import Config
+from benchmarks import proof_report
+from benchmarks.report_rows import Results, Row, bounds, main_row, plain_name, read, row_of
 from fastdiff.errors import UserError
-from fastdiff.models import cost as work
-from fastdiff.runtime import machine as hardware
 from fastdiff.runtime.script import run_script
 
-ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
 COLOURS = {"reference": "#8c939c", "reference+compile": "#b4bac2", "diffusers": "#d9a441", "ours": "#1f6f8b"}
 LEVER_OFF, INK, PALE = "#8fbccb", "#22272e", "#6b7280"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured variant. Triples are (first quartile, median, third quartile)."""
-
-    config: str
-    variant: str
-    precision: str
-    batch: int
-    ms: tuple[float, float, float]
-    images_per_second: tuple[float, float, float]
-    ratio: tuple[float, float, float] | None
-    """The time of the variant `ratio_to` over this one's, of the same case; above 1 is faster."""
-    ratio_to: str
-    mfu: float | None
-    mfu_measured: float | None
-    """Share of the matmul rate that was measured in the same process."""
-    peak_memory_gb: float | None
-    start_seconds: float | None
-    solver: str = ""
-    """Of drawing, with its steps; empty for a training step."""
-    evaluations_per_second: tuple[float, float, float] | None = None
-    """Of the network, of drawing: images times evaluations."""
-
-    @property
-    def rate(self) -> tuple[float, float, float]:
-        """What the chart shows: evaluations per second of drawing, else images per second."""
-        return self.evaluations_per_second or self.images_per_second
-
-
-@dataclass(frozen=True)
-class Results:
-    """A results file: where it was measured, the rows, and of drawing where its time goes."""
-
-    place: dict[str, Any]
-    rows: list[Row]
-    splits: list[dict[str, Any]] = field(default_factory=list)
-    left_out: list[dict[str, Any]] = field(default_factory=list)
-    """Variants without a row, and the reasons."""
-
-    @property
-    def sampling(self) -> bool:
-        return any(row.evaluations_per_second for row in self.rows)
-
-    def cases(self) -> dict[str, list[Row]]:
-        """Rows by configuration, batch and precision, in the order of ORDER."""
-        made: dict[str, list[Row]] = {}
-        for row in self.rows:
-            name = f"{row.config}, batch {row.batch}, {row.precision}" + (f", {row.solver}" if row.solver else "")
-            made.setdefault(name, []).append(row)
-        return {name: sorted(rows, key=_rank) for name, rows in made.items()}
-
-
-def _plain(variant: str) -> str:
-    """A variant's name without the batch and precision in brackets that gpu_proof.py's rows may have."""
-    return variant.split(" (")[0]
-
-
-def _rank(row: Row) -> int:
-    name = _plain(row.variant)
-    return ORDER.index(name) if name in ORDER else len(ORDER)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Images per second by the roofline: at all of both rates, and at 80% of the products' and 90% of the copies'."""
-
-    ceiling: float
-    target: float
-
-
-def read(path: Path) -> Results:
-    """The results in a file that bench_train.py wrote. Raises UserError."""
-    try:
-        content = json.loads(path.read_text())
-        rows = [_row(entry) for entry in content["rows"]]
-        place = {name: content[name] for name in ("device", "torch", "commit", "date", "command", "threads")}
-        place |= {name: float(content[name]) for name in ("matmul_tflops", "copy_gbs")}
-        splits, left_out = list(content.get("splits", [])), list(content.get("left_out", []))
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/bench_train.py") from error
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"{path} is not what benchmarks/bench_train.py writes: {what}") from None
-    if not rows:
-        raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
-    return Results(place, rows, splits, left_out)
-
-
-def _row(entry: dict[str, Any]) -> Row:
-    names = ["ms", "images_per_second", *([] if entry["ratio"] is None else ["ratio"])]
-    names += ["evaluations_per_second"] if "evaluations_per_second" in entry else []
-    triples: dict[str, Any] = {"ratio": None, **{name: tuple(float(v) for v in entry[name]) for name in names}}
-    for name in names:
-        if len(triples[name]) != 3:
-            raise ValueError(f"{name} must be three numbers, not {entry[name]}")
-    numbers: dict[str, Any] = {
-        name: None if entry.get(name) is None else float(entry[name])
-        for name in ("mfu", "mfu_measured", "peak_memory_gb", "start_seconds")
-    }
-    texts: dict[str, Any] = {name: str(entry[name]) for name in ("config", "variant", "precision")}
-    ratio_to = str(entry.get("ratio_to", "reference"))
-    texts["solver"] = f"{entry['solver']} {entry['steps']}" if "solver" in entry else ""
-    return Row(**texts, batch=int(entry["batch"]), ratio_to=ratio_to, **triples, **numbers)
-
-
-def _quick() -> Config:
-    """The benchmark's own configuration; its import brings the whole trainer, which nothing else here needs."""
-    try:
-        from bench_train import load
-    except ImportError:
-        from benchmarks.bench_train import load
-    return load("quick")
-
-
-@functools.cache
-def _known(config: str, precision: str) -> tuple[list[work.Operation], int] | None:
-    """A configuration's operations, and its optimiser's bytes per parameter."""
-    try:
-        settings = _quick() if config == "quick" else roofline.load_config(config)
-    except UserError:
-        return None
-    return roofline.operations_of(settings, precision), roofline.optimiser_bytes_of(settings, precision)
-
-
-def bounds(results: Results, row: Row) -> Bounds | None:
-    """The roofline of a row's configuration, batch and precision.
-
-    None for a configuration that isn't known, for drawing, and for fp32 on a GPU, whose rates are those of 16-bit
-    products.
-    """
-    known = None if row.solver else _known(row.config, row.precision)  # it is of training
-    if known is None:
-        return None
-    ops, optimiser_bytes = known
-    place = results.place
-    gpu = hardware.find(place["device"])
-    if gpu and row.precision == "fp32":
-        return None
-    if gpu:
-        machine = roofline.machine_for(place["device"])
-    else:
-        machine = roofline.Machine(place["device"], place["matmul_tflops"] * 1e12, place["copy_gbs"] * 1e9, None)
-    rates = [
-        roofline.predict(
-            ops,
-            row.batch,
-            machine,
-            convolution_efficiency=products,
-            copy_efficiency=copies,
-            launch_us=2.0 if gpu else 0.0,  # a CPU launches nothing
-            optimiser_bytes=optimiser_bytes,
-        ).images_per_second
-        for products, copies in ((1.0, 1.0), (0.8, 0.9))
-    ]
-    return Bounds(*rates)
-
-
-def main_row(rows: Sequence[Row]) -> Row:
-    """The row whose roofline stands for its case: ours, or the first."""
-    return next((row for row in rows if row.variant == "ours"), rows[0])
 
 
 # --- Markdown ---
@@ -232,7 +64,7 @@ def _title(results: Results) -> str:
 
 
 def _split_table(results: Results) -> list[str]:
-    """Where the time of ours goes while it draws; nothing where that was not measured."""
+    """The table of how our time is spent while drawing; empty if that was not measured."""
     if not results.splits:
         return []
     lines = [
@@ -374,10 +206,10 @@ def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
     reach = max(max(row.rate[2] for row in rows), bound.ceiling if bound else 0)
     for i, row in enumerate(rows):
         low, middle, high = row.rate
-        axes.barh(i, middle, height=0.68, color=COLOURS.get(_plain(row.variant), LEVER_OFF), zorder=2)
+        axes.barh(i, middle, height=0.68, color=COLOURS.get(plain_name(row.variant), LEVER_OFF), zorder=2)
         whiskers = [[max(0, middle - low)], [max(0, high - middle)]]
         axes.errorbar(middle, i, xerr=whiskers, color=INK, elinewidth=0.9, capsize=2.2, zorder=3)
-        ratio = "" if row.ratio is None or _plain(row.variant) == row.ratio_to else f"  {row.ratio[1]:.2f}×"
+        ratio = "" if row.ratio is None or plain_name(row.variant) == row.ratio_to else f"  {row.ratio[1]:.2f}×"
         ratio += f" {row.ratio_to}" if ratio and row.ratio_to != "reference" else ""
         axes.annotate(
             f"{_short(middle)}{ratio}",
@@ -434,7 +266,7 @@ def report_proof(args: argparse.Namespace) -> None:
     place = proof_report.place_of(found)
     if args.keep and place["mode"] != "real":
         raise UserError(f"--keep: {args.results} is of a {place['mode']} run, whose figures mean nothing")
-    results = [Results(place, [_row(entry) for entry in rows]) for rows in proof_report.cases_of(found)]
+    results = [Results(place, [row_of(entry) for entry in rows]) for rows in proof_report.cases_of(found)]
     base = Path(f"{args.keep}/{proof_report.name_of(found)}")
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)

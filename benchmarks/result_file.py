@@ -16,7 +16,7 @@ import torch
 from fastdiff.errors import StopWith, UserError, shortened
 
 Label = dict[str, Any]
-"""What tells one case from another: {"config": …, "precision": …, "batch": …}."""
+"""The keys of a case: {"config": …, "precision": …, "batch": …}."""
 
 
 class ResultFile:
@@ -49,7 +49,7 @@ class ResultFile:
         self._write()
 
     def forget(self, label: Label, variants: Sequence[str]) -> None:
-        """Remove rows and reasons of variants that are measured anew."""
+        """Remove rows and reasons of variants that are measured again."""
         for name in ("rows", "left_out"):
             kept = [entry for entry in self.content[name] if not any(_is_of(entry, label, v) for v in variants)]
             self.content[name] = kept

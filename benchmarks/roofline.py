@@ -28,17 +28,17 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import torch
 
-from fastdiff.config import load as config
+from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.errors import UserError, did_you_mean
-from fastdiff.models import cost as work
-from fastdiff.runtime import machine as hardware
+from fastdiff.models import cost
+from fastdiff.runtime.machine import GPUS, Rates, device_name, find, measure_rates
 from fastdiff.runtime.script import run_script
 from fastdiff.training.diagnostics.roofline import CLASSES, Machine, Prediction, predict
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
-def load_config(name: str) -> config.Config:
+def load_config(name: str) -> Config:
     """The settings in a file, or in configs/NAME.json. Raises UserError."""
     path = Path(name)
     if not path.is_file():
@@ -48,10 +48,10 @@ def load_config(name: str) -> config.Config:
         hint = did_you_mean(name, known) or f"; configs/ has {', '.join(known)}"
         raise UserError(f"--config {name} is neither a file nor a name in configs/{hint}")
     try:
-        kind = config.SuperResConfig if "large_size" in json.loads(path.read_text()).get("model", {}) else config.Config
+        kind = SuperResConfig if "large_size" in json.loads(path.read_text()).get("model", {}) else Config
     except (ValueError, AttributeError) as error:
         raise UserError(f"--config {path}: is not a JSON object with sections such as model ({error})") from None
-    return config.load(["--config", str(path)], description="", sections=("model", "diffusion", "train"), kind=kind)[0]
+    return load(["--config", str(path)], description="", sections=("model", "diffusion", "train"), kind=kind)[0]
 
 
 def machine_for(
@@ -61,39 +61,39 @@ def machine_for(
     given = matmul_tflops is not None and copy_tbs is not None
     if gpu == "here":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        name = hardware.device_name(device)
+        name = device_name(device)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        rates = hardware.Rates(0, 0) if given else hardware.measure_rates(device, dtype=dtype)
-        known = hardware.find(name)
+        rates = Rates(0, 0) if given else measure_rates(device, dtype=dtype)
+        known = find(name)
         peak = known.peak_flops if known else None
     else:
-        known = hardware.find(gpu)
+        known = find(gpu)
         if known is None:
-            raise UserError(f"--gpu {gpu} is not in the table; give one of {', '.join(hardware.GPUS)}, or here")
+            raise UserError(f"--gpu {gpu} is not in the table; give one of {', '.join(GPUS)}, or here")
         if precision == "fp32" and matmul_tflops is None:
             raise UserError(f"--gpu {gpu}'s rates are for bf16 and fp16, not fp32; give --matmul_tflops, or --gpu here")
-        name, rates, peak = known.name, hardware.Rates(known.matmul_flops, known.copy_bytes), known.peak_flops
+        name, rates, peak = known.name, Rates(known.matmul_flops, known.copy_bytes), known.peak_flops
     matmul = rates.matmul_flops if matmul_tflops is None else matmul_tflops * 1e12
     copy = rates.copy_bytes if copy_tbs is None else copy_tbs * 1e12
     return Machine(name, matmul, copy, peak)
 
 
-def operations_of(settings: config.Config, precision: str) -> list[work.Operation]:
-    return work.operations(settings.model, work.SINGLE if precision == "fp32" else work.HALF)
+def operations_of(settings: Config, precision: str) -> list[cost.Operation]:
+    return cost.operations(settings.model, cost.SINGLE if precision == "fp32" else cost.HALF)
 
 
-def optimiser_bytes_of(settings: config.Config, precision: str) -> int:
-    return work.optimiser_bytes(len(settings.train.ema_rate), half_copy=precision != "fp32")
+def optimiser_bytes_of(settings: Config, precision: str) -> int:
+    return cost.optimiser_bytes(len(settings.train.ema_rate), half_copy=precision != "fp32")
 
 
-def usual_batch(settings: config.Config) -> int:
+def usual_batch(settings: Config) -> int:
     """The images that one GPU takes at once: the micro-batch, where the settings name one."""
     micro = settings.train.microbatch
     return min(micro, settings.train.batch_size) if isinstance(micro, int) and micro > 0 else settings.train.batch_size
 
 
 def read_profile(path: Path) -> dict[str, Any]:
-    """What `train.py --profile` wrote: batch, step_ms, and ms per step by class. Raises UserError."""
+    """The profile that `train.py --profile` wrote: batch, step_ms, and ms per step by class. Raises UserError."""
     try:
         profile = json.loads(path.read_text())
         batch, classes = int(profile["batch"]), {str(k): float(v) for k, v in profile["classes"].items()}
@@ -112,7 +112,7 @@ def read_profile(path: Path) -> dict[str, Any]:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="of configs/, or any JSON file")
-    parser.add_argument("--gpu", default="H200", help=f"{', '.join(hardware.GPUS)}, or here to measure (default: H200)")
+    parser.add_argument("--gpu", default="H200", help=f"{', '.join(GPUS)}, or here to measure (default: H200)")
     parser.add_argument("--matmul_tflops", type=float, metavar="X", help="rate of matrix products, TFLOP/s")
     parser.add_argument("--copy_tbs", type=float, metavar="Y", help="rate of a copy, read and written, TB/s")
     parser.add_argument("--batch", type=int, metavar="N", help="images per step on the GPU (default: the micro-batch)")
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         **common,
     )
     forward = sum(op.flops for op in ops)
-    print(f"{args.config}: {work.parameters(ops) / 1e6:.1f}M parameters, {forward / 1e9:.1f} GFLOP forward per image")
+    print(f"{args.config}: {cost.parameters(ops) / 1e6:.1f}M parameters, {forward / 1e9:.1f} GFLOP forward per image")
     print(
         f"{machine.name}: {machine.matmul_flops / 1e12:.4g} TFLOP/s, copies {machine.copy_bytes / 1e12:.3g} TB/s; ",
         end="",
@@ -207,9 +207,9 @@ def main(argv: list[str] | None = None) -> None:
             "config": args.config,
             "precision": precision,
             "machine": asdict(machine),
-            "parameters": work.parameters(ops),
+            "parameters": cost.parameters(ops),
             "forward_flops": forward,
-            "saved_bytes": work.saved_bytes(ops),
+            "saved_bytes": cost.saved_bytes(ops),
             "efficiency": {"convolutions": args.conv_efficiency, "copies": args.copy_efficiency},
             **{name: _figures(p, machine) for name, p in (("floor", floor), ("target", target))},
             **({"measured": measured} if measured else {}),

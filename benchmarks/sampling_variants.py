@@ -28,7 +28,7 @@ from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.process import ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedules import keep_steps
-from fastdiff.diffusion.solvers import Plan, make_plan
+from fastdiff.diffusion.solvers import SolverTable, solver_table
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, UNet, build_model
 from fastdiff.models.cost import forward_flops
@@ -58,12 +58,12 @@ class DrawCase(Case):
             settings, self.config.model.learn_sigma, keep_steps(settings, self.steps, "uniform", SIGMA_MAX)
         )
 
-    def plan(self) -> Plan:
-        return make_plan(self.diffusion(), self.solver)
+    def table(self) -> SolverTable:
+        return solver_table(self.diffusion(), self.solver)
 
     @property
     def evaluations(self) -> int:
-        return self.plan().num_evaluations
+        return self.table().num_evaluations
 
     def rates(self, seconds: float) -> dict[str, float | None]:
         """Images and evaluations per second, ms per evaluation and share of the peak, of a batch drawn in `seconds`."""
@@ -86,7 +86,7 @@ class DrawCase(Case):
 
 
 class SeedLoop:
-    """improved-diffusion's way from noise to images, its operations stated anew one by one.
+    """improved-diffusion's sampling, its operations written out one by one.
 
     Every coefficient is looked up in a numpy table that goes to the device at every step; with on_device the tables
     are there once, as a loop written well has them.
@@ -113,7 +113,7 @@ class SeedLoop:
         return original.float() * (1000.0 / schedule.original_steps) if self.diffusion.rescale_timesteps else original
 
     def _log_variance(self, values: Tensor | None, t: Tensor, x: Tensor) -> Tensor:
-        """Of the step back, with its variance beside it as the original always has it."""
+        """The mean of the reverse step, and its variance, which the original always computes."""
         if values is None:
             small = self.diffusion.var_type is ModelVarType.FIXED_SMALL
             self._at("posterior_variance" if small else "fixed_large_variance", t, x)
@@ -161,7 +161,7 @@ class SeedLoop:
 
 @without_our_ops
 def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
-    """improved-diffusion's sampler: its operations stated anew, or with a checkout its own network and loop."""
+    """improved-diffusion's sampler: its operations written out, or with a checkout its own network and loop."""
     case = case.with_evaluations()
     ddim, size = case.solver == "ddim", (case.batch, case.config.model.in_channels, *case.config.model.size_hw)
     fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
@@ -238,9 +238,11 @@ def diffusers(case: DrawCase) -> Draw:
 class _EmbeddedEachTime:
     """A network that computes its conditioning anew in every call."""
 
-    def __init__(self, precomputed: Any, plan: Plan, diffusion: GaussianDiffusion, device: torch.device) -> None:
+    def __init__(
+        self, precomputed: Any, table: SolverTable, diffusion: GaussianDiffusion, device: torch.device
+    ) -> None:
         self.model, self.body, self.labels = precomputed.model, precomputed.body, precomputed.labels
-        self.timesteps = diffusion.model_timesteps(torch.from_numpy(plan.steps).to(device))
+        self.timesteps = diffusion.model_timesteps(torch.from_numpy(table.steps).to(device))
 
     def __call__(self, x: Tensor, row: Tensor, classes: Tensor | None, low_res: Tensor | None) -> Tensor:
         emb = self.model.embed_time(self.timesteps.index_select(0, row).expand(len(x)))
@@ -258,10 +260,10 @@ def our_engine(
     case: DrawCase, compiled: bool, cuda_graph: bool, frozen: bool = True, precomputed: bool = True
 ) -> Engine:
     """The engine as sampling jobs run it."""
-    diffusion, plan = case.diffusion(), case.plan()
-    network = GuidedNetwork(our_network(case, frozen), plan, diffusion, compiled=compiled)
+    diffusion, table = case.diffusion(), case.table()
+    network = GuidedNetwork(our_network(case, frozen), table, diffusion, compiled=compiled)
     if not precomputed:
-        network.network = _EmbeddedEachTime(network.network, plan, diffusion, case.device)  # type: ignore[assignment]
+        network.network = _EmbeddedEachTime(network.network, table, diffusion, case.device)  # type: ignore[assignment]
     return Engine(network, batch_size=case.batch, seed_and_key=SAMPLES, fixed_shape=compiled, cuda_graph=cuda_graph)
 
 
@@ -283,5 +285,5 @@ LEVERS: dict[str, dict[str, bool]] = {
     "compile": {"compiled": False},
     "graphs": {"cuda_graph": False},
 }
-"""What `ours` is given to leave it out."""
+"""The settings of `ours` that leave the lever out."""
 GPU_ONLY = ("graphs",)

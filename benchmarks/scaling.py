@@ -20,7 +20,7 @@ up to stage3_param_persistence_threshold (100,000), and gathers the others f = 1
 them from the forward to the backward pass, which it does while 2 P is within stage3_max_reuse_distance (a billion
 elements), and else f = 2 times. The bucket is reduce_bucket_size (the trainer's 50 million elements) times w: at stages
 1 and 2 in the backward pass, at stage 3 always. A 16-bit step makes float32 copies of the gradients, 4 P (stage 0) or
-4 P / n, when the activations are gone: the greater of both counts. Activations are `work.saved_bytes` per image of a
+4 P / n, when the activations are gone: the greater of both counts. Activations are `cost.saved_bytes` per image of a
 micro-batch; workspaces and fragmentation come on top. A GPU alone sends nothing.
 
 A ring of n sends (n - 1) / n of a tensor per GPU for a reduce-scatter or an all-gather, twice that for an all-reduce.
@@ -35,6 +35,8 @@ the k = n / l nodes at --inter_gbs; and each message waits --latency_us for each
 
 An overlap of 0 is DeepSpeed without overlap_comm. Not modelled: slow nodes, shared networks, waiting for images.
 """
+
+# One long file: the formulas below are those of the docstring, which --help prints beside the flags.
 
 from __future__ import annotations
 
@@ -53,9 +55,8 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 from benchmarks import roofline
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings
-from fastdiff.models import cost as work
-from fastdiff.runtime import machine as hardware
+from fastdiff.models import BackboneSettings, cost
+from fastdiff.runtime.machine import GPUS, find
 from fastdiff.runtime.script import run_script
 from fastdiff.training.deepspeed_engine import BUCKET
 
@@ -64,7 +65,7 @@ PERSISTENT = 100_000
 REUSE = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance, elements."""
 USD_PER_HOUR = 3.0
-"""Of one GPU: an assumption; prices differ by a factor of three."""
+"""The price of one GPU, an assumption; prices differ by a factor of three."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Messages:
     all_gather: float = 0.0
 
     def sent(self, gpus: int) -> float:
-        """By each GPU of one ring."""
+        """Bytes that each GPU of one ring sends."""
         return (2 * self.all_reduce + self.reduce_scatter + self.all_gather) * (gpus - 1) / gpus
 
 
@@ -126,7 +127,7 @@ class Links:
     node: int = 8
 
     def seconds(self, gathered: float, gpus: int, messages: float = 1) -> float:
-        """Of a reduce-scatter or an all-gather of so many bytes over all GPUs; an all-reduce takes both."""
+        """Time of a reduce-scatter or an all-gather of `gathered` bytes over all GPUs; an all-reduce is both."""
         local = min(gpus, self.node)
         nodes = gpus / local
         within, between = gathered * (local - 1) / local, gathered / local * (nodes - 1) / nodes
@@ -158,7 +159,7 @@ class Row:
 
 
 def size_of(settings: BackboneSettings, persistent: int = PERSISTENT, reuse_distance: int = REUSE) -> Size:
-    counts = [p.numel() for p in work.on_meta(settings).parameters()]
+    counts = [p.numel() for p in cost.on_meta(settings).parameters()]
     return Size(sum(counts), sum(count for count in counts if count <= persistent), len(counts), reuse_distance)
 
 
@@ -172,7 +173,7 @@ def memory(
     activations: float = 0.0,
     bucket: int = BUCKET,
 ) -> Memory:
-    """Of one GPU, by the table above."""
+    """Memory of one GPU, by the module's table."""
     P, w = size.parameters, weight_bytes
     share = P / gpus if stage else P
     weights = w * P if stage < 3 else w * (P / gpus + size.persistent)
@@ -193,7 +194,7 @@ def memory(
 
 
 def messages(size: Size, stage: int, accumulation: int, *, weight_bytes: int = 2) -> Messages:
-    """Of one optimiser step on several GPUs, by the table above."""
+    """Messages of one optimiser step on several GPUs, by the module's table."""
     whole = float(weight_bytes * size.parameters)
     if stage == 0:
         return Messages(all_reduce=whole)
@@ -216,7 +217,7 @@ class Step:
 
 
 def measured_step(step_ms: float, micro: int, optimiser: float, launches: float) -> Step:
-    """From one measured step of one micro-batch; the optimiser and the launches are predicted, and taken off."""
+    """The step from a measured one of one micro-batch, less the predicted optimiser and launches."""
     rest = step_ms / 1e3 - optimiser - launches
     if rest <= 0:
         raise UserError(
@@ -226,7 +227,7 @@ def measured_step(step_ms: float, micro: int, optimiser: float, launches: float)
     return Step(launches, rest / micro, optimiser)
 
 
-def predicted_step(ops: Sequence[work.Operation], machine: roofline.Machine, micro: int, optimiser_bytes: int) -> Step:
+def predicted_step(ops: Sequence[cost.Operation], machine: roofline.Machine, micro: int, optimiser_bytes: int) -> Step:
     """The roofline's target: 80% of the matmul rate, 90% of the copy rate."""
     made = roofline.predict(
         ops, micro, machine, convolution_efficiency=0.8, copy_efficiency=0.9, optimiser_bytes=optimiser_bytes
@@ -281,7 +282,7 @@ def row(
     needed = memory(
         size, stage, gpus, weight_bytes=weight_bytes, averages=averages, activations=saved * micro, bucket=bucket
     ).peak
-    cost = usd_per_hour / 3600 * gpus * seconds
+    usd = usd_per_hour / 3600 * gpus * seconds
     sent = messages(size, stage, accumulation, weight_bytes=weight_bytes).sent(gpus)
     return Row(
         gpus=gpus,
@@ -299,8 +300,8 @@ def row(
         efficiency=batch / seconds / gpus * step.micro(micro) / micro,
         memory_gb=needed / 1e9,
         fits=needed <= gpu_memory,
-        usd_per_step=cost,
-        usd_per_million_images=cost / batch * 1e6,
+        usd_per_step=usd,
+        usd_per_million_images=usd / batch * 1e6,
     )
 
 
@@ -321,7 +322,7 @@ def shares(gpus: Sequence[int], batch: int, micro: int, accumulation: int | None
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="of configs/, or any JSON file")
-    parser.add_argument("--gpu", default="H200", help=f"{', '.join(hardware.GPUS)} (default: H200)")
+    parser.add_argument("--gpu", default="H200", help=f"{', '.join(GPUS)} (default: H200)")
     parser.add_argument("--precision", choices=("bf16", "fp16"), default="bf16", help="(default: bf16)")
     parser.add_argument("--step_ms", type=float, help="one GPU's measured step of one micro-batch; else predicted")
     parser.add_argument("--micro", type=int, metavar="N", help="images of a micro-batch (default: the configuration's)")
@@ -372,9 +373,9 @@ def _numbers(text: str, flag: str, allowed: range) -> list[int]:
 def rows(args: argparse.Namespace) -> tuple[list[Row], str]:
     """The table, and a line that says what it stands on."""
     settings = roofline.load_config(args.config)
-    gpu = hardware.find(args.gpu)
+    gpu = find(args.gpu)
     if gpu is None:
-        raise UserError(f"--gpu {args.gpu} is not in the table; give one of {', '.join(hardware.GPUS)}")
+        raise UserError(f"--gpu {args.gpu} is not in the table; give one of {', '.join(GPUS)}")
     machine = roofline.machine_for(args.gpu, args.precision)
     micro = args.micro or roofline.usual_batch(settings)
     ops, size = roofline.operations_of(settings, args.precision), size_of(settings.model)
@@ -395,7 +396,7 @@ def rows(args: argparse.Namespace) -> tuple[list[Row], str]:
             times,
             links,
             averages=len(settings.train.ema_rate),
-            saved=work.saved_bytes(ops),
+            saved=cost.saved_bytes(ops),
             overlap=args.overlap,
             gpu_memory=gpu.memory,
             usd_per_hour=args.usd_per_hour,

@@ -1,4 +1,4 @@
-"""What fastdiff is measured against: improved-diffusion's training step, its operations stated anew one by one.
+"""The baseline of fastdiff's benchmarks: improved-diffusion's training step, its operations written out one by one.
 
 Eager, channels-first: group norm through float32, x * sigmoid(x) as two operations, scale and shift apart,
 concatenated skips, attention as two einsums with a float32 softmax, a loss that keeps all its intermediate maps, the

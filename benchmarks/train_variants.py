@@ -144,7 +144,7 @@ def without_our_ops(make: Callable[..., Callable[[], Result]]) -> Callable[..., 
 
 @without_our_ops
 def seed(case: Case, checkout: Path | None = None) -> Step:
-    """improved-diffusion's step: its operations stated anew, or with a checkout its own network and losses."""
+    """improved-diffusion's step: its operations written out, or with a checkout its own network and losses."""
     diffusion = case.diffusion()
     model: nn.Module
     if checkout is None:
@@ -378,7 +378,7 @@ LEVERS: dict[str, Lever] = {
     "virtual concat of skips": Lever(patches=((ops, "skip_conv1x1", reference.skip_conv1x1),)),
     "weights laid out once": Lever(patches=((ops, "conv_weight", _ordinary_weight),)),
     "one embedding product": Lever(patches=((unet, "project_embedding", _one_by_one),), gpu_only=False),
-    "residual sum in the norm": Lever(patches=((blocks, "_sums_wait", lambda *_: False),)),
+    "residual sum in the norm": Lever(patches=((blocks, "_leaves_sum", lambda *_: False),)),
     "optimiser kernel": Lever(),
 }
 

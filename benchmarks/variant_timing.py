@@ -28,7 +28,7 @@ from fastdiff.runtime import compilation
 from fastdiff.runtime.machine import use_free_cores
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.deepspeed_engine import start_processes
-from fastdiff.training.diagnostics import profile as step_profile
+from fastdiff.training.diagnostics.profile import times_of
 
 Step = Callable[[], Any]
 
@@ -43,7 +43,7 @@ _HOST_SAMPLES = 10
 
 
 class Timed(Protocol):
-    """What `measure` needs of a case: its device, and rates that follow from the seconds of a step."""
+    """A case as `measure` needs it: its device, and rates that follow from the seconds of a step."""
 
     @property
     def device(self) -> torch.device: ...
@@ -57,7 +57,7 @@ class Built:
 
     step: Step
     start_seconds: float
-    """From the call that makes the variant to the end of its first step: compilation and choice of kernels included."""
+    """Seconds from the variant's construction to the end of its first step, including compilation and kernel choice."""
     peak_memory: float
     """Bytes that the variant and one step of it take."""
 
@@ -66,7 +66,7 @@ class Timing(NamedTuple):
     """Milliseconds per step."""
 
     ms: list[float]
-    """Of each round: the mean over its steps, from one synchronisation to the next."""
+    """Seconds per step of each round: the mean between two synchronisations."""
     host_ms: float
     """Until the host has launched a step on an idle device; the median over some steps. A step that waits for the
     device itself has the whole of its time here, and so has every step on a CPU."""
@@ -74,10 +74,10 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """What a profiler saw of some steps, per step."""
+    """A profiler's findings, per step."""
 
     wall_ms: float
-    """With the profiler's own cost, which a step bound by the host feels; `timed` tells the true time."""
+    """Includes the profiler's own cost, which slows a step bound by the host; `timed` measures the true time."""
     busy_ms: float
     """On a GPU the time in which it ran anything, on a CPU that of all operations."""
     classes: dict[str, float]
@@ -199,7 +199,7 @@ def timed(step: Step, seconds: float, rounds: int = 3) -> Timing:
 
 
 def count_launches(names: list[str]) -> dict[str, int]:
-    """How many of these calls of CUDA's runtime and driver are of each kind in `LAUNCHES`."""
+    """The number of calls of CUDA's runtime and driver of each kind in `LAUNCHES`."""
     return {kind: sum(1 for name in names if re.match(pattern, name)) for kind, pattern in LAUNCHES.items()}
 
 
@@ -208,7 +208,7 @@ def profiled(step: Step, device: torch.device, steps: int = 3, top: int = 40) ->
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as watched:
         wall = steps * seconds_of(step, steps)
-    found = step_profile.times_of(watched, device)
+    found = times_of(watched, device)
     launches = None
     if cuda:
         events = watched.profiler.kineto_results.events()

@@ -1,7 +1,7 @@
 """The ops that models and diffusion call, and the one place that chooses how each is computed.
 
-Each has its definition, shapes and sources in `kernels/reference.py` and `kernels/reference_diffusion.py`. `use`
-switches between those and the kernels; with "auto" a CUDA tensor that a kernel takes gets the kernel.
+Each has its definition, shapes and sources in `kernels/reference.py` or `kernels/reference_diffusion.py`. `use`
+switches between those and the Triton kernels; with "auto", CUDA tensors that a kernel supports go to the kernel.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.kernels import convolutions, group_norm_silu_eager, reference, reference_diffusion
-from fastdiff.kernels.convolutions import box_weight as upsample_taps
-from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow, update_ema
-from fastdiff.kernels.reference_diffusion import (
+from fastdiff.kernels.convolutions import box_weight as upsample_taps  # noqa: F401
+
+# Ops that are computed one way everywhere; callers find them here.
+from fastdiff.kernels.reference import CounterNoise, grad_scale_and_overflow, update_ema  # noqa: F401
+from fastdiff.kernels.reference_diffusion import (  # noqa: F401
     LOSS_COLUMNS,
     STEP_COLUMNS,
     discretized_gaussian_log_likelihood,
@@ -32,72 +33,37 @@ from fastdiff.kernels.reference_diffusion import (
 )
 from fastdiff.runtime.machine import use_free_cores
 
-HAVE_TRITON = importlib.util.find_spec("triton") is not None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAVE_TRITON:
     from fastdiff.kernels import attention as triton_attention
-    from fastdiff.kernels import conv3x3 as triton_conv3x3
     from fastdiff.kernels import diffusion_loss as triton_loss
     from fastdiff.kernels import group_norm_silu as triton_norm
     from fastdiff.kernels import noise as triton_noise
-    from fastdiff.kernels import norm_coefficients
     from fastdiff.kernels import q_sample as triton_q_sample
     from fastdiff.kernels import sampler_step as triton_step
-    from fastdiff.kernels.adamw_ema import Lists as AdamWLists
+    from fastdiff.kernels.adamw_ema import Lists as AdamWLists  # noqa: F401
     from fastdiff.kernels.adamw_ema import squared_norm as triton_squared_norm
+    from fastdiff.kernels.group_norm_silu_plan import MAX_GROUP
+
+# --- the choice ---
+
+Kernels = Literal["auto", "triton", "reference"]
+_mode: Kernels = "auto"
 
 
-__all__ = [
-    "AdamWLists",
-    "LOSS_COLUMNS",
-    "STEP_COLUMNS",
-    "CounterNoise",
-    "add_group_norm_silu",
-    "attention",
-    "choices",
-    "conv_weight",
-    "diffusion_loss",
-    "fuses_convolutions",
-    "grad_scale_and_overflow",
-    "squared_norm",
-    "norm_conv3x3",
-    "pack_conv3x3",
-    "use_fused_convolutions",
-    "discretized_gaussian_log_likelihood",
-    "group_norm_silu",
-    "image_noise",
-    "image_uniform",
-    "log_variance",
-    "mean_flat",
-    "normal_kl",
-    "prepared",
-    "q_sample",
-    "sampler_step",
-    "skip_conv1x1",
-    "start_map",
-    "uses_kernels",
-    "update_ema",
-    "upsample_conv",
-    "upsample_taps",
-    "use",
-    "using",
-    "vb_terms_bpd",
-]
-Mode = Literal["auto", "triton", "reference"]
-_mode: Mode = "auto"
-_fused_convolutions = False
-
-
-def use(mode: Mode, *, anywhere: bool = False) -> None:
+def use(mode: Kernels, *, anywhere: bool = False) -> None:
     """Choose for the whole process: kernels where they run ("auto"), everywhere ("triton"), or never ("reference").
 
     Raises ValueError where kernels can't run at all: without Triton, or on a CPU outside Triton's interpreter. With
-    `anywhere` it doesn't: launches can be recorded where they can't be made.
+    `anywhere` that is no error, because launches can be recorded on any machine.
     """
     global _mode
-    if mode not in get_args(Mode):
-        raise ValueError(f"kernels must be one of {', '.join(get_args(Mode))}, not {mode!r}")
+    if mode not in get_args(Kernels):
+        raise ValueError(f"kernels must be one of {', '.join(get_args(Kernels))}, not {mode!r}")
     if mode == "triton" and not anywhere:
         if not HAVE_TRITON:
             raise ValueError("kernels triton needs Triton, which is not installed; use auto or reference")
@@ -109,8 +75,8 @@ def use(mode: Mode, *, anywhere: bool = False) -> None:
 
 
 @contextmanager
-def using(mode: Mode, *, anywhere: bool = False) -> Iterator[None]:
-    """`use` for a while."""
+def using(mode: Kernels, *, anywhere: bool = False) -> Iterator[None]:
+    """`use` inside a with statement; afterwards the former mode is back."""
     global _mode
     before = _mode
     use(mode, anywhere=anywhere)
@@ -127,12 +93,12 @@ def _interpreted() -> bool:
 
 
 def uses_kernels(x: Tensor, unsupported: str = "") -> bool:
-    """Whether an op on x goes to its kernel; `unsupported` says why "auto" must not."""
+    """Whether an op on x is computed by its kernel; `unsupported` is the reason why "auto" must not choose it."""
     return HAVE_TRITON and (_mode == "triton" or (_mode == "auto" and x.is_cuda and not unsupported))
 
 
 class Choice(NamedTuple):
-    """What computes an op, and why."""
+    """Which implementation computes an op, and why."""
 
     op: str
     implementation: str
@@ -140,7 +106,7 @@ class Choice(NamedTuple):
 
 
 def choices(device: torch.device) -> list[Choice]:
-    """What `device` gets for each op, for a run to say at its start."""
+    """The implementation of each op on `device`, which a run logs at its start."""
     if _mode == "reference":
         return [Choice("all", "PyTorch", "kernels reference")]
     convolved = [
@@ -158,109 +124,80 @@ def choices(device: torch.device) -> list[Choice]:
         Choice("add_group_norm_silu, group_norm_silu, q_sample, diffusion_loss, sampler_step", "Triton", why),
         Choice("attention", "Triton", attention),
         *convolved,
-        *(
-            [Choice("norm and conv3x3 without gradients", "Triton", "fused_convolutions")]
-            if _fused_convolutions
-            else []
-        ),
     ]
 
 
-def use_fused_convolutions(wanted: bool) -> None:
-    """Whether networks that need no gradients take `norm_conv3x3` where it runs. Not proven faster than cuDNN.
+def choose_kernels(kernels: Kernels, device: torch.device, threads_before: int | None = None) -> list[str]:
+    """Apply the setting, let a CPU use its free cores, and return the lines that say what `device` gets and why.
 
-    Raises ValueError where kernels aren't used.
+    threads_before is the number of threads of the run that is resumed. Raises UserError where Triton's kernels can't
+    run.
     """
-    global _fused_convolutions
-    if wanted and (not HAVE_TRITON or _mode == "reference" or (_mode == "auto" and not torch.cuda.is_available())):
-        raise ValueError("fused_convolutions needs Triton's kernels, so a GPU; leave it out")
-    _fused_convolutions = wanted
+    try:
+        use(kernels)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    threads = [_threads(threads_before)] if device.type == "cpu" else []
+    return threads + [f"{op}: {implementation} ({reason})" for op, implementation, reason in choices(device)]
+
+
+def _threads(before: int | None) -> str:
+    count = use_free_cores(before)
+    if not before:
+        return f"threads: {count}"
+    if count == before:
+        return f"threads: {count}, as before"
+    return f"threads: {count}, where the run had {before}: its numbers differ in their last bits from here on"
 
 
 # --- the network ---
 
 
-def group_norm_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    num_groups: int = 32,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    skip: Tensor | None = None,
-    offset: Tensor | None = None,
-    silu: bool = True,
-    dropout: float = 0.0,
-) -> Tensor:
+class NormOptions(TypedDict, total=False):
+    """Keyword arguments of the norms, as `reference.group_norm_silu` describes them."""
+
+    num_groups: int
+    eps: float
+    scale: Tensor | None
+    shift: Tensor | None
+    skip: Tensor | None
+    offset: Tensor | None
+    silu: bool
+    dropout: float
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, **options: Unpack[NormOptions]) -> Tensor:
     """Group norm and what follows it, [B, C, H, W] → the same; see `reference.group_norm_silu`.
 
-    On a CPU in eager mode the version with fewer passes; torch.compile fuses the definition itself.
+    On a CPU in eager mode by the version with fewer passes over memory; torch.compile fuses the definition itself.
     """
-    chosen = _norm_chosen(x, skip, num_groups)
-    return chosen.group_norm_silu(
-        x,
-        weight,
-        bias,
-        num_groups=num_groups,
-        eps=eps,
-        scale=scale,
-        shift=shift,
-        skip=skip,
-        offset=_rows(offset, x),
-        silu=silu,
-        dropout=dropout,
-    )
+    options = _expanded(options, x)
+    return _norms(x, options).group_norm_silu(x, weight, bias, **options)
 
 
 def add_group_norm_silu(
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    b_bias: Tensor | None = None,
-    num_groups: int = 32,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    skip: Tensor | None = None,
-    offset: Tensor | None = None,
-    silu: bool = True,
-    dropout: float = 0.0,
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Unpack[NormOptions]
 ) -> tuple[Tensor, Tensor]:
     """(a + b + b_bias, `group_norm_silu` of it), [B, C, H, W] each; see `reference.add_group_norm_silu`."""
-    chosen = _norm_chosen(a, skip, num_groups)
-    return chosen.add_group_norm_silu(
-        a,
-        b,
-        weight,
-        bias,
-        b_bias=b_bias,
-        num_groups=num_groups,
-        eps=eps,
-        scale=scale,
-        shift=shift,
-        skip=skip,
-        offset=_rows(offset, a),
-        silu=silu,
-        dropout=dropout,
-    )
+    options = _expanded(options, a)
+    return _norms(a, options).add_group_norm_silu(a, b, weight, bias, b_bias=b_bias, **options)
 
 
-def _norm_chosen(x: Tensor, skip: Tensor | None, num_groups: int) -> Any:
+def _expanded(options: NormOptions, x: Tensor) -> NormOptions:
+    """The options with an offset [C] expanded to [B, C], the shape that the kernels take."""
+    offset = options.get("offset")
+    if offset is None or offset.dim() == 2:
+        return options
+    return {**options, "offset": offset.expand(x.shape[0], -1)}
+
+
+def _norms(x: Tensor, options: NormOptions) -> Any:
     """The module that computes the norm of x."""
-    if uses_kernels(x, _norm_unsupported(x, skip, num_groups)):
+    if uses_kernels(x, _norm_unsupported(x, options.get("skip"), options.get("num_groups", 32))):
         return triton_norm
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return group_norm_silu_eager
     return reference
-
-
-def _rows(offset: Tensor | None, x: Tensor) -> Tensor | None:
-    """An offset [B, C] of one that may be [C], for all images."""
-    return offset if offset is None or offset.dim() == 2 else offset.expand(x.shape[0], -1)
 
 
 def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
@@ -269,47 +206,7 @@ def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
     channels = x.shape[1] + (0 if skip is None else skip.shape[1])
     if x.shape[1] % 8 or channels % 8:
         return "channels not in multiples of 8"
-    return "groups too large" if channels // num_groups > triton_norm.MAX_GROUP else ""
-
-
-def fuses_convolutions(x: Tensor, weight: Tensor, skip: Tensor | None = None) -> bool:
-    """Whether `norm_conv3x3` is wanted and can run."""
-    return _fused_convolutions and uses_kernels(x) and not triton_conv3x3.supported(x, weight, skip)
-
-
-def norm_conv3x3(
-    x: Tensor,
-    norm: tuple[Tensor, Tensor],
-    packed: Tensor,
-    bias: Tensor,
-    *,
-    moments: Tensor | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    offset: Tensor | None = None,
-    skip: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """conv3x3(group_norm_silu(x)) + bias + residual, and the result's moments for the norm that follows.
-
-    The normalised map is never in memory. norm: weight and bias of 32 groups. packed: the weight as
-    `pack_conv3x3` gives it. moments: those of x, if a convolution before has made them.
-    """
-    if moments is None:
-        moments = norm_coefficients.moments(x, skip)
-    mean, gain, constant = norm_coefficients.from_moments(
-        moments, x.shape[2] * x.shape[3], *norm, scale=scale, shift=shift, offset=offset
-    )
-    made = triton_conv3x3.conv3x3(
-        x, packed, bias, skip=skip, mean=mean, gain=gain, offset=constant, residual=residual, moments=True
-    )
-    assert isinstance(made, tuple)
-    return made
-
-
-def pack_conv3x3(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 3x3 convolution's weight as `norm_conv3x3` reads it."""
-    return triton_conv3x3.pack_weight(weight.to(dtype))
+    return "groups too large" if channels // num_groups > MAX_GROUP else ""
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -321,14 +218,14 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     D = width // (3 * num_heads)
     if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or _flash_is_better(L, D)):
         return triton_attention.attention(qkv, num_heads)
-    if D > 256 and qkv.is_cuda:  # beyond what the fused kernels take
+    if D > 256 and qkv.is_cuda:  # the fused kernels stop at 256
         return reference.attention(qkv, num_heads)
     q, k, v = qkv.view(B, L, num_heads, 3, D).permute(3, 0, 2, 1, 4).unbind(0)  # [B, N, L, D] each
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, width // 3)
 
 
 def _flash_is_better(L: int, D: int) -> str:
-    """By prediction: flash attention wastes nothing on these sizes, and ours keeps a whole score row up to L = 256."""
+    """A prediction: flash attention wastes nothing on these sizes, and ours keeps a whole score row up to L = 256."""
     return "SDPA" if D in (32, 64, 96, 128) or (D <= 256 and L > 256) else ""
 
 
@@ -338,20 +235,20 @@ def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -
 
 
 def conv_weight(weight: Tensor, x: Tensor) -> Tensor:
-    """A convolution's weight in x's dtype, and where kernels run in x's channels-last layout."""
+    """A convolution's weight in x's dtype and, where kernels run, in channels-last layout like x."""
     return convolutions.conv_weight(weight, x.dtype) if uses_kernels(x) else weight.to(x.dtype)
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest-neighbour enlargement by 2 and a 3x3 convolution; see `reference.upsample_conv`.
 
-    Outside mode "reference" the weight may be what `upsample_taps` makes of it, once and for all.
+    Outside mode "reference" the weight may be the result of `upsample_taps`, computed beforehand.
     """
     return _convolutions().upsample_conv(x, weight, bias)
 
 
 def _convolutions() -> Any:
-    """PyTorch either way: in fewer operations unless the definitions themselves are wanted."""
+    """The module that computes the convolutions: by PyTorch, and in fewer operations but for mode "reference"."""
     return reference if _mode == "reference" else convolutions
 
 
@@ -395,7 +292,7 @@ def _map_unsupported(x: Tensor) -> str:
 
 
 def prepared(x_start: Tensor, noise: Noise) -> tuple[Tensor, Noise]:
-    """What q_sample and diffusion_loss both read: as given for kernels, floats and a tensor for their definitions."""
+    """The inputs that q_sample and diffusion_loss share: unchanged for kernels, else float32 images and drawn noise."""
     if uses_kernels(x_start, _map_unsupported(x_start)):
         return x_start, noise
     return start_map(x_start), _as_tensor(noise)
@@ -410,7 +307,7 @@ def q_sample(
     dtype: torch.dtype = torch.float32,
     channels: int | None = None,
 ) -> Tensor:
-    """x_t of x_start, [B, channels, H, W] in `dtype`; see `reference_diffusion.q_sample`."""
+    """x_start noised to x_t, [B, channels, H, W] in `dtype`; see `reference_diffusion.q_sample`."""
     if uses_kernels(x_start, _map_unsupported(x_start)):
         return triton_q_sample.q_sample(x_start, coefficients, noise, flip=flip, dtype=dtype, channels=channels)
     return reference_diffusion.q_sample(
@@ -430,7 +327,7 @@ def diffusion_loss(
     vb_scale: float = 1.0,
     flip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, mse, vb) [B] float32 of a network's output; see `reference_diffusion.diffusion_loss`."""
+    """(loss, mse, vb), [B] float32 each, of a network's output; see `reference_diffusion.diffusion_loss`."""
     settings: dict[str, Any] = {"epsilon": epsilon, "variance": variance, "kl": kl, "vb_scale": vb_scale, "flip": flip}
     if uses_kernels(output, _map_unsupported(x_start)):
         return triton_loss.diffusion_loss(output, x_start, coefficients, noise, **settings)
@@ -451,7 +348,7 @@ def sampler_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_next, pred_xstart, next network input); see `reference_diffusion.sampler_step`.
 
-    The network input is x_next itself, or with input_dtype, from the kernel, x_next [B, 8, H, W] in that dtype.
+    The network input is x_next itself; with input_dtype the kernel makes it of x_next, [B, 8, H, W] in that dtype.
     """
     settings: dict[str, Any] = {"history": history, "epsilon": epsilon, "clip": clip, "variance": variance}
     if uses_kernels(output, _map_unsupported(x)):
@@ -467,37 +364,7 @@ def sampler_step(
 
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
-    """The sum of squares over all tensors, a scalar on their device; not finite if one of them isn't."""
+    """The sum of squares over all tensors, a scalar on their device; not finite if an element isn't."""
     if uses_kernels(tensors[0], "" if tensors[0].dtype == torch.float32 else "not float32"):
         return triton_squared_norm(tensors)
     return torch.nn.utils.get_total_norm(tensors).square()
-
-
-Kernels = Literal["auto", "triton", "reference"]
-
-
-def choose_kernels(
-    kernels: Kernels, device: torch.device, fused_convolutions: bool = False, threads_before: int | None = None
-) -> list[str]:
-    """Switch the ops to the setting, use a CPU's free cores, and say line by line what `device` gets and why.
-
-    threads_before is how many threads a run had that goes on. Raises UserError where Triton's kernels can't run.
-    """
-    try:
-        ops.use(kernels)
-        ops.use_fused_convolutions(fused_convolutions)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    threads = [_threads(threads_before)] if device.type == "cpu" else []
-    return threads + [f"{choice.op}: {choice.implementation} ({choice.reason})" for choice in ops.choices(device)]
-
-
-def _threads(before: int | None) -> str:
-    count = use_free_cores(before)
-    if not before:
-        return f"threads: {count}"
-    return (
-        f"threads: {count}, as before"
-        if count == before
-        else (f"threads: {count}, where the run had {before}: its numbers differ in their last bits from here on")
-    )

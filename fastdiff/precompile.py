@@ -1,7 +1,7 @@
-"""Triton kernels of a run, compiled before the run needs them.
+"""Compilation of a run's Triton kernels before the run needs them.
 
-What a training or sampling step would launch is found on tensors without memory, and compiled for a GPU that need not
-be here. Triton's cache keys are those of the run (see `kernels/aot.py`).
+The launches of a training or sampling step are recorded on tensors without memory and compiled for a GPU that need not
+be in this machine. Triton's cache keys are those of the run (see `kernels/aot.py`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from fastdiff.runtime.processes import current
 
 META = torch.device("meta")
 MOST = 8
-"""Most processes: a published network has 60 to 120 kernels, of half a second to a few seconds each."""
+"""Largest number of processes: a published network has 60 to 120 kernels of half a second to a few seconds each."""
 LEAST_EACH = 4
-"""Fewest kernels that are worth starting a process for."""
+"""Smallest number of kernels that is worth a process."""
 
 
 @dataclass
@@ -43,9 +43,9 @@ class Call:
     """Calls of one operation with arguments of the same shapes."""
 
     op: str
-    """As torch.ops has it: "aten::convolution", "fastdiff::group_norm_silu"."""
+    """Its name in torch.ops: "aten::convolution", "fastdiff::group_norm_silu"."""
     args: tuple[Any, ...]
-    """Its tensors share memory with those of the computation, and have none on the meta device."""
+    """The first call's arguments, detached; its tensors share memory with those of the computation."""
     count: int = 0
 
     def function(self) -> Any:
@@ -53,12 +53,12 @@ class Call:
         return getattr(getattr(torch.ops, namespace), name)
 
     def results(self) -> Any:
-        """What it returns, computed anew."""
+        """The operation's results, computed again."""
         return self.function()(*self.args)
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the calls of operations whose names match a regular expression from their beginning on."""
+    """Counts the calls of operations whose names begin with a match of a regular expression."""
 
     def __init__(self, names: str) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def signature(value: Any) -> str:
 
 
 def launches_of(work: Callable[[], Any]) -> list[Launch]:
-    """What fastdiff's ops would launch for `work`, a function of tensors on the meta device."""
+    """The launches of fastdiff's ops in `work`, a function of tensors on the meta device."""
     with warnings.catch_warnings(), ops.using("triton", anywhere=True):
         warnings.simplefilter("ignore")  # without memory there is no layout to keep
         with launch.record() as direct, Recorder("fastdiff::") as seen:  # the optimiser launches without an op
@@ -97,11 +97,10 @@ def launches_of(work: Callable[[], Any]) -> list[Launch]:
 
 
 def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[str]:
-    """Compile launches in a few processes of their own, which nothing waits for; returns lines that say so.
+    """Compile launches in a few background processes; returns lines for the log.
 
-    Nothing happens, and nothing is said, where there is no GPU, no kernel is used, or another rank of this machine does
-    it. Whatever goes wrong is left to the run, which compiles what it doesn't find in Triton's cache. The processes end
-    with this one.
+    Does nothing, and returns no lines, without a GPU, without kernels, and on all ranks of a machine but the first.
+    Errors are harmless: the run compiles every kernel that is not in Triton's cache. The processes end with this one.
     """
     if device.type != "cuda" or not ops.uses_kernels(torch.empty(0, device=device)) or current().local_rank:
         return []
@@ -111,11 +110,11 @@ def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[st
         major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor
         lines = list(dict.fromkeys(map(aot.to_json, launches())))
-        left = aot.missing(lines, arch)[::-1]  # the run itself begins at the front
+        left = aot.missing(lines, arch)[::-1]  # the run itself compiles from the front
         count = min(MOST, free_cores(), -(-len(left) // LEAST_EACH))
         for i in range(count):
             _spawn(arch, left[i::count])
-    except Exception as error:  # of any kind: the run goes on without
+    except Exception as error:  # the run can do without
         return [f"Triton kernels: not compiled beforehand ({type(error).__name__}: {error})"]
     if not left:
         return [f"Triton kernels: all {len(lines)} in the cache"]
@@ -123,10 +122,10 @@ def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[st
 
 
 def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
-    """A process that compiles launches, each a line of `kernels.aot.to_json`."""
+    """Start a process that compiles launches, each a line of `kernels.aot.to_json`."""
     root = str(Path(fastdiff.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryFile() as given:  # a pipe would make this process wait until the other one reads
+    with tempfile.TemporaryFile() as given:  # writing to a pipe would wait for its reader
         given.write("\n".join(lines).encode())
         given.seek(0)
         worker = subprocess.Popen(
@@ -135,8 +134,8 @@ def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # a signal to the run's group is not for it
+            start_new_session=True,  # signals to the run's process group must not reach it
         )
     atexit.register(worker.kill)
-    threading.Thread(target=worker.wait, daemon=True).start()  # an ended process that nobody waits for stays a zombie
+    threading.Thread(target=worker.wait, daemon=True).start()  # else it stays a zombie when it has ended
     return worker

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.sampling.run import run
 
     settings, processes = config.sample, current()
-    kernels = choose_kernels(settings.kernels, processes.device, settings.fused_convolutions)
+    kernels = choose_kernels(settings.kernels, processes.device)
     share = -(-settings.num_samples // processes.world_size)
     sampler = build_sampler(config, named(checkpoint), processes.device, count=share)
     del checkpoint  # its weights are in the network

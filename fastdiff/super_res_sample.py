@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
     assert isinstance(config, SuperResConfig)
     settings, processes = config.sample, current()
-    kernels = choose_kernels(settings.kernels, processes.device, settings.fused_convolutions)
+    kernels = choose_kernels(settings.kernels, processes.device)
     sampler, base = build_upsampler(config, named(checkpoint), processes.device, processes.world_size)
     del checkpoint  # its weights are in the network
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)

@@ -1,15 +1,15 @@
-"""AdamW, moving averages of the weights and their 16-bit copy in one pass over memory and one launch for all tensors.
+"""AdamW, moving averages of the weights and their 16-bit copy in one pass over memory, one launch for all tensors.
 
     m       = beta1 * m + (1 - beta1) * g            average = rate * average + (1 - rate) * p
     v       = beta2 * v + (1 - beta2) * g^2          half    = p, rounded
     p       = p - lr * weight_decay * p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
 Shapes   lists of N float32 tensors, params, grads, exp_avgs, exp_avg_sqs [N]; averages [N * K], the K of a parameter
-         side by side; halves [N] bf16 or fp16, or none; steps [N] float32 scalars, counted up before.
+         side by side; halves [N] bf16 or fp16, or none; steps [N] float32 scalars, already incremented.
 Traffic  per element 16 bytes read and 12 written, 8 for each average, 2 for the half; squared_norm reads 4.
 Source   Loshchilov & Hutter 2019, algorithm 2 (https://arxiv.org/abs/1711.05101), as torch.optim.AdamW writes it.
 
-Two tables on the device stand for the lists: where each tensor lies, and which stretch of which tensor a program has.
+Tables on the device hold the tensors' addresses and each program's range; lists and kernels share them, hence one file.
 """
 
 from __future__ import annotations
@@ -183,13 +183,13 @@ def _upload(values: tuple[float, ...] | Tensor, dtype: torch.dtype, device: torc
 
 @functools.lru_cache(maxsize=512)
 def _table(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    """`_upload`, once per content and stream: addresses are the same again and again, as a rule."""
+    """`_upload`, once per content and stream: addresses rarely change between steps."""
     return _upload(values, dtype, device)
 
 
 @functools.lru_cache(maxsize=64)
 def _chunks(numels: tuple[int, ...], device: torch.device, stream: int) -> tuple[int, Tensor, Tensor]:
-    """Number of programs; (tensor, chunk within it) of each, int32, one after the other; elements per tensor."""
+    """Number of programs; each one's (tensor, chunk within it), int32, concatenated; elements per tensor."""
     counts = torch.tensor([triton.cdiv(numel, CHUNK) for numel in numels])
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
     owner = torch.arange(len(numels)).repeat_interleave(counts)
@@ -205,13 +205,13 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-# --- what comes in ---
+# --- checks of the inputs ---
 
 
 def _check(
     op: str, name: str, tensors: list[Tensor], params: list[Tensor], dtypes: tuple[torch.dtype, ...], per: int = 1
 ) -> None:
-    """Raises ValueError unless tensors, `per` of them for each param, lie on its device and in memory as it does."""
+    """Raise ValueError unless there are `per` tensors for each param, with its shape, device and memory layout."""
     if len(tensors) != per * len(params):
         raise ValueError(f"{op} needs {per * len(params)} {name} for {len(params)} params; got {len(tensors)}")
     device = params[0].device
@@ -251,9 +251,9 @@ def _log(beta: float) -> float:
 
 
 class Lists:
-    """The tensors of the op but for the gradients, checked when first used and again only if one has moved.
+    """The op's tensors but for the gradients, checked at the first step and again only if an address has changed.
 
-    For who takes step after step: several hundred tensors cost a torch op several milliseconds before it begins.
+    An optimiser keeps it, because dispatching a torch op with several hundred tensors takes several milliseconds.
     """
 
     def __init__(
@@ -268,9 +268,9 @@ class Lists:
     ) -> None:
         self.params, self.exp_avgs, self.exp_avg_sqs, self.steps = params, exp_avgs, exp_avg_sqs, steps
         self.averages, self.rates, self.halves = averages, rates, halves
-        self._rows: list[Tensor] = []  # as the table of addresses has them
+        self._rows: list[Tensor] = []  # in the order of the table of addresses
         self._numels: tuple[int, ...] = ()
-        self._checked: tuple[int, ...] | None = None  # the table when all was last checked
+        self._checked: tuple[int, ...] | None = None  # the addresses at the last check
         self._tables: tuple[Tensor | None, ...] = ()  # of the last step
 
     def _check(self) -> None:
@@ -294,7 +294,7 @@ class Lists:
         self._numels = tuple(param.numel() for param in self.params)
 
     def prepare(self, grads: list[Tensor]) -> int:
-        """Check everything and bring the tables to the device; the number of programs that a step takes."""
+        """Check everything and copy the tables to the device; returns the number of programs of a step."""
         if self._checked is None or self._checked != _addresses(self._rows):
             self._check()
             self._checked = _addresses(self._rows)
@@ -306,7 +306,13 @@ class Lists:
         gradients = _table(_addresses(grads), torch.int64, device, stream)
         shares = tuple(1 - rate for rate in self.rates)
         shares_table = _table(shares, torch.float32, device, stream) if shares else None
-        self._tables = (chunks, numels, rows, gradients, shares_table)  # a captured launch reads them at every replay
+        self._tables = (
+            chunks,
+            numels,
+            rows,
+            gradients,
+            shares_table,
+        )  # a CUDA graph reads them at every replay
         return programs
 
     def step(
@@ -322,7 +328,7 @@ class Lists:
         found_inf: Tensor | None = None,
         norm: bool = False,
     ) -> Tensor:
-        """The op, which says what the arguments are; lr may also be a float32 scalar on the device."""
+        """One step, as `adamw_ema_`, which describes the arguments; lr may also be a float32 scalar on the device."""
         programs = self.prepare(grads)
         op, params, K, device = "adamw_ema_", self.params, len(self.rates), self.params[0].device
         lr_on_device = lr if isinstance(lr, Tensor) else None
@@ -374,13 +380,13 @@ def adamw_ema_(
     found_inf: Tensor | None = None,
     norm: bool = False,
 ) -> Tensor:
-    """One step, in place; see the head of the file.
+    """One step, in place; see the module's docstring.
 
     rates       [K] of the averages.
     grad_scale  float32 scalar on the device by which gradients are multiplied.
     found_inf   float32 or bool scalar on the device; unless it is 0, nothing is changed.
-    norm        returns the sum of squares of the gradients as they came, a float32 scalar, inf if found_inf skipped
-                the step; else an empty tensor comes back.
+    norm        whether to return the sum of squares of the unscaled gradients, a float32 scalar, inf if found_inf
+                skipped the step; else the result is an empty tensor.
     """
     return Lists(params, exp_avgs, exp_avg_sqs, steps, averages, rates, halves).step(
         grads,
@@ -396,24 +402,7 @@ def adamw_ema_(
 
 
 @adamw_ema_.register_fake
-def _(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    averages: list[Tensor],
-    halves: list[Tensor],
-    steps: list[Tensor],
-    rates: list[float],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    norm: bool = False,
-) -> Tensor:
+def _(params, grads, m, v, averages, halves, steps, rates, lr, b1, b2, eps, decay, scale=None, inf=None, norm=False):
     return params[0].new_empty(()) if norm else params[0].new_empty(0)
 
 
@@ -421,7 +410,7 @@ def _(
 def squared_norm(grads: list[Tensor]) -> Tensor:
     """The sum of squares over float32 tensors, a float32 scalar. Not finite if any of them isn't, or if it overflows.
 
-    The same order of sums at every call: by chunk in float32, over the chunks in float64.
+    The order of summation is fixed: by chunk in float32, over the chunks in float64.
     """
     if not grads:
         raise ValueError("squared_norm needs at least one of grads; got none")

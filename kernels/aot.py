@@ -1,7 +1,7 @@
-"""Compile recorded launches for GPUs that are not here, and read what became of them: registers, spills, widths.
+"""Compile recorded launches for GPUs that are not in this machine, and read registers, spills and access widths.
 
-Triton's own dispatch does it, with a driver that only names a GPU. So the cache keys are those of a run on such a GPU,
-which finds in Triton's cache what was compiled here.
+Triton's own dispatch compiles, with a driver that only names a GPU. So the cache keys are those of a run on such a GPU,
+which finds the compiled code in Triton's cache.
 
 Needs Triton's own NVIDIA tools (ptxas, cuobjdump, nvdisasm), which its wheel brings, and no GPU. Must run without
 TRITON_INTERPRET, which replaces kernels when they are defined.
@@ -30,7 +30,6 @@ from fastdiff.kernels.launch import Launch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -41,7 +40,7 @@ MATMUL = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler made of one launch for one GPU."""
+    """The machine code of one launch for one GPU in numbers."""
 
     kernel: str
     variant: str
@@ -53,15 +52,15 @@ class Compiled:
     loads: dict[int, int]  # bits of a global load → how often, in the machine code
     stores: dict[int, int]
     matmuls: dict[str, int]  # tensor-core instruction → how often
-    others: dict[str, int]  # asynchronous and tensor-map copies
+    others: dict[str, int]  # asynchronous copies to shared memory, by width → how often
 
     def wide_loads(self) -> bool:
-        """Whether bulk loads take 128 bits at once; asynchronous copies and tensor maps count."""
-        return 128 in self.loads or any(name in ("LDGSTS.128", "UTMALDG") for name in self.others)
+        """Whether bulk loads, asynchronous copies included, take 128 bits at once."""
+        return 128 in self.loads or "LDGSTS.128" in self.others
 
     def wide_stores(self) -> bool:
         """Whether bulk stores put 128 bits at once."""
-        return 128 in self.stores or "UTMASTG" in self.others
+        return 128 in self.stores
 
     def widest(self) -> bool:
         """Whether loads and stores both take 128 bits at once."""
@@ -69,7 +68,7 @@ class Compiled:
 
 
 class _NamedGPU:
-    """A driver for Triton that names a GPU of compute capability arch / 10 and can do nothing else.
+    """A Triton driver that only names a GPU of compute capability arch / 10.
 
     Triton keeps a table of compiled kernels for each device number; the capability serves as that number.
     """
@@ -94,7 +93,7 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def specialisation(launch: Launch) -> list[tuple[str, Any]]:
-    """For each parameter its type and what else Triton compiles for: "D" of one divisible by 16, or a constant."""
+    """Each parameter's type and specialisation: "D" if divisible by 16, or a constant's value."""
     driver.set_active(_NamedGPU(90))  # the result is the same for all GPUs
     *_, bind = launch.kernel.device_caches[90]
     values, found, _ = bind(*launch.args, **launch.options())
@@ -105,7 +104,7 @@ def specialisation(launch: Launch) -> list[tuple[str, Any]]:
 
 
 def variant(launch: Launch) -> str:
-    """A short name of what tells this compilation of a kernel from its others."""
+    """A short name that distinguishes the compilations of a kernel."""
     parameters = list(zip(launch.kernel.params, specialisation(launch), strict=True))
     dtypes = ",".join(dict.fromkeys(kind[1:] for _, (kind, _) in parameters if kind.startswith("*")))
     constants = {parameter.name: value for parameter, (kind, value) in parameters if kind == "constexpr"}
@@ -134,7 +133,7 @@ def unique(launches: Iterable[Launch]) -> list[Launch]:
 
 
 def to_json(launch: Launch) -> str:
-    """What decides a launch's compilation, on one line: equal for launches that compile to the same code.
+    """Everything that determines a launch's compilation, on one line: equal for launches that compile to the same code.
 
     `from_json` makes a launch of it again.
     """
@@ -167,7 +166,7 @@ def from_json(text: str) -> Launch:
 
 
 def _kind_of(value: Any, free: bool) -> Any:
-    """An argument, or instead of a number one that Triton compiles the same code for.
+    """An argument; a number is replaced by one for which Triton compiles the same code.
 
     It looks at an integer's width and, unless the parameter is free, at 1 and at multiples of 16.
     """
@@ -183,9 +182,6 @@ def _kind_of(value: Any, free: bool) -> Any:
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": str(value.dtype).removeprefix("torch."), "address": value.data_ptr() % 16}
-    if isinstance(value, TensorDescriptor):
-        base = {"dtype": str(value.base.dtype).removeprefix("torch."), "shape": value.shape, "strides": value.strides}
-        return {"descriptor": base, "block": value.block_shape}
     if isinstance(value, triton.language.dtype):
         return {"type": value.name}
     return value
@@ -196,10 +192,6 @@ def _undescribed(value: Any) -> Any:
         return value
     if "type" in value:
         return triton.language.dtype(value["type"])
-    if "descriptor" in value:
-        base = value["descriptor"]
-        made = torch.empty_strided(base["shape"], base["strides"], dtype=getattr(torch, base["dtype"]), device="meta")
-        return TensorDescriptor.from_tensor(made, value["block"])
     made = torch.empty(16, dtype=getattr(torch, value["tensor"]), device="meta")
     return made[value["address"] // made.itemsize :]
 
@@ -228,10 +220,7 @@ def inspect_launch(launch: Launch, arch: int) -> Compiled:
         loads=_widths(code, "LDG"),
         stores=_widths(code, "STG"),
         matmuls=_count(code, r"\b(HMMA|HGMMA|UTCHMMA|QGMMA|DMMA)\b"),
-        others={
-            **{f"LDGSTS.{bits}": n for bits, n in _widths(code, "LDGSTS").items()},
-            **_count(code, r"\b(UTMALDG|UTMASTG)\b"),
-        },
+        others={f"LDGSTS.{bits}": n for bits, n in _widths(code, "LDGSTS").items()},
     )
 
 
@@ -261,7 +250,7 @@ def _count(code: str, pattern: str) -> dict[str, int]:
 
 
 def missing(lines: Iterable[str], arch: int) -> list[str]:
-    """Those launches, each a line of `to_json`, that `compile_all` has not put into Triton's cache yet."""
+    """The launches, each a line of `to_json`, that `compile_all` has not put into Triton's cache yet."""
     with contextlib.suppress(OSError):
         done = set(_list_of_done().read_text(errors="replace").split())
         return [line for line in lines if _digest(line, arch) not in done]
@@ -271,7 +260,7 @@ def missing(lines: Iterable[str], arch: int) -> list[str]:
 def compile_all(lines: Iterable[str], arch: int, parent: int) -> None:
     """Compile launches into Triton's cache as long as this process's parent lives.
 
-    A launch that fails is left to the run that needs it.
+    A launch that fails to compile is left to the run.
     """
     for line in lines:
         if os.getppid() != parent:

@@ -6,12 +6,12 @@ FLOPs    forward 4 * B * N * L^2 * D, backward 10 * B * N * L^2 * D (two and fiv
 Traffic  forward 4 * B * L * C elements, backward 7: what counts on maps of up to some hundred pixels.
 Source   Vaswani et al. 2017, eq. 1; for L > 256 the online softmax of Dao et al. 2022 (https://arxiv.org/abs/2205.14135).
 
-Up to 256 positions a program holds whole rows of scores on chip: the softmax needs no second look, and the products
-with V (in the backward with Q, K and dO) leave in chunks of channels. So no accumulator is as wide as a head, and head
-sizes such as 144, 192 and 512 cost what they are. Longer sequences go block by block.
+Up to 256 positions a program holds whole rows of scores on chip: the softmax needs one pass, and the products with V
+(in the backward with Q, K and dO) are stored in chunks of channels. So no accumulator is as wide as a head, and head
+sizes such as 144, 192 and 512 need no padding. Longer sequences are processed block by block.
 
 In the backward dQ and dK are one computation with (Q, dO) and (K, V) exchanged: KEYS tells a program whether its rows
-are queries or keys. Nothing is added atomically: results are the same every time.
+are queries or keys. No atomics: results are deterministic. The file is long as block sizes and kernels belong together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastdiff.kernels.launch import channels_last, kernel_op, launch
 from torch import Tensor
 
 SHORT = 256
-"""The longest sequence of which a program holds whole rows of scores."""
+"""The longest sequence for which a program holds whole rows of scores."""
 WHOLE = 128
 """The longest sequence whose whole score matrix one program of the backward holds (in 16-bit types)."""
 
@@ -49,13 +49,13 @@ class Config:
     block_d: int
     """Channels per step of a product."""
     block_out: int
-    """L > SHORT: channels of the result per program, each of which works out the scores anew. Else 0: all."""
+    """L > SHORT: channels of the result per program, each of which recomputes the scores. Else 0: all."""
     warps: int
     stages: int = 2
 
 
 def _power(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))  # a dot takes 16 and up
+    return max(16, triton.next_power_of_2(n))  # the least size of a dot
 
 
 def _step(D: int, largest: int) -> int:
@@ -67,9 +67,9 @@ def _step(D: int, largest: int) -> int:
 
 
 def config_for(L: int, D: int, dtype: torch.dtype, backward: bool = False) -> Config:
-    """Every launch choice, by shape and dtype alone.
+    """The block sizes, which depend on shape and dtype alone.
 
-    Chosen by compiling, not by timing: at the sizes of models nothing spills for compute capability 8.0, 9.0 or 10.0.
+    Chosen by compiling, not by timing: at models' sizes no register spills for compute capability 8.0, 9.0 or 10.0.
     """
     columns, block, out = _power(L), _step(D, 64), min(256, _power(D))
     if dtype == torch.float32:  # products without tensor cores: small blocks, or the registers run out
@@ -90,7 +90,7 @@ def config_for(L: int, D: int, dtype: torch.dtype, backward: bool = False) -> Co
 
 
 def supported(qkv: Tensor, num_heads: int) -> str:
-    """Why the kernels can't take this input, in a few words; empty if they can."""
+    """The reason why the kernels don't support this input; empty if they do."""
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         return f"shape {tuple(qkv.shape)} is not [B, L, 3 * {num_heads} heads * D]"
     if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -345,7 +345,7 @@ def _backward_long(
 
 
 def _rows(x: Tensor, name: str) -> Tensor:
-    """x [B, L, C] contiguous, which a channels-last map of one row is; else copied, with the warning that maps get."""
+    """x [B, L, C] contiguous; it is a channels-last map of one row, and copied with that warning if it isn't."""
     return channels_last(x.transpose(1, 2)[:, :, None], "attention", name)[:, :, 0].transpose(1, 2)
 
 
@@ -389,7 +389,7 @@ def _(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 @kernel_op("attention_backward")
 def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> Tensor:
-    """dqkv, in qkv's packing: one tensor, three results per head written side by side."""
+    """dqkv [B, L, 3C], packed as qkv."""
     dout, qkv, out = _rows(dout, "the gradient"), _rows(qkv, "qkv"), _rows(out, "out")
     BN, L, D = _sizes(qkv, num_heads)
     dqkv = qkv.new_empty(qkv.shape)
@@ -403,7 +403,7 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num
         return dqkv
     delta = torch.empty_like(lse)
     if L <= SHORT:
-        for keys in (False, True):  # the first leaves delta for the second
+        for keys in (False, True):  # the first launch writes delta, the second reads it
             launch(
                 _backward_short, (programs,), qkv, dout, lse, delta, dqkv, num_heads, scale, KEYS=keys, **options
             )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Convolutions written so that cuDNN and cuBLAS do less: no enlarged map, no concatenated input. torch only.
+"""Convolutions by torch with less work for cuDNN and cuBLAS: no enlarged map, no concatenated input.
 
 upsample_conv  nearest x2, then 3x3: each output pixel sees only 2x2 inputs, so the pair is one transposed convolution
                with 4x4 taps, stride 2, at 4/9 of the operations and without the enlarged map. Along one axis, taps
                (w0, w1, w2) become (w2, w1 + w2, w0 + w1, w0): the 3x3 weight correlated with a 2x2 box.
 skip_conv1x1   a 1x1 convolution of two maps side by side is two matrix products that accumulate.
-conv_weight    the weight as cuDNN reads it beside channels-last maps: left alone, cuDNN's front end copies an ordinary
-               weight to channels-last in the forward and again in the backward pass, after the cast to 16 bits.
+conv_weight    the weight in the layout that cuDNN needs for channels-last maps. It would convert a contiguous one by
+               itself, in the forward and again in the backward pass, after the cast to 16 bits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_arranged(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a weight is already as `conv_weight` would make it."""
+    """Whether `conv_weight` has nothing to convert."""
     return weight.dtype == dtype and weight.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -3,7 +3,7 @@
 Shapes   output [B, C or 2C, H, W] channels-last; x_start uint8 [B, H, W, C] or float32 [B, C, H, W]; noise float32
          [B, C, H, W], or its counters; coefficients [B, 10] float32, columns as in `reference_diffusion.LossTable`.
          → terms [3, B] float32: loss, mse, vb (bits/dim); gradient of each image's loss, like output.
-Traffic  output, x_start and the gradient once; x_t and the noise are made again, not read.
+Traffic  output, x_start and the gradient once; x_t and the noise are recomputed, not read.
 Sums     per program in a fixed order, then over programs by one small kernel: no atomics.
 Source   Ho et al. 2020, eq. 12-14; Nichol & Dhariwal 2021, eq. 4-7, 15, 16; Min-SNR: Hang et al. 2023.
 """
@@ -204,20 +204,7 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    output: Tensor,
-    x_start: Tensor,
-    coefficients: Tensor,
-    noise: Tensor | None,
-    seed: int,
-    index: Tensor | None,
-    draw: Tensor | None,
-    flip: Tensor | None,
-    epsilon: bool,
-    variance: str,
-    kl: bool,
-    vb_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(output: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return output.new_empty(3, len(output), dtype=torch.float32), empty_map(*output.shape, like=output)
 
 

@@ -1,199 +1,41 @@
 """dropout(silu(group_norm(cat(x, skip) + offset) * (1 + scale) + shift)) on channels-last maps, forward and backward.
 
-And the same with the residual sum before it: x = a + b + b_bias, which is a result, too, and whose own gradient joins
-the norm's.
+A second op adds up a residual before it: x = a + b + b_bias, which it returns as well, and whose own gradient joins the
+norm's. The file holds both ops, their gradients and all launches, which share their arguments; hence its length.
 
 Shapes   x [B, C1, H, W], skip [B, C2, H, W] or None, in channels-last memory; C = C1 + C2, C1 and C2 multiples of 8.
          weight, bias [C]; scale, shift, offset [B, C] or None. Arithmetic and statistics in float32.
 Traffic  forward: x and skip once, y once, for maps whose slab (a few groups of one image) stays on chip or in L2;
-         x twice for larger ones. backward: x and dy, dx, likewise. Kept for it: 3 * B * C floats, no mask.
-         The gradient of offset is the sum of dx over the pixels, from sums the backward has made already: with a
+         x twice for larger ones. backward: x and dy, dx, likewise. It needs 3 * B * C floats of the forward, no mask.
+         The gradient of offset is the sum of dx over the pixels, from sums that the backward computes anyway: with a
          convolution's bias as offset, the convolution needs neither an addition nor a reduction of its own.
          With a sum: a and b read once, the sum and y written once (larger maps read the sum again); backward one more
-         read, of the sum's own gradient, and dx is the gradient of a and of b. That of b_bias is summed on the way.
+         read, of the sum's own gradient, and dx is the gradient of a and of b. b_bias's is a by-product.
 Numbers  mean and deviations by Chan et al. 1979, never E[x²] - E[x]²; no atomics, so equal inputs give equal bits.
 Source   Wu & He 2018 (https://arxiv.org/abs/1803.08494); Nichol & Dhariwal 2021, appendix A, for scale and shift.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import triton
 from fastdiff.kernels import group_norm_silu_kernels as device
+from fastdiff.kernels.group_norm_silu_plan import check_norm, check_sum, plan
 from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launch, processors
 from torch import Tensor
 
-L2_BYTES = 32 << 20  # of slabs that all programs together may count on finding again in an L2 of 40 to 60 MB
-ONE_BLOCK = {False: 16384, True: 8192}  # elements of a slab kept in registers, forward and backward
-MAX_GROUP = 128  # channels
 DROPOUT_BITS = 16
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Whole groups of one image: `channels` of them, `padded` to a power of two."""
-
-    channels: int
-    padded: int
-
-    @staticmethod
-    def of(C: int, group: int, align: int, wanted: int, limit: int) -> Tile:
-        """Whole groups in multiples of `align`: the fewest channels from `wanted` on, or the most below `limit`."""
-        unit = math.lcm(group, align)
-        sizes = [size for size in range(unit, C + 1, unit) if C % size == 0] or [C]
-        fitting = [size for size in sizes if triton.next_power_of_2(size) <= limit] or sizes[:1]
-        size = next((size for size in fitting if size >= wanted), fitting[-1])
-        return Tile(size, triton.next_power_of_2(size))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one call runs. `slab`: in one launch; else three, ROWS pixels of BLOCK_C channels per program."""
-
-    slab: bool
-    tile: Tile
-    finish: Tile  # of the programs that merge parts
-    block_l: int
-    one_block: bool
-    num_warps: int
-    programs: int
-    rows: int
-    splits: int
-    block_c: int
-
-
-@functools.cache  # a step asks for some hundred, of a few dozen shapes, and each takes as long as several launches
-def plan(
-    B: int,
-    L: int,
-    C1: int,
-    C2: int,
-    group: int,
-    itemsize: int,
-    backward: bool,
-    units: int,
-    dropout: bool,
-    summed: bool = False,
-) -> Plan:
-    """The launch configuration for a shape, on a GPU with `units` multiprocessors. `summed`: x is made of two maps."""
-    C = C1 + C2
-    maps = 2 if backward else 1
-    padded_l = triton.next_power_of_2(L)
-    limit = ONE_BLOCK[backward] // (2 if dropout or (summed and itemsize > 2) else 1)
-    # 64 bytes of a pixel fill a DRAM burst; 32 fill a sector, and the neighbouring program takes the other one.
-    tile = Tile.of(C, group, 8, 64 // itemsize, max(limit // padded_l, 1))
-    if tile.padded > 32 and padded_l * tile.padded > limit // 2:
-        tile = Tile.of(C, group, 8, 32 // itemsize, max(limit // padded_l, 1))
-    # The [K, K] table of groups takes registers, too.
-    room = limit if tile.padded <= 32 else limit // 2 if tile.padded <= 64 or not backward else 0
-    one_block = padded_l * tile.padded <= room and tile.channels >= min(32 // itemsize, C)
-    if not one_block:
-        tile = Tile.of(C, group, 8, 32 // itemsize, 64)
-    slabs = B * (C // tile.channels)
-    in_l2 = maps * L * tile.channels * itemsize * units <= L2_BYTES and slabs >= units
-    slab = (one_block or in_l2) and tile.padded <= 128
-    few = backward or (summed and tile.padded > 64)  # registers are left, beside a second map and the table
-    block_l = padded_l if one_block else (4096 if few else 8192) // tile.padded
-    # 32 values of 16 bits per thread, at least 8; the [K, K] table of groups wants threads too.
-    size = block_l * tile.padded * itemsize
-    warps = min(16, max(1, size // 2048, min(tile.padded // 8, size // 512))) if one_block else 16
-    # For the split way: enough programs to fill the GPU, and at most 128 parts to merge.
-    common = math.gcd(C1, C2) if C2 else C1
-    block_c = next(size for size in (128, 64, 32, 16, 8) if common % size == 0)
-    rows = max(64, triton.next_power_of_2(-(-L // 128)))
-    while rows < min(1024, L) and B * -(-L // (2 * rows)) * (C // block_c) >= 8 * units:
-        rows *= 2
-    return Plan(
-        slab=slab,
-        tile=tile,
-        finish=Tile.of(C, group, 1, 16, 128),
-        block_l=block_l if slab else min(rows, 2048 // block_c),
-        one_block=one_block,
-        num_warps=warps if slab else 4,
-        programs=min(slabs, units) if slab and not one_block else slabs,
-        rows=rows,
-        splits=-(-L // rows),
-        block_c=block_c,
-    )
-
-
-def _refuse(op: str, expected: str, got: object) -> NoReturn:
-    raise ValueError(f"{op} needs {expected}; got {got}")
-
-
-def _check_sum(op: str, a: Tensor, b: Tensor, b_bias: Tensor | None) -> None:
-    if b.shape != a.shape:
-        _refuse(op, f"b of the shape of a, {tuple(a.shape)}", tuple(b.shape))
-    if b.dtype != a.dtype:
-        _refuse(op, f"b in the dtype of a, {a.dtype}", f"{b.dtype}; convert it with .to(a.dtype)")
-    if b_bias is not None and b_bias.shape != a.shape[1:2]:
-        _refuse(op, f"b_bias of shape ({a.shape[1]},), one per channel", tuple(b_bias.shape))
-    for name, given in (("b", b), ("b_bias", b_bias)):
-        if given is not None and given.device != a.device:
-            _refuse(op, f"{name} on the device of a, {a.device}", f"{given.device}; move it with .to(a.device)")
-
-
-def _check(
-    op: str,
-    name: str,
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    num_groups: int,
-) -> None:
-    refuse = functools.partial(_refuse, op)
-
-    if x.dim() != 4:
-        refuse(f"a map {name} [B, C, H, W]", f"{name} {tuple(x.shape)}; a sequence wants .unsqueeze(-1)")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        refuse(f"{name} in float32, bfloat16 or float16", f"{x.dtype}; convert it with .float()")
-    B, C = x.shape[0], x.shape[1]
-    if skip is not None:
-        if skip.dim() != 4 or skip.shape[0] != B or skip.shape[2:] != x.shape[2:]:
-            refuse(f"skip with the batch and size of {name} {tuple(x.shape)}", f"{tuple(skip.shape)}; resize it first")
-        if skip.dtype != x.dtype:
-            refuse(f"skip in the dtype of {name}, {x.dtype}", f"{skip.dtype}; convert it with .to({name}.dtype)")
-        C += skip.shape[1]
-    if num_groups < 1 or C % num_groups:
-        refuse(f"channels divisible by {num_groups} groups", f"{C}; change num_groups or the width")
-    if C // num_groups > MAX_GROUP:
-        refuse(f"at most {MAX_GROUP} channels in a group", f"{C // num_groups}; use more groups, or the reference")
-    if x.shape[1] % 8 or C % 8:
-        refuse(
-            f"channels of {name} and skip in multiples of 8", f"{x.shape[1]} and {C - x.shape[1]}; use the reference"
-        )
-    for what, value in (("weight", weight), ("bias", bias)):
-        if value.shape != (C,):
-            refuse(f"{what} of shape ({C},), one per channel", tuple(value.shape))
-    if (scale is None) != (shift is None):
-        refuse("scale and shift together", "only one; give zeros for the other")
-    for what, given in (("scale", scale), ("shift", shift), ("offset", offset)):
-        if given is not None and given.shape != (B, C):
-            refuse(
-                f"{what} of shape (B, C) = {(B, C)}",
-                f"{tuple(given.shape)}; a [B, C, 1, 1] embedding wants .flatten(1)",
-            )
-    for what, given in (("skip", skip), ("weight", weight), ("scale", scale), ("shift", shift), ("offset", offset)):
-        if given is not None and given.device != x.device:
-            refuse(f"{what} on the device of {name}, {x.device}", f"{given.device}; move it with .to({name}.device)")
-
-
 def drop_below(dropout: float) -> int:
-    """The threshold of 16 random bits: below it an element is dropped."""
+    """The number of 16 random bits below which an element is dropped."""
     return round(dropout * 2**DROPOUT_BITS)
 
 
 def _rows(value: Tensor | None) -> tuple[Tensor | None, int]:
-    """A [B, C] tensor whose rows are contiguous (half of a chunked one is taken as it is), and the rows' distance."""
+    """A [B, C] tensor with contiguous rows, and its stride between rows; a half made by chunk is not copied."""
     if value is None:
         return None, 0
     if value.stride(1) != 1 and value.shape[1] > 1:
@@ -218,9 +60,9 @@ def _launch_forward(
     silu: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x itself or, with a second summand, the sum; y; stats [B, 3, C])."""
+    """Returns (the norm's input, which is x or its sum with `second`; y; stats [B, 3, C])."""
     name = "x" if second is None else "a"
-    _check(op, name, x, skip, weight, bias, scale, shift, offset, num_groups)
+    check_norm(op, name, x, skip, weight, bias, scale, shift, offset, num_groups)
     x = channels_last(x, op, name)
     skip = None if skip is None else channels_last(skip, op, "skip")
     B, C1, H, W = x.shape
@@ -296,26 +138,13 @@ def _forward(
     silu: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """y and stats."""
+    """Returns (y, stats)."""
     affine = (weight, bias, scale, shift, offset)
     return _launch_forward("group_norm_silu", x, None, None, skip, *affine, seed, num_groups, eps, silu, dropout)[1:]
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    seed: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, skip: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     B, C, H, W = x.shape
     C += 0 if skip is None else skip.shape[1]
     return empty_map(B, C, H, W, x), x.new_empty(B, 3, C, dtype=torch.float32)
@@ -338,30 +167,15 @@ def _add_forward(
     silu: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum, y and stats."""
+    """Returns (the sum, y, stats)."""
     op = "add_group_norm_silu"
-    _check_sum(op, a, b, b_bias)
+    check_sum(op, a, b, b_bias)
     affine = (weight, bias, scale, shift, offset)
     return _launch_forward(op, a, b, b_bias, skip, *affine, seed, num_groups, eps, silu, dropout)
 
 
 @_add_forward.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    b_bias: Tensor | None,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    seed: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(a: Tensor, b: Tensor, b_bias: Tensor | None, skip: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     B, C, H, W = a.shape
     total = empty_map(B, C, H, W, a)
     C += 0 if skip is None else skip.shape[1]
@@ -385,10 +199,11 @@ def _backward(
     silu: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dskip, dweight, dbias, dscale, dsecond_bias, and sums [B, 3, C].
+    """Returns dx, dskip, dweight, dbias, dscale, dsecond_bias, and sums [B, 3, C].
 
-    dtotal: what x, if it is a sum, gets as gradient from elsewhere; it is added to dx. dsecond_bias [C1] is the sum of
-    dx over pixels and images. sums: dshift, an intermediate, and the gradient of offset, the sum of dx - dtotal.
+    dtotal is the gradient that x, if it is a sum, gets from its other readers; it is added to dx. dsecond_bias [C1] is
+    the sum of dx over pixels and images. sums: dshift, an intermediate, and the gradient of offset, the sum of
+    dx - dtotal.
     """
     dy = channels_last(dy, "group_norm_silu", "the gradient")
     dtotal = None if dtotal is None else channels_last(dtotal, "add_group_norm_silu", "the gradient of the sum")
@@ -482,22 +297,8 @@ def _empty_gradients(
 
 
 @_backward.register_fake
-def _(
-    dy: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    second_bias: Tensor | None,
-    skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    seed: Tensor | None,
-    stats: Tensor,
-    num_groups: int,
-    silu: bool,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(dy: Tensor, dtotal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    x, second_bias, skip, weight, bias, scale = inputs[:6]
     return _empty_gradients(x, second_bias, skip, weight, bias, scale)
 
 
@@ -512,7 +313,7 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
     _, _, b_bias, skip, weight, bias, scale, shift, offset, seed, num_groups, _, silu, dropout = inputs
     total, _, stats = output
     ctx.mark_non_differentiable(stats)
-    ctx.set_materialize_grads(False)  # no map of zeros for a sum that nothing else reads
+    ctx.set_materialize_grads(False)  # saves a map of zeros where only the norm reads the sum
     ctx.save_for_backward(total, b_bias, skip, weight, bias, scale, shift, offset, seed, stats)
     ctx.settings = num_groups, silu, dropout
 
@@ -539,10 +340,8 @@ def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]
     return (dx, *rest, *(None,) * 5)
 
 
-def _add_differentiate(
-    ctx: Any, dtotal: Tensor | None, dy: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if dy is None:  # y went nowhere
+def _add_differentiate(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:  # nothing read y
         total, skip = ctx.saved_tensors[0], ctx.saved_tensors[2]
         B, C, H, W = total.shape
         dy = empty_map(B, C + (0 if skip is None else skip.shape[1]), H, W, total).zero_()
@@ -555,7 +354,7 @@ _add_forward.register_autograd(_add_differentiate, setup_context=_add_setup)
 
 
 def _dropout(dropout: float, seed: Tensor | None, device: torch.device) -> tuple[Tensor | None, float]:
-    """(seed or None, probability), both of nothing where the probability rounds to 0."""
+    """(seed, probability), or (None, 0) where the probability rounds to 0; the seed is drawn if none is given."""
     if not drop_below(dropout):
         return None, 0.0
     return torch.randint(2**62, (1,), device=device) if seed is None else seed, dropout
@@ -606,7 +405,7 @@ def add_group_norm_silu(
 ) -> tuple[Tensor, Tensor]:
     """(total, y) as `reference.add_group_norm_silu`, on channels-last maps; the rest as `group_norm_silu`.
 
-    The gradients of a and b are one map. Where total's own gradient is missing nothing is read in its place.
+    The gradients of a and b are one map.
     """
     seed, dropout = _dropout(dropout, seed, a.device)
     affine = (weight, bias, scale, shift, offset)

@@ -2,8 +2,8 @@
 
 Shapes   x [B, C, H, W], read and written channels-last as [B, L, C]; weight, bias [C]; scale, shift [B, C] or None.
 Passes   forward: sum, centre, sum of squares, scale-and-shift, SiLU. backward: SiLU, two sums, two multiply-adds.
-         Without gradients all of it in one map.
-         torch's own channels-last group norm walks each group with a stride instead, about twice as long.
+         Without gradients everything is computed in one map.
+         torch's own channels-last group norm reads each group with a stride and takes about twice as long.
 Source   dx = P g + Q (x - mean) + D per image and channel, from the two sums that dweight and dbias need anyway.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class _Normed:
-    """What a norm finds of x [B, C, H, W] on its way to h [B, L, C], the map before SiLU."""
+    """The statistics of x [B, C, H, W] and h [B, L, C], the normalised map before SiLU."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class _Normed:
         num_groups: int,
         eps: float,
     ) -> None:
-        """in_place: h takes the memory of the centred map."""
+        """in_place: h overwrites the centred map."""
         B, C, H, W = x.shape
         self.num_groups, self.size = num_groups, H * W * (C // num_groups)
         x = x.permute(0, 2, 3, 1).reshape(B, H * W, C).float()
@@ -58,7 +58,7 @@ class _Normed:
 
 
 def _without_gradient(x: Tensor, *given: Any) -> Tensor:
-    """As `_GroupNormSiLU.apply`, all in one map: fresh memory costs as much as a pass over it."""
+    """As `_GroupNormSiLU.apply`, in one map: allocating another costs as much as a pass over it."""
     *settings, silu = given
     B, C, H, W = x.shape
     h = _Normed(x, True, *settings).h
@@ -67,20 +67,11 @@ def _without_gradient(x: Tensor, *given: Any) -> Tensor:
 
 class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        offset: Tensor | None,
-        num_groups: int,
-        eps: float,
-        silu: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
+        *settings, silu = given
+        weight, bias, scale = settings[:3]
         B, C, H, W = x.shape
-        found = _Normed(x, False, weight, bias, scale, shift, offset, num_groups, eps)
+        found = _Normed(x, False, *settings)
         h = found.h
         ctx.save_for_backward(
             *(found.centered, h if silu else None, found.rstd, found.gain, weight, bias, scale, found.excess)
@@ -101,7 +92,7 @@ class _GroupNormSiLU(torch.autograd.Function):
         slope = -rstd.square() * ctx.over_group(sum_gx * gain)
         constant = -rstd * ctx.over_group(sum_g * gain)
         dx = torch.addcmul(constant[:, None], centered, slope[:, None]).addcmul_(grad, (rstd * gain)[:, None])
-        doffset = None  # the sum of dx, from sums at hand
+        doffset = None  # the sum of dx, from sums computed above
         if excess is not None:
             doffset = rstd * gain * sum_g + H * W * (slope * excess + constant)
         dx = dx.view(B, H, W, C).permute(0, 3, 1, 2)
@@ -125,7 +116,7 @@ def group_norm_silu(
     silu: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
-    """As `reference.group_norm_silu`, which says what the arguments are."""
+    """As `reference.group_norm_silu`, which describes the arguments."""
     if skip is not None:
         x = torch.cat([x, skip], dim=1)
     if offset is not None and offset.dim() == 1:
@@ -140,8 +131,8 @@ def group_norm_silu(
 
 
 def add_group_norm_silu(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **settings: Any
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.add_group_norm_silu`; settings are those of `group_norm_silu`."""
+    """As `reference.add_group_norm_silu`; the options are those of `group_norm_silu`."""
     total = residual_sum(a, b, b_bias)
-    return total, group_norm_silu(total, weight, bias, **settings)
+    return total, group_norm_silu(total, weight, bias, **options)

@@ -1,14 +1,14 @@
-"""The Triton kernels behind `group_norm_silu.py`, which says what they compute; nothing but device code here.
+"""The Triton kernels of `group_norm_silu.py`, which describes what they compute. One file: all share its first part.
 
 Maps are [B, L, C] channels-last, L = H * W pixels; with a second input, x [B, L, C1] and skip [B, L, C2] are read as
-if concatenated. x may be a sum that is made here, of x, second [B, L, C1] and second_bias [C1]; rounded as it is
-stored in total [B, L, C1], it is what the norm sees. Coefficients are fp32 [C] or [B, C]. Two ways through memory:
+if concatenated. With a second summand the norm's input is the sum of x, second [B, L, C1] and second_bias [C1], rounded
+as it is stored in total [B, L, C1]. Coefficients are fp32 [C] or [B, C]. There are two ways through memory:
 
-slab    one program takes whole groups of an image: sums, coefficients and result in one launch. A slab of one block
+slab    one program computes whole groups of an image: sums, coefficients and result in one launch. A slab of one block
         stays in registers (one read); a longer one is read again while it is still in L2.
-split   many programs sum parts of an image, one per group finishes, many apply (two reads).
+split   many programs sum parts of an image, one per group merges them, many apply the result (two reads).
 
-stats [B, 3, C] keeps what the backward pass needs: what is subtracted from x, 1 / std, and the channel's mean after
+stats [B, 3, C] holds what the backward pass needs: the value subtracted from x, 1 / std, and the channel's mean after
 the subtraction.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Numbers that may vary without a compilation of their own: nothing is aligned by them.
+# Numbers for whose values Triton compiles no variants, as no alignment depends on them.
 SHAPES = ["slabs", "tiles", "splits", "parts", "L", "B", "drop_below"]
 
 # --- pieces ---

@@ -1,6 +1,6 @@
-"""What every kernel file shares: registering ops, launching kernels, and recording launches instead of making them.
+"""Functions of all kernel files: registering ops, launching kernels, and recording launches instead of making them.
 
-A recorded launch holds all that decides the compiled code, so kernels can be compiled for a GPU that is not here.
+A recorded launch holds everything that determines the compiled code, so kernels can be compiled without the GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as the torch op fastdiff::name, opaque to torch.compile. Fake and backward come after."""
+    """Register a function as the torch op fastdiff::name, opaque to torch.compile, yet without fake and backward."""
 
     def register(fn: Callable[..., Any]) -> Any:
         IMPLEMENTATIONS[name] = fn
@@ -44,7 +44,7 @@ class Launch:
     num_stages: int
 
     def options(self) -> dict[str, Any]:
-        """What the kernel is called with beside its positional arguments."""
+        """The keyword arguments of the kernel's call."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS, **self.constexprs}
 
 
@@ -56,7 +56,7 @@ listener: Callable[[Launch], None] | None = None
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any
 ) -> None:
-    """kernel[grid](*args, **constexprs); inside `record` the launch is noted and nothing runs."""
+    """kernel[grid](*args, **constexprs); inside `record` the launch is recorded and nothing runs."""
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
         return
@@ -73,7 +73,7 @@ def launch(
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collects launches instead of making them; with tensors on the meta device nothing is allocated either."""
+    """Collect launches instead of making them; with tensors on the meta device nothing is allocated either."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -88,7 +88,7 @@ def _processors(device: torch.device) -> int:
 
 
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 132 (H100, H200) where there is none to ask."""
+    """Multiprocessors of a GPU; 132 (H100, H200) for any other device."""
     return _processors(device) if device.type == "cuda" else 132
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from fastdiff.kernels.launch import kernel_op, launch
 from torch import Tensor
 
-# Numbers that may vary without a compilation of their own: nothing is aligned by them.
+# Numbers for whose values Triton compiles no variants, as no alignment depends on them.
 UNALIGNED = ["seed", "draw", "N", "HW", "W", "B", "parts", "x_channel", "n_channel", "coef_stride"]
 TWO_PI = tl.constexpr(2 * math.pi)
 

@@ -1,7 +1,7 @@
 """Device code that the diffusion kernels share: maps of a few channels, four neighbouring pixels at a time.
 
 An image is seen as HW pixels of C channels at any pixel and channel stride, so that [B, H, W, C] bytes,
-channels-last and channels-first floats are all read where they lie.
+channels-last and channels-first floats are all read in place.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, from bytes to what the network reads, in one pass.
+"""x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise, from bytes to the network's input, in one pass.
 
-Shapes   x_start uint8 [B, H, W, C] (made [-1, 1]) or float32 [B, C, H, W]; coefficients [B, 2] float32;
-         noise float32 [B, C, H, W], or counters from which it is made here and never stored.
+Shapes   x_start uint8 [B, H, W, C] (scaled to [-1, 1]) or float32 [B, C, H, W]; coefficients [B, 2] float32;
+         noise float32 [B, C, H, W], or counters from which it is computed here and never stored.
          x_t channels-last [B, P, H, W] in the compute dtype; P is C, or 8 with the other channels zero, so that the
          first convolution reads 16 bytes per pixel.
-Traffic  x_start once, x_t once; noise once if given. Made noise costs about 60 float64 operations an element.
+Traffic  x_start once, x_t once; noise once if given. Computed noise costs about 60 float64 operations an element.
 Source   Ho et al. 2020, eq. 4 (https://arxiv.org/abs/2006.11239).
 """
 
@@ -114,17 +114,8 @@ def _op(
 
 
 @_op.register_fake
-def _(
-    x_start: Tensor,
-    coefficients: Tensor,
-    noise: Tensor | None,
-    seed: int,
-    index: Tensor | None,
-    draw: Tensor | None,
-    flip: Tensor | None,
-    dtype: torch.dtype,
-    channels: int,
-) -> Tensor:
+def _(x_start, *others):
+    dtype, channels = others[-2:]
     B, _, H, W = start_map(x_start, "q_sample").shape
     return empty_map(B, channels, H, W, x_start, dtype)
 

@@ -60,20 +60,7 @@ def residual_sum(a: Tensor, b: Tensor, b_bias: Tensor | None = None) -> Tensor:
 
 
 def add_group_norm_silu(
-    a: Tensor,
-    b: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    b_bias: Tensor | None = None,
-    num_groups: int = 32,
-    eps: float = 1e-5,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    skip: Tensor | None = None,
-    offset: Tensor | None = None,
-    silu: bool = True,
-    dropout: float = 0.0,
+    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """A residual sum and the norm that follows it: (total, group_norm_silu(total, …)).
 
@@ -82,8 +69,7 @@ def add_group_norm_silu(
     The rest is `group_norm_silu`'s, with total as x.
     """
     total = residual_sum(a, b, b_bias)
-    settings: dict[str, Any] = {"num_groups": num_groups, "eps": eps, "silu": silu, "dropout": dropout}
-    return total, group_norm_silu(total, weight, bias, scale=scale, shift=shift, skip=skip, offset=offset, **settings)
+    return total, group_norm_silu(total, weight, bias, **options)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

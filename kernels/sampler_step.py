@@ -10,7 +10,7 @@ Shapes   output [B, C or 2C, H, W] channels-last; x, h_i [B, C, H, W] float32; c
          columns recip, recipm1, c_x, c_0, c_1, c_2, c_3, sigma, low, high. sigma multiplies exp(log variance / 2) of
          a network that predicts it: as a share between low and high ("range") or itself ("learned").
          → x_next, x_0 [B, C, H, W] float32, and the next input [B, 8, H, W] in the compute dtype, channels-last.
-Traffic  output, x, h_i once; results once; noise once if given, made here from counters if not.
+Traffic  output, x, h_i once; results once; noise once if given, else computed here from counters.
 Source   Ho et al. 2020, algorithm 2; Song et al. 2020 (DDIM), eq. 12; Lu et al. 2022 (DPM-Solver++); Zhao et al. 2023.
 """
 
@@ -160,21 +160,8 @@ def _empty(x: Tensor, input_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, 
 
 
 @_op.register_fake
-def _(
-    output: Tensor,
-    x: Tensor,
-    coefficients: Tensor,
-    history: list[Tensor],
-    noise: Tensor | None,
-    seed: int,
-    index: Tensor | None,
-    draw: Tensor | None,
-    epsilon: bool,
-    clip: bool,
-    variance: str,
-    input_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x, input_dtype)
+def _(output, x, *others):
+    return _empty(x, input_dtype=others[-1])
 
 
 def sampler_step(

@@ -251,7 +251,6 @@ def test_out_of_range_in_training(name: str, world: World) -> None:
         ("compile", ["perhaps"]),
         ("cuda_graph", ["perhaps"]),
         ("kernels", ["cuda"]),
-        ("fused_convolutions", ["perhaps"]),
         ("overwrite", ["perhaps"]),
         ("save_as", ["jpg", "npz,jpg"]),
         ("grid_images", ["-1"]),

@@ -16,7 +16,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from fastdiff import ops
-from fastdiff.diffusion import DiffusionSettings, create_diffusion, make_plan
+from fastdiff.diffusion import DiffusionSettings, create_diffusion, solver_table
 from fastdiff.models import UNet, UNetSettings
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import GuidedNetwork
@@ -29,7 +29,7 @@ images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
 noise = ops.CounterNoise(0, torch.arange(2), (3, 8, 8))
 diffusion.training_losses(model, images, torch.tensor([0, 1]), noise=noise)["loss"].mean().backward()
 AdamWEMA(model.parameters(), lr=1e-3, fused_kernel=False).step()
-network = GuidedNetwork(model.eval(), make_plan(diffusion, "ddpm"), diffusion)
+network = GuidedNetwork(model.eval(), solver_table(diffusion, "ddpm"), diffusion)
 print(Engine(network, batch_size=2, seed_and_key=0).draw(torch.arange(2)).shape, ops.choices(torch.device("cpu")))
 try:
     ops.use("triton")
@@ -70,8 +70,6 @@ def test_kernels_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.use("triton")
     with ops.using("triton", anywhere=True):
         assert ops.uses_kernels(torch.zeros(1))
-    with pytest.raises(ValueError, match="fused_convolutions needs Triton's kernels"):
-        ops.use_fused_convolutions(True)
 
 
 @pytest.mark.parametrize(("L", "D", "flash"), [(64, 64, True), (256, 144, False), (64, 512, False), (1024, 192, True)])

@@ -23,7 +23,7 @@ LIBRARY = "libcuda.so.1"
 
 @dataclass(frozen=True)
 class Counts:
-    """What the device counted in this process since its start."""
+    """The device's counts in this process since its start."""
 
     kernel_launches: int
     """Kernels given to the device one by one, or captured; a product or a convolution of a library counts as one."""
@@ -37,7 +37,7 @@ class Counts:
     peak_allocated: int
 
     def __sub__(self, before: Counts) -> Counts:
-        """What happened since `before`; the two numbers of bytes are differences, too."""
+        """The differences to `before`, of the two numbers of bytes too."""
         return Counts(*(getattr(self, field.name) - getattr(before, field.name) for field in fields(self)))
 
 
@@ -63,14 +63,14 @@ class Event:
 
 
 events: list[Event] = []
-"""Everything that was taken note of, in order."""
+"""All notes in order."""
 
 _forbidden = 0  # how many blocks of `no_waits` are open
 _kept: list[Any] = []  # objects that C code refers to and that must stay alive
 
 
 def counts() -> Counts:
-    """What the device has counted up to now."""
+    """The device's counts up to now."""
     values = (ctypes.c_longlong * len(fields(Counts)))()
     ctypes.CDLL(LIBRARY).rehearsal_counts(values)
     return Counts(*values)

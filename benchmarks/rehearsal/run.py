@@ -31,7 +31,7 @@ launch configurations by timing kernels that do nothing."""
 
 
 def include_folders() -> list[Path]:
-    """Where the headers of CUDA, cuDNN and NCCL lie in this Python's packages; exits with a sentence if they don't."""
+    """The folders of the headers of CUDA, cuDNN and NCCL in this Python's packages; exits with a sentence if none."""
     packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     folders = [packages / name / "include" for name in ("cu13", "cudnn", "nccl")] + [packages / "cu13/include/cccl"]
     needed = [folders[0] / "cuda_runtime_api.h", folders[0] / "crt/host_defines.h", folders[3] / "nv/target"]

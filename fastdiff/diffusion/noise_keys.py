@@ -1,4 +1,4 @@
-"""Random streams: what one seed is used for, kept apart in the high half of the counter generator's key."""
+"""Keys of the counter generator, one per use of a seed: their high bits, or-ed to it, separate the random streams."""
 
 NOISE = 1 << 32  # of training images
 TIMESTEPS = 2 << 32  # of training images

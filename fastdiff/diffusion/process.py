@@ -1,4 +1,4 @@
-"""The diffusion process: noising, its posterior, and what a network's output says about the step back.
+"""The diffusion process: noising, its posterior, the reverse step from a network's output, and losses.
 
 Ho et al. 2020 (https://arxiv.org/abs/2006.11239); Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672).
 """
@@ -31,7 +31,7 @@ class ModelMeanType(Enum):
 
 
 class ModelVarType(Enum):
-    """Where the variance of the step back comes from."""
+    """How the variance of the reverse step is given."""
 
     LEARNED = "the network, as a log variance"
     FIXED_SMALL = "the posterior's"
@@ -58,7 +58,7 @@ class PMeanVariance:
 
 @dataclass
 class GaussianDiffusion:
-    """A process on the kept steps of a schedule; t [B] int64 counts those steps from 0, the least noisy."""
+    """A process on the kept steps of a schedule; t [B] int64 is an index into those steps, 0 the least noisy."""
 
     schedule: Schedule
     mean_type: ModelMeanType = ModelMeanType.EPSILON
@@ -80,7 +80,7 @@ class GaussianDiffusion:
 
     @property
     def variance(self) -> str:
-        """What the second half of a network's output is, as the ops call it."""
+        """How the second half of a network's output gives the variance, by the ops' name."""
         return {ModelVarType.LEARNED: "learned", ModelVarType.LEARNED_RANGE: "range"}.get(self.var_type, "fixed")
 
     def at(self, table: str, t: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class GaussianDiffusion:
         return self.at(table, t)[:, None, None, None]
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """The timesteps the network is shown: int64 of the original chain, or float32 scaled to 0..1000."""
+        """The timesteps that the network gets: int64 of the original chain, or float32 scaled to 0..1000."""
         original = self.at("timestep_map", t)
         return original.float() * (1000.0 / self.schedule.original_steps) if self.rescale_timesteps else original
 
@@ -132,7 +132,7 @@ class GaussianDiffusion:
         return "fixed_large_log_variance" if self.var_type is ModelVarType.FIXED_LARGE else "log_betas"
 
     def _variances(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance and log variance of the step back; `values` is the network's share of them."""
+        """Variance and log variance of the reverse step; `values` is the network's output for them, if any."""
         high = self._at(self.log_variance_table, t)
         if values is None:
             small = self.var_type is ModelVarType.FIXED_SMALL
@@ -165,7 +165,7 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         model_kwargs: dict[str, Any] | None = None,
     ) -> PMeanVariance:
-        """Ask the network for p(x_{t-1} | x_t) at x [B, C, H, W] float32."""
+        """p(x_{t-1} | x_t) by one evaluation of the network at x [B, C, H, W] float32."""
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         return self.p_mean_variance_from_output(output, x, t, clip_denoised)
 
@@ -194,12 +194,12 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         noise: ops.Noise | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of every image, {"loss": [B], and "mse", "vb" where the loss has them}, float32.
+        """The loss of every image, {"loss": [B], and "mse", "vb" if they are parts of it}, float32.
 
-        x_start is float32 [B, C, H, W], or the bytes [B, H, W, C] of images. Only "loss" carries a gradient.
+        x_start is float32 [B, C, H, W], or the bytes [B, H, W, C] of images. Only "loss" has a gradient.
 
-        With learned variances and an MSE loss (L_hybrid, Nichol & Dhariwal 2021, eq. 16) the bound trains the
-        variances alone: the mean inside it carries no gradient.
+        With learned variances and an MSE loss (L_hybrid, Nichol & Dhariwal 2021, eq. 16) the bound trains only the
+        variances: its mean is detached.
         """
         if noise is None:
             noise = torch.randn_like(ops.start_map(x_start))
@@ -267,8 +267,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """The whole variational bound in bits per dimension.
 
-        noise(t) gives the noise of step t, [B, C, H, W]; drawn if not given. Returns total_bpd and prior_bpd [B], and
-        vb, xstart_mse, mse [B, T], column 0 the largest timestep.
+        noise(t) returns the noise of step t, [B, C, H, W]; without it torch draws it. Returns total_bpd and prior_bpd
+        [B], and vb, xstart_mse, mse [B, T], column 0 the largest timestep.
         """
         vb, xstart_mse, mse = [], [], []
         for step in reversed(range(self.num_timesteps)):
@@ -287,9 +287,9 @@ class GaussianDiffusion:
 def create_diffusion(
     settings: DiffusionSettings, learn_sigma: bool, kept: Sequence[int] | None = None
 ) -> GaussianDiffusion:
-    """The process that the settings describe, for a network that predicts variances or not.
+    """The process that the settings describe; `learn_sigma` says whether the network predicts variances.
 
-    kept: the steps of the chain to keep, ascending, instead of a timestep_respacing; ValueError for both.
+    kept: the steps of the chain to keep, ascending, instead of a timestep_respacing; ValueError if both are given.
     """
     if learn_sigma:
         var_type = ModelVarType.LEARNED_RANGE

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.diffusion.process import GaussianDiffusion, Model, ModelMeanType
-from fastdiff.diffusion.solvers import Plan, make_plan
+from fastdiff.diffusion.solvers import SolverTable, solver_table
 
 Noise = Callable[[int], ops.Noise]
 
@@ -40,7 +40,7 @@ class Step:
 def solve(
     predict: Callable[[Tensor, int], Tensor],
     x: Tensor,
-    plan: Plan,
+    plan: SolverTable,
     noise: Noise | None = None,
     *,
     epsilon: bool = True,
@@ -92,7 +92,7 @@ def _loop(
     model: Model,
     x: Tensor,
     noise: Noise,
-    plan: Plan,
+    plan: SolverTable,
     clip_denoised: bool,
     model_kwargs: dict[str, Any] | None,
 ) -> Iterator[Step]:
@@ -114,7 +114,7 @@ def p_sample_loop(
     model_kwargs: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) from x = x_T [B, C, H, W] float32."""
-    plan = make_plan(diffusion, "ddpm")
+    plan = solver_table(diffusion, "ddpm")
     yield from _loop(diffusion, model, x, noise, plan, clip_denoised, model_kwargs)
 
 
@@ -128,7 +128,7 @@ def ddim_sample_loop(
     eta: float = 0.0,
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): eta 0 is deterministic, 1 is as noisy as DDPM."""
-    plan = make_plan(diffusion, "ddim", eta)
+    plan = solver_table(diffusion, "ddim", eta)
     yield from _loop(diffusion, model, x, noise, plan, clip_denoised, model_kwargs)
 
 

@@ -1,4 +1,4 @@
-"""Noise schedules, which steps of them to keep, and the tables that follow, in float64 on the CPU."""
+"""Noise schedules, the choice of the timesteps to keep, and the tables computed from them, in float64 on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def named_betas(noise_schedule: str, diffusion_steps: int) -> np.ndarray:
     """The variances beta_1..beta_T of a named schedule, [T] float64.
 
-    linear  Ho et al. 2020, section 4, its ends scaled by 1000 / T so that every length ends as noisy.
+    linear  Ho et al. 2020, section 4, scaled by 1000 / T so that chains of every length end equally noisy.
     cosine  Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999.
     Raises ValueError for an unknown name and for a linear chain of 20 steps or fewer, whose betas would reach 1.
     """
@@ -46,10 +46,10 @@ def named_betas(noise_schedule: str, diffusion_steps: int) -> np.ndarray:
 def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
     """The steps of a chain of `num_timesteps` that a respacing keeps, ascending.
 
-    ""          all of them.
-    "10,15,20"  so many, evenly, in each of three equal parts (the ends of a part included).
-    "ddim50"    50 at a fixed whole stride from 0 (DDIM, Song et al. 2020).
-    Raises ValueError where that is impossible.
+    ""          all steps.
+    "10,15,20"  10, 15 and 20 evenly spaced steps in three equal parts of the chain, with the ends of each part.
+    "ddim50"    50 at a constant integer stride from 0 (DDIM, Song et al. 2020).
+    Raises ValueError if the respacing is malformed or impossible.
     """
     if not respacing:
         return list(range(num_timesteps))
@@ -75,7 +75,7 @@ def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
             )
         spacing = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
-        for _ in range(count):  # adding up the stride and rounding half to even fixes the steps that are kept
+        for _ in range(count):  # sums and halves are rounded as in improved-diffusion, to keep the same steps
             kept_steps.append(start + round(position))
             position += spacing
         start += length
@@ -97,7 +97,7 @@ def _nearest_ddim(num_timesteps: int, count: int) -> str:
 class Schedule:
     """The tables of a diffusion process with S kept steps: every array [S] float64, index 0 the least noisy.
 
-    timestep_map [S] int64 gives each kept step's place in the chain of `original_steps` that the network knows.
+    timestep_map [S] int64 is each kept step's index in the chain of `original_steps`, on which the network was trained.
     """
 
     betas: np.ndarray
@@ -108,10 +108,10 @@ class Schedule:
     def create(
         noise_schedule: str, diffusion_steps: int, timestep_respacing: str = "", kept: Sequence[int] | None = None
     ) -> Schedule:
-        """The named schedule, respaced: betas are those of a chain that jumps from kept step to kept step.
+        """The named schedule, respaced: its betas are those of a chain of the kept steps alone.
 
-        The steps to keep are given by a respacing or as they are, ascending; ValueError for both, or for impossible
-        ones.
+        The steps to keep are given by a respacing or as a list, ascending; ValueError if both are given, or if they are
+        not possible.
         """
         if kept is None:
             kept = space_timesteps(diffusion_steps, timestep_respacing)
@@ -166,12 +166,12 @@ class Schedule:
 
     @cached_property
     def posterior_variance(self) -> np.ndarray:
-        """Of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7); 0 at the first step."""
+        """The variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7); 0 at the first step."""
         return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
     @cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """The first step's log would be -inf: it takes the second's, or log beta in a chain of one step."""
+        """Its log; the first step, whose log is -inf, takes the second one's value, or log beta if it is alone."""
         first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         return np.log(np.append(first, self.posterior_variance[1:]))
 
@@ -189,7 +189,7 @@ class Schedule:
 
     @cached_property
     def fixed_large_variance(self) -> np.ndarray:
-        """beta, but the posterior variance of the second step at the first, for a better likelihood at t = 0."""
+        """beta; at the first step the second's posterior variance, for a better likelihood at t = 0."""
         return np.exp(self.fixed_large_log_variance)
 
     @cached_property
@@ -205,12 +205,12 @@ RHO = 7.0  # Karras et al. 2022, table 1
 
 
 def spaced_steps(alphas_cumprod: np.ndarray, steps: int, spacing: str, sigma_max: float) -> list[int]:
-    """`steps` distinct places in the chain alphas_cumprod [T], ascending: 0, ..., the last below sigma_max.
+    """`steps` distinct indices into the chain alphas_cumprod [T], ascending from 0 to the last one below sigma_max.
 
     sigma_max bounds the noise sigma / alpha in units of the image: a cosine chain reaches 80,000, where float32 can't
-    tell x_0 from x_t. One step is the last alone. Each place is the nearest to where the spacing wants it (as Karras
-    et al. 2022, appendix C.3.4, do with chains of steps), moved on where another step has it already.
-    Raises ValueError where the chain has too few steps, or none, up to that noise, and for an unknown spacing.
+    resolve x_0 in x_t. A single step is the last one. Each index is the nearest to the spacing's target (as Karras
+    et al. 2022, appendix C.3.4, do with chains of steps), or a neighbour if another step has that index.
+    Raises ValueError if the chain has fewer steps up to that noise, and for an unknown spacing.
     """
     log_noise = 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
     available = int(np.searchsorted(log_noise, np.log(sigma_max) + 1e-9, side="right")) if sigma_max > 0 else 0
@@ -227,7 +227,7 @@ def spaced_steps(alphas_cumprod: np.ndarray, steps: int, spacing: str, sigma_max
 
 
 def _wanted(log_noise: np.ndarray, steps: int, spacing: str) -> np.ndarray:
-    """The places nearest to the spacing's, ascending from 0 to the last, perhaps several times the same."""
+    """The indices nearest to the spacing's targets, ascending from 0 to the last, perhaps with repetitions."""
     last = len(log_noise) - 1
     if spacing == "uniform":
         return np.rint(np.linspace(0, last, steps)).astype(np.int64)
@@ -246,7 +246,7 @@ def _wanted(log_noise: np.ndarray, steps: int, spacing: str) -> np.ndarray:
 
 
 def _distinct(places: np.ndarray) -> list[int]:
-    """Ascending places moved as little up, and where that ends, down, as makes them distinct; the ends stay."""
+    """Ascending indices made distinct: moved up just enough, and down again at the upper end; both ends stay."""
     distinct = places.tolist()
     for i in range(1, len(distinct)):
         distinct[i] = max(distinct[i], distinct[i - 1] + 1)
@@ -257,7 +257,7 @@ def _distinct(places: np.ndarray) -> list[int]:
 
 
 def keep_steps(settings: DiffusionSettings, steps: int, spacing: str, sigma_max: float) -> list[int]:
-    """`spaced_steps` of the settings' whole chain; ValueError if they say by timestep_respacing what to keep."""
+    """`spaced_steps` of the settings' whole chain; ValueError if the settings have a timestep_respacing."""
     if settings.timestep_respacing:
         raise ValueError(f"steps {steps} and timestep_respacing {settings.timestep_respacing}: give one of them")
     whole = Schedule.create(settings.noise_schedule, settings.diffusion_steps)

@@ -1,14 +1,14 @@
-"""Solvers as tables: for every evaluation of the network, where it happens and what it makes of the sample.
+"""Solvers as tables: one row per evaluation of the network, with its timestep and the coefficients of the update.
 
-A row computes x_next = c_x x + c_0 x_0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + sigma noise from the x_0 predicted now and the
-h_i predicted by the rows before, the latest first (ops.sampler_step).
+A row computes x_next = c_x x + c_0 x_0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + sigma noise from its own prediction x_0 and the
+predictions h_i of earlier rows, latest first (ops.sampler_step).
 
 With x = alpha x_0 + sigma noise and lambda = log(alpha / sigma) the flow from step s to step t solves
 
     x_t = sigma_t / sigma_s x_s + alpha_t * integral from lambda_s to lambda_t of exp(lambda - lambda_t) x_0(lambda)
 
-(Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 8). Multistep solvers integrate a polynomial through predictions
-in the place of x_0(lambda). The image itself has no noise: lambda is infinite there, and the last row gives x_0.
+(Lu et al. 2022, https://arxiv.org/abs/2211.01095, eq. 8). Multistep solvers replace x_0(lambda) by a polynomial through
+the predictions. At the image, which has no noise, lambda is infinite, so the last row returns x_0.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Row = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SolverTable:
     """A solver's rows, one per evaluation of the network, from the noisiest step to the image."""
 
     steps: np.ndarray
     """[E] int64: the kept step of the schedule at which the network is evaluated."""
     coefficients: np.ndarray
-    """[E, 10] float64, columns ops.STEP_COLUMNS; sigma is 0 where a row takes no noise."""
+    """[E, 10] float64, columns ops.STEP_COLUMNS; sigma is 0 in rows without noise."""
     complete: np.ndarray
-    """[E] bool: False where x after the row is a trial point, off the solver's path."""
+    """[E] bool: False if x after the row is a trial point, not a point of the trajectory."""
     variance: str = "fixed"
-    """What the second half of the network's output is to the rows, as ops.sampler_step takes it."""
+    """How the rows use the second half of the network's output: the `variance` of ops.sampler_step."""
 
     @property
     def num_evaluations(self) -> int:
@@ -50,17 +50,17 @@ class Plan:
 
     @property
     def stochastic(self) -> bool:
-        """Whether any row takes noise."""
+        """Whether any row adds noise."""
         return bool(self.column("sigma").any())
 
     @property
     def history(self) -> int:
-        """How many earlier predictions are used at most, 0 to 3."""
+        """The largest number of earlier predictions that a row needs, 0 to 3."""
         return int(self.history_used.max())
 
     @property
     def history_used(self) -> np.ndarray:
-        """[E] int64: how many earlier predictions each row needs."""
+        """[E] int64: the number of earlier predictions that each row needs."""
         used = np.stack([self.column(name) != 0 for name in HISTORY], axis=1)
         return (used * np.arange(1, len(HISTORY) + 1)).max(axis=1)
 
@@ -70,19 +70,19 @@ class Plan:
 
 
 class SolverInfo(NamedTuple):
-    make: Callable[[GaussianDiffusion, float], Plan]
-    """From a process and the noise eta (0 but for ddim) to the rows."""
+    make: Callable[[GaussianDiffusion, float], SolverTable]
+    """Computes the table for a process and a noise eta, which only ddim uses."""
     least_steps: int
     spacing: Spacing
-    """What suits it: multistep solvers want even steps in log SNR."""
+    """The default spacing of the steps: multistep solvers are best with even steps in log SNR."""
     description: str
 
 
-def make_plan(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0) -> Plan:
-    """The solver's rows over the steps that the process keeps.
+def solver_table(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0) -> SolverTable:
+    """The solver's table for the timesteps that the process keeps.
 
-    eta is DDIM's noise, 0 none, 1 as much as DDPM's. Raises ValueError for an unknown solver, for fewer steps than it
-    takes, and for an eta of a solver that has none.
+    eta scales DDIM's noise: 0 is none, 1 as much as DDPM's. Raises ValueError for an unknown solver, for fewer steps
+    than the solver needs, and for an eta with any other solver.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not known; use one of {', '.join(SOLVERS)}")
@@ -94,31 +94,31 @@ def make_plan(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0) -> Pl
     return info.make(diffusion, eta)
 
 
-def _plan(
+def _table(
     diffusion: GaussianDiffusion,
     steps: Sequence[int],
     columns: dict[str, np.ndarray],
     complete: Sequence[bool] | None = None,
     variance: str = "fixed",
-) -> Plan:
-    """Of columns [E]; those of the predicted x_0 follow from the steps."""
+) -> SolverTable:
+    """A table of the columns given, [E] each, and those that compute the predicted x_0."""
     s, at = diffusion.schedule, np.array(steps, dtype=np.int64)
     known = {"recip": s.sqrt_recip_alphas_cumprod[at], "recipm1": s.sqrt_recipm1_alphas_cumprod[at], **columns}
     zeros = np.zeros(len(at))
     table = np.stack([known.get(name, zeros) for name in ops.STEP_COLUMNS], axis=1)
     whole = np.ones(len(at), dtype=bool) if complete is None else np.array(complete)
-    return Plan(at, table, whole, variance)
+    return SolverTable(at, table, whole, variance)
 
 
-def _of_rows(
+def _from_rows(
     diffusion: GaussianDiffusion, steps: Sequence[int], rows: Sequence[Row], complete: Sequence[bool] | None = None
-) -> Plan:
+) -> SolverTable:
     names = {name for row in rows for name in row}
     columns = {name: np.array([row.get(name, 0.0) for row in rows]) for name in names}
-    return _plan(diffusion, steps, columns, complete)
+    return _table(diffusion, steps, columns, complete)
 
 
-def _ddpm(diffusion: GaussianDiffusion, eta: float) -> Plan:
+def _ddpm(diffusion: GaussianDiffusion, eta: float) -> SolverTable:
     """Ancestral sampling (Ho et al. 2020, algorithm 2)."""
     s = diffusion.schedule
     log_variance = getattr(s, diffusion.log_variance_table)
@@ -133,12 +133,12 @@ def _ddpm(diffusion: GaussianDiffusion, eta: float) -> Plan:
     return _descending(diffusion, columns, diffusion.variance)
 
 
-def _ddim(diffusion: GaussianDiffusion, eta: float) -> Plan:
+def _ddim(diffusion: GaussianDiffusion, eta: float) -> SolverTable:
     """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502)."""
     s = diffusion.schedule
     a_t, a_prev = s.alphas_cumprod, s.alphas_cumprod_prev
     sigma = eta * np.sqrt((1 - a_prev) / (1 - a_t)) * np.sqrt(1 - a_t / a_prev)  # eq. 16
-    # Of the noise in eq. 12, here written out in x and x_0. At eta 1 rounding may take it below 0.
+    # The factor of the predicted noise in eq. 12, expressed by x and x_0; at eta 1 its square may round below 0.
     direction = np.sqrt(np.maximum(1 - a_prev - sigma**2, 0))
     columns = {
         "x": direction * s.sqrt_recip_alphas_cumprod / s.sqrt_recipm1_alphas_cumprod,
@@ -148,10 +148,10 @@ def _ddim(diffusion: GaussianDiffusion, eta: float) -> Plan:
     return _descending(diffusion, columns)
 
 
-def _descending(diffusion: GaussianDiffusion, columns: dict[str, np.ndarray], variance: str = "fixed") -> Plan:
-    """Of columns [S] over the kept steps."""
+def _descending(diffusion: GaussianDiffusion, columns: dict[str, np.ndarray], variance: str = "fixed") -> SolverTable:
+    """A table that visits every kept step once, from columns [S] in ascending order of the steps."""
     steps = range(diffusion.num_timesteps - 1, -1, -1)
-    return _plan(diffusion, steps, {name: column[::-1] for name, column in columns.items()}, variance=variance)
+    return _table(diffusion, steps, {name: column[::-1] for name, column in columns.items()}, variance=variance)
 
 
 class _Levels:
@@ -163,11 +163,11 @@ class _Levels:
         self.log_snr = np.log(self.alpha / self.sigma)
 
     def weights(self, source: int, target: int, nodes: Sequence[int], noisy: bool = False) -> dict[int, float]:
-        """What the predictions at the steps `nodes` count in x at `target`, coming from `source`: by node.
+        """The weight of each node's prediction in x at `target`, for a step from `source`.
 
-        They are the integral of the polynomial through the nodes, times alpha. As published in DPM-Solver++ and as
-        B_2(h) of UniPC (Zhao et al. 2023, https://arxiv.org/abs/2302.04867), a slope between two nodes counts for half
-        a step, which differs in third order.
+        They integrate the polynomial through the nodes, times alpha. As published for DPM-Solver++ and for B_2(h) of
+        UniPC (Zhao et al. 2023, https://arxiv.org/abs/2302.04867), the slope between two nodes has the weight of half a
+        step, which differs from the exact integral in third order.
         """
         h = self.log_snr[target] - self.log_snr[source]
         rate = 2 * h if noisy else h
@@ -188,15 +188,16 @@ def _phi(k: int, z: float) -> float:
 
 
 def _named(weights: dict[int, float], newest: int) -> Row:
-    """Weights by step as a row's, where the network was last evaluated at the step `newest`."""
+    """The coefficients of a row, from weights by step; the network's latest evaluation was at the step `newest`."""
     return {("x_start", *HISTORY)[step - newest]: weight for step, weight in weights.items()}
 
 
-def _dpmpp(diffusion: GaussianDiffusion, eta: float, order: int, noisy: bool) -> Plan:
+def _dpmpp(diffusion: GaussianDiffusion, eta: float, order: int, noisy: bool) -> SolverTable:
     """DPM-Solver++ multistep, deterministic or stochastic.
 
-    Of lower order where fewer predictions are known, and towards the image, where lambda grows without bound. The
-    polynomial of order 3 is integrated exactly; common implementations count its curvature half, which leaves order 2.
+    The order is lower in the first rows, which have fewer predictions, and in the last ones, where lambda grows without
+    bound. The polynomial of order 3 is integrated exactly; common implementations halve its curvature, which reduces
+    the order to 2.
     """
     levels, count = _Levels(diffusion), diffusion.num_timesteps
     rows: list[Row] = []
@@ -205,20 +206,19 @@ def _dpmpp(diffusion: GaussianDiffusion, eta: float, order: int, noisy: bool) ->
         ratio, decay = levels.sigma[t] / levels.sigma[s], math.exp(levels.log_snr[s] - levels.log_snr[t])
         row = {"x": ratio * (decay if noisy else 1), **_named(levels.weights(s, t, nodes, noisy), s)}
         rows.append({**row, "sigma": levels.sigma[t] * math.sqrt(1 - decay**2) if noisy else 0.0})
-    return _of_rows(diffusion, range(count - 1, -1, -1), [*rows, {"x_start": 1.0}])
+    return _from_rows(diffusion, range(count - 1, -1, -1), [*rows, {"x_start": 1.0}])
 
 
-def _unipc(diffusion: GaussianDiffusion, eta: float, order: int = 2) -> Plan:
-    """UniPC with B_2(h), predicting x_0: a predictor, and its x corrected by the next evaluation.
+def _unipc(diffusion: GaussianDiffusion, eta: float, order: int = 2) -> SolverTable:
+    """UniPC with B_2(h), predicting x_0: a predictor whose x is corrected after the next evaluation.
 
-    x_corrected and x_predicted share their part in x_s and differ in weights of predictions only, so the corrector is
-    part of the next row.
+    The corrected and the predicted x differ only in weights of predictions, so the next row includes the correction.
     """
     levels, count = _Levels(diffusion), diffusion.num_timesteps
     rows: list[Row] = []
     nodes = range(0)
     for s in range(count - 1, 0, -1):
-        correction = dict.fromkeys([s, *nodes], 0.0)  # of x at s, by the step of a prediction
+        correction = dict.fromkeys([s, *nodes], 0.0)  # step of a prediction → its weight in the correction of x at s
         if nodes:
             for step, weight in levels.weights(s + 1, s, [s, *nodes]).items():
                 correction[step] += weight
@@ -230,15 +230,15 @@ def _unipc(diffusion: GaussianDiffusion, eta: float, order: int = 2) -> Plan:
         for step, weight in levels.weights(s, s - 1, nodes).items():
             weights[step] = weights.get(step, 0.0) + weight
         rows.append({"x": ratio, **_named(weights, s)})
-    return _of_rows(diffusion, range(count - 1, -1, -1), [*rows, {"x_start": 1.0}])
+    return _from_rows(diffusion, range(count - 1, -1, -1), [*rows, {"x_start": 1.0}])
 
 
-def _heun(diffusion: GaussianDiffusion, eta: float) -> Plan:
+def _heun(diffusion: GaussianDiffusion, eta: float) -> SolverTable:
     """Heun's method in x / alpha over sigma / alpha (Karras et al. 2022, https://arxiv.org/abs/2206.00364, algorithm 1)
     without churn: a trial step of Euler, then the mean of both slopes.
 
-    At the trial point x' the first slope is (x' - x_0) / sigma' too, with the earlier x_0: what is missing is half of
-    the slopes' difference.
+    At the trial point x' the first slope is also (x' - x_0) / sigma' with the earlier x_0, so the second row adds half
+    of the difference between the slopes.
     """
     levels, count = _Levels(diffusion), diffusion.num_timesteps
     steps, rows = [], []
@@ -249,7 +249,7 @@ def _heun(diffusion: GaussianDiffusion, eta: float) -> Plan:
         steps += [s, t]
         rows += [trial, {"x": 1.0, "x_start": half, "earlier1": -half}]
     complete = [False, True] * (count - 1)
-    return _of_rows(diffusion, [*steps, 0], [*rows, {"x_start": 1.0}], [*complete, True])
+    return _from_rows(diffusion, [*steps, 0], [*rows, {"x_start": 1.0}], [*complete, True])
 
 
 SOLVERS: dict[str, SolverInfo] = {

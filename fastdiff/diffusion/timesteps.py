@@ -1,4 +1,4 @@
-"""Which timesteps to train on. Everything stays on the device: no copy to the host per draw or update."""
+"""Timestep samplers for training. All state is on the device: neither drawing nor updating copies to the host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class UniformSampler:
-    """Every timestep equally often, every weight 1."""
+    """Draws every timestep with the same probability; every importance weight is 1."""
 
     def __init__(self, num_timesteps: int, device: torch.device | str = "cpu") -> None:
         self.num_timesteps = num_timesteps
@@ -38,11 +38,11 @@ class UniformSampler:
     def _make_table(self) -> tuple[Tensor, Tensor]:
         p = self.weights()
         p = p / p.sum()
-        # In whole numbers, whose running sum is the same on every device and every time.
+        # Integers, because their cumulative sum is the same on every device.
         return (p * 2.0**48).round().long().cumsum(0), (1 / (self.num_timesteps * p)).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Learn from the unweighted losses [B] at t [B] of this rank, but not from non-finite ones; collective."""
+        """Record this rank's unweighted losses [B] at t [B] but for non-finite ones; a collective operation."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -52,10 +52,11 @@ class UniformSampler:
 
 
 class LossSecondMomentSampler(UniformSampler):
-    """Timesteps in proportion to sqrt(E[loss²]) (Nichol & Dhariwal 2021, section 3.3), once each has a full history.
+    """Draws timesteps in proportion to sqrt(E[loss²]) (Nichol & Dhariwal 2021, section 3.3), after a uniform warm-up.
 
-    The last `history_per_term` losses of each timestep are kept, oldest first; `uniform_prob` is mixed in. All ranks
-    see all losses, in the order of the ranks, and so hold the same history.
+    The last `history_per_term` losses of each timestep are kept, oldest first; the warm-up ends when every timestep has
+    so many. `uniform_prob` is the share of a uniform distribution. All ranks record all losses, in the order of the
+    ranks, so their histories are equal.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LossSecondMomentSampler(UniformSampler):
         self.counts = torch.zeros(num_timesteps, dtype=torch.int64, device=self.device)
 
     def table(self) -> tuple[Tensor, Tensor]:
-        return self._make_table()  # as the history is now
+        return self._make_table()  # never cached: the history changes
 
     def warmed_up(self) -> Tensor:
         """Whether every timestep has a full history, [] bool."""
@@ -88,19 +89,19 @@ class LossSecondMomentSampler(UniformSampler):
         if dist.is_initialized() and dist.get_world_size() > 1:
             t, losses = _gather(t), _gather(losses)
         depth = self.history.shape[1]
-        # Place of each new loss among those of its timestep, and how many come after it: a batch may hold several.
+        # A batch may have several losses of one timestep: the number of them before and after each.
         finite = losses.isfinite()
         same = (t[:, None] == t[None, :]) & finite
         before = torch.tril(same, diagonal=-1).sum(dim=1)
         after = torch.triu(same, diagonal=1).sum(dim=1)
         new = torch.zeros_like(self.counts).index_add_(0, t, finite.long())
         overflow = (self.counts + new - depth).clamp(min=0)
-        # Shift each history left by what no longer fits, then lay the new losses behind what is left.
+        # Shift each history left by its overflow, then append the new losses.
         columns = torch.arange(depth, device=self.device)[None, :] + overflow[:, None]
         shifted = self.history.gather(1, columns.clamp(max=depth - 1)) * (columns < self.counts[:, None])
         column = self.counts[t] - overflow[t] + before
         keep = finite & (after < depth) & (column >= 0)
-        flat = torch.cat([shifted.flatten(), shifted.new_zeros(1)])  # the last place takes what is not kept
+        flat = torch.cat([shifted.flatten(), shifted.new_zeros(1)])  # losses that are not kept go to the last place
         flat[torch.where(keep, t * depth + column, flat.numel() - 1)] = losses
         # In place: a CUDA graph reads and writes the same memory at every replay.
         self.history.copy_(flat[:-1].view_as(self.history))
@@ -126,7 +127,7 @@ def _gather(x: Tensor) -> Tensor:
 
 
 def create_timestep_sampler(name: str, num_timesteps: int, device: torch.device | str = "cpu") -> UniformSampler:
-    """The sampler of that name: uniform or loss-second-moment."""
+    """The timestep sampler with that name; ValueError unless it is uniform or loss-second-moment."""
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
     if name not in samplers:
         raise ValueError(f"schedule_sampler {name!r} is not known; use uniform or loss-second-moment")

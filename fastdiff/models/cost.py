@@ -1,11 +1,11 @@
-"""How much work a network is: operations, and the least bytes through memory, of every layer. Paper, no measurement.
+"""Calculated cost of a network: floating-point operations and least memory traffic of every layer.
 
-`operations` walks a network's modules (on the meta device if it is given settings, so nothing is allocated) and gives
-one record for each thing that is computed. What the columns mean, per image:
+`operations` walks a network's modules (on the meta device if it is given settings, so nothing is allocated) and yields
+one record per operation. The columns, per image:
 
 flops           of the products alone (2 * multiplications), forward, of the network as improved-diffusion defines it:
                 an upsampling convolution is a 3x3 one on the enlarged map. Backward is twice as much.
-run_flops       as we compute it: upsampling is one transposed convolution, 4/9 of that (`kernels/convolutions.py`).
+run_flops       as computed here: upsampling is one transposed convolution, 4/9 of that (`kernels/convolutions.py`).
 forward_bytes, backward_bytes
                 read and written by fused ops on 16-bit maps (32-bit in the float32 last layer), x in, y out:
 
@@ -16,10 +16,10 @@ forward_bytes, backward_bytes
                                  backward dx, read where the first norm writes its own
                 skip             forward 0, never concatenated; backward dx, likewise
                 noising          forward 1 byte in, x_t out  backward 0
-                loss             forward y, 1 byte, dy       backward 0, the gradient is made beside the loss
+                loss             forward y, 1 byte, dy       backward 0, as forward computes the gradient
                 embedding        0: vectors
 
-                A norm whose map stays on chip reads it once: then this is more than the least.
+                A norm whose map stays on chip reads it once: then these numbers are too high.
 weight_bytes    weights read, forward and backward, and gradients written, in the maps' dtype, once per batch.
 
 Not counted: recomputation under use_checkpoint, the enlargement of small images, metrics.
@@ -69,7 +69,7 @@ UPSAMPLE_SHARE = 4 / 9
 """Operations of the transposed 4x4 convolution over those of the 3x3 one on the enlarged map."""
 HALF, SINGLE = 2, 4  # bytes per element
 
-# Kernels in a batch's forward and backward pass; a convolution's backward is one for dx and one for dw.
+# Launches in a batch's forward and backward pass; a convolution's backward has one for dx and one for dw.
 _LAUNCHES: dict[Kind, tuple[int, int]] = {
     "attention": (1, 2),
     "group norm": (2, 3),
@@ -83,10 +83,10 @@ _CONVOLUTION_LAUNCHES = (1, 2)
 
 @dataclass(frozen=True)
 class Operation:
-    """One layer's work, for one image. The module's docstring says how each number is made."""
+    """One layer's cost for one image. The module's docstring defines the numbers."""
 
     name: str
-    """Of the module, e.g. input_blocks.1.0.in_layers.2."""
+    """The module's name, e.g. input_blocks.1.0.in_layers.2."""
     kind: Kind
     shape: tuple[int, ...]
     """(C_in, C_out, H, W) of a convolution's result; (C, H, W) of a map; (heads, L, D); (in, out) of a vector."""
@@ -101,12 +101,12 @@ class Operation:
 
     @property
     def launches(self) -> tuple[int, int]:
-        """Kernels forward and backward, whatever the batch."""
+        """Launches forward and backward, for a batch of any size."""
         return _LAUNCHES.get(self.kind, _CONVOLUTION_LAUNCHES)
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Per batch, not image: weights read forward; read, and their gradients written, backward."""
+        """Bytes per batch: weights read forward; weights read and gradients written backward."""
         return self.element * self.parameters, 2 * self.element * self.parameters
 
 
@@ -126,7 +126,7 @@ def on_meta(settings: BackboneSettings) -> UNet:
 
 
 def operations(network: BackboneSettings | UNet, element: int = HALF) -> list[Operation]:
-    """Everything one image takes in one evaluation of the network and its training loss, in the order of the walk.
+    """The operations of one evaluation of the network and its training loss for one image, in order of execution.
 
     element  bytes per number of the body's maps: 2 with bf16 and fp16, 4 with fp32.
     """
@@ -135,25 +135,25 @@ def operations(network: BackboneSettings | UNet, element: int = HALF) -> list[Op
 
 
 def forward_flops(network: BackboneSettings | UNet) -> float:
-    """Of one evaluation on one image, as improved-diffusion defines the network."""
+    """Operations of one evaluation for one image, of the network as improved-diffusion defines it."""
     return sum(op.flops for op in operations(network))
 
 
 def train_flops(network: BackboneSettings | UNet) -> float:
-    """Of one image's forward and backward pass: three times the forward one."""
+    """Operations of one image's forward and backward pass: three times those of the forward pass."""
     return 3 * forward_flops(network)
 
 
 def parameters(ops: Sequence[Operation]) -> int:
-    """Of all operations, which is all the network has."""
+    """The number of parameters of the network."""
     return sum(op.parameters for op in ops)
 
 
 def saved_bytes(ops: Sequence[Operation]) -> float:
-    """Maps that the forward pass keeps for the backward one, per image, without use_checkpoint.
+    """Bytes of the maps that the forward pass keeps for the backward pass, per image, without use_checkpoint.
 
-    Each is counted where it is read: inputs of norms, of convolutions and of attention (and its result). What comes out
-    of a norm goes into the convolution behind it. A 1x1 convolution beside a residual reads what the norm kept.
+    Each is counted where it is read: inputs of norms, of convolutions and of attention (and its result). A norm's
+    result is the input of the convolution after it. The 1x1 convolution beside a residual reads the norm's input.
     """
     total = 0.0
     for op in ops:
@@ -208,7 +208,7 @@ class _Walk:
         yield Operation("loss", "loss", (made, *self.size), forward_bytes=(2 * SINGLE * made + channels) * pixels)
 
     def _layers(self, stage: nn.Module, skip: int) -> Iterator[Operation]:
-        """A stage's; `skip` channels come from the way down beside the first block's own input."""
+        """The operations of a stage; `skip` is the number of channels that its first block gets as a skip."""
         for layer in stage.children():
             if isinstance(layer, InputConv):
                 yield self._conv(layer, "input conv")
@@ -277,15 +277,9 @@ class _Walk:
         )
 
     def _residual(self, name: str, made: int, given: int) -> Operation:
-        pixels = _volume(self.size)
+        channel = self.element * _volume(self.size)
         shape = (made, *self.size)
-        return Operation(
-            name,
-            "residual",
-            shape,
-            forward_bytes=self.element * made * pixels,
-            backward_bytes=self.element * given * pixels,
-        )
+        return Operation(name, "residual", shape, forward_bytes=channel * made, backward_bytes=channel * given)
 
     def _norm(self, norm: nn.Module, channels: int, element: int = 0) -> Operation:
         assert isinstance(norm, GroupNorm)
@@ -303,7 +297,7 @@ class _Walk:
         )
 
     def _conv(self, conv: nn.Module, kind: Kind, element: int = 0, advance: bool = True) -> Operation:
-        """A 2-D convolution; with `advance` the walk goes on from its result."""
+        """A 2-D convolution; with `advance` the walk continues with its result."""
         assert isinstance(conv, Conv2d)
         before = _volume(self.size)
         size = self.size

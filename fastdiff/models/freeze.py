@@ -1,4 +1,4 @@
-"""A network that only draws: its weights laid out once as its layers read them, instead of at every evaluation."""
+"""Preparing a network for inference: weights are cast and laid out once instead of at every evaluation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fastdiff.models.unet import UNet
 def freeze(model: UNet) -> UNet:
     """Cast and lay out the weights for `model.dtype`, in place; the outputs stay the same to the last bit.
 
-    Convolutions' weights become channels-last in the body's dtype, the upsampling ones 4x4 taps, the first one's
-    padded to 8 channels where `input_format` says so, and the blocks' embedding layers one matrix. Norms, the time
-    embedding and the last layer stay float32. The state_dict no longer has the checkpoint's shapes, and mode
-    "reference" of the ops can't run the network any more.
+    Convolutions' weights become channels-last in the body's dtype, those of upsampling 4x4 taps, the first one's padded
+    to 8 channels if `input_format` says so, and the blocks' embedding layers one matrix. Norms, the time embedding and
+    the last layer stay float32. Afterwards the state_dict does not fit checkpoints, and the ops' mode "reference" can't
+    run the network.
     """
     model.eval().requires_grad_(False)
     padded = model.input_format

@@ -29,7 +29,7 @@ from fastdiff.models.settings import BackboneSettings, SuperResSettings
 
 
 class Stage(nn.Sequential):
-    """Layers between two skips. Only the first residual block takes the skip; each takes the next of emb_outs."""
+    """Layers between two skips. The skip goes to the first residual block, the next of emb_outs to each."""
 
     def forward(  # type: ignore[override]
         self, x: Map, emb_outs: Iterator[Tensor], skip: Map | None = None, use_checkpoint: bool = False
@@ -47,7 +47,7 @@ class Stage(nn.Sequential):
 
 
 def _recomputed(layer: nn.Module, x: Map, *inputs: Tensor | None) -> Tensor:
-    """layer(x, …), whose activations are not kept but found anew in the backward pass."""
+    """layer(x, …) with activations that are not stored but recomputed in the backward pass."""
     return checkpoint(lambda *given: value(layer(*given)), value(x), *inputs, use_reentrant=False)
 
 
@@ -55,15 +55,15 @@ class UNet(nn.Module):
     """Predicts the noise (or x_0), and the variances with learn_sigma, from a noised image.
 
     forward: x [B, in_channels, H, W] float32, timesteps [B] int64 or float32, y [B] int64 labels of a
-    class-conditional model → [B, out_channels, H, W] float32. `dtype` is what the body computes in; the time
-    embedding, the statistics of the norms and the last layer are float32 in any case.
+    class-conditional model → [B, out_channels, H, W] float32. `dtype` is that of the body; the time embedding, the
+    statistics of the norms and the last layer are always float32.
     """
 
     def __init__(self, settings: BackboneSettings) -> None:
         super().__init__()
         self.settings = settings
         self.dtype = torch.float32
-        self.projection: tuple[Tensor, Tensor] | None = None  # of `project` as one product, where weights are frozen
+        self.projection: tuple[Tensor, Tensor] | None = None  # weight and bias of `project`, if frozen
         width, channels = settings.num_channels, settings.level_channels
         emb = 4 * width
         self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))
@@ -111,17 +111,17 @@ class UNet(nn.Module):
 
     @property
     def input_format(self) -> tuple[torch.dtype, int] | None:
-        """(dtype, 8) of a map that may come in place of x, its channels padded with zeros; None where none may."""
+        """(dtype, 8) if x may be a map of that dtype, padded to 8 channels with zeros; None if it may not."""
         first = self.input_blocks[0][0].weight  # type: ignore[index, union-attr]
         padded = self.settings.network_in_channels == self.settings.in_channels <= 4 and ops.uses_kernels(first)
         return (self.dtype, 8) if padded else None
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
-        """The timesteps' share of the conditioning, [B, 4 * num_channels] float32."""
+        """The embedding of the timesteps, [B, 4 * num_channels] float32."""
         return self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """The conditioning of every residual block, [B, 4 * num_channels] float32."""
+        """The embedding of timesteps and labels, which conditions all blocks: [B, 4 * num_channels] float32."""
         emb = self.embed_time(timesteps)
         if (y is not None) != self.settings.class_cond:
             raise ValueError("labels y must be given exactly when the model is class-conditional")
@@ -129,11 +129,11 @@ class UNet(nn.Module):
 
     @property
     def res_blocks(self) -> list[ResBlock]:
-        """In the order in which a map meets them."""
+        """The residual blocks in order of execution."""
         return [module for module in self.modules() if isinstance(module, ResBlock)]
 
     def project(self, emb: Tensor) -> list[Tensor]:
-        """What each residual block takes of the conditioning `embed` gives: [B, its emb_width] float32 each."""
+        """Each residual block's projection of the result of `embed`, [B, its emb_width] float32 each."""
         if self.projection is not None:
             weight, bias = self.projection
             projected = F.linear(F.silu(emb), weight, bias)
@@ -145,7 +145,7 @@ class UNet(nn.Module):
         emb_outs = iter(projected)
         use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
         h: Map = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if x.shape[1] == 1:  # one channel is both layouts at once: the strides must say which, or NCHW wins
+        if x.shape[1] == 1:  # one channel fits both layouts: without these strides torch takes NCHW
             h = value(h).reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
         down: list[Map] = []
         up: list[Map] = []
@@ -162,7 +162,7 @@ class UNet(nn.Module):
         return self.body(x, self.project(self.embed(timesteps, y)), low_res)
 
     def body(self, x: Tensor, projected: Sequence[Tensor], low_res: Tensor | None = None) -> Tensor:
-        """Everything but the conditioning, which comes as `project` gives it: samplers find it beforehand."""
+        """The network after its embedding, which `project` has computed; samplers compute that beforehand."""
         h = self._walk(self._with_low_res(x, low_res), projected)[2][-1]
         norm, _, conv = self.out
         return conv(norm(h.float()))
@@ -190,7 +190,7 @@ class UNet(nn.Module):
 
 
 class SuperResUNet(UNet):
-    """A UNet that also sees a small image, low_res [B, in_channels, h, w] float32, enlarged bilinearly if need be."""
+    """A UNet that also reads a small image, low_res [B, in_channels, h, w] float32, enlarged bilinearly if need be."""
 
     def _with_low_res(self, x: Tensor, low_res: Tensor | None) -> Tensor:
         if low_res is None:
@@ -199,7 +199,7 @@ class SuperResUNet(UNet):
 
 
 def enlarged(low_res: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Small images [B, C, h, w] at the size of the large ones; the same if they are that size already."""
+    """Small images [B, C, h, w] enlarged to the given size; returned unchanged if they have it."""
     if tuple(low_res.shape[2:]) == tuple(size_hw):
         return low_res
     return F.interpolate(low_res, tuple(size_hw), mode="bilinear", align_corners=False)
@@ -216,7 +216,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def body_dtype(precision: str, device: torch.device) -> torch.dtype:
     """The dtype for a precision on a device.
 
-    bf16 on a CPU without bf16 instructions computes in float32: there bf16 convolutions take ten times as long.
+    bf16 means float32 on a CPU without bf16 instructions, where bf16 convolutions take ten times as long.
     """
     if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
         return torch.float32

@@ -17,7 +17,7 @@ from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
-from fastdiff.diffusion.solvers import Plan
+from fastdiff.diffusion.solvers import SolverTable
 from fastdiff.models import BackboneSettings, UNet, build_model
 from fastdiff.models.dummy_batch import dummy_batch
 from fastdiff.models.freeze import freeze
@@ -195,7 +195,7 @@ def _filled(x: Tensor, size: int) -> Tensor:
 def sampling_launches(
     settings: BackboneSettings,
     diffusion: GaussianDiffusion,
-    plan: Plan,
+    plan: SolverTable,
     batch: int,
     precision: torch.dtype,
     *,

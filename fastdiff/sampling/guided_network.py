@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.process import ModelMeanType
-from fastdiff.diffusion.solvers import Plan
+from fastdiff.diffusion.solvers import SolverTable
 from fastdiff.models import UNet
 from fastdiff.models.unet import enlarged
 from fastdiff.runtime.compilation import compile_kwargs
@@ -29,7 +29,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, float("inf"))
     guide: UNet | None = None
 
-    def rows(self, plan: Plan, diffusion: GaussianDiffusion) -> list[bool]:
+    def rows(self, plan: SolverTable, diffusion: GaussianDiffusion) -> list[bool]:
         """Whether each row of a plan is guided."""
         if self.weight == 1:
             return [False] * plan.num_evaluations
@@ -45,7 +45,7 @@ class _Network:
     embedding, [E, 4 * num_channels], to which the class embedding is added before one product for all blocks.
     """
 
-    def __init__(self, model: UNet, plan: Plan, diffusion: GaussianDiffusion) -> None:
+    def __init__(self, model: UNet, plan: SolverTable, diffusion: GaussianDiffusion) -> None:
         self.model = model
         self.body: Any = model.body
         self.class_cond = model.settings.class_cond
@@ -74,7 +74,7 @@ class GuidedNetwork:
     def __init__(
         self,
         model: UNet,
-        plan: Plan,
+        plan: SolverTable,
         diffusion: GaussianDiffusion,
         guidance: Guidance | None = None,
         compiled: bool = False,

@@ -15,7 +15,7 @@ from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.schedules import keep_steps
-from fastdiff.diffusion.solvers import SOLVERS, make_plan
+from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings
 from fastdiff.models.cost import forward_flops
@@ -69,7 +69,7 @@ class Sampler:
             raise UserError("cuda_graph True needs a GPU; leave it out")
         self.diffusion = self._diffusion()
         try:
-            self.plan = make_plan(self.diffusion, settings.solver, settings.eta)
+            self.plan = solver_table(self.diffusion, settings.solver, settings.eta)
         except ValueError as error:  # the respacing keeps too few steps
             raise UserError(f"solver: {error}") from None
         self.guidance = self._guidance(guide)
@@ -195,7 +195,6 @@ class Sampler:
             "precision": self.settings.precision,
             "allow_tf32": self.settings.allow_tf32,
             "kernels": self.settings.kernels,
-            "fused_convolutions": self.settings.fused_convolutions,
             "guided": [self.guidance.weight != 1, self.guidance.guide is not None],
             "torch": torch.__version__,
         }

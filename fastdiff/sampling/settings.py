@@ -72,8 +72,6 @@ class DrawSettings(Settings):
     kernels: Kernels = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
-    fused_convolutions: bool = False
-    """Experimental: norms computed inside Triton's 3x3 convolutions instead of beside cuDNN's."""
     out_dir: str = ""
     """Where files go; the same job again goes on there. Empty: the folder in OPENAI_LOGDIR, else one of its own in
     runs/samples."""

@@ -15,7 +15,7 @@ from fastdiff import ops
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
-from fastdiff.diffusion.solvers import make_plan
+from fastdiff.diffusion.solvers import solver_table
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, build_model
 from fastdiff.sampling.engine import Engine
@@ -80,7 +80,7 @@ def _draw(
     if settings.class_cond:
         classes = torch.tensor(range(len(trainer.loader.class_names)), device=device)
         kwargs["y"] = classes[index % len(classes)] if batch is None else batch.labels[: len(index)]
-    plan = make_plan(diffusion, "ddim" if train.sample_respacing.startswith("ddim") else "ddpm")
+    plan = solver_table(diffusion, "ddim" if train.sample_respacing.startswith("ddim") else "ddpm")
     network = GuidedNetwork(model, plan, diffusion)
     engine = Engine(network, batch_size=len(index), seed_and_key=train.seed | SAMPLES)
     samples = None

@@ -13,7 +13,7 @@ import torch
 from helpers.tiny import refusal
 
 from benchmarks import bench_train, figure_rows, kernel_figures, norm_figures, step_calls
-from fastdiff.models import cost as work
+from fastdiff.models import cost
 from fastdiff.runtime.machine import Rates
 
 CPU = torch.device("cpu")
@@ -34,13 +34,13 @@ def bench(rows: list[dict[str, Any]], **settings: Any) -> figure_rows.Bench:
 
 @pytest.mark.parametrize("name", ["tiny", "cifar10_uncond", "upsample_256"])
 def test_a_step_calls_what_the_network_has(name: str, case: tuple[str, Any, int]) -> None:
-    """As many norms as `work.operations` counts, and the convolutions' and products' operations of its kinds."""
+    """As many norms as `cost.operations` counts, and the convolutions' and products' operations of its kinds."""
     config = case[1] if name == "tiny" else bench_train.load(name)
     calls = step_calls.training_calls(config, BATCH, torch.bfloat16, r"aten::(convolution|mm$|addmm$)|fastdiff::")
     by_op: Counter[str] = Counter()
     for call in calls:
         by_op[call.op] += call.count
-    known = work.operations(config.model)
+    known = cost.operations(config.model)
     norms = sum(op.kind == "group norm" for op in known)
     assert by_op["fastdiff::group_norm_silu"] + by_op["fastdiff::add_group_norm_silu"] == norms
     assert by_op["fastdiff::group_norm_silu_backward"] == norms
@@ -111,9 +111,10 @@ def test_every_way_computes_the_same(op: str) -> None:
 def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not fit into registers has no such row; another error has a row that says so, and the rest goes on."""
     from fastdiff.kernels import group_norm_silu as norm
+    from fastdiff.kernels import group_norm_silu_plan
 
     rows: list[dict[str, Any]] = []
-    monkeypatch.setattr(norm, "ONE_BLOCK", {False: 16, True: 16})
+    monkeypatch.setattr(group_norm_silu_plan, "ONE_BLOCK", {False: 16, True: 16})
     launch = norm.launch
 
     def without_moments(kernel: Any, *args: Any, **settings: Any) -> None:

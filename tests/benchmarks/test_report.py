@@ -10,7 +10,7 @@ import pytest
 from helpers.tiny import refusal
 from PIL import Image
 
-from benchmarks import report, roofline
+from benchmarks import report, report_rows, roofline
 from fastdiff.errors import UserError
 
 VARIANTS = {"ours -graph": 3.0, "ours": 4.0, "reference": 1.0, "diffusers": 1.5, "reference+compile": 2.0}
@@ -87,25 +87,25 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_bounds_are_the_rooflines(tmp_path: Path) -> None:
     """A GPU's by its name; any other machine's by the rates that were measured with the results."""
-    results = report.read(saved(tmp_path))
-    row = report.main_row(results.rows)
+    results = report_rows.read(saved(tmp_path))
+    row = report_rows.main_row(results.rows)
     assert row.variant == "ours"
     ops = roofline.operations_of(roofline.load_config(row.config), "bf16")
     floor = roofline.predict(ops, 64, roofline.machine_for("H200"))
-    found = report.bounds(results, row)
+    found = report_rows.bounds(results, row)
     assert found is not None
     assert found.ceiling == pytest.approx(floor.images_per_second)
     assert found.target < found.ceiling
     here, twice = (
-        report.bounds(report.read(saved(tmp_path, device="AMD EPYC", **rates)), row)
+        report_rows.bounds(report_rows.read(saved(tmp_path, device="AMD EPYC", **rates)), row)
         for rates in ({}, {"matmul_tflops": 3.0, "copy_gbs": 40.0})
     )
     assert here is not None
     assert twice is not None
     assert twice.ceiling == pytest.approx(2 * here.ceiling)
     assert here.ceiling < found.ceiling / 50
-    single = report.Row(**{**row.__dict__, "precision": "fp32"})
-    assert report.bounds(results, single) is None
+    single = report_rows.Row(**{**row.__dict__, "precision": "fp32"})
+    assert report_rows.bounds(results, single) is None
 
 
 def test_charts(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_charts(tmp_path: Path) -> None:
     assert text == again.read_text()
     for shown in (*VARIANTS, "imagenet64_uncond, batch 64, bf16", "1600  4.00×", "NVIDIA H200, torch 2.13.0"):
         assert shown in text, shown
-    bound = report.bounds(report.read(path), report.main_row(report.read(path).rows))
+    bound = report_rows.bounds(report_rows.read(path), report_rows.main_row(report_rows.read(path).rows))
     assert bound is not None
     assert text.count(f"roofline {bound.ceiling:.0f}") == 1
     assert text.count("target ") == 2  # above its line and in the note: the other configuration has none
@@ -133,7 +133,7 @@ def test_cases_and_what_ratios_are_to(tmp_path: Path) -> None:
     rows = [entry("quick", "ours", 9.0, precision, batch) for precision, batch in (("fp32", 8), ("bf16", 16))]
     rows[1]["ratio"] = None
     rows.append({**entry("quick", "ours -graph", 9.0, "fp32", 8), "ratio": [0.9, 0.95, 1.0], "ratio_to": "ours"})
-    results = report.read(saved(tmp_path, device="AMD EPYC", rows=rows))
+    results = report_rows.read(saved(tmp_path, device="AMD EPYC", rows=rows))
     assert list(results.cases()) == ["quick, batch 8, fp32", "quick, batch 16, bf16"]
     text = report.markdown(results)
     assert "| 0.95 (0.90 to 1.00) × ours |" in text
@@ -163,10 +163,10 @@ def test_files_that_are_none(text: str, says: str, tmp_path: Path) -> None:
 def test_other_refusals(tmp_path: Path) -> None:
     assert "can't be read" in refusal(report.main, [tmp_path / "nowhere.json"])
     with pytest.raises(UserError, match="can't be written"):
-        report.chart(report.read(saved(tmp_path)), [tmp_path / "chart.txt2"])
+        report.chart(report_rows.read(saved(tmp_path)), [tmp_path / "chart.txt2"])
 
 
 def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     entry = {"config": "my own", "precision": "bf16", "batch": 64, "variant": "diffusers", "reason": "no memory"}
-    text = report.markdown(report.read(saved(tmp_path, left_out=[entry])))
+    text = report.markdown(report_rows.read(saved(tmp_path, left_out=[entry])))
     assert "Left out: diffusers (my own, batch 64, bf16): no memory" in text

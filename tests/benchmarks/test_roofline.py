@@ -11,9 +11,8 @@ from helpers.tiny import MODEL, refusal
 
 from benchmarks import roofline
 from fastdiff.errors import UserError
-from fastdiff.models import UNetSettings
-from fastdiff.models import cost as work
-from fastdiff.training.diagnostics import roofline as predicted
+from fastdiff.models import UNetSettings, cost
+from fastdiff.training.diagnostics.roofline import CLASS_OF
 
 ROUND = roofline.Machine("round numbers", matmul_flops=1e12, copy_bytes=1e9, peak_flops=2e12)
 # Images per second of one H200 that were predicted by hand, at 65% and 80% of the matmul rate; the batch.
@@ -28,7 +27,7 @@ BY_HAND = {
 
 def test_one_operation_by_hand() -> None:
     """Forward bound by its products, backward by its bytes, and each weight's bytes once per batch."""
-    op = work.Operation("x", "conv3x3", (8, 8, 4, 4), 9e9, 4e9, 1e6, 9e6, parameters=10_000)
+    op = cost.Operation("x", "conv3x3", (8, 8, 4, 4), 9e9, 4e9, 1e6, 9e6, parameters=10_000)
     made = roofline.predict([op], 3, ROUND, launch_us=100, optimiser_bytes=38)
     forward, backward = 3 * 4e9 / 1e12, (3 * 9e6 + 40_000) / 1e9
     assert made.shares["convolutions"].ms == pytest.approx(1e3 * (forward + backward))
@@ -41,12 +40,12 @@ def test_one_operation_by_hand() -> None:
 
 
 def test_every_kind_has_a_class() -> None:
-    assert set(predicted.CLASS_OF) == set(work.KINDS)
-    assert {*predicted.CLASS_OF.values(), "optimiser", "launch gaps"} == set(roofline.CLASSES)
+    assert set(CLASS_OF) == set(cost.KINDS)
+    assert {*CLASS_OF.values(), "optimiser", "launch gaps"} == set(roofline.CLASSES)
 
 
 def test_efficiencies_slow_what_they_name() -> None:
-    ops = work.operations(UNetSettings(**MODEL))
+    ops = cost.operations(UNetSettings(**MODEL))
     floor = roofline.predict(ops, 4, ROUND)
     slow_copies = roofline.predict(ops, 4, ROUND, copy_efficiency=0.5)
     assert slow_copies.shares["norms"].ms == pytest.approx(2 * floor.shares["norms"].ms)
@@ -61,7 +60,7 @@ def test_predictions_by_hand(name: str) -> None:
     """They knew the upsampling convolution at its full cost only."""
     low, high, batch = BY_HAND[name]
     settings = roofline.load_config(name)
-    ops = [replace(op, run_flops=op.flops) for op in work.operations(settings.model)]
+    ops = [replace(op, run_flops=op.flops) for op in cost.operations(settings.model)]
     for efficiency, images in ((0.65, low), (0.8, high)):
         made = roofline.predict(
             ops, batch, roofline.machine_for("H200"), convolution_efficiency=efficiency, copy_efficiency=0.9

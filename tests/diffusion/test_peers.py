@@ -13,7 +13,7 @@ import torch
 from helpers.tiny import relative_error
 from torch import Tensor
 
-from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, make_plan
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, solver_table
 from fastdiff.diffusion.samplers import Step, solve
 
 diffusers = pytest.importorskip("diffusers")
@@ -42,7 +42,7 @@ def noise(step: int) -> Tensor:
 
 
 def ours(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0, clip: bool = False) -> list[Step]:
-    return list(solve(network, start(), make_plan(diffusion, solver, eta), noise, clip=clip))
+    return list(solve(network, start(), solver_table(diffusion, solver, eta), noise, clip=clip))
 
 
 def scheduler(kind: str, diffusion: GaussianDiffusion, **settings: Any) -> Any:
@@ -112,14 +112,14 @@ def test_heun() -> None:
     levels = peer.sigmas
     peer.sigmas = torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]])
     alpha = torch.from_numpy(diffusion.schedule.sqrt_alphas_cumprod.copy())
-    plan = make_plan(diffusion, "heun")
+    table = solver_table(diffusion, "heun")
     peer.set_begin_index(0)
     peer._step_index = 0
     x, samples = start() / alpha[-1], []
-    for row, step in enumerate(plan.steps.tolist()):
+    for row, step in enumerate(table.steps.tolist()):
         x = peer.step(network(x * alpha[step], step), peer.timesteps[0], x).prev_sample
-        after = 1.0 if step == 0 and row == plan.num_evaluations - 1 else alpha[plan.steps[row + 1]]
-        if plan.complete[row]:
+        after = 1.0 if step == 0 and row == table.num_evaluations - 1 else alpha[table.steps[row + 1]]
+        if table.complete[row]:
             samples.append(x * after)
     assert_same(ours(diffusion, "heun"), samples, FLOAT64)
 

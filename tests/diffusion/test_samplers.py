@@ -10,7 +10,7 @@ from helpers.tiny import relative_error
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import SOLVERS, DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, make_plan
+from fastdiff.diffusion import SOLVERS, DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, solver_table
 from fastdiff.diffusion.samplers import ddim_reverse_loop, ddim_sample_loop, p_sample_loop, solve
 
 S = 0.5
@@ -96,7 +96,7 @@ def test_every_solver_returns_the_spread(solver: str, schedule: str) -> None:
     diffusion = create_diffusion(settings, False, kept)
     model = best_predictor(diffusion)
     predict = lambda x, step: model(x, diffusion.model_timesteps(torch.full((len(x),), step)))
-    images = last(solve(predict, start(), make_plan(diffusion, solver), noise_source(), clip=False))
+    images = last(solve(predict, start(), solver_table(diffusion, solver), noise_source(), clip=False))
     assert images.dtype == torch.float32
     assert images.std().item() == pytest.approx(S, rel=TOLERANCE)
     assert abs(images.mean().item()) < 5 * S / VALUES**0.5

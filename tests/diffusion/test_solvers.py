@@ -12,7 +12,7 @@ from helpers.toy_data import ONE_MODE, STARTS, TWO_MODES, Modes, log_chain
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import SOLVERS, DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, make_plan
+from fastdiff.diffusion import SOLVERS, DiffusionSettings, GaussianDiffusion, create_diffusion, keep_steps, solver_table
 from fastdiff.diffusion.samplers import solve
 
 DETERMINISTIC = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "heun")
@@ -26,7 +26,7 @@ def spaced(steps: int, schedule: str = "cosine", spacing: str = "logsnr", **sett
 
 
 def final(data: Modes, diffusion: GaussianDiffusion, solver: str, x: Tensor = STARTS) -> Tensor:
-    *_, step = solve(data.predictor(diffusion), x, make_plan(diffusion, solver), clip=False)
+    *_, step = solve(data.predictor(diffusion), x, solver_table(diffusion, solver), clip=False)
     return step.sample
 
 
@@ -40,7 +40,7 @@ def test_order(solver: str, order: int, data: Modes) -> None:
     for steps in (64, 128, 256):
         diffusion = log_chain(steps, 0.02, 1000)
         a = diffusion.schedule.alphas_cumprod
-        *_, before_last, _ = solve(data.predictor(diffusion), STARTS, make_plan(diffusion, solver), clip=False)
+        *_, before_last, _ = solve(data.predictor(diffusion), STARTS, solver_table(diffusion, solver), clip=False)
         moved = data.quantile(before_last.sample, a[0]) - data.quantile(STARTS, a[-1])
         errors.append(moved.abs().max().item())
     slopes = -np.diff(np.log2(errors))
@@ -79,17 +79,17 @@ def spread_of(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0) -> fl
     Image 0 starts with x = 1 and has no noise, image i starts with 0 and has noise 1 at row i - 1 alone: the squares of
     their ends add up to the variance.
     """
-    plan = make_plan(diffusion, solver, eta)
-    x = torch.zeros(plan.num_evaluations + 1, 1, 1, 1, dtype=torch.float64)
+    table = solver_table(diffusion, solver, eta)
+    x = torch.zeros(table.num_evaluations + 1, 1, 1, 1, dtype=torch.float64)
     x[0] = 1
-    row_of = {step: row for row, step in enumerate(plan.steps.tolist())}
+    row_of = {step: row for row, step in enumerate(table.steps.tolist())}
 
     def noise(step: int) -> Tensor:
         only = torch.zeros_like(x)
         only[row_of[step] + 1] = 1
         return only
 
-    *_, end = solve(ONE_MODE.predictor(diffusion), x, plan, noise, clip=False)
+    *_, end = solve(ONE_MODE.predictor(diffusion), x, table, noise, clip=False)
     return math.sqrt(end.sample.square().sum().item())
 
 
@@ -116,23 +116,23 @@ def targets(plan_steps: np.ndarray, diffusion: GaussianDiffusion) -> tuple[np.nd
 def test_rows_keep_the_levels(solver: str, eta: float, steps: int) -> None:
     """Where every prediction is x_0 itself, each row takes alpha x_0 + sigma noise to the next level's."""
     diffusion = spaced(steps, sigma_small=True)
-    plan = make_plan(diffusion, solver, eta)
-    alpha, sigma, next_alpha, next_sigma = targets(plan.steps, diffusion)
-    predictions = sum(plan.column(name) for name in ("x_start", "earlier1", "earlier2", "earlier3"))
-    np.testing.assert_allclose(plan.column("x") * alpha + predictions, next_alpha, rtol=1e-9, atol=1e-12)
+    table = solver_table(diffusion, solver, eta)
+    alpha, sigma, next_alpha, next_sigma = targets(table.steps, diffusion)
+    predictions = sum(table.column(name) for name in ("x_start", "earlier1", "earlier2", "earlier3"))
+    np.testing.assert_allclose(table.column("x") * alpha + predictions, next_alpha, rtol=1e-9, atol=1e-12)
     # DDPM's variance is the posterior's, and its first step's log is clipped.
-    spread = np.hypot(plan.column("x") * sigma, plan.column("sigma"))
+    spread = np.hypot(table.column("x") * sigma, table.column("sigma"))
     np.testing.assert_allclose(spread, next_sigma, rtol=1e-9, atol=1e-12)
-    assert plan.stochastic == (solver in STOCHASTIC or eta > 0)
-    assert plan.column("sigma")[plan.steps == 0].max() == 0
-    assert set(plan.steps) == set(range(steps))
+    assert table.stochastic == (solver in STOCHASTIC or eta > 0)
+    assert table.column("sigma")[table.steps == 0].max() == 0
+    assert set(table.steps) == set(range(steps))
 
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_third_order_rows_are_integrals(noisy: bool) -> None:
     """Of the parabola through three predictions, by Gauss-Legendre quadrature."""
     diffusion = spaced(12, "linear", "karras")
-    plan = make_plan(diffusion, "dpmpp_3m_sde" if noisy else "dpmpp_3m")
+    table = solver_table(diffusion, "dpmpp_3m_sde" if noisy else "dpmpp_3m")
     a = diffusion.schedule.alphas_cumprod
     log_snr = 0.5 * np.log(a / (1 - a))
     points, shares = np.polynomial.legendre.leggauss(30)
@@ -146,7 +146,7 @@ def test_third_order_rows_are_integrals(noisy: bool) -> None:
             others = np.delete(nodes, i)
             lagrange = np.prod([(u - other) / (nodes[i] - other) for other in others], axis=0)
             weight = np.sqrt(a[s - 1]) * (kernel * lagrange).sum()
-            assert plan.column(name)[row] == pytest.approx(weight, rel=1e-9), (row, name)
+            assert table.column(name)[row] == pytest.approx(weight, rel=1e-9), (row, name)
 
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
@@ -155,15 +155,15 @@ def test_predicting_the_start_with_clipping(solver: str) -> None:
     data = Modes(0.3, 0.15)
     diffusion = spaced(20)
     alphas_cumprod = diffusion.schedule.alphas_cumprod.tolist()
-    plan = make_plan(diffusion, solver)
-    steps = solve(lambda x, step: data.denoised(x, alphas_cumprod[step]), STARTS, plan, epsilon=False, clip=True)
+    table = solver_table(diffusion, solver)
+    steps = solve(lambda x, step: data.denoised(x, alphas_cumprod[step]), STARTS, table, epsilon=False, clip=True)
     *_, end = steps
     assert relative_error(end.sample, final(data, diffusion, solver)) < 1e-9
     wide = Modes(0.0, 3.0)
-    clipped = list(solve(wide.predictor(diffusion), STARTS, plan, clip=True))
+    clipped = list(solve(wide.predictor(diffusion), STARTS, table, clip=True))
     assert max(step.pred_xstart.abs().max() for step in clipped) == 1
     assert clipped[-1].sample.abs().max() <= 1
-    loose = list(solve(wide.predictor(diffusion), STARTS, plan, clip=False))
+    loose = list(solve(wide.predictor(diffusion), STARTS, table, clip=False))
     assert max(step.pred_xstart.abs().max() for step in loose) > 2
 
 
@@ -172,13 +172,13 @@ def test_noise_of_80000(solver: str) -> None:
     """The cosine chain of 4000 steps has finite rows to its end; below noise 160 float32 samples are finite too."""
     settings = DiffusionSettings(diffusion_steps=4000, noise_schedule="cosine")
     kept = [0, 5, 1000, 3000, *range(3990, 4000)]
-    plan = make_plan(create_diffusion(settings, False, kept), solver)
-    assert plan.column("recip").max() > 80000
-    assert np.isfinite(plan.coefficients).all()
+    table = solver_table(create_diffusion(settings, False, kept), solver)
+    assert table.column("recip").max() > 80000
+    assert np.isfinite(table.coefficients).all()
     diffusion = create_diffusion(settings, False, keep_steps(settings, 12, "logsnr", 160.0))
     x = STARTS.float()
     noise = lambda t: ops.image_noise(0, torch.arange(1), t + 1, tuple(x.shape[1:]))
-    for step in solve(TWO_MODES.predictor(diffusion), x, make_plan(diffusion, solver), noise, clip=False):
+    for step in solve(TWO_MODES.predictor(diffusion), x, solver_table(diffusion, solver), noise, clip=False):
         assert step.sample.isfinite().all()
         assert step.sample.dtype == torch.float32
     assert step.sample.abs().max() < 3
@@ -187,30 +187,30 @@ def test_noise_of_80000(solver: str) -> None:
 def test_ddpm_rows_are_the_posterior() -> None:
     for learn_sigma in (False, True):
         diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50, noise_schedule="cosine"), learn_sigma)
-        plan, s = make_plan(diffusion, "ddpm"), diffusion.schedule
-        assert plan.steps.tolist() == list(range(49, -1, -1))
-        assert plan.variance == ("range" if learn_sigma else "fixed")
-        assert (plan.column("x") == s.posterior_mean_coef2[::-1]).all()
-        assert (plan.column("x_start") == s.posterior_mean_coef1[::-1]).all()
-        assert (plan.column("low") == s.posterior_log_variance_clipped[::-1]).all()
+        table, s = solver_table(diffusion, "ddpm"), diffusion.schedule
+        assert table.steps.tolist() == list(range(49, -1, -1))
+        assert table.variance == ("range" if learn_sigma else "fixed")
+        assert (table.column("x") == s.posterior_mean_coef2[::-1]).all()
+        assert (table.column("x_start") == s.posterior_mean_coef1[::-1]).all()
+        assert (table.column("low") == s.posterior_log_variance_clipped[::-1]).all()
         high = s.log_betas if learn_sigma else s.fixed_large_log_variance
-        assert (plan.column("high") == high[::-1]).all()
+        assert (table.column("high") == high[::-1]).all()
         sigma = np.ones(50) if learn_sigma else np.exp(0.5 * high)
-        assert (plan.column("sigma") == np.append(sigma[:0:-1], 0)).all()
+        assert (table.column("sigma") == np.append(sigma[:0:-1], 0)).all()
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_ddim_rows_are_equation_12(eta: float) -> None:
     diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50, noise_schedule="cosine"), True)
-    plan, s = make_plan(diffusion, "ddim", eta), diffusion.schedule
-    assert plan.variance == "fixed"
+    table, s = solver_table(diffusion, "ddim", eta), diffusion.schedule
+    assert table.variance == "fixed"
     x_start, eps = 0.7, -1.3
     a, previous = s.alphas_cumprod[::-1], s.alphas_cumprod_prev[::-1]
     sigma = eta * np.sqrt((1 - previous) / (1 - a) * (1 - a / previous))
     expected = np.sqrt(previous) * x_start + np.sqrt(1 - previous - sigma**2) * eps
     x = np.sqrt(a) * x_start + np.sqrt(1 - a) * eps
-    np.testing.assert_allclose(plan.column("x") * x + plan.column("x_start") * x_start, expected, rtol=1e-9)
-    np.testing.assert_allclose(plan.column("sigma"), sigma, rtol=1e-12)
+    np.testing.assert_allclose(table.column("x") * x + table.column("x_start") * x_start, expected, rtol=1e-9)
+    np.testing.assert_allclose(table.column("sigma"), sigma, rtol=1e-12)
 
 
 HISTORY = {"dpmpp_2m": 1, "dpmpp_2m_sde": 1, "dpmpp_3m": 2, "dpmpp_3m_sde": 2, "unipc": 2, "heun": 1}
@@ -218,11 +218,11 @@ HISTORY = {"dpmpp_2m": 1, "dpmpp_2m_sde": 1, "dpmpp_3m": 2, "dpmpp_3m_sde": 2, "
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_steps_as_they_come(solver: str) -> None:
-    """One per kept step, t down to 0, the network asked where the plan says; Heun's costs two evaluations but one."""
+    """One per kept step, t down to 0, the network asked where the table says; Heun's costs two evaluations but one."""
     diffusion = spaced(8)
-    plan = make_plan(diffusion, solver)
-    assert plan.num_evaluations == (15 if solver == "heun" else 8)
-    assert plan.history == HISTORY.get(solver, 0)
+    table = solver_table(diffusion, solver)
+    assert table.num_evaluations == (15 if solver == "heun" else 8)
+    assert table.history == HISTORY.get(solver, 0)
     asked, drawn = [], []
 
     def predict(x: Tensor, step: int) -> Tensor:
@@ -233,28 +233,28 @@ def test_steps_as_they_come(solver: str) -> None:
         drawn.append(step)
         return torch.zeros_like(STARTS)
 
-    steps = list(solve(predict, STARTS, plan, noise))
+    steps = list(solve(predict, STARTS, table, noise))
     assert [step.t for step in steps] == list(range(7, -1, -1))
-    assert asked == plan.steps.tolist()
-    assert drawn == (list(range(7, 0, -1)) if plan.stochastic else [])
+    assert asked == table.steps.tolist()
+    assert drawn == (list(range(7, 0, -1)) if table.stochastic else [])
     assert torch.equal(steps[-1].sample, steps[-1].pred_xstart)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_fewest_steps(solver: str) -> None:
     least = SOLVERS[solver].least_steps
-    plan = make_plan(spaced(least), solver)
-    assert np.isfinite(plan.coefficients).all()
+    table = solver_table(spaced(least), solver)
+    assert np.isfinite(table.coefficients).all()
     if least > 1:
         with pytest.raises(ValueError, match=f"^{solver} takes at least {least} steps, not {least - 1}$"):
-            make_plan(spaced(least - 1), solver)
+            solver_table(spaced(least - 1), solver)
 
 
 def test_what_is_wrong_is_said() -> None:
     diffusion = spaced(5)
     with pytest.raises(ValueError, match=r"^solver 'euler' is not known; use one of ddpm, ddim, dpmpp_2m"):
-        make_plan(diffusion, "euler")
+        solver_table(diffusion, "euler")
     with pytest.raises(ValueError, match=r"^eta 0.5 is for solver ddim; heun has no eta$"):
-        make_plan(diffusion, "heun", 0.5)
+        solver_table(diffusion, "heun", 0.5)
     with pytest.raises(ValueError, match="needs noise"):
-        next(solve(ONE_MODE.predictor(diffusion), STARTS, make_plan(diffusion, "ddpm")))
+        next(solve(ONE_MODE.predictor(diffusion), STARTS, solver_table(diffusion, "ddpm")))

@@ -20,7 +20,7 @@ from triton.runtime import driver
 from fastdiff import ops, precompile
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
-from fastdiff.diffusion.solvers import make_plan
+from fastdiff.diffusion.solvers import solver_table
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
@@ -34,7 +34,7 @@ MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resoluti
 DIFFUSION = DiffusionSettings(diffusion_steps=50, noise_schedule="cosine")
 RATES = (0.9, 0.99)
 LABELLED = UNetSettings(**{**MODEL, "class_cond": True, "null_class": True, "num_classes": 3})
-DRAWING = (create_diffusion(DIFFUSION, learn_sigma=True), make_plan(create_diffusion(DIFFUSION, True), "ddpm"))
+DRAWING = (create_diffusion(DIFFUSION, learn_sigma=True), solver_table(create_diffusion(DIFFUSION, True), "ddpm"))
 GUIDANCE = Guidance(2.0, (0.0, 1.0))
 BATCH = 5
 

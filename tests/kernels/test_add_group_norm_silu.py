@@ -10,7 +10,8 @@ import pytest
 import torch
 from fastdiff.kernels import group_norm_silu as module
 from fastdiff.kernels import group_norm_silu_eager, launch, reference
-from fastdiff.kernels.group_norm_silu import Plan, add_group_norm_silu, group_norm_silu, plan
+from fastdiff.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
+from fastdiff.kernels.group_norm_silu_plan import Plan, plan
 from functorch.compile import make_boxed_func
 from helpers.kernel_checks import DEVICE, DTYPES, assert_no_worse, channels_last, error, normal
 from torch import Tensor

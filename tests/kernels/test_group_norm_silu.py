@@ -11,7 +11,8 @@ import pytest
 import torch
 from fastdiff.kernels import group_norm_silu as module
 from fastdiff.kernels import launch, reference
-from fastdiff.kernels.group_norm_silu import Plan, drop_below, group_norm_silu, plan
+from fastdiff.kernels.group_norm_silu import drop_below, group_norm_silu
+from fastdiff.kernels.group_norm_silu_plan import Plan, plan
 from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, error, normal
 from torch import Tensor
 

@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import ops
-from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model
-from fastdiff.models import cost as work
+from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, cost
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Forward GFLOP and, forward and with the backward pass, MB per image of 16-bit maps through fused ops.
@@ -39,9 +38,9 @@ def published(name: str) -> BackboneSettings:
 def test_published_networks(name: str) -> None:
     """Bytes were counted by hand before this module was written; they leave out the float32 last layer and the loss."""
     gigaflops, forward, training = PUBLISHED[name]
-    ops = work.operations(published(name))
-    assert work.forward_flops(published(name)) == pytest.approx(gigaflops * 1e9, rel=0.005)
-    assert work.train_flops(published(name)) == pytest.approx(3 * gigaflops * 1e9, rel=0.005)
+    ops = cost.operations(published(name))
+    assert cost.forward_flops(published(name)) == pytest.approx(gigaflops * 1e9, rel=0.005)
+    assert cost.train_flops(published(name)) == pytest.approx(3 * gigaflops * 1e9, rel=0.005)
     assert sum(op.forward_bytes for op in ops) == pytest.approx(forward * 1e6, rel=0.01)
     assert sum(op.forward_bytes + op.backward_bytes for op in ops) == pytest.approx(training * 1e6, rel=0.03)
 
@@ -74,34 +73,34 @@ def given(settings: BackboneSettings, batch: int, device: str) -> dict[str, Any]
 def test_flops_are_torchs(name: str) -> None:
     """torch counts every product that is computed, which on the meta device costs nothing."""
     settings = NETWORKS[name]
-    model = work.on_meta(settings)
+    model = cost.on_meta(settings)
     with FlopCounterMode(display=False) as counter, ops.using("reference"):
         model(**given(settings, 2, "meta"))
-    assert counter.get_total_flops() == 2 * work.forward_flops(model)
+    assert counter.get_total_flops() == 2 * cost.forward_flops(model)
 
 
 def test_backward_is_twice_forward() -> None:
     """Up to what needs no gradient: the image, and the timesteps' sinusoids."""
     settings = NETWORKS["tiny"]
-    model = work.on_meta(settings)
+    model = cost.on_meta(settings)
     with FlopCounterMode(display=False) as counter, ops.using("reference"):
         model(**given(settings, 1, "meta")).sum().backward()
-    listed = {op.name: op for op in work.operations(model)}
+    listed = {op.name: op for op in cost.operations(model)}
     without = listed["input_blocks.0.0"].flops + listed["time_embed.0"].flops
-    assert counter.get_total_flops() == work.train_flops(model) - without
+    assert counter.get_total_flops() == cost.train_flops(model) - without
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_weight_once(name: str) -> None:
-    model = work.on_meta(NETWORKS[name])
-    ops = work.operations(model)
-    assert work.parameters(ops) == sum(p.numel() for p in model.parameters())
+    model = cost.on_meta(NETWORKS[name])
+    ops = cost.operations(model)
+    assert cost.parameters(ops) == sum(p.numel() for p in model.parameters())
     weighted = [module for _, module in model.named_modules() if list(module.parameters(recurse=False))]
     names = Counter(op.name for op in ops if op.parameters)
     assert len(names) == len(weighted)
     assert set(names.values()) == {1}
-    assert {op.kind for op in ops} <= set(work.KINDS)
-    assert ops == work.operations(NETWORKS[name])
+    assert {op.kind for op in ops} <= set(cost.KINDS)
+    assert ops == cost.operations(NETWORKS[name])
 
 
 def test_shapes_are_those_of_the_maps() -> None:
@@ -118,7 +117,7 @@ def test_shapes_are_those_of_the_maps() -> None:
             module.register_forward_hook(note(name))
     with torch.no_grad():
         model(**given(settings, 1, "cpu"))
-    convolutions = [op for op in work.operations(model) if op.name in seen]
+    convolutions = [op for op in cost.operations(model) if op.name in seen]
     assert {op.kind for op in convolutions} >= {"input conv", "output conv", "upsample conv", "downsample conv"}
     assert len(convolutions) == len(seen)
     assert {op.name: op.shape[1:] for op in convolutions} == seen
@@ -126,7 +125,7 @@ def test_shapes_are_those_of_the_maps() -> None:
 
 def test_formulae_of_one_block() -> None:
     """The middle block's, with 64 channels on a 4x4 map: by hand."""
-    ops = {(op.name, op.kind): op for op in work.operations(NETWORKS["tiny"])}
+    ops = {(op.name, op.kind): op for op in cost.operations(NETWORKS["tiny"])}
     volume = 2 * 64 * 16  # bytes of the map
     conv = ops["middle_block.0.in_layers.2", "conv3x3"]
     assert conv.shape == (64, 64, 4, 4)
@@ -165,13 +164,13 @@ def test_saved_bytes_against_autograd() -> None:
         mock.patch.object(ops, "upsample_conv", reference.upsample_conv),
     ):
         model(**given(settings, 1, "cpu"))
-    counted = work.saved_bytes(work.operations(model, work.SINGLE))  # this body is float32
+    counted = cost.saved_bytes(cost.operations(model, cost.SINGLE))  # this body is float32
     assert counted <= sum(kept.values()) < 1.6 * counted
 
 
 def test_float32_maps_are_twice_as_large() -> None:
     """But for the last layer, float32 in any case, for the image and for what the loss reads."""
-    half, single = (work.operations(NETWORKS["tiny"], element) for element in (work.HALF, work.SINGLE))
+    half, single = (cost.operations(NETWORKS["tiny"], element) for element in (cost.HALF, cost.SINGLE))
     for a, b in zip(half, single, strict=True):
         factor = 1 if a.name.startswith("out.") or a.kind in ("loss", "embedding") else 2
         assert b.backward_bytes == factor * a.backward_bytes, a.name
@@ -180,5 +179,5 @@ def test_float32_maps_are_twice_as_large() -> None:
 
 
 def test_bytes_of_the_optimiser() -> None:
-    assert work.optimiser_bytes() == 38
-    assert work.optimiser_bytes(averages=2, half_copy=False) == 44
+    assert cost.optimiser_bytes() == 38
+    assert cost.optimiser_bytes(averages=2, half_copy=False) == 44

@@ -13,7 +13,7 @@ from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop, solve
-from fastdiff.diffusion.solvers import SOLVERS, Plan, make_plan
+from fastdiff.diffusion.solvers import SOLVERS, SolverTable, solver_table
 from fastdiff.models import UNet
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling import guided_network
@@ -37,7 +37,7 @@ def process(model: UNet, **settings: Any) -> GaussianDiffusion:
     return create_diffusion(DiffusionSettings(**{**DIFFUSION, **settings}), model.settings.learn_sigma)
 
 
-def plainly(model: UNet, diffusion: GaussianDiffusion, plan: Plan, index: Tensor, **kwargs: Tensor) -> Tensor:
+def plainly(model: UNet, diffusion: GaussianDiffusion, plan: SolverTable, index: Tensor, **kwargs: Tensor) -> Tensor:
     """The images as the generator draws them, with the whole network in every step."""
     shape = (model.settings.in_channels, *model.settings.size_hw)
 
@@ -54,7 +54,7 @@ def plainly(model: UNet, diffusion: GaussianDiffusion, plan: Plan, index: Tensor
 
 
 def engine(
-    model: UNet, diffusion: GaussianDiffusion, plan: Plan, guidance: Guidance | None = None, **settings: Any
+    model: UNet, diffusion: GaussianDiffusion, plan: SolverTable, guidance: Guidance | None = None, **settings: Any
 ) -> Engine:
     network = GuidedNetwork(freeze(model), plan, diffusion, guidance)
     return Engine(network, **{"batch_size": 3, "seed_and_key": SEED, **settings})
@@ -71,7 +71,7 @@ def test_engine_is_the_solver(name: str, solver: str) -> None:
     model = unet(**MODELS[name])
     kwargs = {"y": CLASSES} if model.settings.class_cond else {}
     diffusion = process(model)
-    plan = make_plan(diffusion, solver)
+    plan = solver_table(diffusion, solver)
     want = plainly(model, diffusion, plan, INDEX, **kwargs)
     drawer = engine(model, diffusion, plan)
     assert_close(drawer.draw(INDEX, **kwargs), want)
@@ -89,7 +89,7 @@ def test_same_pixels_as_the_loops(name: str, respacing: str) -> None:
     noise = lambda step: ops.CounterNoise(SEED, INDEX, (3, 8, 8), torch.full_like(INDEX, step + 1))
     x = ops.image_noise(SEED, INDEX, 0, (3, 8, 8))
     *_, want = loop(diffusion, model, x, noise, model_kwargs=kwargs)
-    network = GuidedNetwork(model, make_plan(diffusion, solver), diffusion)
+    network = GuidedNetwork(model, solver_table(diffusion, solver), diffusion)
     got = Engine(network, batch_size=3, seed_and_key=SEED).draw(INDEX, **kwargs)
     assert torch.equal(to_uint8(got), to_uint8(want.sample))
 
@@ -97,7 +97,7 @@ def test_same_pixels_as_the_loops(name: str, respacing: str) -> None:
 def test_super_resolution() -> None:
     model = super_res(class_cond=True, num_classes=5)
     diffusion = process(model)
-    plan = make_plan(diffusion, "ddim")
+    plan = solver_table(diffusion, "ddim")
     small = torch.rand(3, 3, 8, 8) * 2 - 1
     want = plainly(model, diffusion, plan, INDEX, y=CLASSES, low_res=small)
     assert_close(engine(model, diffusion, plan).draw(INDEX, CLASSES, small), want)
@@ -106,7 +106,7 @@ def test_super_resolution() -> None:
 def test_a_smaller_batch_is_filled_up() -> None:
     model = unet(class_cond=True, num_classes=5)
     diffusion = process(model)
-    plan = make_plan(diffusion, "ddpm")
+    plan = solver_table(diffusion, "ddpm")
     want = plainly(model, diffusion, plan, INDEX, y=CLASSES)
     seen: list[int] = []
     drawer = engine(model, diffusion, plan, batch_size=8, fixed_shape=True)
@@ -124,7 +124,7 @@ def test_a_smaller_batch_is_filled_up() -> None:
 def test_steps_that_are_no_trials() -> None:
     model = unet()
     diffusion = process(model)
-    plan = make_plan(diffusion, "heun")
+    plan = solver_table(diffusion, "heun")
     steps = list(engine(model, diffusion, plan).steps(INDEX))
     assert [step.t for step in steps] == plan.steps[plan.complete].tolist()
     assert len(steps) == diffusion.num_timesteps < plan.num_evaluations
@@ -134,7 +134,7 @@ def guided_output(weight: float, **settings: Any) -> tuple[Tensor, Tensor, Tenso
     """(guided, conditional, unconditional) output at one row."""
     model = unet(class_cond=True, num_classes=5, null_class=True, learn_sigma=True)
     diffusion = process(model)
-    plan = make_plan(diffusion, "ddim")
+    plan = solver_table(diffusion, "ddim")
     x, row = torch.randn(3, 3, 8, 8), torch.tensor([2])
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_outside_the_interval_half_the_work() -> None:
     assert_close(got, conditional)
     model = unet(class_cond=True, num_classes=5, null_class=True)
     diffusion = process(model)
-    plan = make_plan(diffusion, "ddim")
+    plan = solver_table(diffusion, "ddim")
     sigma = ((1 - diffusion.schedule.alphas_cumprod) / diffusion.schedule.alphas_cumprod) ** 0.5
     low, high = sigma[1] * 1.01, sigma[3] * 1.01  # between the second and the fifth of the six levels
     drawer = engine(model, diffusion, plan, Guidance(2.0, (low, high)))
@@ -171,7 +171,7 @@ def test_outside_the_interval_half_the_work() -> None:
 def test_autoguidance() -> None:
     strong, weak = unet(learn_sigma=True), unet(learn_sigma=True, num_channels=64)
     diffusion = process(strong)
-    plan = make_plan(diffusion, "ddim")
+    plan = solver_table(diffusion, "ddim")
     x, row = torch.randn(3, 3, 8, 8), torch.tensor([1])
     t = diffusion.model_timesteps(torch.from_numpy(plan.steps)[row]).expand(3)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     model = unet(class_cond=True, num_classes=5, null_class=True, learn_sigma=True)
     diffusion = process(model)
-    plan = make_plan(diffusion, "dpmpp_2m")
+    plan = solver_table(diffusion, "dpmpp_2m")
     guidance = Guidance(2.0, (0.3, 3.0))
     want = engine(model, diffusion, plan, guidance).draw(INDEX, CLASSES)
     torch._dynamo.reset()
@@ -222,7 +222,7 @@ def test_graphs_replay_the_same_on_a_gpu(solver: str) -> None:
     device = torch.device("cuda")
     model = unet(class_cond=True, num_classes=5, null_class=True, learn_sigma=True).to(device)
     diffusion = process(model)
-    plan = make_plan(diffusion, solver)
+    plan = solver_table(diffusion, solver)
     guidance = Guidance(2.0, (0.5, 5.0))
     network = GuidedNetwork(freeze(model), plan, diffusion, guidance)
     plain, graphed = (Engine(network, batch_size=3, seed_and_key=SEED, cuda_graph=graph) for graph in (False, True))

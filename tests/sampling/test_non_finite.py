@@ -14,7 +14,7 @@ from helpers.tiny import DIFFUSION, flags, pictures, refusal, save, super_res, u
 import fastdiff
 from fastdiff import nll, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.diffusion.solvers import make_plan
+from fastdiff.diffusion.solvers import solver_table
 from fastdiff.errors import UserError
 from fastdiff.models.freeze import freeze
 from fastdiff.sampling.engine import Engine
@@ -121,7 +121,7 @@ def test_a_bad_row_of_a_batch(value: float) -> None:
     """One bad output for one image is enough, and the next batch starts afresh."""
     model = unet()
     diffusion = create_diffusion(DiffusionSettings(**DIFFUSION), model.settings.learn_sigma)
-    plan = make_plan(diffusion, "ddim")
+    plan = solver_table(diffusion, "ddim")
     network = GuidedNetwork(freeze(model), plan, diffusion)
     engine = Engine(network, batch_size=3, seed_and_key=5, fixed_shape=True)
     index = torch.tensor([4, 9])

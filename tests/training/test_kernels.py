@@ -17,7 +17,6 @@ from fastdiff import ops, sample, train
 def _as_before() -> object:
     yield
     ops.use("auto")
-    ops.use_fused_convolutions(False)
 
 
 SMALL = {**MODEL, "channel_mult": "1", "attention_resolutions": "8"}
@@ -47,16 +46,13 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             torch.testing.assert_close(got, want, rtol=1e-3, atol=3e-4, msg=name)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["", "fused convolutions"])
-def test_sampling(fused: bool, tmp_path: Path) -> None:
+def test_sampling(tmp_path: Path) -> None:
     """The same images but for a level here and there."""
     model = save(unet(**SMALL, learn_sigma=True), tmp_path / "ema_0.9999_000001.pt")
     images = {}
     for kernels in ("reference", "triton"):
         folder = tmp_path / kernels
         settings = {"model_path": model, "num_samples": 2, "batch_size": 2, "out_dir": folder, "kernels": kernels}
-        if fused and kernels == "triton":
-            settings["fused_convolutions"] = True
         sample.main(flags({**settings, "timestep_respacing": "2"}))
         images[kernels] = np.load(folder / "samples_2x8x8x3.npz")["arr_0"].astype(int)
     assert abs(images["triton"] - images["reference"]).max() <= 1
@@ -70,7 +66,5 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--kernels triton needs a GPU"):
             sample.main(flags({"model_path": model, "kernels": "triton"}))
-    with pytest.raises(UserError, match="--fused_convolutions needs Triton's kernels, so a GPU; leave it out"):
-        sample.main(flags({"model_path": model, "kernels": "reference", "fused_convolutions": True}))
     with pytest.raises(UserError, match="--kernels"):
         sample.main(flags({"model_path": model, "kernels": "fast"}))

@@ -151,7 +151,7 @@ def _peak(
         p.data = p.data.to(dtype if halves else torch.float32)
         p.grad = torch.zeros_like(p)  # DeepSpeed keeps gradients in buffers of its own
     batch = dummy_batch(network.settings, size, next(network.parameters()).device)
-    mode: ops.Mode = "triton" if device.type == "cuda" and kernels != "reference" else "auto"
+    mode: ops.Kernels = "triton" if device.type == "cuda" and kernels != "reference" else "auto"
     with ops.using(mode, anywhere=True), LiveBytes() as live:
         diffusion.training_losses(network, *batch)["loss"].mean().backward()
     return live.peak

@@ -31,8 +31,7 @@ CLASSES: dict[str, str] = {
     "attention": r"flash|fmha|sdpa|attention|softmax|^_(forward|backward)_(short|long|whole)$|^_delta$",
     "norms": r"group_?norm|RowwiseMoments|FusedParams|InternalGradients|GammaBeta"
     r"|^_slab_|^_backward_sums$|^_apply(_backward)?$|^_(sum_)?moments$|^_finalize_|^_parameter_gradients$",
-    "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|wgrad|dgrad|fprop|upsample|mkldnn_reorder"
-    r"|^_pointers$|^_boxes$|^_merge$",
+    "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|wgrad|dgrad|fprop|upsample|mkldnn_reorder",
     "matrix products": r"addmm|\bmm\b|::mm|bmm|linear|gemm|nvjet|cutlass|matmul",
     "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_(noise|uniform)|philox|searchsorted",
     "copies": r"memcpy|memset|copy_kernel|CatArray|aten::copy_|aten::_to_copy|aten::to$|aten::clone|aten::contiguous",

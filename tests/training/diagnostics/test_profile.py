@@ -33,9 +33,7 @@ KERNELS = Path(__file__).parents[3] / "kernels"
 CLASS_OF_FILE = {
     "adamw_ema": "optimiser",
     "attention": "attention",
-    "conv3x3": "convolutions",
     "group_norm_silu": "norms",
-    "norm_coefficients": "norms",
     "diffusion_loss": "noising and loss",
     "noise": "noising and loss",
     "q_sample": "noising and loss",

@@ -1,0 +1,180 @@
+"""The rows of a results file of bench_train.py and bench_sampling.py, and the roofline of each."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import roofline
+from fastdiff.config.load import Config
+from fastdiff.errors import UserError
+from fastdiff.models.cost import Operation
+from fastdiff.runtime.machine import find
+
+ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured variant. Triples are (first quartile, median, third quartile)."""
+
+    config: str
+    variant: str
+    precision: str
+    batch: int
+    ms: tuple[float, float, float]
+    images_per_second: tuple[float, float, float]
+    ratio: tuple[float, float, float] | None
+    """The time of the variant `ratio_to` over this one's, of the same case; above 1 is faster."""
+    ratio_to: str
+    mfu: float | None
+    mfu_measured: float | None
+    """Share of the matmul rate that was measured in the same process."""
+    peak_memory_gb: float | None
+    start_seconds: float | None
+    solver: str = ""
+    """The solver of drawing, with its steps; empty for a training step."""
+    evaluations_per_second: tuple[float, float, float] | None = None
+    """Evaluations of the network while drawing: images times evaluations per image."""
+
+    @property
+    def rate(self) -> tuple[float, float, float]:
+        """The rate in the chart: evaluations per second of drawing, else images per second."""
+        return self.evaluations_per_second or self.images_per_second
+
+
+@dataclass(frozen=True)
+class Results:
+    """A results file: where it was measured, the rows, and of drawing where its time goes."""
+
+    place: dict[str, Any]
+    rows: list[Row]
+    splits: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, Any]] = field(default_factory=list)
+    """Variants without a row, and the reasons."""
+
+    @property
+    def sampling(self) -> bool:
+        return any(row.evaluations_per_second for row in self.rows)
+
+    def cases(self) -> dict[str, list[Row]]:
+        """Rows by configuration, batch and precision, in the order of ORDER."""
+        made: dict[str, list[Row]] = {}
+        for row in self.rows:
+            name = f"{row.config}, batch {row.batch}, {row.precision}" + (f", {row.solver}" if row.solver else "")
+            made.setdefault(name, []).append(row)
+        return {name: sorted(rows, key=_rank) for name, rows in made.items()}
+
+
+def plain_name(variant: str) -> str:
+    """A variant's name without the batch and precision in brackets that gpu_proof.py's rows may have."""
+    return variant.split(" (")[0]
+
+
+def _rank(row: Row) -> int:
+    name = plain_name(row.variant)
+    return ORDER.index(name) if name in ORDER else len(ORDER)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Images per second by the roofline: at all of both rates, and at 80% of the products' and 90% of the copies'."""
+
+    ceiling: float
+    target: float
+
+
+def read(path: Path) -> Results:
+    """The results in a file that bench_train.py wrote. Raises UserError."""
+    try:
+        content = json.loads(path.read_text())
+        rows = [row_of(entry) for entry in content["rows"]]
+        place = {name: content[name] for name in ("device", "torch", "commit", "date", "command", "threads")}
+        place |= {name: float(content[name]) for name in ("matmul_tflops", "copy_gbs")}
+        splits, left_out = list(content.get("splits", [])), list(content.get("left_out", []))
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/bench_train.py") from error
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"{path} is not what benchmarks/bench_train.py writes: {what}") from None
+    if not rows:
+        raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
+    return Results(place, rows, splits, left_out)
+
+
+def row_of(entry: dict[str, Any]) -> Row:
+    names = ["ms", "images_per_second", *([] if entry["ratio"] is None else ["ratio"])]
+    names += ["evaluations_per_second"] if "evaluations_per_second" in entry else []
+    triples: dict[str, Any] = {"ratio": None, **{name: tuple(float(v) for v in entry[name]) for name in names}}
+    for name in names:
+        if len(triples[name]) != 3:
+            raise ValueError(f"{name} must be three numbers, not {entry[name]}")
+    numbers: dict[str, Any] = {
+        name: None if entry.get(name) is None else float(entry[name])
+        for name in ("mfu", "mfu_measured", "peak_memory_gb", "start_seconds")
+    }
+    texts: dict[str, Any] = {name: str(entry[name]) for name in ("config", "variant", "precision")}
+    ratio_to = str(entry.get("ratio_to", "reference"))
+    texts["solver"] = f"{entry['solver']} {entry['steps']}" if "solver" in entry else ""
+    return Row(**texts, batch=int(entry["batch"]), ratio_to=ratio_to, **triples, **numbers)
+
+
+def _quick() -> Config:
+    """The benchmark's own configuration, imported here because that imports the whole trainer."""
+    try:
+        from bench_train import load
+    except ImportError:
+        from benchmarks.bench_train import load
+    return load("quick")
+
+
+@functools.cache
+def _known(config: str, precision: str) -> tuple[list[Operation], int] | None:
+    """A configuration's operations, and its optimiser's bytes per parameter."""
+    try:
+        settings = _quick() if config == "quick" else roofline.load_config(config)
+    except UserError:
+        return None
+    return roofline.operations_of(settings, precision), roofline.optimiser_bytes_of(settings, precision)
+
+
+def bounds(results: Results, row: Row) -> Bounds | None:
+    """The roofline of a row's configuration, batch and precision.
+
+    None for a configuration that isn't known, for drawing, and for fp32 on a GPU, whose rates are those of 16-bit
+    products.
+    """
+    known = None if row.solver else _known(row.config, row.precision)  # it is of training
+    if known is None:
+        return None
+    ops, optimiser_bytes = known
+    place = results.place
+    gpu = find(place["device"])
+    if gpu and row.precision == "fp32":
+        return None
+    if gpu:
+        machine = roofline.machine_for(place["device"])
+    else:
+        machine = roofline.Machine(place["device"], place["matmul_tflops"] * 1e12, place["copy_gbs"] * 1e9, None)
+    rates = [
+        roofline.predict(
+            ops,
+            row.batch,
+            machine,
+            convolution_efficiency=products,
+            copy_efficiency=copies,
+            launch_us=2.0 if gpu else 0.0,  # a CPU launches nothing
+            optimiser_bytes=optimiser_bytes,
+        ).images_per_second
+        for products, copies in ((1.0, 1.0), (0.8, 0.9))
+    ]
+    return Bounds(*rates)
+
+
+def main_row(rows: Sequence[Row]) -> Row:
+    """The row whose roofline stands for its case: ours, or the first."""
+    return next((row for row in rows if row.variant == "ours"), rows[0])
