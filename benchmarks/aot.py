@@ -48,8 +48,7 @@ from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.runtime.script import run_script
 from fastdiff.sampling.engine import sampling_launches
-from fastdiff.training.compilation import training_launches
-from fastdiff.training.step_plan import split_batch
+from fastdiff.training.step_plan import split_batch, training_launches
 
 # What the benchmarks run; other configurations train at their own size and draw 16 images at once.
 TRAINED = {"cifar10_uncond": (128, 256)}

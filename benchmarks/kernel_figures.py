@@ -47,7 +47,7 @@ from fastdiff.config.load import Config
 from fastdiff.errors import UserError
 from fastdiff.models.cost import operations
 from fastdiff.precompile import Call
-from fastdiff.runtime import compilation
+from fastdiff.runtime import machine
 from fastdiff.runtime.machine import device_name, measure_rates
 from fastdiff.runtime.script import run_script
 
@@ -233,8 +233,8 @@ def main(argv: list[str] | None = None) -> None:
     sections = chosen(args.sections, list(SECTIONS), list(SECTIONS), "--sections")
     cases = cases_of(args)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    compilation.keep_compiled_code()
-    compilation.prepare_cudnn()
+    machine.keep_compiled_code()
+    machine.prepare_cudnn()
     if args.tiny:
         args.most, args.rounds = args.most or 2, 1
 

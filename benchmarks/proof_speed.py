@@ -67,7 +67,7 @@ def measure_variant(
     from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
     from benchmarks.bench_train import quartiles
     from benchmarks.variant_timing import measure, start
-    from fastdiff.runtime.compilation import tf32
+    from fastdiff.runtime.machine import tf32
 
     processes = start()
     settings = bench_train.load(config)
@@ -112,7 +112,7 @@ def compile_beforehand(case: Any, draw: bool) -> list[str]:
     from fastdiff import precompile
     from fastdiff.models.unet import DTYPES
     from fastdiff.sampling.engine import sampling_launches
-    from fastdiff.training.compilation import training_launches
+    from fastdiff.training.step_plan import training_launches
 
     dtype, model = DTYPES[case.precision], case.config.model
     if draw:

@@ -33,7 +33,7 @@ from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import cost
 from fastdiff.runtime.machine import GPUS, Rates, device_name, find, measure_rates
 from fastdiff.runtime.script import run_script
-from fastdiff.training.diagnostics.roofline import CLASSES, Machine, Prediction, predict
+from fastdiff.training.diagnostics.profile import FLOOR_CLASSES, Machine, Prediction, predict
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -140,7 +140,7 @@ def table(floor: Prediction, target: Prediction, measured: dict[str, Any] | None
     heads = [f"{'':18}{'GFLOP/image':>12}{'MB/image':>10}{'floor ms':>10}{'target ms':>11}"]
     if measured:
         heads = [heads[0] + f"{'measured ms':>13}{'x target':>10}"]
-    names = list(CLASSES)
+    names = list(FLOOR_CLASSES)
     names += [name for name in (measured or {"classes": {}})["classes"] if name not in names]
     lines = []
     for name in names:

@@ -24,17 +24,15 @@ from benchmarks.train_variants import (
     from_checkout,
     without_our_ops,
 )
-from fastdiff.diffusion import GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion import SAMPLES, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.process import ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SolverTable, solver_table
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, UNet, build_model
 from fastdiff.models.cost import forward_flops
-from fastdiff.models.freeze import freeze
-from fastdiff.models.unet import DTYPES, body_dtype
-from fastdiff.runtime import compilation
+from fastdiff.models.unet import DTYPES, body_dtype, freeze
+from fastdiff.runtime import machine
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import to_uint8
@@ -202,7 +200,7 @@ def _plain(case: DrawCase, network: Network) -> Draw:
 
 def _compiled(model: nn.Module, case: DrawCase) -> Any:
     model.to(case.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return torch.compile(model, **compilation.compile_kwargs(case.device))
+    return torch.compile(model, **machine.compile_kwargs(case.device))
 
 
 @without_our_ops

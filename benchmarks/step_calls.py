@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from fastdiff import ops
 from fastdiff.config.load import Config
 from fastdiff.precompile import Call, Recorder
-from fastdiff.training.compilation import forward_and_backward
+from fastdiff.training.step_plan import forward_and_backward
 
 
 def realised(call: Call, seed: int, device: torch.device) -> tuple[Any, ...]:

@@ -30,7 +30,7 @@ from fastdiff.images.loader import Batch
 from fastdiff.models import BackboneSettings, SuperResSettings, blocks, build_model, unet
 from fastdiff.models.cost import train_flops
 from fastdiff.models.unet import DTYPES
-from fastdiff.runtime import compilation
+from fastdiff.runtime import machine
 from fastdiff.runtime.machine import device_name, find
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.step_plan import plan_step
@@ -231,7 +231,7 @@ def _plain_step(case: Case, model: nn.Module, losses: Callable[[Tensor, Tensor, 
 
 def _compiled(model: nn.Module, case: Case) -> Any:
     model.to(case.device, memory_format=torch.channels_last).train()
-    return torch.compile(model, **compilation.compile_kwargs(case.device))
+    return torch.compile(model, **machine.compile_kwargs(case.device))
 
 
 @without_our_ops
@@ -312,7 +312,7 @@ def exact(step: Callable[[], Result]) -> Callable[[], Result]:
     def run() -> Result:
         if not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
             return step()  # so already, and switching costs some tens of microseconds
-        with compilation.tf32(False):
+        with machine.tf32(False):
             return step()
 
     return run

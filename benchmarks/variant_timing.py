@@ -24,7 +24,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastdiff import ops
-from fastdiff.runtime import compilation
+from fastdiff.runtime import machine
 from fastdiff.runtime.machine import use_free_cores
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.deepspeed_engine import start_processes
@@ -99,8 +99,8 @@ def start(threads: int = 0) -> Processes:
     elif processes.device.type == "cpu":
         use_free_cores()
     ops.use("auto")
-    compilation.keep_compiled_code()
-    compilation.prepare_cudnn()
+    machine.keep_compiled_code()
+    machine.prepare_cudnn()
     return processes
 
 

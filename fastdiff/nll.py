@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.errors import UserError, blaming
     from fastdiff.images.open import open_images
     from fastdiff.ops import choose_kernels
-    from fastdiff.runtime.compilation import tf32
+    from fastdiff.runtime.machine import tf32
     from fastdiff.runtime.processes import current, join, make_writable, output_folder
     from fastdiff.sampling.network import open_network
     from fastdiff.scoring import NonFiniteBound, save_terms, score

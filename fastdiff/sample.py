@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.config.checkpoint import named
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.processes import current, join
-    from fastdiff.sampling.build import build_sampler
-    from fastdiff.sampling.run import run
+    from fastdiff.sampling.build import build_sampler, run
 
     settings, processes = config.sample, current()
     kernels = choose_kernels(settings.kernels, processes.device)

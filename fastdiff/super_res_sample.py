@@ -29,8 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.config.checkpoint import named
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.processes import current, join
-    from fastdiff.sampling.build import build_upsampler
-    from fastdiff.sampling.run import run
+    from fastdiff.sampling.build import build_upsampler, run
 
     assert isinstance(config, SuperResConfig)
     settings, processes = config.sample, current()

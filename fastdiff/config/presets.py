@@ -22,8 +22,8 @@ from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
-from fastdiff.runtime.compilation import cache_folder
 from fastdiff.runtime.files import FileLock, atomic_write, partial_path, remove_partial_files
+from fastdiff.runtime.machine import cache_folder
 
 SOURCE = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
 # Configuration → stem of the released file (README of improved-diffusion, "Models and Hyperparameters").

@@ -1,4 +1,7 @@
-"""The diffusion process: schedules, losses, solvers and samplers, without networks, files or flags."""
+"""The diffusion process: schedules, losses, solvers and samplers, without networks, files or flags.
+
+The keys below separate the random streams of one seed. They are or-ed to the seed of the counter generator.
+"""
 
 from fastdiff.diffusion.process import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.schedules import keep_steps
@@ -16,3 +19,10 @@ __all__ = [
     "keep_steps",
     "solver_table",
 ]
+NOISE = 1 << 32  # of training images
+TIMESTEPS = 2 << 32  # of training images
+SAMPLES = 3 << 32  # x_T and the noise of every sampling step
+CLASSES = 4 << 32  # of samples whose class is drawn
+BOUND = 5 << 32  # noise of the variational bound
+ENLARGED = 6 << 32  # x_T and noise of a super-resolution job
+LABEL_DROPOUT = 7 << 32  # which training images lose their label

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +19,18 @@ from fastdiff.models.blocks import (
     InputConv,
     Linear,
     Map,
+    PointwiseConv,
     ResBlock,
     Upsample,
+    UpsampleConv,
+    embedding_weights,
     project_embedding,
     timestep_embedding,
     value,
     zeroed,
 )
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
+from fastdiff.ops import CounterNoise
 
 
 class Stage(nn.Sequential):
@@ -225,3 +230,52 @@ def body_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def _cpu_has_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.no_grad()
+def freeze(model: UNet) -> UNet:
+    """Cast and lay out the weights for `model.dtype`, in place; the outputs stay the same to the last bit.
+
+    Convolutions' weights become channels-last in the body's dtype, those of upsampling 4x4 taps, the first one's padded
+    to 8 channels if `input_format` says so, and the blocks' embedding layers one matrix. Norms, the time embedding and
+    the last layer stay float32. Afterwards the state_dict does not fit checkpoints, and the ops' mode "reference" can't
+    run the network.
+    """
+    model.eval().requires_grad_(False)
+    padded = model.input_format
+    for name, module in model.named_modules():
+        dtype = torch.float32 if name.startswith("out.") else model.dtype
+        if isinstance(module, UpsampleConv):
+            _replace(module, ops.upsample_taps(module.weight), dtype)
+        elif isinstance(module, InputConv) and padded:
+            missing = padded[1] - module.weight.shape[1]
+            _replace(module, nn.functional.pad(module.weight, (0, 0, 0, 0, 0, missing)), dtype)
+        elif isinstance(module, (Conv2d, PointwiseConv)):
+            _replace(module, module.weight, dtype)
+    model.projection = embedding_weights(model.res_blocks)
+    return model
+
+
+def _replace(module: nn.Conv1d | nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> None:
+    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    module.weight = nn.Parameter(weight.to(dtype, memory_format=layout), requires_grad=False)
+
+
+class DummyBatch(NamedTuple):
+    """What `GaussianDiffusion.training_losses` takes after the network."""
+
+    images: Tensor  # [B, H, W, C] uint8
+    t: Tensor  # [B] int64
+    model_kwargs: dict[str, Tensor]  # "y" [B] int64 and "low_res" [B, C, h, w] float32, where the network takes them
+    noise: CounterNoise  # of the positions 0 to B - 1
+
+
+def dummy_batch(settings: BackboneSettings, size: int, device: torch.device) -> DummyBatch:
+    """A batch of `size` black images, at timestep 0."""
+    C, (H, W) = settings.in_channels, settings.size_hw
+    images = torch.zeros(size, H, W, C, dtype=torch.uint8, device=device)
+    positions = torch.arange(size, device=device)
+    model_kwargs = {"y": positions % settings.num_classes} if settings.class_cond else {}
+    if isinstance(settings, SuperResSettings):
+        model_kwargs["low_res"] = torch.zeros(size, C, *settings.small_size, device=device)
+    return DummyBatch(images, torch.zeros_like(positions), model_kwargs, CounterNoise(0, positions, (C, H, W)))

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch.distributed as dist
 
-from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.files import ProcessId
 from fastdiff.runtime.processes import agent_hosts_store, open_store
 
 _BOOT = Path("/proc/sys/kernel/random/boot_id")

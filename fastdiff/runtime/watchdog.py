@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastdiff.errors import DONE, PEER_LOST, PREEMPTED, USER_ERROR
+from fastdiff.runtime.files import ProcessId
 from fastdiff.runtime.heartbeat import Beat, End, Heartbeat, collectives, this_machine, where_blocked
-from fastdiff.runtime.process_id import ProcessId
 from fastdiff.runtime.processes import Processes, agent_hosts_store, store_address
 from fastdiff.runtime.script import script_name, set_peers
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fastdiff.runtime.compilation import cache_folder
 from fastdiff.runtime.files import write_json
+from fastdiff.runtime.machine import cache_folder
 
 NOT_WORTH = 1.03
 """How much faster a batch twice as large must be. Otherwise the smaller one is better: it balances work more evenly."""

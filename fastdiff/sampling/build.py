@@ -1,9 +1,13 @@
-"""Builds samplers from settings, and joins two of them into a cascade."""
+"""Builds the samplers that settings describe, joins two of them into a cascade, and runs a job for the scripts."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +17,13 @@ from torch import Tensor
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint, preset_of
 from fastdiff.config.load import Config, SuperResConfig, describe
 from fastdiff.config.presets import download
-from fastdiff.diffusion.noise_keys import ENLARGED
+from fastdiff.diffusion import ENLARGED
 from fastdiff.errors import UserError, blaming
 from fastdiff.models import SuperResSettings
-from fastdiff.sampling.labels import Labels, parse_labels
-from fastdiff.sampling.low_res import BaseImages, as_low_res
+from fastdiff.runtime.processes import Processes, make_writable
+from fastdiff.sampling.conditioning import BaseImages, Labels, as_low_res, parse_labels
+from fastdiff.sampling.job.job import run_job
+from fastdiff.sampling.job.manifest import NAME, Job
 from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.pictures import Images
 from fastdiff.sampling.sampler import Inputs, Sampler
@@ -173,3 +179,52 @@ def check_fit(base: Network, upsampler: Network) -> None:
         raise UserError(f"{who} needs classes, which the model doesn't have")
     if large.class_cond and upsampler.known_classes != base.known_classes:
         raise UserError(f"{who} knows {upsampler.known_classes} classes, the model {base.known_classes}")
+
+
+def run(
+    sampler: Sampler | Cascade,
+    settings: DrawSettings,
+    processes: Processes,
+    *,
+    notes: list[str],
+    count: int,
+    identity: dict[str, Any] | None = None,
+    note: str = "",
+) -> list[Path]:
+    """Draw images 0 to count - 1 into the settings' folder; returns the files.
+
+    identity holds what the images depend on besides the sampler. note ends the closing line.
+    """
+    identity = {**sampler.identity(), **(identity or {})}
+    first, last = (sampler.base, sampler.upsampler) if isinstance(sampler, Cascade) else (sampler, sampler)
+    folder = _folder(settings, first, identity)
+    if not (folder / NAME).is_file():
+        with blaming("--out_dir"):
+            make_writable(folder)
+    if processes.is_main:
+        print("\n".join([*notes, *sampler.notes]), flush=True)
+    labels, shape = first.labels, last.network.settings
+    job = Job(
+        identity=identity,
+        count=count,
+        shape=(*shape.size_hw, shape.in_channels),
+        labelled=first.network.settings.class_cond,
+        seed=settings.seed,
+        chunk_size=max(1, min(first.batch_size, -(-count // processes.world_size))),
+        save_as=settings.save_as,
+        grid_images=settings.grid_images,
+        grid_classes=len(set(labels.chosen)) if labels is not None and labels.in_turn else 0,
+        class_names=first.network.class_names,
+        trajectory=min(settings.trajectory, count),
+        note=note,
+    )
+    return run_job(sampler.draw, job, processes, folder, overwrite=settings.overwrite, trace=sampler.trace)
+
+
+def _folder(settings: DrawSettings, sampler: Sampler, identity: dict[str, Any]) -> Path:
+    """The folder of --out_dir or OPENAI_LOGDIR (improved-diffusion's variable), else one named after the job."""
+    named = settings.out_dir or os.environ.get("OPENAI_LOGDIR", "")
+    if named:
+        return Path(named)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    return Path("runs/samples") / f"{sampler.network.file.stem}-{digest}"

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import GaussianDiffusion
-from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion import SAMPLES, GaussianDiffusion
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.solvers import SolverTable
 from fastdiff.models import BackboneSettings, UNet, build_model
-from fastdiff.models.dummy_batch import dummy_batch
-from fastdiff.models.freeze import freeze
+from fastdiff.models.unet import dummy_batch, freeze
 from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.runtime.cuda_graphs import GraphRunner
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork

@@ -13,7 +13,7 @@ from fastdiff.diffusion.process import ModelMeanType
 from fastdiff.diffusion.solvers import SolverTable
 from fastdiff.models import UNet
 from fastdiff.models.unet import enlarged
-from fastdiff.runtime.compilation import compile_kwargs
+from fastdiff.runtime.machine import compile_kwargs
 
 
 @dataclass(frozen=True)

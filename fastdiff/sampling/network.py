@@ -11,8 +11,7 @@ from fastdiff.config.checkpoint import Checkpoint
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model, weights
-from fastdiff.models.freeze import freeze
-from fastdiff.models.unet import body_dtype
+from fastdiff.models.unet import body_dtype, freeze
 
 
 @dataclass(frozen=True)

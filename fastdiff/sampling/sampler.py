@@ -11,21 +11,19 @@ import torch
 from torch import Tensor
 
 from fastdiff import precompile
-from fastdiff.diffusion import GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion import SAMPLES, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings
 from fastdiff.models.cost import forward_flops
-from fastdiff.models.dummy_batch import dummy_batch
-from fastdiff.runtime.compilation import keep_compiled_code, missing_compiler, prepare_cudnn, tf32
-from fastdiff.runtime.machine import device_name, free_memory
+from fastdiff.models.unet import dummy_batch
+from fastdiff.runtime.machine import device_name, free_memory, keep_compiled_code, missing_compiler, prepare_cudnn, tf32
 from fastdiff.sampling.batch_size import best_batch_size
+from fastdiff.sampling.conditioning import Labels
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
-from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.network import Network
 from fastdiff.sampling.pictures import Images, non_finite, to_uint8
 from fastdiff.sampling.settings import DrawSettings

@@ -1,11 +1,12 @@
-"""The DeepSpeed engine and its process group: the one place that imports deepspeed."""
+"""The DeepSpeed engine, its process group, and the step that goes through it: the one place that imports deepspeed."""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -15,9 +16,11 @@ import torch.distributed as dist
 
 from fastdiff import ops
 from fastdiff.errors import UserError
+from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
 from fastdiff.runtime.processes import Processes, join
-from fastdiff.training.optimizer import AdamWEMA
+from fastdiff.training.device_step import Losses, OptimizerStep, Record, poison_gradients
+from fastdiff.training.optimizer import AdamWEMA, laid_out_as, learning_rate
 from fastdiff.training.step_plan import StepPlan
 
 _TIMEOUT_MARGIN = 2.0  # minutes
@@ -105,3 +108,63 @@ def create_engine(model: UNet, plan: StepPlan) -> tuple[Any, AdamWEMA]:
         raise UserError(f"deepspeed: DeepSpeed refuses these settings: {reason}") from error
     model.set_precision(plan.dtype)
     return engine, optimizer
+
+
+class EngineStep(OptimizerStep):
+    """A step through the engine, which DeepSpeed's own optimisers skip if a reduced gradient is not finite.
+
+    AdamWEMA alone checks nothing: for it `_check_gradients` does.
+    """
+
+    def __init__(
+        self, losses: Losses, record: Record, engine: Any, optimizer: AdamWEMA, model: UNet, plan: StepPlan
+    ) -> None:
+        super().__init__(losses, record, optimizer, model, plan, torch.device("cpu"))
+        self.engine = engine
+        self.plain = engine.optimizer is optimizer  # in fp32 without ZeRO DeepSpeed does not wrap the optimiser
+
+    def take(self, micro_batches: list[Batch], step: int, seed_dropout: Callable[[int], None]) -> None:
+        """Forward and backward pass of each micro-batch, then the update. `step` counts earlier steps, even skipped."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.train, step - self.skipped_steps)
+        loss_scale = self.scaler_state().get("cur_scale", 1.0)
+        for i, batch in enumerate(micro_batches):
+            seed_dropout(i)
+            result = self.losses(self.engine, batch)
+            self.record(result)
+            self.engine.backward(poison_gradients(result.loss))
+            if i == self.accumulation - 1 and self.plain:
+                self._check_gradients()
+            self.engine.step()
+        if not self.plain:
+            self.grad_norms.append(self.engine.get_global_grad_norm())
+        searching = self.scaler_state().get("cur_scale", 1.0) < loss_scale
+        self._skips.note(torch.tensor(not self.engine.was_step_applied()), torch.tensor(bool(searching)))
+
+    def _check_gradients(self) -> None:
+        """Note the norm of the gradients before they are clipped; where it is not finite the optimiser skips the step.
+
+        Here the parameters hold the gradients themselves.
+        """
+        gradients = [laid_out_as(p, p.grad) for p in self.model.parameters() if p.grad is not None]
+        norm = float(ops.squared_norm(gradients).sqrt())
+        self.optimizer.overflow = not math.isfinite(norm)
+        self.grad_norms.append(norm)
+
+    def scaler_state(self) -> dict[str, float]:
+        """The dynamic loss scale of fp16; empty in other precisions."""
+        scaler = self._scaler()
+        names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        return {name: getattr(scaler, name) for name in names if hasattr(scaler, name)}
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        scaler = self._scaler()
+        for name, value in state.items():
+            if scaler is not None and hasattr(scaler, name):
+                setattr(scaler, name, value)
+
+    def _scaler(self) -> Any:
+        """The object in which DeepSpeed keeps the dynamic loss scale; None if there is none."""
+        optimizer = self.engine.optimizer
+        places = (getattr(optimizer, "loss_scaler", None), getattr(optimizer, "loss_scale_config", None), optimizer)
+        return next((place for place in places if hasattr(place, "cur_scale")), None)

@@ -20,7 +20,8 @@ from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import StopWith, blaming
 from fastdiff.runtime.files import write_json
-from fastdiff.runtime.signals import StopSignals
+from fastdiff.runtime.processes import Consensus
+from fastdiff.runtime.script import StopSignals
 from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training.checkpoints.folder import (
     MANIFEST,
@@ -35,7 +36,6 @@ from fastdiff.training.checkpoints.folder import (
 from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.checkpoints.resume import FILE_SYSTEM_LAG, kind_of
 from fastdiff.training.checkpoints.saver import Saver
-from fastdiff.training.consensus import Consensus
 from fastdiff.training.deepspeed_engine import collective_timeout
 from fastdiff.training.diagnostics.diagnosis import diagnose
 from fastdiff.training.diagnostics.profile import StepProfiler, floor_of

@@ -20,12 +20,11 @@ from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
 from fastdiff.models import build_model
 from fastdiff.ops import choose_kernels
-from fastdiff.runtime.compilation import keep_compiled_code, prepare_cudnn, tf32
+from fastdiff.runtime.machine import keep_compiled_code, prepare_cudnn, tf32
 from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
-from fastdiff.runtime.script import is_broken_collective
-from fastdiff.runtime.signals import StopSignals
+from fastdiff.runtime.script import StopSignals, is_broken_collective
 from fastdiff.runtime.watchdog import Watchdog
-from fastdiff.training import compilation, loop
+from fastdiff.training import loop
 from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
@@ -33,7 +32,7 @@ from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.diagnostics.microbatch_tuning import fit
 from fastdiff.training.loop import LONG
 from fastdiff.training.previews import preview_diffusion
-from fastdiff.training.step_plan import StepPlan, plan_step
+from fastdiff.training.step_plan import StepPlan, decide_compile, plan_step, training_launches
 from fastdiff.training.trainer import Trainer
 
 
@@ -156,7 +155,7 @@ def resolve_auto(
     train, state = config.train, snapshot.state if snapshot else {}
     fitted = fit(config.model, plan, diffusion, processes, state.get("microbatch"), always_estimate=dry_run)
     steps_left = train.last_step - (snapshot.step if snapshot else 0)
-    compiles, why = compilation.decide(train, processes.device, steps_left, state.get("settings", {}).get("compile"))
+    compiles, why = decide_compile(train, processes.device, steps_left, state.get("settings", {}).get("compile"))
     if dry_run:
         compiles, why = False, "a dry run takes one step"
     if train.detect_anomaly:
@@ -171,7 +170,7 @@ def resolve_auto(
 def _compile_kernels(config: Config, plan: StepPlan, device: torch.device) -> list[str]:
     """Start compiling Triton's kernels beside this process, which builds and traces the network; lines for the log."""
     launches = functools.partial(
-        compilation.training_launches,
+        training_launches,
         *(config.model, config.diffusion, plan.micro, plan.dtype),
         more=plan.accumulation > 1,
         rates=plan.train.ema_rate,

@@ -21,23 +21,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import GaussianDiffusion, create_timestep_sampler
-from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS
+from fastdiff.diffusion import LABEL_DROPOUT, NOISE, TIMESTEPS, GaussianDiffusion, create_timestep_sampler
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch, Loader, to_device
 from fastdiff.models import SuperResSettings, UNet
 from fastdiff.models.weights import with_info
 from fastdiff.runtime.processes import Processes
-from fastdiff.training import compilation
 from fastdiff.training.checkpoints.format import Snapshot, adam_state_dict
 from fastdiff.training.checkpoints.saver import write_checkpoint
-from fastdiff.training.deepspeed_engine import create_engine
-from fastdiff.training.deepspeed_step import EngineStep
+from fastdiff.training.deepspeed_engine import EngineStep, create_engine
 from fastdiff.training.device_step import DeviceStep
 from fastdiff.training.master_weights import MasterWeights
 from fastdiff.training.metrics import LossMeter, LossResult
 from fastdiff.training.optimizer import learning_rate
-from fastdiff.training.step_plan import StepPlan
+from fastdiff.training.step_plan import StepPlan, compile_network
 
 
 def low_res_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -72,7 +69,7 @@ class Trainer:
         model.to(self.device).train()
         self.engine, self.optimizer = create_engine(model, plan)
         if plan.train.compile is True:  # an auto has been resolved before
-            compilation.compile_network(model, plan.train.zero_stage)
+            compile_network(model, plan.train.zero_stage)
         self.master_weights = MasterWeights(self.engine, model, processes.rank, processes.world_size)
         # DeepSpeed makes the master weights from weights already rounded to 16 bits, and may take a trial step.
         self.master_weights.fill(self.master_weights.shards, weights)

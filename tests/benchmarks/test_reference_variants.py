@@ -12,7 +12,7 @@ from benchmarks import bench_sampling, bench_train, sampling_variants, train_var
 from benchmarks.seed_step import SeedStep
 from fastdiff import ops
 from fastdiff.config.load import Config
-from fastdiff.runtime.compilation import tf32
+from fastdiff.runtime.machine import tf32
 from fastdiff.training.deepspeed_engine import start_processes
 
 CONFIG = Config.model_validate({"model": {**MODEL, "learn_sigma": True}, "diffusion": DIFFUSION})

@@ -12,7 +12,7 @@ from helpers.tiny import MODEL, refusal
 from benchmarks import roofline
 from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, cost
-from fastdiff.training.diagnostics.roofline import CLASS_OF
+from fastdiff.training.diagnostics.profile import CLASS_OF
 
 ROUND = roofline.Machine("round numbers", matmul_flops=1e12, copy_bytes=1e9, peak_flops=2e12)
 # Images per second of one H200 that were predicted by hand, at 65% and 80% of the matmul rate; the batch.
@@ -41,7 +41,7 @@ def test_one_operation_by_hand() -> None:
 
 def test_every_kind_has_a_class() -> None:
     assert set(CLASS_OF) == set(cost.KINDS)
-    assert {*CLASS_OF.values(), "optimiser", "launch gaps"} == set(roofline.CLASSES)
+    assert {*CLASS_OF.values(), "optimiser", "launch gaps"} == set(roofline.FLOOR_CLASSES)
 
 
 def test_efficiencies_slow_what_they_name() -> None:

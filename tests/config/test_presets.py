@@ -21,7 +21,7 @@ from fastdiff.config.load import describe
 from fastdiff.config.presets import PRESETS, RELEASED, Preset, download, find_preset, is_preset, preset_for_file
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, weights
-from fastdiff.runtime.compilation import cache_folder
+from fastdiff.runtime.machine import cache_folder
 
 MILLIONS = {  # of parameters
     "imagenet64_uncond": 121,

@@ -9,7 +9,7 @@ import pytest
 from helpers.preparation_scripts import call_script, fail, images, last_line, only_line, pixels, run_script, succeed
 
 from fastdiff.images.listing import index_images
-from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.files import ProcessId
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 BATCHES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]

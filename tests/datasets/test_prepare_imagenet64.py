@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastdiff.images.listing import index_images
 from fastdiff.images.pixels import load_image
-from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.files import ProcessId
 
 CLASSES = {"n01440764": 12, "n01443537": 9, "n09999999": 3}
 

@@ -18,14 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastdiff import ops, precompile
-from fastdiff.diffusion import DiffusionSettings, create_diffusion
-from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion import SAMPLES, DiffusionSettings, create_diffusion
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.models.freeze import freeze
+from fastdiff.models.unet import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
-from fastdiff.training.compilation import training_launches
+from fastdiff.training.step_plan import training_launches
 from helpers import small_trainer as small
 from helpers.small_trainer import small_trainer
 

@@ -25,8 +25,7 @@ import torch.distributed as dist
 
 from fastdiff.errors import StopWith, UserError
 from fastdiff.runtime.processes import current, join
-from fastdiff.runtime.script import run_script
-from fastdiff.runtime.signals import StopSignals
+from fastdiff.runtime.script import StopSignals, run_script
 from fastdiff.runtime.watchdog import Timing, Watchdog
 
 TIMING = Timing(interval=0.4, silence=8.0, grace=3.0, linger=3.0)

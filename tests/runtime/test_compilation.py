@@ -15,7 +15,7 @@ import fastdiff
 from fastdiff import nll, sample, train
 from fastdiff.errors import UserError
 from fastdiff.models import UNet
-from fastdiff.runtime.compilation import prepare_cudnn, tf32
+from fastdiff.runtime.machine import prepare_cudnn, tf32
 
 MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastdiff.images.settings import DataSettings
-from fastdiff.runtime import script as screen
+from fastdiff.runtime import script
 from fastdiff.training.reporting import Reporter
 
 
@@ -20,7 +20,7 @@ def test_a_reader_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as pipe, Reporter(tmp_path, 10, 0) as reporter:
         monkeypatch.setattr(sys, "stdout", pipe)
-        with screen.tolerate_closed_output():
+        with script.tolerate_closed_output():
             for line in ("one", "two"):
                 reporter.log(line)
             print("three", flush=True)
@@ -61,7 +61,7 @@ def test_names_that_are_no_unicode(tmp_path: Path, capsys: pytest.CaptureFixture
     """As the system gives them to Python, a byte each that stands for itself."""
     images = str(tmp_path / os.fsdecode(b"b\xff"))
     assert DataSettings(data_dir=images).data_dir == images
-    with screen.tolerate_closed_output(), Reporter(tmp_path, 3, 0) as reporter:
+    with script.tolerate_closed_output(), Reporter(tmp_path, 3, 0) as reporter:
         reporter.log(f"of {images}")
     assert capsys.readouterr().out.endswith("b\\udcff\n")
     assert (tmp_path / "log.txt").read_text().endswith("b\\udcff\n")

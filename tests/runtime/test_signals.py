@@ -10,8 +10,7 @@ import pytest
 
 from fastdiff.errors import PREEMPTED, StopWith
 from fastdiff.runtime import processes, script
-from fastdiff.runtime.script import run_script
-from fastdiff.runtime.signals import StopSignals
+from fastdiff.runtime.script import StopSignals, run_script
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from helpers import HELPERS, ROOT, TESTS
 
+from fastdiff.runtime.files import ProcessId
 from fastdiff.runtime.heartbeat import Beat, End, Heartbeat
-from fastdiff.runtime.process_id import ProcessId
 from fastdiff.runtime.processes import Processes, open_store
 from fastdiff.runtime.watchdog import Watchdog, behind
 

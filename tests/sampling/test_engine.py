@@ -10,12 +10,11 @@ from helpers.tiny import DIFFUSION, relative_error, super_res, unet
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
-from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion import SAMPLES, DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop, solve
 from fastdiff.diffusion.solvers import SOLVERS, SolverTable, solver_table
 from fastdiff.models import UNet
-from fastdiff.models.freeze import freeze
+from fastdiff.models.unet import freeze
 from fastdiff.sampling import guided_network
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork

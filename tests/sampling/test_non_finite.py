@@ -16,7 +16,7 @@ from fastdiff import nll, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.errors import UserError
-from fastdiff.models.freeze import freeze
+from fastdiff.models.unet import freeze
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import non_finite

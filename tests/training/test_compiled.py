@@ -14,10 +14,11 @@ from helpers.small_trainer import MODEL, losses_of, small_trainer, weights_of
 from fastdiff import ops
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.blocks import AttentionBlock
-from fastdiff.runtime import compilation as compiling
-from fastdiff.training import compilation
+from fastdiff.runtime import machine
+from fastdiff.training import step_plan
 from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import WORTHWHILE_STEPS, decide_compile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -34,8 +35,8 @@ def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo and AOTAutograd as ever, but their graphs run as they are: no minutes in a C++ compiler."""
-    chosen = compilation.compile_kwargs
-    monkeypatch.setattr(compilation, "compile_kwargs", lambda *a, **k: {**chosen(*a, **k), "backend": "aot_eager"})
+    chosen = step_plan.compile_kwargs
+    monkeypatch.setattr(step_plan, "compile_kwargs", lambda *a, **k: {**chosen(*a, **k), "backend": "aot_eager"})
 
 
 THROUGH_ENGINE = {"wall_clock_breakdown": False}
@@ -106,18 +107,17 @@ def test_kernels_stay_in_one_graph() -> None:
 
 
 def test_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    decide = compilation.decide
-    assert decide(TrainSettings(), GPU, 1)[0]
-    assert not decide(TrainSettings(zero_stage=3), GPU, 10**6)[0]
-    assert not decide(TrainSettings(compile=False), GPU, 10**6)[0]
-    assert decide(TrainSettings(compile=True), CPU, 1)[0]
-    assert not decide(TrainSettings(), CPU, compilation.WORTHWHILE_STEPS - 1)[0]
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    compiles, why = decide(TrainSettings(), CPU, 10**6)
+    assert decide_compile(TrainSettings(), GPU, 1)[0]
+    assert not decide_compile(TrainSettings(zero_stage=3), GPU, 10**6)[0]
+    assert not decide_compile(TrainSettings(compile=False), GPU, 10**6)[0]
+    assert decide_compile(TrainSettings(compile=True), CPU, 1)[0]
+    assert not decide_compile(TrainSettings(), CPU, WORTHWHILE_STEPS - 1)[0]
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    compiles, why = decide_compile(TrainSettings(), CPU, 10**6)
     assert not compiles
     assert "C++ compiler" in why
-    monkeypatch.setattr(compiling.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert decide(TrainSettings(), CPU, 10**6)[0]
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert decide_compile(TrainSettings(), CPU, 10**6)[0]
 
 
 def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -125,9 +125,9 @@ def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         monkeypatch.setenv(name, "")  # so that what is set below is gone after the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compiling.keep_compiled_code() == tmp_path / "fastdiff" / "inductor"
+    assert machine.keep_compiled_code() == tmp_path / "fastdiff" / "inductor"
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "fastdiff" / "inductor" / "triton")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/triton")
-    assert compiling.keep_compiled_code() == Path("/elsewhere")
+    assert machine.keep_compiled_code() == Path("/elsewhere")
     assert os.environ["TRITON_CACHE_DIR"] == "/triton"

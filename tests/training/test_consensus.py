@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fastdiff.training.consensus import Consensus
+from fastdiff.runtime.processes import Consensus
 
 
 class Done:

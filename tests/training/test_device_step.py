@@ -16,8 +16,7 @@ from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.training import device_step as steps
 from fastdiff.training.checkpoints.format import read_snapshot
-from fastdiff.training.deepspeed_engine import start_processes
-from fastdiff.training.deepspeed_step import EngineStep
+from fastdiff.training.deepspeed_engine import EngineStep, start_processes
 from fastdiff.training.device_step import DeviceStep, LossScale
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.settings import TrainSettings

@@ -16,8 +16,8 @@ from helpers.small_trainer import small_trainer
 
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 from fastdiff.errors import UserError
-from fastdiff.training import deepspeed_engine as engines
-from fastdiff.training.deepspeed_step import EngineStep
+from fastdiff.training import deepspeed_engine
+from fastdiff.training.deepspeed_engine import EngineStep
 from fastdiff.training.device_step import DeviceStep, SkipCounter, poison_gradients
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.optimizer import learning_rate, learning_rate_on_device
@@ -126,7 +126,7 @@ def test_the_search_for_a_loss_scale_is_no_streak(
 ) -> None:
     """A skipped step counts once the scale can fall no further."""
     if deepspeed:
-        accelerator = engines._import_deepspeed().accelerator.get_accelerator()
+        accelerator = deepspeed_engine._import_deepspeed().accelerator.get_accelerator()
         monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
     trainer = small_trainer(deepspeed=deepspeed, precision="fp16")
     assert isinstance(trainer.stepper, EngineStep if deepspeed else DeviceStep)

@@ -22,14 +22,13 @@ from fastdiff import errors, train
 from fastdiff.diffusion.samplers import Step
 from fastdiff.errors import StopWith, UserError
 from fastdiff.images.loader import Batch
-from fastdiff.runtime import files
-from fastdiff.runtime import machine as threads
+from fastdiff.runtime import files, machine
 from fastdiff.sampling.engine import Engine
 from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.folder import find_damage, list_checkpoints, step_of
-from fastdiff.training.compilation import decide
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import decide_compile
 from fastdiff.training.trainer import Trainer
 
 
@@ -312,10 +311,10 @@ def test_as_many_threads_and_compiled_as_before(
     """Either would change the last bits of sums, so neither is chosen anew on a CPU."""
     count = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(threads, "allowed_cores", lambda: 2)
+    monkeypatch.setattr(machine, "allowed_cores", lambda: 2)
     try:
         for idle, steps in ((2, "2"), (1, "3")):
-            monkeypatch.setattr(threads, "_idle_cores", lambda idle=idle: idle)
+            monkeypatch.setattr(machine, "_idle_cores", lambda idle=idle: idle)
             train.main(flags(data, tmp_path / "run", "--max_steps", steps))
         assert torch.get_num_threads() == 2
         assert "threads: 2, as before" in capsys.readouterr().out
@@ -326,10 +325,10 @@ def test_as_many_threads_and_compiled_as_before(
     finally:
         torch.set_num_threads(count)
     settings, cpu = TrainSettings(), torch.device("cpu")
-    assert decide(settings, cpu, 10**6, before=False) == (False, "as the run began")
-    assert not decide(settings, cpu, 10)[0]
-    compiler = decide(settings, cpu, 10**6)[0]  # False without a compiler
-    assert decide(settings, cpu, 10, before=True)[0] == compiler
+    assert decide_compile(settings, cpu, 10**6, before=False) == (False, "as the run began")
+    assert not decide_compile(settings, cpu, 10)[0]
+    compiler = decide_compile(settings, cpu, 10**6)[0]  # False without a compiler
+    assert decide_compile(settings, cpu, 10, before=True)[0] == compiler
 
 
 def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.small_trainer import losses_of, small_trainer, weights_of
 
-from fastdiff.runtime.compilation import prepare_cudnn
+from fastdiff.runtime.machine import prepare_cudnn
 from fastdiff.training.checkpoints.folder import newest_whole
 from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.checkpoints.saver import Saver

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.errors import UserError
-from fastdiff.training import deepspeed_engine as engines
+from fastdiff.training import deepspeed_engine
 from fastdiff.training.master_weights import TRIED, MasterWeights
 from fastdiff.training.optimizer import AdamWEMA, OnDevice
 from fastdiff.training.settings import TrainSettings
@@ -82,8 +82,8 @@ def inputs(i: int, dtype: torch.dtype, factor: float = 1.0) -> list[Tensor]:
 
 def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0) -> Run:
     """As `engine.create_engine` and the trainer do it."""
-    processes = engines.start_processes()
-    deepspeed = engines._import_deepspeed()
+    processes = deepspeed_engine.start_processes()
+    deepspeed = deepspeed_engine._import_deepspeed()
     train = TrainSettings(batch_size=1, zero_stage=stage, precision=precision, grad_clip=grad_clip)
     section = {"fp16": {"initial_scale_power": 4}} if precision == "fp16" else {}
     config = plan_step(train, section, processes).deepspeed_json()
@@ -154,7 +154,7 @@ def test_kernel_equals_plain_adamw(stage: int) -> None:
 def test_a_step_skipped_by_overflow_leaves_averages_alone(
     stage: int, fused_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accelerator = engines._import_deepspeed().accelerator.get_accelerator()
+    accelerator = deepspeed_engine._import_deepspeed().accelerator.get_accelerator()
     monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
     run = start(stage, "fp16", fused_kernel)
     assert run.step(0)

@@ -14,8 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from fastdiff.runtime.files import files_in
-from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.files import ProcessId, files_in
 
 SILENT = 60.0
 """Seconds without a heartbeat after which a claim counts as abandoned."""

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastdiff.runtime.files import files_in, write_json
-from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.files import ProcessId, files_in, write_json
 
 STATUS = ".status"
 LOOK = 1.0

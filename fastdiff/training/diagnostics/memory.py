@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.models import BackboneSettings, UNet, build_model
-from fastdiff.models.dummy_batch import dummy_batch
+from fastdiff.models.unet import dummy_batch
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import BUCKET
 

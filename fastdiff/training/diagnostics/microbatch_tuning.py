@@ -13,8 +13,7 @@ import torch.distributed as dist
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model
-from fastdiff.models.dummy_batch import dummy_batch
-from fastdiff.models.unet import body_dtype
+from fastdiff.models.unet import body_dtype, dummy_batch
 from fastdiff.runtime.machine import free_memory
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.diagnostics.memory import Memory, estimate

@@ -1,4 +1,5 @@
-"""Profiles training steps: a trace for Perfetto (ui.perfetto.dev), and a table of the time by class of operation."""
+"""Profiles training steps: a trace for Perfetto (ui.perfetto.dev), and a table of the time by class of operation
+beside the least time that a roofline predicts."""
 
 from __future__ import annotations
 
@@ -13,18 +14,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdiff.models import BackboneSettings
-from fastdiff.models import cost as work
+from fastdiff.models import BackboneSettings, cost
 from fastdiff.models.unet import DTYPES
 from fastdiff.runtime.files import write_json, write_text
 from fastdiff.runtime.machine import device_name, find, measure_rates
 from fastdiff.training.device_step import WARM_UP
-from fastdiff.training.diagnostics.roofline import Machine, predict
 from fastdiff.training.settings import TrainSettings
 
 SETTLING = WARM_UP + 2
 """Steps before the profile, which compile code, choose kernels and capture graphs."""
-
 CLASSES: dict[str, str] = {
     "communication": r"nccl|gloo|c10d|allreduce|all_reduce|allgather|reduce_scatter|broadcast",
     "optimiser": r"adamw|Optimizer\.|multi_tensor|foreach|^_squares$|^_sum$|update_ema|lerp|clip_grad|total_norm",
@@ -49,8 +47,6 @@ _INDUCTOR = re.compile(r"triton_(poi|for|red|per|spl)_")
 """Kernels that Inductor generates. The rest of the name lists the fused operations: a convolution, for example, where
 only its bias is added."""
 _INDUCTOR_CLASSES = {"poi": POINTWISE, "for": POINTWISE, "red": REDUCTIONS, "per": REDUCTIONS, "spl": REDUCTIONS}
-
-
 _PATTERNS = [
     [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in classes.items()] for classes in (CLASSES, GENERAL)
 ]
@@ -77,9 +73,9 @@ def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, devic
     else:
         rates = measure_rates(device, dtype=torch.float32 if device.type == "cpu" else DTYPES[train.precision])
         machine = Machine(name, rates.matmul_flops, rates.copy_bytes, None)
-    element = work.SINGLE if train.precision == "fp32" or device.type == "cpu" else work.HALF
-    updated = work.optimiser_bytes(len(train.ema_rate), half_copy=False)
-    ops = work.operations(settings, element)
+    element = cost.SINGLE if train.precision == "fp32" or device.type == "cpu" else cost.HALF
+    updated = cost.optimiser_bytes(len(train.ema_rate), half_copy=False)
+    ops = cost.operations(settings, element)
     predicted = predict(ops, batch, machine, launch_us=0.0, optimiser_bytes=updated)
     return {name: share.ms for name, share in predicted.shares.items() if share.ms}
 
@@ -97,7 +93,7 @@ class Breakdown:
     step_ms: float
     classes: dict[str, float]
     floor: dict[str, float]
-    """The least milliseconds of each class, by `fastdiff.training.diagnostics.roofline`."""
+    """The least milliseconds of each class, by `fastdiff.training.diagnostics.profile`."""
     device: str
 
     def rows(self) -> list[str]:
@@ -227,3 +223,95 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
+
+
+# The classes of `train.py --profile`; a prediction has no communication, copies or input wait.
+FLOOR_CLASSES = (
+    "convolutions",
+    "matrix products",
+    "norms",
+    "attention",
+    "noising and loss",
+    "pointwise",
+    "optimiser",
+    "launch gaps",
+)
+_KINDS = {
+    "convolutions": ("conv3x3", "downsample conv", "upsample conv", "input conv", "output conv"),
+    "matrix products": ("conv1x1", "embedding"),
+    "norms": ("group norm",),
+    "attention": ("attention",),
+    "noising and loss": ("noising", "loss"),
+    "pointwise": ("residual", "skip"),
+}
+CLASS_OF: dict[str, str] = {kind: name for name, kinds in _KINDS.items() for kind in kinds}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The rates of a machine in FLOP/s and bytes/s; peak_flops is None where no datasheet is known."""
+
+    name: str
+    matmul_flops: float
+    copy_bytes: float
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class Share:
+    """One class of operations: FLOPs (as run) and bytes per image, and milliseconds per step."""
+
+    run_flops: float
+    bytes: float
+    ms: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted times of one training step of `batch` images on one GPU."""
+
+    batch: int
+    train_flops: float
+    """Per image, of the network as improved-diffusion defines it."""
+    shares: dict[str, Share]
+
+    @property
+    def ms(self) -> float:
+        return sum(share.ms for share in self.shares.values())
+
+    @property
+    def images_per_second(self) -> float:
+        return 1e3 * self.batch / self.ms
+
+    def mfu(self, peak_flops: float) -> float:
+        return self.train_flops * self.images_per_second / peak_flops
+
+
+def predict(
+    ops: Sequence[cost.Operation],
+    batch: int,
+    machine: Machine,
+    *,
+    convolution_efficiency: float = 1.0,
+    copy_efficiency: float = 1.0,
+    launch_us: float = 2.0,
+    optimiser_bytes: int = 38,
+) -> Prediction:
+    """Predict a step over `batch` images: forward, backward and one update (`optimiser_bytes` per weight)."""
+    products, copies = machine.matmul_flops * convolution_efficiency, machine.copy_bytes * copy_efficiency
+    totals = {name: [0.0, 0.0, 0.0] for name in FLOOR_CLASSES}
+    launches = 1
+    for op in ops:
+        total = totals[CLASS_OF[op.kind]]
+        passes = zip((1, 2), (op.forward_bytes, op.backward_bytes), op.weight_bytes, op.launches, strict=True)
+        for times, moved, weights, kernels in passes:
+            flops = times * op.run_flops * batch
+            moved = moved * batch + weights
+            for i, value in enumerate((flops, moved, max(flops / products, moved / copies))):
+                total[i] += value
+            launches += kernels
+    updated = float(optimiser_bytes * cost.parameters(ops))
+    totals["optimiser"] = [0.0, updated, updated / copies]
+    totals["launch gaps"] = [0.0, 0.0, launches * launch_us * 1e-6]
+    shares = {name: Share(flops / batch, moved / batch, 1e3 * s) for name, (flops, moved, s) in totals.items()}
+    return Prediction(batch, 3 * sum(op.flops for op in ops), shares)

@@ -21,8 +21,7 @@ from PIL import Image
 from fastdiff.errors import UserError
 from fastdiff.images.cache import build, sharing
 from fastdiff.images.cache import loader as packed_loader
-from fastdiff.images.cache.build import pack, partial_of, read_state
-from fastdiff.images.cache.decoder import Decoder
+from fastdiff.images.cache.build import Decoder, pack, partial_of, read_state
 from fastdiff.images.cache.format import is_packed, replacements
 from fastdiff.images.cache.loader import PackedLoader, mirror
 from fastdiff.images.cache.sharing import default_place, open_or_pack, together

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, start
 
-from fastdiff.runtime.files import atomic_write, partial_path, remove_partial_files
-from fastdiff.runtime.process_id import ProcessId, _start_time
+from fastdiff.runtime.files import ProcessId, _start_time, atomic_write, partial_path, remove_partial_files
 from fastdiff.sampling.job import claims, progress
 from fastdiff.sampling.job.claims import SILENT, Claims, Held
 from fastdiff.sampling.job.job import run_job

@@ -19,7 +19,7 @@ import torch
 from helpers import TESTS
 
 from fastdiff.errors import UserError
-from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.files import ProcessId
 from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.folder import (
     find_damage,
