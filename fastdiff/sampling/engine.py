@@ -44,7 +44,7 @@ class _State:
 class Engine:
     """Draws batches of at most `batch_size` images by the network's plan.
 
-    seed_and_key  The seed, with a key of `diffusion.noise_keys` in its high half. With it and the number of an image
+    seed_and_key  The seed, with a key of `fastdiff.diffusion` in its high half. With it and the number of an image
                   all noise of that image is fixed.
     clip          Clip the predicted x_0 to [-1, 1].
     fixed_shape   Fill up smaller batches, because compiled code is made for one shape; CUDA graphs always need it.

@@ -47,7 +47,7 @@ def test_a_bad_step_through_deepspeed_is_as_if_it_had_not_been(case: str) -> Non
 def test_one_rank_of_two_has_a_bad_micro_batch() -> None:
     """Every rank skips, at every stage."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(HELPERS / "guard_checks.py"), *TWO]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
