@@ -13,6 +13,8 @@ from helpers import HELPERS, tritons
 
 from fastdiff import ops, precompile
 
+pytestmark = pytest.mark.slow
+
 GPU = torch.device("cuda")
 
 

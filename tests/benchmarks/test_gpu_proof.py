@@ -21,6 +21,8 @@ from benchmarks.gpu_parts import PARTS
 from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part, run_command
 from fastdiff.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def measured(context: Context) -> None:
     context.emit("fact", value=1)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HEADERS = Path(torch.__file__).parents[1] / "nvidia/cu13/include/crt"
 

@@ -17,6 +17,8 @@ from helpers.tiny import refusal
 
 from benchmarks import roofline, scaling
 
+pytestmark = pytest.mark.slow
+
 CASES = ["0:bf16", "1:bf16", "2:bf16", "3:bf16", "3:bf16:0", "0:fp32"]
 SIZE = scaling.Size(parameters=1_000_000, persistent=1_000, tensors=10)
 LINKS = scaling.Links(intra=400e9, inter=40e9)

@@ -19,6 +19,8 @@ from helpers.golden_cases import DEVICE, Case, cases, load_model
 from fastdiff import ops
 from fastdiff.models import UNet
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _kernels() -> Iterator[None]:

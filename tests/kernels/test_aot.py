@@ -10,6 +10,8 @@ from fastdiff.kernels import aot, launch
 from helpers import tritons
 from helpers.kernel_checks import channels_last, normal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, create_diffusion, samplers
 
+pytestmark = pytest.mark.slow
+
 INDEX = torch.tensor([5, 0, 2**33 + 7], device=DEVICE)
 SIZES = {"rgb": (3, 8, 8), "gray, odd": (1, 5, 3), "rgba": (4, 4, 6), "beyond one program": (3, 16, 40)}
 

@@ -16,6 +16,8 @@ from fastdiff.kernels.group_norm_silu_plan import Plan, plan
 from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, error, normal
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 Inputs = dict[str, Any]
 
 

@@ -24,6 +24,8 @@ from fastdiff.runtime.heartbeat import Beat, End, Heartbeat
 from fastdiff.runtime.processes import Processes, open_store
 from fastdiff.runtime.watchdog import Watchdog, behind
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = "timeout:1 attempts:1"
 CASES = [
     *("quiet", "slow", "killed", "killed host", "stopped", "stuck", "bug", "error", "same error", "same late error"),

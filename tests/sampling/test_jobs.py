@@ -28,6 +28,8 @@ from fastdiff.runtime.processes import current
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.scoring import score
 
+pytestmark = pytest.mark.slow
+
 Arrays = dict[str, np.ndarray]
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_ten_kills() -> None:
     script = Path(__file__).with_name("chaos.py")

@@ -20,6 +20,8 @@ from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import WORTHWHILE_STEPS, decide_compile
 
+pytestmark = pytest.mark.slow
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 

@@ -23,6 +23,8 @@ from fastdiff.training.metrics import LossMeter
 from fastdiff.training.optimizer import learning_rate, learning_rate_on_device
 from fastdiff.training.settings import TrainSettings, adopt
 
+pytestmark = pytest.mark.slow
+
 TWO = [
     *("0:fp32:loss", "0:bf16:gradient", "1:fp32:gradient", "1:bf16:loss"),
     *("2:fp32:loss", "2:bf16:gradient", "3:fp32:gradient", "3:bf16:loss"),

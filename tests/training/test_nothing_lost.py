@@ -31,6 +31,8 @@ from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import decide_compile
 from fastdiff.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

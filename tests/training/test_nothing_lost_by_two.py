@@ -15,6 +15,8 @@ from training.test_train_scripts import flags
 
 from fastdiff import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,8 @@ from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, build_model, weights
 from fastdiff.training.metrics import LossMeter
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "--image_size",

@@ -9,6 +9,8 @@ import pytest
 from fuzz.campaign import run
 from fuzz.kinds import KINDS
 
+pytestmark = pytest.mark.slow
+
 TIMES = int(os.environ.get("FASTDIFF_FUZZ", "1"))
 MEANT = {
     "pictures": ("pictures",),

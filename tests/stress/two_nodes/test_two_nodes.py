@@ -13,6 +13,8 @@ sys.path.insert(0, str(HERE))
 
 from network import why_impossible  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def test_nothing_is_lost_on_two_nodes() -> None:
     if why := why_impossible():

@@ -13,6 +13,8 @@ from helpers.two_ranks import run_two
 from fastdiff import ops
 from fastdiff.training.checkpoints.format import read_snapshot
 
+pytestmark = pytest.mark.slow
+
 CASES = [f"{stage}:{precision}:pillow:2" for precision in ("fp32", "bf16") for stage in range(4)]
 # The learning rate is still warming up after step 1, epochs end in steps 2 and 4, and from step 3 on the timestep
 # sampler uses the losses.

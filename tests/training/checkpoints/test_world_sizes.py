@@ -14,6 +14,8 @@ from helpers import HELPERS, ROOT, TESTS
 from helpers.pictures_folder import make_pictures
 from helpers.world_size_checks import BATCH
 
+pytestmark = pytest.mark.slow
+
 WORLDS = (1, 2, 3, 1)
 STAGES = (0, 2, 1, 3)  # with each number of processes
 STEPS = 2  # with each number of processes
