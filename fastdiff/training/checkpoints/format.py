@@ -91,7 +91,7 @@ def read_snapshot(place: Path, rates: list[str]) -> Snapshot:
     if step and optimizer.is_file():
         try:
             _read_moments(snapshot, weights.read(optimizer), optimizer)
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"{optimizer} holds no moments of Adam (exp_avg, exp_avg_sq)") from error
     else:
         notes.append(f"no optimiser state beside {file.name}: its moments start at zero")
