@@ -6,6 +6,7 @@ This module imports no PyTorch.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from fastdiff.errors import UserError, shortened
 PARTIAL = ".partial"
 _FORGOTTEN = 600.0
 """Seconds without a write after which the unfinished file of another host's process counts as left behind."""
+_LONG_NAME = 100  # bytes
 _POLL = 0.2  # seconds
 
 
@@ -31,8 +33,13 @@ _POLL = 0.2  # seconds
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden file into which this process writes before the file gets its name: .NAME.HOST.PID.STARTED.partial."""
-    return path.with_name(f".{path.name}.{ProcessId.own().tag}{PARTIAL}")
+    """The hidden file into which this process writes before the file gets its name: .NAME.HOST.PID.STARTED.partial.
+
+    NAME is a hash for a name of more than _LONG_NAME bytes, because file systems allow 255 for all of this.
+    """
+    name = os.fsencode(path.name)
+    shown = path.name if len(name) <= _LONG_NAME else hashlib.sha256(name).hexdigest()
+    return path.with_name(f".{shown}.{ProcessId.own().tag}{PARTIAL}")
 
 
 @contextmanager

@@ -39,6 +39,14 @@ def test_class_folders(tmp_path: Path):
     assert "was begun with another listing" in fail(*command)
 
 
+def test_a_class_whose_name_is_almost_as_long_as_file_systems_allow(tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    for name in ("k" * 230, "dog"):
+        save(source / name / "1.png", random_pixels(0, 8, 8))
+    succeed("folder.py", "--source", source, "--out", out, "--size", 8)
+    assert images(out) == ["dog_00000000.png", f"{'k' * 230}_00000001.png"]
+
+
 def test_prefixes_and_exact_copy(tmp_path: Path):
     for seed, name in enumerate(["cat_1.png", "deep/er/cat_1.png", "dog_x_2.png"]):
         save(tmp_path / "source" / name, random_pixels(seed, 24, 24))
