@@ -28,6 +28,7 @@ from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.pictures import Images
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import DrawSettings
+from fastdiff.settings import validated
 
 
 def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, count: int) -> Sampler | Cascade:
@@ -53,7 +54,9 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
     with blaming("--sr_model_path"):
         sr_checkpoint = open_checkpoint(path)
         large = describe(sr_checkpoint, settings.sr_preset, super_res=True, preset_flag="--sr_preset")
-        process = large.diffusion.model_copy(update={"timestep_respacing": settings.sr_timestep_respacing})
+        respacing = {"timestep_respacing": settings.sr_timestep_respacing}
+        with blaming("--sr_timestep_respacing"):
+            process = validated(type(large.diffusion), {**large.diffusion.model_dump(), **respacing})
         large = large.model_copy(update={"diffusion": process})
         upsampler = _network(large, sr_checkpoint, settings, device)
         check_fit(network, upsampler)

@@ -88,6 +88,8 @@ def test_cascades_that_do_not_fit(base: Path, enlarger: Path, tmp_path: Path) ->
         assert "train.py" in refusal(sample.main, flags({**given, "sr_model_path": base}))
         assert "--sr_steps" in refusal(sample.main, flags({**given, "sr_model_path": enlarger, "sr_steps": 99}))
         assert "sr_steps" in refusal(sample.main, flags({**given, "sr_steps": 2}))
+        many = {"sr_model_path": enlarger, "sr_timestep_respacing": 99}
+        assert refusal(sample.main, flags({**given, **many})).startswith("--sr_timestep_respacing: ")
         few = {"sr_model_path": enlarger, "sr_timestep_respacing": 2, "solver": "dpmpp_3m"}
         assert refusal(sample.main, flags({**given, **few})).startswith("--solver: ")
 
