@@ -695,6 +695,10 @@ def test_unwritable_output(world: World) -> None:
         says(message, flag, "file", "can't be written to", "name another folder")
 
 
+def test_output_that_the_file_system_refuses_to_look_for(world: World) -> None:
+    says(world.sample(out_dir="x" * 300), "--out_dir: x", "File name too long")
+
+
 def test_unwritable_logdir(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     (world.folder / "file").write_text("")
     monkeypatch.setenv("OPENAI_LOGDIR", "file/out")

@@ -22,6 +22,7 @@ from fastdiff.errors import UserError, blaming
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.processes import Processes, make_writable
 from fastdiff.sampling.conditioning import BaseImages, Labels, as_low_res, parse_labels
+from fastdiff.sampling.job.chunks import disk
 from fastdiff.sampling.job.job import run_job
 from fastdiff.sampling.job.manifest import NAME, Job
 from fastdiff.sampling.network import Network, open_network
@@ -201,8 +202,8 @@ def run(
     identity = {**sampler.identity(), **(identity or {})}
     first, last = (sampler.base, sampler.upsampler) if isinstance(sampler, Cascade) else (sampler, sampler)
     folder = _folder(settings, first, identity)
-    if not (folder / NAME).is_file():
-        with blaming("--out_dir"):
+    with disk(folder), blaming("--out_dir"):
+        if not (folder / NAME).is_file():
             make_writable(folder)
     if processes.is_main:
         print("\n".join([*notes, *sampler.notes]), flush=True)
