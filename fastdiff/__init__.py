@@ -7,7 +7,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _package = Path(__file__).resolve().parent
-# A script run as a file has this folder on sys.path, where settings.py and others would hide modules of their names.
+# A script run as a file has this folder on sys.path, where settings.py and others would shadow other modules.
 sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != _package]
 if not (_package / "kernels").is_dir():  # a checkout: kernels/ lies beside this package, not inside it
     __path__.append(str(_package.parent))

@@ -38,11 +38,13 @@ from fastdiff.sampling.settings import SampleSettings
 from fastdiff.settings import affecting, validated
 
 SOLVER, STEPS = "dpmpp_2m_sde", 20
-"""The default solver. Of all solvers with 20 evaluations its images came nearest to those of the whole chain, measured
-on a briefly trained network (benchmarks/results/sampling_quality_digits.md): added noise corrects its errors."""
+"""The default solver and its steps. Of all solvers with 20 evaluations, its images came nearest to those of the full
+chain, measured on a briefly trained network (benchmarks/results/sampling_quality_digits.md): added noise corrects its
+errors."""
 
 DRAWING = affecting(SampleSettings, "images", "batch")
 """Settings that a call may give. The other settings of sample.py belong to `load`, or to jobs and their files."""
+_BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,9 @@ def load(
                     which is downloaded once.
     preset          settings for a .pt file that carries none.
     precision       fp32, bf16 or fp16; the default is bf16 on a GPU that has it, else fp32.
-    allow_tf32      on a GPU, whether float32 products may round their factors to TF32; else they are exact, whatever
-                    the process has set for other networks.
-    Raises UserError for what can't be read or doesn't fit.
+    allow_tf32      on a GPU, whether float32 products may round their factors to TF32. By default they are exact,
+                    whatever the process has set for other networks.
+    Raises UserError for a checkpoint that can't be read or doesn't fit the settings.
     """
     place = torch.device(device) if device is not None else current().device
     path = str(path_or_preset)
@@ -145,11 +147,11 @@ class Model:
     ) -> Samples:
         """Draw images start to start + n - 1 of the job that the settings describe, the same ones as sample.py.
 
-        classes   in turn, or anything that --classes takes.
+        classes   names or numbers that are used in turn, or any text that --classes accepts.
         steps     0: every step that the checkpoint's timestep_respacing keeps.
         guide     a weaker model, for autoguidance.
-        settings  others of `DRAWING`: spacing, eta, guidance, batch_size, …
-        Raises UserError for settings that can't be.
+        settings  further settings named in `DRAWING`: spacing, eta, guidance, batch_size, …
+        Raises UserError for settings that are not allowed.
         """
         if isinstance(self.settings, SuperResSettings):
             raise UserError("sample: this model enlarges images; call enlarge")
@@ -173,7 +175,7 @@ class Model:
         """Enlarge small images [n, h, w, C] uint8 with a super-resolution model.
 
         labels [n] are the classes of the images, for a class-conditional model.
-        Raises UserError for images of another size and settings that can't be.
+        Raises UserError for images of another size and for settings that are not allowed.
         """
         wanted = self.settings
         if not isinstance(wanted, SuperResSettings):
@@ -192,7 +194,8 @@ class Model:
     def encode(self, images: np.ndarray, labels: np.ndarray | None = None, *, steps: int = 100) -> Tensor:
         """Encode images [n, H, W, C] uint8 into the noise [n, C, H, W] float32 from which DDIM draws them again.
 
-        labels [n] of a class-conditional model. Raises UserError for images and steps that can't be.
+        labels [n] are the classes of the images, for a class-conditional model. Raises UserError for images and steps
+        that don't fit the model.
         """
         process, settings = self.network.diffusion, self.settings
         if isinstance(settings, SuperResSettings):
@@ -216,7 +219,7 @@ class Model:
     def _sampler_of(
         self, given: dict[str, Any], guide: Model | None, count: int, inputs: Inputs | None = None
     ) -> Sampler:
-        """The sampler for these settings, kept for the next call with the same ones: it holds the compiled network."""
+        """The sampler for these settings. It is kept for the next call with the same: it holds compiled code."""
         for name in given:
             if name in SampleSettings.model_fields and name not in DRAWING:
                 raise UserError(f"{name} is not a setting of a model's images; those are {', '.join(sorted(DRAWING))}")
@@ -252,7 +255,7 @@ class Model:
 def _checked_labels(
     settings: BackboneSettings, size_hw: tuple[int, int], images: np.ndarray, labels: np.ndarray | None
 ) -> Tensor | None:
-    """Labels [n] int64 of images [n, *size_hw, C] uint8; None without any. UserError for what the model refuses."""
+    """The labels as [n] int64, or None. UserError unless images are [n, *size_hw, C] uint8 and labels fit the model."""
     shape, count = (*size_hw, settings.in_channels), len(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not count:
         raise UserError(f"images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
@@ -264,6 +267,3 @@ def _checked_labels(
     if np.shape(labels) != (count,) or not all(0 <= label < settings.num_labels for label in labels):
         raise UserError(f"labels must be {count} numbers from 0 to {settings.num_labels - 1}")
     return torch.from_numpy(np.asarray(labels, dtype=np.int64))
-
-
-_BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]"

@@ -13,27 +13,36 @@ DONE = 0
 USER_ERROR = 2
 """Something the user gave is wrong; the same command will fail again."""
 PREEMPTED = 75
-"""Stopped by SIGTERM or SIGUSR1 with everything saved: the same command goes on."""
+"""Stopped by SIGTERM or SIGUSR1 after everything was saved; the same command resumes."""
 PEER_LOST = 76
-"""Another rank died, or is late; the same command goes on from the last checkpoint."""
+"""Another rank died or hangs; the same command resumes from the last checkpoint."""
 DIVERGED = 77
 """Losses or gradients stayed non-finite; a diagnosis was printed."""
 INTERRUPTED = 130
 """Ctrl-C, or a second signal."""
 
+_WORD = re.compile(r"\S{600,}")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_QUOTES = reprlib.Repr()
+_QUOTES.maxlevel, _QUOTES.maxstring, _QUOTES.maxother, _QUOTES.maxlong = 4, 100, 100, 60
+
 
 class UserError(Exception):
-    """Something the user gave is wrong. The message is one sentence naming what, and what would be right.
+    """An error in what the user gave. The message is one sentence that says what is wrong and what would be right.
 
-    Scripts print it without a traceback and exit with code 2. Whatever it quotes, it is one line.
+    Scripts print it without a traceback and exit with code 2. Line breaks and control characters in it are escaped.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(_WORD.sub(lambda found: shortened(found[0]), one_line(message)))
 
 
-_WORD = re.compile(r"\S{600,}")
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+class StopWith(Exception):
+    """Ends a script with an exit code (fastdiff.errors) and one sentence."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def one_line(text: str) -> str:
@@ -47,10 +56,6 @@ def quoted(value: Any) -> str:
         return _QUOTES.repr(value)
     except ValueError:  # Python refuses to write numbers of thousands of digits
         return "a number of thousands of digits"
-
-
-_QUOTES = reprlib.Repr()
-_QUOTES.maxlevel, _QUOTES.maxstring, _QUOTES.maxother, _QUOTES.maxlong = 4, 100, 100, 60
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -76,11 +81,3 @@ def blaming(flag: str) -> Iterator[None]:
         if str(error).startswith("--"):
             raise
         raise UserError(f"{flag}: {error}") from error
-
-
-class StopWith(Exception):
-    """Ends a script with an exit code (fastdiff.errors) and one sentence."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code

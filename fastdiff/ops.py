@@ -76,7 +76,7 @@ def use(mode: Kernels, *, anywhere: bool = False) -> None:
 
 @contextmanager
 def using(mode: Kernels, *, anywhere: bool = False) -> Iterator[None]:
-    """`use` inside a with statement; afterwards the former mode is back."""
+    """`use` within a block; the previous mode is restored afterwards."""
     global _mode
     before = _mode
     use(mode, anywhere=anywhere)
@@ -128,7 +128,7 @@ def choices(device: torch.device) -> list[Choice]:
 
 
 def choose_kernels(kernels: Kernels, device: torch.device, threads_before: int | None = None) -> list[str]:
-    """Apply the setting, let a CPU use its free cores, and return the lines that say what `device` gets and why.
+    """Apply the setting, let a CPU use its free cores, and return log lines on what computes each op on `device`.
 
     threads_before is the number of threads of the run that is resumed. Raises UserError where Triton's kernels can't
     run.
@@ -147,7 +147,7 @@ def _threads(before: int | None) -> str:
         return f"threads: {count}"
     if count == before:
         return f"threads: {count}, as before"
-    return f"threads: {count}, where the run had {before}: its numbers differ in their last bits from here on"
+    return f"threads: {count}, where the run had {before}: its results differ in their last bits from here on"
 
 
 # --- the network ---
@@ -225,7 +225,10 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def _flash_is_better(L: int, D: int) -> str:
-    """A prediction: flash attention wastes nothing on these sizes, and ours keeps a whole score row up to L = 256."""
+    """ "SDPA" where we expect flash attention to be faster, which has not been measured.
+
+    It pads no heads of these sizes, and our kernel holds whole rows of scores only up to L = 256.
+    """
     return "SDPA" if D in (32, 64, 96, 128) or (D <= 256 and L > 256) else ""
 
 
@@ -248,7 +251,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _convolutions() -> Any:
-    """The module that computes the convolutions: by PyTorch, and in fewer operations but for mode "reference"."""
+    """The module that computes the convolutions with PyTorch: in fewer operations, except in mode "reference"."""
     return reference if _mode == "reference" else convolutions
 
 
@@ -348,7 +351,7 @@ def sampler_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_next, pred_xstart, next network input); see `reference_diffusion.sampler_step`.
 
-    The network input is x_next itself; with input_dtype the kernel makes it of x_next, [B, 8, H, W] in that dtype.
+    The network input is x_next itself; with input_dtype the kernel writes a copy [B, 8, H, W] in that dtype.
     """
     settings: dict[str, Any] = {"history": history, "epsilon": epsilon, "clip": clip, "variance": variance}
     if uses_kernels(output, _map_unsupported(x)):

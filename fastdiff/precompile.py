@@ -33,9 +33,9 @@ from fastdiff.runtime.processes import current
 
 META = torch.device("meta")
 MOST = 8
-"""Largest number of processes: a published network has 60 to 120 kernels of half a second to a few seconds each."""
+"""Largest number of compiling processes. A published network has 60 to 120 kernels, half a second or more each."""
 LEAST_EACH = 4
-"""Smallest number of kernels that is worth a process."""
+"""Number of kernels for which one more process is started."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[st
         count = min(MOST, free_cores(), -(-len(left) // LEAST_EACH))
         for i in range(count):
             _spawn(arch, left[i::count])
-    except Exception as error:  # the run can do without
+    except Exception as error:  # the run compiles them itself
         return [f"Triton kernels: not compiled beforehand ({type(error).__name__}: {error})"]
     if not left:
         return [f"Triton kernels: all {len(lines)} in the cache"]
@@ -137,5 +137,5 @@ def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
             start_new_session=True,  # signals to the run's process group must not reach it
         )
     atexit.register(worker.kill)
-    threading.Thread(target=worker.wait, daemon=True).start()  # else it stays a zombie when it has ended
+    threading.Thread(target=worker.wait, daemon=True).start()  # otherwise it stays a zombie after its end
     return worker

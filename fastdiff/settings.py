@@ -42,18 +42,12 @@ class Settings(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        texts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(text, str) and _NO_TEXT.search(text) for text in texts):
-            raise ValueError(f"must be text without NUL and half characters, not {quoted(value)}")
-        return value
-
-    @field_validator("*")
-    @classmethod
-    def _in_64_bits(cls, value: Any) -> Any:
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, int) and not -(2**63) <= number < 2**63 for number in numbers):
-            raise ValueError(f"must fit in 64 bits, not {quoted(value)}")
+    def _storable(cls, value: Any) -> Any:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and _NO_TEXT.search(each):
+                raise ValueError(f"must be text without NUL and lone surrogates, not {quoted(value)}")
+            if isinstance(each, int) and not -(2**63) <= each < 2**63:
+                raise ValueError(f"must fit in 64 bits, not {quoted(value)}")
         return value
 
 
@@ -69,7 +63,7 @@ _KINDS = {
 def what_is_wrong(error: ValidationError) -> str:
     """Describe the first error of a value, such as 'must be a whole number, not 2.5'."""
     first = error.errors()[0]
-    if first["type"] == "value_error":  # from a validator of ours, which tells the value itself
+    if first["type"] == "value_error":  # from one of our validators, whose message names the value
         return shortened(first["msg"].removeprefix("Value error, "))
     kind = first["type"].split("_")[0]  # of int_parsing, int_type, int_from_float
     return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {quoted(first['input'])}"
@@ -202,7 +196,7 @@ def is_true(value: Any) -> bool:
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
-        return False  # the setting itself will say what is wrong
+        return False  # validating the setting reports it
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

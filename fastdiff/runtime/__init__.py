@@ -1,1 +1,1 @@
-"""Processes, signals, files and the machine: what a run stands on. Knows no network."""
+"""Processes, signals, files and the machine, for all kinds of runs. Knows no network."""

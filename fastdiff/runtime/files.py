@@ -1,6 +1,6 @@
-"""Writing files so that they are whole or absent, locking them, naming the process that writes, and reading JSON.
+"""Atomic writing of files, file locks, strict reading of JSON, and `ProcessId`, which identifies a process.
 
-This module imports no PyTorch.
+This module imports no PyTorch, so that small scripts start fast.
 """
 
 from __future__ import annotations
@@ -27,13 +27,16 @@ _FORGOTTEN = 600.0
 """Seconds without a write after which the unfinished file of another host's process counts as left behind."""
 _LONG_NAME = 100  # bytes
 _POLL = 0.2  # seconds
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 50
+"""Limits of a JSON file: its size, and the nesting of its values."""
 
 
 # --- writing ---
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden file into which this process writes before the file gets its name: .NAME.HOST.PID.STARTED.partial.
+    """The hidden file that this process writes and then renames to `path`: .NAME.HOST.PID.STARTED.partial.
 
     NAME is a hash for a name of more than _LONG_NAME bytes, because file systems allow 255 for all of this.
     """
@@ -46,7 +49,7 @@ def partial_path(path: Path) -> Path:
 def atomic_write(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that appears under `path` when the block ends, in place of an older one, and only then.
 
-    An exception in the block removes the unfinished file and leaves the older one. With `sync` the content and the
+    An exception in the block removes the unfinished file and keeps the older one. With `sync` the content and the
     name are on disk when this returns, so that a power cut leaves the old file or the new one.
     """
     partial = partial_path(path)
@@ -177,15 +180,11 @@ class FileLock:
 # --- reading ---
 
 
-MAX_BYTES = 1 << 20
-MAX_DEPTH = 50
-
-
 def read_json(path: Path) -> Any:
-    """A JSON file's content. UserError, which names the file, for what can't be read or isn't strict JSON.
+    """Read a JSON file. UserError, which names the file, where it can't be read or isn't strict JSON.
 
-    Refused besides: files of more than MAX_BYTES, values nested deeper than MAX_DEPTH, numbers that aren't
-    finite, and objects with a key twice, of which readers take now the first and now the last.
+    Also refused are files of more than MAX_BYTES, values nested deeper than MAX_DEPTH, numbers that aren't finite, and
+    objects with a repeated key, of which some readers use the first and others the last.
     """
     try:
         with path.open("rb") as file:
@@ -199,7 +198,7 @@ def read_json(path: Path) -> Any:
         content = json.loads(data, object_pairs_hook=_object)
     except RecursionError:
         raise UserError(f"{path}: is nested too deeply; at most {MAX_DEPTH} levels are read") from None
-    except ValueError as error:  # of JSON, of UTF-8, of a number of thousands of digits, or one of those below
+    except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits, or a repeated key
         raise UserError(f"{path}: is not JSON ({shortened(str(error), 200)})") from error
     _check(content, path)
     return content
@@ -209,7 +208,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice} stands twice in one object")
+        raise ValueError(f"the key {twice} occurs twice in one object")
     return found
 
 
@@ -229,6 +228,9 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, dict):
         return value.items()
     return enumerate(value) if isinstance(value, list) else ()
+
+
+# --- the identity of a process ---
 
 
 class ProcessId(NamedTuple):

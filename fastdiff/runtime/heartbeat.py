@@ -1,7 +1,6 @@
-"""Heartbeats, by which each rank tells the others what it is doing and why it ends.
+"""Heartbeats: each rank tells the others what it is doing and why it ends.
 
-They go through a TCPStore, over a connection and in a thread of their own, so a collective that hangs doesn't hold
-them up.
+They go through a TCPStore, with a separate connection and thread, so that a collective that hangs doesn't delay them.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class End(NamedTuple):
 
 @dataclass
 class Beat:
-    """A heartbeat of a rank. No two of a rank are equal, because `idle` changes all the time."""
+    """A heartbeat of a rank. Two heartbeats of one rank never compare equal, because `idle` changes all the time."""
 
     rank: int
     name: str  # "rank 1 (node1, pid 4242)"
@@ -111,7 +110,7 @@ class Heartbeat:
         return self._told.wait(patience) and not self.broken
 
     def exchange_now(self) -> None:
-        """Don't wait for the interval."""
+        """Exchange heartbeats now, not at the end of the interval."""
         self._wake.set()
 
     def _run(self) -> None:
@@ -142,7 +141,7 @@ class Heartbeat:
         for beat in [Beat.parse(text, start) for text in store.multi_get(known)]:
             if beat != self.peers.get(beat.rank):
                 self.peers[beat.rank] = beat
-        self.gone, self.at = gone, start  # only now: the end of a rank that told one before it went has been read
+        self.gone, self.at = gone, start  # set last: the ends that ranks in `gone` announced have been read
 
 
 def collectives() -> int:

@@ -1,4 +1,4 @@
-"""What the machine can do, and how PyTorch is set up on it: GPUs and their rates, free memory, cores, switches.
+"""The machine and PyTorch's settings on it: rates of GPUs, free memory, cores, compiled code, cuDNN and TF32.
 
 Peaks are those of dense bf16 with float32 accumulation; they and the memory's bandwidth come from NVIDIA's datasheets.
 The rates of an H200 were measured: an 8192 x 8192 matrix product (788 TFLOP/s) and a device copy, read and write
@@ -236,9 +236,9 @@ def compile_kwargs(device: torch.device, fullgraph: bool = True, frozen: bool = 
 def prepare_cudnn(deterministic: bool = False, benchmark_limit: int = 10) -> str:
     """Let cuDNN time up to `benchmark_limit` plans (0: all) at the first use of every shape of a convolution.
 
-    PyTorch keeps the choice as long as the process runs, and can't store it. deterministic: no choice by time, and only
-    algorithms that give the same bits every time. Must be called before cuBLAS is first used. Returns a line for the
-    log.
+    PyTorch keeps the choice as long as the process runs, and can't store it. With `deterministic` nothing is timed, and
+    only algorithms that give the same bits every time are used. Must be called before the first use of cuBLAS. Returns
+    a line for the log.
     """
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.benchmark_limit = benchmark_limit
@@ -247,9 +247,9 @@ def prepare_cudnn(deterministic: bool = False, benchmark_limit: int = 10) -> str
     if deterministic:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no code reads it before writing
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        return "cuDNN: its deterministic algorithms, by its own choice"
+        return "cuDNN: deterministic algorithms, chosen by its heuristics"
     plans = f"up to {benchmark_limit}" if benchmark_limit else "all"
-    return f"cuDNN: the fastest of {plans} plans for each convolution, timed when that first comes"
+    return f"cuDNN: the fastest of {plans} plans for each convolution, timed at its first call"
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Rank, world size and device of this process, how the ranks of a run find each other, and how they agree."""
+"""Rank, world size and device of this process, its output folder, and the group, store and consensus of all ranks."""
 
 from __future__ import annotations
 
@@ -106,14 +106,14 @@ def store_address() -> tuple[str, int]:
 def open_store(purpose: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """The run's key-value store, under a prefix that only the ranks of this start use, and for this purpose only.
 
-    Collective; raises dist.DistStoreError when not all ranks have come within `timeout`. The store is torchrun's, or
+    Collective; raises dist.DistStoreError when not all ranks have joined within `timeout`. The store is torchrun's, or
     else rank 0 hosts it: torch lets a process open the same one repeatedly (multi_tenant).
 
     The prefix is needed because torchrun keeps its store when it restarts ranks, with the addresses of those that
     died, to which a new group can't connect; and because another run on this machine may have the port.
     TORCHELASTIC_RESTART_COUNT doesn't tell starts apart, since nodes count differently. So rank 0 names a round, each
-    other rank answers with a word of its own, and rank 0 publishes the list of words: a rank that finds its word in
-    the list is in that round.
+    other rank answers with a random token, and rank 0 publishes the list of tokens: a rank that finds its token in the
+    list belongs to that round.
     """
     hosts = rank == 0 and not agent_hosts_store()
     store = dist.TCPStore(*store_address(), is_master=hosts, multi_tenant=True, wait_for_workers=False, timeout=timeout)
@@ -126,30 +126,29 @@ def open_store(purpose: str, rank: int, world_size: int, timeout: timedelta) -> 
 def _lead(store: dist.Store, world_size: int, until: float) -> str:
     name = uuid.uuid4().hex
     store.set("round", name)
-    keys = [f"{name}/word/{rank}" for rank in range(1, world_size)]
+    keys = [f"{name}/token/{rank}" for rank in range(1, world_size)]
     for rank, key in enumerate(keys, start=1):
         while not store.check([key]):
             _wait(until, f"rank {rank}")
-    words = [value.decode() for value in store.multi_get(keys)]
-    store.set(f"{name}/words", json.dumps(words))
+    store.set(f"{name}/tokens", json.dumps([token.decode() for token in store.multi_get(keys)]))
     return name
 
 
 def _follow(store: dist.Store, rank: int, until: float) -> str:
-    word, answered = uuid.uuid4().hex, ""
+    token, answered = uuid.uuid4().hex, ""
     while True:
         name = store.get("round").decode() if store.check(["round"]) else ""
         if name != answered:
-            store.set(f"{name}/word/{rank}", word)
+            store.set(f"{name}/token/{rank}", token)
             answered = name
-        elif name and store.check([words := f"{name}/words"]) and json.loads(store.get(words))[rank - 1] == word:
+        elif name and store.check([tokens := f"{name}/tokens"]) and json.loads(store.get(tokens))[rank - 1] == token:
             return name
         _wait(until, "rank 0")
 
 
 def _wait(until: float, whom: str) -> None:
     if time.monotonic() > until:
-        raise dist.DistStoreError(f"{whom} did not come to the store in time")
+        raise dist.DistStoreError(f"{whom} did not reach the store in time")
     time.sleep(_POLL)
 
 
@@ -171,7 +170,7 @@ class Consensus:
         """Send this step's requests; returns what any rank requested after the step before. Collective."""
         if self._alone:
             return list(requests)
-        self._finish()
+        self.close()
         agreed, self._known = self._known, [False] * len(self._known)
         self._flags = torch.tensor(requests, dtype=torch.uint8)
         self._running = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -179,7 +178,7 @@ class Consensus:
 
     def forget(self, *which: int) -> None:
         """Drop requests sent so far that are being served. Collective."""
-        self._finish()
+        self.close()
         for number in which:
             self._known[number] = False
 
@@ -187,16 +186,13 @@ class Consensus:
         """Whether any rank requests it now; waits, and leaves the requests of `exchange` alone. Collective."""
         if self._alone:
             return request
-        self._finish()
+        self.close()
         flag = torch.tensor([request], dtype=torch.uint8)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
 
     def close(self) -> None:
         """Wait for the last exchange. Collective."""
-        self._finish()
-
-    def _finish(self) -> None:
         if self._running is not None:
             self._running.wait()
             self._running = None

@@ -1,4 +1,4 @@
-"""Runs a script: its exit code and error message, the signals that ask it to stop, and output that may be closed."""
+"""Running a script: exit codes and error messages, signals that ask it to stop, and output that may be closed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ import torch.distributed as dist
 from fastdiff import errors
 from fastdiff.errors import INTERRUPTED, StopWith, UserError
 from fastdiff.runtime.processes import has_joined
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SAME = 1.0
+"""Seconds within which signals count as one, because Slurm and torchrun may both deliver the same one."""
+_SAME_ERROR = 2.0
+"""Seconds in which rank 0 reports the same error as this rank, or the launcher notices and ends this rank."""
+_script = ""
+_peers: Peers | None = None
 
 
 class _Lossy:
@@ -72,12 +80,6 @@ def tolerate_closed_output() -> Iterator[None]:
             setattr(sys, name, stream)
 
 
-_script = ""
-_peers: Peers | None = None
-_SAME_ERROR = 2.0
-"""Seconds in which rank 0 reports the same error as this rank, or the launcher notices and ends this rank."""
-
-
 class Peers(Protocol):
     """The methods of `fastdiff.runtime.watchdog.Watchdog` that a script calls when it ends."""
 
@@ -88,10 +90,10 @@ class Peers(Protocol):
         """Whether rank 0 reports the same end within `patience` seconds."""
 
     def explain(self) -> str | None:
-        """One sentence on the rank whose end made a collective fail; None where none is known. Takes seconds."""
+        """One sentence on the rank whose end made a collective fail; None where it is unknown. Takes seconds."""
 
     def speaks(self) -> bool:
-        """Whether this rank is the one on its machine that prints it."""
+        """Whether this rank prints that sentence for its machine."""
 
 
 def script_name() -> str:
@@ -189,11 +191,6 @@ def is_broken_collective(error: BaseException) -> bool:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-SAME = 1.0
-"""Seconds within which signals count as one, because Slurm and torchrun may both deliver the same one."""
 
 
 class StopSignals:

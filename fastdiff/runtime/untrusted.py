@@ -70,7 +70,7 @@ class _NamesObjects(Exception):
 
 
 class _Refused(Exception):
-    """The file is complete, but has what no checkpoint has."""
+    """The file is complete, but contains something that no checkpoint contains."""
 
 
 def _check_archive(file: BinaryIO) -> None:
@@ -87,7 +87,7 @@ def _check_archive(file: BinaryIO) -> None:
 
 
 def _check_pickles(file: BinaryIO) -> None:
-    """Check a file of torch before 1.6, which begins with several pickles: about itself, its content, its keys."""
+    """Check a file of torch before 1.6, which begins with several pickles: its header, its content, its keys."""
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for _ in range(_PICKLES):
             _check_names(data)
@@ -105,7 +105,7 @@ def _check_names(pickle: Any) -> None:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         is_storage = module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
         if not (is_dtype or is_storage or (module, name) in _NEEDED):
-            raise _NamesObjects(f"{module}.{name}" if argument else "by names that it makes")
+            raise _NamesObjects(f"{module}.{name}" if argument else "by computed names")
 
 
 class _PlainCopy:

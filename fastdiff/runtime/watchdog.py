@@ -20,7 +20,7 @@ from fastdiff.runtime.processes import Processes, agent_hosts_store, store_addre
 from fastdiff.runtime.script import script_name, set_peers
 
 _SLOW_STORE = 8.0
-"""Seconds that an exchange may take: a store that lost a client may look up the client's name before it goes on."""
+"""Seconds that an exchange may take: a store that lost a client may first look up the client's name."""
 
 
 class Timing(NamedTuple):
@@ -33,13 +33,13 @@ class Timing(NamedTuple):
 
 
 class Watchdog:
-    """Watches this rank and, where there are several, the others, from threads of its own.
+    """Watches this rank and, where there are several, the others, in separate threads.
 
         with Watchdog(processes, stall_seconds=600) as watchdog:
             watchdog.progress("saving", allowed=3600)
 
-    A lone process that hangs prints its stacks and waits on. Of several, a rank counts as lost when its process is
-    gone, or sends no heartbeat for 40 s, or the store is out of reach; as late when it makes no progress for longer
+    A single process that hangs prints its stacks and keeps waiting. Of several, a rank counts as lost when its process
+    is gone, or sends no heartbeat for 40 s, or the store is out of reach; as late when it makes no progress for longer
     than allowed and the others wait for it. Then each rank ends with exit code 76, and one per machine says why.
 
     After an exception the watch stays on until `run_script` ends the process.
@@ -69,12 +69,12 @@ class Watchdog:
             self.close()
 
     def progress(self, place: str, allowed: float | None = None) -> None:
-        """The main thread has come to `place`, where it may stay `allowed` seconds (stall_seconds by default)."""
+        """Note that the main thread is at `place`, where it may stay `allowed` seconds (stall_seconds by default)."""
         self._place, self._allowed = place, self.stall_seconds if allowed is None else allowed
         self._progress_at = time.monotonic()
 
     def close(self) -> None:
-        """End the watch: this rank's work is finished, and the other ranks don't miss it any more."""
+        """End the watch: this rank's work is finished, and the other ranks need not wait for it."""
         self._ending.acquire()
         self._done.set()
         heartbeat, start = self.heartbeat, time.monotonic()
@@ -95,7 +95,7 @@ class Watchdog:
         self._tell(End(f"rank {self.rank} ({socket.gethostname()}) ended: {reason}", code))
 
     def is_said(self, reason: str, code: int, patience: float) -> bool:
-        """Whether rank 0 says it within `patience` seconds: the same reason, or the same code but for wrong input."""
+        """Whether rank 0 reports the same reason, or (except for wrong input) code, within `patience` seconds."""
         until = time.monotonic() + patience
         while time.monotonic() < until:
             for beat, end in self.heartbeat.ends():
@@ -109,7 +109,7 @@ class Watchdog:
         """After a collective failed: the sentence on the rank that ended, or None where every rank is alive."""
         self._ending.acquire()
         heartbeat, line = self.heartbeat, None
-        if not heartbeat.at:  # the ranks have not come together: the error says why
+        if not heartbeat.at:  # the ranks never connected: the error says why
             return None
         until = time.monotonic() + 5 * self.interval  # each rank that is alive sends a heartbeat before
         while not line and heartbeat.at < until and time.monotonic() < until + _SLOW_STORE:
@@ -171,7 +171,7 @@ class Watchdog:
         if idle > self._allowed and self._reported != self._progress_at:
             self._reported = self._progress_at
             faulthandler.dump_traceback(all_threads=True)
-            _print(f"no progress for {idle:.0f} s at {self._place}; it waits on")
+            _print(f"no progress for {idle:.0f} s at {self._place}; it keeps waiting")
 
     def _judge(self, now: float) -> End | None:
         """Why this rank must end; None where nothing is wrong."""
@@ -234,16 +234,16 @@ def late(heartbeat: Heartbeat, own: Beat) -> str | None:
     if waiting and len(overdue) == len(beats):
         idle, places = min(beat.idle for beat in beats), sorted({beat.place for beat in beats})
         return (
-            f"no rank made progress for {idle:.0f} s, at {' and '.join(places)}; which one holds the others up can't "
-            "be told, all have entered the same collectives"
+            f"no rank made progress for {idle:.0f} s, at {' and '.join(places)}; all have entered the same "
+            "collectives, so which one delays the others is unknown"
         )
     return None
 
 
 def behind(beats: list[Beat]) -> list[Beat]:
-    """The ranks that have not come to the collective in which the others wait; none where that can't be told.
+    """The ranks that have not entered the collective in which the others wait; none where that is unknown.
 
-    A rank that waits in a collective has entered one more than a rank that hasn't come to it. Where all counts are
+    A rank that waits in a collective has entered one more than a rank that hasn't reached it. Where all counts are
     equal, or only ranks that wait have the lowest one (gloo also counts what one rank gathers from another), the ranks
     outside of torch.distributed are behind.
     """

@@ -1,1 +1,1 @@
-"""Training runs: settings, steps, checkpoints and what is reported."""
+"""Training runs: settings, steps, checkpoints, logs and diagnostics."""

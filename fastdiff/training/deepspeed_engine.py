@@ -1,4 +1,4 @@
-"""The DeepSpeed engine, its process group, and the step that goes through it: the one place that imports deepspeed."""
+"""DeepSpeed: its process group, its engine, and a step through the engine. Only this file imports deepspeed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def start_processes(stall_minutes: float = 10.0, early: bool = False) -> Process
     early. After that every collective has that time-out.
     """
     timeout = collective_timeout(stall_minutes)
-    # DeepSpeed makes its groups without naming a time-out: torch's default becomes ours.
+    # DeepSpeed creates its groups with torch's default time-out, so that default is replaced.
     c10d = dist.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
     processes = join(timeout=timeout if early else timedelta(minutes=stall_minutes + _TIMEOUT_MARGIN))
@@ -90,7 +90,7 @@ def _no_broadcasts(deepspeed: Any) -> Iterator[None]:
 
 
 def create_engine(model: UNet, plan: StepPlan) -> tuple[Any, AdamWEMA]:
-    """Wrap the model, whose weights are loaded already, in DeepSpeed's engine; the engine and its inner optimiser."""
+    """Wrap a model with loaded weights in DeepSpeed's engine; returns the engine and its inner optimiser."""
     deepspeed = _import_deepspeed()
     config = plan.deepspeed_json()
     offloaded = "offload_optimizer" in config["zero_optimization"]  # then the master weights lie on the CPU
@@ -111,9 +111,10 @@ def create_engine(model: UNet, plan: StepPlan) -> tuple[Any, AdamWEMA]:
 
 
 class EngineStep(OptimizerStep):
-    """A step through the engine, which DeepSpeed's own optimisers skip if a reduced gradient is not finite.
+    """A step through the engine.
 
-    AdamWEMA alone checks nothing: for it `_check_gradients` does.
+    DeepSpeed's own optimisers skip a step whose reduced gradients are not finite. AdamWEMA alone doesn't check them:
+    `_check_gradients` does.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class EngineStep(OptimizerStep):
         self.plain = engine.optimizer is optimizer  # in fp32 without ZeRO DeepSpeed does not wrap the optimiser
 
     def take(self, micro_batches: list[Batch], step: int, seed_dropout: Callable[[int], None]) -> None:
-        """Forward and backward pass of each micro-batch, then the update. `step` counts earlier steps, even skipped."""
+        """Forward and backward pass of each micro-batch, then the update. `step` counts all earlier steps."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.train, step - self.skipped_steps)
         loss_scale = self.scaler_state().get("cur_scale", 1.0)
@@ -142,9 +143,9 @@ class EngineStep(OptimizerStep):
         self._skips.note(torch.tensor(not self.engine.was_step_applied()), torch.tensor(bool(searching)))
 
     def _check_gradients(self) -> None:
-        """Note the norm of the gradients before they are clipped; where it is not finite the optimiser skips the step.
+        """Record the norm of the gradients before they are clipped; the optimiser skips the step if it is not finite.
 
-        Here the parameters hold the gradients themselves.
+        Without ZeRO and in fp32, the parameters hold the gradients.
         """
         gradients = [laid_out_as(p, p.grad) for p in self.model.parameters() if p.grad is not None]
         norm = float(ops.squared_norm(gradients).sqrt())

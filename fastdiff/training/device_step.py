@@ -1,4 +1,7 @@
-"""An optimiser step that one process takes on its device alone, where CUDA graphs can replay it."""
+"""Optimiser steps: their base class, and one without DeepSpeed, which CUDA graphs can replay.
+
+This file also holds what such a step keeps on the device: the counts of skipped steps and fp16's loss scale.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as, learnin
 from fastdiff.training.step_plan import StepPlan
 
 Losses = Callable[[Any, Batch], LossResult]
-"""losses(network, micro-batch) changes nothing."""
+"""Computes losses(network, micro-batch), without side effects."""
 Record = Callable[[LossResult], None]
 """Adds the losses of a micro-batch to what is logged and to the timestep sampler's history."""
 WARM_UP = 3
@@ -26,7 +29,7 @@ WARM_UP = 3
 
 
 class OptimizerStep:
-    """What `DeviceStep` and `EngineStep` share. In both a step with a non-finite loss or gradient changes no number.
+    """Base of `DeviceStep` and `EngineStep`. A step with a non-finite loss or gradient changes no weight or moment.
 
     grad_norms  norms of the gradients before clipping, of the steps since the list was last emptied
     """
@@ -45,11 +48,11 @@ class OptimizerStep:
         return self._skips.read()[0]
 
     def bad_streak(self) -> int:
-        """Steps skipped in a row up to now; on a GPU, for which this doesn't wait, up to a step or two ago."""
+        """Number of steps skipped in a row. On a GPU, which this doesn't wait for, it may be a step or two old."""
         return self._skips.poll()[1]
 
     def start_over(self) -> None:
-        """Forget the streak: weights and moments now are those of a good checkpoint, maybe in new tensors."""
+        """Reset the streak, after weights and moments were loaded from a checkpoint, possibly into new tensors."""
         self._skips.set(self.skipped_steps, 0)
 
     def state_dict(self) -> dict[str, int]:
@@ -63,8 +66,8 @@ class OptimizerStep:
 class DeviceStep(OptimizerStep):
     """A step for which the host never waits for the device, and which CUDA graphs replay with cuda_graph.
 
-    Whether the step is skipped must be known before the update, which takes another pass over the gradients: 4 bytes an
-    element, beside the update's 28 and 8 per average.
+    Whether the step is skipped must be known before the update. That takes one more pass over the gradients: 4 bytes
+    per element, besides the 28 bytes of the update and 8 of each average.
 
     Parameters and gradients are float32 in every precision; the network casts weights where it uses them. A micro-batch
     is one graph and the update another, so that any accumulation needs the memory of one micro-batch.
@@ -90,7 +93,7 @@ class DeviceStep(OptimizerStep):
         self._steps = 0
 
     def take(self, micro_batches: list[Batch], step: int, seed_dropout: Callable[[int], None]) -> None:
-        """Forward and backward pass of each micro-batch, then the update. `step` counts earlier steps, even skipped.
+        """Forward and backward pass of each micro-batch, then the update. `step` counts all earlier steps.
 
         The learning rate is computed on the device, where skipped steps are counted, and is a float32 there.
         """
@@ -113,16 +116,13 @@ class DeviceStep(OptimizerStep):
 
     def _put(self, batch: Batch) -> None:
         """Copy a micro-batch into the tensors that the graphs read."""
-        given = (batch.images, batch.labels, batch.positions)
         if self._inputs is None:
-            self._inputs = Batch(*(tensor.clone() for tensor in given))
-        for place, tensor in zip(
-            (self._inputs.images, self._inputs.labels, self._inputs.positions), given, strict=True
-        ):
-            place.copy_(tensor, non_blocking=True)
+            self._inputs = Batch(**{name: tensor.clone() for name, tensor in vars(batch).items()})
+        for name, tensor in vars(batch).items():
+            getattr(self._inputs, name).copy_(tensor, non_blocking=True)
 
     def _accumulate(self, first: bool) -> None:
-        """Add the gradients of the micro-batch in `_inputs` to those of the ones before."""
+        """Add the gradients of the micro-batch in `_inputs` to those of earlier micro-batches."""
         assert self._inputs is not None
         if first:
             for p in self._parameters:
@@ -160,9 +160,9 @@ class DeviceStep(OptimizerStep):
 
 
 def poison_gradients(loss: Tensor) -> Tensor:
-    """The same loss, but every gradient of it is NaN if it is not finite itself.
+    """Return the loss with unchanged gradients if it is finite, and NaN gradients otherwise.
 
-    A look at the gradients then finds every bad loss: of any micro-batch and, once gradients are summed, of any rank.
+    So the gradients show every non-finite loss: of any micro-batch and, once gradients are summed, of any rank.
     """
     return loss * (1 + 0 * loss.detach())
 
@@ -236,7 +236,7 @@ class LossScale:
         self.last_overflow_iter = torch.full((), -1, dtype=torch.int64, device=device)
 
     def update(self, found_inf: Tensor) -> None:
-        """Follow a step. found_inf: a scalar on the device, 0 unless gradients overflowed."""
+        """Adapt the scale after a step. found_inf: a scalar on the device, 0 unless gradients overflowed."""
         overflow = found_inf != 0
         quiet = self.cur_iter - self.last_overflow_iter - 1
         grows = (quiet > 0) & (quiet % self.window == 0)

@@ -44,7 +44,7 @@ from fastdiff.training.reporting import Reporter
 from fastdiff.training.trainer import Trainer
 
 LONG = 3600.0
-"""Seconds that compiling, drawing or writing may take, before the watchdog takes it for a hang."""
+"""Seconds that compiling, drawing or writing may take, before the watchdog regards it as a hang."""
 POLL = 20.0
 """Seconds between the collectives in which ranks ask whether rank 0 is still writing or drawing."""
 REQUESTS = STOP, SAVE, BACK = range(3)
@@ -82,7 +82,7 @@ class Loop:
         self.last_save = self.last_poll = time.monotonic()
 
     def go(self, source: str, notes: list[str]) -> None:
-        """Train to the end. StopWith when a signal, or losses that stay non-finite, end the run before."""
+        """Train to the end. StopWith when a signal, or losses that stay non-finite, end the run earlier."""
         train, trainer = self.train, self.trainer
         main = self.processes.is_main
         with Reporter(self.folder if main else None, train.last_step, trainer.step) as reporter:
@@ -167,7 +167,7 @@ class Loop:
         )
 
     def _profiler(self) -> StepProfiler | None:
-        """The profiler that the setting `profile` asks for: on rank 0; None elsewhere."""
+        """The profiler on rank 0 if the setting `profile` is given, else None."""
         if not self.train.profile or not self.processes.is_main:
             return None
         share, device = self.trainer.plan.share, self.processes.device
@@ -199,7 +199,7 @@ class Loop:
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
-        """Time within the block doesn't count in images/s."""
+        """Leave the time within the block out of images/s."""
         start = time.perf_counter()
         yield
         self.interval_start += time.perf_counter() - start
@@ -248,9 +248,7 @@ class Loop:
         return time.monotonic() - self.last_save >= self.save_seconds
 
     def _save(self) -> None:
-        """Save the current state; the checkpoint is on disk when this returns or, written beside training, later.
-        Collective.
-        """
+        """Save the current state. With save_in_background the checkpoint is on disk only later. Collective."""
         self.watchdog.progress(f"saving after step {self.trainer.step}", LONG)
         self.last_save = time.monotonic()
         with self._off_the_clock():
@@ -277,13 +275,13 @@ class Loop:
             continue
 
     def _stop(self) -> None:
-        """End the run as SIGTERM and SIGUSR1 ask for, after the step has been saved. Collective."""
+        """End the run because of SIGTERM or SIGUSR1, after the step has been saved. Collective."""
         self._finish_saving()
         name = self.signals.requested or "a signal to another rank"
         raise StopWith(
             errors.PREEMPTED,
             f"stopped by {name} after step {self.trainer.step}; everything is saved in {self.folder}, and the same "
-            "command goes on from there",
+            "command resumes from there",
         )
 
     # --- losses that stay non-finite ---
@@ -294,7 +292,8 @@ class Loop:
         return bool(limit) and self.trainer.stepper.bad_streak() >= limit
 
     def _roll_back(self) -> None:
-        """Return to the last checkpoint before the bad steps. StopWith if there is none, or at the second time.
+        """Return to the last checkpoint before the bad steps; StopWith if there is none, or after a roll-back before.
+
         Collective.
         """
         trainer = self.trainer
@@ -308,8 +307,8 @@ class Loop:
         if target is None:
             self._diverged(bad, "and there is no checkpoint from before")
         self.reporter.log(
-            f"{bad} steps in a row had a non-finite loss or gradient and were skipped: going back to {target}, and on "
-            "with other images, timesteps and noise"
+            f"{bad} steps in a row had a non-finite loss or gradient and were skipped: going back to {target}, to "
+            "continue with other images, timesteps and noise"
         )
         with blaming("--run_dir"):
             trainer.roll_back(read_snapshot(target, [str(rate) for rate in self.train.ema_rate]))
@@ -322,12 +321,10 @@ class Loop:
         self.reporter.rewind(trainer.step)
         self._start_interval(time.perf_counter())
 
-    def _last_good(self, sound: int) -> Path | None:
-        """The newest whole checkpoint of a step up to `sound` that rank 0 sees; None without one. Collective."""
-        before = [p for p in list_checkpoints(self.checkpoints) if step_of(p) <= sound]
-        found = None
-        if self.processes.is_main:
-            found = next((p for p in reversed(before) if not find_damage(p)), None)
+    def _last_good(self, step: int) -> Path | None:
+        """The newest undamaged checkpoint up to `step` that rank 0 sees, or None. Collective."""
+        before = [p for p in list_checkpoints(self.checkpoints) if step_of(p) <= step]
+        found = next((p for p in reversed(before) if not find_damage(p)), None) if self.processes.is_main else None
         if self.processes.world_size == 1:
             return found
         box = [found.name if found else None]

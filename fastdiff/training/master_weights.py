@@ -1,8 +1,8 @@
 """The fp32 master weights, wherever ZeRO keeps them, and tensors laid out like them (averages, moments).
 
 On each rank the master weights are a few flat tensors, the shards: whole parameters at stage 0, partitions from stage
-1 on. A slice says which stretch of which parameter lies where in a shard. So any such list of tensors can be gathered
-into a state_dict that doesn't depend on the world size, and filled from one.
+1 on. A slice maps a range of a parameter's elements to its place in a shard. So tensors laid out like the shards can
+be gathered into a state_dict that doesn't depend on the world size, and filled from one.
 
 DeepSpeed has no public way to find its master weights: `_layout` reads private attributes of its optimisers, as they
 are in DeepSpeed 0.19.8 (constraints.txt). A release that lacks one of them ends in a UserError.
@@ -131,11 +131,8 @@ def _layout(optimizer: Any, module: nn.Module, rank: int) -> tuple[list[Tensor],
         shards = [master for group in _private(optimizer, "fp32_groups") for master in group]
         name_of = {id(parameter): name for name, parameter in parameters}
         names = [name_of[id(parameter)] for group in _private(optimizer, "fp16_groups") for parameter in group]
-    return (
-        shards,
-        [Slice(name, 0, shard.numel(), i, 0) for i, (shard, name) in enumerate(zip(shards, names, strict=True))],
-        True,
-    )
+    slices = [Slice(name, 0, shard.numel(), i, 0) for i, (shard, name) in enumerate(zip(shards, names, strict=True))]
+    return shards, slices, True
 
 
 def _private(owner: Any, name: str) -> Any:
@@ -144,6 +141,6 @@ def _private(owner: Any, name: str) -> Any:
         return getattr(owner, name)
     except AttributeError:
         raise UserError(
-            f"DeepSpeed {version('deepspeed')} keeps its master weights in another way than {TRIED} "
+            f"DeepSpeed {version('deepspeed')} stores its master weights differently from {TRIED} "
             f"({type(owner).__name__} has no {name}); install deepspeed=={TRIED}"
         ) from None

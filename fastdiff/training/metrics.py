@@ -12,7 +12,7 @@ _TERMS = ("loss", "mse", "vb")
 
 
 class LossResult(NamedTuple):
-    """The loss of a micro-batch, and what its images contributed."""
+    """The loss of a micro-batch, and the contribution of each image."""
 
     loss: Tensor
     """Scalar to be minimised: the weighted mean."""

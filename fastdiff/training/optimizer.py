@@ -1,4 +1,4 @@
-"""AdamW that also moves the averages of the weights: in the same pass over memory where a Triton kernel does it.
+"""AdamW that also updates the averages of the weights, with a Triton kernel in the same pass over memory.
 
 DeepSpeed steps the optimiser at once (ZeRO stage 0), once per parameter group (1 and 2), or once per sub-group with
 `param_groups` rewritten to a single tensor (3), and not at all when gradients overflowed. Averages are therefore found
@@ -22,7 +22,7 @@ from fastdiff.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class OnDevice:
-    """Numbers of a step for which the host doesn't wait for the GPU: float32 scalars on the device.
+    """The numbers of a step as float32 scalars on the device, so that the host need not wait for a GPU.
 
     lr          learning rate, in place of the one in the groups
     grad_scale  factor of the gradients; None: 1
@@ -35,7 +35,7 @@ class OnDevice:
 
 
 class AdamWEMA(torch.optim.AdamW):
-    """torch.optim.AdamW with the same state, which also moves attached averages.
+    """torch.optim.AdamW with the same state, which also updates the attached averages.
 
     fused_kernel  update everything in one Triton launch; False: torch's fused AdamW, then `ops.update_ema`
     overflow      if True, `step` changes nothing; DeepSpeed's engine reads it to learn whether a step was skipped
@@ -63,7 +63,7 @@ class AdamWEMA(torch.optim.AdamW):
         self._lists: dict[tuple[int, ...], tuple[list[list[Tensor]], Any]] = {}
 
     def attach_averages(self, stepped: Iterable[Tensor], averages: Mapping[float, Iterable[Tensor]]) -> None:
-        """Move these averages in every step from now on.
+        """Update these averages in every step from now on.
 
         stepped   the float32 tensors that `step` will update: `MasterWeights.shards`, once DeepSpeed has made them
         averages  rate → one average for each of them
@@ -161,13 +161,13 @@ class AdamWEMA(torch.optim.AdamW):
         return [[self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")]
 
     def _kernel_lists(self, *columns: list[Tensor]) -> Any:
-        """The kernel's lists for these parameters, moments and steps: kept until one of them is another object."""
+        """The kernel's lists for these parameters, moments and steps, kept until one of them is a new object."""
         key = tuple(map(id, columns[0]))
         known, lists = self._lists.get(key, ([], None))
         if lists is None or not all(all(map(is_, a, b)) for a, b in zip(columns, known, strict=True)):
             averages = [average for p in columns[0] for average in self._averages_of(p)]
             lists = ops.AdamWLists(*columns, averages=averages, rates=list(self.averages), halves=[])
-            if len(self._lists) > 1000:  # every step has other parameters: nothing worth keeping
+            if len(self._lists) > 1000:  # every step has other tensors, so the cache is useless
                 self._lists.clear()
             self._lists[key] = (list(columns), lists)
         return lists
@@ -193,7 +193,7 @@ class AdamWEMA(torch.optim.AdamW):
 
 
 def laid_out_as(p: Tensor, grad: Tensor | None) -> Tensor:
-    """The gradient in its parameter's memory layout. Autograd's gradients have it; others that set .grad may not."""
+    """The gradient in its parameter's memory layout. Autograd's gradients have it; code that sets .grad may not."""
     assert grad is not None
     if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
         return grad

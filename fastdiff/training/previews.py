@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def preview_diffusion(config: Config) -> GaussianDiffusion | None:
-    """The process that draws the grids, or None if none are wanted. UserError for an impossible sample_respacing."""
+    """The process that draws the grids; None without sample_interval. UserError for an invalid sample_respacing."""
     if not config.train.sample_interval:
         return None
     try:

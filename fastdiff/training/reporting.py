@@ -159,7 +159,7 @@ class Reporter:
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of progress.csv; without one that a crash cut off."""
+    """The rows of progress.csv, except a last one that a crash cut off."""
     if not path.is_file():
         return []
     text = path.read_bytes().decode(errors="replace").replace("\0", "")

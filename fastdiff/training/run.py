@@ -39,13 +39,13 @@ from fastdiff.training.trainer import Trainer
 def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     """Train to the last step, from the beginning or from where the run stopped; dry_run: take one step, write nothing.
 
-    config is what `fastdiff.config.load` returns. Raises StopWith when a signal ends the run, or losses that stay
-    non-finite do.
+    config is what `fastdiff.config.load` returns. Raises StopWith when a signal, or losses that stay non-finite,
+    end the run early.
     """
     started = time.perf_counter()
     settings = config.train
     _check(config)
-    plan = plan_step(settings, config.deepspeed, current())  # refuses what can't be before anything is written
+    plan = plan_step(settings, config.deepspeed, current())  # contradictions raise before anything is written
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
     with ExitStack() as open_things:
         signals = open_things.enter_context(StopSignals())
@@ -103,7 +103,7 @@ def _threads_of(snapshot: Snapshot | None, processes: Processes) -> int | None:
 
 @contextmanager
 def report_outcome(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]:
-    """Keep status.json up to date while a run runs and when it ends; turn errors that users can mend into UserErrors.
+    """Keep status.json up to date while a run runs and when it ends; turn errors that users can fix into UserErrors.
 
     writes  whether this process writes status.json
     """
@@ -130,13 +130,12 @@ def report_outcome(folder: Path, trainer: Trainer, writes: bool) -> Iterator[Non
         raise UserError(reason) from error
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"--run_dir: {folder} can't be written to ({error.strerror}); make room: the same command goes on"
+            reason = f"--run_dir: {folder} can't be written to ({error.strerror}); make room: the same command resumes"
             with suppress(OSError, UserError):
                 report("failed", errors.USER_ERROR, reason)
             raise UserError(reason) from error
-        code = errors.USER_ERROR if isinstance(error, UserError) else 1
-        if is_broken_collective(error):
-            code = errors.PEER_LOST
+        lost = is_broken_collective(error)
+        code = errors.PEER_LOST if lost else errors.USER_ERROR if isinstance(error, UserError) else 1
         with suppress(OSError, UserError):  # the disk may be what failed
             report("failed", code, f"{error}" or type(error).__name__)
         raise
@@ -168,7 +167,7 @@ def resolve_auto(
 
 
 def _compile_kernels(config: Config, plan: StepPlan, device: torch.device) -> list[str]:
-    """Start compiling Triton's kernels beside this process, which builds and traces the network; lines for the log."""
+    """Start compiling Triton's kernels in the background, while the network is built; returns lines for the log."""
     launches = functools.partial(
         training_launches,
         *(config.model, config.diffusion, plan.micro, plan.dtype),

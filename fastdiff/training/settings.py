@@ -1,4 +1,4 @@
-"""How to train."""
+"""Settings of training, and their agreement with the user's section of DeepSpeed's JSON."""
 
 from __future__ import annotations
 
@@ -138,19 +138,11 @@ class TrainSettings(Settings):
         return names
 
     @model_validator(mode="after")
-    def _keeping(self) -> TrainSettings:
+    def _combinations(self) -> TrainSettings:
         if self.keep_every and not self.keep_last:
             raise ValueError(f"keep_every {self.keep_every} needs keep_last, without which all checkpoints stay")
-        return self
-
-    @model_validator(mode="after")
-    def _precision(self) -> TrainSettings:
         if self.use_fp16 and self.precision != "fp16":
             raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
-        return self
-
-    @model_validator(mode="after")
-    def _graph(self) -> TrainSettings:
         if self.cuda_graph and self.zero_stage > 1:
             raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")
         return self
@@ -158,8 +150,6 @@ class TrainSettings(Settings):
 
 CHANGES = tuple(sorted(affecting(TrainSettings, "stream")))
 """The settings that allow_change may name."""
-
-
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
 _OURS = {
     "optimizer": "the optimiser is AdamW by train.lr and train.weight_decay",
@@ -189,7 +179,7 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
         raise UserError("deepspeed.fp16 and deepspeed.bf16 are both enabled; enable one of them")
     for section, switch in _CHECKS.items():
         if deepspeed.get(section, {}).get(switch) is False:
-            raise UserError(f"deepspeed.{section}.{switch} false can't be given: by it bad steps are found and skipped")
+            raise UserError(f"deepspeed.{section}.{switch} false can't be given: it is needed to skip bad steps")
     zero = deepspeed.get("zero_optimization", {})
     given = {"zero_stage": ("zero_optimization.stage", zero.get("stage", "auto"))}
     given |= {ours: (theirs, deepspeed.get(theirs, "auto")) for ours, theirs in _NAMES.items()}

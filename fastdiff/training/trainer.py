@@ -2,7 +2,7 @@
 
 A step is a function of the settings, the state and its number: images come from a seeded order, timesteps, noise
 and dropped labels from counters (seed, position of the image in the stream), dropout from a seed per step. So a run
-that resumes goes on exactly, and what counters decide doesn't depend on the number of processes.
+resumes exactly, and numbers drawn from counters don't depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Trainer:
         weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         model.to(self.device).train()
         self.engine, self.optimizer = create_engine(model, plan)
-        if plan.train.compile is True:  # an auto has been resolved before
+        if plan.train.compile is True:  # auto has been resolved already
             compile_network(model, plan.train.zero_stage)
         self.master_weights = MasterWeights(self.engine, model, processes.rank, processes.world_size)
         # DeepSpeed makes the master weights from weights already rounded to 16 bits, and may take a trial step.
@@ -191,7 +191,7 @@ class Trainer:
         return 4 * (3 + len(self.ema)) * sum(shape.numel() for shape in self.master_weights.shapes.values())
 
     def checkpoint_files(self, info: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Make the files of a checkpoint one after another: (name, content for torch.save). Collective.
+        """Yield the files of a checkpoint one after another: (name, content for torch.save). Collective.
 
         The weights carry `info` (JSON) in their metadata. On ranks other than 0 the content of weights and moments is
         None; they have to iterate to the end too.

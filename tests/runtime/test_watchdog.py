@@ -215,8 +215,8 @@ def test_alone_a_stall_is_reported_and_waited_out(capfd: pytest.CaptureFixture[s
     with Watchdog(alone, stall_seconds=0.1) as watchdog:
         watchdog.progress("step 1")
         until = time.monotonic() + 30
-        while "waits on" not in out and time.monotonic() < until:
+        while "keeps waiting" not in out and time.monotonic() < until:
             time.sleep(0.1)
             out += capfd.readouterr().err
     assert "test_alone_a_stall" in out
-    assert re.search(r"fastdiff: no progress for \d+ s at step 1; it waits on\n$", out)
+    assert re.search(r"fastdiff: no progress for \d+ s at step 1; it keeps waiting\n$", out)

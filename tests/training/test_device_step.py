@@ -72,7 +72,7 @@ def test_what_needs_the_engine() -> None:
     offload = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     assert needs_engine(plain, offload, 1) == "deepspeed.zero_optimization.offload_optimizer"
     assert needs_engine(plain, {"fp16": {"enabled": True, "loss_scale": 8}}, 1) == "deepspeed.fp16.loss_scale"
-    with pytest.raises(UserError, match="--cuda_graph True can't be had with deepspeed.flops_profiler; leave one"):
+    with pytest.raises(UserError, match="--cuda_graph True can't be combined with deepspeed.flops_profiler; leave one"):
         small_trainer(cuda_graph=True, deepspeed={"flops_profiler": {"enabled": False}})
 
 

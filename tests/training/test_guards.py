@@ -76,7 +76,7 @@ def test_clipping_hides_nothing(deepspeed: dict[str, Any] | None, value: float) 
     "section", [{"bf16": {"check_grad_overflow": False}}, {"zero_optimization": {"compute_grad_norm": False}}]
 )
 def test_deepspeeds_checks_stay_on(section: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="false can't be given: by it bad steps are found and skipped"):
+    with pytest.raises(UserError, match="false can't be given: it is needed to skip bad steps"):
         adopt(TrainSettings(), section)
 
 

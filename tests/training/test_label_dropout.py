@@ -191,7 +191,7 @@ def test_a_run_from_an_old_checkpoint(folder: Path) -> None:
     train.main(new)
     log = (folder / "new" / "log.txt").read_text()
     assert "at step 1" in log
-    assert "the checkpoint has no null class: its row of the labels' table starts at zero" in log
+    assert "the checkpoint has no null class: its row of the label embedding starts at zero" in log
     assert (folder / "new" / "samples" / "step_000002.png").is_file()
     config = read_json(folder / "new" / "config.json")
     assert (config["model"]["null_class"], config["train"]["label_dropout"]) == (True, 0.5)

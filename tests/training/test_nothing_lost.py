@@ -363,7 +363,7 @@ def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--allow_change", "lr"), "must be of batch_size, seed, not 'lr'"),
         (("--stall_minutes", "0"), "stall_minutes"),
         (("--run_dir", "r" * 300), "--run_dir: 'rrr.*can't be opened"),
-        (("--run_dir", os.fsdecode(b"b\xff")), r"--run_dir: 'b\\udcff' is no Unicode"),
+        (("--run_dir", os.fsdecode(b"b\xff")), r"--run_dir: 'b\\udcff' is not Unicode"),
         (("--resume_checkpoint", "r" * 300), "--resume_checkpoint: 'rrr.*can't be opened"),
         (("--max_bad_steps", "-1"), "max_bad_steps"),
     ],

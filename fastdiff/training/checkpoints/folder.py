@@ -128,7 +128,7 @@ def find_damage(checkpoint: Path) -> str:
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, or None, and a sentence for each newer one that is damaged.
 
-    Raises UserError when all checkpoints are damaged: a run that started over would bury them.
+    Raises UserError when all checkpoints are damaged, because a run that starts over would replace them.
     """
     notes: list[str] = []
     # The run was killed while it replaced these, between the two renames.

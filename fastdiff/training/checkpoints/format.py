@@ -77,7 +77,7 @@ def read_snapshot(place: Path, rates: list[str]) -> Snapshot:
     snapshot.state = _read_state(file.with_name("state.pt"))
     if not file.name.startswith("model"):
         snapshot.step, snapshot.state = 0, {}
-        notes.append(f"{file.name} is taken as first weights: a new run starts from it, at step 0")
+        notes.append(f"{file.name} is used as initial weights: a new run starts from it, at step 0")
         return snapshot
     for rate in rates:
         average = file.with_name(f"ema_{rate}_{step}.pt")
@@ -125,7 +125,9 @@ def _read_state(file: Path) -> dict[str, Any]:
         raise UserError(f"{file} holds no training state; take another checkpoint")
     for name, value in state.items():
         if not _STATE.get(name, lambda _: True)(value):
-            raise UserError(f"{name} in {file} is not what a training state has; take another checkpoint")
+            raise UserError(
+                f"{name} in {file} has another type or shape than in a training state; take another checkpoint"
+            )
     return state
 
 
@@ -184,4 +186,4 @@ def add_null_class(snapshot: Snapshot) -> None:
     for state in (snapshot.model, *snapshot.ema.values(), snapshot.exp_avg, snapshot.exp_avg_sq):
         if state:
             state[LABELS] = weights.add_null_class(state[LABELS])
-    snapshot.notes.append("the checkpoint has no null class: its row of the labels' table starts at zero")
+    snapshot.notes.append("the checkpoint has no null class: its row of the label embedding starts at zero")

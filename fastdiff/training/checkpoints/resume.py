@@ -69,7 +69,7 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
 
 
 def _changes(state: dict[str, Any], train: TrainSettings, source: Path) -> list[str]:
-    """Sentences on settings that differ from the checkpoint's; UserError for one that must be allowed to."""
+    """Sentences on settings that differ from the checkpoint's; UserError for one that needs allow_change."""
     stored = state.get("settings") or {name: state[name] for name in CHANGES if name in state}
     lines, quiet = [], affecting(TrainSettings, "run")
     for name, now in train.model_dump(mode="json").items():
@@ -77,8 +77,8 @@ def _changes(state: dict[str, Any], train: TrainSettings, source: Path) -> list[
             continue
         if name in CHANGES and name not in train.allow_change:
             raise UserError(
-                f"--{name} {now}: {source} is of a run with {name} {stored[name]}; keep that, or say "
-                f"--allow_change {name} to go on otherwise"
+                f"--{name} {now}: {source} is of a run with {name} {stored[name]}; keep that, or "
+                f"give --allow_change {name} to change it"
             )
         if name not in quiet:
             lines.append(f"{name} is {now} from here on; it was {stored[name]}")
@@ -124,7 +124,7 @@ def agree_on_snapshot(
     for rank, other in enumerate(found):
         if other != found[0]:
             raise UserError(
-                f"--run_dir: rank 0 goes on from {found[0] or 'nothing'}, rank {rank} from {other or 'nothing'}; "
+                f"--run_dir: rank 0 resumes from {found[0] or 'nothing'}, rank {rank} from {other or 'nothing'}; "
                 "all ranks must see the same folder: start again once they do"
             )
     return snapshot, source
@@ -149,7 +149,7 @@ def holds_run(folder: Path) -> bool:
         str(folder).encode()
         return (folder / LOCK).is_file()
     except UnicodeEncodeError:
-        raise UserError(f"--run_dir: {quoted(str(folder))} is no Unicode; name another folder") from None
+        raise UserError(f"--run_dir: {quoted(str(folder))} is not Unicode; name another folder") from None
     except OSError as error:
         raise UserError(
             f"--run_dir: {quoted(str(folder))} can't be opened ({error.strerror}); name another folder"
@@ -166,7 +166,7 @@ def lock_new(folder: Path) -> AbstractContextManager[None]:
     except FileExistsError:
         raise UserError(
             f"--run_dir: another run has begun in {folder} since this one started; give another --run_dir, or start "
-            "again to go on from what that one has saved"
+            "again to resume from its checkpoints"
         ) from None
     return lock(folder)
 
@@ -175,7 +175,7 @@ def lock_new(folder: Path) -> AbstractContextManager[None]:
 def lock(folder: Path) -> Iterator[None]:
     """Hold the lock of the only run that may train in this folder; waits up to LOCK_WAIT seconds, then UserError.
 
-    On a file system without locks the run goes on unprotected.
+    On a file system without locks the run continues without one.
     """
     file_lock = FileLock(folder / LOCK)
     try:

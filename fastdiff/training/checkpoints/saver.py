@@ -1,4 +1,4 @@
-"""Writing checkpoints file by file, at once or in the background from a copy in memory.
+"""Writing checkpoints file by file: immediately, or in the background from a copy in memory.
 
 checkpoints/step_NNNNNN/
     modelNNNNNN.pt  ema_RATE_NNNNNN.pt  optNNNNNN.pt   as in improved-diffusion; NNNNNN is the number of steps taken
@@ -32,7 +32,7 @@ Files = Iterable[tuple[str, Any]]
 def write_checkpoint(folder: Path, step: int, files: Files, size: int = 0) -> Path:
     """Write a checkpoint into a run's checkpoint folder, with one file's content in memory at a time.
 
-    `size` is its number of bytes as far as known. Raises UserError when the disk is full or fails; then nothing of the
+    `size` is its approximate number of bytes. Raises UserError when the disk is full or fails; then nothing of the
     checkpoint is left, and older ones are unchanged.
     """
     try:
@@ -67,7 +67,7 @@ def _save(content: Any, file: Path) -> None:
 
 def _advice(folder: Path) -> str:
     older = list_checkpoints(folder) if folder.is_dir() else []
-    left = f"{older[-1].name} is whole, and the same command goes on from there" if older else "nothing is saved yet"
+    left = f"{older[-1].name} is whole, and the same command resumes from there" if older else "nothing is saved yet"
     return f"make room, or keep fewer with --keep_last ({left})"
 
 

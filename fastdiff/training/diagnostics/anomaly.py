@@ -26,7 +26,7 @@ class NonFinite(Exception):
 
 
 class _Where:
-    """The module that is being computed, known by hooks; in the backward pass the one whose forward pass is undone.
+    """Finds the module of the current operation by hooks; in the backward pass, that of its forward operation.
 
     An operation of the backward pass belongs to a node of autograd's graph, and its sequence number tells when in the
     forward pass it was made.
@@ -81,7 +81,7 @@ class _Watch(TorchDispatchMode):
         if place is None or not self._matters(func, place, args, kwargs):
             return func(*args, **kwargs)
         given = list(_floats((args, kwargs)))
-        # Inputs that the operation overwrites must be checked before.
+        # Inputs that the operation overwrites must be checked beforehand.
         before = self._report(given) if func._schema.is_mutable else None
         result = func(*args, **kwargs)
         made = [tensor for tensor in _floats(result) if not _finite(tensor)]
@@ -95,9 +95,9 @@ class _Watch(TorchDispatchMode):
         if func.is_view or name.startswith(_UNWRITTEN) or func.namespace in ("c10d", "_c10d_functional"):
             return False
         if place[1] == "backward pass" and self.model.dtype == torch.float16:
-            return False  # it overflows on purpose, while the loss scale is searched for
+            return False  # overflows are expected while the loss scale is searched for
         numbers = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, float))
-        return all(map(math.isfinite, numbers))  # else it is meant to make such values
+        return all(map(math.isfinite, numbers))  # a non-finite number is given on purpose, such as for a mask
 
     def _report(self, tensors: list[Tensor]) -> tuple[bool, list[str]]:
         """Whether all tensors are finite, and a description of each."""

@@ -1,4 +1,4 @@
-"""Why losses or gradients of a run stay non-finite: the last step's images once more, through a second network."""
+"""Diagnoses losses or gradients that stay non-finite, by computing the last step again with a second network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastdiff.training.trainer import Trainer, rows_of
 WORST = 8
 """Number of images named: those with the greatest losses."""
 NAMED = 10
-"""Most parameters named."""
+"""Largest number of parameters named."""
 
 Numbers = dict[str, float]
 
@@ -36,7 +36,9 @@ class _Found:
     gradients: Numbers = field(default_factory=dict)
     bad_gradients: list[str] = field(default_factory=list)
     without: int = 0
+    """Images that the gradients leave out, because their losses are not finite."""
     left_out: str = ""
+    """Why the step could not be computed again."""
 
 
 def diagnose(trainer: Trainer) -> tuple[list[str], dict[str, Any]]:
@@ -84,7 +86,7 @@ def _on_all_ranks(trainer: Trainer, whole: dict[str, Tensor] | None) -> dict[str
 
 
 def _examine(trainer: Trainer, weights: dict[str, Tensor], found: _Found) -> None:
-    """Fill in everything in `found` that takes the second network."""
+    """Compute the last step again with a second network, and put the results into `found`."""
     model = build_model(trainer.model_settings)
     model.load_state_dict(weights)
     model.to(trainer.device).train().set_precision(trainer.model.dtype)
@@ -122,7 +124,7 @@ def _losses(trainer: Trainer, model: UNet, batch: Batch, micro: int) -> LossResu
 
 @contextmanager
 def _watching(model: UNet, greatest: Numbers) -> Iterator[None]:
-    """Put the greatest magnitude of each block's output into `greatest`; nan if the output has one."""
+    """Put the greatest magnitude of each block's output into `greatest`; nan if an output contains nan."""
 
     def look(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor | Sum) -> None:
@@ -196,7 +198,7 @@ def _lines(content: dict[str, Any]) -> list[str]:
         f"non-finite weights: {_listed(content['bad_weights'])}; gradients: {_listed(content['bad_gradients'])}",
     ]
     if content["left_out"]:
-        lines.append(f"less is known: {content['left_out']}")
+        lines.append(f"incomplete: {content['left_out']}")
     without = content["gradients_without"]
     of = f" without the {without} images whose loss is not finite" if without else ""
     lines.append(f"block: greatest weight, greatest activation, norm of the gradient (the worst rank's{of})")
@@ -217,7 +219,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _as_json(content: Any) -> Any:
-    """The same with nan and infinities as strings, because JSON doesn't have them."""
+    """The content with nan and infinities as strings, because JSON doesn't have them."""
     if isinstance(content, dict):
         return {name: _as_json(each) for name, each in content.items()}
     if isinstance(content, list):

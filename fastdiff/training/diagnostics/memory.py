@@ -85,7 +85,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.averages
 
     def of(self, micro_batch: int) -> int:
-        """Total bytes for micro-batches of so many images."""
+        """Total bytes for micro-batches of `micro_batch` images."""
         return self.states + self.fixed + micro_batch * self.per_image
 
     def describe(self, micro_batch: int, available: int) -> str:

@@ -1,4 +1,4 @@
-"""Resolves the settings that are "auto": the micro-batch, and whether activations are recomputed."""
+"""Chooses the micro-batch, and whether activations are recomputed, where these settings are "auto"."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiff.models import BackboneSettings, UNet, build_model
 from fastdiff.models.unet import body_dtype, dummy_batch
 from fastdiff.runtime.machine import free_memory
 from fastdiff.runtime.processes import Processes
-from fastdiff.training.diagnostics.memory import Memory, estimate
+from fastdiff.training.diagnostics.memory import estimate
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import StepPlan
 
@@ -47,7 +47,8 @@ def fit(
 
     before           Micro-batch of the run that this one resumes. It is kept if it fits, because dropout masks depend
                      on it.
-    always_estimate  Estimate the memory on a CPU even if nothing is "auto". It takes seconds; on a GPU it always is.
+    always_estimate  Estimate the memory on a CPU even if nothing is "auto", which takes seconds; on a GPU it is
+                     always done.
 
     Raises UserError if not even one image fits.
     """
@@ -57,17 +58,15 @@ def fit(
         return Fit(micro, model.use_checkpoint is True, [])
 
     available = available_memory(processes)
-    estimates: dict[bool, Memory] = {}
+    wanted = min(8, share) if train.microbatch == "auto" else micro
     for recompute in (False, True) if model.use_checkpoint == "auto" else (model.use_checkpoint is True,):
         settings = model.model_copy(update={"use_checkpoint": recompute})
-        estimates[recompute] = estimate(
+        memory = estimate(
             settings, train, diffusion, plan.dtype, processes.device, plan.world_size, not plan.engine_reason
         )
-        wanted = min(8, share) if train.microbatch == "auto" else micro
-        if estimates[recompute].most(int(available * (1 - SPARE))) >= wanted:
+        most = memory.most(int(available * (1 - SPARE)))
+        if most >= wanted:
             break
-    memory = estimates[recompute]
-    most = memory.most(int(available * (1 - SPARE)))
     lines = [f"use_checkpoint auto: {recompute}"] if model.use_checkpoint == "auto" else []
     if train.microbatch == "auto":
         if not most:
@@ -79,7 +78,6 @@ def fit(
             micro = before
             lines.append(f"microbatch auto: {micro}, as the run began")
         else:
-            settings = model.model_copy(update={"use_checkpoint": recompute})
             micro, rates = _fastest(settings, train, diffusion, processes, _parts(share, most)[:TRIED])
             tried = ", ".join(f"{size}: {rate:.4g} images/s" for size, rate in rates.items())
             lines.append(f"microbatch auto: {micro} ({tried})")

@@ -1,5 +1,8 @@
-"""Profiles training steps: a trace for Perfetto (ui.perfetto.dev), and a table of the time by class of operation
-beside the least time that a roofline predicts."""
+"""Profiles training steps, and predicts the least time of a step by a roofline.
+
+`StepProfiler` writes a trace for Perfetto (ui.perfetto.dev) and a table of the time by class of operation, beside the
+least time. That is what `predict` computes from the FLOPs and bytes of the operations and the rates of the machine.
+"""
 
 from __future__ import annotations
 
@@ -50,34 +53,21 @@ _INDUCTOR_CLASSES = {"poi": POINTWISE, "for": POINTWISE, "red": REDUCTIONS, "per
 _PATTERNS = [
     [(name, re.compile(pattern, re.IGNORECASE)) for name, pattern in classes.items()] for classes in (CLASSES, GENERAL)
 ]
+_KINDS = {
+    "convolutions": ("conv3x3", "downsample conv", "upsample conv", "input conv", "output conv"),
+    "matrix products": ("conv1x1", "embedding"),
+    "norms": ("group norm",),
+    "attention": ("attention",),
+    "noising and loss": ("noising", "loss"),
+    POINTWISE: ("residual", "skip"),
+}
+CLASS_OF: dict[str, str] = {kind: name for name, kinds in _KINDS.items() for kind in kinds}
+"""Kind of a `cost.Operation` → its class."""
+FLOOR_CLASSES = (*_KINDS, "optimiser", GAPS)
+"""The classes that are predicted: all but communication, reductions, copies, the input wait and others."""
 
 
-def classify(names: Sequence[str]) -> str:
-    """The class of an operation, by its own name or else by those of the enclosing ones, innermost first."""
-    if generated := _INDUCTOR.match(names[0]):
-        return _INDUCTOR_CLASSES[generated[1]]
-    for patterns in _PATTERNS:
-        for name in names:
-            for kind, pattern in patterns:
-                if pattern.search(name):
-                    return kind
-    return OTHER
-
-
-def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, device: torch.device) -> dict[str, float]:
-    """The least milliseconds of each class in a step of `batch` images, by known or measured rates."""
-    name = device_name(device)
-    known = find(name) if train.precision != "fp32" else None
-    if known:
-        machine = Machine(name, known.matmul_flops, known.copy_bytes, known.peak_flops)
-    else:
-        rates = measure_rates(device, dtype=torch.float32 if device.type == "cpu" else DTYPES[train.precision])
-        machine = Machine(name, rates.matmul_flops, rates.copy_bytes, None)
-    element = cost.SINGLE if train.precision == "fp32" or device.type == "cpu" else cost.HALF
-    updated = cost.optimiser_bytes(len(train.ema_rate), half_copy=False)
-    ops = cost.operations(settings, element)
-    predicted = predict(ops, batch, machine, launch_us=0.0, optimiser_bytes=updated)
-    return {name: share.ms for name, share in predicted.shares.items() if share.ms}
+# --- profiling ---
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ class Breakdown:
     step_ms: float
     classes: dict[str, float]
     floor: dict[str, float]
-    """The least milliseconds of each class, by `fastdiff.training.diagnostics.profile`."""
+    """The least milliseconds of each class, as `floor_of` predicts it."""
     device: str
 
     def rows(self) -> list[str]:
@@ -167,6 +157,9 @@ class StepProfiler:
             torch.cuda.synchronize(self.device)
 
 
+# --- what the profiler recorded ---
+
+
 @dataclass(frozen=True)
 class Times:
     """Seconds of everything that a torch profiler recorded."""
@@ -177,6 +170,18 @@ class Times:
     """Name → (seconds, launches) of each GPU kernel or CPU operation, the costliest first."""
     busy: float
     """Time in which the GPU ran anything; on a CPU the sum of the operations' own times."""
+
+
+def classify(names: Sequence[str]) -> str:
+    """The class of an operation, by its own name or else by those of the enclosing ones, innermost first."""
+    if generated := _INDUCTOR.match(names[0]):
+        return _INDUCTOR_CLASSES[generated[1]]
+    for patterns in _PATTERNS:
+        for name in names:
+            for kind, pattern in patterns:
+                if pattern.search(name):
+                    return kind
+    return OTHER
 
 
 def times_of(watched: profile, device: torch.device) -> Times:
@@ -225,26 +230,7 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-# The classes of `train.py --profile`; a prediction has no communication, copies or input wait.
-FLOOR_CLASSES = (
-    "convolutions",
-    "matrix products",
-    "norms",
-    "attention",
-    "noising and loss",
-    "pointwise",
-    "optimiser",
-    "launch gaps",
-)
-_KINDS = {
-    "convolutions": ("conv3x3", "downsample conv", "upsample conv", "input conv", "output conv"),
-    "matrix products": ("conv1x1", "embedding"),
-    "norms": ("group norm",),
-    "attention": ("attention",),
-    "noising and loss": ("noising", "loss"),
-    "pointwise": ("residual", "skip"),
-}
-CLASS_OF: dict[str, str] = {kind: name for name, kinds in _KINDS.items() for kind in kinds}
+# --- the roofline ---
 
 
 @dataclass(frozen=True)
@@ -312,6 +298,19 @@ def predict(
             launches += kernels
     updated = float(optimiser_bytes * cost.parameters(ops))
     totals["optimiser"] = [0.0, updated, updated / copies]
-    totals["launch gaps"] = [0.0, 0.0, launches * launch_us * 1e-6]
+    totals[GAPS] = [0.0, 0.0, launches * launch_us * 1e-6]
     shares = {name: Share(flops / batch, moved / batch, 1e3 * s) for name, (flops, moved, s) in totals.items()}
     return Prediction(batch, 3 * sum(op.flops for op in ops), shares)
+
+
+def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, device: torch.device) -> dict[str, float]:
+    """The least milliseconds of each class in a step of `batch` images, by known or measured rates."""
+    name = device_name(device)
+    dtype = torch.float32 if device.type == "cpu" else DTYPES[train.precision]
+    rates = (find(name) if train.precision != "fp32" else None) or measure_rates(device, dtype=dtype)
+    machine = Machine(name, rates.matmul_flops, rates.copy_bytes, None)
+    element = cost.SINGLE if train.precision == "fp32" or device.type == "cpu" else cost.HALF
+    updated = cost.optimiser_bytes(len(train.ema_rate), half_copy=False)
+    ops = cost.operations(settings, element)
+    predicted = predict(ops, batch, machine, launch_us=0.0, optimiser_bytes=updated)
+    return {name: share.ms for name, share in predicted.shares.items() if share.ms}

@@ -254,7 +254,7 @@ sys.path.insert(0, {str(TESTS)!r})
 from pathlib import Path
 from training.checkpoints.test_checkpoint_files import files_of, value_of
 from fastdiff.errors import UserError
-from fastdiff.runtime.process_id import ProcessId
+from fastdiff.runtime.files import ProcessId
 from fastdiff.training.checkpoints.saver import write_checkpoint
 folder = Path(sys.argv[1])
 for step in range(1, 100):
