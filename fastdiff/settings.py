@@ -1,7 +1,7 @@
 """The base of every component's settings: strict pydantic models whose fields are JSON keys and command-line flags.
 
-A field's name, type, range, default and help stand once, in the class that uses them. `fastdiff.config.load` composes
-the classes into sections and reads them from files and flags.
+A field's name, type, range, default and help are defined once, in the class that uses them. `fastdiff.config.load`
+composes the classes into sections and reads them from files and flags.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pydantic.fields import FieldInfo
 
 from fastdiff.errors import UserError, quoted, shortened
 
-# Characters that no file name can hold. U+DC80 to U+DCFF are allowed: they stand for bytes that aren't Unicode.
+# Characters that no file name can contain. U+DC80 to U+DCFF are allowed: they stand for bytes that aren't Unicode.
 _NO_TEXT = re.compile(r"[\x00\ud800-\udc7f\udd00-\udfff]")
 
 
 class Settings(BaseModel):
-    """Base class of settings. Unknown keys are refused, values are checked, and instances are immutable."""
+    """Base class of settings. Unknown keys are rejected, values are validated, and instances are immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -63,7 +63,7 @@ _KINDS = {
 def what_is_wrong(error: ValidationError) -> str:
     """Describe the first error of a value, such as 'must be a whole number, not 2.5'."""
     first = error.errors()[0]
-    if first["type"] == "value_error":  # from one of our validators, whose message names the value
+    if first["type"] == "value_error":  # from one of our validators, whose message contains the value
         return shortened(first["msg"].removeprefix("Value error, "))
     kind = first["type"].split("_")[0]  # of int_parsing, int_type, int_from_float
     return f"{_KINDS.get(kind) or first['msg'].replace('Input should', 'must')}, not {quoted(first['input'])}"
@@ -73,7 +73,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def validated(kind: type[S], values: Mapping[str, Any]) -> S:
-    """Build settings from values. UserError names the value that is not allowed."""
+    """Build settings from values. Raises UserError that names the first invalid value."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -128,7 +128,7 @@ def _switch(value: Any) -> Any:
 
 
 Switch = Annotated[Literal["auto", True, False], BeforeValidator(_switch)]
-"""True or False, or auto for a choice made when the run starts."""
+"""True or False, or auto for a choice that is made when the run starts."""
 
 
 def _count(value: Any) -> Any:
@@ -143,7 +143,7 @@ def _count(value: Any) -> Any:
 
 
 Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
-"""A whole number, or auto for one that is found when the run starts."""
+"""A whole number, or auto for one that is chosen when the run starts."""
 
 
 def _interval(value: Any) -> Any:
@@ -165,7 +165,7 @@ def _interval(value: Any) -> Any:
 Interval = Annotated[int | str, BeforeValidator(_interval)]
 """A number of steps, or minutes as '30min'."""
 MAX_SIDE = 16384
-"""Largest number of pixels of a side. More is a typing error, or a forged file."""
+"""Largest number of pixels of a side. More is a typing error or a malicious file."""
 
 
 def _size(value: Any) -> Any:
@@ -196,7 +196,7 @@ def is_true(value: Any) -> bool:
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
-        return False  # validating the setting reports it
+        return False  # the validation of the setting reports the error
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

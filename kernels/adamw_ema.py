@@ -24,13 +24,13 @@ from fastdiff.kernels.launch import kernel_op, launch
 from torch import Tensor
 
 CHUNK = 8192
-"""Elements per program: 300 KB of traffic, in which the two dependent reads of the tables are lost."""
+"""Elements per program: 300 KB of traffic, which hides the two dependent reads of the tables."""
 BLOCK = 512
-"""Elements per turn of the loop: with 4 warps one 128-bit access per thread and tensor, and at most 72 registers."""
+"""Elements per loop iteration: with 4 warps one 128-bit access per thread and tensor, and at most 72 registers."""
 NORM_BLOCK = 2048
-"""The same for the norm, which has but one tensor to keep in flight."""
+"""The same for the norm, which reads only one tensor."""
 SUM_BLOCK = 4096
-"""Partial sums that the one program of the second stage takes at a time."""
+"""Partial sums that the single program of the second stage reads at a time."""
 
 _TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -174,7 +174,7 @@ def _sum(squares_ptr, total_ptr, count, BLOCK: tl.constexpr):
 
 
 def _upload(values: tuple[float, ...] | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on the device, without waiting for it; torch keeps the pinned source until it has been read."""
+    """Copy numbers to the device asynchronously; torch keeps the pinned source until it has been read."""
     if device.type == "meta":
         return torch.empty(len(values), dtype=dtype, device=device)
     host = torch.as_tensor(values, dtype=dtype)
@@ -251,9 +251,9 @@ def _log(beta: float) -> float:
 
 
 class Lists:
-    """The op's tensors but for the gradients, checked at the first step and again only if an address has changed.
+    """The op's tensors except the gradients, checked at the first step and again only if an address has changed.
 
-    An optimiser keeps it, because dispatching a torch op with several hundred tensors takes several milliseconds.
+    An optimiser keeps it because dispatching a torch op with several hundred tensors takes several milliseconds.
     """
 
     def __init__(

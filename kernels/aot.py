@@ -1,7 +1,7 @@
 """Compile recorded launches for GPUs that are not in this machine, and read registers, spills and access widths.
 
-Triton's own dispatch compiles, with a driver that only names a GPU. So the cache keys are those of a run on such a GPU,
-which finds the compiled code in Triton's cache.
+Triton's own dispatch compiles, with a driver that only reports a GPU's capability. So the cache keys are those of a run
+on such a GPU, which finds the compiled code in Triton's cache.
 
 Needs Triton's own NVIDIA tools (ptxas, cuobjdump, nvdisasm), which its wheel brings, and no GPU. Must run without
 TRITON_INTERPRET, which replaces kernels when they are defined.
@@ -68,7 +68,7 @@ class Compiled:
 
 
 class _NamedGPU:
-    """A Triton driver that only names a GPU of compute capability arch / 10.
+    """A Triton driver that only reports a GPU of compute capability arch / 10.
 
     Triton keeps a table of compiled kernels for each device number; the capability serves as that number.
     """

@@ -3,7 +3,7 @@
 Shapes   qkv [B, L, 3C], last axis [head][q, k, v][channel]; out [B, L, C]; lse [B, N, L] float32, the log of each
          query's softmax denominator. C = N * D, D a multiple of 8 up to 512. float32, float16, bfloat16.
 FLOPs    forward 4 * B * N * L^2 * D, backward 10 * B * N * L^2 * D (two and five matrix products).
-Traffic  forward 4 * B * L * C elements, backward 7: what counts on maps of up to some hundred pixels.
+Traffic  forward 4 * B * L * C elements, backward 7; it dominates for maps of up to a few hundred pixels.
 Source   Vaswani et al. 2017, eq. 1; for L > 256 the online softmax of Dao et al. 2022 (https://arxiv.org/abs/2205.14135).
 
 Up to 256 positions a program holds whole rows of scores on chip: the softmax needs one pass, and the products with V
@@ -11,7 +11,8 @@ Up to 256 positions a program holds whole rows of scores on chip: the softmax ne
 sizes such as 144, 192 and 512 need no padding. Longer sequences are processed block by block.
 
 In the backward dQ and dK are one computation with (Q, dO) and (K, V) exchanged: KEYS tells a program whether its rows
-are queries or keys. No atomics: results are deterministic. The file is long as block sizes and kernels belong together.
+are queries or keys. No atomics: results are deterministic. Block sizes and kernels are in one file as they depend on
+each other.
 """
 
 from __future__ import annotations
@@ -345,7 +346,7 @@ def _backward_long(
 
 
 def _rows(x: Tensor, name: str) -> Tensor:
-    """x [B, L, C] contiguous; it is a channels-last map of one row, and copied with that warning if it isn't."""
+    """x [B, L, C] contiguous: as a channels-last map of one row, it is copied with that op's warning if necessary."""
     return channels_last(x.transpose(1, 2)[:, :, None], "attention", name)[:, :, 0].transpose(1, 2)
 
 

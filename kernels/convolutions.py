@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class _ConvWeight(torch.autograd.Function):
-    """Cast and layout in one pass each way, so that the gradient arrives as the optimiser wants it."""
+    """Cast and change the layout in one pass, forward and backward, so that the gradient has the weight's layout."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:

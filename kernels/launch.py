@@ -23,7 +23,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as the torch op fastdiff::name, opaque to torch.compile, yet without fake and backward."""
+    """Register a function as the torch op fastdiff::name, opaque to torch.compile, without fake and backward so far."""
 
     def register(fn: Callable[..., Any]) -> Any:
         IMPLEMENTATIONS[name] = fn
@@ -50,7 +50,7 @@ class Launch:
 
 _recorded: list[Launch] | None = None
 listener: Callable[[Launch], None] | None = None
-"""Called with every launch that is made, before it is made."""
+"""Functions that are called with every launch before it is made."""
 
 
 def launch(

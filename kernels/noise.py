@@ -146,7 +146,7 @@ def _(seed: int, index: Tensor, draw: int) -> Tensor:
 def image_uniform(seed: int, index: Tensor, draw: int) -> Tensor:
     """Uniform float64 in (0, 1), [B]; index [B] int64. Raises ValueError when index is of another kind.
 
-    One launch, where the definition takes over a hundred: in every training step the timesteps are drawn by it.
+    This is a single launch, where the reference needs over a hundred. Every training step draws its timesteps with it.
     """
     check_counters(index, None)
     return _uniform_op(seed, index, draw)

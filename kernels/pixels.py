@@ -19,8 +19,8 @@ QUADS = 128  # groups of four pixels per program
 def strides(x: Tensor) -> tuple[Tensor, int, int]:
     """(x, channel stride, pixel stride) of a map [B, C, H, W], dense in channels-first or -last memory.
 
-    Any other view, such as half of the channels of a network's output, comes back as a dense copy: only encoding and
-    callers of their own make such views, and a copy of at most four channels costs little beside the network.
+    Any other view, such as half of the channels of a network's output, is copied: such views are rare, and a copy of at
+    most four channels costs little compared with the network.
     """
     if not (x.is_contiguous() or x.permute(0, 2, 3, 1).is_contiguous()):
         x = x.contiguous()

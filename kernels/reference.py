@@ -159,7 +159,7 @@ def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, 
 
 @dataclass(frozen=True, eq=False)
 class CounterNoise:
-    """The noise of `image_noise`, [B, *shape], by name: ops that take it make it where they use it.
+    """The arguments of `image_noise` in place of its result [B, *shape]: ops compute the noise where they use it.
 
     index [B] int64; draw [B] int64, or None for the first.
     """

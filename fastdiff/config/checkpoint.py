@@ -1,4 +1,4 @@
-"""A checkpoint opened once: its weights, and its settings, which it carries, or its preset has, or its shapes show."""
+"""Opens a checkpoint: its weights, and its settings, which are stored in it, or those of a preset, or inferred."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Layer = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint file whose content has been read, for all that needs it: settings, network, identity of a job."""
+    """A checkpoint file whose content has been read, so that settings and networks are built from one read."""
 
     file: Path
     state: OrderedDict[str, Tensor]
 
     @cached_property
     def info(self) -> dict[str, Any]:
-        """What the file says of itself (kind, model, diffusion, class_names); empty for a file of another program."""
+        """The metadata in the file (kind, model, diffusion, class_names); empty for a file of another program."""
         return weights.info_of(self.state)
 
     @property
@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def super_res(self) -> bool:
-        """Whether it holds a super-resolution model, by what it says of itself or by its first convolution."""
+        """Whether it holds a super-resolution model, according to its metadata or else its first convolution."""
         if self.info:
             return self.info["kind"] == "super_res"
         return bool(weights.script_mismatch(self.state, super_res=False))
@@ -55,25 +55,25 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str) -> Checkpoint:
-    """Read the checkpoint that a path means (see `weights.find`). Raises UserError for what can't be read."""
+    """Read the checkpoint at a path (see `weights.find` for folders). Raises UserError if it can't be read."""
     file = weights.find(path)
     return Checkpoint(file, weights.read_state_dict(file))
 
 
 def named(checkpoint: Checkpoint | None) -> Checkpoint:
-    """The checkpoint, where a script can't do without one. Raises UserError."""
+    """Return the checkpoint. Raises UserError if there is none."""
     if checkpoint is None:
         raise UserError("--model_path is missing: give a .pt checkpoint or a run's folder")
     return checkpoint
 
 
 def scripts_for(super_res: bool) -> str:
-    """Names of the scripts for checkpoints of that kind, as messages list them."""
+    """The names of the scripts for checkpoints of that kind, for messages."""
     return "super_res_train.py and super_res_sample.py" if super_res else "train.py, sample.py and nll.py"
 
 
 def preset_of(name: str, super_res: bool, flag: str = "--preset") -> Preset | None:
-    """The preset of that name, or None for an empty name. UserError for an unknown one or one of the other kind."""
+    """The preset with that name, None for an empty name. Raises UserError if it is unknown or of the other kind."""
     preset = find_preset(name, flag) if name else None
     if preset and (preset.kind == "super_res") != super_res:
         raise UserError(f"{flag}: {name} is for {scripts_for(not super_res)}")
@@ -87,10 +87,11 @@ def settings_of(
     given: Layer | None = None,
     preset_flag: str = "--preset",
 ) -> tuple[str, Layer]:
-    """Sections model and diffusion of a checkpoint, and a name for where they are from.
+    """A description of the source of a checkpoint's settings, and its sections model and diffusion.
 
-    given holds the settings of the command line and the JSON file, which the caller lays over the result: no warning
-    says that they were assumed. Raises UserError where the file is of the other kind or contradicts the preset.
+    given holds the settings of the command line and the JSON file, with which the caller overrides the result: the
+    warning about assumed defaults omits them. Raises UserError if the file is of the other kind or contradicts the
+    preset.
     """
     file = checkpoint.file
     if info := checkpoint.info:
@@ -109,14 +110,15 @@ def settings_of(
         )
         return f"preset {named.name}", named.layer
     try:
-        return f"the settings in {file}", {"model": _shown(checkpoint.state, file, super_res, given or {})}
+        return f"the settings in {file}", {"model": _inferred(checkpoint.state, file, super_res, given or {})}
     except UserError as error:
         raise UserError(f"{file} can't be used: {error}") from None
 
 
-def _shown(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) -> dict[str, Any]:
+def _inferred(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) -> dict[str, Any]:
+    """The model settings that the shapes of the weights show. Logs a warning about those that they don't show."""
     model = weights.infer_settings(state, super_res, is_true(given.get("model", {}).get("null_class")))
-    del model["attention_factors"]  # the flag names image sizes, which can't be seen
+    del model["attention_factors"]  # the flag gives image sizes, which shapes don't show
     known = {**given.get("model", {}), **given.get("diffusion", {})}
     sizes = ("large_size", "small_size") if super_res else ("image_size",)
     unseen = ("num_heads", "attention_resolutions", "diffusion_steps", "noise_schedule", "rescale_timesteps")
@@ -130,7 +132,7 @@ def _shown(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) 
 
 
 def _check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -> None:
-    """Raise UserError where the settings that a checkpoint carries differ from the preset's."""
+    """Raise UserError if the settings stored in a checkpoint differ from the preset's."""
     carried = {**info["model"], **info["diffusion"]}
     free = affecting(BackboneSettings, "training") | affecting(DiffusionSettings, "training", "steps")
     for name, value in {**preset.model, **preset.diffusion}.items():

@@ -1,6 +1,6 @@
-"""Reads all settings of a run: sections of one JSON file, each setting also a flag.
+"""Reads all settings of a run from flags, the sections of a JSON file, and a checkpoint or a preset.
 
-Later sources win: defaults, the checkpoint's settings or a preset, the JSON file, flags.
+Later sources override earlier ones: defaults, the checkpoint's settings or a preset, the JSON file, flags.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Loaded(NamedTuple):
 
     config: Config
     args: argparse.Namespace
-    """The switches that aren't settings: dry_run, config."""
+    """The flags that are not settings: dry_run, config."""
     checkpoint: Checkpoint | None
-    """The checkpoint that the settings name, opened; None where they name none."""
+    """The checkpoint that the settings name, already read; None if they name none."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,9 +74,9 @@ def load(
 ) -> Loaded:
     """Read settings from the command line and the files that it names.
 
-    sections    the sections whose settings are flags of this script.
-    checkpoint  (section, name) of the setting that names a checkpoint. Its settings are overridden by all others.
-    Raises UserError, with one sentence that names the flag or the file and key.
+    sections    The sections whose settings are flags of this script.
+    checkpoint  (section, name) of the setting that names a checkpoint. All other sources override its settings.
+    Raises UserError with one sentence that names the flag, or the file and the key.
     """
     parser = _make_parser(description, sections, kind)
     args, unknown = parser.parse_known_args(argv)
@@ -102,7 +102,7 @@ def load(
     if args.print_config:
         shown = config.model_dump(mode="json", include={*sections, *(["deepspeed"] if "train" in sections else [])})
         if kind is SuperResConfig and "sample" in shown and "num_samples" not in config.sample.model_fields_set:
-            del shown["sample"]["num_samples"]  # not given, it follows the small images, which a number would fix
+            del shown["sample"]["num_samples"]  # by default it is the number of small images
         print(json.dumps(shown, indent=2))
         sys.exit(0)
     if checkpoint and opened is None:
@@ -113,10 +113,10 @@ def load(
 def describe(
     checkpoint: Checkpoint, preset: str = "", super_res: bool | None = None, preset_flag: str = "--preset"
 ) -> Config:
-    """The settings of a checkpoint alone: those that it carries, or a preset's, or what its shapes show.
+    """The settings of a checkpoint alone: those stored in it, or a preset's, or those inferred from its shapes.
 
-    super_res says which kind of model is wanted; None takes either. Raises UserError for another kind, and for
-    settings that can't be.
+    super_res is the kind of model that is wanted; None accepts both. Raises UserError for the other kind, and for
+    invalid settings.
     """
     super_res = checkpoint.super_res if super_res is None else super_res
     found = preset_of(preset, super_res, preset_flag)
@@ -125,7 +125,7 @@ def describe(
 
 
 def _with_null_class(config: Config, given: bool) -> Config:
-    """Switch the null class on where labels are dropped. `given` says whether the user set null_class."""
+    """Enable the null class if label_dropout is on. `given` says whether the user set null_class."""
     dropped = f"--label_dropout {config.train.label_dropout:g}"
     if not config.train.label_dropout or config.model.null_class:
         return config
@@ -137,7 +137,7 @@ def _with_null_class(config: Config, given: bool) -> Config:
 
 
 def _with_released_file(config: Config, setting: tuple[str, str]) -> tuple[Config, Checkpoint | None]:
-    """Where a preset but no checkpoint is named: the settings with its released file as checkpoint, and that opened."""
+    """If a preset but no checkpoint is named, add the preset's released file to the settings, and open it."""
     section, name = setting
     settings = getattr(config, section)
     if getattr(settings, name) or not getattr(settings, "preset", ""):
@@ -213,7 +213,7 @@ def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Confi
 def _checkpoint_layer(
     setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
 ) -> tuple[Checkpoint | None, list[tuple[str, Layer]]]:
-    """The checkpoint that the layers name, and the layer of its settings, or of those of the preset that is named."""
+    """The checkpoint that the layers name, and the layer with its settings, or with those of a named preset."""
     section, name = setting
     preset = _preset(section, layers, kind)
     given: Layer = {}
@@ -228,7 +228,7 @@ def _checkpoint_layer(
 
 
 def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:
-    """The preset named by the last layer that names one."""
+    """The preset that the last layer with a preset names."""
     named = [(source, layer[section]["preset"]) for source, layer in layers if "preset" in layer.get(section, {})]
     if not named or "preset" not in _section_class(kind, section).model_fields:
         return None
@@ -260,7 +260,7 @@ def _read_json(path: str, kind: type[Config]) -> Layer:
 def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
     merged: Layer = {}
     sources: dict[tuple[str, str], str] = {}
-    givers: dict[str, list[str]] = {}  # of each section, but for flags
+    givers: dict[str, list[str]] = {}  # section → sources of its settings other than flags
     for source, layer in layers:
         for section, values in layer.items():
             if section == "deepspeed":
@@ -282,7 +282,7 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
 
 
 def _aliases(source: str, section: str, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Replace improved-diffusion's switches (use_fp16, use_ddim) by the choices that they stand for."""
+    """Replace improved-diffusion's switches (use_fp16, use_ddim) by the equivalent choices."""
     values = dict(values)
     for switch, (name, choice) in _SWITCHES.items():
         if switch in known and is_true(values.get(switch)):
@@ -294,6 +294,7 @@ def _aliases(source: str, section: str, values: dict[str, Any], known: Collectio
 
 
 def _hint(kind: type[Config], section: str, name: str) -> str:
+    """The end of an error message about an unknown setting: where it belongs, or a similar name; may be empty."""
     if kind is Config and section == "model" and name in ("large_size", "small_size"):
         return "; super-resolution models are for super_res_train.py and super_res_sample.py"
     if kind is SuperResConfig and section == "model" and name == "image_size":
@@ -307,10 +308,11 @@ def _hint(kind: type[Config], section: str, name: str) -> str:
 
 
 def _sentence(error: ValidationError, sources: dict[tuple[str, str], str], givers: dict[str, list[str]]) -> str:
+    """The first validation error as a sentence that names the setting's source."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     message = what_is_wrong(error)
-    if len(location) < 2:  # between settings of a section, wherever each is from
+    if len(location) < 2:  # an error about several settings of a section
         named = " with ".join(givers.get(location[0], [])) if location else ""
         return f"{named}: {message}" if named else message
     section, name = location[0], location[1]

@@ -1,7 +1,7 @@
-"""Presets: the model and the process of each checkpoint that improved-diffusion released, and the way to its file.
+"""Presets: the settings of the checkpoints that improved-diffusion released, and the download of their files.
 
-The settings stand in configs/, where the same networks are trained from; a preset is a configuration's sections model
-and diffusion, under the configuration's name and under that of the released file.
+A preset consists of the sections model and diffusion of a file in configs/, which also trains that network. It can be
+found by the name of the configuration and by that of the released file.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ RELEASED = {
 
 @dataclass(frozen=True)
 class Preset:
-    """A published model. `model` and `diffusion` are whole sections, defaults included, as JSON has them."""
+    """A published model. `model` and `diffusion` are complete sections, including defaults, as in JSON."""
 
     name: str
-    released: str  # stem of the released file; empty: there is none
+    released: str  # stem of the released file, or empty
     url: str
     kind: Literal["unet", "super_res"]
     model: dict[str, Any]
@@ -58,7 +58,7 @@ class Preset:
 
 
 def _folder() -> Path:
-    """configs/, which lies inside an installed package and beside it in a checkout."""
+    """The folder configs/, inside an installed package or next to the package in a checkout."""
     return next(folder for place in fastdiff.__path__ if (folder := Path(place) / "configs").is_dir())
 
 
@@ -80,11 +80,11 @@ _presets = [_read(name, released) for name, released in RELEASED.items()]
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _presets} | {
     preset.released: preset for preset in _presets if preset.released
 }
-"""Every preset, under both of its names."""
+"""All presets, each by both of its names."""
 
 
 def find_preset(name: str, flag: str = "--preset") -> Preset:
-    """The preset of that name; UserError where there is none."""
+    """The preset with that name. Raises UserError if there is none."""
     if name not in PRESETS:
         near = did_you_mean(name, PRESETS)
         raise UserError(f"{flag}: {name} is not a preset{near}; there are {', '.join(RELEASED)}")
@@ -103,10 +103,10 @@ def preset_for_file(path: str | Path) -> Preset | None:
 
 
 def download(preset: Preset, folder: Path | None = None, progress: bool = True, flag: str = "--preset") -> Path:
-    """Return the path of the released checkpoint, and download it first if it isn't there.
+    """Return the path of the released checkpoint; downloads it first if it is missing.
 
-    `folder` is by default ~/.cache/fastdiff/checkpoints. Of several processes one downloads into it at a time.
-    Raises UserError where there is no such file or it can't be downloaded.
+    `folder` defaults to ~/.cache/fastdiff/checkpoints. Only one process at a time downloads into it. Raises UserError
+    if no checkpoint was released or the download fails.
     """
     if not preset.released:
         raise UserError(f"{flag} {preset.name}: no checkpoint of it was released; name one with --model_path")
@@ -139,6 +139,6 @@ def _fetch(preset: Preset, file: Path, progress: bool) -> None:
             shutil.copyfileobj(source, target, 1 << 20)
         target.flush()
         try:
-            weights.read_state_dict(partial_path(file))  # a connection that breaks off leaves a shorter file
+            weights.read_state_dict(partial_path(file))  # a broken connection leaves a truncated file
         except UserError:
-            raise OSError("it came incomplete") from None
+            raise OSError("the download is incomplete") from None

@@ -1,4 +1,4 @@
-"""The diffusion process: noising, its posterior, the reverse step from a network's output, and losses.
+"""The diffusion process: noising, its posterior, the reverse step computed from a network's output, and losses.
 
 Ho et al. 2020 (https://arxiv.org/abs/2006.11239); Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672).
 """
@@ -31,7 +31,7 @@ class ModelMeanType(Enum):
 
 
 class ModelVarType(Enum):
-    """How the variance of the reverse step is given."""
+    """What determines the variance of the reverse step."""
 
     LEARNED = "the network, as a log variance"
     FIXED_SMALL = "the posterior's"
@@ -48,7 +48,7 @@ class LossType(Enum):
 
 @dataclass(frozen=True)
 class PMeanVariance:
-    """p(x_{t-1} | x_t): each [B, C, H, W] float32."""
+    """p(x_{t-1} | x_t) and the predicted x_0, each [B, C, H, W] float32."""
 
     mean: Tensor
     variance: Tensor
@@ -58,7 +58,7 @@ class PMeanVariance:
 
 @dataclass
 class GaussianDiffusion:
-    """A process on the kept steps of a schedule; t [B] int64 is an index into those steps, 0 the least noisy."""
+    """A process on the kept steps of a schedule. t [B] int64 is an index into these steps; 0 is the least noisy."""
 
     schedule: Schedule
     mean_type: ModelMeanType = ModelMeanType.EPSILON
@@ -80,11 +80,11 @@ class GaussianDiffusion:
 
     @property
     def variance(self) -> str:
-        """How the second half of a network's output gives the variance, by the ops' name."""
+        """The ops' name for the meaning of the second half of a network's output: "learned", "range" or "fixed"."""
         return {ModelVarType.LEARNED: "learned", ModelVarType.LEARNED_RANGE: "range"}.get(self.var_type, "fixed")
 
     def at(self, table: str, t: Tensor) -> Tensor:
-        """The schedule's float64 table at t, as float32 [B]; tables are kept on the device after the first use."""
+        """The schedule's float64 table at t, as float32 [B]. Tables are cached on the device."""
         key = (table, t.device)
         if key not in self._tables:
             values = torch.from_numpy(getattr(self.schedule, table))
@@ -95,7 +95,7 @@ class GaussianDiffusion:
         return self.at(table, t)[:, None, None, None]
 
     def model_timesteps(self, t: Tensor) -> Tensor:
-        """The timesteps that the network gets: int64 of the original chain, or float32 scaled to 0..1000."""
+        """The network's timestep inputs: int64 steps of the original chain, or float32 scaled to 0..1000."""
         original = self.at("timestep_map", t)
         return original.float() * (1000.0 / self.schedule.original_steps) if self.rescale_timesteps else original
 
@@ -106,7 +106,7 @@ class GaussianDiffusion:
         return mean, variance, self._at("log_one_minus_alphas_cumprod", t).expand_as(x_start)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t for x_0 and the noise (drawn if not given)."""
+        """x_t for x_0 and the noise, which is drawn if None."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return ops.q_sample(x_start, self._loss_table(t.device)[t][:, :2], noise)
 
@@ -126,13 +126,13 @@ class GaussianDiffusion:
 
     @property
     def log_variance_table(self) -> str:
-        """The schedule's table of the fixed log variance; of a learned range, of its upper end."""
+        """The schedule's table with the fixed log variance, or with the upper end of a learned range."""
         if self.var_type is ModelVarType.FIXED_SMALL:
             return "posterior_log_variance_clipped"
         return "fixed_large_log_variance" if self.var_type is ModelVarType.FIXED_LARGE else "log_betas"
 
     def _variances(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Variance and log variance of the reverse step; `values` is the network's output for them, if any."""
+        """Variance and log variance of the reverse step; `values` is the network's prediction of them, or None."""
         high = self._at(self.log_variance_table, t)
         if values is None:
             small = self.var_type is ModelVarType.FIXED_SMALL
@@ -158,14 +158,9 @@ class GaussianDiffusion:
         return PMeanVariance(mean, variance, log_variance, pred_xstart)
 
     def p_mean_variance(
-        self,
-        model: Model,
-        x: Tensor,
-        t: Tensor,
-        clip_denoised: bool = True,
-        model_kwargs: dict[str, Any] | None = None,
+        self, model: Model, x: Tensor, t: Tensor, clip_denoised: bool = True, model_kwargs: dict[str, Any] | None = None
     ) -> PMeanVariance:
-        """p(x_{t-1} | x_t) by one evaluation of the network at x [B, C, H, W] float32."""
+        """p(x_{t-1} | x_t) from one evaluation of the network at x [B, C, H, W] float32."""
         output = model(x, self.model_timesteps(t), **(model_kwargs or {}))
         return self.p_mean_variance_from_output(output, x, t, clip_denoised)
 
@@ -194,9 +189,9 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         noise: ops.Noise | None = None,
     ) -> dict[str, Tensor]:
-        """The loss of every image, {"loss": [B], and "mse", "vb" if they are parts of it}, float32.
+        """The loss of every image: {"loss": [B], and "mse" and "vb" if they are parts of it}, float32.
 
-        x_start is float32 [B, C, H, W], or the bytes [B, H, W, C] of images. Only "loss" has a gradient.
+        x_start is float32 [B, C, H, W], or uint8 [B, H, W, C]. Only "loss" has a gradient.
 
         With learned variances and an MSE loss (L_hybrid, Nichol & Dhariwal 2021, eq. 16) the bound trains only the
         variances: its mean is detached.
@@ -225,14 +220,14 @@ class GaussianDiffusion:
         return {"loss": loss, "mse": mse, **({"vb": vb} if self.learns_variance else {})}
 
     def _loss_table(self, device: torch.device) -> Tensor:
-        """Coefficients of diffusion_loss at every t, [S, 10] float32 on the device."""
+        """The coefficients of ops.diffusion_loss at every t, [S, 10] float32 on the device."""
         key = ("loss", device)
         if key not in self._tables:
             self._tables[key] = torch.from_numpy(self.loss_coefficients().astype(np.float32)).to(device)
         return self._tables[key]
 
     def loss_coefficients(self) -> np.ndarray:
-        """[S, 10] float64, columns ops.LOSS_COLUMNS."""
+        """The coefficients of ops.diffusion_loss, [S, 10] float64 with columns ops.LOSS_COLUMNS."""
         s = self.schedule
         columns = {
             "log_variance": getattr(s, self.log_variance_table),
@@ -265,10 +260,10 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         noise: Callable[[int], Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The whole variational bound in bits per dimension.
+        """The complete variational bound in bits per dimension.
 
-        noise(t) returns the noise of step t, [B, C, H, W]; without it torch draws it. Returns total_bpd and prior_bpd
-        [B], and vb, xstart_mse, mse [B, T], column 0 the largest timestep.
+        noise(t) returns the noise of step t, [B, C, H, W]; if None, torch draws it. Returns total_bpd and prior_bpd
+        [B], and vb, xstart_mse and mse [B, T], whose column 0 is the largest timestep.
         """
         vb, xstart_mse, mse = [], [], []
         for step in reversed(range(self.num_timesteps)):
@@ -289,7 +284,7 @@ def create_diffusion(
 ) -> GaussianDiffusion:
     """The process that the settings describe; `learn_sigma` says whether the network predicts variances.
 
-    kept: the steps of the chain to keep, ascending, instead of a timestep_respacing; ValueError if both are given.
+    kept: the steps of the chain to keep, ascending, instead of timestep_respacing. Raises ValueError for both.
     """
     if learn_sigma:
         var_type = ModelVarType.LEARNED_RANGE

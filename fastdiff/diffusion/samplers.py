@@ -1,9 +1,8 @@
-"""The sampling loops of the library: generators that yield the state after every step, from noise to images.
+"""Sampling loops: generators that yield the state after every step, from noise to images.
 
-`noise(t)` gives the standard normal noise [B, C, H, W] of step t, as a tensor or as counters. So each image can have
-its own seed, and a test can pass recorded noise. `sampling.engine` runs the same plans in place, for jobs.
-
-One op computes the next x from the network's output; solvers are tables of its coefficients (diffusion.solvers).
+`noise(t)` returns the standard normal noise [B, C, H, W] of step t, as a tensor or as counters, so each image can have
+its own seed, and a test can pass recorded noise. One op computes the next x from the network's output; solvers are
+tables of its coefficients (diffusion.solvers). `sampling.engine` runs the same tables in place, for jobs.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ Noise = Callable[[int], ops.Noise]
 
 @dataclass(frozen=True)
 class Step:
-    """The state after step t: the sample x_{t-1} (x_{t+1} in reverse) and the x_0 that the step predicted.
+    """The state after step t: the sample x_{t-1} (x_{t+1} in reverse) and the predicted x_0.
 
-    t runs down to 0 with every solver. With Heun's, x_0 is predicted at the trial point.
+    t counts down to 0 with every solver. Heun's method predicts x_0 at the trial point.
     """
 
     t: int
@@ -47,15 +46,15 @@ def solve(
     clip: bool = True,
     input_dtype: torch.dtype | None = None,
 ) -> Iterator[Step]:
-    """Run a plan from x_T [B, C, H, W] float32; yields a Step after every complete row.
+    """Run a solver table from x_T [B, C, H, W] float32. Yields a Step after every complete row.
 
     predict(network_input, step)  The network's output [B, C or 2C, H, W] at that kept step of the schedule: the noise,
-                                  or x_0 if not `epsilon`. network_input is x; if a kernel computed it, it is x as
-                                  [B, 8, H, W] in `input_dtype`, if that is given.
-    noise(step)                   Called in rows that add noise; may be None if the plan is not stochastic.
+                                  or x_0 if not `epsilon`. network_input is x, or, if a kernel computed it and
+                                  `input_dtype` is given, x padded to [B, 8, H, W] in that dtype.
+    noise(step)                   Called in rows that add noise. May be None if the table is not stochastic.
     clip                          Clip the predicted x_0 to [-1, 1].
 
-    A float64 x is computed in float64, by the definitions, because the kernels are float32.
+    A float64 x is computed in float64 by the reference ops, because the kernels compute in float32.
     """
     if plan.stochastic and noise is None:
         raise ValueError("the plan is stochastic and needs noise")
@@ -141,7 +140,7 @@ def ddim_reverse_step(
     clip_denoised: bool = True,
     model_kwargs: dict[str, Any] | None = None,
 ) -> Step:
-    """One step of the deterministic flow towards noise: x_t → x_{t+1} (DDIM, section 4.3, backwards)."""
+    """One step of the deterministic DDIM flow towards noise: x_t → x_{t+1} (Song et al. 2020, section 4.3)."""
     t = _timesteps(x, step)
     pred_xstart = diffusion.p_mean_variance(model, x, t, clip_denoised, model_kwargs).pred_xstart
     eps = diffusion.predict_eps_from_xstart(x, t, pred_xstart)

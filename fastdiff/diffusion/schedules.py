@@ -1,4 +1,10 @@
-"""Noise schedules, the choice of the timesteps to keep, and the tables computed from them, in float64 on the CPU."""
+"""Noise schedules, timestep respacing and the coefficient tables of a process, all float64 on the CPU.
+
+named_betas       The variances of a named schedule.
+space_timesteps   The timesteps kept by improved-diffusion's `timestep_respacing`.
+keep_steps        The timesteps kept for a number of solver steps and a spacing.
+Schedule          The tables of a process on the kept timesteps.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +19,18 @@ import numpy as np
 if TYPE_CHECKING:
     from fastdiff.diffusion.settings import DiffusionSettings
 
+Spacing = Literal["uniform", "quadratic", "logsnr", "karras"]
+"""uniform: evenly in t. quadratic: evenly in its square root, denser near the image (Song et al. 2020, DDIM).
+logsnr: evenly in log(alpha / sigma) (Lu et al. 2022). karras: evenly in (sigma / alpha)^(1/7) (Karras et al. 2022,
+eq. 5)."""
+RHO = 7.0  # Karras et al. 2022, table 1
+
 
 def named_betas(noise_schedule: str, diffusion_steps: int) -> np.ndarray:
     """The variances beta_1..beta_T of a named schedule, [T] float64.
 
-    linear  Ho et al. 2020, section 4, scaled by 1000 / T so that chains of every length end equally noisy.
-    cosine  Nichol & Dhariwal 2021, eq. 17, betas capped at 0.999.
+    linear  Ho et al. 2020, section 4, scaled by 1000 / T so that chains of all lengths end at the same noise level.
+    cosine  Nichol & Dhariwal 2021, eq. 17, with betas clipped to 0.999.
     Raises ValueError for an unknown name and for a linear chain of 20 steps or fewer, whose betas would reach 1.
     """
     if noise_schedule == "linear":
@@ -46,9 +58,9 @@ def named_betas(noise_schedule: str, diffusion_steps: int) -> np.ndarray:
 def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
     """The steps of a chain of `num_timesteps` that a respacing keeps, ascending.
 
-    ""          all steps.
-    "10,15,20"  10, 15 and 20 evenly spaced steps in three equal parts of the chain, with the ends of each part.
-    "ddim50"    50 at a constant integer stride from 0 (DDIM, Song et al. 2020).
+    ""          All steps.
+    "10,15,20"  10, 15 and 20 evenly spaced steps in three equal parts of the chain, including the ends of each part.
+    "ddim50"    50 steps at a constant integer stride from 0 (DDIM, Song et al. 2020).
     Raises ValueError if the respacing is malformed or impossible.
     """
     if not respacing:
@@ -75,7 +87,7 @@ def space_timesteps(num_timesteps: int, respacing: str) -> list[int]:
             )
         spacing = (length - 1) / (count - 1) if count > 1 else 1.0
         position = 0.0
-        for _ in range(count):  # sums and halves are rounded as in improved-diffusion, to keep the same steps
+        for _ in range(count):  # the same sums and rounding as in improved-diffusion, to keep the same steps
             kept_steps.append(start + round(position))
             position += spacing
         start += length
@@ -95,9 +107,9 @@ def _nearest_ddim(num_timesteps: int, count: int) -> str:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The tables of a diffusion process with S kept steps: every array [S] float64, index 0 the least noisy.
+    """The tables of a diffusion process with S kept steps: arrays [S] float64, with the least noisy step at index 0.
 
-    timestep_map [S] int64 is each kept step's index in the chain of `original_steps`, on which the network was trained.
+    timestep_map [S] int64 holds each kept step's index in the chain of `original_steps` that trained the network.
     """
 
     betas: np.ndarray
@@ -108,10 +120,10 @@ class Schedule:
     def create(
         noise_schedule: str, diffusion_steps: int, timestep_respacing: str = "", kept: Sequence[int] | None = None
     ) -> Schedule:
-        """The named schedule, respaced: its betas are those of a chain of the kept steps alone.
+        """The named schedule on the kept steps alone, with betas that preserve alphas_cumprod at these steps.
 
-        The steps to keep are given by a respacing or as a list, ascending; ValueError if both are given, or if they are
-        not possible.
+        The steps to keep are given by a respacing or as an ascending list. Raises ValueError if both are given, or if
+        they are not possible.
         """
         if kept is None:
             kept = space_timesteps(diffusion_steps, timestep_respacing)
@@ -171,7 +183,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """Its log; the first step, whose log is -inf, takes the second one's value, or log beta if it is alone."""
+        """log(posterior_variance). The first step, where it is -inf, takes the second's value, or else log beta."""
         first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
         return np.log(np.append(first, self.posterior_variance[1:]))
 
@@ -189,7 +201,7 @@ class Schedule:
 
     @cached_property
     def fixed_large_variance(self) -> np.ndarray:
-        """beta; at the first step the second's posterior variance, for a better likelihood at t = 0."""
+        """beta, but at the first step the posterior variance of the second, for a better likelihood at t = 0."""
         return np.exp(self.fixed_large_log_variance)
 
     @cached_property
@@ -197,19 +209,12 @@ class Schedule:
         return np.append(self.posterior_log_variance_clipped[0], self.log_betas[1:])
 
 
-Spacing = Literal["uniform", "quadratic", "logsnr", "karras"]
-"""uniform: evenly in t. quadratic: evenly in its square root, denser near the image (Song et al. 2020, DDIM).
-logsnr: evenly in log(alpha / sigma) (Lu et al. 2022). karras: evenly in (sigma / alpha)^(1/7) (Karras et al. 2022,
-eq. 5)."""
-RHO = 7.0  # Karras et al. 2022, table 1
-
-
 def spaced_steps(alphas_cumprod: np.ndarray, steps: int, spacing: str, sigma_max: float) -> list[int]:
     """`steps` distinct indices into the chain alphas_cumprod [T], ascending from 0 to the last one below sigma_max.
 
     sigma_max bounds the noise sigma / alpha in units of the image: a cosine chain reaches 80,000, where float32 can't
-    resolve x_0 in x_t. A single step is the last one. Each index is the nearest to the spacing's target (as Karras
-    et al. 2022, appendix C.3.4, do with chains of steps), or a neighbour if another step has that index.
+    resolve x_0 in x_t. A single step is the last one. Each index is the nearest to the spacing's target (as in Karras
+    et al. 2022, appendix C.3.4), or a neighbour if another step takes that index.
     Raises ValueError if the chain has fewer steps up to that noise, and for an unknown spacing.
     """
     log_noise = 0.5 * (np.log1p(-alphas_cumprod) - np.log(alphas_cumprod))
@@ -227,7 +232,7 @@ def spaced_steps(alphas_cumprod: np.ndarray, steps: int, spacing: str, sigma_max
 
 
 def _wanted(log_noise: np.ndarray, steps: int, spacing: str) -> np.ndarray:
-    """The indices nearest to the spacing's targets, ascending from 0 to the last, perhaps with repetitions."""
+    """The indices nearest to the spacing's targets, ascending from 0 to the last, possibly repeated."""
     last = len(log_noise) - 1
     if spacing == "uniform":
         return np.rint(np.linspace(0, last, steps)).astype(np.int64)
@@ -246,7 +251,7 @@ def _wanted(log_noise: np.ndarray, steps: int, spacing: str) -> np.ndarray:
 
 
 def _distinct(places: np.ndarray) -> list[int]:
-    """Ascending indices made distinct: moved up just enough, and down again at the upper end; both ends stay."""
+    """Make ascending indices distinct by moving them up, or down at the upper end, as little as possible."""
     distinct = places.tolist()
     for i in range(1, len(distinct)):
         distinct[i] = max(distinct[i], distinct[i - 1] + 1)
@@ -257,7 +262,7 @@ def _distinct(places: np.ndarray) -> list[int]:
 
 
 def keep_steps(settings: DiffusionSettings, steps: int, spacing: str, sigma_max: float) -> list[int]:
-    """`spaced_steps` of the settings' whole chain; ValueError if the settings have a timestep_respacing."""
+    """`spaced_steps` of the settings' full chain. Raises ValueError if the settings have a timestep_respacing."""
     if settings.timestep_respacing:
         raise ValueError(f"steps {steps} and timestep_respacing {settings.timestep_respacing}: give one of them")
     whole = Schedule.create(settings.noise_schedule, settings.diffusion_steps)

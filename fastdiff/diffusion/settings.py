@@ -1,4 +1,4 @@
-"""Which diffusion process."""
+"""Settings of the diffusion process."""
 
 from __future__ import annotations
 

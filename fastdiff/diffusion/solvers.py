@@ -28,7 +28,7 @@ from fastdiff.diffusion.schedules import Spacing
 Solver = Literal["ddpm", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "heun"]
 HISTORY = ("earlier1", "earlier2", "earlier3")
 Row = dict[str, float]
-"""A row's coefficients by their names in ops.STEP_COLUMNS; 0 where not named."""
+"""A row's coefficients by their names in ops.STEP_COLUMNS; missing ones are 0."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,8 @@ class SolverTable:
 
 
 class SolverInfo(NamedTuple):
+    """A solver's entry in `SOLVERS`."""
+
     make: Callable[[GaussianDiffusion, float], SolverTable]
     """Computes the table for a process and a noise eta, which only ddim uses."""
     least_steps: int
@@ -81,7 +83,7 @@ class SolverInfo(NamedTuple):
 def solver_table(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0) -> SolverTable:
     """The solver's table for the timesteps that the process keeps.
 
-    eta scales DDIM's noise: 0 is none, 1 as much as DDPM's. Raises ValueError for an unknown solver, for fewer steps
+    eta scales DDIM's noise: 0 for none, 1 for as much as DDPM. Raises ValueError for an unknown solver, for fewer steps
     than the solver needs, and for an eta with any other solver.
     """
     if solver not in SOLVERS:
@@ -101,7 +103,7 @@ def _table(
     complete: Sequence[bool] | None = None,
     variance: str = "fixed",
 ) -> SolverTable:
-    """A table of the columns given, [E] each, and those that compute the predicted x_0."""
+    """A table with the given columns, [E] each, and those that compute the predicted x_0."""
     s, at = diffusion.schedule, np.array(steps, dtype=np.int64)
     known = {"recip": s.sqrt_recip_alphas_cumprod[at], "recipm1": s.sqrt_recipm1_alphas_cumprod[at], **columns}
     zeros = np.zeros(len(at))
@@ -149,7 +151,7 @@ def _ddim(diffusion: GaussianDiffusion, eta: float) -> SolverTable:
 
 
 def _descending(diffusion: GaussianDiffusion, columns: dict[str, np.ndarray], variance: str = "fixed") -> SolverTable:
-    """A table that visits every kept step once, from columns [S] in ascending order of the steps."""
+    """A table that visits every kept step once, from columns [S] in ascending order of steps."""
     steps = range(diffusion.num_timesteps - 1, -1, -1)
     return _table(diffusion, steps, {name: column[::-1] for name, column in columns.items()}, variance=variance)
 
@@ -181,7 +183,7 @@ class _Levels:
 
 
 def _phi(k: int, z: float) -> float:
-    """phi_k(z) = sum over n of z^n / (n + k)!, whose closed form cancels near 0."""
+    """phi_k(z) = sum over n of z^n / (n + k)!, by its series near 0, where the closed form loses digits."""
     if abs(z) < 1:
         return math.fsum(z**n / math.factorial(n + k) for n in range(20))
     return math.exp(z) if k == 0 else (_phi(k - 1, z) - 1 / math.factorial(k - 1)) / z

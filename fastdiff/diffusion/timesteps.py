@@ -1,4 +1,4 @@
-"""Timestep samplers for training. All state is on the device: neither drawing nor updating copies to the host."""
+"""Timestep samplers for training. Their state is on the device: sampling and updating don't copy to the host."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class UniformSampler:
         return t, importance[t]
 
     def table(self) -> tuple[Tensor, Tensor]:
-        """(upper edges of the timesteps' shares of [0, 2^48], [T] int64; importance weights [T] float32)."""
+        """(cumulative probabilities scaled to 2^48, [T] int64; importance weights [T] float32)."""
         if self._table is None:
             self._table = self._make_table()
         return self._table
@@ -38,11 +38,11 @@ class UniformSampler:
     def _make_table(self) -> tuple[Tensor, Tensor]:
         p = self.weights()
         p = p / p.sum()
-        # Integers, because their cumulative sum is the same on every device.
+        # Integers have the same cumulative sum on every device.
         return (p * 2.0**48).round().long().cumsum(0), (1 / (self.num_timesteps * p)).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        """Record this rank's unweighted losses [B] at t [B] but for non-finite ones; a collective operation."""
+        """Record this rank's finite unweighted losses [B] at t [B]. This is a collective operation."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -54,9 +54,9 @@ class UniformSampler:
 class LossSecondMomentSampler(UniformSampler):
     """Draws timesteps in proportion to sqrt(E[loss²]) (Nichol & Dhariwal 2021, section 3.3), after a uniform warm-up.
 
-    The last `history_per_term` losses of each timestep are kept, oldest first; the warm-up ends when every timestep has
-    so many. `uniform_prob` is the share of a uniform distribution. All ranks record all losses, in the order of the
-    ranks, so their histories are equal.
+    The last `history_per_term` losses of each timestep are kept, oldest first; the warm-up ends when all histories are
+    full. `uniform_prob` is the weight of a uniform distribution in the mixture. All ranks record the losses of all
+    ranks, in rank order, so their histories are equal.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class LossSecondMomentSampler(UniformSampler):
         if dist.is_initialized() and dist.get_world_size() > 1:
             t, losses = _gather(t), _gather(losses)
         depth = self.history.shape[1]
-        # A batch may have several losses of one timestep: the number of them before and after each.
+        # A batch may have several losses of one timestep: count those before and after each loss.
         finite = losses.isfinite()
         same = (t[:, None] == t[None, :]) & finite
         before = torch.tril(same, diagonal=-1).sum(dim=1)
@@ -101,7 +101,7 @@ class LossSecondMomentSampler(UniformSampler):
         shifted = self.history.gather(1, columns.clamp(max=depth - 1)) * (columns < self.counts[:, None])
         column = self.counts[t] - overflow[t] + before
         keep = finite & (after < depth) & (column >= 0)
-        flat = torch.cat([shifted.flatten(), shifted.new_zeros(1)])  # losses that are not kept go to the last place
+        flat = torch.cat([shifted.flatten(), shifted.new_zeros(1)])  # the last place takes losses that are dropped
         flat[torch.where(keep, t * depth + column, flat.numel() - 1)] = losses
         # In place: a CUDA graph reads and writes the same memory at every replay.
         self.history.copy_(flat[:-1].view_as(self.history))
@@ -127,7 +127,7 @@ def _gather(x: Tensor) -> Tensor:
 
 
 def create_timestep_sampler(name: str, num_timesteps: int, device: torch.device | str = "cpu") -> UniformSampler:
-    """The timestep sampler with that name; ValueError unless it is uniform or loss-second-moment."""
+    """Create the timestep sampler "uniform" or "loss-second-moment". Raises ValueError for another name."""
     samplers = {"uniform": UniformSampler, "loss-second-moment": LossSecondMomentSampler}
     if name not in samplers:
         raise ValueError(f"schedule_sampler {name!r} is not known; use uniform or loss-second-moment")

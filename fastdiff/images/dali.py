@@ -10,9 +10,9 @@ Differences from the reference pixels, in levels of 0 to 255, with DALI's CPU ba
     250 photos, about 500x375, JPEG     64x64       0.33   0.61   3      24
     the same                            256x256     0.18   0.43   1      25
 
-The largest ones lie on the middle line of odd sides, which Pillow's box filter blends and this pipeline leaves out.
+The largest differences lie on the middle line of odd sides, which Pillow's box filter blends and this pipeline omits.
 With a single cubic resize the mean at 64x64 would be 2.6, with a chain of linear halvings 2.1. On a GPU, nvJPEG's
-rounding is added.
+rounding adds to the differences.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Encoded(NamedTuple):
 
 
 Source = tuple[int, Encoded | np.ndarray]
-"""Index of an image, and either its file for DALI or its reference pixels."""
+"""The index of an image, and either its encoded file for DALI or its reference pixels."""
 
 
 class DaliLoader(Loader):
@@ -74,7 +74,7 @@ class DaliLoader(Loader):
         return lambda: self._assemble(parts, request.flips)
 
     def _fetch(self, index: int) -> Source:
-        """Read one image, and decode it unless DALI is to do that. Runs in the reading threads."""
+        """Read one image, and decode it unless DALI will do that. Runs in the reading threads."""
 
         def prepare(candidate: int, data: bytes) -> Encoded | np.ndarray:
             size = plain_size(data) if self._reader.channels != 4 and candidate not in self._undecodable else None
@@ -108,10 +108,11 @@ class DaliLoader(Loader):
         return to_device(torch.tensor(rows), self.device)
 
     def _decode(self, sources: list[Source]) -> tuple[list[Source], Tensor]:
-        """Decode the files among the sources. Returns the sources shown, and uint8 [n, H, W, 3] of the n files in them.
+        """Decode the files among the sources. Returns the sources after replacements, and uint8 [n, H, W, 3] of their
+        n files.
 
-        A file that DALI can't decode makes its whole batch fail. It is found by halving the batch, and read again with
-        Pillow, or replaced if that fails too.
+        A file that DALI can't decode makes its whole batch fail. It is found by bisection and decoded with Pillow, or
+        replaced if that fails too.
         """
         encoded = [source for _, source in sources if isinstance(source, Encoded)]
         if not encoded:
@@ -119,8 +120,8 @@ class DaliLoader(Loader):
         try:
             return sources, self._run(encoded)
         except (RuntimeError, ValueError, IndexError) as error:  # DALI keeps the type that its operator raised
-            # A pipeline can't be used after an error. Its threads may still be decoding other files, and freeing it at
-            # once has been seen to crash the process, so it is freed at the second failure after this one.
+            # A pipeline can't be used after an error. Its threads may still be decoding other files, and freeing it
+            # immediately has crashed the process, so it is freed at the second failure after this one.
             self._failed.append(self._pipeline)
             self._pipeline = None
             if len(sources) == 1:
@@ -134,7 +135,7 @@ class DaliLoader(Loader):
         shown, _ = self._reader.read(index, self._reader.reference)
         if shown == index and index not in self._undecodable:
             self._undecodable.add(index)
-            reason = " ".join(str(error).split())[:300]  # of many lines
+            reason = " ".join(str(error).split())[:300]  # it has many lines
             logger.warning("DALI can't decode %s, Pillow does: %s", self._reader.listing.path(index), reason)
         return self._fetch(index)
 
@@ -167,7 +168,7 @@ class DaliLoader(Loader):
         stages = self._halvings
 
         @pipeline_def(enable_conditionals=True)
-        def recipe():  # without annotations, because type checkers misread DALI's operators
+        def recipe():  # not annotated, because type checkers misinterpret DALI's operators
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             halvings = fn.external_source(name="halvings", dtype=types.INT32, ndim=0)
             sizes = fn.external_source(name="sizes", dtype=types.FLOAT, ndim=3)
@@ -210,7 +211,7 @@ class DaliLoader(Loader):
 
 
 def _sizes(item: Encoded, stages: int) -> np.ndarray:
-    """float32 [stages, 2, 2]: of each stage (height, width) made even and halved; 0 after the file's last stage."""
+    """float32 [stages, 2, 2]: (height, width) of each stage, first made even, then halved; 0 after the last stage."""
     sizes = np.zeros((stages, 2, 2), dtype=np.float32)
     before = item.size
     for stage, after in enumerate(item.recipe.halvings):

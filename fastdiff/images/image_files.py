@@ -1,10 +1,10 @@
-"""Image files before they are decoded: reading them, limits on their size, and their headers.
+"""Reads image files, recognises their formats, checks their sizes and parses their headers, all without decoding.
 
-The kind of a file follows from its content, not from its name. These limits hold before anything is decoded:
+The format is determined by a file's content, not by its name. These limits are checked before decoding:
 
-    file            a regular one of at most MAX_FILE_BYTES
-    pixels          at most twice Pillow's MAX_IMAGE_PIXELS (178,956,970), by the header
-    scans of a JPEG at most so many that they write MAX_PASSES times the largest number of pixels
+    file    a regular file of at most MAX_FILE_BYTES
+    pixels  at most twice Pillow's MAX_IMAGE_PIXELS (178,956,970), according to the header
+    scans   of a JPEG: together they write at most MAX_PASSES times the largest number of pixels
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from PIL import Image
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 MAX_FILE_BYTES = 1 << 30
 MAX_PASSES = 10
-"""An ordinary progressive JPEG has 10 scans; thousands, of few bytes each, would keep a decoder busy for hours."""
+"""An ordinary progressive JPEG has 10 scans; thousands of scans of few bytes would keep a decoder busy for hours."""
 _JPEG_SIGNATURE, _PNG_SIGNATURE = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
-# Offset and bytes by which other kinds of files are recognised that often carry the name of an image.
+_JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # C4, C8 and CC are no start-of-frame markers
+_JPEG_BASELINE, _JPEG_PROGRESSIVE, _JPEG_ADOBE, _JPEG_PADDING = 0xC0, 0xC2, 0xEE, 0xFF
+_JPEG_BARE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+_PNG_HARMLESS = (b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"bKGD")
+"""Chunks that change no pixel in either decoder."""
+# Offset, signature and name of other formats whose files are often named like images.
 _OTHERS = (
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
@@ -41,18 +46,18 @@ _OTHERS = (
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a regular file. ValueError if it is none or too large, OSError if it can't be read."""
+    """Read a regular file. Raises ValueError for other or too large files, OSError if it can't be read."""
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):  # a pipe or a device would never end
-            raise ValueError("it is no regular file")
+            raise ValueError("it is not a regular file")
         if found.st_size > MAX_FILE_BYTES:
             raise ValueError(f"the file has {found.st_size} bytes, at most {MAX_FILE_BYTES} are read")
         return file.read(MAX_FILE_BYTES + 1)[:MAX_FILE_BYTES]
 
 
 def other_kind(data: bytes) -> str:
-    """The kind of a file that is none of FORMATS, by its first bytes; empty if they don't tell."""
+    """The format of a file that is none of FORMATS, by its first bytes; empty if it is unknown."""
     return next((kind for at, start, kind in _OTHERS if data[at : at + len(start)] == start), "")
 
 
@@ -65,15 +70,15 @@ def max_pixels() -> float:
 
 
 def check_canvas(data: bytes) -> None:
-    """ValueError for a WebP of too many pixels, because Pillow allocates them as soon as it opens the file."""
+    """Raise ValueError for a WebP with too many pixels: Pillow allocates them as soon as it opens the file."""
     size = _webp_size(data)
     if size is not None and size[0] * size[1] > max_pixels():
         raise ValueError(f"it has {size[1]}x{size[0]} pixels, at most {max_pixels():.0f} are decoded")
 
 
 def check_scans(data: bytes, pixels: int) -> None:
-    """ValueError for a JPEG whose scans would take far longer to decode than its pixels should."""
-    scans = data.count(b"\xff\xda") if data.startswith(_JPEG_SIGNATURE) else 1  # never part of compressed pixels
+    """Raise ValueError for a JPEG whose scans would take much longer to decode than its pixels should."""
+    scans = data.count(b"\xff\xda") if data.startswith(_JPEG_SIGNATURE) else 1  # never part of the pixel data
     if scans * pixels > MAX_PASSES * max_pixels():
         raise ValueError(f"its {scans} scans of {pixels} pixels each would take too long to decode")
 
@@ -110,14 +115,9 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-_JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # less Huffman tables, an extension, arithmetic coding
-_JPEG_BASELINE, _JPEG_PROGRESSIVE, _JPEG_ADOBE, _JPEG_PADDING = 0xC0, 0xC2, 0xEE, 0xFF
-_JPEG_BARE = (0x01, *range(0xD0, 0xD9))  # markers without a length
-
-
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) of an 8-bit baseline or progressive JPEG, gray or YCbCr; None for any other."""
-    if data[-2:] != b"\xff\xd9":  # cut off, or followed by something: Pillow decides which
+    if data[-2:] != b"\xff\xd9":  # truncated, or followed by other data, which Pillow handles
         return None
     at, adobe_transform = 2, 1
     while data[at] == 0xFF:
@@ -136,10 +136,6 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
             return (body[1] << 8 | body[2], body[3] << 8 | body[4]) if plain and (components == 1 or ycbcr) else None
         at += 2 + length
     return None
-
-
-_PNG_HARMLESS = (b"gAMA", b"cHRM", b"sRGB", b"iCCP", b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"bKGD")
-"""Chunks that change no pixel in either decoder."""
 
 
 def _png_size(data: bytes) -> tuple[int, int] | None:

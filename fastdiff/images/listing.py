@@ -23,7 +23,7 @@ class Listing:
 
     root: Path
     names: list[str]
-    """Path of each image relative to root, with forward slashes. As Path objects ImageNet's would take 0.5 GB."""
+    """Path of each image relative to root, with forward slashes. Path objects for ImageNet would take 0.5 GB."""
     labels: np.ndarray
     """Class of each image, int64 [N]."""
     class_names: list[str]
@@ -45,7 +45,7 @@ class Listing:
 
 
 def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
-    """All images below data_dir, depth first; entries of a folder, files and folders alike, in code-point order."""
+    """All images below data_dir, depth first, with the files and folders of a folder in code-point order together."""
     root = Path(data_dir)
     if not str(data_dir):
         raise UserError("no image folder is given: name one with --data_dir")
@@ -87,7 +87,7 @@ def label_images(
     prefix: the file name up to its first underscore, or all of it if there is none.
     folder: the folder that holds the image, relative to data_dir.
     auto: folder if all images lie in at least two subfolders and no file name has an underscore, else prefix.
-    class_names are the classes of an earlier run, whose numbers are kept; UserError for images of other classes.
+    class_names are the classes of an earlier run, whose numbers are kept. Raises UserError for images of other classes.
     """
     if labels_mode == "auto":
         folders = {path.parent for path in paths} if not any("_" in path.name for path in paths) else set()

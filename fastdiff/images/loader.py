@@ -1,8 +1,9 @@
-"""The base class of the image loaders (order, shares of the ranks, reading ahead, resuming), and the Pillow loader.
+"""The base class of the image loaders, and `PillowLoader`, which decodes the reference pixels.
 
-Several threads read and decode images. One more, the driver, assembles the batches in order and copies them to the GPU,
-if there is one, on a CUDA stream of its own. A batch is handed out when it lies on the device, so neither the caller's
-thread nor its stream waits for a copy.
+The base class implements the order of the samples, the shares of the ranks, prefetching and resuming. Several threads
+read and decode images. Another thread, the driver, assembles the batches in order and copies them to the GPU, if there
+is one, on its own CUDA stream. A batch is returned once it is on the device, so neither the caller's thread nor its
+stream waits for a copy.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class Batch:
     labels: Tensor
     """[b] int64 on the loader's device."""
     positions: Tensor
-    """[b] int64 on the CPU: each sample's position in the stream, or for `once()` in the listing."""
+    """[b] int64 on the CPU: each sample's position in the endless sequence, or for `once()` in the listing."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """The samples of a batch to read; arrays [b] of int64, int64 and bool."""
+    """The samples of a batch to read: positions [b] int64, indices in the listing [b] int64, flips [b] bool."""
 
     positions: np.ndarray
     indices: np.ndarray
@@ -50,14 +51,14 @@ class Request:
 
 
 Finish = Callable[[], tuple[Tensor, np.ndarray]]
-"""Waits for requested samples. Returns uint8 [b, H, W, C], on the CPU or the device, and int64 [b], the index of each
-image shown. The driver calls it on its CUDA stream."""
+"""Waits for requested samples. Returns the images, uint8 [b, H, W, C] on the CPU or the device, and their indices,
+int64 [b], after replacements. The driver calls it on its CUDA stream."""
 
 
 class Loader(ABC):
     """An endless iterator over batches; `once()` iterates over the images a single time.
 
-    At least two batches are decoded ahead of the caller; `state_dict()` counts only those handed out.
+    At least two batches are decoded ahead of the caller; `state_dict()` counts only those that were returned.
     """
 
     loader_name: str
@@ -109,7 +110,7 @@ class Loader(ABC):
 
     @property
     def unreadable(self) -> list[Path]:
-        """The images found unreadable, and replaced, so far."""
+        """The images found unreadable so far, which are replaced."""
         return self._reader.unreadable
 
     def __iter__(self) -> Iterator[Batch]:
@@ -121,7 +122,7 @@ class Loader(ABC):
         try:
             batch = next(self._stream)
         except BaseException:
-            self._stream = None  # the next call begins again at the same position
+            self._stream = None  # the next call starts again at the same position
             raise
         self._position += self._order.batch_size
         return batch
@@ -129,14 +130,14 @@ class Loader(ABC):
     def once(self) -> Iterator[Batch]:
         """Iterate over this rank's share of the listing, [rank::world_size], in order and not mirrored.
 
-        The last batch may be smaller. The position in the endless stream stays the same.
+        The last batch may be smaller. The position in the endless sequence does not change.
         """
         mine = np.arange(self._rank, self.num_images, self._world_size, dtype=np.int64)
         parts = (mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size))
         return self._read_ahead(Request(part, part, np.zeros(len(part), dtype=bool)) for part in parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state by which a run continues with the next sample, with any number of ranks."""
+        """The state from which a run with any number of ranks continues at the next sample."""
         return {
             "position": self._position,
             "num_images": self.num_images,
@@ -144,7 +145,7 @@ class Loader(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position of `state`; warns if the folder holds other images than then."""
+        """Continue at the position of `state`. Logs a warning if the folder's images have changed since."""
         if state["fingerprint"] != self._reader.listing.fingerprint:
             logger.warning(
                 "the images below %s are not those that the run began with (%d then, %d now): "
@@ -157,12 +158,12 @@ class Loader(ABC):
         self._stream = None
 
     def reseed(self, seed: int) -> None:
-        """Continue at the same position in the stream of another seed."""
+        """Continue at the same position in the sequence of another seed."""
         self._order = replace(self._order, seed=seed)
         self._stream = None
 
     def close(self) -> None:
-        """Stop the threads; batches that were read ahead are lost."""
+        """Stop the threads and discard prefetched batches."""
         self._stream = None
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._driver.shutdown(wait=True, cancel_futures=True)
@@ -184,7 +185,7 @@ class Loader(ABC):
         while waiting:
             waiting.extend(map(self._begin, itertools.islice(requests, 1)))
             batch = waiting.popleft().result()
-            if self._side is not None:  # the memory comes from this stream, and the caller's uses it from here on
+            if self._side is not None:  # the driver's stream allocated the memory, and the caller's stream uses it
                 stream = torch.cuda.current_stream(self.device)
                 batch.images.record_stream(stream)
                 batch.labels.record_stream(stream)
@@ -194,7 +195,7 @@ class Loader(ABC):
         return self._driver.submit(self._deliver, request, self._start(request))
 
     def _deliver(self, request: Request, finish: Finish) -> Batch:
-        """Wait until a batch lies on the device. Runs in the driver."""
+        """Wait until a batch is on the device. Runs in the driver."""
         with self._on_side():
             images, indices = finish()
             images = to_device(images, self.device)
@@ -203,18 +204,18 @@ class Loader(ABC):
         return Batch(images, labels, torch.from_numpy(request.positions))
 
     def _on_side(self) -> AbstractContextManager[object]:
-        """Make the driver's CUDA stream current; does nothing on a CPU."""
+        """A context in which the driver's CUDA stream is current; on a CPU it does nothing."""
         return nullcontext() if self._side is None else torch.cuda.stream(self._side)
 
     def _wait(self) -> None:
-        """Wait for the driver's CUDA stream by sleeping; `Stream.synchronize` would keep a core busy."""
+        """Wait for the driver's CUDA stream without spinning, as `Stream.synchronize` would."""
         if self._side is not None:
             event = torch.cuda.Event(blocking=True)
             event.record(self._side)
             event.synchronize()
 
     def _chunks(self, count: int) -> list[range]:
-        """Split range(count) into tasks for the threads: enough to share evenly, few enough to cost little time."""
+        """Split range(count) into tasks: enough to balance the threads, few enough to keep the overhead small."""
         size = max(1, min(8, count // (2 * self._num_workers)))
         return [range(i, min(i + size, count)) for i in range(0, count, size)]
 

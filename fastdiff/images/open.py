@@ -1,4 +1,4 @@
-"""Opens the loader that the settings ask for."""
+"""Opens the image loader that the settings select."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def open_images(
     limit: int | None = None,
     build_cache: bool = True,
 ) -> Loader:
-    """Open the images of settings.data_dir as batches for one rank. UserError if they can't be read as asked.
+    """Open the images of settings.data_dir as batches for one rank. Raises UserError if the settings don't allow it.
 
-    batch_size   of all ranks together.
-    class_names  classes of an earlier run, which fix the numbers of the classes.
-    limit        keeps only the first images of the listing; their classes are numbered over all of them.
-    build_cache  False: a cache is used if there is one, but none is built. The same holds with a limit.
+    batch_size   The global batch size, over all ranks.
+    class_names  The classes of an earlier run, which determine the class numbers.
+    limit        Use only the first images of the listing. Classes are still numbered over all images.
+    build_cache  False: an existing cache is used, but none is built. The same holds with a limit.
     """
     if channels not in MODES:
         raise UserError(f"images have 1 (gray), 3 (RGB) or 4 (RGBA) channels, not {channels}")

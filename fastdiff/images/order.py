@@ -1,9 +1,9 @@
-"""The order of the samples: an endless stream that all ranks of a run share.
+"""The order of the samples: an endless sequence that all ranks of a run share.
 
-The seed and a stream position k (0, 1, 2, …) alone determine an image and whether it is mirrored. Global batch s
-consists of positions [s·B, (s+1)·B), of which rank r of W takes every W-th, beginning with the r-th. So a run that has
-stored its position can continue with any number of ranks. Batches may reach from one epoch into the next, so no data
-set is too small and all ranks have equally many samples.
+The seed and a position k (0, 1, 2, …) in the sequence determine an image and whether it is mirrored. Global batch s
+consists of positions [s·B, (s+1)·B), of which rank r of W takes every W-th, starting with the r-th. So a run can
+continue from a stored position with any number of ranks. Batches may extend from one epoch into the next, so no data
+set is too small and all ranks have the same number of samples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Order:
-    """The stream of samples of a data set with num_images images, in global batches of batch_size."""
+    """The sequence of samples of a data set with num_images images, in global batches of batch_size."""
 
     num_images: int
     batch_size: int
@@ -32,7 +32,7 @@ class Order:
         return self.num_images
 
     def indices(self, positions: np.ndarray) -> np.ndarray:
-        """Index in the listing of the image at each stream position; both are int64 [n]."""
+        """The index in the listing of the image at each position; both are int64 [n]."""
         epochs, offsets = np.divmod(positions, self.epoch_length)
         if not self.shuffle:
             return offsets
@@ -43,13 +43,13 @@ class Order:
         return indices
 
     def flips(self, positions: np.ndarray) -> np.ndarray:
-        """Whether the sample at each stream position is mirrored, bool [n], with probability 1/2."""
+        """Whether the sample at each position is mirrored, bool [n], with probability 1/2."""
         seed = _mix(np.array([self.seed % 2**64], np.uint64))
         return _mix(positions.astype(np.uint64) + seed) >= np.uint64(2**63)
 
 
 def share(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """Stream positions, int64 [n], of a rank's part of the global batch that begins at position `start`."""
+    """The positions, int64 [n], of a rank's share of the global batch that starts at position `start`."""
     return np.arange(start + rank, start + batch_size, world_size, dtype=np.int64)
 
 
@@ -57,7 +57,7 @@ def share(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray
 def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch])))
     permutation = generator.permutation(num_images)
-    permutation.setflags(write=False)  # because the cache hands it to several callers
+    permutation.setflags(write=False)  # because the cache returns it to several callers
     return permutation
 
 

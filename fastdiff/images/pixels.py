@@ -1,9 +1,9 @@
 """Decodes an image file to its reference pixels, uint8 [H, W, C], with Pillow.
 
-This is improved-diffusion's recipe, with which its released models were trained: halve the image with a box filter
+This is the recipe with which improved-diffusion's released models were trained: halve the image with a box filter
 while both sides are at least twice the target's, resize it once (bicubic) to just cover the target, crop the centre and
-convert the colours. Because the conversion comes last, palette and 1-bit images are resized by nearest neighbour and
-transparent ones premultiplied, as Pillow does for those modes.
+convert the colours. Because the conversion comes last, Pillow resizes palette and 1-bit images by nearest neighbour and
+premultiplies transparent ones.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def recipe_for(height: int, width: int, size_hw: tuple[int, int]) -> Recipe:
 
 
 def load_image(source: str | PathLike[str] | bytes, size_hw: tuple[int, int], mode: str) -> np.ndarray:
-    """Decode an image, a path or a file's bytes, to uint8 [H, W, C] with the channels of `mode` (L, RGB or RGBA).
+    """Decode an image, given as a path or a file's bytes, to uint8 [H, W, C] in `mode` (L, RGB or RGBA).
 
-    ValueError for other kinds of files and for those beyond the limits of `image_files`. Pillow's own exceptions, of
-    many kinds, for images that it can't read or takes for a decompression bomb.
+    Raises ValueError for other formats and for files beyond the limits of `image_files`. Pillow raises exceptions of
+    many types for images that it can't read or considers a decompression bomb.
     """
     data = source if isinstance(source, bytes) else read_file(source)
     check_canvas(data)
@@ -73,7 +73,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """Reduce 16-bit gray to its high byte, as Pillow itself does with 16-bit colour; leaves other images alone."""
+    """Reduce 16-bit gray to its high byte, as Pillow itself does with 16-bit colour; other images stay unchanged."""
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -85,5 +85,5 @@ def _resize_and_crop(image: Image.Image, size_hw: tuple[int, int], mode: str) ->
         image = image.resize((width, height), resample=Image.Resampling.BOX)
     image = image.resize(recipe.cover[::-1], resample=Image.Resampling.BICUBIC)
     top, left = recipe.corner
-    image = image.crop((left, top, left + size_hw[1], top + size_hw[0]))  # first, as a strip's cover is large
+    image = image.crop((left, top, left + size_hw[1], top + size_hw[0]))  # before conversion: covers can be large
     return np.array(image.convert(mode))

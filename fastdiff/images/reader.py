@@ -1,8 +1,8 @@
-"""Reading single images by their index, and replacing those that can't be read.
+"""Reads single images by their index, and replaces those that can't be read.
 
-An unreadable image is named once in the log and replaced by the next readable one of the listing, together with its
-label, so that every loader and every resumed run sees the same samples. If more than 1% of a data set is unreadable,
-or all of it, the cause is likely not the single images, and the run stops.
+An unreadable image is logged once and replaced by the next readable one of the listing, together with its label, so
+every loader and every resumed run sees the same samples. If more than 1% of a data set or all of it is unreadable, the
+cause is probably not the individual images, and the run stops.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TOLERATED = 0.01
-"""Share of the data set that may be unreadable; one image may always be."""
+"""Fraction of the data set that may be unreadable. A single unreadable image is always tolerated."""
 
 
 def what_is_wrong(error: Exception) -> str:
@@ -79,15 +79,15 @@ class Reader:
         raise UserError(f"--data_dir: none of the {count} images below {self.listing.root} can be read")
 
     def attempt(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
-        """Call decode(index, bytes of the file); an image that can't be read is rejected, and the result is None."""
+        """Call decode(index, bytes of the file). If the image can't be read, it is rejected and None is returned."""
         try:
             return decode(index, read_file(self.listing.path(index)))
-        except Exception as error:  # Pillow's decoders raise many kinds, all about this one file
+        except Exception as error:  # Pillow's decoders raise many types, all about this one file
             self.reject(index, what_is_wrong(error))
             return None
 
     def reject(self, index: int, reason: str) -> None:
-        """Count an image as unreadable, and name it in the log the first time."""
+        """Count an image as unreadable, and log it the first time."""
         with self._lock:
             if index in self._unreadable:
                 return
@@ -101,7 +101,7 @@ class Reader:
             self._unreadable.pop(index, None)
 
     def stop_if_too_many(self) -> None:
-        """UserError, naming the first three, if more images are unreadable than tolerated."""
+        """Raise UserError, with the first three images, if more are unreadable than tolerated."""
         reasons, count = self.reasons, len(self.listing.names)
         if len(reasons) > max(1, TOLERATED * count) or len(reasons) == count:
             named = "; ".join(f"{self.listing.path(i)} ({why})" for i, why in list(reasons.items())[:3])

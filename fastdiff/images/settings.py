@@ -1,4 +1,4 @@
-"""What pictures to read and how."""
+"""Settings of the image data."""
 
 from __future__ import annotations
 

@@ -1,7 +1,11 @@
-"""The layers and blocks of the UNet. Weights are cast to their input's dtype, so one module serves every precision.
+"""The layers and blocks of the UNet.
 
-Parameter names are improved-diffusion's, which is why norms and convolutions sit in `nn.Sequential`s whose other
-places (SiLU, dropout) are empty: `group_norm_silu` computes those steps, too.
+Weights are cast to the dtype of the input, so one module serves every precision. Parameter names are those of
+improved-diffusion: norms and convolutions are therefore in `nn.Sequential`s whose other positions (SiLU, dropout) hold
+`nn.Identity`, because `group_norm_silu` computes those steps, too.
+
+Where kernels run, a residual block returns its result as a `Sum` that is not added up yet: the norm that follows adds
+it up and normalises it in one pass.
 """
 
 from __future__ import annotations
@@ -21,21 +25,53 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class Sum:
+    """A residual sum a + b + bias, [B, C, H, W] channels-last, that the first layer that needs it computes.
+
+    bias [C] belongs to the convolution that computed b without it.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, bias: Tensor) -> None:
+        self.parts: tuple[Tensor, Tensor, Tensor] | None = (a, b, bias)
+        self.total: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """The sum, which is computed here unless a norm has computed it."""
+        if self.parts is not None:
+            a, b, bias = self.parts
+            self.keep(a + (b + bias.to(b.dtype)[:, None, None]))
+        assert self.total is not None
+        return self.total
+
+    def keep(self, total: Tensor) -> None:
+        """Store the sum and free its parts."""
+        self.total, self.parts = total, None
+
+
+Map: TypeAlias = Tensor | Sum
+"""A feature map, as one layer passes it to the next."""
+
+
+def value(x: Map) -> Tensor:
+    """The map as a tensor."""
+    return x.value() if isinstance(x, Sum) else x
+
+
 class Conv2d(nn.Conv2d):
     """A convolution that runs in the dtype of its input."""
 
-    bias: nn.Parameter  # never None, unlike in torch's own
+    bias: nn.Parameter  # never None, unlike in torch's class
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, ops.conv_weight(self.weight, x), self.bias.to(x.dtype))
 
     def without_bias(self, x: Tensor) -> Tensor:
-        """The convolution, for a norm that adds the bias: that saves a pass, and a reduction for the gradient."""
+        """The convolution without its bias, which the next norm adds: this saves a pass, and a backward reduction."""
         return self._conv_forward(x, ops.conv_weight(self.weight, x), None)
 
 
 class InputConv(Conv2d):
-    """The first convolution; it also accepts maps padded to 8 channels with zeros (see `UNet.input_format`)."""
+    """The first convolution. It also accepts maps that are zero-padded to 8 channels (see `UNet.input_format`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, missing = self.weight, x.shape[1] - self.weight.shape[1]
@@ -78,7 +114,7 @@ class GroupNorm(nn.GroupNorm):
         return ops.group_norm_silu(x, self.weight, self.bias, **options)
 
     def of(self, x: Map, **options: Unpack[NormOptions]) -> tuple[Tensor, Tensor]:
-        """(x as a tensor, norm of cat(x, skip)); one op computes both where x is a sum that is not added up yet."""
+        """(x as a tensor, norm of cat(x, skip)). One op computes both if x is a `Sum` without its total."""
         if not isinstance(x, Sum) or x.parts is None:
             total = value(x)
             return total, self(total, **options)
@@ -89,7 +125,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def zeroed(module: nn.Module) -> nn.Module:
-    """The module with its parameters set to zero, so that its residual branch adds nothing at first."""
+    """Set a module's parameters to zero, so that its residual branch initially adds nothing. Returns the module."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -117,15 +153,15 @@ def _norm_and_conv(layers: nn.Sequential) -> tuple[GroupNorm, Conv2d]:
 
 
 def _leaves_sum(last: nn.Conv1d | nn.Conv2d, h: Tensor) -> bool:
-    """Whether the next norm's kernel adds up the residual; not under ZeRO-3, whose hooks need tensors from modules."""
+    """Whether the next norm computes the residual sum; not under ZeRO-3, whose hooks need tensors from modules."""
     return ops.uses_kernels(h) and not hasattr(last.weight, "ds_id")
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around a residual, conditioned on the time embedding.
+    """Two 3x3 convolutions with a residual connection, conditioned on the time embedding.
 
     forward: x [B, C1, H, W], emb_out [B, emb_width] float32 (the result of `emb_layers`), skip [B, C2, H, W] or None
-    → [B, out_channels, H, W], where kernels run as a `Sum`. `channels` = C1 + C2.
+    → [B, out_channels, H, W]; with kernels, a `Sum`. `channels` = C1 + C2.
     """
 
     def __init__(
@@ -161,9 +197,9 @@ class ResBlock(nn.Module):
 
 
 def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor]:
-    """Each block's `emb_layers` of the embedding [B, E] float32, as one matrix product for all blocks.
+    """The `emb_layers` of all blocks applied to the embedding [B, E] float32, as a single matrix product.
 
-    A network has about thirty blocks: on a GPU separate products would be as many launches, and twice that backward.
+    A network has about thirty blocks. On a GPU, separate products would be one launch each, and two in backward.
     """
     linears = [cast(Linear, block.emb_layers[1]) for block in blocks]
     if any(hasattr(linear.weight, "ds_id") for linear in linears):  # ZeRO-3 gathers weights module by module
@@ -174,13 +210,13 @@ def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor]:
 
 
 def embedding_weights(blocks: Sequence[ResBlock]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one product that computes all blocks' embeddings."""
+    """Weight and bias of the single product that computes the embeddings of all blocks."""
     linears = [cast(Linear, block.emb_layers[1]) for block in blocks]
     return torch.cat([linear.weight for linear in linears]), torch.cat([linear.bias for linear in linears])
 
 
 class SkipConv(Conv2d):
-    """The 1x1 convolution beside a residual branch, of cat(x, skip)."""
+    """The 1x1 convolution of cat(x, skip) in the shortcut of a residual block."""
 
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__(channels, out_channels, 1)
@@ -190,7 +226,7 @@ class SkipConv(Conv2d):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels around a residual, [B, C, H, W] → the same, where kernels run as a `Sum`."""
+    """Self-attention over all pixels with a residual connection, [B, C, H, W] → the same; with kernels, a `Sum`."""
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -221,14 +257,14 @@ class Downsample(nn.Module):
 
 
 class UpsampleConv(Conv2d):
-    """Nearest-neighbour enlargement by 2 and a 3x3 convolution, in one op."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution, in one op."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.upsample_conv(x, self.weight, self.bias)
 
 
 class Upsample(nn.Module):
-    """An `UpsampleConv`, by its name in improved-diffusion."""
+    """An `UpsampleConv` under improved-diffusion's parameter name."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -236,35 +272,3 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
-
-
-class Sum:
-    """a + b + bias of a residual block, [B, C, H, W] channels-last, added up by the first layer that needs it.
-
-    bias [C] is that of the convolution that computed b, which ran without it.
-    """
-
-    def __init__(self, a: Tensor, b: Tensor, bias: Tensor) -> None:
-        self.parts: tuple[Tensor, Tensor, Tensor] | None = (a, b, bias)
-        self.total: Tensor | None = None
-
-    def value(self) -> Tensor:
-        """The sum, computed unless a norm has done so."""
-        if self.parts is not None:
-            a, b, bias = self.parts
-            self.keep(a + (b + bias.to(b.dtype)[:, None, None]))
-        assert self.total is not None
-        return self.total
-
-    def keep(self, total: Tensor) -> None:
-        """Store the sum and free its parts."""
-        self.total, self.parts = total, None
-
-
-Map: TypeAlias = Tensor | Sum
-"""What one layer passes to the next."""
-
-
-def value(x: Map) -> Tensor:
-    """The map as a tensor."""
-    return x.value() if isinstance(x, Sum) else x

@@ -1,13 +1,14 @@
-"""Calculated cost of a network: floating-point operations and least memory traffic of every layer.
+"""Calculates the cost of a network: floating-point operations and minimal memory traffic of every layer.
 
-`operations` walks a network's modules (on the meta device if it is given settings, so nothing is allocated) and yields
-one record per operation. The columns, per image:
+`operations` walks a network's modules (on the meta device if it is given settings, so nothing is allocated) and returns
+one record per operation. The fields, per image:
 
-flops           of the products alone (2 * multiplications), forward, of the network as improved-diffusion defines it:
-                an upsampling convolution is a 3x3 one on the enlarged map. Backward is twice as much.
-run_flops       as computed here: upsampling is one transposed convolution, 4/9 of that (`kernels/convolutions.py`).
+flops           FLOPs of the products (2 * multiplications) in the forward pass, for the network as improved-diffusion
+                defines it: an upsampling convolution is a 3x3 one on the enlarged map. Backward takes twice as many.
+run_flops       FLOPs as computed here: upsampling is one transposed convolution with 4/9 of the operations
+                (`kernels/convolutions.py`).
 forward_bytes, backward_bytes
-                read and written by fused ops on 16-bit maps (32-bit in the float32 last layer), x in, y out:
+                bytes read and written by fused ops on 16-bit maps (32-bit in the float32 last layer), x in, y out:
 
                 convolution      forward x + y               backward x + 2 dy + dx (dx and dw each read dy)
                 group norm       forward 2 x + y             backward 2 (x + dy) + dx, statistics first
@@ -19,8 +20,8 @@ forward_bytes, backward_bytes
                 loss             forward y, 1 byte, dy       backward 0, as forward computes the gradient
                 embedding        0: vectors
 
-                A norm whose map stays on chip reads it once: then these numbers are too high.
-weight_bytes    weights read, forward and backward, and gradients written, in the maps' dtype, once per batch.
+                A norm whose map stays on chip reads it once, so these numbers are upper bounds.
+weight_bytes    bytes per batch of weights read, forward and backward, and gradients written, in the maps' dtype.
 
 Not counted: recomputation under use_checkpoint, the enlargement of small images, metrics.
 """
@@ -66,10 +67,10 @@ Kind = Literal[
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 UPSAMPLE_SHARE = 4 / 9
-"""Operations of the transposed 4x4 convolution over those of the 3x3 one on the enlarged map."""
+"""Ratio of the operations of the transposed 4x4 convolution to those of the 3x3 one on the enlarged map."""
 HALF, SINGLE = 2, 4  # bytes per element
 
-# Launches in a batch's forward and backward pass; a convolution's backward has one for dx and one for dw.
+# Kernel launches in a batch's forward and backward pass; the backward of a convolution has one for dx and one for dw.
 _LAUNCHES: dict[Kind, tuple[int, int]] = {
     "attention": (1, 2),
     "group norm": (2, 3),
@@ -83,7 +84,7 @@ _CONVOLUTION_LAUNCHES = (1, 2)
 
 @dataclass(frozen=True)
 class Operation:
-    """One layer's cost for one image. The module's docstring defines the numbers."""
+    """The cost of one operation for one image. The module's docstring defines the fields."""
 
     name: str
     """The module's name, e.g. input_blocks.1.0.in_layers.2."""
@@ -106,21 +107,21 @@ class Operation:
 
     @property
     def weight_bytes(self) -> tuple[int, int]:
-        """Bytes per batch: weights read forward; weights read and gradients written backward."""
+        """Bytes per batch: (weights read in forward, weights read and gradients written in backward)."""
         return self.element * self.parameters, 2 * self.element * self.parameters
 
 
 def optimiser_bytes(averages: int = 1, half_copy: bool = True) -> int:
-    """Bytes per parameter of one AdamW update: weight, moments and gradient in float32, averages, a 16-bit copy.
+    """Memory traffic of one AdamW update in bytes per parameter (see `kernels/adamw_ema.py`).
 
-    Reads weight, gradient and two moments, writes all but the gradient (28); reads and writes each average (8 each);
-    writes the 16-bit copy (2). See `kernels/adamw_ema.py`. 38 with one average.
+    It reads weight, gradient and two moments and writes all but the gradient, in float32 (28 bytes), reads and writes
+    each average (8 bytes), and writes a 16-bit copy (2 bytes).
     """
     return 28 + 8 * averages + (2 if half_copy else 0)
 
 
 def on_meta(settings: BackboneSettings) -> UNet:
-    """The network without memory for its weights."""
+    """The network on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return build_model(settings)
 
@@ -128,19 +129,19 @@ def on_meta(settings: BackboneSettings) -> UNet:
 def operations(network: BackboneSettings | UNet, element: int = HALF) -> list[Operation]:
     """The operations of one evaluation of the network and its training loss for one image, in order of execution.
 
-    element  bytes per number of the body's maps: 2 with bf16 and fp16, 4 with fp32.
+    element  Bytes per number in the maps of the body: 2 with bf16 and fp16, 4 with fp32.
     """
     model = network if isinstance(network, UNet) else on_meta(network)
     return list(_Walk(model, element).run())
 
 
 def forward_flops(network: BackboneSettings | UNet) -> float:
-    """Operations of one evaluation for one image, of the network as improved-diffusion defines it."""
+    """FLOPs of one evaluation for one image, for the network as improved-diffusion defines it."""
     return sum(op.flops for op in operations(network))
 
 
 def train_flops(network: BackboneSettings | UNet) -> float:
-    """Operations of one image's forward and backward pass: three times those of the forward pass."""
+    """FLOPs of one image's forward and backward pass: three times those of the forward pass."""
     return 3 * forward_flops(network)
 
 
@@ -152,8 +153,8 @@ def parameters(ops: Sequence[Operation]) -> int:
 def saved_bytes(ops: Sequence[Operation]) -> float:
     """Bytes of the maps that the forward pass keeps for the backward pass, per image, without use_checkpoint.
 
-    Each is counted where it is read: inputs of norms, of convolutions and of attention (and its result). A norm's
-    result is the input of the convolution after it. The 1x1 convolution beside a residual reads the norm's input.
+    Each map is counted where it is read: as input of a norm, a convolution or attention (whose result is counted, too).
+    The 1x1 convolution in a shortcut reads the norm's input, which is already counted.
     """
     total = 0.0
     for op in ops:
@@ -176,7 +177,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 class _Walk:
-    """Follows the size of the map through a network's modules."""
+    """Walks a network's modules in order of execution, with the size and width of the current map."""
 
     def __init__(self, model: UNet, element: int) -> None:
         self.model, self.settings, self.element = model, model.settings, element
@@ -185,7 +186,7 @@ class _Walk:
 
     def run(self) -> Iterator[Operation]:
         channels, pixels = self.settings.in_channels, _volume(self.size)
-        seen = self.settings.network_in_channels  # x_t, and the small image where there is one
+        seen = self.settings.network_in_channels  # x_t, and the small image if there is one
         shown = (seen, *self.size)
         yield Operation("q_sample", "noising", shown, forward_bytes=(channels + self.element * seen) * pixels)
         for module in self.model.time_embed:
@@ -222,7 +223,7 @@ class _Walk:
             elif isinstance(layer, Upsample):
                 yield self._conv(layer.conv, "upsample conv")
             else:
-                raise TypeError(f"no count for a {type(layer).__name__} in a UNet; the walk knows its layers by class")
+                raise TypeError(f"the cost of a {type(layer).__name__} is not known")
 
     def _res_block(self, block: ResBlock, skip: int) -> Iterator[Operation]:
         name = self.names[block]
@@ -263,18 +264,8 @@ class _Walk:
         c_in, c_out, length = conv.in_channels, conv.out_channels, _volume(self.size)
         products = 2.0 * c_in * c_out * length
         x, y = self.element * c_in * length, self.element * c_out * length
-        shape = (c_in, c_out, *self.size)
-        return Operation(
-            self.names[conv],
-            "conv1x1",
-            shape,
-            products,
-            products,
-            x + y,
-            2 * x + 2 * y,
-            _parameters(conv),
-            self.element,
-        )
+        name, shape, backward = self.names[conv], (c_in, c_out, *self.size), 2 * (x + y)
+        return Operation(name, "conv1x1", shape, products, products, x + y, backward, _parameters(conv), self.element)
 
     def _residual(self, name: str, made: int, given: int) -> Operation:
         channel = self.element * _volume(self.size)
@@ -297,7 +288,7 @@ class _Walk:
         )
 
     def _conv(self, conv: nn.Module, kind: Kind, element: int = 0, advance: bool = True) -> Operation:
-        """A 2-D convolution; with `advance` the walk continues with its result."""
+        """The cost of a 2-D convolution; with `advance` its result becomes the current map."""
         assert isinstance(conv, Conv2d)
         before = _volume(self.size)
         size = self.size

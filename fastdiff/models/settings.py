@@ -1,4 +1,4 @@
-"""What network to build."""
+"""Settings of the networks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from fastdiff.settings import Affects, Floats, Ints, Settings, Size, Switch
 
 TRAINING = Affects("training")
-"""Marks settings that only training uses: a network computes the same without them."""
+"""Marks settings that only training uses: they don't change the function that a network computes."""
 GROUPS = 32  # of every group norm (Ho et al. 2020)
 
 _DEFAULT_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}  # the seed's table by image size
@@ -70,7 +70,7 @@ class BackboneSettings(Settings):
 
     @property
     def level_mult(self) -> tuple[float, ...]:
-        """Width multiple of each level, the standard table applied."""
+        """Width multiple of each level, from channel_mult or the standard table."""
         return self.channel_mult or _DEFAULT_MULT[max(self.size_hw)]
 
     @property
@@ -79,7 +79,7 @@ class BackboneSettings(Settings):
 
     @property
     def attention_factors(self) -> tuple[int, ...]:
-        """Down-sampling factors at which attention stands."""
+        """Downsampling factors at which there are attention blocks."""
         return tuple(min(self.size_hw) // resolution for resolution in self.attention_resolutions)
 
     @model_validator(mode="after")

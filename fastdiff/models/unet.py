@@ -1,4 +1,8 @@
-"""The UNet of "Improved Denoising Diffusion Probabilistic Models" (https://arxiv.org/abs/2102.09672)."""
+"""The UNet of "Improved Denoising Diffusion Probabilistic Models" (https://arxiv.org/abs/2102.09672).
+
+`build_model` builds a network from settings, and `body_dtype` chooses the dtype of its body for a precision. `freeze`
+prepares a network for inference. `dummy_batch` makes inputs for measuring time and memory.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,11 @@ from fastdiff.models.blocks import (
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.ops import CounterNoise
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Stage(nn.Sequential):
-    """Layers between two skips. The skip goes to the first residual block, the next of emb_outs to each."""
+    """Layers between two skip connections. The first residual block gets the skip, and each the next of emb_outs."""
 
     def forward(  # type: ignore[override]
         self, x: Map, emb_outs: Iterator[Tensor], skip: Map | None = None, use_checkpoint: bool = False
@@ -52,7 +58,7 @@ class Stage(nn.Sequential):
 
 
 def _recomputed(layer: nn.Module, x: Map, *inputs: Tensor | None) -> Tensor:
-    """layer(x, …) with activations that are not stored but recomputed in the backward pass."""
+    """layer(x, …), whose activations are recomputed in the backward pass instead of stored."""
     return checkpoint(lambda *given: value(layer(*given)), value(x), *inputs, use_reentrant=False)
 
 
@@ -60,7 +66,7 @@ class UNet(nn.Module):
     """Predicts the noise (or x_0), and the variances with learn_sigma, from a noised image.
 
     forward: x [B, in_channels, H, W] float32, timesteps [B] int64 or float32, y [B] int64 labels of a
-    class-conditional model → [B, out_channels, H, W] float32. `dtype` is that of the body; the time embedding, the
+    class-conditional model → [B, out_channels, H, W] float32. `dtype` is the dtype of the body; the time embedding, the
     statistics of the norms and the last layer are always float32.
     """
 
@@ -116,7 +122,7 @@ class UNet(nn.Module):
 
     @property
     def input_format(self) -> tuple[torch.dtype, int] | None:
-        """(dtype, 8) if x may be a map of that dtype, padded to 8 channels with zeros; None if it may not."""
+        """(dtype, 8) if x may be a map of that dtype, zero-padded to 8 channels; else None."""
         first = self.input_blocks[0][0].weight  # type: ignore[index, union-attr]
         padded = self.settings.network_in_channels == self.settings.in_channels <= 4 and ops.uses_kernels(first)
         return (self.dtype, 8) if padded else None
@@ -126,7 +132,7 @@ class UNet(nn.Module):
         return self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
 
     def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """The embedding of timesteps and labels, which conditions all blocks: [B, 4 * num_channels] float32."""
+        """The embedding of timesteps and labels that conditions all blocks, [B, 4 * num_channels] float32."""
         emb = self.embed_time(timesteps)
         if (y is not None) != self.settings.class_cond:
             raise ValueError("labels y must be given exactly when the model is class-conditional")
@@ -138,7 +144,7 @@ class UNet(nn.Module):
         return [module for module in self.modules() if isinstance(module, ResBlock)]
 
     def project(self, emb: Tensor) -> list[Tensor]:
-        """Each residual block's projection of the result of `embed`, [B, its emb_width] float32 each."""
+        """The projections of an embedding for all residual blocks, [B, emb_width of the block] float32 each."""
         if self.projection is not None:
             weight, bias = self.projection
             projected = F.linear(F.silu(emb), weight, bias)
@@ -150,7 +156,7 @@ class UNet(nn.Module):
         emb_outs = iter(projected)
         use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
         h: Map = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if x.shape[1] == 1:  # one channel fits both layouts: without these strides torch takes NCHW
+        if x.shape[1] == 1:  # with one channel both layouts match, and without these strides torch assumes NCHW
             h = value(h).reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
         down: list[Map] = []
         up: list[Map] = []
@@ -167,7 +173,7 @@ class UNet(nn.Module):
         return self.body(x, self.project(self.embed(timesteps, y)), low_res)
 
     def body(self, x: Tensor, projected: Sequence[Tensor], low_res: Tensor | None = None) -> Tensor:
-        """The network after its embedding, which `project` has computed; samplers compute that beforehand."""
+        """The network after `project`, whose result is an argument so that samplers can compute it in advance."""
         h = self._walk(self._with_low_res(x, low_res), projected)[2][-1]
         norm, _, conv = self.out
         return conv(norm(h.float()))
@@ -182,11 +188,7 @@ class UNet(nn.Module):
     ) -> dict[str, list[Tensor] | Tensor]:
         """The output of every block: {"down": [...], "middle": map, "up": [...]}, each [B, C, H, W] in x's dtype."""
         down, middle, up = self._walk(self._with_low_res(x, low_res), self.project(self.embed(timesteps, y)))
-        return {
-            "down": [h.to(x.dtype) for h in down],
-            "middle": middle.to(x.dtype),
-            "up": [h.to(x.dtype) for h in up],
-        }
+        return {"down": [h.to(x.dtype) for h in down], "middle": middle.to(x.dtype), "up": [h.to(x.dtype) for h in up]}
 
     def set_precision(self, dtype: torch.dtype) -> UNet:
         """Compute the body in `dtype` (float32, bfloat16 or float16); weights are cast where they are used."""
@@ -195,7 +197,7 @@ class UNet(nn.Module):
 
 
 class SuperResUNet(UNet):
-    """A UNet that also reads a small image, low_res [B, in_channels, h, w] float32, enlarged bilinearly if need be."""
+    """A UNet that also takes a small image, low_res [B, in_channels, h, w] float32, which it enlarges bilinearly."""
 
     def _with_low_res(self, x: Tensor, low_res: Tensor | None) -> Tensor:
         if low_res is None:
@@ -204,24 +206,21 @@ class SuperResUNet(UNet):
 
 
 def enlarged(low_res: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Small images [B, C, h, w] enlarged to the given size; returned unchanged if they have it."""
+    """Enlarge small images [B, C, h, w] bilinearly to the given size; images of that size are returned unchanged."""
     if tuple(low_res.shape[2:]) == tuple(size_hw):
         return low_res
     return F.interpolate(low_res, tuple(size_hw), mode="bilinear", align_corners=False)
 
 
 def build_model(settings: BackboneSettings) -> UNet:
-    """The network that the settings describe."""
+    """Build the network that the settings describe."""
     return SuperResUNet(settings) if isinstance(settings, SuperResSettings) else UNet(settings)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 def body_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype for a precision on a device.
+    """The dtype of a network's body for a precision on a device.
 
-    bf16 means float32 on a CPU without bf16 instructions, where bf16 convolutions take ten times as long.
+    It is float32 for bf16 on a CPU without bf16 instructions, where bf16 convolutions take ten times as long.
     """
     if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
         return torch.float32
@@ -234,12 +233,12 @@ def _cpu_has_bf16() -> bool:
 
 @torch.no_grad()
 def freeze(model: UNet) -> UNet:
-    """Cast and lay out the weights for `model.dtype`, in place; the outputs stay the same to the last bit.
+    """Prepare a network for inference: convert the weights for `model.dtype` in place. The outputs stay bit-identical.
 
-    Convolutions' weights become channels-last in the body's dtype, those of upsampling 4x4 taps, the first one's padded
-    to 8 channels if `input_format` says so, and the blocks' embedding layers one matrix. Norms, the time embedding and
-    the last layer stay float32. Afterwards the state_dict does not fit checkpoints, and the ops' mode "reference" can't
-    run the network.
+    The weights of convolutions become channels-last in the body's dtype, those of upsampling convolutions 4x4 taps. The
+    first convolution's are padded to 8 channels if `input_format` is set, and the embedding layers of all blocks become
+    one matrix. Norms, the time embedding and the last layer stay float32. Afterwards the state_dict does not fit
+    checkpoints, and the ops' mode "reference" can't run the network.
     """
     model.eval().requires_grad_(False)
     padded = model.input_format
@@ -262,16 +261,16 @@ def _replace(module: nn.Conv1d | nn.Conv2d, weight: Tensor, dtype: torch.dtype) 
 
 
 class DummyBatch(NamedTuple):
-    """What `GaussianDiffusion.training_losses` takes after the network."""
+    """The arguments of `GaussianDiffusion.training_losses` after the network."""
 
     images: Tensor  # [B, H, W, C] uint8
     t: Tensor  # [B] int64
-    model_kwargs: dict[str, Tensor]  # "y" [B] int64 and "low_res" [B, C, h, w] float32, where the network takes them
-    noise: CounterNoise  # of the positions 0 to B - 1
+    model_kwargs: dict[str, Tensor]  # "y" [B] int64 and "low_res" [B, C, h, w] float32, if the network takes them
+    noise: CounterNoise  # of images 0 to B - 1
 
 
 def dummy_batch(settings: BackboneSettings, size: int, device: torch.device) -> DummyBatch:
-    """A batch of `size` black images, at timestep 0."""
+    """A batch of `size` black images at timestep 0, for measuring time and memory."""
     C, (H, W) = settings.in_channels, settings.size_hw
     images = torch.zeros(size, H, W, C, dtype=torch.uint8, device=device)
     positions = torch.arange(size, device=device)

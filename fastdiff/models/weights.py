@@ -1,7 +1,7 @@
-"""Checkpoint files: reading their state_dict, the settings stored in it, and settings inferred from keys and shapes.
+"""Reads checkpoint files: the state_dict, the settings stored in it, and settings inferred from keys and shapes.
 
-A file is a `state_dict` under improved-diffusion's parameter names. Ours carry the settings of their training in the
-state_dict's metadata, which other programs ignore.
+A file holds a `state_dict` with improved-diffusion's parameter names. fastdiff also stores the settings of the training
+run in the state_dict's metadata, which other programs ignore.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_state_dict(path: Path) -> OrderedDict[str, Tensor]:
-    """Read the state_dict in a file; UserError where it is something else, or carries invalid settings."""
+    """Read the state_dict in a file. Raises UserError for other content and for invalid stored settings."""
     state = read(path)
     named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
     if not named or not state:
@@ -55,15 +55,15 @@ def _stored_text(state: dict[str, Tensor]) -> Any:
 
 
 def _find_problem(text: Any) -> str:
-    """What is wrong with the stored settings; empty for valid ones, and where there are none."""
+    """What is wrong with the stored settings; empty if they are valid or absent."""
     if text is None:
         return ""
     try:
         info = json.loads(text)
     except (TypeError, ValueError, RecursionError):
-        return "they are no JSON"
+        return "they are not JSON"
     if not isinstance(info, dict):
-        return "they are no JSON object"
+        return "they are not a JSON object"
     if info.get("kind") not in ("unet", "super_res"):
         return f"kind is {quoted(info.get('kind'))}, not unet or super_res"
     for section in ("model", "diffusion"):
@@ -78,8 +78,8 @@ def _find_problem(text: Any) -> str:
 def infer_settings(state: dict[str, Tensor], super_res: bool = False, null_class: bool = False) -> dict[str, Any]:
     """Infer model settings from keys and shapes, which don't show heads, image size and the diffusion process.
 
-    They don't show either whether the last row of the label embedding is the null class: null_class says so. Raises
-    UserError when the keys are not those of this network.
+    null_class says whether the last row of the label embedding is the null class, which they don't show either. Raises
+    UserError if the keys are not those of this network.
     """
     try:
         return _infer(state, super_res, null_class)
@@ -128,9 +128,9 @@ def _infer(state: dict[str, Tensor], super_res: bool, null_class: bool) -> dict[
 
 
 def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
-    """What is wrong where the input channels show a super-resolution model, but none is wanted, or the reverse.
+    """An error message if the file has a super-resolution model and another is wanted, or the reverse; else empty.
 
-    The first convolution of such a model takes two images of 1, 3 or 4 channels, that of others takes one.
+    The first convolution of a super-resolution model takes two images of 1, 3 or 4 channels, that of others one.
     """
     first = state.get("input_blocks.0.0.weight")
     if first is None or first.ndim != 4 or first.shape[1] not in (1, 2, 3, 4, 6, 8):
@@ -143,7 +143,7 @@ def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
 def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path) -> None:
     """Raise the UserError that `load_into` would raise for a network of these settings, without allocating one.
 
-    Settings stored in a file could describe a network larger than any machine.
+    Settings stored in a file could describe a network larger than the memory of any machine.
     """
     if settings.num_res_blocks * len(settings.level_mult) > len(state):
         raise UserError(
@@ -159,9 +159,9 @@ def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path)
 
 
 def load_into(model: UNet, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state_dict; UserError where keys or shapes differ, saying which settings would fit.
+    """Load a state_dict. Raises UserError, with the settings that would fit, if keys or shapes differ.
 
-    Weights that aren't finite floating-point numbers are refused too.
+    Weights that are not finite floating-point numbers are rejected, too.
     """
     _compare(model, state, path)
     for name, value in state.items():
@@ -184,7 +184,7 @@ def _compare(model: UNet, state: dict[str, Tensor], path: Path) -> None:
 
 
 def _describe_difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
-    """Which flags would make a model that fits the file; else the first tensor that differs."""
+    """The flags for a model that fits the file, or else the first tensor that differs."""
     super_res = isinstance(settings, SuperResSettings)
     if mismatch := script_mismatch(state, super_res):
         return mismatch
@@ -225,7 +225,7 @@ _CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.pt$")
 
 
 def find(path: str) -> Path:
-    """The checkpoint file of a path: itself, or in the folder of a step or a run the newest EMA of the highest rate."""
+    """The checkpoint file at a path, or the newest EMA with the highest rate in the folder of a step or a run."""
     if not path:
         raise UserError("no checkpoint is named: give a .pt checkpoint or a run's folder")
     place = Path(path)

@@ -14,18 +14,18 @@ import torch
 from fastdiff.runtime.files import write_json
 from fastdiff.runtime.machine import cache_folder
 
-NOT_WORTH = 1.03
-"""How much faster a batch twice as large must be. Otherwise the smaller one is better: it balances work more evenly."""
+MIN_SPEEDUP = 1.03
+"""Least speedup for which a batch twice as large is chosen; smaller batches balance the work better."""
 
 
 def best_batch_size(
     seconds: Callable[[int], float], most: int, key: dict[str, Any], cache: Path | None = None
 ) -> tuple[int, str]:
-    """The fastest of 1, 2, 4, … up to `most`, and a line for the log that says how it was found.
+    """The fastest of the batch sizes 1, 2, 4, … up to `most`, and a log line that says how it was found.
 
     seconds(size)  Measures one network call. It may raise torch.OutOfMemoryError, or return infinity for a size that
-                   can't fit.
-    key            Everything that the result depends on. If `cache`, a JSON file, has it, nothing is measured.
+                   does not fit into memory.
+    key            Everything that the result depends on. If the JSON file `cache` contains it, nothing is measured.
 
     Raises torch.OutOfMemoryError if not even one image fits.
     """
@@ -46,12 +46,12 @@ def best_batch_size(
         rates[size] = rate
         if not rate or (best and size >= 4 * best):
             break
-        if not best or rate > NOT_WORTH * rates[best]:
+        if not best or rate > MIN_SPEEDUP * rates[best]:
             best = size
         size *= 2
     if not best:
         raise torch.OutOfMemoryError("not even one image fits")
-    with suppress(OSError):  # without a cache the size is only measured again next time
+    with suppress(OSError):  # if the cache can't be written, the size is measured again next time
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, {**_read(cache), digest: best}, sync=False)
     tried = ", ".join(f"{size}: {rate:.4g}" for size, rate in rates.items() if rate)

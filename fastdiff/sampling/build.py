@@ -1,4 +1,9 @@
-"""Builds the samplers that settings describe, joins two of them into a cascade, and runs a job for the scripts."""
+"""Builds samplers from settings and checkpoints, and runs sampling jobs with them.
+
+`build_sampler` opens a model's network and returns its sampler, or a `Cascade` that also enlarges the images with a
+super-resolution network. `build_upsampler` returns a sampler that enlarges given images. `run` draws with either into
+the output folder.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +40,7 @@ from fastdiff.settings import validated
 def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, count: int) -> Sampler | Cascade:
     """Build the sampler that the sections model, diffusion and sample describe, with the checkpoint's weights.
 
-    count is how many images this process draws. Raises UserError for networks that don't fit together.
+    count is the number of images that this process draws. Raises UserError for networks that don't fit together.
     """
     settings = config.sample
     with blaming("--model_path"):
@@ -66,7 +71,7 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
     enlarging = settings.model_copy(update={**unguided, **own})
 
     def make(inputs: Inputs) -> Sampler:
-        with _naming_flags(own="sr_"):
+        with _naming_flags(prefix="sr_"):
             most = min(count, base.batch_size)
             return Sampler(upsampler, enlarging, device, inputs=inputs, noise_key=ENLARGED, count=most)
 
@@ -76,7 +81,7 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
 def build_upsampler(
     config: SuperResConfig, checkpoint: Checkpoint, device: torch.device, world_size: int
 ) -> tuple[Sampler, BaseImages]:
-    """Build the sampler that enlarges the setting base_samples; returns it and the small images. Raises UserError."""
+    """Build a sampler that enlarges the images of base_samples. Returns it and those images. Raises UserError."""
     settings = config.sample
     with blaming("--model_path"):
         network = _network(config, checkpoint, settings, device)
@@ -95,7 +100,7 @@ def _network(config: Config, checkpoint: Checkpoint, settings: DrawSettings, dev
 
 
 def _guide(config: Config, settings: DrawSettings, device: torch.device) -> Network | None:
-    """Open the weaker network for autoguidance. A checkpoint that carries no settings has those of the model itself."""
+    """Open the weaker network for autoguidance. A checkpoint without stored settings takes the model's."""
     if not settings.guide_model_path:
         return None
     with blaming("--guide_model_path"):
@@ -106,10 +111,10 @@ def _guide(config: Config, settings: DrawSettings, device: torch.device) -> Netw
 
 
 @contextmanager
-def _naming_flags(own: str = "") -> Iterator[None]:
-    """Turn the setting's name that begins a UserError into a flag: "steps 7: ..." into "--steps 7: ...".
+def _naming_flags(prefix: str = "") -> Iterator[None]:
+    """Turn the setting's name at the start of a UserError into a flag: "steps 7: ..." into "--steps 7: ...".
 
-    `own` begins the flags of the settings that the second network of a cascade has for itself.
+    `prefix` comes before steps and batch_size, which the second network of a cascade has separately.
     """
     try:
         yield
@@ -117,8 +122,8 @@ def _naming_flags(own: str = "") -> Iterator[None]:
         text = str(error)
         if text.startswith("--"):
             raise
-        prefix = own if text.startswith(("steps", "batch_size")) else ""
-        raise UserError(f"--{prefix}{text}") from error
+        separate = text.startswith(("steps", "batch_size"))
+        raise UserError(f"--{prefix if separate else ''}{text}") from error
 
 
 def labels_of(network: Network, classes: str) -> Labels | None:
@@ -131,9 +136,9 @@ def labels_of(network: Network, classes: str) -> Labels | None:
 
 
 class Cascade:
-    """Draws with a base sampler and enlarges with another, without files in between.
+    """Draws images with a base sampler and enlarges them with another, without files in between.
 
-    The images are those of a job of the base model followed by a super-resolution job with its npz.
+    The result equals a job of the base model followed by a super-resolution job on its npz.
     """
 
     def __init__(self, base: Sampler, make_upsampler: Callable[[Inputs], Sampler]) -> None:
@@ -152,7 +157,7 @@ class Cascade:
         return Images(large.images, self._small.labels)
 
     def trace(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """As Sampler.trace, for the steps of the enlarging."""
+        """The same as `Sampler.trace`, for the steps of the second sampler."""
         self._index, self._small = index, self.base.draw(index)
         return self.upsampler.trace(index)
 
@@ -195,9 +200,10 @@ def run(
     identity: dict[str, Any] | None = None,
     note: str = "",
 ) -> list[Path]:
-    """Draw images 0 to count - 1 into the settings' folder; returns the files.
+    """Draw images 0 to count - 1 into the settings' output folder. Returns the paths of the files.
 
-    identity holds what the images depend on besides the sampler. note ends the closing line.
+    identity  Values besides the sampler's that the images depend on.
+    note      Text at the end of the last line printed.
     """
     identity = {**sampler.identity(), **(identity or {})}
     first, last = (sampler.base, sampler.upsampler) if isinstance(sampler, Cascade) else (sampler, sampler)

@@ -1,4 +1,8 @@
-"""What each image of a sampling job is conditioned on: its class, or the small image that is enlarged."""
+"""The conditioning of a sampling job's images: class labels, and small images for super-resolution.
+
+`parse_labels` reads --classes into `Labels`, which assigns a class to each image number. `BaseImages` holds the small
+images of an .npz file or a folder, and returns the network's arguments for image numbers.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,15 @@ from fastdiff.images.settings import DataSettings
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.untrusted import npz_header, read_npz_array
 
+LARGE = 256 << 20
+"""Bytes that any array in an npz may take when unpacked."""
+EXPANSION = 100
+"""A larger array may take this many times its file's bytes: images rarely compress to less than a tenth."""
+
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes as a function of the seed and the image's number: in turn, or at random if they have weights."""
+    """Assigns classes to image numbers: in turn, or, if they have weights, at random by the seed."""
 
     chosen: tuple[int, ...]
     weights: tuple[float, ...] = ()
@@ -47,7 +56,7 @@ class Labels:
 def parse_labels(classes: str, class_names: list[str], num_classes: int) -> Labels:
     """Read '0,5,cat' (in turn), 'cat:3,dog:1' (at random with weights), 'balanced' (all in turn) or '' (all at random).
 
-    A class is a number below num_classes or one of class_names. UserError for anything else.
+    A class is a number below num_classes or one of class_names. Raises UserError for anything else.
     """
     if classes.strip() == "balanced" and "balanced" not in class_names:
         return Labels(tuple(range(num_classes)))
@@ -88,14 +97,8 @@ def _weight(text: str, word: str) -> float:
     return weight
 
 
-LARGE = 256 << 20
-"""Bytes that an array may have however small its file is."""
-EXPANSION = 100
-"""Larger arrays may have this many times their file's bytes: images are rarely compressed to less than a tenth."""
-
-
 class BaseImages:
-    """Images [N, h, w, C] uint8 with labels [N] int64 or None. The files of a folder are read when they are needed."""
+    """Small images [N, h, w, C] uint8 and labels [N] int64 or None; the files of a folder are read lazily."""
 
     def __init__(self, source: str, settings: SuperResSettings, class_names: list[str]) -> None:
         """Raises UserError for images or labels that the model can't take."""
@@ -126,7 +129,7 @@ class BaseImages:
 
     @property
     def digest(self) -> str:
-        """A hash of the small images; of a folder, a hash of the files' names and sizes."""
+        """A hash of the small images, or of the names and sizes of a folder's files."""
         found = hashlib.sha256()
         if self._files is None:
             found.update(self._images.tobytes())
@@ -153,20 +156,20 @@ class BaseImages:
     def _load(self, file: Path, mode: str) -> np.ndarray:
         try:
             return load_image(file, self.settings.small_size, mode)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            # The flag is named here, because the error comes while the job draws, from which others come too.
+        except Exception as error:  # Pillow's decoders raise many types
+            # The flag is named here because callers can't tell it from other errors while the job draws.
             raise UserError(
-                f"--base_samples: {file} can't be read ({what_is_wrong(error)}); mend it, or take it out of the folder"
+                f"--base_samples: {file} can't be read ({what_is_wrong(error)}); repair it or remove it from the folder"
             ) from error
 
 
 def as_low_res(images: np.ndarray, device: torch.device) -> Tensor:
-    """Turn images [N, h, w, C] uint8 into a super-resolution model's input [N, C, h, w] float32 in [-1, 1]."""
+    """Convert images [N, h, w, C] uint8 to a super-resolution model's input [N, C, h, w] float32 in [-1, 1]."""
     return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read arr_0 and arr_1 (None if there is none) of an npz of small images. UserError if the model can't take them.
+    """Read arr_0 and arr_1 (None if absent) of an npz of small images. Raises UserError if they don't fit the model.
 
     Each array's header is checked before the array is read, and an array that would unpack to more than LARGE bytes
     and EXPANSION times the file's is refused, so that a small file takes little memory.
@@ -199,6 +202,6 @@ def read_npz(path: Path, settings: SuperResSettings) -> tuple[np.ndarray, np.nda
             return images, read_npz_array(archive, "arr_1", most).astype(np.int64)
     except UserError:
         raise
-    except Exception as error:  # zipfile, numpy and the operating system each have their own
+    except Exception as error:  # zipfile, numpy and the operating system raise many types
         reason = one_line(str(error))[:200]
         raise UserError(f"{path} is not an .npz of arrays, or is damaged ({reason})") from error

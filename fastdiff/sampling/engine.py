@@ -1,7 +1,7 @@
-"""Draws batches of images: a network call and one fused step for every row of a plan, as CUDA graphs if wanted.
+"""Draws batches of images: a network call and one fused update per row of a solver's table, optionally as CUDA graphs.
 
-All state lies at fixed addresses, so that a graph captured once serves every row, every batch and every image: the
-number of the row, those of the images and their conditioning are copied in, and the graph is replayed.
+All state has fixed addresses, so a graph that is captured once serves every row and every batch: the row number, the
+image numbers and the conditioning are copied in place, and the graph is replayed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastdiff.runtime.cuda_graphs import GraphRunner
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 
 WARM_UP = 2
-"""Rows computed without a graph before one is captured: code is compiled in them, and cuDNN chooses its kernels."""
+"""Rows computed before a graph is captured. During these, code is compiled and cuDNN chooses its kernels."""
 
 
 @dataclass
 class _State:
-    """A batch as it is drawn. Maps are channels-last; `input` is x itself where the network takes it as it is."""
+    """The state of a batch. Maps are channels-last; `input` is x itself if the network takes x without conversion."""
 
     x: Tensor  # [B, C, H, W] float32
     input: Tensor  # as GuidedNetwork.input_format says
@@ -37,17 +37,17 @@ class _State:
     history: list[Tensor]  # earlier predictions, the latest first
     row: Tensor  # [1] int64
     index: Tensor  # [B] int64
-    watch: Tensor  # [B] float32, the sum of all outputs: finite as long as they are
+    watch: Tensor  # [B] float32, the sum of each image's network outputs: finite only if all of them are
     given: dict[str, Tensor]  # GuidedNetwork.conditioning
 
 
 class Engine:
-    """Draws batches of at most `batch_size` images by the network's plan.
+    """Draws batches of at most `batch_size` images with the network's solver table, `plan`.
 
-    seed_and_key  The seed, with a key of `fastdiff.diffusion` in its high half. With it and the number of an image
-                  all noise of that image is fixed.
+    seed_and_key  The seed or-ed with a noise key of `fastdiff.diffusion`. It and an image's number determine all noise
+                  of the image.
     clip          Clip the predicted x_0 to [-1, 1].
-    fixed_shape   Fill up smaller batches, because compiled code is made for one shape; CUDA graphs always need it.
+    fixed_shape   Pad smaller batches, because compiled code is specialised to one shape; cuda_graph implies it.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Engine:
 
     @torch.no_grad()
     def steps(self, index: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Iterator[Step]:
-        """Draw images number `index` [n] int64, n at most batch_size; yields after every complete step.
+        """Draw the images with numbers `index` [n] int64, n <= batch_size. Yields a Step after every complete step.
 
-        y [n] int64 are their classes, low_res [n, C, h, w] float32 the images to enlarge. The tensors of a Step are
-        overwritten by the next one.
+        y [n] int64 holds their classes, low_res [n, C, h, w] float32 the images to enlarge. The next step overwrites
+        the tensors of a Step.
         """
         count = len(index)
         if count > self.batch_size:
@@ -97,7 +97,7 @@ class Engine:
     def finite(self, count: int) -> Tensor:
         """Whether each of the first `count` images of the last batch and its network outputs are finite, [n] bool.
 
-        The image alone doesn't show it: clipping turns an infinite prediction into 1.
+        The image alone does not show it, because clipping turns an infinite prediction into 1.
         """
         assert self._state is not None
         return (self._state.watch + self._state.x.sum(dim=(1, 2, 3))).isfinite()[:count]
@@ -108,7 +108,7 @@ class Engine:
         return last.sample
 
     def _begin(self, index: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> _State:
-        """Put x_T and the conditioning of a batch in place."""
+        """Initialise the state with x_T and the conditioning of a batch."""
         x = ops.image_noise(self.seed_and_key, index, 0, self.shape)
         given = self.network.conditioning(y, low_res)
         if self._state is None or not self._graphs.enabled:
@@ -149,14 +149,14 @@ class Engine:
         """Compute a row of the plan: a network call and a step."""
         state.row.copy_(self._rows[row : row + 1])
         guided = self.network.guided[row]
-        # A graph serves all rows that are guided, or all that aren't, so it takes noise if any row does.
+        # One graph serves all guided rows and another all other rows, so both add noise if any row does.
         noisy = self.plan.stochastic if self._graphs.enabled else self._noisy[row]
         work = functools.partial(self._work, state, guided, noisy)
         self._graphs.run(guided, work, warming_up=self._warm[guided] < WARM_UP)
         self._warm[guided] += 1
 
     def _work(self, state: _State, guided: bool, noisy: bool) -> None:
-        """Compute the row `state.row` in place. Noise makes no difference to a row whose sigma is 0."""
+        """Compute the row `state.row` in place. Noise has no effect in a row whose sigma is 0."""
         B = len(state.x)
         output = self.network(state.input, state.row, state.given, guided)
         state.watch += output.sum(dim=(1, 2, 3), dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A network as the engine calls it: by the rows of a solver's plan, and guided where that is wanted."""
+"""Evaluates a network at the rows of a solver's table, with or without guidance."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from fastdiff.runtime.machine import compile_kwargs
 
 @dataclass(frozen=True)
 class Guidance:
-    """output = weaker + weight (output - weaker), where the noise level lies in `interval`.
+    """output = weaker + weight (output - weaker) at noise levels in `interval`.
 
-    The weaker output is the null class's (Ho & Salimans 2022, https://arxiv.org/abs/2207.12598), or a weaker network's
-    with the same class (Karras et al. 2024, https://arxiv.org/abs/2406.02507). interval is (low, high] in sigma / alpha
-    (Kynkäänniemi et al. 2024, https://arxiv.org/abs/2404.07724).
+    The weaker output is that of the null class (classifier-free guidance, Ho & Salimans 2022,
+    https://arxiv.org/abs/2207.12598), or of a weaker network with the same class (autoguidance, Karras et al. 2024,
+    https://arxiv.org/abs/2406.02507). interval is (low, high] in sigma / alpha (Kynkäänniemi et al. 2024,
+    https://arxiv.org/abs/2404.07724).
     """
 
     weight: float = 1.0
@@ -30,7 +31,7 @@ class Guidance:
     guide: UNet | None = None
 
     def rows(self, plan: SolverTable, diffusion: GaussianDiffusion) -> list[bool]:
-        """Whether each row of a plan is guided."""
+        """Whether each row of a solver table is guided."""
         if self.weight == 1:
             return [False] * plan.num_evaluations
         schedule, (low, high) = diffusion.schedule, self.interval
@@ -39,10 +40,10 @@ class Guidance:
 
 
 class _Network:
-    """A network whose conditioning on the time is computed once, for every row of the plan.
+    """A network whose time conditioning is precomputed for every row of the solver table.
 
-    Without classes that is a table [E, width] of the inputs of all residual blocks. With classes it is the time
-    embedding, [E, 4 * num_channels], to which the class embedding is added before one product for all blocks.
+    Without classes, `table` [E, width] holds the projected embeddings of all residual blocks. With classes it holds the
+    time embeddings [E, 4 * num_channels]: the class embedding is added before the projection.
     """
 
     def __init__(self, model: UNet, plan: SolverTable, diffusion: GaussianDiffusion) -> None:
@@ -68,7 +69,7 @@ class _Network:
 
 
 class GuidedNetwork:
-    """A network's outputs at the rows of a plan, guided where its guidance says so."""
+    """Computes a network's outputs at the rows of a solver table, and applies guidance to those that it covers."""
 
     @torch.no_grad()
     def __init__(
@@ -79,9 +80,9 @@ class GuidedNetwork:
         guidance: Guidance | None = None,
         compiled: bool = False,
     ) -> None:
-        """The network must be in eval mode; `models.freeze.freeze` makes it faster.
+        """The network must be in eval mode; `models.unet.freeze` makes it faster.
 
-        compiled: compile the body of the network, and that of the guide, with torch.compile.
+        compiled: compile the bodies of the network and of the guide with torch.compile.
         """
         guidance = guidance or Guidance()
         self.settings, self.plan = model.settings, plan
@@ -97,11 +98,11 @@ class GuidedNetwork:
                 network.body = torch.compile(network.body, **kwargs)
         C = self.settings.in_channels
         weights = torch.ones(self.settings.out_channels)
-        weights[:C] = guidance.weight  # the predicted variances stay those of the stronger output
+        weights[:C] = guidance.weight  # guidance leaves the predicted variances unchanged
         self._weights = weights[:, None, None].to(self.device)
 
     def conditioning(self, y: Tensor | None = None, low_res: Tensor | None = None) -> dict[str, Tensor]:
-        """The inputs of every call that depend on a batch's classes [B] and small images [B, C, h, w] alone."""
+        """The inputs that are the same in all calls for a batch, from classes [B] and small images [B, C, h, w]."""
         given: dict[str, Tensor] = {}
         if y is not None:
             given["classes"] = self.network.labels(y)

@@ -1,4 +1,4 @@
-"""Opens the network of a checkpoint for drawing."""
+"""Opens the network of a checkpoint for sampling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiff.models.unet import body_dtype, freeze
 
 @dataclass(frozen=True)
 class Network:
-    """A network on its device, with what its checkpoint says about it."""
+    """A network on its device, and the metadata of its checkpoint."""
 
     model: UNet
     diffusion: DiffusionSettings
@@ -31,7 +31,7 @@ class Network:
 
     @property
     def known_classes(self) -> int:
-        """How many classes the training data had; the network may have room for more."""
+        """The number of classes in the training data; the network may have room for more."""
         return len(self.class_names) or self.settings.num_classes
 
 
@@ -43,9 +43,9 @@ def open_network(
     device: torch.device,
     frozen: bool = True,
 ) -> Network:
-    """Build the network that the settings describe with a checkpoint's weights. UserError if they don't fit.
+    """Build the network that the settings describe, with a checkpoint's weights. Raises UserError if they don't fit.
 
-    frozen=False leaves out `freeze`, for kernels "reference".
+    frozen=False skips `freeze`, which the kernels "reference" don't support.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")

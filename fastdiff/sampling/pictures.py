@@ -1,4 +1,4 @@
-"""Samples as pictures: 8-bit pixels, picture files and their names, grids, trajectories."""
+"""Converts samples to 8-bit pixels, and those to image files, grids, and strips and animations of trajectories."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastdiff.runtime.files import atomic_write
 CHANNELS = (1, 3, 4)
 """Numbers of channels that a picture can have: gray, RGB, RGBA."""
 NAMED = 5
-"""How many images an error names."""
+"""The most images that an error message lists by number."""
 
 
 class Images(NamedTuple):
@@ -29,8 +29,8 @@ class Images(NamedTuple):
 
 
 Draw: TypeAlias = Callable[[np.ndarray, Callable[[float], None]], Images]
-"""draw(index [n] int64, on_progress) → the images of the job with these numbers. It calls on_progress(images) with
-fractions of images as they are done, n in all. An exception of on_progress ends the drawing."""
+"""draw(index [n] int64, on_progress) → the images of the job with these numbers. After each step it calls
+on_progress(images) with the work done in units of an image, n in total. An exception from on_progress stops it."""
 
 
 def non_finite(images: list[int]) -> str:
@@ -98,9 +98,9 @@ def save_animation(file: BinaryIO, frames: list[np.ndarray], final: np.ndarray) 
 
 
 def class_words(class_names: list[str]) -> list[str]:
-    """Class names as file names can begin with them: different words of letters, digits and '-'.
+    """Turn class names into distinct prefixes of file names, of letters, digits and '-'.
 
-    Training takes the part of a file's name before the first underscore as its class.
+    The data loader takes the part of a file name before the first underscore as its class.
     """
     words: list[str] = []
     for label, name in enumerate(class_names):

@@ -1,9 +1,10 @@
-"""Draws images by number: chooses the plan, whether to compile and the batch size, and runs an engine."""
+"""Draws images by number: builds the solver table, chooses compilation and the batch size, and runs the engine."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,11 @@ from fastdiff.sampling.settings import DrawSettings
 from fastdiff.settings import affecting
 
 Inputs = Callable[[Tensor], dict[str, Tensor]]
-"""Extra arguments of the network for images number `index` [B]: {"low_res": …}, {"y": …}."""
+"""inputs(index [B] int64) → further arguments of the network for the images with these numbers: "low_res", "y"."""
 
 WORTHWHILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
-"""FLOPs of a process from which compiling pays: ten to twenty minutes of two CPU cores, or (a prediction) one of a GPU.
-Compiling takes a minute or two."""
+"""FLOPs per process from which compiling, which takes one or two minutes, saves time. Two CPU cores need 10 to 20
+minutes for them, a GPU about one minute (predicted)."""
 MOST = {"cpu": 64, "cuda": 4096}
 """The largest batch size that batch_size auto tries."""
 
@@ -42,9 +43,9 @@ MOST = {"cpu": 64, "cuda": 4096}
 class Sampler:
     """Draws any images of a job; image i is a function of the settings and i.
 
-    labels  Gives the classes for a class-conditional network.
-    inputs  Gives the small images (and their classes) for a super-resolution network.
-    count   How many images this process may draw at most, 0 if unknown: compiling pays for many only.
+    labels  Returns the classes for a class-conditional network.
+    inputs  Returns the small images (and their classes) for a super-resolution network.
+    count   The most images that this process may draw, 0 if unknown. Compiling pays only for many.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Sampler:
         noise_key: int = SAMPLES,
         count: int = 0,
     ) -> None:
-        """Raises UserError for impossible settings, in a sentence that begins with the setting's name."""
+        """Raises UserError for impossible settings; its message begins with the setting's name."""
         self.network, self.settings, self.device = network, settings, device
         self.labels, self.inputs = labels, inputs
         self.noise_key = noise_key
@@ -84,12 +85,11 @@ class Sampler:
             self.notes.append(prepare_cudnn(benchmark_limit=settings.cudnn_benchmark_limit))
         self.batch_size = self._batch_size(count)
         self.notes += precompile.start(self._launches, device)
-        self._engine: Engine | None = None
 
-    # --- what is drawn ---
+    # --- drawing ---
 
     def draw(self, index: np.ndarray, on_progress: Callable[[float], None] = lambda images: None) -> Images:
-        """Images number `index` [n] int64; see `pictures.Draw`. UserError if one is not finite."""
+        """Draw images number `index` [n] int64; see `pictures.Draw`. Raises UserError if one is not finite."""
         images, labels = [], []
         for batch in torch.from_numpy(index).split(self.batch_size):
             given = self._given(batch.to(self.device))
@@ -104,7 +104,7 @@ class Sampler:
         return Images(np.concatenate(images), np.concatenate(labels) if labels else None)
 
     def trace(self, index: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """(predictions of x_0 after every step, the images), each [n, H, W, C] uint8, for images number `index` [n]."""
+        """(predictions of x_0 after every step, the images), each [n, H, W, C] uint8, of images number `index` [n]."""
         frames: list[list[np.ndarray]] = []
         images = []
         for batch in torch.from_numpy(index).split(self.batch_size):
@@ -114,7 +114,7 @@ class Sampler:
         return [np.concatenate(each) for each in zip(*frames, strict=True)], np.concatenate(images)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that makes image i what it is, by the names of the settings."""
+        """Everything besides i that image i depends on: setting → value."""
         settings, network = self.settings, self.network
         unused: set[str] = set()  # settings that change no image of this job
         if not settings.steps:
@@ -137,7 +137,7 @@ class Sampler:
             found["classes"] = {"classes": list(self.labels.chosen), "weights": list(self.labels.weights)}
         return found
 
-    # --- how ---
+    # --- choices ---
 
     @property
     def flops(self) -> float:
@@ -242,11 +242,10 @@ class Sampler:
     def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> np.ndarray:
         """Draw a batch: images [n, H, W, C] uint8. UserError if one is not finite."""
         with tf32(self.settings.allow_tf32):
-            engine = self._engine_of()
-            for step in engine.steps(**given):
+            for step in self._engine.steps(**given):
                 on_step(step)
-        # This waits for the device, once a batch, as fetching the images does next.
-        if bad := given["index"][~engine.finite(len(given["index"]))].tolist():
+        # This waits for the device once per batch, as fetching the images does anyway.
+        if bad := given["index"][~self._engine.finite(len(given["index"]))].tolist():
             raise UserError(self._refusal(bad))
         return _pixels(step.sample)
 
@@ -259,21 +258,20 @@ class Sampler:
             advice.append(f"a guidance nearer 1 than {self.guidance.weight:g}")
         return f"{non_finite(bad)}, and are not written; try {', or '.join(advice)}"
 
-    def _engine_of(self) -> Engine:
+    @cached_property
+    def _engine(self) -> Engine:
         """The engine, built when the first image is drawn."""
-        if self._engine is None:
-            self._engine = Engine(
-                self._guided_network(self.compiled),
-                batch_size=self.batch_size,
-                seed_and_key=self.settings.seed | self.noise_key,
-                clip=self.settings.clip_denoised,
-                fixed_shape=self.compiled,
-                cuda_graph=self.cuda_graph,
-            )
-        return self._engine
+        return Engine(
+            self._guided_network(self.compiled),
+            batch_size=self.batch_size,
+            seed_and_key=self.settings.seed | self.noise_key,
+            clip=self.settings.clip_denoised,
+            fixed_shape=self.compiled,
+            cuda_graph=self.cuda_graph,
+        )
 
     def _given(self, index: Tensor) -> dict[str, Tensor]:
-        """Arguments of `Engine.steps` for images number `index`."""
+        """Arguments of `Engine.steps` for the images with numbers `index`."""
         given = {"index": index, **(self.inputs(index) if self.inputs else {})}
         if self.network.settings.class_cond and "y" not in given:
             assert self.labels is not None
@@ -286,17 +284,16 @@ def _pixels(samples: Tensor) -> np.ndarray:
 
 
 def _check_guide(network: Network, guide: Network) -> None:
-    """UserError unless the guide has the inputs and outputs of the network."""
-    for section in ("settings", "diffusion"):
-        ours, theirs = getattr(network, section), getattr(guide, section)
-        names = ("class_cond", "num_classes", "learn_sigma", "in_channels", "image_size", "large_size", "small_size")
-        if section == "diffusion":
-            names = ("diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps")  # type: ignore[assignment]
+    """Raise UserError unless the guide has the inputs and outputs of the network."""
+    model = ["class_cond", "learn_sigma", "in_channels", "image_size", "large_size", "small_size"]
+    if network.settings.class_cond:
+        model.insert(1, "num_classes")
+    process = ["diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps"]
+    for section, names in (("settings", model), ("diffusion", process)):
         for name in names:
-            if name == "num_classes" and not ours.class_cond:
-                continue
-            if getattr(ours, name, None) != getattr(theirs, name, None):
+            ours, theirs = (getattr(getattr(each, section), name, None) for each in (network, guide))
+            if ours != theirs:
                 raise UserError(
-                    f"--guide_model_path: {guide.file} has {name} {getattr(theirs, name, None)}, the model "
-                    f"{getattr(ours, name, None)}; a guide is a weaker version of the same model"
+                    f"--guide_model_path: {guide.file} has {name} {theirs}, the model {ours}; a guide is a weaker "
+                    "version of the same model"
                 )

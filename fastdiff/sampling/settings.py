@@ -1,4 +1,4 @@
-"""What to draw and how."""
+"""Settings of sampling and of likelihood evaluation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastdiff.ops import Kernels
 from fastdiff.settings import Affects, Count, Floats, Settings, Switch, Words
 
 IMAGES, NETWORK, BATCH = Affects("images"), Affects("network"), Affects("batch")
-"""Marks of settings: which images are drawn, by which networks in which arithmetic, and how many at a time. What has no
-mark says where files go, or how to compute the same images."""
+"""Marks of settings by what they affect: the images that are drawn, the networks and their arithmetic, the batch size.
+Unmarked settings say where files go, or how the same images are computed."""
 Precision = Literal["fp32", "bf16", "fp16"]
 FORMATS = ("npz", "png", "zip", "tar")
 
@@ -84,7 +84,7 @@ class DrawSettings(Settings):
     trajectory: int = Field(0, ge=0)
     """Images whose predicted x_0 over the steps becomes a strip and a GIF; 0: none."""
 
-    @field_validator("batch_size")
+    @field_validator("batch_size", "sr_batch_size", check_fields=False)  # subclasses have the latter
     @classmethod
     def _batch_size(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
@@ -140,11 +140,6 @@ class SampleSettings(DrawSettings):
     """Steps of the solver when enlarging; 0: those that sr_timestep_respacing keeps."""
     sr_timestep_respacing: str = ""
     """timestep_respacing when enlarging."""
-
-    @field_validator("sr_batch_size")
-    @classmethod
-    def _sr_batch_size(cls, value: int | str) -> int | str:
-        return cls._batch_size(value)
 
     @model_validator(mode="after")
     def _cascade(self) -> SampleSettings:

@@ -256,7 +256,9 @@ def test_download_of_a_cut_file(released: Preset, tmp_path: Path) -> None:
     served = tmp_path / "served" / "tiny_1K.pt"
     whole = served.read_bytes()
     served.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="--preset tiny: file:.* can't be fetched .*it came incomplete.*--model_path"):
+    with pytest.raises(
+        UserError, match="--preset tiny: file:.* can't be fetched .*download is incomplete.*--model_path"
+    ):
         download(released, progress=False)
     left = [path.name for path in cached_checkpoints().iterdir() if not path.name.endswith(".lock")]
     assert left == []

@@ -1,4 +1,4 @@
-"""What several tests share, and programs that tests start as processes of their own."""
+"""Helpers that several tests share, and programs that tests start as separate processes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Sampling jobs without a network: images that show their numbers, and processes that draw them and can be killed."""
+"""Sampling jobs without a network: images computed from their numbers, and processes that can be killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def drawing(
     shape: tuple[int, int, int] = SHAPE,
     told: Callable[[np.ndarray], None] = lambda index: None,
 ) -> Draw:
-    """Return a draw that takes `pause` seconds per image and first calls `told` with the numbers."""
+    """Return a draw function that first calls `told` with the numbers and takes `pause` seconds per image."""
 
     def draw(index: np.ndarray, on_progress: Callable[[float], None]) -> Images:
         told(index)
@@ -98,11 +98,11 @@ def names(folder: Path) -> list[str]:
 # --- other processes ---
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["fastdiff.sampling.job.job"])  # torch once, not for each of them
+context.set_forkserver_preload(["fastdiff.sampling.job.job"])  # import torch once for all of them
 
 
 def start(folder: Path, job: Job, **how: Any) -> Any:
-    """Start a process that draws the job; `how` goes to `work`."""
+    """Start a process that draws the job; `how` holds arguments of `work`."""
     process = context.Process(target=work, args=(str(folder), job), kwargs=how, daemon=True)
     process.start()
     return process
@@ -125,7 +125,7 @@ def work(
     often: float = 0.02,
     overwrite: bool = False,
 ) -> None:
-    """Run the job. killed_at > 0 kills the process at that number of files that it opens, renames or removes."""
+    """Run the job. killed_at = n > 0 kills the process at its n-th opening, renaming or removal of a file."""
     progress.LOOK = often
     sys.stdout = sys.stderr = open(log or os.devnull, "a", buffering=1)  # noqa: SIM115
     if killed_at:

@@ -18,7 +18,7 @@ from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diff
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model
 from helpers import TESTS
 
-DEVICE = os.environ.get("FASTDIFF_DEVICE", "cpu")  # cuda: the numbers recorded on a CPU, computed on a GPU
+DEVICE = os.environ.get("FASTDIFF_DEVICE", "cpu")  # with cuda, a GPU must reproduce the numbers recorded on a CPU
 FOLDER = Path(os.environ.get("FASTDIFF_GOLDEN") or TESTS / "golden")
 
 
@@ -28,7 +28,7 @@ class Case:
 
     folder: Path
     spec: dict[str, Any] = field(repr=False)
-    slack: Callable[[str], float] = lambda name: 1.0  # of each array's tolerance
+    slack: Callable[[str], float] = lambda name: 1.0  # array name → factor of its tolerance
 
     @cached_property
     def data(self) -> dict[str, np.ndarray]:
@@ -53,7 +53,7 @@ class Case:
         return torch.load(self.folder / name, weights_only=True)
 
     def check(self, name: str, got: Any) -> None:
-        """Compare with the array `name`, at its tolerance."""
+        """Assert that `got` equals the recorded array `name` within its tolerance."""
         spec, want = self.spec["arrays"][name], self.data[name]
         got = got.detach().cpu().numpy() if isinstance(got, torch.Tensor) else np.asarray(got)
         assert got.shape == want.shape, f"{name}: shape {got.shape}, recorded {want.shape}"
@@ -76,20 +76,20 @@ class Case:
         assert not bad.any(), f"{name}: {bad.sum()} of {bad.size} values off, worst {worst:.3g} times the tolerance"
 
     def conditioning(self, model: UNet) -> dict[str, torch.Tensor]:
-        """What the network takes beside images and timesteps: labels, and small images to enlarge."""
+        """The network's arguments besides images and timesteps: labels, and small images to enlarge."""
         takes = {"y": model.settings.class_cond, "low_res": isinstance(model.settings, SuperResSettings)}
         return {name: self.tensor(f"in_{name}") for name, needed in takes.items() if needed}
 
     def run_model(self, weights: str, hw: tuple[int, int]) -> UNet:
-        """The network of a case whose config lists `models` by file of weights."""
+        """The network of a case whose config lists `models` by the name of the weights file."""
         return load_model(self.config["models"][weights], self.weights(weights), hw)
 
 
 def class_conditional(case: Case, images: int, folder: Path) -> Case:
-    """The case with labels `in_y` for class-conditional networks, written as a case like any other.
+    """Write a copy of the case with class-conditional networks and labels `in_y`.
 
-    The recorded results stay: the right label's embedding, one for all images, is what the last bias of the time
-    embedding lacks. With any other label the outputs are NaN. Skips the test if the case has labels of its own.
+    The recorded results stay valid: the embedding of the correct label, the same for all images, is subtracted from the
+    last bias of the time embedding. Any other label makes the outputs NaN. Skips the test if the case has labels.
     """
     if case.has("in_y"):
         pytest.skip("recorded with labels")
@@ -113,7 +113,7 @@ def class_conditional(case: Case, images: int, folder: Path) -> Case:
 
 
 def cases(kind: str) -> Any:
-    """pytest parametrisation over the cases of a kind."""
+    """Parametrise a test over the cases of a kind."""
     found = []
     for file in sorted(FOLDER.glob("*/case.json")):
         spec = json.loads(file.read_text())
@@ -123,7 +123,7 @@ def cases(kind: str) -> Any:
 
 
 def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> BackboneSettings:
-    """Settings for a network that a case describes by the original's flags or constructor arguments."""
+    """Settings for a network that a case describes by improved-diffusion's flags or constructor arguments."""
     if "flags" in spec:
         kind = SuperResSettings if spec["builder"].startswith("sr_") else UNetSettings
         return kind(**{name: value for name, value in spec["flags"].items() if name in kind.model_fields})
@@ -154,6 +154,6 @@ def load_model(spec: dict[str, Any], weights: dict[str, torch.Tensor], hw: tuple
 
 
 def diffusion_for(flags: dict[str, Any]) -> GaussianDiffusion:
-    """The process that a case describes by the original's flags."""
+    """The process that a case describes by improved-diffusion's flags."""
     settings = {name: value for name, value in flags.items() if name in DiffusionSettings.model_fields}
     return create_diffusion(DiffusionSettings(**settings), learn_sigma=flags.get("learn_sigma", False))

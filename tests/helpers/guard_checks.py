@@ -18,16 +18,16 @@ from torch import Tensor
 from fastdiff.training.diagnostics.diagnosis import diagnose
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.trainer import Trainer
-from helpers.small_trainer import small_trainer
+from helpers.small_trainer import small_trainer, weights_of
 
 SETTINGS: dict[str, Any] = {"lr_warmup_steps": 5, "lr_anneal_steps": 20, "weight_decay": 0.1}
 THROUGH_ENGINE = {"wall_clock_breakdown": False}
-"""A section that forces the step through DeepSpeed and changes no number."""
+"""A DeepSpeed configuration that makes DeepSpeed take the step and changes no number."""
 
 
 @contextmanager
 def spoilt(trainer: Trainer, what: str, micro: int = 1, rank: int = 0) -> Iterator[None]:
-    """Within the block one micro-batch of one rank has an infinite loss with finite gradients (what="loss"), or nan
+    """In the block, one micro-batch of one rank has an infinite loss with finite gradients (what="loss"), or NaN
     gradients (what="gradient").
     """
     losses, seen = trainer.stepper.losses, iter(range(1000))
@@ -47,16 +47,12 @@ def spoilt(trainer: Trainer, what: str, micro: int = 1, rank: int = 0) -> Iterat
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that a step changes, on rank 0; only "updates" elsewhere. Collective."""
-    moments, updates = trainer._moments()
-    sets = {"model": trainer.master_weights.shards, **trainer.ema, **moments}
-    gathered = {kind: trainer.master_weights.gather(tensors) or {} for kind, tensors in sets.items()}
-    whole = {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
-    return {**whole, "updates": torch.tensor(updates)}
+    """All tensors that a step changes, on rank 0; only "updates" on other ranks. This is a collective operation."""
+    return {**weights_of(trainer), "updates": torch.tensor(trainer._moments()[1])}
 
 
 def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] | None = None, **settings: Any) -> None:
-    """A good, a bad and a good step give the bits of a good, no and a good step; the bad one changes no bit."""
+    """A non-finite step between two normal ones changes no bit, and has the same effect as no step at all."""
     made = {"zero_stage": stage, "precision": precision, "batch_size": 8, **SETTINGS, **settings}
     trainer = small_trainer(deepspeed=deepspeed, **made)
     case = (type(trainer.stepper).__name__, stage, precision, what, trainer.processes.world_size)
@@ -91,7 +87,7 @@ def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] 
 
 
 def check_diagnosis(settings: dict[str, Any]) -> None:
-    """A diagnosis of a step with nan gradients names its images, timesteps and losses, and finite norms by block."""
+    """The diagnosis of a step with NaN gradients lists its images, timesteps and losses, and finite norms by block."""
     trainer = small_trainer(lr_anneal_steps=10, **settings)
     trainer.loader.batch_size = trainer.plan.share  # a rank's share, as real loaders give
     trainer.take_step()
@@ -100,19 +96,15 @@ def check_diagnosis(settings: dict[str, Any]) -> None:
         trainer.take_step()
     lines, content = diagnose(trainer)
     images = trainer.processes.world_size * len(trainer.last_batch.positions)
-    assert (content["images"], content["step"], content["skipped_steps"], content["skipped_in_a_row"]) == (
-        images,
-        2,
-        1,
-        1,
-    )
+    wanted = {"images": images, "step": 2, "skipped_steps": 1, "skipped_in_a_row": 1}
+    assert {name: content[name] for name in wanted} == wanted
     assert content["lr"] == trainer.train.lr * 0.9
     t, _ = trainer.draw_timesteps(trainer.last_batch)
     timesteps = dict(zip(trainer.last_batch.positions.tolist(), t.tolist(), strict=True))
     assert all(timesteps[each["position"]] == each["timestep"] for each in content["worst"])
     losses = [each["loss"] for each in content["worst"]]
     assert losses == sorted(losses, reverse=True)
-    if trainer.processes.world_size == 1:  # MadeUp gives all ranks the same images, but not the same dropout
+    if trainer.processes.world_size == 1:  # ranks see the same images from MadeUp, but different dropout
         assert math.isclose(sum(losses) / len(losses), trainer.read_metrics()["loss"], rel_tol=1e-2)
     assert list(content["blocks"]) == [
         *("time_embed", "input_blocks.0", "input_blocks.1", "input_blocks.2", "input_blocks.3", "middle_block"),

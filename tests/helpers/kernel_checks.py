@@ -1,4 +1,4 @@
-"""What tests of kernels share: where they run, inputs, and how far a result may be off."""
+"""Helpers for tests of kernels: the device, inputs, and error bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = [torch.float32, *LOW]
 def normal(
     *shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Random numbers that are the same on every device; rounded to dtype."""
+    """Random numbers, rounded to dtype, that are the same on every device."""
     values = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values.to(dtype).to(DEVICE)
 
@@ -32,9 +32,8 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def assert_no_worse(got: Tensor, torchs: Tensor, exact: Tensor, what: str = "result", slack: float = 2.0) -> None:
-    """`got` may err, against the float64 `exact`, `slack` times as much as PyTorch at the same dtype, or one rounding.
-
-    One rounding: the machine epsilon of the dtype, of the largest value.
+    """Assert that the error of `got` against the float64 `exact` is at most `slack` times that of PyTorch in the same
+    dtype, or one rounding: the machine epsilon of the dtype times the largest value.
     """
     assert got.dtype == torchs.dtype, f"{what}: {got.dtype}, PyTorch gives {torchs.dtype}"
     assert got.shape == torchs.shape == exact.shape, f"{what}: {tuple(got.shape)} for {tuple(exact.shape)}"
@@ -46,9 +45,9 @@ def assert_no_worse(got: Tensor, torchs: Tensor, exact: Tensor, what: str = "res
 def results(
     function: Callable[..., Tensor], inputs: Sequence[Any], upstream: Tensor, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """The output of function(*inputs) and the gradients of all float tensors among them, for an upstream gradient.
+    """The output of function(*inputs), and the gradients of all float inputs for an upstream gradient.
 
-    With dtype (float64, for exact results) tensors are converted first.
+    With dtype (float64 for exact results), tensors are converted first.
     """
 
     def leaf(value: Any) -> Any:

@@ -1,8 +1,7 @@
-"""Compiles kernels ahead, then trains and draws with kernels that are launched on a GPU in name only.
+"""Compiles kernels ahead of time, then trains and samples with kernels that are launched on a simulated GPU.
 
-Prints as JSON which kernels the run's own dispatch found in Triton's cache and which it compiled: {"found": names,
-"compiled": names, "ahead": number of launches compiled ahead}. The process must run without TRITON_INTERPRET, with an
-empty cache.
+Prints as JSON which kernels the run found in Triton's cache and which it compiled: {"found": names, "compiled": names,
+"ahead": number of launches compiled ahead}. The process must run without TRITON_INTERPRET, with an empty cache.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def recorded() -> list[Any]:
 
 
 def compile_ahead(launches: list[Any]) -> int:
-    """Compile in two processes, as a run starts them; returns the number of launches."""
+    """Compile in two processes, as a run does. Returns the number of launches."""
     lines = list(dict.fromkeys(map(aot.to_json, launches)))
     workers = [precompile._spawn(ARCH, lines[i::2]) for i in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]

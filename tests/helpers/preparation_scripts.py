@@ -1,4 +1,4 @@
-"""Runs the preparation scripts as a user does, and looks at what they leave."""
+"""Runs the data preparation scripts as a user does, and inspects their results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SCRIPTS = ROOT / "datasets"
 
 
 def run_script(name: str, *flags: object, pythonpath: str = str(ROOT)) -> subprocess.CompletedProcess[str]:
-    """A process of its own."""
+    """Run a script in a separate process."""
     command = [sys.executable, str(SCRIPTS / name), *map(str, flags)]
     environment = dict(os.environ, PYTHONPATH=pythonpath)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def call_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    """The same with one worker in this process, which saves starting Python and loading libraries."""
+    """The same in this process with one worker, which saves starting Python and loading libraries."""
     command = [str(SCRIPTS / name), *map(str, flags), "--workers", "1"]
     out, error = io.StringIO(), io.StringIO()
     code: object = None
@@ -41,7 +41,7 @@ def call_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """What a run that succeeded said last."""
+    """The last line of a run that succeeded."""
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout.splitlines()[-1]
@@ -71,7 +71,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def images(folder: Path) -> list[str]:
-    """Names in a finished folder, in which nothing but images and the record may lie."""
+    """The names in a finished folder, which may contain only images and the record."""
     names = sorted(os.listdir(folder))
     assert names.pop(0) == ".preparation.json"
     return names

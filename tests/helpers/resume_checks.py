@@ -1,4 +1,4 @@
-"""Checks that resuming after k of N steps gives bit for bit the same as N steps. test_resume.py runs it.
+"""Checks that N steps and a run resumed after k of N steps are bit-identical. test_resume.py runs this program.
 
 python resume_checks.py DATA_FOLDER WORK_FOLDER STAGE:PRECISION:LOADER:K,K.. [...] [back:STAGE:PRECISION ...]
 """
@@ -20,6 +20,7 @@ from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import plan_step
 from fastdiff.training.trainer import Trainer
+from helpers.small_trainer import weights_of
 
 MODEL = UNetSettings(
     image_size=8,
@@ -36,7 +37,7 @@ DIFFUSION = DiffusionSettings(diffusion_steps=2, noise_schedule="cosine")
 
 
 def make_trainer(data: Path, snapshot: Snapshot | None = None, loader: str = "pillow", **settings: Any) -> Trainer:
-    """A trainer with all that has state: averages, dropout, micro-batches, a loss-aware timestep sampler."""
+    """A trainer with every kind of state: averages, dropout, micro-batches, a loss-aware timestep sampler."""
     processes = start_processes()
     given = {
         "batch_size": 8,
@@ -78,14 +79,9 @@ def steps(trainer: Trainer, count: int) -> list[float]:
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """All tensors that training changes, by name, on rank 0; None on others."""
-    moments, updates = trainer._moments()
-    sets = {"model": trainer.master_weights.shards, **trainer.ema, **moments}
-    gathered = {kind: trainer.master_weights.gather(tensors) for kind, tensors in sets.items()}
-    if gathered["model"] is None:
-        return None
-    whole = {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
-    return {**whole, "history": trainer.timestep_sampler.history, "updates": torch.tensor(updates)}
+    """All tensors that training changes, by name, on rank 0; None on other ranks."""
+    whole, updates = weights_of(trainer), torch.tensor(trainer._moments()[1])
+    return {**whole, "history": trainer.timestep_sampler.history, "updates": updates} if whole else None
 
 
 def check_exact_resume(

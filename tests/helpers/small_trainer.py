@@ -27,7 +27,7 @@ MODEL: dict[str, Any] = {
 
 
 class MadeUp:
-    """A loader of random images [B, 8, 8, 3] that depend on their position in the stream alone, on the GPU if any."""
+    """A loader of random images [B, 8, 8, 3] that depend only on their position, on the GPU if there is one."""
 
     class_names = ["only"]
     num_images = 1000
@@ -63,7 +63,7 @@ def small_trainer(
     deepspeed: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of four images a step, in two micro-batches unless settings say otherwise; no weight starts at zero."""
+    """A trainer with four images per step in two micro-batches by default; no weight starts at zero."""
     given = {"batch_size": 4, "microbatch": 2, "lr": 1e-3, "ema_rate": "0.9,0.99", "seed": 3, **settings}
     train = TrainSettings(**given)
     network_settings = UNetSettings(**{**MODEL, **(model or {})})
@@ -80,7 +80,7 @@ def small_trainer(
 
 
 def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
-    """Take steps; returns the metrics of each."""
+    """Take `steps` steps, and return the metrics of each."""
     made = []
     for _ in range(steps):
         trainer.take_step()
@@ -89,7 +89,7 @@ def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, averages and moments, as "model/NAME", "0.9/NAME", "exp_avg/NAME", …"""
+    """Weights, averages and moments, as "model/NAME", "0.9/NAME", "exp_avg/NAME", …; empty except on rank 0."""
     moments, _ = trainer._moments()
     sets = {"model": trainer.master_weights.shards, **trainer.ema, **moments}
     gathered = {kind: trainer.master_weights.gather(tensors) or {} for kind, tensors in sets.items()}

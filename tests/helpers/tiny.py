@@ -1,4 +1,4 @@
-"""What tests of the scripts share: tiny networks, checkpoints and pictures, and how a refusal is caught."""
+"""Helpers for tests of the scripts: tiny networks, checkpoints and pictures, and error messages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def flags(settings: dict[str, Any]) -> list[str]:
 
 
 def random_model(settings: BackboneSettings, seed: int = 0) -> UNet:
-    """A network none of whose weights is zero, as training would leave it: a new one draws nothing but zeros."""
+    """A network without zero weights, as after training: the output of a new network is always zero."""
     model = build_model(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def super_res(**changes: Any) -> UNet:
 
 
 def info_for(model: UNet, class_names: Sequence[str] = (), **diffusion: Any) -> dict[str, Any]:
-    """What a checkpoint of a training run says about itself."""
+    """The metadata of a training run's checkpoint."""
     return {
         "kind": "super_res" if isinstance(model.settings, SuperResSettings) else "unet",
         "model": model.settings.model_dump(mode="json"),
@@ -73,14 +73,14 @@ def info_for(model: UNet, class_names: Sequence[str] = (), **diffusion: Any) -> 
 
 
 def save(model: UNet, path: Path, class_names: Sequence[str] = (), **diffusion: Any) -> Path:
-    """A checkpoint with settings; diffusion are changes to DIFFUSION."""
+    """Save a checkpoint with settings; `diffusion` holds changes to DIFFUSION."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(weights.with_info(model.state_dict(), info_for(model, class_names, **diffusion)), path)
     return path
 
 
 def save_bare(model: UNet, path: Path) -> Path:
-    """A checkpoint as another program writes it: the weights, and nothing about them."""
+    """Save a checkpoint as another program writes it: the weights without settings."""
     torch.save({name: value.clone() for name, value in model.state_dict().items()}, path)
     return path
 
@@ -96,7 +96,7 @@ def pictures(folder: Path, names: Sequence[str], size: int = 8, channels: int = 
 
 
 def refusal(main: Main, argv: Sequence[object]) -> str:
-    """The one sentence with which a script refuses its arguments."""
+    """The error message with which a script rejects its arguments: a single line."""
     with pytest.raises(UserError) as caught:
         main([str(word) for word in argv])
     message = str(caught.value)
@@ -107,14 +107,14 @@ def refusal(main: Main, argv: Sequence[object]) -> str:
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every path below a folder with its size and time of change."""
+    """Every path below a folder, with its size and modification time."""
     stats = {str(path.relative_to(folder)): path.lstat() for path in sorted(folder.rglob("*"))}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 @contextmanager
 def nothing_written(folder: Path) -> Iterator[None]:
-    """Fails when the block creates, changes or removes a file below the folder."""
+    """Assert that the block creates, changes and removes no file below the folder."""
     before = files(folder)
     yield
     assert files(folder) == before
@@ -131,5 +131,5 @@ class RunsCode:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted, in float64."""
+    """The norm of the difference divided by the norm of `want`, in float64."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()

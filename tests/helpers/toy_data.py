@@ -1,4 +1,4 @@
-"""Data whose best predictor and whose flow are known: values from N(-mode, spread²) or N(mode, spread²), evenly."""
+"""Data with a known optimal predictor and flow: a mixture of N(-mode, spread²) and N(mode, spread²) in equal parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.diffusion.schedules import Schedule
 
 STARTS = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).reshape(1, 1, 1, -1)
-"""x_T at 41 places of the normal distribution."""
+"""41 values of x_T, evenly spaced from -2.5 to 2.5."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Modes:
     spread: float
 
     def predictor(self, diffusion: GaussianDiffusion) -> Callable[[Tensor, int], Tensor]:
-        """E[noise | x_t] of `solve`, in x's dtype."""
+        """The function x, step → E[noise | x_t] for `solve`, in x's dtype."""
         alphas_cumprod = diffusion.schedule.alphas_cumprod.tolist()
 
         def predict(x: Tensor, step: int) -> Tensor:
@@ -39,7 +39,7 @@ class Modes:
         return (self.spread**2 * math.sqrt(a) * x + (1 - a) * self.mode * side) / variance
 
     def quantile(self, x: Tensor, a: float) -> Tensor:
-        """The share of all x_t below x, which stays the same along the flow."""
+        """The fraction of all x_t below x, which is constant along the flow."""
         deviation, mean = math.sqrt(a * self.spread**2 + 1 - a), math.sqrt(a) * self.mode
         return (torch.special.ndtr((x - mean) / deviation) + torch.special.ndtr((x + mean) / deviation)) / 2
 
@@ -48,7 +48,7 @@ ONE_MODE, TWO_MODES = Modes(0.0, 0.5), Modes(0.6, 0.3)
 
 
 def log_chain(steps: int, least: float, most: float) -> GaussianDiffusion:
-    """A process of steps + 1 levels whose noise sigma / alpha grows by a factor that is nearly the same every time."""
+    """A process with steps + 1 levels whose noise sigma / alpha grows by a nearly constant factor."""
     u = np.linspace(0, 1, steps + 1)
     u += 0.3 * np.sin(2 * np.pi * u) / (2 * np.pi)
     a = 1 / (1 + (least * (most / least) ** u) ** 2)

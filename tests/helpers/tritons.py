@@ -1,4 +1,4 @@
-"""Runs Python with kernels that are compiled, not interpreted, by the Triton of .venv or the oldest one admitted."""
+"""Runs Python with compiled, not interpreted, kernels, by the Triton of .venv or the oldest supported one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OLDEST = "3.6.0"  # that setup.py admits; the Makefile installs it aside
+OLDEST = "3.6.0"  # the oldest one that setup.py allows, which the Makefile installs separately
 TRITONS = pytest.mark.parametrize("triton", ["", OLDEST], ids=["Triton", f"Triton {OLDEST}"])
 
 
 def run(triton: str, *command: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Skip the test if the Triton is not there."""
+    """Skip the test if that Triton is not installed."""
     pytest.importorskip("triton")
     aside = ROOT / f".triton-{triton}"
     if triton and not (aside / "triton").is_dir():

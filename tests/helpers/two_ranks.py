@@ -1,4 +1,4 @@
-"""Running a script as two ranks on this machine."""
+"""Runs a script as two ranks on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers import ROOT, TESTS
 
 
 def run_two(command: list[str], expect: int = 0) -> str:
-    """Run a script by two processes under torchrun; returns what it printed."""
+    """Run a script with two processes under torchrun, and return its output."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"}
     done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=900, cwd=ROOT, env=env)

@@ -1,4 +1,4 @@
-"""What makes the host wait for a GPU, found on a CPU, where nothing waits, by the operations that are called."""
+"""Finds operations that would make the host wait for a GPU; this works on a CPU, where nothing waits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::unique")
-"""Beginnings of operations that read numbers from the device, or whose results have a size that depends on values."""
+"""Prefixes of operations that read numbers from the device, or whose result size depends on values."""
 COPIES = (torch.tensor, torch.as_tensor)
-"""Functions that make a tensor of the host's numbers: on a GPU a copy from memory that isn't pinned."""
+"""Functions that make a tensor from host numbers: on a GPU they copy from unpinned memory."""
 
 
 class Waits(ExitStack):
-    """Counts in `seen`, by name, the calls in here that would wait for a GPU, or be refused inside a CUDA graph."""
+    """A context that counts in `seen`, by name, calls that would wait for a GPU or fail in a CUDA graph."""
 
     def __enter__(self) -> Waits:
         self.seen: Counter[str] = Counter()

@@ -1,8 +1,8 @@
-"""Two ranks per case that die, hang or end as the case says, under the watchdog. Prints what became of them as JSON.
+"""Runs two ranks per case under the watchdog; they die, hang or exit as the case requires. Prints the results as JSON.
 
     python watched_ranks.py CASE CASE ...
 
-All cases run at once, from one process that has imported torch: a start for each would take most of the time.
+All ranks are forked from one process that has imported torch and run at the same time, which saves most of the time.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from fastdiff.runtime.watchdog import Timing, Watchdog
 TIMING = Timing(interval=0.4, silence=8.0, grace=3.0, linger=3.0)
 STALL = 8.0
 STEP = 50
-"""At which things happen."""
+"""The step at which a case's event happens."""
 
 
 def work(case: str) -> None:
-    """A loop like training's: a collective per step, which also agrees on whether to stop."""
+    """A loop like that of training, with a collective operation per step that also agrees on whether to stop."""
     me = int(os.environ["RANK"])
     with StopSignals() as signals, Watchdog(current(), STALL, TIMING) as watchdog:
         watchdog.progress("joining", allowed=30)
@@ -59,7 +59,7 @@ def work(case: str) -> None:
 
 def happen(case: str, me: int, watchdog: Watchdog) -> None:
     pid = os.getpid()
-    while watchdog.heartbeat and not watchdog.heartbeat.peers:  # on a busy machine the first heartbeat comes late
+    while watchdog.heartbeat and not watchdog.heartbeat.peers:  # on a busy machine the first heartbeat is late
         time.sleep(0.05)
     if case == "same late error":
         raise UserError("disk full")
@@ -90,7 +90,7 @@ def happen(case: str, me: int, watchdog: Watchdog) -> None:
 
 
 def start(case: str, rank: int, port: int, folder: Path) -> int:
-    """Fork a rank; its pid."""
+    """Fork a rank, and return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -104,13 +104,13 @@ def start(case: str, rank: int, port: int, folder: Path) -> int:
 
 
 def own_words(file: Path) -> str:
-    """What a rank said, without torch's warnings of names that it can't look up."""
+    """The output of a rank, without torch's warnings about host names that it can't resolve."""
     lines = file.read_text().splitlines(keepends=True)
     return "".join(line for line in lines if not re.match(r"(\[rank\d\]:)?\[W\d{4} ", line))
 
 
 def free_ports(count: int) -> list[int]:
-    """Below those that the system gives to whoever asks for any, or somebody else may have one before it is used."""
+    """Free ports below the ephemeral range, from which the system could give them to other processes before use."""
     found: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1000):
         with socket.socket() as listener, suppress(OSError):
@@ -134,7 +134,7 @@ def main(cases: list[str], limit: float = 120.0) -> None:
                 codes[case][rank] = os.waitstatus_to_exitcode(status)
             elif time.monotonic() < until and set(running.values()) != {("stopped", 1)}:
                 time.sleep(0.05)
-            else:  # what a launcher does
+            else:  # as a launcher does
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
         words = {case: [own_words(folder / f"{case}-{rank}") for rank in (0, 1)] for case in cases}

@@ -1,4 +1,4 @@
-"""Resumes a run from its newest checkpoint for some steps, on any number of ranks. test_world_sizes.py runs it.
+"""Resumes a run from its newest checkpoint for some steps, on any number of ranks. test_world_sizes.py runs this.
 
 torchrun --nproc_per_node W world_size_checks.py DATA_FOLDER WORK_FOLDER STEPS ZERO_STAGE
 """
@@ -19,7 +19,7 @@ BATCH = 12  # divisible by 1, 2 and 3 ranks
 
 
 def differing(trainer: Trainer, snapshot: Snapshot) -> list[str]:
-    """Names of tensors that differ from the checkpoint; on rank 0."""
+    """The names of tensors that differ from the checkpoint, on rank 0; empty on other ranks."""
     state = resume_checks.state(trainer)
     stored = {"model": snapshot.model, **snapshot.ema, "exp_avg": snapshot.exp_avg, "exp_avg_sq": snapshot.exp_avg_sq}
     wanted = {f"{kind}/{name}": value for kind, tensors in stored.items() for name, value in tensors.items()}

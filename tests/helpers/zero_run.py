@@ -1,4 +1,4 @@
-"""What DeepSpeed sends and keeps at a ZeRO stage, counted on a tiny network. Run by test_scaling.py under torchrun.
+"""Counts what DeepSpeed sends and stores at a ZeRO stage, for a tiny network. test_scaling.py runs it under torchrun.
 
 python zero_run.py OUT.json STAGE:PRECISION[:REUSE] ...
 
@@ -29,11 +29,11 @@ MODEL = UNetSettings(
 )
 ACCUMULATION = 2
 PERSISTENT = 3000
-"""Elements of the largest tensors that stage 3 keeps whole here: by default it would keep all."""
+"""Largest number of elements of tensors that stage 3 does not partition; the default would exceed all tensors."""
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of the memory behind tensors, each once."""
+    """Address → bytes of the storages of tensors."""
     made = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -43,7 +43,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def logged(engine_log: dict[str, dict[int, list[Any]]], world_size: int) -> dict[str, int]:
-    """Bytes of whole tensors by collective: of an all-gather, DeepSpeed's log has one rank's part."""
+    """Bytes of whole tensors by collective. For an all-gather, DeepSpeed logs the part of one rank."""
     totals: dict[str, int] = defaultdict(int)
     for name, sizes in engine_log.items():
         kind = next((k for k in ("all_gather", "reduce_scatter", "all_reduce") if name.startswith(k)), name)
@@ -53,7 +53,7 @@ def logged(engine_log: dict[str, dict[int, list[Any]]], world_size: int) -> dict
 
 
 def gradients(engine: Any, parameters: list[Tensor], stage: int) -> int:
-    """Bytes of averaged gradients that wait for the step."""
+    """Bytes of averaged gradients that are stored until the step."""
     if stage == 0:
         return sum(p.grad.nbytes for p in parameters if p.grad is not None)
     if stage == 3:
@@ -62,7 +62,7 @@ def gradients(engine: Any, parameters: list[Tensor], stage: int) -> int:
 
 
 def count(processes: Processes, stage: int, precision: str, reuse: int = 1_000_000_000) -> dict[str, Any]:
-    """One engine, two optimiser steps; the second is counted."""
+    """Build an engine, take two optimiser steps, and count the second one."""
     from deepspeed.comm import comms_logger
 
     torch.manual_seed(0)
@@ -80,7 +80,7 @@ def count(processes: Processes, stage: int, precision: str, reuse: int = 1_000_0
         section["zero_optimization"] = {
             "stage3_param_persistence_threshold": PERSISTENT,
             "stage3_max_reuse_distance": reuse,
-            "stage3_prefetch_bucket_size": min(reuse, 50_000_000),  # what it fetches ahead it doesn't release either
+            "stage3_prefetch_bucket_size": min(reuse, 50_000_000),  # prefetched weights are not released either
             "reduce_bucket_size": 1_000_000,
         }
     engine, optimizer = create_engine(model, plan_step(train, section, processes))
@@ -91,7 +91,7 @@ def count(processes: Processes, stage: int, precision: str, reuse: int = 1_000_0
         comms_logger.reset_data()
         for i in range(ACCUMULATION):
             out = engine(torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))
-            counted["whole"] = sum(p.nbytes for p in parameters)  # a weight that isn't here has no elements
+            counted["whole"] = sum(p.nbytes for p in parameters)  # a partitioned weight has no elements
             engine.backward(out.float().square().mean())
             if i == 0:
                 counted["accumulated"] = sum(p.grad.nbytes for p in parameters if p.grad is not None)

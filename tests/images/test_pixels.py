@@ -156,7 +156,7 @@ def test_web_pages_and_heic_are_named():
 
 def test_files_are_bounded_before_they_are_read(photo, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "a.png")  # to which nobody writes
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         load_image(tmp_path / "a.png", (32, 32), "RGB")
     (tmp_path / "b.png").write_bytes(encoded(photo(32, 32)))
     monkeypatch.setattr("fastdiff.images.image_files.MAX_FILE_BYTES", 100)

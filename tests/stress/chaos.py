@@ -1,13 +1,12 @@
-"""Kill a training run again and again, also while it writes a checkpoint, and see that nothing is lost.
+"""Kills a training run repeatedly, also while it writes a checkpoint, and checks that nothing is lost.
 
     python tests/stress/chaos.py --kills 100                  one process: some 20 minutes on two cores
     python tests/stress/chaos.py --kills 20 --processes 2     under torchrun; a random rank is killed, and all must end
 
-A supervisor starts the same command until it ends by itself. It sends SIGKILL at random instants: while the run starts,
-between steps, and inside the writing of a checkpoint. Another run, of the same settings, is left alone. At the end
-both must have the same losses at every step and the same weights, averages and moments, bit for bit, and each
-checkpoint that was ever listed must have been whole. The last line is the verdict; the exit code is 0 only if nothing
-was lost.
+The same command is started until it ends by itself. It is killed by SIGKILL at random times: during the start, between
+steps, and while a checkpoint is written. A second run with the same settings is not disturbed. At the end both must
+have the same losses at every step and bit-identical weights, averages and moments, and every listed checkpoint must
+have been complete. The last line of output is the verdict; the exit code is 0 only if nothing was lost.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
-from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+from helpers.pictures_folder import make_pictures  # noqa: E402
 
 from fastdiff.training.checkpoints.folder import find_damage, list_checkpoints, newest_whole, step_of  # noqa: E402
 from fastdiff.training.checkpoints.format import read_snapshot  # noqa: E402
 
 STEPS_PER_KILL = 6
 MACHINE = ("images_per_second", "data_wait", "memory_gb")
-"""Columns of progress.csv that no two runs have alike."""
+"""Columns of progress.csv that differ between runs."""
 END_SECONDS = 60
-"""In which all ranks must end when one is killed."""
+"""Seconds within which all ranks must end after one is killed."""
 
 
 class Lost(Exception):
@@ -49,7 +48,7 @@ class Lost(Exception):
 
 @dataclass
 class Tally:
-    """What happened so far."""
+    """Statistics of the kills so far."""
 
     kills: Counter[str] = field(default_factory=Counter)
     checked: set[tuple[str, float]] = field(default_factory=set)
@@ -58,7 +57,7 @@ class Tally:
 
 
 def command(data: Path, run: Path, steps: int, processes: int, more: str) -> list[str]:
-    """A small run with everything that has state, which saves every third step."""
+    """The command of a small run with every kind of state, which saves every third step."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -70,28 +69,13 @@ def command(data: Path, run: Path, steps: int, processes: int, more: str) -> lis
         f"--deterministic True --loader pillow --log_interval 2 --save_interval 3 --keep_last 3 "
         f"--zero_stage {processes - 1}"
     )
-    flags = f"{model} {process} {training}".split()
-    return [
-        *launcher,
-        str(ROOT / "fastdiff" / "train.py"),
-        *flags,
-        "--data_dir",
-        str(data),
-        "--run_dir",
-        str(run),
-        *more.split(),
-    ]
-
-
-def make_pictures(folder: Path, count: int = 14) -> None:
-    folder.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image).save(folder / f"class{i % 3}_{i}.png")
+    flags = f"{model} {process} {training} {more}".split()
+    folders = ["--data_dir", str(data), "--run_dir", str(run)]
+    return [*launcher, str(ROOT / "fastdiff" / "train.py"), *folders, *flags]
 
 
 class Life:
-    """One start of the run, in a session of its own."""
+    """One start of the run, in its own session."""
 
     def __init__(self, argv: list[str], log: Path) -> None:
         self.log = log.open("ab")
@@ -102,7 +86,7 @@ class Life:
         return self.process.poll() is not None
 
     def kill(self, rng: random.Random) -> float:
-        """SIGKILL to a random rank (alone: to the run); seconds until all are gone."""
+        """Kill a random rank, or the only process. Returns the seconds until all processes have ended."""
         ranks = [
             child for child in psutil.Process(self.process.pid).children() if "train.py" in " ".join(child.cmdline())
         ]
@@ -121,7 +105,7 @@ class Life:
 
 
 def wait_for_moment(life: Life, run: Path, kind: str, rng: random.Random) -> bool:
-    """Until the moment to kill; False when the run ended before."""
+    """Wait for the time to kill the run. Returns False if the run ended before."""
     if kind == "starting":
         until = time.monotonic() + rng.uniform(0, 8)
         return _sleep(life, lambda: time.monotonic() >= until)
@@ -167,7 +151,7 @@ def _rows(run: Path) -> int:
 
 
 def check_listed(run: Path, tally: Tally) -> None:
-    """Every checkpoint under its real name must be whole, and readable."""
+    """Raise Lost unless every checkpoint under its final name is complete and readable."""
     for folder in list_checkpoints(run / "checkpoints"):
         key = (folder.name, folder.stat().st_mtime)
         if key in tally.checked:
@@ -183,7 +167,7 @@ def check_listed(run: Path, tally: Tally) -> None:
 
 
 def compare(run: Path, alone: Path, steps: int) -> None:
-    """The two runs' losses and final states; raises Lost where they differ."""
+    """Raise Lost if the losses or final states of the two runs differ."""
     traces = []
     for folder in (run, alone):
         with (folder / "progress.csv").open(newline="") as file:
@@ -202,7 +186,7 @@ def compare(run: Path, alone: Path, steps: int) -> None:
 
 
 def _difference(a: object, b: object, where: str = "") -> str:
-    """Where two nested states differ; empty where they are equal, bit for bit."""
+    """The place where two nested states differ; empty if they are bit-identical."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return "" if a.dtype == b.dtype and torch.equal(a, b) else where or "its value"
     if isinstance(a, dict) and isinstance(b, dict):
@@ -217,7 +201,7 @@ def _difference(a: object, b: object, where: str = "") -> str:
 
 
 def torment(argv: list[str], run: Path, kills: int, rng: random.Random, tally: Tally) -> None:
-    """Start, kill, check, until the kills are used up; then let it end."""
+    """Start, kill and check the run `kills` times; then let it finish."""
     log = run.with_name("killed.txt")
     begun = time.monotonic()
     while (done := sum(tally.kills.values())) < kills:
@@ -251,9 +235,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, metavar="N")
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2), help="ranks, under torchrun if there are 2")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times (default: 0)")
     parser.add_argument("--flags", default="", help="more flags for train.py, e.g. '--precision bf16'")
-    parser.add_argument("--folder", type=Path, help="where to work; kept (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="working folder, which is kept (default: a temporary one)")
     args = parser.parse_args()
     tally, start = Tally(), time.monotonic()
     steps = STEPS_PER_KILL * args.kills + 20
@@ -262,7 +246,7 @@ def main() -> int:
         work.mkdir(parents=True, exist_ok=True)
         if any(work.iterdir()):
             parser.error(f"--folder: {work} must be empty")
-        make_pictures(work / "pictures")
+        make_pictures(work / "pictures", count=14)
         try:
             print(f"an undisturbed run of {steps} steps first", flush=True)
             alone = Life(

@@ -1,9 +1,9 @@
-"""How soon all ranks have ended after one is killed or frozen, and what the others say of it, by launcher.
+"""Measures, by launcher, how soon all ranks end after one is killed or frozen, and which reason the others give.
 
     python tests/stress/deaths.py --times 3
 
 Two processes on this machine train a tiny network. A frozen rank can't end itself: it goes when its launcher kills it.
-The exit code is 0 only where all had ended in time, each time, with a reason.
+The exit code is 0 only if all ranks ended in time with a reason, every time.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CASES = (
     ("kill -9 of rank 0", signal.SIGKILL, 0, 60.0),
     ("rank 1 frozen", signal.SIGSTOP, 1, 120.0),
 )
-"""What is done, by which signal, to which rank, and seconds until all must have ended."""
+"""(description, signal, rank, seconds until all ranks must have ended)."""
 
 
 def measure(launcher: str, number: signal.Signals, rank: int, limit: float) -> tuple[float, float, str]:
-    """Seconds until the other rank had ended, and until all had; the last line that a rank printed of its own."""
+    """(seconds until the other rank ended, seconds until all ended, last line that the script itself printed)."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         process = start(launcher, folder, 100_000)
@@ -55,7 +55,7 @@ def measure(launcher: str, number: signal.Signals, rank: int, limit: float) -> t
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=3, help="how often each (default: 3)")
+    parser.add_argument("--times", type=int, default=3, help="repetitions of each case (default: 3)")
     times, wrong = parser.parse_args().times, 0
     for launcher in LAUNCHERS:
         for what, number, rank, limit in CASES:

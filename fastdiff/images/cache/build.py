@@ -1,8 +1,11 @@
 """Builds a packed folder (see format.py): decodes every image of a listing once, in parallel.
 
-Rows are written in order into a hidden folder beside the target, which gets its name when all are done. Every few
-seconds state.json there records how many rows are on disk. A build that was interrupted continues from that number,
-and other processes see by it that the builder is alive.
+`pack` writes the rows in order into a hidden folder beside the target, and renames it when all are done. Every few
+seconds, state.json in it records how many rows are on disk: an interrupted build continues from there, and other
+processes see that the builder is alive.
+
+Large data sets are decoded by several processes. Each runs `main` of this file and is controlled by a `Decoder`: a
+request is a line of JSON with names of images, the answer a line of JSON with the unreadable ones, then the pixels.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from fastdiff.runtime.files import write_json
 logger = logging.getLogger(__name__)
 STATE = "state.json"
 FEW = 1000
-"""Images per process; for fewer, its start of half a second isn't worth it."""
+"""Fewest images per process, because starting one takes half a second."""
 SAVE_SECONDS = 5.0
 """Time between two updates of state.json."""
 
@@ -49,7 +52,7 @@ def partial_of(target: Path) -> Path:
 
 
 def read_state(partial: Path) -> dict[str, Any] | None:
-    """The progress of a build: {made_of, rows, unreadable, host, saved}; None where there is none to read."""
+    """The progress of a build: {made_of, rows, unreadable, host, saved}; None if it can't be read."""
     try:
         state = json.loads((partial / STATE).read_text())
     except (OSError, ValueError, RecursionError):
@@ -58,10 +61,10 @@ def read_state(partial: Path) -> dict[str, Any] | None:
 
 
 def pack(listing: Listing, size_hw: tuple[int, int], channels: int, target: Path, *, workers: int) -> None:
-    """Decode the listing's images into the packed folder `target`, which must not exist or be empty.
+    """Decode the listing's images into the packed folder `target`, which must be absent or empty.
 
-    Only one process at a time may do that. UserError where there is no room, writing fails, or too many images can't
-    be read.
+    Only one process at a time may do that. Raises UserError if the disk is too small, writing fails, or too many images
+    can't be read.
     """
     try:
         _Build(listing, size_hw, channels, target).run(workers)
@@ -70,6 +73,8 @@ def pack(listing: Listing, size_hw: tuple[int, int], channels: int, target: Path
 
 
 class _Build:
+    """One run of `pack`. `rows` is the number of rows written so far."""
+
     def __init__(self, listing: Listing, size_hw: tuple[int, int], channels: int, target: Path) -> None:
         self.listing, self.target, self.partial = listing, target, partial_of(target)
         self.reader = Reader(listing, size_hw, channels)
@@ -77,7 +82,7 @@ class _Build:
         self.row_bytes = math.prod(self.shape[1:])
         self.made_of = describe(listing, size_hw, channels)
         self.rows = 0
-        self.own = threading.local()  # each worker thread's process
+        self.own = threading.local()  # holds each worker thread's Decoder
         self.decoders: list[Decoder] = []
 
     def run(self, workers: int) -> None:
@@ -86,7 +91,7 @@ class _Build:
         with open(self.partial / PIXELS, "r+b" if self.rows else "w+b") as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
             self.data_starts = file.tell()
-            self._retry(file, unreadable)  # they may have been mended since the earlier build
+            self._retry(file, unreadable)  # they may have been repaired since the earlier build
             self.reader.stop_if_too_many()
             file.truncate(self.data_starts + self.rows * self.row_bytes)
             file.seek(0, os.SEEK_END)
@@ -95,14 +100,14 @@ class _Build:
                 self._decode_all(file, workers)
             finally:
                 self._save(file)
-            self._retry(file, self.reader.reasons)  # the disk may have failed only once
+            self._retry(file, self.reader.reasons)  # the error may have been temporary
             self._replace_unreadable(file)
             file.flush()
             os.fsync(file.fileno())
         self._finish()
 
     def _resume(self) -> list[int]:
-        """Set self.rows to the rows that an earlier build left; returns which of those images it couldn't read."""
+        """Set self.rows to the rows left by an earlier build. Returns the indices that were unreadable among them."""
         self.partial.mkdir(parents=True, exist_ok=True)
         state = read_state(self.partial)
         resumes = state is not None and state.get("made_of") == self.made_of and (self.partial / PIXELS).is_file()
@@ -124,7 +129,7 @@ class _Build:
             )
 
     def _decode_all(self, file: BinaryIO, workers: int) -> None:
-        """Append the missing rows. Threads decode them or, if they are many, each has a process do it."""
+        """Append the missing rows. Threads decode them or, if they are many, each thread uses a process."""
         processes = min(workers, (self.shape[0] - self.rows) // FEW)
         self.in_processes = processes > 1
         workers = processes if self.in_processes else workers
@@ -159,7 +164,7 @@ class _Build:
             try:
                 block, unreadable = self._decoder().decode([self.listing.names[row] for row in rows])
             except (OSError, EOFError, ValueError):
-                logger.warning("a process that decodes images has ended (for want of memory?); going on without it")
+                logger.warning("a process that decodes images has ended (out of memory?); continuing without it")
                 self.in_processes = False
             else:
                 for position, reason in unreadable.items():
@@ -173,14 +178,14 @@ class _Build:
         return block
 
     def _decoder(self) -> Decoder:
-        """The process of this thread."""
+        """The decoding process of this thread."""
         if not hasattr(self.own, "decoder"):
             self.own.decoder = Decoder(self.listing.root, self.reader.size_hw, self.reader.channels)
             self.decoders.append(self.own.decoder)
         return self.own.decoder
 
     def _retry(self, file: BinaryIO, unreadable: Iterable[int]) -> None:
-        """Read images again that couldn't be read, and write the rows of those that now can."""
+        """Read unreadable images again, and write the rows of those that can be read now."""
         for index in unreadable:
             found = self.reader.attempt(index, self.reader.reference)
             if found is not None:
@@ -212,7 +217,7 @@ class _Build:
         write_json(self.partial / STATE, state)
 
     def _finish(self) -> None:
-        """Write the small files, and give the folder its name."""
+        """Write the small files, and rename the folder to the target."""
         names, reasons = self.listing.names, self.reader.reasons
         labels, class_names = label_images([self.listing.path(i) for i in range(len(names))], self.listing.root)
         np.save(self.partial / LABELS, labels[replacements(len(names), reasons)])
@@ -224,7 +229,7 @@ class _Build:
 
 
 class Decoder:
-    """A process that decodes images below `root` to uint8 [H, W, C]."""
+    """A process that runs `main` and decodes images below `root` to uint8 [H, W, C]."""
 
     def __init__(self, root: Path, size_hw: tuple[int, int], channels: int) -> None:
         self._shape = (*size_hw, channels)
@@ -241,9 +246,9 @@ class Decoder:
         self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def decode(self, names: list[str]) -> tuple[np.ndarray, dict[int, str]]:
-        """Decode images to uint8 [n, H, W, C]; also returns the reason at each position that can't be read.
+        """Decode images to uint8 [n, H, W, C]. Also returns {position: reason} of the unreadable ones.
 
-        EOFError, OSError or ValueError if the process has died.
+        Raises EOFError, OSError or ValueError if the process has died.
         """
         self._requests.write(json.dumps(names).encode() + b"\n")
         self._requests.flush()
@@ -258,7 +263,7 @@ class Decoder:
         for pipe in (self._requests, self._answers):
             try:
                 pipe.close()
-            except OSError:  # it has died, with a request on its way
+            except OSError:  # it died before it read a request
                 continue
         try:
             self._process.wait(timeout=5)
@@ -268,7 +273,7 @@ class Decoder:
 
 
 def main(root: str, height: str, width: str, channels: str) -> None:
-    """Answer requests on stdin until it ends."""
+    """Answer the requests of a `Decoder` on standard input until it is closed."""
     shape = int(height), int(width), int(channels)
     for line in sys.stdin.buffer:
         names = json.loads(line)

@@ -1,9 +1,9 @@
-"""A packed folder: the images of a data set at one size, decoded once, to be read at memory speed.
+"""The format of a packed folder: the images of a data set, decoded once at one size, to be read at memory speed.
 
     pixels.npy   uint8 [N, H, W, C]: np.load("pixels.npy", mmap_mode="r")
     labels.npy   int64 [N], classes by the rule `auto`
     names.json   path of each image below the folder that it came from
-    packed.json  size, channels, recipe, class names, unreadable images, and by what the original folder is recognised
+    packed.json  size, channels, recipe, class names, unreadable images, and hashes that identify the original folder
 
 Row i is image i of the listing; an unreadable image has the row and the label of its replacement, the next readable
 one. The folder is written under another name and renamed at the end, so a folder that holds packed.json is complete.
@@ -29,7 +29,7 @@ PIXELS, LABELS, NAMES, RECORD = "pixels.npy", "labels.npy", "names.json", "packe
 FORMAT = 1
 RECIPE = "box halvings while at least twice the size, a bicubic resize that just covers it, centre crop"
 PROBES = 1000
-"""Number of files whose lengths are compared, which shows whether images were replaced under the same names."""
+"""Number of files whose lengths are compared to detect images that were replaced under the same names."""
 
 
 def describe(listing: Listing, size_hw: tuple[int, int], channels: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def is_packed(folder: str | Path) -> bool:
     """Whether the folder is a complete packed folder."""
     try:
         return bool(str(folder)) and (Path(folder) / RECORD).is_file()
-    except OSError:  # it can't be entered, or its name is too long; listing its images will report that
+    except OSError:  # it is not accessible, or its name is too long; listing its images will report that
         return False
 
 
@@ -71,7 +71,7 @@ def replacements(count: int, unreadable: Iterable[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed folder that is open for reading."""
+    """A packed folder, open for reading."""
 
     folder: Path
     record: dict[str, Any]
@@ -86,7 +86,7 @@ class Packed:
     def listing(
         self, labels_mode: Literal["auto", "prefix", "folder"] = "auto", class_names: Sequence[str] | None = None
     ) -> Listing:
-        """The listing that `index_images` gave for the original folder, with paths below this folder."""
+        """The listing that `index_images` returned for the original folder, with paths below this folder."""
         names = _read_json(self.folder, NAMES)
         if not isinstance(names, list) or not all(isinstance(name, str) and _is_path(name) for name in names):
             raise _damaged(self.folder, f"{NAMES} is no list of names")
@@ -97,7 +97,7 @@ class Packed:
         return listing
 
     def check_same(self, listing: Listing) -> None:
-        """UserError unless the folder was packed from the listing's images."""
+        """Raise UserError unless the folder was packed from the listing's images."""
         now = describe(listing, (self.pixels.shape[1], self.pixels.shape[2]), self.pixels.shape[3])
         for key, what in (("num_images", "number"), ("listing", "names"), ("file_lengths", "contents")):
             if self.record.get(key) != now[key]:
@@ -108,7 +108,7 @@ class Packed:
 
 
 def open_packed(folder: Path, size_hw: tuple[int, int], channels: int) -> Packed:
-    """Open a packed folder. UserError if it is damaged or of another size."""
+    """Open a packed folder. Raises UserError if it is damaged or has images of another size."""
     record = _read_json(folder, RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{folder} was packed by another version of fastdiff; delete it and run datasets/pack.py again")
@@ -125,7 +125,7 @@ def open_packed(folder: Path, size_hw: tuple[int, int], channels: int) -> Packed
         )
     try:
         pixels = np.lib.format.open_memmap(folder / PIXELS, mode="r")
-    except Exception as error:  # numpy, mmap and Python's tokenizer, which reads the header, raise many kinds
+    except Exception as error:  # numpy, mmap and Python's tokenizer, which reads the header, raise many types
         raise _damaged(folder, f"{PIXELS}: {error}") from None
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise _damaged(folder, f"{PIXELS} holds {pixels.dtype} {list(pixels.shape)}, not uint8 {list(shape)}")
@@ -140,7 +140,7 @@ def _is_path(name: str) -> bool:
 
 
 def _check(record: dict[str, Any]) -> None:
-    """KeyError, TypeError, ValueError or OverflowError for a wrong or missing entry of packed.json."""
+    """Raise KeyError, TypeError, ValueError or OverflowError for a wrong or missing entry of packed.json."""
     height, width = record["size"]
     numbers = (height, width, record["channels"], record["num_images"])
     if any(type(number) is not int or number < 1 for number in numbers):

@@ -1,8 +1,8 @@
 """The loader of packed images, which gathers the rows of a batch from a mapped file, from memory or on the GPU.
 
-No Python code runs per image, and the gather releases Python's lock. A file that fits into memory is read from end to
-end in the background at the start. Of a larger file the system is told all rows of a batch at once, so that the disk
-can serve many requests at a time.
+No Python code runs per image, and the gather releases the GIL. A file that fits into memory is read once in the
+background at the start. For a larger file, the loader announces all rows of a batch to the system at once, so that the
+disk can serve many requests in parallel.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastdiff.images.loader import Finish, Loader, Request, to_device
 from fastdiff.runtime.machine import free_memory
 
 TASK_BYTES = 4 << 20
-"""Bytes per task of a thread. Handing over a task takes as long as gathering 100 to 200 kB."""
+"""Bytes per task of a thread. Submitting a task takes as long as gathering 100 to 200 kB."""
 BUFFERS = 8
 """Largest number of unused buffers that are kept for later batches."""
 READ_BYTES = 8 << 20
-"""Bytes per read while the file is brought into memory."""
+"""Bytes per read while the file is loaded into memory."""
 COPY_BYTES = 64 << 20
-"""Bytes per copy while all images go to a GPU."""
+"""Bytes per copy while all images are moved to a GPU."""
 SHARE_OF_MEMORY = 0.8
-"""Share of the free memory that the images may take; the rest is for the model and its work."""
+"""Fraction of the free memory that the images may take; the rest is for the model and its activations."""
 
 
 class PackedLoader(Loader):
-    """Batches of reference pixels from a packed folder, which lies on the device as a whole if `resident`."""
+    """Batches of reference pixels from a packed folder. If `resident`, all images are kept on the device."""
 
     loader_name = "packed"
 
@@ -54,7 +54,7 @@ class PackedLoader(Loader):
         self._rows = packed.pixels.reshape(len(packed.pixels), -1)[:count]
         self._row_bytes = self._rows.shape[1]
         self._in_memory = resident or self._rows.nbytes < 0.5 * free_memory(torch.device("cpu"))
-        self._file: int | None = None  # whose rows are announced
+        self._file: int | None = None  # open if its rows are announced to the system
         self._reading: threading.Thread | None = None
         self._closed = False
         self._buffers = _Buffers()
@@ -104,7 +104,7 @@ class PackedLoader(Loader):
                 mirror(pixels[part], request.flips[part])
 
         starts = range(0, len(shown), size)
-        alone = len(starts) == 1 and self._in_memory  # no disk to wait for: faster than handing it over
+        alone = len(starts) == 1 and self._in_memory  # without disk reads this is faster than a thread
         parts = [] if alone else [self._threads.submit(gather, start) for start in starts]
 
         def finish() -> tuple[Tensor, np.ndarray]:
@@ -130,14 +130,14 @@ class PackedLoader(Loader):
         return torch.where(mask, images.flip(2), images)
 
     def _read_all(self, path: Path) -> None:
-        """Read the file once, so that the system caches it. If it does already, this takes little more than a copy."""
+        """Read the file once, so that the system caches it; a cached file takes little longer than a copy."""
         buffer = bytearray(READ_BYTES)
         with open(path, "rb", buffering=0) as file:
             while not self._closed and file.readinto(buffer):
                 pass
 
     def _announce(self, shown: np.ndarray) -> None:
-        """Tell the system to fetch rows that may not be in memory."""
+        """Ask the system to read rows that may not be in memory."""
         if self._file is None:
             return
         for row in shown.tolist():
@@ -167,10 +167,10 @@ class PackedLoader(Loader):
 
 
 class _Buffers:
-    """Memory for batches on a CPU, which is used again after the batch and all its views are gone.
+    """A pool of memory for batches on a CPU, which is reused once a batch and all its views are freed.
 
-    For batches above 32 MB, whose memory malloc returns to the system, the loader takes 1.2 to 1.7 times as long
-    without this. Pinned memory is kept by PyTorch.
+    Without it the loader takes 1.2 to 1.7 times as long for batches above 32 MB, whose memory malloc returns to the
+    system. PyTorch itself caches pinned memory.
     """
 
     def __init__(self) -> None:
@@ -190,4 +190,4 @@ class _Buffers:
 def mirror(images: np.ndarray, flips: np.ndarray) -> None:
     """Mirror the images (uint8 [n, H, W, C]) left to right, in place, for which flips (bool [n]) is true."""
     which = flips.nonzero()[0]
-    images[which] = torch.from_numpy(images[which]).flip(2).numpy()  # NumPy takes 5 to 20 times as long
+    images[which] = torch.from_numpy(images[which]).flip(2).numpy()  # NumPy takes 5 to 20 times longer

@@ -1,10 +1,10 @@
 """Decides which process of a run builds the packed folder that all of them read.
 
-At that time the processes are connected by nothing but the file system. The one that holds a lock file beside the
-folder builds it, and the others wait for the finished folder. Rank 0 builds as soon as it has the lock; another rank
-only if the lock stays free, as it does on a node whose disk rank 0 doesn't see. The system releases the lock of a
-process that dies, so another process continues its build. Where locks don't reach from node to node, a build of
-another host is left alone as long as its state.json changes.
+At that time the processes share only the file system. The process that holds a lock file beside the folder builds it,
+and the others wait for the finished folder. Rank 0 builds as soon as it has the lock; another rank only if the lock
+stays free, as on a node whose disk rank 0 does not see. The system releases the lock of a process that dies, so another
+process continues its build. If locks don't work across nodes, a build of another host is left alone as long as its
+state.json changes.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def default_place(data_dir: str | Path, size_hw: tuple[int, int], channels: int,
 def open_or_pack(
     listing: Listing, size_hw: tuple[int, int], channels: int, place: Path, *, workers: int, rank: int = 0
 ) -> Packed:
-    """Open the packed folder `place` of the listing's images, which one of the run's processes builds if need be.
+    """Open the packed folder `place` of the listing's images; one of the run's processes builds it if it is missing.
 
-    Every process of the run calls this. UserError if the folder can't be built or holds other images.
+    Every process of the run calls this. Raises UserError if the folder can't be built or holds other images.
     """
     if not is_packed(place):
         make_writable(place.parent)
@@ -58,7 +58,7 @@ def open_or_pack(
 
 
 def together(target: Path, build: Callable[[], None], *, rank: int) -> None:
-    """Return when `target` is a packed folder, built by build() in this process or by another process."""
+    """Wait until `target` is a packed folder, built by build() in this process or by another process."""
     lock = FileLock(target.with_name(f".{target.name}.lock"), remove=True)
     partial = partial_of(target)
     state, changed = read_state(partial), time.monotonic()
@@ -97,10 +97,10 @@ def _acquire(lock: FileLock) -> bool:
 
 
 def _claim(partial: Path, unchanged: float) -> bool:
-    """Make the folder of a build this process's own, unless another host has worked in it lately.
+    """Create the folder `partial`. Returns whether this process may build in it: no other host did so recently.
 
-    The caller holds the lock, so an earlier builder of this host has ended. unchanged is the time in seconds for which
-    state.json was seen to stay the same.
+    The caller holds the lock, so an earlier builder on this host has ended. unchanged is the number of seconds for
+    which state.json has not changed.
     """
     try:
         partial.mkdir()
@@ -110,7 +110,7 @@ def _claim(partial: Path, unchanged: float) -> bool:
 
 
 def _build(target: Path, build: Callable[[], None], rank: int) -> None:
-    """Call build(), and leave no folder behind if it did nothing."""
+    """Call build(), and remove its folder if it wrote no rows."""
     try:
         if not is_packed(target):  # another process may have finished it just before
             build()

@@ -1,7 +1,7 @@
 """The images of a job on disk: in chunks as they are drawn, and in npz files with all images.
 
-A chunk is a range of images in parts/START-STOP.npz (images, labels, job), which is there whole or not at all. The file
-names alone tell which images are there.
+A chunk is a range of images in the file parts/START-STOP.npz (images, labels, job). Files are written atomically, so
+their names alone show which images are on disk.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def range_of(name: str) -> Range | None:
 
 
 def cover(pieces: Iterable[Piece], count: int) -> tuple[list[Piece], list[Range]]:
-    """The files to read for images 0 to count - 1, each image from one of them, and the ranges that are in none."""
+    """Choose files that hold images 0 to count - 1, each image from one of them. Also returns the missing ranges."""
     chosen: list[Piece] = []
     missing: list[Range] = []
     place = 0
@@ -87,7 +87,7 @@ def cover(pieces: Iterable[Piece], count: int) -> tuple[list[Piece], list[Range]
 
 
 def split(ranges: list[Range], chunk_size: int) -> list[Range]:
-    """The ranges cut at the multiples of chunk_size."""
+    """Cut ranges at the multiples of chunk_size."""
     chunks = []
     for start, stop in ranges:
         while start < stop:
@@ -105,9 +105,9 @@ class Store:
         self.shape, self.labelled = tuple(manifest["shape"]), manifest["labelled"]
         self.seed, self.chunk_size = manifest["seed"], manifest["part_size"]
         self.digest = digest(manifest["identity"])  # chunks with another one belong to another job
-        self._tested: set[tuple[Path, int, int]] = set()  # (path, size, time of change) of files with right checksums
+        self._tested: set[tuple[Path, int, int]] = set()  # (path, size, mtime) of files with valid checksums
 
-    # --- what is there, by the files' names ---
+    # --- which images exist, by file name ---
 
     def path(self, chunk: Range) -> Path:
         return self.chunks / f"{chunk.name}.npz"
@@ -125,7 +125,7 @@ class Store:
         return self.cover()[1]
 
     def merged(self) -> list[Piece]:
-        """The npz files of an earlier or the present count, each with images 0 to N - 1."""
+        """The npz files with images 0 to N - 1, for the current count or an earlier one."""
         pieces = []
         pattern = re.compile("samples_([1-9][0-9]*)" + "".join(f"x{n}" for n in self.shape) + r"\.npz")
         for name in files_in(self.folder):
@@ -134,10 +134,10 @@ class Store:
                 pieces.append(Piece(self.folder / name, held, held))
         return [piece for piece in pieces if self._is_merged(piece)]
 
-    # --- reading: DamagedFile where a file can't be used or is missing after all ---
+    # --- reading, which raises DamagedFile if a file can't be used or is missing ---
 
     def images(self, first: int = 0) -> Iterator[tuple[int, Images]]:
-        """Yield (number of the first, images) from image `first` on, at most a chunk's size at a time."""
+        """Yield (number of the first image, images) from image `first` on, at most a chunk's size at a time."""
         for piece in self._pieces():
             start = max(piece.used.start, first)
             labels = self._rows(piece, LABELS, start) if self.labelled else repeat(None)
@@ -175,7 +175,7 @@ class Store:
                     yield np.frombuffer(file.read(rows * row_bytes), dtype).reshape(rows, *shape[1:])
 
     def _verify(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> None:
-        """Compare a file's shapes and, once, its checksums; ValueError where they are wrong."""
+        """Check a file's shapes and, once, its checksums; raises ValueError if they are wrong."""
         if not self._fits(archive, piece, is_chunk):
             raise ValueError("its images or labels are of another shape or type")
         stat = piece.path.stat()
@@ -188,7 +188,7 @@ class Store:
             self._tested.add(key)
 
     def _is_merged(self, piece: Piece) -> bool:
-        """Whether a file is an npz with the images 0 to N - 1 of a job of this seed."""
+        """Whether a file is an npz with images 0 to N - 1 of a job with this seed."""
         most = _most(piece.path)
         with suppress(DamagedFile), _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
             index, seed = (read_npz_array(archive, name, most) for name in ("index", "seed"))
@@ -197,7 +197,7 @@ class Store:
         return False
 
     def _fits(self, archive: zipfile.ZipFile, piece: Piece, is_chunk: bool) -> bool:
-        """Whether a file's images and labels have the shapes and types that its name and the job say."""
+        """Whether a file's images and labels have the shapes and types that its name and the job require."""
         count, most = piece.holds.stop - piece.holds.start, _most(piece.path)
         fit = npz_header(archive, IMAGES[is_chunk], most) == ((count, *self.shape), np.uint8)
         return fit and (not self.labelled or npz_header(archive, LABELS[is_chunk], most) == ((count,), np.int64))
@@ -205,7 +205,7 @@ class Store:
     # --- writing ---
 
     def write(self, chunk: Range, drawn: Images) -> None:
-        """Write a chunk, unless its images have come into an npz meanwhile."""
+        """Write a chunk, unless its images were merged into an npz in the meantime."""
         arrays = {"images": drawn.images, "job": np.array(self.digest)}
         if self.labelled:
             assert drawn.labels is not None
@@ -219,45 +219,45 @@ class Store:
                 if not chunk.overlaps(self.missing()):
                     return
                 self.chunks.mkdir(parents=True, exist_ok=True)
-        raise FileNotFoundError(f"{self.chunks} vanishes")
+        raise FileNotFoundError(f"{self.chunks} is removed again and again")
 
     def discard(self, damaged: DamagedFile) -> None:
         with suppress(FileNotFoundError, IsADirectoryError):
             damaged.path.unlink()
 
     def tidy(self) -> None:
-        """Remove the chunks whose images are in an npz, and unfinished files of processes that have ended."""
+        """Remove chunks whose images are in an npz, and partial files of processes that have ended."""
         within = max((piece.holds.stop for piece in self.merged()), default=0)
         for name in files_in(self.chunks):
             if (held := range_of(name)) and held.stop <= within:
                 (self.chunks / name).unlink(missing_ok=True)
         remove_partial_files(self.chunks)
-        with suppress(OSError):  # it has chunks that are still needed
+        with suppress(OSError):  # it contains chunks that are still needed
             self.chunks.rmdir()
 
 
 def _most(path: Path) -> int:
-    """How many bytes an array of a file may have: ours are not compressed."""
+    """The most bytes that an array of a file may have: our arrays are not compressed."""
     return path.stat().st_size + (1 << 20)
 
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turn any error in reading a file into DamagedFile, except errors of the machine."""
+    """Turn any error in reading a file into DamagedFile, except I/O errors and lack of memory."""
     try:
         yield
     except (FileNotFoundError, zipfile.BadZipFile) as error:
         raise DamagedFile(path, str(error)) from error
     except (OSError, MemoryError) as error:
-        if getattr(error, "errno", None) == errno.EINVAL:  # the zip's directory points before the file's start
+        if getattr(error, "errno", None) == errno.EINVAL:  # the zip's directory has a negative offset
             raise DamagedFile(path, "its list of arrays is wrong") from error
         raise
-    except Exception as error:  # numpy, zipfile and zlib each have their own
+    except Exception as error:  # numpy, zipfile and zlib raise many types
         raise DamagedFile(path, str(error).strip() or type(error).__name__) from error
 
 
 class Writer:
-    """Writes chunks in a thread while the next are drawn, and releases their claims."""
+    """Writes chunks in a thread while the next ones are drawn, and then releases their claims."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -269,7 +269,7 @@ class Writer:
         self.wait(most=2)
 
     def wait(self, most: int) -> list[Range]:
-        """Wait until at most so many chunks are unwritten, and return those. Raises an error of writing the others."""
+        """Wait until at most `most` chunks are unwritten, and return those. Raises errors from writing the others."""
         while self._unwritten and (len(self._unwritten) > most or self._unwritten[0][1].done()):
             with disk(self.store.folder):
                 self._unwritten.popleft()[1].result()
@@ -283,7 +283,7 @@ class Writer:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._pool.shutdown(wait=True)  # images that are drawn are written whatever has happened
+        self._pool.shutdown(wait=True)  # drawn images are written even after an error
         if error is None:
             self.wait(most=0)
 
@@ -297,5 +297,5 @@ def disk(folder: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise UserError(
             f"--out_dir: {folder} can't be written to or read ({reason}); the images that are in it are kept, and the "
-            "same command goes on with them"
+            "same command continues with them"
         ) from error

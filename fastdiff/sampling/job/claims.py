@@ -1,7 +1,7 @@
-"""Claims of processes on work of a job, so that other processes do different work first.
+"""Claims of processes on parts of a job's work, so that other processes do different parts first.
 
-Drawing is deterministic, so a claim protects nothing and nobody waits for one: it only saves double work. A claim is a
-file that contains its owner's ProcessId. The owner refreshes the file's modification time as a heartbeat.
+Drawing is deterministic, so claims only avoid duplicate work: they protect nothing, and no process waits for one. A
+claim is a file with its owner's ProcessId. The owner updates the file's modification time as a heartbeat.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Held(NamedTuple):
 
 
 class Claim:
-    """A claim of this process, which a thread refreshes until it is released."""
+    """A claim of this process. A thread sends its heartbeats until it is released."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,7 +56,7 @@ class Claim:
 
 
 class Claims:
-    """The claims in a folder: files NAME.GENERATION, with another generation for each process at the same work."""
+    """The claims in a folder: files NAME.GENERATION, with a different generation per process on the same work."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class Claims:
         return found
 
     def take(self, name: str, generation: int) -> Claim | None:
-        """Claim a piece of work; None when another process has this generation of its claims."""
+        """Claim a piece of work; None if another process has the claim of this generation."""
         path = self.folder / f"{name}.{generation}"
         while True:
             try:
@@ -106,5 +106,5 @@ class Claims:
                 return True
             os.utime(self.folder)  # the clock of the file system can differ from this host's
             return self.folder.stat().st_mtime - path.stat().st_mtime > SILENT
-        except FileNotFoundError:  # it was released just now
+        except FileNotFoundError:  # it was released in the meantime
             return True

@@ -28,8 +28,8 @@ _ROWS = 1 << 16  # entries of `index` that are written at a time
 
 
 def write_npz(path: Path, store: Store) -> None:
-    """Write improved-diffusion's arrays, arr_0 [N, H, W, C] uint8 and with classes arr_1 [N] int64, and those that draw
-    an image again, seed [] int64 and index [N] int64."""
+    """Write improved-diffusion's arrays, arr_0 [N, H, W, C] uint8 and, with classes, arr_1 [N] int64, and seed [] int64
+    and index [N] int64, from which the images can be drawn again."""
     with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         pixels = (drawn.images for _, drawn in store.images())
         _write_array(archive, "arr_0", np.uint8, (store.count, *store.shape), pixels)
@@ -102,7 +102,7 @@ def shard_paths(base: Path, count: int) -> list[Path]:
 def write_tars(base: Path, store: Store) -> None:
     """Write WebDataset shards of KEY.png, KEY.cls (with classes) and KEY.json, where KEY is the image's number.
 
-    Shards are written in order. Those before the first missing one are whole and are left as they are.
+    Shards are written in order. Those before the first missing one are complete and stay unchanged.
     """
     paths = shard_paths(base, store.count)
     whole = next((shard for shard, path in enumerate(paths) if not path.exists()), len(paths))

@@ -4,11 +4,11 @@ Image i depends on the job's identity and i alone, so it does not matter which p
 The processes share a folder and nothing else:
 
     OUT/job.json                the manifest: what the job is
-    OUT/claims/START-STOP.0     says that a process draws these images, so that others draw different ones first
+    OUT/claims/START-STOP.0     the claim of a process on these images, so that others draw different ones first
     OUT/parts/START-STOP.npz    a chunk of drawn images
-    OUT/samples_NxHxWxC.npz     all images, merged by a process that finds all chunks there
+    OUT/samples_NxHxWxC.npz     all images, merged by a process that finds all chunks
 
-No process waits for another: without unclaimed images left, it draws those that others have claimed but not finished.
+No process waits for another: if no unclaimed images are left, it draws those that others have claimed but not finished.
 """
 
 from __future__ import annotations
@@ -32,20 +32,14 @@ from fastdiff.sampling.pictures import CHANNELS, Draw, Images
 
 
 def run_job(
-    draw: Draw,
-    job: Job,
-    processes: Processes,
-    folder: Path,
-    *,
-    overwrite: bool = False,
-    trace: Trace | None = None,
+    draw: Draw, job: Job, processes: Processes, folder: Path, *, overwrite: bool = False, trace: Trace | None = None
 ) -> list[Path]:
-    """Draw the missing images of a job, together with all other processes at it, and make its files.
+    """Draw the missing images of a job, together with all other processes that work on it, and make its output files.
 
     draw is called for one range of images after another, each at most a chunk. overwrite removes another job's files
     from the folder instead of refusing it. trace draws the trajectories of job.trajectory images.
 
-    Returns the job's files (a folder for png), which another process may be about to make. Raises UserError when the
+    Returns the job's files (a folder for png), which another process may still be writing. Raises UserError if the
     folder holds another job or can't be written to.
     """
     if job.shape[2] not in CHANNELS:
@@ -59,11 +53,11 @@ def run_job(
 
 
 class _DrawnElsewhere(Exception):
-    """Another process has finished the images that this one draws."""
+    """Another process has finished the images that this one is drawing."""
 
 
 class _Run:
-    """The work of one process at a job."""
+    """The work of one process on a job."""
 
     def __init__(
         self, draw: Draw, job: Job, processes: Processes, folder: Path, manifest: Manifest, trace: Trace | None
@@ -116,7 +110,7 @@ class _Run:
             while True:
                 with disk(self.folder):
                     self._check_same()
-                    # These come before the list of chunks, because work that leaves them is in a chunk by then.
+                    # These are read before the list of chunks: work that leaves them by then is in a chunk.
                     held, unwritten = self.claims.held(), writer.wait(most=2)
                     missing = self.store.missing()
                     if not missing:
@@ -133,10 +127,10 @@ class _Run:
                     self._draw_chunk(chunk, claim, writer, progress)
 
     def _choose(self, todo: list[Range], held: Mapping[str, Held]) -> tuple[Range, Claim | None]:
-        """The chunk to draw next, and the claim on it, which is None if another process was quicker.
+        """The chunk to draw next, and the claim on it, which is None if another process claimed it first.
 
-        Chunks without a claim come first, and each process begins at another place among them. After those come the
-        chunks that the fewest processes draw.
+        Unclaimed chunks come first, and each process starts at a different one. After those come the chunks that the
+        fewest processes are drawing.
         """
         begin = len(todo) * self.processes.rank // max(self.processes.world_size, 1)
         todo = [*todo[begin:], *todo[:begin]]
@@ -148,7 +142,7 @@ class _Run:
     def _draw_chunk(self, chunk: Range, claim: Claim, writer: Writer, progress: Progress) -> None:
         def on_progress(images: float) -> None:
             if progress.add(images):
-                writer.wait(most=2)  # raises an error of writing as soon as there is one
+                writer.wait(most=2)  # raises an error from writing as early as possible
                 if self.store.path(chunk).exists() or not claim.path.exists():
                     raise _DrawnElsewhere
 
@@ -166,7 +160,7 @@ class _Run:
     # --- making the files ---
 
     def _finish(self, there: int) -> list[Path]:
-        """Make the files, unless another process does."""
+        """Make the output files, unless another process is making them."""
         made: list[str] = []
         lines: list[str] = []
         claim = self.claims.take_alone(f"merge-{self.outputs.key}")
@@ -178,7 +172,7 @@ class _Run:
                     lines = self.outputs.make(made)
                 except FileNotFoundError as error:  # another process took over and has removed the chunks
                     if self.outputs.missing():
-                        raise DamagedFile(Path(str(error.filename)), "it has vanished") from error
+                        raise DamagedFile(Path(str(error.filename)), "it was removed") from error
                     made = []
         self._tidy()
         if made:
@@ -186,15 +180,15 @@ class _Run:
             rate = f", {(self.job.count - there) / seconds:.3g} images/s" if there < self.job.count else ""
             print("\n".join([f"{self._summary()}, {seconds:.1f} s{rate}{self.job.note}", *lines]))
         else:
-            merges = "puts" if claim is None else "has put"
-            print(f"process {self.processes.rank}: all images are drawn; another process {merges} them together")
+            merges = "merges" if claim is None else "has merged"
+            print(f"process {self.processes.rank}: all images are drawn; another process {merges} them")
         return self.outputs.paths()
 
     def _summary(self) -> str:
         return f"{self.job.count} images in {self.outputs.places()}"
 
     def _tidy(self) -> None:
-        """Remove what the job no longer needs: chunks that are in an npz, claims on drawn images, leftovers."""
+        """Remove files that the job no longer needs: merged chunks, claims on drawn images, partial files."""
         self.outputs.tidy()
         self.store.tidy()
         folder = self.claims.folder
@@ -209,7 +203,7 @@ class _Run:
 
         self.claims.tidy(is_drawn)
         remove_partial_files(folder)
-        with suppress(OSError):  # it has claims
+        with suppress(OSError):  # it contains claims
             folder.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""The manifest job.json, which says what job a folder holds; all processes of a job agree on it."""
+"""The manifest job.json, which describes the job in a folder; all processes of a job agree on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REMEDY = "name another folder, or give --overwrite True"
 
 @dataclass(frozen=True)
 class Job:
-    """The images to draw, and the files to make of them."""
+    """The images to draw, and the files to write from them."""
 
     identity: dict[str, Any]
     """Everything that the images depend on, as JSON: setting → value. Not the count or batch size."""
@@ -36,7 +36,7 @@ class Job:
     labelled: bool
     seed: int
     chunk_size: int
-    """Images per chunk, unless the folder's job has chunks of another size."""
+    """Images per chunk, unless the job in the folder has chunks of another size."""
     save_as: tuple[str, ...] = ("npz",)
     """Of npz, png, zip, tar."""
     grid_images: int = 0
@@ -74,9 +74,9 @@ def digest(identity: dict[str, Any]) -> str:
 
 
 def agree(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
-    """The manifest in the folder, which is written if there is none.
+    """Return the manifest in the folder; writes it if there is none.
 
-    Raises UserError, and changes nothing, when the folder holds another job; overwrite removes that job instead.
+    Raises UserError and changes nothing if the folder holds another job; overwrite removes that job instead.
     """
     if overwrite and _problem(folder, manifest):
         _clear(folder, manifest)
@@ -86,11 +86,11 @@ def agree(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
         if found := _read(folder):
             return found
         _create(folder, manifest)  # unless another process, perhaps with another job, does so first
-    raise UserError(f"{folder / NAME} vanishes")
+    raise UserError(f"{folder / NAME} is removed again and again")
 
 
 def check_same(folder: Path, manifest: Manifest) -> None:
-    """UserError when another job was begun in the folder."""
+    """Raise UserError if another job was started in the folder."""
     with suppress(ValueError):
         if _read(folder) == manifest:
             return
@@ -98,7 +98,7 @@ def check_same(folder: Path, manifest: Manifest) -> None:
 
 
 def _problem(folder: Path, manifest: Manifest) -> str:
-    """The reason why the folder can't take this job; empty if it can."""
+    """The reason why this job can't use the folder; empty if it can."""
     names = files_in(folder)  # listed first, because a job's files are written after its manifest
     try:
         found = _read(folder)
@@ -128,7 +128,7 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _read(folder: Path) -> Manifest | None:
-    """The manifest; None if there is none. ValueError when it is damaged."""
+    """Read the manifest; None if there is none. Raises ValueError if it is damaged."""
     try:
         found = json.loads((folder / NAME).read_text())
     except FileNotFoundError:

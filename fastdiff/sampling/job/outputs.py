@@ -1,4 +1,4 @@
-"""Makes the files of a job once all its images are drawn: the formats asked for, a picture grid, a trajectory."""
+"""Makes the output files of a job once all images are drawn: the formats of --save_as, a grid, a trajectory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Trace: TypeAlias = Callable[[np.ndarray], tuple[list[np.ndarray], np.ndarray]]
 
 
 class Outputs:
-    """The files of a job. Each is complete when it exists under its name, and is not made again.
+    """The output files of a job. A file that exists under its name is complete and is not made again.
 
-    trace draws the trajectory; without it there is none.
+    trace draws the trajectory; None leaves it out.
     """
 
     def __init__(self, store: Store, job: Job, trace: Trace | None) -> None:
@@ -36,7 +36,7 @@ class Outputs:
 
     @property
     def key(self) -> str:
-        """A part of a file name that tells these outputs from others of the same job."""
+        """A part of a file name that distinguishes these outputs from others of the same job."""
         return "-".join([str(self.job.count), *self.job.save_as, str(self.grid), str(self.trajectory)])
 
     def path(self, ending: str) -> Path:
@@ -67,7 +67,7 @@ class Outputs:
         return missing
 
     def make(self, missing: list[str]) -> list[str]:
-        """Make the missing outputs. Returns lines about the pictures."""
+        """Make the missing outputs. Returns lines to print about the pictures."""
         lines = []
         if "npz" in missing:
             exports.write_npz(self.path(".npz"), self.store)
@@ -79,10 +79,10 @@ class Outputs:
             exports.write_tars(self.base, self.store)
         if "grid" in missing:
             self._save_grid()
-            lines.append(f"the first {self.grid} as a picture in {self.path('.png')}")
+            lines.append(f"a grid of the first {self.grid} images in {self.path('.png')}")
         if "trajectory" in missing:
             self._save_trajectory()
-            lines.append(f"the way of the first {self.trajectory} in {self.path('_steps.png')} and .gif")
+            lines.append(f"trajectories of the first {self.trajectory} images in {self.path('_steps.png')} and .gif")
         return lines
 
     def tidy(self) -> None:
@@ -107,7 +107,7 @@ class Outputs:
         return {index for name in files_in(self.images) if (index := index_in(name)) is not None}
 
     def _save_grid(self) -> None:
-        """Save the first images, sorted by class; each chosen class begins a row."""
+        """Save the first images, sorted by class; each class has rows of its own if they come out even."""
         images, labels = [], []
         for start, drawn in self.store.images():
             images.append(drawn.images)

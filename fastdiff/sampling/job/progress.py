@@ -1,4 +1,4 @@
-"""Shows how many images of a job are done, counted over all its processes by the files in its folder."""
+"""Shows how many images of a job are done, counted over all its processes from the files in its folder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from fastdiff.runtime.files import ProcessId, files_in, write_json
 
 STATUS = ".status"
 LOOK = 1.0
-"""Seconds between looks at the folder."""
+"""Seconds between checks of the folder."""
 LINE = 30.0
-"""Seconds between lines of a log."""
+"""Seconds between lines in a log."""
 
 
 class Progress:
-    """A bar on a terminal or lines in a log, on the process that shows it. Every process writes a status file for it.
+    """Shows a progress bar on a terminal, or lines in a log. Every process writes a status file for it.
 
-    count is the number of images of the job, and `there` of those that existed when this process began. missing()
-    returns how many images are not on disk yet.
+    count    number of images of the job.
+    there    number of images that existed when this process started.
+    missing  returns how many images are not on disk yet.
+    shows    whether this process shows the progress.
     """
 
     def __init__(self, count: int, there: int, missing: Callable[[], int], folder: Path, rank: int, shows: bool):
@@ -44,7 +46,7 @@ class Progress:
         )
 
     def add(self, images: float) -> bool:
-        """Count more drawn images. True about once a second, when the caller may look at the folder too."""
+        """Count more drawn images. Returns True about once a second, when the caller may check the folder, too."""
         self._own += images
         self._unfinished += images
         now = time.monotonic()
@@ -59,7 +61,7 @@ class Progress:
         return True
 
     def settle(self) -> None:
-        """Note that what was drawn so far was handed to the writer or given up."""
+        """Note that all images drawn so far were passed to the writer or discarded."""
         self._unfinished = 0.0
 
     def __enter__(self) -> Progress:

@@ -310,7 +310,7 @@ def test_one_process_merges(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     other.start()
     until(lambda: Claims(folder / "claims").held())
     run_job(drawing(), job(), place(1, 2), folder)
-    assert "process 1: all images are drawn; another process puts them together" in capsys.readouterr().out
+    assert "process 1: all images are drawn; another process merges them" in capsys.readouterr().out
     assert not list(folder.glob("*.npz"))
     other.kill()
     other.join()

@@ -99,7 +99,7 @@ def test_messages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = shown.out.splitlines()
     assert first.startswith(f"23 images in {folder / 'samples_23x4x6x3.npz'}, ")
     assert first.endswith(" images/s, enlarged from 5")
-    assert second == f"the first 23 as a picture in {folder / 'samples_23x4x6x3.png'}"
+    assert second == f"a grid of the first 23 images in {folder / 'samples_23x4x6x3.png'}"
     before = files(folder)
     assert run(folder, job(23, grid_images=100)) == []
     assert files(folder) == before
@@ -527,7 +527,7 @@ def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) ->
             run(folder, job(23))
     assert str(caught.value) == (
         f"--out_dir: {folder} can't be written to or read (No space left on device); the images that are in it are "
-        "kept, and the same command goes on with them"
+        "kept, and the same command continues with them"
     )
     assert not list(folder.rglob("*.partial"))
     assert len(run(folder, job(23))) == {"chunks": 3, "npz": 0, "claims": 5}[where]

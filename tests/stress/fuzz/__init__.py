@@ -1,1 +1,1 @@
-"""Hostile input: thousands of damaged and malicious files and settings, each tried in a process that is watched."""
+"""Fuzzing: thousands of damaged and malicious files and settings, each tested in a monitored process."""

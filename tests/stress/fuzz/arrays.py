@@ -37,14 +37,14 @@ COUNT, SHAPE = 5, (8, 8, 3)
 
 
 def npy(shape: tuple[int, ...], descr: str = "|u1", data: bytes = b"", version: int = 1, order: bool = False) -> bytes:
-    """An array's file with any header before any data."""
+    """The bytes of an .npy file with an arbitrary header and data."""
     text = f"{{'descr': {descr!r}, 'fortran_order': {order}, 'shape': {shape!r}, }}".encode()
     text += b" " * (-(len(text) + 11) % 64) + b"\n"
     return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + data
 
 
 def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A zip of these."""
+    """A zip of .npy members."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression, compresslevel=1) as archive:
         for name, data in members.items():
@@ -59,7 +59,7 @@ def saved(array: Any) -> bytes:
 
 
 def strange_npy(rng: random.Random) -> bytes:
-    """An array of another kind, or a header that lies."""
+    """An array of another shape or type, or with an invalid header."""
     images = np.zeros((COUNT, *SHAPE), np.uint8)
     ways: list[Callable[[], bytes]] = [
         lambda: saved(images.astype(rng.choice([np.float32, np.int8, np.uint16, np.complex64, bool]))),
@@ -86,12 +86,12 @@ def strange_npy(rng: random.Random) -> bytes:
 
 @lru_cache
 def bomb(name: str, count: int) -> bytes:
-    """Less than a megabyte that unpacks to 384."""
+    """A zip of less than one megabyte that unpacks to 384 MB."""
     return zipped({name: npy((count, *SHAPE), data=bytes(2_000_000 * 192))}, zipfile.ZIP_DEFLATED)
 
 
 def strange_npz(rng: random.Random, whole: dict[str, bytes]) -> tuple[str, bytes]:
-    """An npz damaged as a whole, or with a strange array in it."""
+    """A damaged npz, or one with an invalid array."""
     way = rng.choice(["damaged", "damaged", "array", "array", "array", "missing", "plain", "other", "bomb"])
     if way == "bomb":
         return way, bomb(next(iter(whole)), rng.choice([COUNT, 2_000_000]))
@@ -130,7 +130,7 @@ def npz_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
 
 
 def part_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """Parts of a job, and all of one put together."""
+    """Chunks of a job, and merged npz files."""
     images, labels = np.zeros((COUNT, *SHAPE), np.uint8), np.zeros(COUNT, np.int64)
     part = {"images": saved(images), "labels": saved(labels), "job": saved(np.array(digest({})))}
     merged = {
@@ -167,7 +167,7 @@ def _read_job(place: Path, file: Path) -> tuple[str, str]:
 
 
 def packed_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """A packed folder one of whose files is damaged."""
+    """A packed folder with one damaged file."""
     pictures(folder / "pictures", ["a_1", "a_2", "b_1"])
     shutil.rmtree(folder / "packed", ignore_errors=True)
     pack(index_images(folder / "pictures"), (8, 8), 3, folder / "packed", workers=1)
@@ -218,7 +218,7 @@ def array_pickle() -> ModuleType:
 
 
 def pickle_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """Pickles of dictionaries and arrays, as CIFAR comes in."""
+    """Pickles of dictionaries and arrays, the format of CIFAR."""
     module = array_pickle()
     batch = {b"labels": [1, 2], b"data": np.zeros((2, 3072), np.uint8), b"filenames": [b"a.png", b"b.png"]}
 
@@ -235,7 +235,7 @@ def pickle_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Cas
         elif way == "memory":
             data = rng.choice(
                 [
-                    b"\x80\x02]r\xff\xff\xff\x7f.",  # remembered as number 2 billion
+                    b"\x80\x02]r\xff\xff\xff\x7f.",  # memo index 2 billion
                     b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".",
                     b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b".",
                     b"c_codecs\nencode\nq\0(X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"X\6\0\0\0latin1tq\1"

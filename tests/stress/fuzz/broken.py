@@ -1,4 +1,4 @@
-"""Cases that go wrong on purpose, by which the harness itself is tested."""
+"""Cases that fail on purpose, to test the harness itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fuzz.cases import MARKER, READ, REFUSED, Case
 
 
 def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """A good one, and one of each kind of failure."""
+    """A case that succeeds, and one of each kind of failure."""
 
     def read(work: Callable[[], object]) -> Callable[[], tuple[str, str]]:
         return lambda: (work(), (READ, ""))[1]

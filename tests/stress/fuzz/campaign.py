@@ -1,4 +1,4 @@
-"""Runs many cases of a kind in watched processes, and counts what came of them."""
+"""Runs many cases of a kind in monitored processes, and counts the results."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from fuzz.kinds import ALL
 
 ABOVE = Path(__file__).resolve().parents[1:4]
 START_SECONDS = 120.0
-"""For imports, before the first case."""
+"""Time limit for imports, before the first case."""
 
 
 @dataclass
 class Report:
-    """What came of cases of one kind."""
+    """The results of cases of one kind."""
 
     kind: str
     seed: int
     results: Counter[str] = field(default_factory=Counter)
     """Cases by result: read, refused."""
     names: Counter[str] = field(default_factory=Counter)
-    """Cases by the first word of what was done."""
+    """Cases by the first word of their names."""
     wrong: list[str] = field(default_factory=list)
-    """Each failure, with the command that makes its case again."""
+    """Each failure, with the command that repeats its case."""
     slowest: tuple[float, str] = (0.0, "")
     most_bytes: tuple[int, str] = (0, "")
-    """Growth of the process since before its first case."""
+    """Largest growth of a process since before its first case, and the case."""
     seconds: float = 0.0
 
     @property
@@ -57,7 +57,7 @@ class Report:
             self.fail(line["end"], line["name"], f"took {line['bytes'] / 2**20:.0f} MiB")
 
     def and_also(self, other: Report) -> Report:
-        """Both together."""
+        """The sum of two reports."""
         return Report(
             self.kind,
             self.seed,
@@ -79,7 +79,7 @@ class Report:
 
 
 def run(kind: str, seed: int, start: int, stop: int) -> Report:
-    """Cases start to stop - 1. One that hangs or kills its process is a failure, and the others go on after it."""
+    """Run cases start to stop - 1. A case that hangs or kills its process fails, and the next ones still run."""
     report = Report(kind, seed)
     clock = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def run(kind: str, seed: int, start: int, stop: int) -> Report:
 
 
 def _run_process(report: Report, kind: str, seed: int, start: int, stop: int, folder: str) -> int:
-    """One process's cases; the number of the first that is left (none where it can't even begin)."""
+    """Run cases in one process. Returns the number of the next case, or `stop` if the process can't start."""
     command = [sys.executable, "-m", "fuzz.worker", kind, str(seed), str(start), str(stop), folder]
     paths = [*map(str, ABOVE), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}

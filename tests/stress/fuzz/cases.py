@@ -1,4 +1,4 @@
-"""What a case is, and where it runs: one damaged file, set of settings or command line, and what must come of it."""
+"""A case: one damaged file, set of settings or command line, and how its result is checked."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ MARKER = "code_was_run"
 
 @dataclass(frozen=True)
 class Case:
-    """One input. run() returns READ, or REFUSED with a message, or raises UserError; all else is wrong."""
+    """One input. run() must return READ, return REFUSED with a message, or raise UserError."""
 
     name: str
-    """What was done, in few words: counted by its first word."""
+    """A short description. Reports count cases by its first word."""
     run: Callable[[], tuple[str, str]]
     names: tuple[str, ...] = ()
-    """A refusal must hold one of these: the file, flag or field."""
+    """A refusal's message must contain one of these: the file, flag or field."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case."""
+    """The result of a case."""
 
     result: str
     """READ or REFUSED."""
     message: str = ""
     wrong: str = ""
-    """Why it counts as a failure; empty where all is well."""
+    """The reason why it counts as a failure, or empty."""
 
 
 Kind = Callable[[Path, int, int, int], Iterator[Case]]
@@ -42,12 +42,12 @@ Kind = Callable[[Path, int, int, int], Iterator[Case]]
 
 
 def generator(seed: int, kind: str, index: int) -> random.Random:
-    """Random numbers of one case: any case can be made again by its number."""
+    """A random generator for one case, so that each case can be repeated by its number."""
     return random.Random(f"{seed} {kind} {index}")
 
 
 def attempt(case: Case) -> Outcome:
-    """Run a case and judge what came of it."""
+    """Run a case and check its result."""
     try:
         result, message = case.run()
     except UserError as error:

@@ -31,14 +31,14 @@ State = dict[str, Any]
 
 
 def saved(content: Any, **options: Any) -> bytes:
-    """What torch.save writes."""
+    """The bytes that torch.save writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)
     return buffer.getvalue()
 
 
 class Calls:
-    """Unpickled, it calls a function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -48,14 +48,14 @@ class Calls:
 
 
 class Sets(OrderedDict):
-    """A dictionary that brings attributes along."""
+    """A dictionary that is pickled with attributes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, (), self.attributes, None, iter(self.items())
 
 
 def code(rng: random.Random) -> Any:
-    """One of the ways to have code run."""
+    """An object whose unpickling runs code, in one of several ways."""
     write = f"open({MARKER!r}, 'w').close()"
     return rng.choice(
         [
@@ -75,7 +75,7 @@ def code(rng: random.Random) -> Any:
 
 
 class World:
-    """Whole checkpoints to begin with."""
+    """Valid checkpoints to start from."""
 
     def __init__(self) -> None:
         model = unet()
@@ -99,7 +99,7 @@ def damaged(world: World, rng: random.Random) -> tuple[str, bytes]:
 
 
 def repacked(world: World, rng: random.Random) -> tuple[str, bytes]:
-    """The zip's parts changed and put together again, so that checksums are right."""
+    """A zip with changed members and valid checksums."""
     source = zipfile.ZipFile(io.BytesIO(world.whole))
     buffer = io.BytesIO()
     way = rng.choice(["pickle", "part", "missing", "deflated", "bomb", "empty", "twice", "byteorder", "numel"])
@@ -131,7 +131,7 @@ def repacked(world: World, rng: random.Random) -> tuple[str, bytes]:
 
 
 def _declare_more(data: bytes, rng: random.Random) -> bytes:
-    """Storages and tensors of the pickle said to have far more numbers than lie in the file."""
+    """A pickle whose storages and tensors claim to have far more elements than the file."""
     numbers = [i for i in range(len(data) - 2) if data[i : i + 1] in b"KM" and rng.random() < 0.02]
     changed = bytearray(data)
     for at in reversed(numbers):
@@ -169,7 +169,7 @@ def hostile(world: World, rng: random.Random) -> tuple[str, bytes]:
 
 
 def forged(world: World, rng: random.Random) -> tuple[str, bytes]:
-    """Sound files whose contents are not those of a network."""
+    """Valid files whose contents are not those of a network."""
     state: State = dict(world.state)
     name = rng.choice(list(state))
     value: Tensor = state[name]
@@ -219,7 +219,7 @@ _VALUES = (None, True, -1, 0, 1.5, 2**70, 10**12, 1e300, "", "x", "9" * 400, [],
 
 
 def settings(world: World, rng: random.Random) -> tuple[str, bytes]:
-    """Sound weights that carry strange settings."""
+    """Valid weights with invalid settings."""
     info = json.loads(json.dumps(world.info))
     for _ in range(rng.choice([1, 1, 3])):
         section = rng.choice(["model", "diffusion"])
@@ -284,7 +284,7 @@ def _make(folder: Path, kind: str, seed: int, start: int, stop: int) -> Iterator
 
 
 def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """Read, its settings found out, and the network opened."""
+    """Read the file, determine its settings, and open the network."""
 
     def run(file: Path) -> tuple[str, str]:
         checkpoint = open_checkpoint(str(file))
@@ -298,7 +298,7 @@ def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
 
 
 def sampling_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """Through the whole of sample.py."""
+    """Run sample.py with the file."""
 
     def run(file: Path) -> tuple[str, str]:
         words = f"--model_path {file} --num_samples 1 --batch_size 1 --timestep_respacing 2 --out_dir out"

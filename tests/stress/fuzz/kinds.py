@@ -13,11 +13,11 @@ class Bounded(NamedTuple):
 
     cases: Kind
     count: int
-    """How many CI runs."""
+    """The number of cases that CI runs."""
     limit_seconds: float = 20.0
-    """After which a case counts as hung."""
+    """Time after which a case counts as hung."""
     bound_bytes: int = 512 << 20
-    """By which a process may grow over all its cases."""
+    """The most memory by which a process may grow over all its cases."""
 
 
 KINDS = {
@@ -36,4 +36,4 @@ KINDS = {
     "pickles": Bounded(arrays.pickle_cases, 200),
 }
 ALL = {**KINDS, "broken": Bounded(broken.cases, 7, limit_seconds=3.0, bound_bytes=500 << 20)}
-"""With one for tests of the harness."""
+"""All kinds, including one for tests of the harness."""

@@ -1,4 +1,4 @@
-"""Pictures of every kind that folders hold, and bytes that only look like one."""
+"""Picture files of all kinds, and bytes that only look like one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import numpy as np
 from PIL import Image
 
 Made = tuple[str, bytes]
-"""A name in few words, and a file's bytes."""
+"""A short description, and a file's bytes."""
 
 
 def noise(rng: random.Random, height: int, width: int, mode: str = "RGB") -> Image.Image:
-    """A picture of blots."""
+    """A picture of random blots."""
     small = np.frombuffer(rng.randbytes(5 * 5 * 3), np.uint8).reshape(5, 5, 3)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
 def encode(image: Image.Image, kind: str, **options: object) -> bytes:
-    """A picture as a file of Pillow."""
+    """The bytes of a picture as Pillow writes it."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -94,7 +94,7 @@ def webp(rng: random.Random) -> Made:
 
 
 def other_kinds(rng: random.Random) -> Made:
-    """What Pillow reads and this must not."""
+    """Formats that Pillow reads but fastdiff must reject."""
     if rng.random() < 0.4:
         values = np.frombuffer(rng.randbytes(4 * 64), np.int32 if rng.random() < 0.5 else np.float32).reshape(8, 8)
         return "other TIFF", encode(Image.fromarray(values), "TIFF")
@@ -118,14 +118,14 @@ def no_picture(rng: random.Random) -> Made:
 
 
 def headed(rng: random.Random) -> Made:
-    """Noise behind a whole header."""
+    """Noise after a valid header."""
     _, whole = rng.choice([jpeg, png, gif, webp])(rng)
     keep = rng.randrange(2, 60)
     return "headed", whole[:keep] + rng.randbytes(rng.randrange(3000))
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:
-    """A chunk of a PNG, its checksum right."""
+    """A PNG chunk with a valid checksum."""
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
@@ -133,7 +133,7 @@ _BOMB = zlib.compress(bytes(30_000_000), 9)
 
 
 def forged_png(rng: random.Random) -> Made:
-    """Chunks whose checksums are right and whose contents are not."""
+    """PNG chunks with valid checksums and invalid contents."""
     height, width = rng.choice([(4, 4), (1, 1), (9, 300), (2**31 - 1, 1), (60000, 60000), (20000, 20000), (0, 5)])
     bits, colour = rng.choice([1, 2, 4, 8, 16, 3]), rng.choice([0, 2, 3, 4, 6, 1])
     head = struct.pack(">IIBBBBB", width, height, bits, colour, rng.choice([0, 0, 9]), 0, rng.choice([0, 0, 1, 7]))
@@ -222,7 +222,7 @@ DAMAGEABLE = (jpeg, mpo, png, moving, gif, webp)
 
 
 def bomb(rng: random.Random) -> Made:
-    """As many pixels as are decoded at all, in a small file."""
+    """The largest number of pixels that is decoded, in a small file."""
     side = 13_000
     kind = rng.choice(["1", "L", "RGB", "GIF", "WEBP", "JPEG"])
     if kind == "GIF":

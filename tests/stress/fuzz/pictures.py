@@ -1,4 +1,4 @@
-"""Cases of picture files: each is read, or named in the log and replaced by its neighbour."""
+"""Cases of picture files: each must be read, or logged and replaced by its neighbour."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _listen() -> None:
 
 
 def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """One file beside a good one, read by the reference reader."""
+    """One file next to a valid one, read by the reference reader."""
     _listen()
     (folder / "good.png").write_bytes(encode(noise(random.Random(0), 40, 40), "PNG"))
     for index in range(start, stop):
@@ -89,7 +89,7 @@ def _case(folder: Path, name: str, data: bytes, rng: random.Random) -> Case:
 
 
 def loader_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """A folder of such files and good ones, through both loaders."""
+    """A folder of such files and valid ones, read by both loaders."""
     _listen()
     for index in range(start, stop):
         rng = generator(seed, "loaders", index)
@@ -97,7 +97,7 @@ def loader_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Cas
         place.mkdir()
         for i in range(_TOGETHER):
             (place / f"bad_{i:04d}.{rng.choice(EXTENSIONS)}").write_bytes(make(rng)[1])
-        for i in range(101 * _TOGETHER):  # so that no more than 1% can be unreadable
+        for i in range(101 * _TOGETHER):  # so that at most 1% can be unreadable
             (place / f"good_{i:04d}.png").write_bytes(encode(noise(rng, *SIZE), "PNG") if not i else b"")
             if i:
                 (place / f"good_{i:04d}.png").unlink()

@@ -1,10 +1,10 @@
-"""Tries hostile input for as long as is wished, with ever other cases, and says what came of them.
+"""Tests new cases of hostile input for a given time, and prints the results.
 
     python tests/stress/fuzz/run.py --seconds 600 --seed 7
     python tests/stress/fuzz/run.py --only pictures:1234 --seed 7      one case again
     python tests/stress/fuzz/run.py --kinds pictures,bombs --seconds 60
 
-Its last line is the verdict; the exit code is 0 only where nothing was wrong.
+The last line is the verdict; the exit code is 0 only if no case failed.
 """
 
 from __future__ import annotations

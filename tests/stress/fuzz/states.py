@@ -31,7 +31,7 @@ def places(content: Any, depth: int = 0) -> Iterator[tuple[Any, Any]]:
 
 
 def mutated(content: Any, rng: random.Random) -> tuple[str, Any]:
-    """The content with an entry or two replaced, dropped, renamed or added."""
+    """The content with one or two entries replaced, removed, renamed or added."""
     content = copy.deepcopy(content)
     way = ""
     for _ in range(rng.choice([1, 1, 2])):
@@ -49,7 +49,7 @@ def mutated(content: Any, rng: random.Random) -> tuple[str, Any]:
 
 
 def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """Read and taken up by a trainer, as a run does that goes on from a .pt file."""
+    """Read the state and load it into a trainer, as a run does that continues from a .pt file."""
     trainer = small_trainer(schedule_sampler="loss-second-moment", label_dropout=0.0)
     for _ in range(STEP):
         trainer.take_step()

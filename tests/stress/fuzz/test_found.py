@@ -1,4 +1,4 @@
-"""What was found to go wrong once, each by the least that shows it."""
+"""Bugs that fuzzing found, each with a minimal input."""
 
 from __future__ import annotations
 

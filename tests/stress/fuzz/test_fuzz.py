@@ -1,4 +1,4 @@
-"""Hostile input with fixed seeds. FASTDIFF_FUZZ=10 tries ten times as many cases; run.py tries new ones each time."""
+"""Hostile input with fixed seeds. FASTDIFF_FUZZ=10 tests ten times as many cases; run.py tests new ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_nothing_goes_wrong(kind: str) -> None:
 
 
 def test_the_campaign_notices() -> None:
-    """A hang, a crash, code that ran, a wrong exception, much memory and a message without a name all count."""
+    """The harness detects hangs, crashes, executed code, wrong exceptions, memory growth and nameless messages."""
     report = run("broken", 0, 0, 7)
     text = "\n".join(report.wrong)
     for part in ("took more than 3 s", "ended its process", "it ran code", "ZeroDivisionError", "MiB", "names none of"):

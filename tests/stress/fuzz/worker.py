@@ -1,8 +1,8 @@
 """The process in which cases run: python -m fuzz.worker KIND SEED START STOP FOLDER.
 
-It says before each case which one begins, and after it what came of it, as lines of JSON. Its parent ends it where a
-case takes too long. The address space is limited, so that a case that asks for endless memory fails here and not the
-machine.
+It prints a line of JSON before each case, with the case, and one after it, with the result. The parent kills it if a
+case takes too long. The address space is limited, so that a case that allocates too much memory fails here and does not
+affect the machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 def peak_bytes() -> int:
     """The most memory that this process has held so far.
 
-    Not getrusage's ru_maxrss, which begins with what the process that started this one held.
+    getrusage's ru_maxrss is unsuitable: it starts with the value of the parent process.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
@@ -46,7 +46,7 @@ def main() -> None:
     kind, seed, start, stop = sys.argv[1], *map(int, sys.argv[2:5])
     folder = Path(sys.argv[5])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what scripts print
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # hides the output of scripts
     faulthandler.enable()
     warnings.simplefilter("ignore")
     logging.getLogger().addHandler(logging.NullHandler())

@@ -1,4 +1,4 @@
-"""Two machines made of one: network namespaces joined by a cable, each with its own address, name and processes."""
+"""Simulates two machines: connected network namespaces, each with its own address, host name and processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ip(*words: str) -> None:
 
 
 def why_impossible() -> str:
-    """One sentence on why namespaces can't be made here; empty where they can."""
+    """The reason why namespaces can't be created here; empty if they can."""
     name = f"fastdiff-probe-{os.getpid()}"
     try:
         ip("netns", "add", name)
@@ -38,7 +38,7 @@ def why_impossible() -> str:
 
 
 class Node:
-    """A namespace in which commands run, with an address, a host name and process numbers of its own."""
+    """A namespace in which commands run, with its own address, host name and process ids."""
 
     def __init__(self, number: int) -> None:
         self.number, self.name = number, f"node{number}"
@@ -47,7 +47,7 @@ class Node:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
-        """Run a command in the node, its output to a file."""
+        """Run a command in the node, with its output in a file."""
         inside = f"hostname {self.name}; exec {shlex.join(command)}"
         apart = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", inside]
         with log.open("wb") as file:
@@ -56,20 +56,20 @@ class Node:
             )
 
     def cut(self) -> None:
-        """Pull the cable."""
+        """Disconnect the node from the network."""
         ip("-n", self.namespace, "link", "set", INTERFACE, "down")
 
     def mend(self) -> None:
         ip("-n", self.namespace, "link", "set", INTERFACE, "up")
 
     def kill(self) -> None:
-        """SIGKILL to every process in the node."""
+        """Send SIGKILL to every process in the node."""
         if self.process:
             self.process.send_signal(signal.SIGKILL)  # its child, the first process of the node, dies with it
             self.process.wait()
 
     def terminate_ranks(self) -> None:
-        """SIGTERM to the training processes, not to their launcher."""
+        """Send SIGTERM to the training processes, but not to their launcher."""
         assert self.process
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) == self.process.pid:
@@ -86,7 +86,7 @@ class Node:
 
 @contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Two nodes joined by a cable; processes and namespaces are gone afterwards, whatever happened."""
+    """Two connected nodes, whose processes and namespaces are always removed afterwards."""
     nodes = Node(0), Node(1)
     try:
         for node in nodes:

@@ -1,4 +1,4 @@
-"""Training on two nodes that die, lose each other and are asked to stop: see two_nodes.py, which this runs."""
+"""Training on two nodes with dying nodes, a cut network and stop signals, by two_nodes.py."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Train on two nodes, kill one, cut the cable, ask to stop, go on with one: nothing may be lost.
+"""Trains on two nodes, kills one, cuts the network, stops by a signal, continues with one: nothing may be lost.
 
     python tests/stress/two_nodes/two_nodes.py [--all]
 
-Needs root, for network namespaces. Uses torchrun and the deepspeed launcher in turn; --all makes each kind of failure
-under both. The last line is the verdict; exit code 0 only where nothing was lost.
+It needs root for network namespaces. It uses torchrun and the deepspeed launcher in turn; --all tests each kind of
+failure with both. The last line is the verdict; the exit code is 0 only if nothing was lost.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from network import INTERFACE, Node, two_nodes, why_impossible  # noqa: E402
 from fastdiff.training.checkpoints.folder import listed, step_of  # noqa: E402
 
 STEPS, EVERY = 240, 4
-"""Of a whole run, and between two checkpoints: a run can't get to its end while it is being disturbed."""
+"""Steps of a whole run, enough that it can't finish while it is disturbed, and steps between checkpoints."""
 ALONE = 20
-"""Steps that one node goes on alone."""
+"""Steps for which one node continues alone."""
 SILENCE = 18
-"""Seconds without a sign of life after which a rank is lost, here by --stall_minutes."""
+"""Seconds without a heartbeat after which a rank counts as lost, set by --stall_minutes."""
 LIMIT = 60.0
-"""Seconds in which every process must have ended after a death."""
+"""Seconds within which every process must have ended after a failure."""
 PORT = "29400"
-# Another number of processes adds up gradients in another order: float32 sums of 4 images, over some tens of steps of
-# lr 1e-3, each of which AdamW scales to about that size whatever the gradient's.
+# A different number of processes sums float32 gradients in a different order. AdamW scales each update to about the
+# learning rate of 1e-3, whatever the size of the gradient, so after some tens of steps weights differ by about 1e-3.
 TOLERANCE = 2e-3
 MODEL = (
     "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 4 "
@@ -49,7 +49,7 @@ MODEL = (
 
 
 class Lost(Exception):
-    """Something that must hold does not."""
+    """A check has failed."""
 
 
 @dataclass
@@ -85,11 +85,11 @@ class Job:
         return self.folder / f"{node.name}.log"
 
     def newest(self) -> int:
-        """The step of the newest checkpoint; 0 without one."""
+        """The step of the newest checkpoint, or 0."""
         return max((step_of(folder) for folder in listed(self.run / "checkpoints")), default=0)
 
     def wait_for_newer(self, than: int) -> int:
-        """Until a newer checkpoint than that of a step is whole; its step. Lost when the run ends before."""
+        """Wait for a checkpoint after step `than`, and return its step. Raises Lost if the run ends before."""
         until = time.monotonic() + 120
         while (step := self.newest()) <= than:
             if time.monotonic() > until or any(node.process and node.process.poll() is not None for node in self.nodes):
@@ -98,7 +98,7 @@ class Job:
         return step
 
     def wait(self, limit: float) -> list[int]:
-        """Until every node's processes have ended; their exit codes. Lost when that takes more than `limit` seconds."""
+        """Wait until the processes of all nodes have ended, and return their exit codes. Lost after `limit` seconds."""
         until = time.monotonic() + limit
         while any(node.process and node.process.poll() is None for node in self.nodes):
             if time.monotonic() > until:
@@ -107,7 +107,7 @@ class Job:
         return [node.process.returncode for node in self.nodes if node.process]
 
     def said(self, node: Node) -> str:
-        """The last line of the training script itself on a node."""
+        """The last line that the training script itself printed on a node."""
         lines = [line for line in self.log(node).read_text().splitlines() if line.startswith("train.py: ")]
         return lines[-1] if lines else ""
 
@@ -123,7 +123,9 @@ class Job:
 
 
 def disturb(job: Job, launcher: str, what: str, act: Callable[[], None], alive: list[Node]) -> None:
-    """Start or go on, act once that has saved, and see all ranks end with a reason on the nodes still alive."""
+    """Start or resume the job, call act() after its next checkpoint, and check that all ranks end, on `alive` nodes
+    with a reason.
+    """
     before = job.newest()
     job.start(launcher)
     after = job.wait_for_newer(before)
@@ -153,7 +155,7 @@ def status(job: Job) -> str:
 
 
 def compare(job: Job, whole: Job, step: int, tolerance: float) -> None:
-    """Weights and averages of two runs after a step: bit for bit, or by the norm of the difference."""
+    """Raise Lost if weights or averages of two runs differ after a step by more than the tolerance, or 0 in any bit."""
     ours, theirs = job.weights(step), whole.weights(step)
     error = max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
     same = all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -163,7 +165,7 @@ def compare(job: Job, whole: Job, step: int, tolerance: float) -> None:
 
 
 def stop_and_shrink(job: Job, whole: Job, nodes: tuple[Node, Node], launcher: str) -> None:
-    """SIGTERM to one rank saves and ends all; weights so far are the same; one node goes on for some steps."""
+    """Check that SIGTERM to one rank saves and ends all, that weights agree, and that one node can continue alone."""
     disturb(job, launcher, "SIGTERM to rank 1", nodes[1].terminate_ranks, [nodes[0]])
     if status(job) != "preempted":
         raise Lost(f"status.json says {status(job)}, not preempted")
@@ -177,7 +179,7 @@ def stop_and_shrink(job: Job, whole: Job, nodes: tuple[Node, Node], launcher: st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every kind of failure under both launchers")
+    parser.add_argument("--all", action="store_true", help="test every kind of failure with both launchers")
     everything = parser.parse_args().all
     if why := why_impossible():
         sys.exit(f"two_nodes.py: {why}")
