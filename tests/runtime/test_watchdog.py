@@ -194,7 +194,7 @@ def test_another_run_at_the_same_port_does_not_count(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
     ranks = start_two()
-    with pytest.raises(dist.DistStoreError, match="rank 0 did not come"):
+    with pytest.raises(dist.DistStoreError, match="rank 0 did not reach the store"):
         open_store("heartbeat", 1, 2, timedelta(seconds=2))
     stop(ranks)
 

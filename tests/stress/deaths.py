@@ -22,7 +22,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from training.test_launchers import LAUNCHERS, pid_of, start  # noqa: E402
 
-from fastdiff.runtime.processes import ProcessId  # noqa: E402
+from fastdiff.runtime.files import ProcessId  # noqa: E402
 
 CASES = (
     ("kill -9 of rank 1", signal.SIGKILL, 1, 60.0),

@@ -89,7 +89,7 @@ def test_two_ranks_go_back_together_and_look_again(data: Path, tmp_path: Path) -
     more = ("--save_interval", "2", "--max_bad_steps", "3", "--keep_last", "1", "--log_interval", "1")
     out = by_two(LAGGING_AND_BAD, tmp_path, flags(data, tmp_path / "run", "--max_steps", "12", *more))
     assert len(re.findall(r"[34] steps in a row had a non-finite loss or gradient", out)) == 1
-    assert "step_000004, and on with other images" in out
+    assert "step_000004, to continue with other images" in out
     assert status_of(tmp_path / "run") == ("done", 12, 0)
     assert steps_of(tmp_path / "run") == [12]
     by_two(LAGGING_AND_BAD, tmp_path, flags(data, tmp_path / "run", "--max_steps", "14", *more))

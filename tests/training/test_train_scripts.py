@@ -213,7 +213,7 @@ def test_starting_from_other_checkpoints(data: Path, tmp_path: Path, capsys: pyt
     assert (tmp_path / "third" / "checkpoints" / "step_000101").is_dir()
     ema = ["--resume_checkpoint", str(step / "ema_0.9999_000002.pt")]
     train.main(flags(data, tmp_path / "fourth", "--max_steps", "1", *ema))
-    assert "first weights" in capsys.readouterr().out
+    assert "initial weights" in capsys.readouterr().out
 
 
 def test_checkpoints_that_do_not_belong_together(data: Path, tmp_path: Path) -> None:

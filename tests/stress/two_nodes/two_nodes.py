@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parents[2]), str(ROOT)]
 from helpers.pictures_folder import make_pictures  # noqa: E402
 from network import INTERFACE, Node, two_nodes, why_impossible  # noqa: E402
 
-from fastdiff.training.checkpoints.folder import listed, step_of  # noqa: E402
+from fastdiff.training.checkpoints.folder import list_checkpoints, step_of  # noqa: E402
 
 STEPS, EVERY = 240, 4
 """Steps of a whole run, enough that it can't finish while it is disturbed, and steps between checkpoints."""
@@ -86,7 +86,7 @@ class Job:
 
     def newest(self) -> int:
         """The step of the newest checkpoint, or 0."""
-        return max((step_of(folder) for folder in listed(self.run / "checkpoints")), default=0)
+        return max((step_of(folder) for folder in list_checkpoints(self.run / "checkpoints")), default=0)
 
     def wait_for_newer(self, than: int) -> int:
         """Wait for a checkpoint after step `than`, and return its step. Raises Lost if the run ends before."""
