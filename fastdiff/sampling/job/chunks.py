@@ -189,9 +189,8 @@ class Store:
 
     def _is_merged(self, piece: Piece) -> bool:
         """Whether a file is an npz with images 0 to N - 1 of a job with this seed."""
-        most = _most(piece.path)
         with suppress(DamagedFile), _damage(piece.path), zipfile.ZipFile(piece.path) as archive:
-            index, seed = (read_npz_array(archive, name, most) for name in ("index", "seed"))
+            index, seed = (read_npz_array(archive, name, _most(piece.path)) for name in ("index", "seed"))
             numbered = len(index) == piece.holds.stop and np.array_equal(index, np.arange(len(index)))
             return numbered and int(seed) == self.seed and self._fits(archive, piece, False)
         return False

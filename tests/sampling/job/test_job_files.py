@@ -356,6 +356,13 @@ def test_chunks_that_overlap() -> None:
     assert split([Range(3, 11), Range(14, 15)], 5) == [Range(3, 5), Range(5, 10), Range(10, 11), Range(14, 15)]
 
 
+def test_an_npz_that_another_process_removes_counts_as_missing(tmp_path: Path) -> None:
+    store = Store(tmp_path, manifest_of(job(23)), 23)
+    # A link to nothing is listed but can't be opened, like a file that is removed after the folder was listed.
+    (tmp_path / f"samples_10x{'x'.join(map(str, store.shape))}.npz").symlink_to("removed")
+    assert store.missing() == [Range(0, 23)]
+
+
 def damage(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "cut short":
