@@ -170,7 +170,7 @@ class Consensus:
         """Send this step's requests; returns what any rank requested after the step before. Collective."""
         if self._alone:
             return list(requests)
-        self.close()
+        self.wait()
         agreed, self._known = self._known, [False] * len(self._known)
         self._flags = torch.tensor(requests, dtype=torch.uint8)
         self._running = dist.all_reduce(self._flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
@@ -178,7 +178,7 @@ class Consensus:
 
     def forget(self, *which: int) -> None:
         """Drop requests sent so far that are being served. Collective."""
-        self.close()
+        self.wait()
         for number in which:
             self._known[number] = False
 
@@ -186,13 +186,13 @@ class Consensus:
         """Whether any rank requests it now; waits, and leaves the requests of `exchange` alone. Collective."""
         if self._alone:
             return request
-        self.close()
+        self.wait()
         flag = torch.tensor([request], dtype=torch.uint8)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag)
 
-    def close(self) -> None:
-        """Wait for the last exchange. Collective."""
+    def wait(self) -> None:
+        """Wait until the last `exchange` is complete on this rank. Collective."""
         if self._running is not None:
             self._running.wait()
             self._running = None

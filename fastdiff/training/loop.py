@@ -97,7 +97,7 @@ class Loop:
             finally:
                 if self.saver:
                     self.saver.close()
-            self.consensus.close()
+            self.consensus.wait()
             unreadable = len(trainer.loader.unreadable)
             skipped = f" ({unreadable} unreadable files left out, named in the log)" if unreadable else ""
             reporter.log(f"done: {trainer.step} steps, {trainer.samples} images{skipped}, in {self.folder}")
