@@ -41,7 +41,7 @@ from benchmarks.image_features import (
     seen,
     train_classifier,
 )
-from fastdiff.config.checkpoint import open_checkpoint
+from fastdiff.config.checkpoint import Network, open_checkpoint, open_network
 from fastdiff.config.load import describe
 from fastdiff.errors import UserError, blaming
 from fastdiff.images.listing import index_images
@@ -50,7 +50,6 @@ from fastdiff.runtime.machine import device_name, use_free_cores
 from fastdiff.runtime.processes import current
 from fastdiff.runtime.script import run_script
 from fastdiff.sampling.conditioning import Labels
-from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import SampleSettings
 

@@ -24,7 +24,8 @@ from benchmarks.train_variants import (
     from_checkout,
     without_our_ops,
 )
-from fastdiff.diffusion import SAMPLES, GaussianDiffusion, create_diffusion
+from fastdiff.diffusion import GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.process import ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SolverTable, solver_table

@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastdiff.config.checkpoint import open_checkpoint
+from fastdiff.config.checkpoint import Network, open_checkpoint, open_network
 from fastdiff.config.load import describe
 from fastdiff.config.presets import download, find_preset, is_preset
-from fastdiff.diffusion import ENLARGED, SAMPLES, create_diffusion
+from fastdiff.diffusion import create_diffusion
+from fastdiff.diffusion.noise_keys import ENLARGED, SAMPLES
 from fastdiff.diffusion.samplers import ddim_reverse_loop
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.errors import UserError, blaming
@@ -31,7 +32,6 @@ from fastdiff.runtime.machine import tf32
 from fastdiff.runtime.processes import current
 from fastdiff.sampling.build import labels_of
 from fastdiff.sampling.conditioning import as_low_res
-from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.pictures import grid, non_finite, save_grid
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import SampleSettings

@@ -24,14 +24,13 @@ def main(argv: list[str] | None = None) -> None:
         sections=("model", "diffusion", "data", "nll"),
         checkpoint=("nll", "model_path"),
     )
-    from fastdiff.config.checkpoint import named
+    from fastdiff.config.checkpoint import named, open_network
     from fastdiff.diffusion import create_diffusion
     from fastdiff.errors import UserError, blaming
     from fastdiff.images.open import open_images
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.machine import tf32
     from fastdiff.runtime.processes import current, join, make_writable, output_folder
-    from fastdiff.sampling.network import open_network
     from fastdiff.scoring import NonFiniteBound, save_terms, score
 
     settings = config.nll

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastdiff import ops
-from fastdiff.diffusion import BOUND, GaussianDiffusion
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.noise_keys import BOUND
 from fastdiff.images.loader import Loader
 from fastdiff.runtime.files import atomic_write, remove_partial_files
 from fastdiff.runtime.processes import Processes

@@ -1,9 +1,10 @@
-"""What a user gets wrong: one sentence that names it and says what would be right, exit code 2, nothing written."""
+"""Wrong input gets one sentence that names it and says what would be right, exit code 2, and no file is written."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -38,8 +39,8 @@ from fastdiff.models import weights
 from fastdiff.sampling.settings import NllSettings
 from fastdiff.training.checkpoints.format import adam_state_dict
 from fastdiff.training.checkpoints.saver import write_checkpoint
+from fastdiff.training.microbatch import split_batch
 from fastdiff.training.settings import TrainSettings
-from fastdiff.training.step_plan import split_batch
 
 SCRIPTS = Path(train.__file__).parent
 
@@ -85,7 +86,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def world(made: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """The world as working folder; its `out` and `runs` must not have come to be."""
+    """Make the world the working folder, and assert afterwards that no output folder was created."""
     monkeypatch.chdir(made.folder)
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield made
@@ -94,7 +95,7 @@ def world(made: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 
 
 def says(message: str, *parts: str) -> None:
-    """The message holds every part."""
+    """Assert that the message contains every part."""
     missing = [part for part in parts if part not in message]
     assert not missing, f"{missing} not in: {message}"
 
@@ -277,7 +278,7 @@ def test_out_of_range_in_a_cascade(name: str, values: list[str], world: World) -
 
 
 def test_sampling_settings_that_contradict(world: World) -> None:
-    """What is wrong between two settings, each fine alone."""
+    """Two settings, each valid alone, contradict each other."""
     says(world.sample(use_ddim=True, solver="unipc"), "--use_ddim True contradicts solver unipc")
     says(world.sample(eta=0.5), "eta 0.5", "solver ddim")
     says(world.sample(eta=0.5, solver="heun"), "eta 0.5", "solver ddim", "heun has no eta")
@@ -299,7 +300,7 @@ def test_the_same_in_json_names_file_and_key(world: World) -> None:
 
 
 def test_network_that_cannot_be(world: World) -> None:
-    """What is wrong between two settings, each fine alone."""
+    """Two settings, each valid alone, describe no network."""
     says(world.train(image_size=12, channel_mult="1,2,2,2"), "image_size 12x12", "divisible by 8", "4 levels")
     says(world.train(image_size="8x12", channel_mult="1,1,1,1"), "image_size 8x12", "divisible by 8")
     says(world.train(num_channels=48), "num_channels 48", "32 groups", "nearest is 64")
@@ -333,20 +334,6 @@ def test_batch_that_cannot_be_shared(world: World, monkeypatch: pytest.MonkeyPat
         split_batch(TrainSettings(batch_size=1), 8)
     monkeypatch.setenv("WORLD_SIZE", "3")
     says(world.train(batch_size=4), "batch_size 4", "shared by 3", "3 can")
-
-
-def test_split_batch() -> None:
-    """(micro-batch, accumulation): the largest micro-batch within the limit that shares the batch evenly."""
-    cases = {
-        (128, -1, 1): (128, 1),
-        (128, -1, 8): (16, 1),
-        (128, 5, 8): (4, 4),
-        (128, 1000, 8): (16, 1),
-        (7, 3, 1): (1, 7),
-        (12, 5, 1): (4, 3),
-    }
-    for (batch, microbatch, world_size), expected in cases.items():
-        assert split_batch(TrainSettings(batch_size=batch, microbatch=microbatch), world_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -451,7 +438,7 @@ def test_caches(world: World) -> None:
 
 
 def checkpoint_users(world: World) -> list[Any]:
-    """A function per script that reads a checkpoint: its file → the message."""
+    """Return a function file → message for each script that reads a checkpoint."""
     return [
         lambda file: world.sample(model_path=file),
         lambda file: world.nll(model_path=file),
@@ -469,7 +456,7 @@ def test_missing_checkpoint(world: World) -> None:
 
 
 def test_damaged_checkpoint(world: World) -> None:
-    """Cut short anywhere, or not a checkpoint at all."""
+    """A file that is truncated anywhere, or is no checkpoint at all, is named."""
     whole = world.model.read_bytes()
     file = world.folder / "damaged.pt"
     for size in (0, 1, 4, 100, 1000, len(whole) // 2, len(whole) - 1000, len(whole) - 10, len(whole) - 1):
@@ -522,7 +509,7 @@ DIFFERENCES = {
 @pytest.mark.parametrize("name", DIFFERENCES)
 @pytest.mark.parametrize("bare", [False, True], ids=["", "bare"])
 def test_checkpoint_of_another_shape(name: str, bare: bool, world: World) -> None:
-    """Flags that contradict the checkpoint: the message says which would fit."""
+    """When flags contradict the checkpoint, the message says which would fit."""
     value, hint = DIFFERENCES[name]
     model = unet(**{name: value})
     file = world.folder / "shape.pt"
@@ -531,7 +518,7 @@ def test_checkpoint_of_another_shape(name: str, bare: bool, world: World) -> Non
     words = flags({**own, **DIFFUSION})
     for message in (world.sample(*words, model_path=file), world.train(resume_checkpoint=file, **own)):
         says(message, str(file), "does not fit the model", hint)
-    reverse = world.sample(*words, f"--{name}", value)  # the usual model by the other's flags
+    reverse = world.sample(*words, f"--{name}", value)  # the usual model with the other one's flags
     says(reverse, str(world.model), "does not fit", f"--{name} {own[name]}")
 
 
@@ -561,9 +548,7 @@ def test_super_resolution_or_not(learn_sigma: bool, world: World) -> None:
 
 
 def test_checkpoint_that_would_run_code(world: World) -> None:
-    """Refused and not executed, as a plain pickle or in torch's format, beside tensors or alone."""
-    import pickle
-
+    """The code is not executed, whether as a plain pickle or in torch's format, beside tensors or alone."""
     marker = world.folder / "ran"
     file = world.folder / "code.pt"
     state: dict[str, Any] = {**unet().state_dict(), "payload": RunsCode(marker)}
@@ -580,7 +565,7 @@ def test_checkpoint_that_would_run_code(world: World) -> None:
 
 
 def run_folder(world: World, name: str) -> Path:
-    """A run that could go on: its step folder."""
+    """Write a run that could be resumed, and return its step folder."""
     model = unet()
     names = [name for name, _ in model.named_parameters()]
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -597,7 +582,7 @@ def run_folder(world: World, name: str) -> Path:
 @pytest.mark.parametrize("file", ["model000002.pt", "ema_0.9999_000002.pt", "opt000002.pt", "state.pt"])
 def test_resume_from_files_that_would_run_code(file: str, world: World) -> None:
     step = run_folder(world, f"run_{file}")
-    (step / "manifest.json").unlink()  # which would tell that the file is not the one that was written
+    (step / "manifest.json").unlink()  # it would reveal that the file was changed
     marker = world.folder / "ran"
     torch.save({"state": RunsCode(marker)}, step / file)
     run = step.parent.parent
@@ -682,7 +667,7 @@ def test_base_samples_of_a_class_conditional_model(world: World) -> None:
 
 
 def test_unwritable_output(world: World) -> None:
-    """Below a regular file nothing can be written, not even by root."""
+    """Nothing can be written below a regular file, not even by root."""
     (world.folder / "file").write_text("")
     for message, flag in (
         (world.sample(out_dir="file/out"), "--out_dir"),

@@ -1,8 +1,7 @@
-"""Opens a checkpoint: its weights, and its settings, which are stored in it, or those of a preset, or inferred."""
+"""Opens a checkpoint: its weights, its settings (stored in it, those of a preset, or inferred), and its network."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -10,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdiff.config.presets import Preset, find_preset, preset_for_file
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, weights
+from fastdiff.models import BackboneSettings, UNet, build_model, weights
+from fastdiff.models.unet import body_dtype, freeze
+from fastdiff.runtime.files import checksum
 from fastdiff.settings import affecting, is_true
 
 Layer = dict[str, dict[str, Any]]
@@ -47,11 +49,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the file's bytes, shortened to 16 hexadecimal digits."""
-        digest = hashlib.sha256()
-        with self.file.open("rb") as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
-        return f"sha256:{digest.hexdigest()[:16]}"
+        return f"sha256:{checksum(self.file)[:16]}"
 
 
 def open_checkpoint(path: str) -> Checkpoint:
@@ -141,3 +139,50 @@ def _check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -
                 f"{flag}: {preset.name} has {name} {value}, but {file} carries its own settings, with {name} "
                 f"{carried[name]}; leave {flag} out"
             )
+
+
+# --- its network ---
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network on its device, and the metadata of its checkpoint."""
+
+    model: UNet
+    diffusion: DiffusionSettings
+    file: Path
+    digest: str
+    """The hash of the file's bytes."""
+    class_names: list[str]
+
+    @property
+    def settings(self) -> BackboneSettings:
+        return self.model.settings
+
+    @property
+    def known_classes(self) -> int:
+        """The number of classes in the training data; the network may have room for more."""
+        return len(self.class_names) or self.settings.num_classes
+
+
+def open_network(
+    settings: BackboneSettings,
+    diffusion: DiffusionSettings,
+    checkpoint: Checkpoint,
+    precision: str,
+    device: torch.device,
+    frozen: bool = True,
+) -> Network:
+    """Build the network that the settings describe, with a checkpoint's weights. Raises UserError if they don't fit.
+
+    frozen=False skips `freeze`, which the kernels "reference" don't support.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+    weights.check_fits(settings, checkpoint.state, checkpoint.file)
+    model = build_model(settings)
+    weights.load_into(model, checkpoint.state, checkpoint.file)
+    model.to(device).eval().set_precision(body_dtype(precision, device))
+    if frozen:
+        freeze(model)
+    return Network(model, diffusion, checkpoint.file, checkpoint.digest, checkpoint.class_names)

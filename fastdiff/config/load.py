@@ -10,11 +10,12 @@ import json
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
 from fastdiff.config.checkpoint import Checkpoint, Layer, open_checkpoint, preset_of, settings_of
+from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, did_you_mean, quoted, shortened
@@ -26,7 +27,6 @@ from fastdiff.settings import Settings, is_true, merge, what_is_wrong
 from fastdiff.training.settings import TrainSettings, adopt
 
 _SWITCHES = {"use_fp16": ("precision", "fp16"), "use_ddim": ("solver", "ddim")}  # improved-diffusion's → ours
-_SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
 
 
 class Config(Settings):
@@ -59,11 +59,6 @@ class Loaded(NamedTuple):
     """The checkpoint that the settings name, already read; None if they name none."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def load(
     argv: list[str] | None,
     *,
@@ -78,15 +73,8 @@ def load(
     checkpoint  (section, name) of the setting that names a checkpoint. All other sources override its settings.
     Raises UserError with one sentence that names the flag, or the file and the key.
     """
-    parser = _make_parser(description, sections, kind)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = did_you_mean(name.lstrip("-"), [option.lstrip("-") for option in known]).replace("mean ", "mean --")
-        raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
+    args, flag_layer = read_flags(argv, description, {section: _section_class(kind, section) for section in sections})
     file_layer = _read_json(args.config, kind) if args.config else {}
-    flag_layer = _flags(args, sections, kind)
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
@@ -148,66 +136,10 @@ def _with_released_file(config: Config, setting: tuple[str, str]) -> tuple[Confi
     return config.model_copy(update={section: settings.model_copy(update={name: str(file)})}), opened
 
 
-def _make_parser(description: str, sections: tuple[str, ...], kind: type[Config]) -> _Parser:
-    parser = _Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with settings, section by section")
-    parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    if "train" in sections:
-        parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
-        parser.add_argument(
-            "--dry_run",
-            action="store_true",
-            default=False,
-            help="build everything, run one step on real data, report, and write nothing",
-        )
-    for section in sections:
-        settings = _section_class(kind, section)
-        group = parser.add_argument_group(f"{section}: {(settings.__doc__ or '').strip().splitlines()[0]}")
-        for name, field in settings.model_fields.items():
-            default = json.loads(settings.__pydantic_serializer__.to_json(settings()))[name]
-            text = " ".join((field.description or "").split()).replace("%", "%%")
-            is_switch = field.annotation is bool or any(value is True for value in get_args(field.annotation))
-            bare: dict[str, Any] = {"nargs": "?", "const": "True"} if is_switch else {}
-            group.add_argument(
-                f"--{name}",
-                *([_SHORT[name]] if name in _SHORT else []),
-                dest=f"{section}.{name}",
-                metavar=_metavar(field.annotation),
-                help=f"{text} (default: {default if default != '' else 'empty'})",
-                **bare,
-            )
-    return parser
-
-
-def _metavar(annotation: Any) -> str:
-    if annotation in (int, float, bool, str):
-        return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
-    if get_origin(annotation) is Literal:
-        return "|".join(map(str, get_args(annotation)))
-    if get_origin(annotation) is tuple:
-        return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
-    return "|".join(map(_metavar, get_args(annotation)))
-
-
 def _section_class(kind: type[Config], section: str) -> type[Settings]:
     annotation = kind.model_fields[section].annotation
     assert isinstance(annotation, type)
     return annotation
-
-
-def _flags(args: argparse.Namespace, sections: tuple[str, ...], kind: type[Config]) -> Layer:
-    layer: Layer = {section: {} for section in sections}
-    for key, value in vars(args).items():
-        section, _, name = key.partition(".")
-        if name:
-            layer[section][name] = value
-    return layer
 
 
 def _checkpoint_layer(

@@ -89,6 +89,15 @@ def sync_path(path: Path) -> None:
             os.close(descriptor)
 
 
+def checksum(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while part := content.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what `atomic_write` left unfinished in a folder: files of processes that have ended, and of this one."""
     for name in files_in(folder):

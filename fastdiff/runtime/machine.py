@@ -94,31 +94,30 @@ def measure_rates(
     size, copy_size = size or (8192 if on_gpu else 1024), copy_size or (1 << 30 if on_gpu else 1 << 26)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    matmul_seconds = _best_seconds(lambda: torch.mm(a, b, out=product), device, repeats)
+    calls = 10 if on_gpu else 1
+    matmul_seconds = best_seconds(lambda: torch.mm(a, b, out=product), device, repeats, calls)
     source = torch.zeros(copy_size, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
-    copy_seconds = _best_seconds(lambda: target.copy_(source), device, repeats)
+    copy_seconds = best_seconds(lambda: target.copy_(source), device, repeats, calls)
     return Rates(2 * size**3 / matmul_seconds, 2 * copy_size / copy_seconds)
 
 
-def _best_seconds(fn: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds of one call. A round on a GPU is 10 calls between two synchronisations, which hides their launches."""
-    calls = 10 if device.type == "cuda" else 1
+def best_seconds(fn: Callable[[], Any], device: torch.device, rounds: int, calls: int = 1) -> float:
+    """Seconds of a call, in the best of `rounds` rounds after one call to warm up.
+
+    calls  Calls per round, between two synchronisations with a GPU; several hide the time of a launch.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
     fn()
     best = math.inf
-    for _ in range(repeats):
-        _synchronize(device)
+    for _ in range(rounds):
+        wait(device)
         start = time.perf_counter()
         for _ in range(calls):
             fn()
-        _synchronize(device)
+        wait(device)
         best = min(best, (time.perf_counter() - start) / calls)
     return best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device) -> int:
@@ -155,8 +154,8 @@ def free_cores() -> int:
     """
     if _local_processes() > 1:
         return _share()
-    idle = _idle_cores()
-    return max(1, allowed_cores() if idle is None else min(allowed_cores(), math.floor(idle + 0.5)))
+    busy = psutil.cpu_percent(interval=0.25) / 100  # of all cores; waiting for disks counts as idle
+    return max(1, min(allowed_cores(), math.floor((1 - busy) * psutil.cpu_count() + 0.5)))
 
 
 def _share() -> int:
@@ -176,25 +175,6 @@ def allowed_cores() -> int:
         return min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no such file, or "max"
         return cores
-
-
-def _idle_cores() -> float | None:
-    """Number of idle cores over the next quarter of a second; None if the system doesn't tell."""
-    before, start = _idle_seconds(), time.perf_counter()
-    time.sleep(0.25)
-    after = _idle_seconds()
-    if before is None or after is None:
-        return None
-    return (after - before) / (time.perf_counter() - start)
-
-
-def _idle_seconds() -> float | None:
-    """Idle time of all cores since the machine started, including the wait for disks; None if it can't be read."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 def cache_folder() -> Path:

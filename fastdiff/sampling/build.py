@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.config.checkpoint import Checkpoint, open_checkpoint, preset_of
+from fastdiff.config.checkpoint import Checkpoint, Network, open_checkpoint, open_network, preset_of
 from fastdiff.config.load import Config, SuperResConfig, describe
 from fastdiff.config.presets import download
-from fastdiff.diffusion import ENLARGED
+from fastdiff.diffusion.noise_keys import ENLARGED
 from fastdiff.errors import UserError, blaming
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.processes import Processes, make_writable
@@ -30,7 +30,6 @@ from fastdiff.sampling.conditioning import BaseImages, Labels, as_low_res, parse
 from fastdiff.sampling.job.chunks import disk
 from fastdiff.sampling.job.job import run_job
 from fastdiff.sampling.job.manifest import NAME, Job
-from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.pictures import Images
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import DrawSettings

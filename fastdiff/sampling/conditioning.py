@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import CLASSES
+from fastdiff.diffusion.noise_keys import CLASSES
 from fastdiff.errors import UserError, one_line, quoted
 from fastdiff.images.listing import label_images, list_images
 from fastdiff.images.pixels import MODES, load_image

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import SAMPLES, GaussianDiffusion
+from fastdiff.diffusion import GaussianDiffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.solvers import SolverTable
 from fastdiff.models import BackboneSettings, UNet, build_model
@@ -44,8 +45,8 @@ class _State:
 class Engine:
     """Draws batches of at most `batch_size` images with the network's solver table, `plan`.
 
-    seed_and_key  The seed or-ed with a noise key of `fastdiff.diffusion`. It and an image's number determine all noise
-                  of the image.
+    seed_and_key  The seed or-ed with one of `diffusion.noise_keys`. It and an image's number determine all noise of
+                  the image.
     clip          Clip the predicted x_0 to [-1, 1].
     fixed_shape   Pad smaller batches, because compiled code is specialised to one shape; cuda_graph implies it.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -12,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fastdiff import precompile
-from fastdiff.diffusion import SAMPLES, GaussianDiffusion, create_diffusion
+from fastdiff.config.checkpoint import Network
+from fastdiff.diffusion import GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
@@ -20,12 +21,19 @@ from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import dummy_batch
-from fastdiff.runtime.machine import device_name, free_memory, keep_compiled_code, missing_compiler, prepare_cudnn, tf32
+from fastdiff.runtime.machine import (
+    best_seconds,
+    device_name,
+    free_memory,
+    keep_compiled_code,
+    missing_compiler,
+    prepare_cudnn,
+    tf32,
+)
 from fastdiff.sampling.batch_size import best_batch_size
 from fastdiff.sampling.conditioning import Labels
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
-from fastdiff.sampling.network import Network
 from fastdiff.sampling.pictures import Images, non_finite, to_uint8
 from fastdiff.sampling.settings import DrawSettings
 from fastdiff.settings import affecting
@@ -218,15 +226,8 @@ class Sampler:
         given = network.conditioning(**dummy_batch(settings, size, self.device).model_kwargs)
         x = torch.zeros(size, C, H, W, device=self.device)
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
-        times = []
         with torch.no_grad(), tf32(self.settings.allow_tf32):
-            for _ in range(3):
-                start = time.perf_counter()
-                network(x, row, given, any(network.guided))
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                times.append(time.perf_counter() - start)
-        return min(times[1:])
+            return best_seconds(lambda: network(x, row, given, any(network.guided)), self.device, rounds=2)
 
     def _launches(self) -> list[Any]:
         """Kernel launches of the engine."""

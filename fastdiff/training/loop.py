@@ -24,8 +24,6 @@ from fastdiff.runtime.processes import Consensus
 from fastdiff.runtime.script import StopSignals
 from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training.checkpoints.folder import (
-    MANIFEST,
-    find_damage,
     list_checkpoints,
     remove_checkpoint,
     set_aside,
@@ -34,6 +32,7 @@ from fastdiff.training.checkpoints.folder import (
     tidy,
 )
 from fastdiff.training.checkpoints.format import read_snapshot
+from fastdiff.training.checkpoints.manifest import MANIFEST, find_damage
 from fastdiff.training.checkpoints.resume import FILE_SYSTEM_LAG, kind_of
 from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.deepspeed_engine import collective_timeout

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.config.load import Config
-from fastdiff.diffusion import SAMPLES, GaussianDiffusion, create_diffusion
+from fastdiff.diffusion import GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, build_model

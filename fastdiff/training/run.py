@@ -29,8 +29,8 @@ from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
-from fastdiff.training.diagnostics.microbatch_tuning import fit
 from fastdiff.training.loop import LONG
+from fastdiff.training.microbatch import fit
 from fastdiff.training.previews import preview_diffusion
 from fastdiff.training.step_plan import StepPlan, decide_compile, plan_step, training_launches
 from fastdiff.training.trainer import Trainer

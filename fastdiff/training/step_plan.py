@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import NOISE, TIMESTEPS, DiffusionSettings, create_diffusion
+from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.diffusion.noise_keys import NOISE, TIMESTEPS
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model
 from fastdiff.models.unet import body_dtype, dummy_batch
@@ -22,10 +23,9 @@ from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.runtime.machine import compile_kwargs, missing_compiler
 from fastdiff.runtime.processes import Processes
 from fastdiff.settings import merge
+from fastdiff.training.microbatch import BUCKET, split_batch
 from fastdiff.training.settings import TrainSettings
 
-BUCKET = 50_000_000
-"""Elements that ZeRO reduces at once. DeepSpeed's default of 500 million would take 1 GB in 16 bits."""
 WORTHWHILE_STEPS = 20_000
 """Steps from which compiling pays on a CPU: it takes two minutes and makes a step 5 to 10% faster."""
 # Sections of DeepSpeed's JSON that hold nothing beyond our own settings.
@@ -119,7 +119,7 @@ def plan_step(train: TrainSettings, deepspeed: dict[str, Any], processes: Proces
 
     Raises UserError for a batch that can't be shared out evenly and for settings that contradict each other.
     """
-    micro, _ = split_batch(train, processes.world_size)
+    micro = split_batch(train, processes.world_size)
     reason = needs_engine(train, deepspeed, processes.world_size)
     plan = StepPlan(
         train, deepspeed, processes.world_size, body_dtype(train.precision, processes.device), reason, micro
@@ -127,23 +127,6 @@ def plan_step(train: TrainSettings, deepspeed: dict[str, Any], processes: Proces
     if train.cuda_graph and reason:
         raise UserError(f"--cuda_graph True can't be combined with {reason}; leave one of them out")
     return plan
-
-
-def split_batch(train: TrainSettings, world_size: int) -> tuple[int, int]:
-    """(micro-batch of one process, micro-batches per optimiser step) for the global batch.
-
-    The micro-batches are equal, so that the mean over them is the mean over images. Raises UserError for a batch that
-    can't be shared out evenly.
-    """
-    if train.batch_size % world_size:
-        near = max(1, round(train.batch_size / world_size)) * world_size
-        raise UserError(
-            f"batch_size {train.batch_size} is over all processes and can't be shared by {world_size}; {near} can"
-        )
-    share = train.batch_size // world_size
-    limit = share if train.microbatch in (-1, "auto") else min(int(train.microbatch), share)
-    micro = max(size for size in range(1, limit + 1) if share % size == 0)
-    return micro, share // micro
 
 
 def needs_engine(train: TrainSettings, deepspeed: dict[str, Any], world_size: int) -> str:

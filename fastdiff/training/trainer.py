@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import LABEL_DROPOUT, NOISE, TIMESTEPS, GaussianDiffusion, create_timestep_sampler
+from fastdiff.diffusion import GaussianDiffusion, create_timestep_sampler
+from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch, Loader, to_device
 from fastdiff.models import SuperResSettings, UNet

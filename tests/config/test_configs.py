@@ -14,7 +14,7 @@ from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.diffusion import create_diffusion
 from fastdiff.errors import UserError
 from fastdiff.models import build_model
-from fastdiff.training.step_plan import split_batch
+from fastdiff.training.microbatch import split_batch
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs"
 SECTIONS = ("model", "diffusion", "data", "train")

@@ -17,7 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fastdiff import ops, precompile
-from fastdiff.diffusion import SAMPLES, DiffusionSettings, create_diffusion
+from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.unet import freeze

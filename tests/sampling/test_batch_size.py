@@ -11,11 +11,10 @@ import torch
 from helpers.tiny import flags, save, unet
 
 from fastdiff import sample
-from fastdiff.config.checkpoint import open_checkpoint
+from fastdiff.config.checkpoint import Network, open_checkpoint, open_network
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.sampling import sampler
 from fastdiff.sampling.batch_size import best_batch_size
-from fastdiff.sampling.network import Network, open_network
 from fastdiff.sampling.settings import SampleSettings
 
 CPU = torch.device("cpu")

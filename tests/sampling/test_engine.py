@@ -10,7 +10,8 @@ from helpers.tiny import DIFFUSION, relative_error, super_res, unet
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import SAMPLES, DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop, solve
 from fastdiff.diffusion.solvers import SOLVERS, SolverTable, solver_table
 from fastdiff.models import UNet

@@ -19,7 +19,8 @@ from helpers.tiny import DIFFUSION, MODEL, flags, pictures, save, save_bare, sup
 from PIL import Image
 
 from fastdiff import nll, ops, sample, super_res_sample
-from fastdiff.diffusion import BOUND, DiffusionSettings, create_diffusion
+from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.diffusion.noise_keys import BOUND
 from fastdiff.images.open import open_images
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import UNet

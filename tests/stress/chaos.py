@@ -32,7 +32,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from helpers.pictures_folder import make_pictures  # noqa: E402
 
-from fastdiff.training.checkpoints.folder import find_damage, list_checkpoints, newest_whole, step_of  # noqa: E402
+from fastdiff.training.checkpoints.folder import list_checkpoints, newest_whole, step_of  # noqa: E402
+from fastdiff.training.checkpoints.manifest import find_damage  # noqa: E402
 from fastdiff.training.checkpoints.format import read_snapshot  # noqa: E402
 
 STEPS_PER_KILL = 6

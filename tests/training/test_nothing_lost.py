@@ -25,7 +25,8 @@ from fastdiff.images.loader import Batch
 from fastdiff.runtime import files, machine
 from fastdiff.sampling.engine import Engine
 from fastdiff.training.checkpoints import resume
-from fastdiff.training.checkpoints.folder import find_damage, list_checkpoints, step_of
+from fastdiff.training.checkpoints.folder import list_checkpoints, step_of
+from fastdiff.training.checkpoints.manifest import find_damage
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import decide_compile

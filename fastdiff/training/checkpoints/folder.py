@@ -1,7 +1,7 @@
 """A run's checkpoint folders: writing them atomically, finding the newest undamaged one, removing old ones.
 
 checkpoints/step_NNNNNN/                a checkpoint; under this name it is complete and on disk
-checkpoints/step_NNNNNN/manifest.json   size and SHA-256 of each of its files
+checkpoints/step_NNNNNN/manifest.json   size and SHA-256 of each of its files (`manifest`)
 checkpoints/latest                      the name of the newest
 checkpoints/.step_NNNNNN.partial        one that is being written
 checkpoints/.step_NNNNNN.replaced       one that is being replaced by another of the same step
@@ -14,8 +14,6 @@ Renaming a folder is atomic, so a run that is killed between any two operations 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,8 +22,8 @@ from pathlib import Path
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import remove_partial_files, sync_path, write_text
+from fastdiff.training.checkpoints.manifest import find_damage, write_manifest
 
-MANIFEST = "manifest.json"
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
 
 
@@ -68,11 +66,7 @@ def new_checkpoint(checkpoints: Path, step: int) -> Iterator[Path]:
 
 def _commit(partial: Path, step: int) -> None:
     """Write a complete folder's manifest, give it its real name and point `latest` to it, each on disk in turn."""
-    files = sorted(partial.iterdir())
-    content = {"step": step, "files": {f.name: {"bytes": f.stat().st_size, "sha256": checksum(f)} for f in files}}
-    for file in files:
-        sync_path(file)
-    write_text(partial / MANIFEST, json.dumps(content, indent=1) + "\n")
+    write_manifest(partial, step)
     final = _real(partial)
     replaced = _hidden(final, "replaced")
     if final.exists():
@@ -89,40 +83,7 @@ def set_latest(checkpoint: Path) -> None:
     write_text(checkpoint.parent / "latest", checkpoint.name + "\n")
 
 
-def checksum(file: Path) -> str:
-    """The SHA-256 of a file in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while part := content.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-# --- checking ---
-
-
-def find_damage(checkpoint: Path) -> str:
-    """Compare a checkpoint's files with its manifest, byte for byte; returns what is wrong, or an empty string.
-
-    A folder without a manifest was written before manifests were introduced; it passes if it has a state.pt.
-    """
-    manifest = checkpoint / MANIFEST
-    try:
-        if not manifest.is_file():
-            return "" if (checkpoint / "state.pt").is_file() else "it has no manifest.json"
-        files = json.loads(manifest.read_text())["files"]
-        for name, wanted in files.items():
-            file = checkpoint / Path(name).name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != wanted["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, not {wanted['bytes']}"
-            if checksum(file) != wanted["sha256"]:
-                return f"{name} has another content than was written"
-        return "" if "state.pt" in files else "manifest.json names no state.pt"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no manifest"
-        return f"manifest.json can't be read ({reason})"
+# --- finding ---
 
 
 def newest_whole(checkpoints: Path) -> tuple[Path | None, list[str]]:

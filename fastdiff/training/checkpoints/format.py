@@ -14,7 +14,8 @@ from torch import Tensor
 from fastdiff.errors import UserError
 from fastdiff.models import weights
 from fastdiff.runtime.untrusted import is_there
-from fastdiff.training.checkpoints.folder import MANIFEST, find_damage, newest_whole
+from fastdiff.training.checkpoints.folder import newest_whole
+from fastdiff.training.checkpoints.manifest import MANIFEST, find_damage
 from fastdiff.training.metrics import LossMeter
 
 LABELS = "label_emb.weight"

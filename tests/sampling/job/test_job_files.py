@@ -33,7 +33,7 @@ from PIL import Image
 
 from fastdiff.errors import UserError
 from fastdiff.images.listing import label_images, list_images
-from fastdiff.sampling.job import exports, progress
+from fastdiff.sampling.job import outputs, progress
 from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, split
 from fastdiff.sampling.job.claims import Claims
 from fastdiff.sampling.job.job import run_job
@@ -171,7 +171,7 @@ def test_zip(labelled: bool, folder: Path) -> None:
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
 def test_tar(labelled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exports, "SHARD", 10)
+    monkeypatch.setattr(outputs, "SHARD", 10)
     run(folder, job(23, labelled=labelled, save_as=("tar",)))
     seen = 0
     for shard in range(3):

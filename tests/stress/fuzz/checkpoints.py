@@ -20,10 +20,9 @@ from helpers.tiny import info_for, unet
 from torch import Tensor
 
 from fastdiff import sample
-from fastdiff.config.checkpoint import open_checkpoint, settings_of
+from fastdiff.config.checkpoint import open_checkpoint, open_network, settings_of
 from fastdiff.config.load import describe
 from fastdiff.models import weights
-from fastdiff.sampling.network import open_network
 from fuzz.cases import MARKER, READ, Case, generator
 from fuzz.damage import damage
 

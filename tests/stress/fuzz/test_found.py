@@ -24,7 +24,7 @@ from fastdiff.models import UNetSettings, weights
 from fastdiff.runtime.files import read_json
 from fastdiff.sampling.job.chunks import DamagedFile, Store
 from fastdiff.sampling.job.manifest import Manifest
-from fastdiff.training.checkpoints.folder import find_damage
+from fastdiff.training.checkpoints.manifest import find_damage
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.settings import TrainSettings
 from fuzz.arrays import array_pickle, npy, zipped

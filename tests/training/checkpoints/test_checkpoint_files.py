@@ -22,7 +22,6 @@ from fastdiff.errors import UserError
 from fastdiff.runtime.files import ProcessId
 from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.folder import (
-    find_damage,
     list_checkpoints,
     newest_whole,
     prune_checkpoints,
@@ -31,6 +30,7 @@ from fastdiff.training.checkpoints.folder import (
     tidy,
 )
 from fastdiff.training.checkpoints.format import adam_state_dict, read_snapshot
+from fastdiff.training.checkpoints.manifest import find_damage
 from fastdiff.training.checkpoints.saver import Saver, write_checkpoint
 
 
@@ -255,6 +255,7 @@ from pathlib import Path
 from training.checkpoints.test_checkpoint_files import files_of, value_of
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import ProcessId
+from fastdiff.training.checkpoints.manifest import find_damage
 from fastdiff.training.checkpoints.saver import write_checkpoint
 folder = Path(sys.argv[1])
 for step in range(1, 100):

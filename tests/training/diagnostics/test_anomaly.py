@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.guard_checks import THROUGH_ENGINE, check_diagnosis, spoilt, state
-from helpers.small_trainer import small_trainer
+from helpers.guard_checks import check_diagnosis, spoilt
+from helpers.small_trainer import THROUGH_ENGINE, small_trainer, state_of
 from torch import Tensor, nn
 
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
@@ -46,7 +46,7 @@ def test_healthy_steps_pass(settings: dict[str, Any]) -> None:
             watched.take_step()
     for _ in range(2):
         alone.take_step()
-    ours, wanted = state(watched), state(alone)
+    ours, wanted = state_of(watched), state_of(alone)
     assert all(torch.equal(ours[name], value) for name, value in wanted.items())
     assert not watched.model.middle_block[0]._forward_hooks
 

@@ -13,8 +13,8 @@ from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.unet import dummy_batch
 from fastdiff.runtime.processes import Processes
-from fastdiff.training.diagnostics import microbatch_tuning
-from fastdiff.training.diagnostics.memory import LiveBytes, Memory, estimate
+from fastdiff.training import microbatch
+from fastdiff.training.microbatch import LiveBytes, Memory, estimate
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import plan_step
 
@@ -107,18 +107,18 @@ def room(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Memory for eight images without recomputing, half as much per image with it; larger is faster, up to four."""
     few = Memory(100, 100, 200, 100, per_image=25, fixed=100)
     monkeypatch.setattr(
-        microbatch_tuning, "available_memory", lambda processes: int((600 + 8 * 50) / (1 - microbatch_tuning.SPARE)) + 1
+        microbatch, "available_memory", lambda processes: int((600 + 8 * 50) / (1 - microbatch.SPARE)) + 1
     )
-    monkeypatch.setattr(microbatch_tuning, "estimate", lambda settings, *a: few if settings.use_checkpoint else MEMORY)
+    monkeypatch.setattr(microbatch, "estimate", lambda settings, *a: few if settings.use_checkpoint else MEMORY)
     monkeypatch.setattr(
-        microbatch_tuning, "_time", lambda network, diffusion, device, size: size / min(size, 4) * (1 + size / 100)
+        microbatch, "_seconds", lambda network, diffusion, device, size: size / min(size, 4) * (1 + size / 100)
     )
     return monkeypatch
 
 
 def _fit(diffusion: GaussianDiffusion, use_checkpoint: Any = False, before: int | None = None, **train: Any) -> Any:
     settings = NETWORK.model_copy(update={"use_checkpoint": use_checkpoint})
-    return microbatch_tuning.fit(settings, plan_step(TrainSettings(**train), {}, ALONE), diffusion, ALONE, before)
+    return microbatch.fit(settings, plan_step(TrainSettings(**train), {}, ALONE), diffusion, ALONE, before)
 
 
 def test_most_that_fits() -> None:
@@ -146,7 +146,7 @@ def test_use_checkpoint_auto(room: pytest.MonkeyPatch, diffusion: GaussianDiffus
 
 
 def test_too_large(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> None:
-    room.setattr(microbatch_tuning, "available_memory", lambda processes: 500)
+    room.setattr(microbatch, "available_memory", lambda processes: 500)
     with pytest.raises(UserError, match="--microbatch auto: not even one image fits, .*; try --use_checkpoint True"):
         _fit(diffusion, batch_size=8, microbatch="auto")
 
@@ -155,8 +155,8 @@ def test_too_large(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> No
             raise torch.OutOfMemoryError("full")
         return 1.0
 
-    room.setattr(microbatch_tuning, "available_memory", lambda processes: 10**6)
-    room.setattr(microbatch_tuning, "_time", full)
+    room.setattr(microbatch, "available_memory", lambda processes: 10**6)
+    room.setattr(microbatch, "_seconds", full)
     assert _fit(diffusion, batch_size=6, microbatch="auto").microbatch == 3
 
 
@@ -169,7 +169,7 @@ def test_really_tried() -> None:
     """A tiny network is really timed on this machine."""
     tiny = UNetSettings(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
     plain = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=False)
-    made = microbatch_tuning.fit(
+    made = microbatch.fit(
         tiny, plan_step(TrainSettings(batch_size=4, microbatch="auto"), {}, ALONE), plain, ALONE
     )
     assert made.microbatch in (1, 2, 4)

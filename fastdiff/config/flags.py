@@ -1,0 +1,82 @@
+"""The command line of a script: a flag for each setting, with its type, default and help, which `--help` shows."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+from fastdiff.config.checkpoint import Layer
+from fastdiff.errors import UserError, did_you_mean
+from fastdiff.settings import Settings
+
+_SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def read_flags(
+    argv: list[str] | None, description: str, sections: dict[str, type[Settings]]
+) -> tuple[argparse.Namespace, Layer]:
+    """Read the command line (sys.argv if argv is None): all flags, and the settings given by flags, by section.
+
+    sections  section → the class of its settings. The values are texts, which the class validates later.
+    Raises UserError for unknown flags; --help prints the help and exits.
+    """
+    parser = _parser(description, sections)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        near = did_you_mean(name.lstrip("-"), known).replace("mean ", "mean --")
+        raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
+    layer: Layer = {section: {} for section in sections}
+    for key, value in vars(args).items():
+        section, _, name = key.partition(".")
+        if name:
+            layer[section][name] = value
+    return args, layer
+
+
+def _parser(description: str, sections: dict[str, type[Settings]]) -> _Parser:
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with settings, section by section")
+    parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    if "train" in sections:
+        parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
+        dry_run = "build everything, run one step on real data, report, and write nothing"
+        parser.add_argument("--dry_run", action="store_true", default=False, help=dry_run)
+    for section, settings in sections.items():
+        group = parser.add_argument_group(f"{section}: {(settings.__doc__ or '').strip().splitlines()[0]}")
+        defaults = settings().model_dump(mode="json")
+        for name, field in settings.model_fields.items():
+            text = " ".join((field.description or "").split()).replace("%", "%%")
+            is_switch = field.annotation is bool or any(value is True for value in get_args(field.annotation))
+            bare: dict[str, Any] = {"nargs": "?", "const": "True"} if is_switch else {}
+            group.add_argument(
+                f"--{name}",
+                *([_SHORT[name]] if name in _SHORT else []),
+                dest=f"{section}.{name}",
+                metavar=_metavar(field.annotation),
+                help=f"{text} (default: {'empty' if defaults[name] == '' else defaults[name]})",
+                **bare,
+            )
+    return parser
+
+
+def _metavar(annotation: Any) -> str:
+    if annotation in (int, float, bool, str):
+        return {int: "N", float: "X", bool: "True|False", str: "TEXT"}[annotation]
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    if get_origin(annotation) is tuple:
+        return "A,B,.." if Ellipsis in get_args(annotation) else "N|HxW"
+    return "|".join(map(_metavar, get_args(annotation)))
