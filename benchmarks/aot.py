@@ -1,8 +1,8 @@
-"""Compile every kernel that the shipped configurations launch, for GPUs that are not here, and say what became of it.
+"""Compiles all kernels that the shipped configurations launch, for GPUs not in this machine, and checks the code.
 
     python benchmarks/aot.py                                     all configurations, for sm_80, sm_90 and sm_100
     python benchmarks/aot.py --configs cifar10_uncond --archs 90
-    PYTHONPATH=.triton-3.6.0 python benchmarks/aot.py            by the Triton that make aot TRITON=3.6.0 installs
+    PYTHONPATH=.triton-3.6.0 python benchmarks/aot.py            with the Triton that make aot TRITON=3.6.0 installs
 
 Each configuration takes a training step and a few sampling steps on tensors without memory, at the batch sizes of the
 benchmarks; what its ops would launch is compiled and the machine code read. Exit code 1 when a launch does not compile
@@ -50,14 +50,14 @@ from fastdiff.runtime.script import run_script
 from fastdiff.sampling.engine import sampling_launches
 from fastdiff.training.step_plan import split_batch, training_launches
 
-# What the benchmarks run; other configurations train at their own size and draw 16 images at once.
+# Batch sizes of the benchmarks; other configurations train at their own size and draw 16 images at once.
 TRAINED = {"cifar10_uncond": (128, 256)}
 DRAWN = {"imagenet64_270M": (256, 16, 1), "cifar10_uncond": (512, 16)}
 PRECISIONS = {"imagenet64_270M": (torch.bfloat16, torch.float16)}
 SOLVERS = ("ddpm", "dpmpp_3m")
 
-# Kernels that move maps or flat buffers: whose loads (l) and stores (s) must be 128 bits wide. Those that are not here
-# handle a few numbers per image, or maps of three channels.
+# Kernels that move maps or flat buffers, and which of their accesses, loads (l) or stores (s), must be 128 bits wide.
+# The kernels that are absent handle a few numbers per image, or maps of three channels.
 BULK = {
     "slab_forward": "ls",
     "slab_backward": "ls",
@@ -172,7 +172,7 @@ def compile_job(i: int) -> Compiled:
 
 
 def outcome(job: Job, future: Future[Compiled]) -> dict[str, Any]:
-    """A row of the table, which is printed."""
+    """Print the row of the table that a job gives, and return its values."""
     try:
         made = future.result()
     except Exception as error:  # the compiler's, of any kind; BrokenProcessPool where it crashed

@@ -1,8 +1,8 @@
-"""AdamW, one average and the bf16 copy in one launch, against torch's fused AdamW with two more calls.
+"""Times AdamW, one average and the bf16 copy in one launch, against torch's fused AdamW with two more calls.
 
     pytest benchmarks/bench_adamw_ema.py --benchmark-json out.json
 
-GB/s count what must move at least: 38 bytes per weight for a step, 4 for the norm of the gradients.
+GB/s count the least traffic: 38 bytes per weight for a step, 4 for the norm of the gradients.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="Triton ker
 
 RATE, LR, BETA1, BETA2, EPS, DECAY = 0.9999, 1e-4, 0.9, 0.999, 1e-8, 0.01
 MILLION = 1_000_000
-# CIFAR-10 and LSUN, ImageNet-64 and its class-conditional size: as ZeRO lays them out, and as modules do.
+# Sizes of CIFAR-10's and LSUN's networks, ImageNet-64's and its class-conditional one: flat as in ZeRO, and by module.
 SETS: dict[str, list[int]] = {
     "55M flat": [55 * MILLION],
     "121M flat": [121 * MILLION],
@@ -58,7 +58,7 @@ def make(numels: list[int], device: torch.device) -> State:
 
 
 def ours(state: State) -> Callable[[], Any]:
-    """As the optimiser calls it: steps counted up, then one launch."""
+    """The update as the optimiser makes it: it counts up the steps, then makes one launch."""
     from fastdiff.kernels.adamw_ema import Lists
 
     lists = Lists(
@@ -73,7 +73,7 @@ def ours(state: State) -> Callable[[], Any]:
 
 
 def eager(state: State) -> Callable[[], Any]:
-    """Three calls, each over all tensors."""
+    """The update as three calls, each over all tensors."""
 
     def step() -> None:
         adamw(
@@ -117,7 +117,7 @@ def rows(names: Any) -> list[Any]:
 @pytest.mark.parametrize("row", rows(STEPS))
 @pytest.mark.parametrize("name", SETS)
 def bench_update(row: str, name: str, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
-    """AdamW, average, copy. Every tensor set is larger than the L2 cache, so one is enough."""
+    """Time AdamW, average and copy. One set of tensors is enough, because each is larger than the L2 cache."""
     numels = [min(numel, 1000) for numel in SETS[name]][:20] if small else SETS[name]
     benchmark.group = f"adamw_ema {name}"
     gpu_time(STEPS[row](make(numels, device)), [()], bytes_moved=38 * sum(numels))
@@ -135,7 +135,7 @@ NORMS: dict[str, Callable[[list[Tensor]], Tensor]] = {"ours": our_norm, "eager":
 @pytest.mark.parametrize("row", rows(NORMS))
 @pytest.mark.parametrize("name", SETS)
 def bench_norm(row: str, name: str, small: bool, gpu_time: Any, benchmark: Any, device: torch.device) -> None:
-    """The norm of the gradients alone, which a step that is asked for it has for nothing."""
+    """Time the norm of the gradients alone; a step with `norm` returns it without another pass."""
     numels = [min(numel, 1000) for numel in SETS[name]][:20] if small else SETS[name]
     benchmark.group = f"squared_norm {name}"
     gpu_time(NORMS[row], [(make(numels, device).grads,)], bytes_moved=4 * sum(numels))

@@ -1,10 +1,10 @@
-"""Attention over packed heads against torch's fused attention, eager PyTorch and torch.compile.
+"""Times attention over packed heads against torch's fused attention, eager PyTorch and torch.compile.
 
     pytest benchmarks/bench_attention.py --benchmark-json out.json
 
-Every row has the same contract: qkv [B, L, 3C] in, [B, L, C] out, and in the backward one gradient of qkv's shape; so
-what scaled-dot-product attention spends to unpack, and to put three gradients together, is in its time. TFLOP/s count
-4 * B * N * L^2 * D forward and 10 backward, whatever a row computes anew.
+Every row takes qkv [B, L, 3C] and returns [B, L, C], and its backward pass returns one gradient of qkv's shape. So the
+time of scaled-dot-product attention includes unpacking the heads and putting three gradients together. TFLOP/s count
+4 * B * N * L^2 * D forward and 10 * B * N * L^2 * D backward, whatever a row recomputes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def triton_attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def compiled_reference() -> Attention:
-    """A compilation of its own for every test, or torch.compile gives up after some shapes and runs eagerly."""
+    """Compile anew for every test, because torch.compile gives up after some shapes and runs eagerly."""
     torch.compiler.reset()
     function = torch.compile(reference.attention, fullgraph=True, dynamic=False)
 

@@ -1,14 +1,13 @@
-"""Images per second from a folder of JPEG files, by every loader, against improved-diffusion's way of reading.
+"""Measures images per second from a folder of JPEG files, by every loader, against improved-diffusion's way.
 
     python benchmarks/bench_data.py                                 pictures made up on the spot: photos and tiny ones
     python benchmarks/bench_data.py --data_dir DIR --size 64 --json out.json
 
 The reference is improved-diffusion's: one worker process of PyTorch's DataLoader, which opens, halves, resizes, crops
-and turns into float32 one picture after the other. `packed` reads images that were decoded before, from a mapped file
-(disk) or an array (memory). Rounds are interleaved; in each, a loader is opened, gives one batch to warm up, and then
-has to give more for a while. `per core` is images per second of processor time, of all threads and
-processes together, so that neither their number nor a busy machine changes it. The last line printed is the ratios of
-that to the reference's.
+and converts to float32 one picture after the other. `packed` reads images that were decoded before, from a mapped file
+(disk) or an array (memory). Rounds are interleaved; in each, a loader is opened, gives one batch to warm up, and is
+then timed. `per core` is images per second of processor time, of all threads and processes together, so that neither
+their number nor a busy machine changes it. The last line has the ratios of that to the reference's.
 """
 
 from __future__ import annotations
@@ -185,7 +184,7 @@ def make_pictures(folder: Path, count: int, height: int, width: int) -> Path:
 
 
 def cases(args: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Path, int]]:
-    """(title, folder, size) of what is to be read."""
+    """Yield (title, folder, size) of each set of images to read."""
     if args.data_dir:
         paths = list_images(args.data_dir)
         mean = sum(path.stat().st_size for path in paths) / len(paths) / 1000

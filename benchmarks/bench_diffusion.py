@@ -1,8 +1,8 @@
-"""q_sample, diffusion_loss (with its gradient) and sampler_step: ours, PyTorch eager, torch.compile.
+"""Times q_sample, diffusion_loss (with its gradient) and sampler_step: ours, PyTorch eager, torch.compile.
 
-Noise is made from counters unless the row says that it is given; bytes counted are those of inputs and results, so rows
-that make noise are bound by its arithmetic, not by memory. torch.compile takes the counters' products for indices of 32
-bits, which Triton refuses, so that its rows are given the noise.
+Noise is computed from counters unless the row says that it is given. The bytes counted are those of inputs and results,
+so rows that compute noise are bound by its arithmetic, not by memory. Rows of torch.compile are given the noise,
+because it treats the counters' products as 32-bit indices, which Triton refuses.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""group_norm_silu at the shapes of the shipped configurations: ours, PyTorch eager, torch.compile, Liger-Kernel.
+"""Times group_norm_silu and add_group_norm_silu at the shapes of the shipped configurations.
 
-Bytes counted: forward one read and one write of the map; backward reads of x and dy and a write of dx.
+Rows of group_norm_silu are ours, PyTorch eager, torch.compile and Liger-Kernel. The bytes counted are one read and one
+write of the map forward, and reads of x and dy and a write of dx backward.
 
-add_group_norm_silu at the same shapes: ours, the sum in eager PyTorch before our norm, torch.compile of the definition.
-Bytes counted: forward reads of a, b and skip, writes of the sum and y; backward reads of the sum and skip, dy and the
-sum's own gradient, writes of the gradients of the sum and skip.
+Rows of add_group_norm_silu are ours, the sum in eager PyTorch before our norm, and torch.compile of the definition. The
+bytes counted are forward reads of a, b and skip and writes of the sum and y, and backward reads of the sum and skip, dy
+and the sum's own gradient and writes of the gradients of the sum and skip.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def implementation(name: str) -> Callable[..., Tensor]:
     from liger_kernel.transformers.group_norm import LigerGroupNormFunction
 
     def liger(x: Tensor, weight: Tensor, bias: Tensor, **settings: Any) -> Tensor:
-        """Channels-first, no SiLU, no scale: what surrounds it is added in eager PyTorch."""
+        """Liger's norm is channels-first, without SiLU and scale: eager PyTorch adds these."""
         skip, scale, shift = (settings.get(name) for name in ("skip", "scale", "shift"))
         x = x if skip is None else torch.cat([x, skip], dim=1)
         B, C, H, W = x.shape
@@ -143,7 +144,7 @@ def sum_implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def separate(
         a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, b_bias: Tensor, **settings: Any
     ) -> tuple[Tensor, Tensor]:
-        """As a network does it without the op: the convolution adds its bias, the block the residual."""
+        """Compute it as a network does without the op: the convolution adds its bias, the block the residual."""
         total = a + (b + b_bias.to(b.dtype)[:, None, None])
         return total, group_norm_silu(total, weight, bias, **settings)
 

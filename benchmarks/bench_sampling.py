@@ -1,16 +1,16 @@
-"""Drawing images: ours, each lever of ours off, the reference, and what others would run, in one process.
+"""Times drawing images: ours, ours with each lever off, the reference, and other libraries, in one process.
 
     python benchmarks/bench_sampling.py --quick --json quick.json                  two CPU cores, minutes
     python benchmarks/bench_sampling.py --configs imagenet64_270M --batches 256,16,1 --precisions bf16
     python benchmarks/bench_sampling.py --configs cifar10_uncond --levers all --seed_checkout improved-diffusion
 
-Everybody draws whole batches, from noise to pixels on the host, with as many evaluations of a network; batches take
-turns, and a ratio is made within each round: the reference's time over ours, so that above 1 ours is faster.
-`reference` is improved-diffusion's way (eager, channels-first, its p_sample loop; fp16 on a GPU, fp32 on a CPU);
-`reference+compile` its network compiled, channels-last, in a loop written well; `diffusers` a UNet2DModel of the same
-shape, run likewise (pip install -e '.[peers]'). Those have DDPM and DDIM only, and take a DDPM step for each evaluation
-of another solver of ours. `ours -X` is ours without lever X, timed beside ours. A split of our time, and what a small
-job spends on files, follow with --split. The last line is the ratios.
+All variants draw whole batches, from noise to pixels on the host, with equally many evaluations of a network. Their
+batches take turns, and each round gives a ratio: the reference's time over ours, so that above 1 ours is faster.
+`reference` is improved-diffusion's way (eager, channels-first, its p_sample loop; fp16 on a GPU, fp32 on a CPU).
+`reference+compile` is its network compiled, channels-last, in a well-written loop. `diffusers` is a UNet2DModel of the
+same shape, run likewise (pip install -e '.[peers]'). These three have DDPM and DDIM only, and take a DDPM step for each
+evaluation of another solver. `ours -X` is ours without lever X, an optimisation, timed beside ours. --split adds how
+our time is spent, and which share of a small job its files take. The last line has the ratios.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def rows_of(
 def run_case(
     label: Label, case: DrawCase, variants: list[str], levers: list[str], results: ResultFile, args: Any
 ) -> None:
-    """One configuration, precision, batch and solver: all variants in turns, then each lever beside ours."""
+    """Time one configuration, precision, batch and solver: all variants in turns, then each lever beside ours."""
     makers = {variant: functools.partial(VARIANTS[variant], case) for variant in variants}
     if "reference" in makers and args.seed_checkout:
         makers["reference"] = lambda: seed(case, args.seed_checkout)
@@ -188,7 +188,7 @@ class _Constant:
 
 
 def median_seconds(work: Callable[[], Any], seconds: float) -> float:
-    """The median of some repetitions, after one off the clock."""
+    """The median of some repetitions, after one that is not timed."""
     work()
     times: list[float] = []
     while not times or sum(times) < seconds or len(times) < 5:
@@ -197,7 +197,7 @@ def median_seconds(work: Callable[[], Any], seconds: float) -> float:
 
 
 def kernel_seconds(work: Callable[[], Any]) -> float:
-    """That kernels and copies of one repetition keep the GPU busy."""
+    """Seconds for which the kernels and copies of one repetition keep the GPU busy."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         work()
@@ -206,9 +206,9 @@ def kernel_seconds(work: Callable[[], Any]) -> float:
 
 
 def split(case: DrawCase, compiled: bool, seconds: float) -> dict[str, float | None]:
-    """Seconds per evaluation of ours: all, and of it the sampler's step with its noise, and the copy to the host.
+    """Seconds per evaluation of ours: all, the sampler's step with its noise, the copy to the host, and the network.
 
-    The network is the rest. gaps: of all, when the GPU has nothing to do; a CPU has no such thing (None).
+    The network's time is what the others leave of all. gaps is the time in which the GPU is idle; None on a CPU.
     """
     gpu = case.device.type == "cuda"
     engine = our_engine(case, compiled, gpu)
@@ -231,7 +231,7 @@ def split(case: DrawCase, compiled: bool, seconds: float) -> dict[str, float | N
 
 
 def job_overhead(case: DrawCase, compiled: bool, parts: int) -> dict[str, float]:
-    """Images, wall seconds, and the share of them not spent on drawing, of a job of `batches` parts."""
+    """Images, wall seconds, and the share of them not spent on drawing, of a job of `parts` batches."""
     engine = our_engine(case, compiled, case.device.type == "cuda")
     spent = 0.0
 
@@ -272,7 +272,7 @@ def split_lines(entry: dict[str, Any]) -> list[str]:
 
 
 def settings_of(args: Any, device: torch.device) -> tuple[list[tuple[str, Config]], list[int], list[str], list[str]]:
-    """(configurations, batches, precisions, solvers) that the flags come to on a device."""
+    """(configurations, batches, precisions, solvers) that the flags select on a device."""
     gpu = device.type == "cuda"
     configs = [(Path(name.strip()).stem, load(name.strip())) for name in args.configs.split(",")]
     try:
@@ -293,7 +293,7 @@ def settings_of(args: Any, device: torch.device) -> tuple[list[tuple[str, Config
 
 
 def variants_of(args: Any, batch: int, device: torch.device) -> tuple[list[str], list[str]]:
-    """Variants and levers for a batch. A quick run compiles for its first batch only: that takes a minute each."""
+    """Variants and levers for a batch. A quick run compiles for its first batch only, as that takes a minute."""
     usual = list(VARIANTS)
     if args.quick:
         usual = ["reference", "diffusers", "ours", "ours eager"] if batch > 1 else ["reference", "ours eager"]
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> None:
             run_case(label, case, variants, levers, results, args)
             for what in results.missing(label, splits):
                 with results.guard(label, what):
-                    # The engine is compiled a second time there, from code that is kept.
+                    # `split` and `job_overhead` compile the engine again, from code in the cache.
                     entry = {**label, "split": split(case, True, args.seconds), "job": job_overhead(case, True, 8)}
                     results.add({**entry, "variant": what}, "splits")
                     print("\n".join(split_lines(entry)), flush=True)

@@ -1,12 +1,12 @@
-"""What safety costs training: steps without a checkpoint, beside one being written, and waiting for one; the guards.
+"""Measures what checkpoints, and the guards against non-finite numbers, cost training.
 
     python benchmarks/bench_saving.py --json benchmarks/results/saving_quick_cpu.json
     python benchmarks/bench_saving.py --config imagenet64_270M --batch 128 --precision bf16 --folder DISK
 
 Three windows of the same number of steps take turns: `none` saves nothing; `beside` saves at its start, in the
-background; `waiting` saves at its start and waits. `cost` is how much longer a window took than the one without, so
-what training lost by a checkpoint; `stood still` is the part of it in which no step ran. `guards` is the pass over the
-gradients that finds non-finite ones. Medians and quartiles.
+background; `waiting` saves at its start and waits. `cost` is how much longer a window took than the one without a
+checkpoint; `stood still` is the part of it in which no step ran. `guards` is the pass over the gradients that finds
+non-finite ones. All figures are medians and quartiles.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def window(trainer: Trainer, folder: Path, way: str, steps: int) -> dict[str, float]:
-    """Seconds of so many steps with one checkpoint, or none; of the steps while it was being written, too."""
+    """Take `steps` steps with one checkpoint or none; returns the seconds of all, and those in which no step ran."""
     saver = Saver(folder, keep_last=1, background=way == "beside")
     synchronize()
     start = time.perf_counter()
@@ -89,7 +89,7 @@ def guards_ms(trainer: Trainer, repeats: int = 30) -> list[float]:
 
 
 def measure(trainer: Trainer, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
-    """Windows of all kinds in turns: what each checkpoint cost."""
+    """Run windows of all kinds in turns; returns the cost of each kind of checkpoint, and of the guards."""
     made: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for round_ in range(rounds):
         for way in WAYS[round_ % 3 :] + WAYS[: round_ % 3]:

@@ -1,15 +1,16 @@
-"""Whole training steps: ours, each lever of ours off, the reference, and what others would run, in one process.
+"""Times whole training steps: ours, ours with each lever off, the reference, and other libraries, in one process.
 
     python benchmarks/bench_train.py --quick --json quick.json                    two CPU cores, minutes
     python benchmarks/bench_train.py --configs imagenet64_270M,cifar10_uncond --batches 128,256 --precisions bf16,fp16
     python benchmarks/bench_train.py --configs cifar10_uncond --levers all --seed_checkout improved-diffusion
 
-Steps of all variants take turns, and a ratio is made within each round: the reference's time over ours, so that above
-1 ours is faster. `reference` is improved-diffusion's way (eager, channels-first; fp16 on a GPU, fp32 on a CPU);
-`reference+compile` the same network compiled, channels-last, with a loop written well; `diffusers` its UNet2DModel of
-the same shape, run likewise (pip install -e '.[peers]'); `ours -X` ours without lever X, timed beside ours. Results are
-written with every row, and with --resume those already there are kept. A variant that fails is left out, with the
-reason in the results and the traceback on the error output; the exit code is 1 then. The last line is the ratios.
+Steps of all variants take turns, and each round gives a ratio: the reference's time over ours, so that above 1 ours is
+faster. `reference` is improved-diffusion's way (eager, channels-first; fp16 on a GPU, fp32 on a CPU).
+`reference+compile` is the same network compiled, channels-last, with a well-written loop. `diffusers` is its
+UNet2DModel of the same shape, run likewise (pip install -e '.[peers]'). `ours -X` is ours without lever X, an
+optimisation, timed beside ours. Results are written with every row; with --resume those already there are kept. A
+variant that fails is left out, with the reason in the results and the traceback on the error output; the exit code is
+then 1. The last line has the ratios.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def rows_of(
 
 
 def run_case(label: Label, case: Case, variants: list[str], levers: list[str], results: ResultFile, args: Any) -> None:
-    """One configuration, precision and batch: first all variants in turns, then each lever beside ours."""
+    """Time one configuration, precision and batch: first all variants in turns, then each lever beside ours."""
     flops = train_flops(case.config.model)
     makers = {variant: functools.partial(VARIANTS[variant], case) for variant in variants}
     if "reference" in makers and args.seed_checkout:
@@ -199,7 +200,7 @@ class Contest:
     seconds: float
 
     def time_variants(self, makers: dict[str, Callable[[], Step]]) -> None:
-        """All of them against the reference. If the results have all of them already, nothing is measured."""
+        """Time all of them against the reference; nothing is measured if the results hold all of them already."""
         if not self.results.missing(self.label, list(makers)):
             return
         self.results.forget(self.label, list(makers))
@@ -207,7 +208,7 @@ class Contest:
             self._keep(row)
 
     def time_levers(self, without: dict[str, Callable[[], Step]], ours: Callable[[], Step]) -> None:
-        """Ours without each lever beside ours, but those that the results have already."""
+        """Time ours without each lever beside ours, except the levers that the results hold already."""
         makers = {f"ours -{lever}": make for lever, make in without.items()}
         for name in self.results.missing(self.label, list(makers)):
             for row in self._rows({"ours": ours, name: makers[name]}, "ours"):
@@ -262,7 +263,7 @@ def place(args: Any, device: torch.device, rates: Any) -> dict[str, Any]:
 def settings_of(
     args: Any, device: torch.device
 ) -> tuple[list[tuple[str, Config, int]], list[str], list[str], list[str]]:
-    """(configurations with their batches), precisions, variants and levers that the flags come to on a device."""
+    """(configurations with their batches), precisions, variants and levers that the flags select on a device."""
     gpu = device.type == "cuda"
     names = [name.strip() for name in args.configs.split(",")]
     batches = [int(batch) for batch in args.batches.split(",")] if args.batches else []

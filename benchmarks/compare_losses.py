@@ -1,12 +1,12 @@
-"""Do the fast paths learn what the reference path learns? The same run by both, with several seeds, loss beside loss.
+"""Checks that the fast paths learn what the reference path learns: compares the losses of both, with several seeds.
 
     python benchmarks/compare_losses.py --data_dir DIR --config configs/cifar10_uncond.json --batch_size 128
     python benchmarks/compare_losses.py --data_dir DIR --num_channels 32 --num_res_blocks 1 --batch_size 8   on a CPU
 
 Each seed trains twice: with everything on (`auto`), and with `--kernels reference --compile False` (`reference`).
-Images, timesteps and noise are the same for both, so their losses differ by rounding, and by what rounding grows into.
-The verdict compares the difference between paths, over the last half of the steps, to the spread between seeds:
-exit code 1 when it is larger. Other flags go to train.py. Writes losses.json and losses.png into --out.
+Images, timesteps and noise are the same for both, so their losses differ by rounding and its growth over the steps.
+The exit code is 1 if the difference between the paths, over the last half of the steps, is larger than the spread
+between seeds. Other flags go to train.py. losses.json and losses.png are written to --out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def losses_of(folder: Path) -> np.ndarray:
 
 
 def picture(curves: dict[str, np.ndarray], every: int, path: Path) -> None:
-    """Curves of both paths, a line per seed."""
+    """Draw the curves of both paths, a line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,6 @@
-"""Fixtures of the kernels' benchmarks: the device, the timer, and the data written beside each figure.
+"""Fixtures of the kernels' benchmarks: the device, the timer, and the data recorded beside each figure.
 
-    make bench-kernels        →  benchmarks/results/kernels_<device>.json
+    make bench-kernels        →  benchmarks/results/kernels.json
 
 Rows of one group compute the same thing at one shape: ours, PyTorch eager, torch.compile, and a peer where there is
 one. pytest-benchmark runs their rounds one after the other; every round is a batch of calls between two

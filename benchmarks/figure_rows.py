@@ -35,11 +35,11 @@ class Bench:
     emit: Emit
     rounds: int = 15
     most: int = 0
-    """Only so many shapes of each kind, the costliest; 0 for all."""
+    """The number of shapes of each kind that are timed, the costliest ones; 0 for all."""
     compiled: int = 6
-    """The number of norms' shapes, forward and backward, that torch.compile is timed on; each compiles for seconds."""
+    """The number of norms' shapes, forward and backward, on which torch.compile is timed, which takes seconds each."""
     until: float = float("inf")
-    """On time.monotonic(): no row begins later."""
+    """The time.monotonic() after which no row begins."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,7 +64,7 @@ class Bench:
             function, first_given = make(0)
             inputs = rotated(lambda i: make(i)[1] if i else first_given)
             figure = time_calls(function, inputs, self.device, self.rounds)
-        except Exception as error:  # what one kernel refuses costs its row only
+        except Exception as error:  # an error of one kernel costs its row only
             self.leave_out(label, error)
             return None
         self.emit({**label, **self._figures(figure, moved, flops), **more})

@@ -1,4 +1,4 @@
-"""Types of command-line flags, for argparse's `type`: what is wrong is said in one sentence, with exit code 2."""
+"""Types of command-line flags, for argparse's `type`: a wrong value gives one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A whole number that is not below `least`."""
+    """The type of a whole number that is not below `least`."""
 
     def read(text: str) -> int:
         try:
@@ -23,14 +23,14 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def existing_file(text: str) -> Path:
-    """A file that is there."""
+    """The type of a file that exists."""
     if not Path(text).is_file():
         raise ArgumentTypeError(f"there is no file {text}")
     return Path(text)
 
 
 def usable_folder(text: str) -> Path:
-    """A folder, which need not exist but can be made."""
+    """The type of a folder that exists or can be made."""
     path = Path(text)
     nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not nearest.is_dir():

@@ -1,7 +1,7 @@
-"""The parts of benchmarks/gpu_proof.py, in order of value: first whether results are right, then what matters most.
+"""The parts of benchmarks/gpu_proof.py, in order of value: the correctness of results, then the most valuable figures.
 
-With `tiny` every part runs on any machine in seconds, on networks and inputs so small that their figures say nothing:
-to see that the parts themselves work.
+With `tiny` every part runs on any machine in seconds, which shows that the parts themselves work. Its networks and
+inputs are so small that their figures mean nothing.
 """
 
 from __future__ import annotations

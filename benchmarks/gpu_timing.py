@@ -1,9 +1,10 @@
-"""Times a function that takes microseconds on a GPU: by a CUDA graph of many calls, without the time of Python.
+"""Times a function that takes microseconds on a GPU, by a CUDA graph of many calls, which excludes Python's time.
 
-A call of a custom op costs about 100 us of host time, more than most kernels run. So the calls are captured once and
-replayed. They go over several sets of inputs that together exceed the L2 cache, and keep their results until the last
-of them, so that neither what is read nor what is written stays in the cache from one pass to the next. A function that
-can't be captured is launched from Python call by call, and its figure says so; so is everything on a CPU.
+A call of a custom op takes about 100 us of the host's time, longer than most kernels run. So the calls are captured
+once and replayed. They go over several sets of inputs that together exceed the L2 cache, and keep their results until
+the last of them, so that neither what is read nor what is written stays in the cache from one pass to the next. A
+function that can't be captured is launched from Python call by call, and its figure says so. On a CPU every function
+is.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Figure:
 
 
 def batch_of(fn: Function, inputs: Inputs, device: torch.device) -> Batch:
-    """Prepare calls fn(*inputs[0]), fn(*inputs[1]), … after some off the clock, which compile and choose kernels."""
+    """Prepare calls fn(*inputs[0]), fn(*inputs[1]), … after some untimed ones, which compile and choose kernels."""
     passes = math.ceil(LAUNCHES / len(inputs)) if device.type == "cuda" else 1
     for _ in range(3 if device.type == "cuda" else 1):
         _one_pass(fn, inputs)
@@ -96,7 +97,7 @@ def batch_of(fn: Function, inputs: Inputs, device: torch.device) -> Batch:
         return Batch(lambda: _one_pass(fn, inputs), len(inputs), "plain")
     try:
         replay, launched = _capture(fn, inputs, passes), "graph"
-    except Exception as error:  # of CUDA for what is refused, of the function for what it checks
+    except Exception as error:  # CUDA refuses an operation, or the function a value
         _synchronize(device)
         first = next(iter(str(error).splitlines()), type(error).__name__)
         replay, launched = lambda: _passes(fn, inputs, passes), f"plain: {first}"

@@ -1,4 +1,4 @@
-"""How far two sets of images are apart: Fréchet's distance in the features of a small classifier of the same images."""
+"""Fréchet's distance between two sets of images, in the features of a small classifier of the same images."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def noise_floor(features: Tensor, labels: np.ndarray, size: int, seed: int = 0) 
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 4 pixels, FEATURES features, classes."""
+    """Convolutions down to 4 pixels, a layer of FEATURES features, and a layer of classes."""
 
     def __init__(self, channels: int, size_hw: tuple[int, int], classes: int) -> None:
         super().__init__()
@@ -110,7 +110,10 @@ def as_maps(images: np.ndarray, device: torch.device) -> Tensor:
 def train_classifier(
     images: np.ndarray, labels: np.ndarray, classes: int, device: torch.device, seconds: float = 60, steps: int = 1500
 ) -> Classifier:
-    """Seeded; `steps` of 64 images moved by up to a pixel, but no longer than `seconds`."""
+    """Train a classifier from a fixed seed for `steps` batches of 64 images, each batch shifted by up to a pixel.
+
+    Training ends early after `seconds` seconds.
+    """
     torch.manual_seed(0)
     model = Classifier(images.shape[3], images.shape[1:3], classes).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -135,7 +138,7 @@ def train_classifier(
 
 @torch.no_grad()
 def seen(model: Classifier, images: np.ndarray, device: torch.device) -> tuple[Tensor, np.ndarray]:
-    """(features [N, FEATURES] on the host, classes [N]) that the classifier sees in images [N, H, W, C] uint8."""
+    """(features [N, FEATURES] on the host, classes [N]) that the classifier computes for images [N, H, W, C] uint8."""
     features, classes = [], []
     for part in np.array_split(images, -(-len(images) // 256)):
         found = model.features(as_maps(part, device))

@@ -1,11 +1,12 @@
-"""What single kernels reach at the shapes of whole networks: norms, convolutions and attention, row by row.
+"""Times single kernels at the shapes of whole networks: norms, convolutions and attention.
 
     python benchmarks/kernel_figures.py --json figures.jsonl                          all sections
     python benchmarks/kernel_figures.py --sections norms --most 4 --seconds 60
-    python benchmarks/kernel_figures.py --tiny                                        the same on a CPU, in seconds
+    python benchmarks/kernel_figures.py --tiny                                        a small network, in seconds
 
-Shapes and counts per step are recorded from a training step without memory, the costliest come first, and a sum per
-step ends each section. A row is printed and appended to --json as soon as it is known; one that fails says why.
+Shapes and counts per step are recorded from a training step on tensors without memory. The costliest come first, and a
+sum per step ends each section. A row is printed and appended to --json as soon as it is known; the row of a call that
+fails gives the reason.
 
 norms         forward and backward of group_norm_silu by each way that it can run: "registers" and "loop" keep a slab
               of an image in one program, "split" spreads an image over programs. Beside it a plain copy of the same
@@ -13,8 +14,8 @@ norms         forward and backward of group_norm_silu by each way that it can ru
 convolutions  forward, dgrad and wgrad through cuDNN, and the matrix products that 1x1 convolutions are here.
 attention     ours against torch's backends, for the shapes of every configuration, forward and backward.
 
-GB/s count the least bytes that must be moved, TFLOP/s the products, and shares are of a large copy and of a large
-matrix product on the same GPU.
+GB/s count the least traffic and TFLOP/s the products. Shares are of the rates of a large copy and of a large matrix
+product on the same GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from fastdiff.runtime.script import run_script
 
 
 def convolutions(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None:
-    """Rows of the section "convolutions", and their sums per step."""
+    """Emit the rows of the section "convolutions", and their sums per step."""
     for name, config, batch in cases:
         label: Row = {"section": "convolutions", "config": name, "batch": batch}
         recorded = training_calls(config, batch, bench.dtype, r"aten::(convolution|mm$|addmm$)")
@@ -74,7 +75,7 @@ def convolutions(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None
 
 
 def _parts(call: Call, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
-    """(direction, call): a backward call as dgrad and wgrad; products in the body's dtype only: no embedding's."""
+    """Yield (direction, call). A backward call gives dgrad and wgrad. Products not in the body's dtype are left out."""
     if call.op == "aten::convolution":
         yield "forward", call
     elif call.op == "aten::convolution_backward":
@@ -118,7 +119,7 @@ BACKENDS = ("ours", "cudnn", "flash", "efficient")
 
 
 def attention(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None:
-    """Rows of the section "attention". A shape that several configurations have is timed once."""
+    """Emit the rows of the section "attention". A shape that several configurations have is timed once."""
     shapes: dict[bench_attention.Shape, Counter[str]] = defaultdict(Counter)
     for name, config, batch in cases:
         for op in operations(config.model):
@@ -175,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cases_of(args: argparse.Namespace) -> list[tuple[str, Config, int]]:
-    """(name, configuration, batch) of the flags."""
+    """(name, configuration, batch) of each case that the flags select."""
     if args.tiny:
         model = {**QUICK["model"], "image_size": 8, "num_channels": 32, "attention_resolutions": "4"}
         return [("tiny", Config.model_validate({**QUICK, "model": model}), 2)]
@@ -197,7 +198,7 @@ def with_all_configs(cases: list[tuple[str, Config, int]]) -> list[tuple[str, Co
 
 
 def line_of(row: Row) -> str:
-    """A row for people."""
+    """The printed line of a row."""
     rest = {key: value for key, value in row.items() if key not in ("section", "microseconds")}
     time_taken = f"{row['microseconds']:10.2f} us" if "microseconds" in row else f"{'':13}"
     return f"{row['section']:13}{time_taken}  " + "  ".join(f"{key} {value}" for key, value in rest.items())
@@ -212,7 +213,7 @@ def measure(
     tiny: bool = False,
     **settings: Any,
 ) -> None:
-    """Rows of the sections; `seconds` are each one's at most, 0 without a limit; settings are those of `Bench`."""
+    """Emit the rows of the sections, each in at most `seconds` (0: no limit). Settings are those of `Bench`."""
     sizes: dict[str, int] = {"size": 256, "copy_size": 1 << 20} if tiny else {}
     rates = measure_rates(device, **sizes)
     known = {"matmul_tflops": rates.matmul_flops / 1e12, "copy_gbs": rates.copy_bytes / 1e9}

@@ -1,4 +1,4 @@
-"""Figures of group_norm_silu by each way that it can run, beside a copy and the definition compiled."""
+"""Times group_norm_silu by each way that it can run, beside a copy and the compiled definition."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NoSuchWay(Exception):
 
 @contextmanager
 def forced(way: str) -> Iterator[None]:
-    """Let group_norm_silu run one way; the op raises NoSuchWay where its shape does not allow it. "" forces nothing."""
+    """Make group_norm_silu run one way; the op raises NoSuchWay if its shape does not allow it. "" forces nothing."""
     from fastdiff.kernels import group_norm_silu as norm
     from fastdiff.kernels.group_norm_silu_plan import Tile
 
@@ -121,7 +121,7 @@ class Norm:
         return " ".join([f"{B}x{channels}x{H}x{W}", *(name for name, there in has.items() if there)])
 
     def tensors(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
-        """The op's arguments as the definition in PyTorch takes them; the second summand of a backward is invented."""
+        """The op's arguments as the definition in PyTorch takes them; a backward's second summand is random."""
         named = self.named(args)
         if self.summed and "b" not in named:
             named["b"] = torch.randn_like(named["x"])
@@ -144,7 +144,7 @@ class Norm:
 
 
 def norms(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None:
-    """Rows of the section "norms", and their sums per step."""
+    """Emit the rows of the section "norms", and their sums per step."""
     for name, config, batch in cases:
         recorded = training_calls(config, batch, bench.dtype, r"fastdiff::(add_)?group_norm_silu")
         calls = [(Norm(call).direction, call) for call in recorded]
@@ -176,7 +176,7 @@ def _norm_rows(bench: Bench, label: Row, norm: Norm, compiled: bool, sums: Sums)
 
 
 def _rows_of_ways(bench: Bench, label: Row, call: Call, moved: int, sums: Sums) -> None:
-    """A row as planned, and one for each other way that the shape allows, with how far its results are off."""
+    """Emit a row of the planned way and one of each other way that the shape allows, with the error of its results."""
     planned: list[str] = []
     function, best = call.function(), None
     try:

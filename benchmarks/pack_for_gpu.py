@@ -1,12 +1,12 @@
-"""Pack what gpu_proof.py needs on a GPU machine without a network, into a folder .gpu of the checkout.
+"""Packs what gpu_proof.py needs on a GPU machine without a network, into the folder .gpu of the checkout.
 
     python benchmarks/pack_for_gpu.py --images cifar10.tar.xz --compiled /tmp/fastdiff_gpu_proof/compiled
     python benchmarks/pack_for_gpu.py --packages --python 3.11                  no packages, or another Python there
 
-That machine is taken to have torch, Triton, numpy, Pillow, psutil, tqdm, TensorBoard, safetensors and pytest for its
-own Python; DeepSpeed, pydantic and diffusers come along as wheels. Compiled code is what a rehearsal left
-(docs/gpu.md): it is found there only at the same path, with the same versions and the same kind of GPU. Copy the
-checkout with its .gpu, and there begin with
+That machine is assumed to have torch, Triton, numpy, Pillow, psutil, tqdm, TensorBoard, safetensors and pytest for its
+own Python; DeepSpeed, pydantic and diffusers come along as wheels. Compiled code comes from a rehearsal (docs/gpu.md);
+it is found only at the same path, by the same versions, for the same kind of GPU. Copy the checkout with its .gpu, and
+begin there with
 
     source .gpu/install.sh && python benchmarks/gpu_proof.py
 """
@@ -32,11 +32,11 @@ from benchmarks.flag_types import at_least, usable_folder  # noqa: E402
 FOLDER = ROOT / ".gpu"
 PACKAGES = ("pydantic", "deepspeed", "hjson", "diffusers", "importlib_metadata")
 FROM_SOURCE = ("deepspeed", "hjson")
-"""Published without wheels; those that they build hold Python only, for any machine."""
+"""Packages that are published without wheels; the wheels built from them hold only Python, for any machine."""
 WITH_NEEDS = ("pydantic",)
-"""Bring what they need, too; the others' needs are taken to be there."""
+"""Packages whose dependencies are packed, too; those of the others are assumed to be there."""
 GLIBC = (17, 24, 27, 28, 31, 34, 35, 39)
-"""Minor versions of glibc 2 that wheels of today name; pip takes those that are listed, not all below."""
+"""Minor versions of glibc 2 in the names of wheels; pip takes those that are listed, not all below."""
 INSTALL = """\
 # To be sourced on the GPU machine: installs the wheels beside this file into a folder of their own, once.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -87,9 +87,9 @@ def download(packages: list[str], python: str, wheels: Path) -> None:
 def worth_taking(cache: Path) -> list[Path]:
     """Files of compiled code: Inductor's graphs, which hold their kernels, and our Triton kernels; the oldest first.
 
-    Left out is what Inductor writes a second time, its choices among launch configurations, which on a machine without
-    a real GPU were made by timing nothing, what kernels were on their way to machine code, and fastdiff's list of
-    compiled launches, which names those that are left out as well; without it, a run looks for each.
+    These are left out: duplicates that Inductor writes; its choices among launch configurations, which a rehearsal
+    makes by timing kernels that do nothing; the kernels' intermediate code; and fastdiff's list of compiled launches,
+    which names the left-out ones as well (without the list, a run looks for each launch).
     """
     graphs = [path for name in ("fxgraph", "aotautograd") for path in (cache / "inductor" / name).rglob("*")]
     kernels: list[Path] = []
@@ -102,7 +102,7 @@ def worth_taking(cache: Path) -> list[Path]:
 
 
 def pack(cache: Path, target: Path, most: float) -> int:
-    """Pack what is worth taking until the packed file has about `most` bytes; how many files were left out."""
+    """Pack what is worth taking until the packed file has about `most` bytes; returns how many files were left out."""
     paths = worth_taking(cache)
     with target.open("wb") as raw, lzma.open(raw, "wb") as packed, tarfile.open(fileobj=packed, mode="w|") as file:
         for i, path in enumerate(paths):

@@ -1,4 +1,4 @@
-"""Parts of gpu_proof.py that say whether results are right: tests, real runs, and what kernels change in training."""
+"""Parts of gpu_proof.py that check results: tests, real runs, and training with and without kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _device() -> str:
 
 
 def machine(context: Context) -> None:
-    """Name, versions, and the rates that everything else is compared with."""
+    """Record the device's name, the versions, and the rates with which all figures are compared."""
     import torch
     import triton
 
@@ -60,7 +60,7 @@ def native_tests(*argv: str, tiny: Sequence[str], workers: int) -> Callable[[Con
         report.unlink(missing_ok=True)
         count = min(workers, max(1, (os.cpu_count() or 1) - 4)) if not context.tiny else 1
         given = [*(tiny if context.tiny else argv), *(("-n", str(count), "--dist", "load") if count > 1 else ())]
-        # Torch's own warnings differ between its versions; here they are shown, and fail nothing.
+        # Torch's own warnings differ between its versions, so they are shown and fail no test.
         options = ["-p", "benchmarks.report_tests", "-p", "no:cacheprovider", "-W", "default", "--tb=short"]
         begin = time.monotonic()
         env = {"FASTDIFF_TEST_REPORT": str(report), "OMP_NUM_THREADS": "1", "FASTDIFF_DEVICE": _device()}
@@ -110,7 +110,7 @@ gpu_tests = native_tests(
 
 
 def sanitizer(context: Context) -> None:
-    """compute-sanitizer over small cases of the kernels: accesses out of bounds, races in shared memory."""
+    """Run compute-sanitizer over small cases of the kernels: accesses out of bounds, races in shared memory."""
     if not shutil.which("compute-sanitizer"):
         raise LeftOut("compute-sanitizer is not installed; it comes with CUDA's toolkit")
     small = ["-k", "(shapes or every_way or dropout or q_sample) and not compiles", *KERNEL_TESTS[:1], KERNEL_TESTS[3]]
@@ -123,7 +123,7 @@ def sanitizer(context: Context) -> None:
     succeed(max(codes), "compute-sanitizer")
 
 
-# --- what a user does first ---
+# --- training and sampling as a user starts them ---
 
 
 def pictures(context: Context) -> Path:
@@ -149,7 +149,7 @@ def pictures(context: Context) -> Path:
 
 
 def _make_up(folder: Path, count: int = 256) -> None:
-    """Smooth random pictures, 32x32: something that a network can learn at once."""
+    """Write smooth random pictures, 32x32, which a network learns in few steps."""
     import numpy as np
     from PIL import Image
 
@@ -159,9 +159,9 @@ def _make_up(folder: Path, count: int = 256) -> None:
 
 
 def train(context: Context) -> None:
-    """train.py as a user starts it: CIFAR-10's network in bf16, some hundred steps, in which the loss must fall.
+    """Run train.py as a user starts it: CIFAR-10's network in bf16, some hundred steps, in which the loss must fall.
 
-    Then sample.py from that run; the picture that it makes is kept beside the results.
+    Then sample.py draws from that run; its picture is kept beside the results.
     """
     run = context.work / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -215,7 +215,7 @@ def _sample_real(context: Context, run: Path) -> None:
 
 
 def same_losses(context: Context) -> None:
-    """The kernels' training and PyTorch's, from one seed, in float32 and bf16: the losses must stay together."""
+    """Train with the kernels and with PyTorch, from one seed, in float32 and bf16: the losses must agree."""
     import torch
     from helpers.small_trainer import losses_of, small_trainer
 
@@ -237,7 +237,7 @@ def same_losses(context: Context) -> None:
 
 
 def chaos(context: Context) -> None:
-    """A small run that is killed at random instants loses nothing, in float32 and in fp16."""
+    """Check that a small run that is killed at random instants loses nothing, in float32 and in fp16."""
     script = [sys.executable, "tests/stress/chaos.py"]
     if context.tiny:  # a test of its own runs it
         succeed(run_command(context, [*script, "--help"]), "chaos.py")

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu_proof.py found: one JSON line per finding, on disk as soon as it is known, and a table of them.
+"""The findings of benchmarks/gpu_proof.py: one JSON line each, on disk as soon as it is known, and a table of them.
 
 Every line names its part, its kind and when it was written, in seconds since the command began:
 
@@ -8,7 +8,7 @@ Every line names its part, its kind and when it was written, in seconds since th
     figure      one kernel at one shape (kernel_figures.py)    fact        anything else that was measured
     note        why something was left out                     end         ok, or how the part ended, and its seconds
 
-The mode is "real", "tiny" or "rehearsal". Rows of another mode or commit than the last start row's are passed over.
+The mode is "real", "tiny" or "rehearsal". Rows of another mode or commit than the last start row's are ignored.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEEDED = {
     "profile": {"classes", "busy_ms", "wall_ms", "launches"},
     "end": {"verdict", "seconds"},
 }
-"""Kind → what every row of it has beside its part."""
+"""Kind → the keys that every row of it has besides its part."""
 
 Row = dict[str, Any]
 
@@ -67,7 +67,7 @@ class Log:
     def cut_half_lines(self) -> None:
         """Remove the half of a line that a killed command left, or the next row would become part of it.
 
-        For a command's beginning: while others write, half a line may be one that is being written.
+        Call it only when a command begins: later, half a line may be one that another process is writing.
         """
         for folder in self.folders:
             if (folder / FILE).exists():
@@ -82,9 +82,9 @@ def _append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """The rows of a results.jsonl; a last line that a killed command left half written is passed over.
+    """The rows of a results.jsonl; a last line that a killed command left half written is ignored.
 
-    Raises ValueError for a file of something else.
+    Raises ValueError for another kind of file.
     """
     rows = []
     try:
@@ -107,7 +107,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def of_one_kind(rows: Sequence[Row], mode: str | None, commit: str | None) -> list[Row]:
-    """The rows that commands of this mode and commit wrote; those of others say nothing about them."""
+    """The rows that commands of this mode and commit wrote."""
     kept, same = [], False
     for row in rows:
         if row["kind"] == "start":
@@ -124,7 +124,7 @@ def latest_kind(rows: Sequence[Row]) -> list[Row]:
 
 
 def finished(rows: Iterable[Row]) -> set[str]:
-    """Names of the parts that came to their end when they were last run."""
+    """Names of the parts that succeeded when they were last run."""
     last = {row["part"]: row["verdict"] for row in rows if row["kind"] == "end"}
     return {part for part, verdict in last.items() if verdict == OK}
 
@@ -172,7 +172,7 @@ def ratios(rows: Sequence[Row]) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rates, verdicts, profiles and ratios for people; figures of single kernels stay in the file."""
+    """The printed table of rates, verdicts, profiles and ratios; figures of single kernels stay in the file."""
     lines = []
     for row in rows:
         kind = row["kind"]

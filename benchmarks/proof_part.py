@@ -14,7 +14,7 @@ from benchmarks.proof_log import Log
 
 ROOT = Path(__file__).resolve().parents[1]
 MARGIN = 5.0
-"""Seconds before its limit at which a part ends a command of its own, to write down what that has left."""
+"""Seconds before its limit at which a part ends a command of its own, to record that command's results."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Context:
     """A folder of pictures, or a tar file of one, to train on; None: made-up ones."""
     tiny: bool
     rehearsal: bool
-    """Whether the GPU is a rehearsal's, which computes nothing, so that numbers aren't judged."""
+    """Whether the GPU is a simulated one, which computes nothing, so that numbers aren't judged."""
     until: float
     """time.monotonic() at which the part is stopped."""
 
@@ -65,7 +65,7 @@ class OutOfTime(Exception):
 
 
 def run_command(context: Context, argv: Sequence[str], **env: str) -> int:
-    """Run a command of the checkout until it ends or the part's time is over; its exit code, or 124."""
+    """Run a command of the checkout until it ends or the part's time is over; returns its exit code, or 124."""
     print("$ " + " ".join(argv), flush=True)
     try:
         return subprocess.run(argv, cwd=ROOT, env={**os.environ, **env}, timeout=context.left).returncode

@@ -40,7 +40,7 @@ def place_of(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def cases_of(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of training and rows of drawing, where there are any, ours beside what it is compared with."""
+    """Rows of training and rows of drawing, where there are any: ours, each beside its baselines."""
     latest = proof_log.latest_throughput(rows)
     found = []
     for unit in ("images/s", "evaluations/s"):
@@ -59,7 +59,7 @@ def cases_of(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _beside(mine: Row, base: Row | None, row: Row) -> Row:
-    """A row of gpu_proof.py in the case of ours; its own batch and precision are named where they are others."""
+    """A row of gpu_proof.py for the table of `mine`; the variant's name says its batch and precision if they differ."""
     differs = [row["precision"]] if row["precision"] != mine["precision"] else []
     differs += [f"batch {row['batch']}"] if row["batch"] != mine["batch"] else []
     name = row["variant"] + (f" ({', '.join(differs)})" if differs else "")
@@ -71,7 +71,7 @@ def _beside(mine: Row, base: Row | None, row: Row) -> Row:
 
 
 def parts_table(rows: Sequence[Row]) -> str:
-    """Every part that gpu_proof.py ran: how it ended at last, what its tests said, and whatever else it found."""
+    """A table of the parts that gpu_proof.py ran: how each ended last, its counts of tests, and its other findings."""
     found: dict[str, list[Row]] = {}
     ends: dict[str, Row] = {}
     for row in rows:
@@ -116,7 +116,7 @@ def figures_tables(rows: Sequence[Row]) -> str:
 
 
 def _calls(row: Row) -> int:
-    """Calls in a step; for attention, which several configurations share, of all of them."""
+    """Calls in a step; for a shape of attention that several configurations share, in a step of each."""
     return sum(row["count"].values()) if isinstance(row["count"], dict) else row["count"]
 
 

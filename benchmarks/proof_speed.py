@@ -1,4 +1,4 @@
-"""Parts of gpu_proof.py that measure: whole steps and drawing, single kernels, saving, loading."""
+"""Parts of gpu_proof.py that measure whole steps and drawing, single kernels, saving and loading."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def shrunk(model: Any) -> Any:
 def measure_variant(
     context: Context, config: str, batch: int, variant: str, precision: str, draw: bool, profile: bool
 ) -> None:
-    """Build and time one variant; a row when it is timed, another when it is profiled."""
+    """Build and time one variant; emits a row when it is timed and another when it is profiled."""
     from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
     from benchmarks.bench_train import quartiles
     from benchmarks.variant_timing import measure, start
@@ -83,7 +83,7 @@ def measure_variant(
         make, per_step = functools.partial(bench_train.VARIANTS[variant], case), 1
     if variant.startswith("ours"):
         print("\n".join(compile_beforehand(case, draw)), flush=True)
-    # The original knows fp16 only, and on a CPU float32.
+    # improved-diffusion has fp16 only, and on a CPU float32.
     computed = precision if variant != "reference" else "fp16" if processes.device.type == "cuda" else "fp32"
     row: dict[str, Any] = {"config": config, "variant": variant, "precision": computed, "batch": batch, "ratio": None}
 
@@ -103,12 +103,12 @@ def measure_variant(
             row.update(found)
             context.emit("fact", variant=variant, batch=batch, **found, **compiled_code())
 
-    with tf32(False) if variant.startswith("ours") else contextlib.nullcontext():  # as it is in a run of ours
+    with tf32(False) if variant.startswith("ours") else contextlib.nullcontext():  # as in a run of fastdiff
         measure(make, case, emit, seconds=0.2 if context.tiny else 4.0, profile_steps=3 if profile else 0)
 
 
 def compile_beforehand(case: Any, draw: bool) -> list[str]:
-    """Start the processes that compile a variant's Triton kernels, as a run does; what it would say of that."""
+    """Start the processes that compile a variant's Triton kernels, as a run does; returns the lines that a run logs."""
     from fastdiff import precompile
     from fastdiff.models.unet import DTYPES
     from fastdiff.sampling.engine import sampling_launches
@@ -134,7 +134,7 @@ def compiled_code() -> dict[str, int]:
 
 
 def levers(config: str, batch: int) -> Callable[[Context], None]:
-    """A part that times ours with each lever off beside ours; bench_train.py's rows, one lever after the other."""
+    """A part that times ours with each lever off beside ours, by bench_train.py, one lever after the other."""
 
     def run(context: Context) -> None:
         from benchmarks.train_variants import LEVERS
@@ -164,7 +164,7 @@ def levers(config: str, batch: int) -> Callable[[Context], None]:
 
 
 def figures(section: str, seconds: float) -> Part:
-    """A part that writes down a section of kernel_figures.py, the costliest shapes first, for about `seconds`."""
+    """A part that records a section of kernel_figures.py, the costliest shapes first, for about `seconds`."""
 
     def run(context: Context) -> None:
         from benchmarks import kernel_figures
@@ -179,7 +179,7 @@ def figures(section: str, seconds: float) -> Part:
 
 
 def other_kernels(context: Context) -> None:
-    """Optimiser, noising, loss and sampler's step: the rows of bench_adamw_ema.py and bench_diffusion.py."""
+    """Record optimiser, noising, loss and sampler's step: the rows of bench_adamw_ema.py and bench_diffusion.py."""
     result = context.out / "kernels.json"
     options = ["-W", "ignore", "-o", "python_files=bench_*.py", "-o", "python_functions=bench_*", "-o", "timeout=300"]
     files = ["benchmarks/bench_diffusion.py", *([] if context.tiny else ["benchmarks/bench_adamw_ema.py"])]
@@ -193,7 +193,7 @@ def other_kernels(context: Context) -> None:
 
 
 def saving(context: Context) -> None:
-    """The time that a checkpoint of the 270M network costs training."""
+    """Record the time that a checkpoint of the 270M network costs training."""
     result = context.work / "saving.json"
     case = "--config imagenet64_270M --batch 64 --precision bf16 --rounds 3"
     if context.tiny:
@@ -207,7 +207,7 @@ def saving(context: Context) -> None:
 
 
 def dali(context: Context) -> None:
-    """DALI's decoding on the GPU: its tests, and images per second of every loader."""
+    """Run the tests of DALI's decoding on the GPU, and record images per second of every loader."""
     from importlib.util import find_spec
 
     if find_spec("nvidia.dali" if find_spec("nvidia") else "nvidia") is None:

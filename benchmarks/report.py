@@ -1,4 +1,4 @@
-"""Tables and charts of what benchmarks/bench_train.py and bench_sampling.py measured, beside the roofline.
+"""Makes tables and charts of the results of benchmarks/bench_train.py and bench_sampling.py, beside the roofline.
 
     python benchmarks/report.py benchmarks/results/train.json
     python benchmarks/report.py train.json --markdown train.md --chart train.svg --chart train.png
@@ -9,9 +9,9 @@ beside it. Drawing has a chart of its own there (NAME_sampling.svg), and a table
 
 Every row is one variant's training step, or its drawing: `reference` (improved-diffusion's operations),
 `reference+compile`, `diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles.
-There is a table and a panel for each configuration, precision and batch, of drawing for each solver too. The roofline
-is benchmarks/roofline.py's, of training: of the GPU that the results name, or else of the rates measured with them; a
-configuration that isn't known here gets none.
+There is a table and a panel for each configuration, precision and batch, and for each solver of drawing. Training has
+the roofline of benchmarks/roofline.py, by the rates of the GPU that the results name, or else by the rates measured
+with them. A configuration that isn't known here gets none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEVER_OFF, INK, PALE = "#8fbccb", "#22272e", "#6b7280"
 
 
 def markdown(results: Results) -> str:
-    """A heading, what it was measured on, and a table for each case."""
+    """The results as Markdown: a heading, the machine, and a table for each case."""
     place = results.place
     threads = f", {place['threads']} threads" if place["threads"] else ""
     lines = [
@@ -129,7 +129,7 @@ def _table(results: Results, rows: Sequence[Row]) -> list[str]:
 
 
 def _ratio(row: Row) -> str:
-    """Median and quartiles, and to what if it isn't the reference."""
+    """The ratio's median and quartiles, and the variant that it refers to if that isn't the reference."""
     if row.ratio is None:
         return "–"
     low, middle, high = row.ratio
@@ -137,7 +137,7 @@ def _ratio(row: Row) -> str:
 
 
 def _short(value: float) -> str:
-    """Three significant digits or all whole ones: 0.123, 12.3, 1234."""
+    """A number with three significant digits, or without decimals from 100 on: 0.123, 12.3, 1234."""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:.{digits}f}"
 
@@ -150,7 +150,7 @@ def _percent(value: float | None) -> str:
 
 
 def chart(results: Results, files: Sequence[Path]) -> None:
-    """Images per second of every variant, a panel for each case, to files by their endings (svg, png, pdf).
+    """Draw images per second of every variant, a panel for each case, into files by their endings (svg, png, pdf).
 
     Raises UserError without matplotlib, or for a file that can't be written.
     """
@@ -201,7 +201,7 @@ def chart(results: Results, files: Sequence[Path]) -> None:
 
 
 def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
-    """Bars of one case; whether the roofline is among them."""
+    """Draw the bars of one case; returns whether it has a roofline."""
     bound = bounds(results, main_row(rows))
     reach = max(max(row.rate[2] for row in rows), bound.ceiling if bound else 0)
     for i, row in enumerate(rows):
@@ -279,7 +279,7 @@ def report_proof(args: argparse.Namespace) -> None:
 
 
 def show(found: Sequence[Results], more: str, args: argparse.Namespace) -> None:
-    """Print the tables, and write them and the charts to the files of the flags; of two, drawing has its own chart."""
+    """Print the tables, and write them and the charts to the files of the flags; drawing has a chart of its own."""
     text = "\n".join(map(markdown, found)) + more
     print(text, end="")
     if args.markdown:

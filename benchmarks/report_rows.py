@@ -15,7 +15,7 @@ from fastdiff.errors import UserError
 from fastdiff.models.cost import Operation
 from fastdiff.runtime.machine import find
 
-ORDER = ("reference", "reference+compile", "diffusers", "ours")  # what else there is follows, as it comes
+ORDER = ("reference", "reference+compile", "diffusers", "ours")  # other variants follow in the file's order
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Row:
     ratio_to: str
     mfu: float | None
     mfu_measured: float | None
-    """Share of the matmul rate that was measured in the same process."""
+    """The same as a share of the rate of matrix products that was measured in the same process."""
     peak_memory_gb: float | None
     start_seconds: float | None
     solver: str = ""
@@ -49,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A results file: where it was measured, the rows, and of drawing where its time goes."""
+    """A results file: the machine, the rows, and for drawing how the time is spent."""
 
     place: dict[str, Any]
     rows: list[Row]
@@ -89,7 +89,7 @@ class Bounds:
 
 
 def read(path: Path) -> Results:
-    """The results in a file that bench_train.py wrote. Raises UserError."""
+    """Read a file that bench_train.py or bench_sampling.py wrote. Raises UserError."""
     try:
         content = json.loads(path.read_text())
         rows = [row_of(entry) for entry in content["rows"]]
@@ -124,7 +124,7 @@ def row_of(entry: dict[str, Any]) -> Row:
 
 
 def _quick() -> Config:
-    """The benchmark's own configuration, imported here because that imports the whole trainer."""
+    """The benchmark's own configuration; it is imported here because that imports the whole trainer."""
     try:
         from bench_train import load
     except ImportError:
@@ -148,7 +148,7 @@ def bounds(results: Results, row: Row) -> Bounds | None:
     None for a configuration that isn't known, for drawing, and for fp32 on a GPU, whose rates are those of 16-bit
     products.
     """
-    known = None if row.solver else _known(row.config, row.precision)  # it is of training
+    known = None if row.solver else _known(row.config, row.precision)  # the roofline is training's
     if known is None:
         return None
     ops, optimiser_bytes = known

@@ -1,7 +1,7 @@
-"""A pytest plugin that tells gpu_proof.py of every failure when it happens, and of the counts at the end.
+"""A pytest plugin that reports every failure to gpu_proof.py when it happens, and the counts at the end.
 
-Loaded with `-p benchmarks.report_tests`; FASTDIFF_TEST_REPORT names the file it appends JSON lines to. A test run that
-is killed at its limit has told of all failures up to then.
+It is loaded by `-p benchmarks.report_tests` and appends JSON lines to the file that FASTDIFF_TEST_REPORT names. A test
+run that is killed at its limit has reported all failures up to then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _counts: Counter[str] = Counter()
 _is_worker = False
 
 
-def _tell(**fields: object) -> None:
+def _report(**fields: object) -> None:
     with Path(os.environ["FASTDIFF_TEST_REPORT"]).open("a") as file:
         file.write(json.dumps(fields) + "\n")
 
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Called for every phase of every test; under xdist by the worker, and by the process that gathers the reports."""
+    """Count and report. Under xdist both the worker and the process that gathers the reports call this."""
     if _is_worker:
         return
     if report.when == "call" or report.outcome != "passed":
@@ -36,17 +36,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = crash.message if crash else str(report.longrepr)
-        _tell(test=report.nodeid, reason=reason.strip().splitlines()[0][:300] if reason.strip() else "")
+        _report(test=report.nodeid, reason=reason.strip().splitlines()[0][:300] if reason.strip() else "")
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Called for every file; one that can't be imported counts as a failure."""
+    """Report a file that can't be imported as a failure."""
     if report.failed and not _is_worker:
         _counts["failed"] += 1
-        _tell(test=report.nodeid, reason=str(report.longrepr).strip().splitlines()[-1][:300])
+        _report(test=report.nodeid, reason=str(report.longrepr).strip().splitlines()[-1][:300])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the counts, once."""
+    """Report the counts, once."""
     if not _is_worker:
-        _tell(**{name: _counts[name] for name in ("passed", "failed", "skipped")})
+        _report(**{name: _counts[name] for name in ("passed", "failed", "skipped")})

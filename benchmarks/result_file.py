@@ -22,7 +22,7 @@ Label = dict[str, Any]
 class ResultFile:
     """Rows of variants, and the reasons why others were left out, in memory and, given a path, in a JSON file.
 
-    head    what stands before the rows: where the figures come from.
+    head    the keys before the rows, which say where the figures come from.
     lists   names of further lists beside rows and left_out.
     resume  whether rows and reasons that the file already holds are kept.
     """
@@ -39,7 +39,7 @@ class ResultFile:
         return self.content["rows"]
 
     def missing(self, label: Label, variants: Sequence[str]) -> list[str]:
-        """Those of the variants that have neither a row, in any of the lists, nor a reason why they have none."""
+        """The variants that have neither a row, in any of the lists, nor a reason why they have none."""
         known = [entry for name in self.lists for entry in self.content[name]]
         return [name for name in variants if not any(_is_of(entry, label, name) for entry in known)]
 
@@ -69,12 +69,12 @@ class ResultFile:
                 self.failed.append(variant)
         else:
             return
-        release_memory()  # that the traceback referred to
+        release_memory()  # the traceback's frames referred to it
         print(f"  {variant} left out: {reason}", flush=True)
         self.add({**label, "variant": variant, "reason": reason}, "left_out")
 
     def end(self) -> None:
-        """StopWith exit code 1 if a variant failed in this run."""
+        """Raise StopWith with exit code 1 if a variant failed in this run."""
         if self.failed:
             raise StopWith(1, f"failed and left out: {', '.join(self.failed)}; the tracebacks are above")
 

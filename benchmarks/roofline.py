@@ -1,17 +1,18 @@
-"""How fast a training step could be: operations and least bytes against what a GPU does per second. A prediction.
+"""Predicts how fast a training step could be, from its operations and least traffic and the rates of a GPU.
 
     python benchmarks/roofline.py --config imagenet64_270M --gpu H200
-    python benchmarks/roofline.py --config imagenet64_270M --gpu here --profile runs/NAME/profile.json
+    python benchmarks/roofline.py --config imagenet64_270M --gpu here --profile runs/NAME/profile/profile.json
     python benchmarks/roofline.py --config my.json --gpu A100 --batch 64 --json out.json
 
-Each operation of `fastdiff/models/cost.py`, forward and backward each, takes
+Each operation of `fastdiff/models/cost.py` takes, forward and again backward,
 
     max(run FLOPs / (matmul rate * convolution efficiency), bytes / (copy rate * copy efficiency))
 
-and each kernel --launch_us more, once per batch ("launch gaps"; none with CUDA graphs: --launch_us 0 shows it). The
-floor has both efficiencies at 1, the target has those given. MFU is of the datasheet's dense bf16 peak, its FLOPs those
-of the network as improved-diffusion defines it. Input, communication and the host's own time are taken to be hidden.
---gpu here measures both rates on this machine; with precision fp32 the rates must be measured or given.
+and each kernel takes --launch_us more, once per batch ("launch gaps"; --launch_us 0 is a step of CUDA graphs). The
+floor has both efficiencies at 1, the target has those given. MFU is a share of the datasheet's dense bf16 peak and
+counts the FLOPs of the network as improved-diffusion defines it. Input, communication and the host's own time are
+assumed to be hidden. --gpu here measures both rates on this machine; with precision fp32 the rates must be measured or
+given.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def table(floor: Prediction, target: Prediction, measured: dict[str, Any] | None) -> list[str]:
-    """Lines: a class each, then the whole step."""
+    """The lines of the table: one for each class of work, then the whole step."""
     heads = [f"{'':18}{'GFLOP/image':>12}{'MB/image':>10}{'floor ms':>10}{'target ms':>11}"]
     if measured:
         heads = [heads[0] + f"{'measured ms':>13}{'x target':>10}"]

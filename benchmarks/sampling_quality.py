@@ -1,4 +1,4 @@
-"""Are 20 steps as good as 1000? Distance to real images of what each solver draws, from one checkpoint of ours.
+"""Measures how far the images of each solver, in few steps and many, are from real ones, with one checkpoint.
 
     python benchmarks/sampling_quality.py --model_path .demo/run --data_dir .demo/digits/train --json quality.json \\
         --markdown quality.md --chart quality.svg --strip quality.png
@@ -7,10 +7,10 @@ A small classifier is trained on the data. The distance of a row is Fréchet's (
 https://arxiv.org/abs/1706.08500) between the classifier's 64 features of the drawn images and of the real ones, the
 mean over random subsets of --compare images, because the distance of a sample falls with its size; its spread is the
 standard deviation over resamplings with replacement. The floor is that of as many real images from the others.
-`of its class` is the share of drawn images that the classifier holds for the class that was asked for.
+`of its class` is the share of drawn images that the classifier assigns to the class that was requested.
 
-All rows draw the same images by number. Rows are written as they are done, and rows that --json holds are not drawn
-again. On a CPU, and for a network of 0.1 GFLOP, the whole takes half an hour of one core.
+All rows draw the same images by number. Each row is written when it is done, and rows that --json holds are not drawn
+again. For a network of 0.1 GFLOP, all rows take half an hour of one CPU core.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ ROWS = (
 
 @dataclass
 class Study:
-    """A checkpoint, the real images, and who judges."""
+    """A checkpoint, the real images, and the classifier that judges."""
 
     network: Network
     guide: Network | None
@@ -141,7 +141,7 @@ class Study:
 
 
 def read_network(model_path: str, precision: str, device: torch.device, flag: str = "--model_path") -> Network:
-    """The plain network of a checkpoint that says what it is."""
+    """Open a checkpoint that stores its kind, which must be a plain network."""
     with blaming(flag):
         checkpoint = open_checkpoint(model_path)
         if checkpoint.info.get("kind") != "unet":
@@ -161,7 +161,7 @@ def read_images(folder: Path, network: Network) -> tuple[np.ndarray, np.ndarray,
 
 
 def measure_all(study: Study, report: dict[str, Any], save: Any) -> None:
-    """Every row that the report lacks, in order."""
+    """Measure every row that the report lacks, in order."""
     done = {Row(**{name: row[name] for name in asdict(ROWS[0])}) for row in report["rows"]}
     for row in wanted(study):
         if row not in done:
@@ -171,7 +171,7 @@ def measure_all(study: Study, report: dict[str, Any], save: Any) -> None:
 
 
 def wanted(study: Study) -> Iterator[Row]:
-    """The rows that this checkpoint can be asked for."""
+    """The rows that are possible with this checkpoint."""
     null_class = study.network.settings.class_cond and getattr(study.network.settings, "null_class", False)
     for row in study.args.rows:
         if row.guidance != 1 and study.guide is None and not null_class:
@@ -180,7 +180,7 @@ def wanted(study: Study) -> Iterator[Row]:
             yield row
 
 
-# --- what is shown ---
+# --- tables and pictures ---
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -196,7 +196,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def finding(report: dict[str, Any]) -> str:
-    """The best within 20 evaluations beside the whole chain."""
+    """A sentence with the best distance within 20 evaluations, the whole chain's and that of real images."""
     few = [row for row in report["rows"] if row["evaluations"] <= 20 and row["guidance"] == 1]
     whole = [row for row in report["rows"] if not row["steps"]]
     floor = f"real images {report['floor']['distance']:.2f} ± {report['floor']['spread']:.2f}"
@@ -208,7 +208,7 @@ def finding(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """A heading, where it comes from, and the table."""
+    """The report as Markdown: a heading, the model and machine, and the table."""
     floor, judge = report["floor"], report["classifier"]
     lines = [
         "# Few steps against many",
@@ -242,7 +242,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def chart(report: dict[str, Any], file: Path) -> None:
-    """Distance against evaluations, a line per solver and spacing."""
+    """Draw distance against evaluations, a line per solver and spacing."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -277,7 +277,7 @@ def chart(report: dict[str, Any], file: Path) -> None:
 
 
 def strip(study: Study, rows: list[Row], file: Path) -> None:
-    """The first images of every row, a line per row, as a picture."""
+    """Write a picture of the first images of every row, a line per row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.6, 0.42 * len(rows) + 0.1), facecolor="white")

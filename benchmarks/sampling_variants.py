@@ -1,4 +1,4 @@
-"""Ways to draw a batch: ours, ours with one lever off, the reference, and what others would run.
+"""Ways to draw a batch: ours, ours with one lever off, the reference, and those of other libraries.
 
 Every factory gives a function that draws one batch from noise to uint8 pixels on the host, with the same number of
 evaluations of networks with the same weights (diffusers' has its own).
@@ -87,8 +87,8 @@ class DrawCase(Case):
 class SeedLoop:
     """improved-diffusion's sampling, its operations written out one by one.
 
-    Every coefficient is looked up in a numpy table that goes to the device at every step; with on_device the tables
-    are there once, as a loop written well has them.
+    Every coefficient is looked up in a numpy table that is copied to the device at every step; with on_device the
+    tables are copied once, as in a well-written loop.
     """
 
     def __init__(self, network: Network, diffusion: GaussianDiffusion, ddim: bool, on_device: bool = False) -> None:
@@ -112,7 +112,7 @@ class SeedLoop:
         return original.float() * (1000.0 / schedule.original_steps) if self.diffusion.rescale_timesteps else original
 
     def _log_variance(self, values: Tensor | None, t: Tensor, x: Tensor) -> Tensor:
-        """The mean of the reverse step, and its variance, which the original always computes."""
+        """The log variance of the reverse step; the variance is computed too, as improved-diffusion always does."""
         if values is None:
             small = self.diffusion.var_type is ModelVarType.FIXED_SMALL
             self._at("posterior_variance" if small else "fixed_large_variance", t, x)
@@ -163,7 +163,7 @@ def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
     """improved-diffusion's sampler: its operations written out, or with a checkout its own network and loop."""
     case = case.with_evaluations()
     ddim, size = case.solver == "ddim", (case.batch, case.config.model.in_channels, *case.config.model.size_hw)
-    fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
+    fp16 = case.precision != "fp32" and case.device.type == "cuda"  # there is no bf16, and on a CPU no fp16
     model: nn.Module
     if checkout is None:
         check_same_function(case.config.model)
@@ -183,7 +183,7 @@ def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
     return lambda: to_uint8(draw()).cpu()
 
 
-# --- what others would run ---
+# --- other libraries ---
 
 
 def _plain(case: DrawCase, network: Network) -> Draw:
@@ -206,7 +206,7 @@ def _compiled(model: nn.Module, case: DrawCase) -> Any:
 
 @without_our_ops
 def compiled_seed(case: DrawCase) -> Draw:
-    """The reference's network with its convolutions in the precision asked for, channels-last and compiled."""
+    """The reference's network with its convolutions in the case's precision, channels-last and compiled."""
     model = case.filled(SeedUNet)
     if case.precision != "fp32":
         for blocks in (model.input_blocks, model.middle_block, model.output_blocks):
@@ -218,7 +218,7 @@ def compiled_seed(case: DrawCase) -> Draw:
 
 @without_our_ops
 def diffusers(case: DrawCase) -> Draw:
-    """diffusers' network, all of it in the precision asked for, channels-last and compiled."""
+    """diffusers' network, all of it in the case's precision, channels-last and compiled."""
     if isinstance(case.config.model, SuperResSettings):
         raise UserError("the variant diffusers has no super-resolution network; leave it out")
     dtype = torch.float32 if case.precision == "fp32" else DTYPES[case.precision]

@@ -1,11 +1,12 @@
-"""Time, memory and cost of a training step on 1 to 1024 GPUs, from one GPU's step, on paper.
+"""Predicts time, memory and cost of a training step on 1 to 1024 GPUs from one GPU's step.
 
     python benchmarks/scaling.py --config imagenet64_270M --gpu H200                     a predicted step
     python benchmarks/scaling.py --config imagenet64_270M --step_ms 131 --micro 128      a measured one
     python benchmarks/scaling.py --config imagenet64_270M --stages 1,3 --accumulation 4 --csv out.csv
 
-P parameters, w bytes each as the network holds them (bf16, fp16 2; fp32 4), n GPUs in nodes of l = 8, a micro-batches
-(`accumulation`) per step, K averages. What DeepSpeed 0.19 does at each ZeRO stage, as the tests see it do:
+The network has P parameters of w bytes each (2 in bf16 and fp16, 4 in fp32) and K averages. There are n GPUs in nodes
+of l = 8, and a micro-batches (`accumulation`) per step. DeepSpeed 0.19 does this at each ZeRO stage, as the tests
+observe:
 
 stage    what is sent, as whole tensors per step          bytes per GPU between steps and, (…), in the backward pass
 0        all-reduce w P                                   w P + 4 P [w < 4] + 8 P + 4 K P  (+ w P)
@@ -14,14 +15,14 @@ stage    what is sent, as whole tensors per step          bytes per GPU between 
 3        a times reduce-scatter w P, f a times           w P / n + w S + (12 + 4 K) P / n
          all-gather w (P - S) and once w S                                (+ w P / n + bucket + w (P - S) if f = 1)
 
-The terms are weights, float32 masters, two moments, averages, and gradients. Stages 1 and 2 reduce by all-reduce and
-keep their part: DeepSpeed's default, 1.5 times what stage 0 sends. Stage 3 never releases the S parameters of tensors
-up to stage3_param_persistence_threshold (100,000), and gathers the others f = 1 times per micro-batch where it keeps
-them from the forward to the backward pass, which it does while 2 P is within stage3_max_reuse_distance (a billion
-elements), and else f = 2 times. The bucket is reduce_bucket_size (the trainer's 50 million elements) times w: at stages
-1 and 2 in the backward pass, at stage 3 always. A 16-bit step makes float32 copies of the gradients, 4 P (stage 0) or
-4 P / n, when the activations are gone: the greater of both counts. Activations are `cost.saved_bytes` per image of a
-micro-batch; workspaces and fragmentation come on top. A GPU alone sends nothing.
+The terms are weights, float32 master weights, two moments, averages, and gradients. Stages 1 and 2 reduce by all-reduce
+and keep their part, which is DeepSpeed's default and sends 1.5 times as much as stage 0. Stage 3 never releases the S
+parameters of tensors up to stage3_param_persistence_threshold (100,000), and gathers the others f = 1 times per
+micro-batch where it keeps them from the forward to the backward pass, which it does while 2 P is within
+stage3_max_reuse_distance (a billion elements), and else f = 2 times. The bucket is reduce_bucket_size (the trainer's 50
+million elements) times w: at stages 1 and 2 in the backward pass, at stage 3 always. A 16-bit step makes float32 copies
+of the gradients, 4 P (stage 0) or 4 P / n, when the activations are gone: the greater of both counts. Activations are
+`cost.saved_bytes` per image of a micro-batch; workspaces and fragmentation come on top. A GPU alone sends nothing.
 
 A ring of n sends (n - 1) / n of a tensor per GPU for a reduce-scatter or an all-gather, twice that for an all-reduce.
 In nodes of l it is hierarchical: (l - 1) / l of the tensor at --intra_gbs, and (k - 1) / k of its l-th part between
@@ -33,10 +34,10 @@ the k = n / l nodes at --inter_gbs; and each message waits --latency_us for each
     exposed   = what is sent, less --overlap of the backward pass (2/3 of micro) for the reductions from stage 1 on,
                 and, at stage 3, --overlap of the whole micro-batch less that for the gathers
 
-An overlap of 0 is DeepSpeed without overlap_comm. Not modelled: slow nodes, shared networks, waiting for images.
+An overlap of 0 is DeepSpeed without overlap_comm. Slow nodes, shared networks and waiting for images are not modelled.
 """
 
-# One long file: the formulas below are those of the docstring, which --help prints beside the flags.
+# This is one long file, because its formulas are those of the docstring, which --help prints beside the flags.
 
 from __future__ import annotations
 
@@ -70,7 +71,7 @@ USD_PER_HOUR = 3.0
 
 @dataclass(frozen=True)
 class Size:
-    """A network's parameters, for ZeRO: all, those of tensors that stage 3 keeps whole, and the number of tensors."""
+    """Counts of a network's parameters, of those in tensors that stage 3 keeps whole, and of its tensors."""
 
     parameters: int
     persistent: int
@@ -85,7 +86,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. From `gathered` on they are there for a while only."""
+    """Bytes on one GPU. Those from `gathered` on are only allocated during a part of the step."""
 
     weights: float
     masters: float
@@ -239,7 +240,7 @@ def predicted_step(ops: Sequence[cost.Operation], machine: roofline.Machine, mic
 def communication(
     size: Size, stage: int, accumulation: int, gpus: int, links: Links, weight_bytes: int, bucket: int = BUCKET
 ) -> tuple[float, float]:
-    """Seconds of all reductions and of all gathers of one step, as if nothing hid them."""
+    """Seconds of all reductions and of all gathers of one step, without any overlap."""
     if gpus == 1:
         return 0.0, 0.0
     sent = messages(size, stage, accumulation, weight_bytes=weight_bytes)
@@ -371,7 +372,7 @@ def _numbers(text: str, flag: str, allowed: range) -> list[int]:
 
 
 def rows(args: argparse.Namespace) -> tuple[list[Row], str]:
-    """The table, and a line that says what it stands on."""
+    """The rows of the table, and a line that says what they are based on."""
     settings = roofline.load_config(args.config)
     gpu = find(args.gpu)
     if gpu is None:

@@ -1,10 +1,10 @@
 """The baseline of fastdiff's benchmarks: improved-diffusion's training step, its operations written out one by one.
 
-Eager, channels-first: group norm through float32, x * sigmoid(x) as two operations, scale and shift apart,
-concatenated skips, attention as two einsums with a float32 softmax, a loss that keeps all its intermediate maps, the
-gradient norm read parameter by parameter, AdamW, then the average parameter by parameter. In fp16 the convolutions'
-weights are halves, with float32 masters in one flat tensor. Parameters have the same names as ours, so both sides
-start from the same weights, and the original's own network fits in as well.
+It is eager and channels-first, and has group norm through float32, x * sigmoid(x) as two operations, scale and shift
+apart, concatenated skips, attention as two einsums with a float32 softmax, a loss that keeps all its intermediate maps,
+the gradient norm read parameter by parameter, AdamW, and then the average parameter by parameter. In fp16 the
+convolutions' weights are in half precision, with float32 master weights in one flat tensor. Parameters have the same
+names as ours, so both sides start from the same weights, and improved-diffusion's own network can be used as well.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class SeedUNet(nn.Module):
         self.out = nn.Sequential(Norm(c), Swish(), nn.Conv2d(c, s.out_channels, 3, padding=1))
 
     def convert_to_fp16(self) -> None:
-        """Halves for the convolutions between the embedding and the last layer."""
+        """Convert the convolutions between the embedding and the last layer to half precision."""
         for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
             for module in blocks.modules():
                 if isinstance(module, (nn.Conv1d, nn.Conv2d)):
@@ -169,7 +169,7 @@ Losses = Callable[[nn.Module, Tensor, Tensor, dict[str, Tensor]], dict[str, Tens
 
 
 class SeedStep:
-    """One optimiser step: forward, loss, logging, backward, gradient norm, AdamW, average."""
+    """Takes one optimiser step: forward, loss, logging, backward, gradient norm, AdamW, average."""
 
     def __init__(
         self,
@@ -213,8 +213,10 @@ class SeedStep:
             self._masters_to_weights()
 
     def _gradients_to_masters(self) -> None:
-        """Gradients that overflowed halve the loss scale, as in the original, which then leaves the step out; here it
-        is taken with zeros for them, so that its time is a whole step's."""
+        """Copy the gradients to the master weights. Gradients that overflowed halve the loss scale.
+
+        improved-diffusion then skips the step; here it is taken with zeros for them, so that every step is timed whole.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         overflowed = any(not torch.isfinite(gradient).all() for gradient in gradients)
         self.masters[0].grad = torch.cat([gradient.detach().float().flatten() for gradient in gradients])

@@ -1,4 +1,4 @@
-"""The operations of a training step, recorded on tensors without memory, and arguments with memory to time them."""
+"""Records the operations of a training step on tensors without memory, and makes arguments with memory to time them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdiff.training.step_plan import forward_and_backward
 
 
 def realised(call: Call, seed: int, device: torch.device) -> tuple[Any, ...]:
-    """Arguments with memory: normal random numbers, or small whole ones; maps of four dimensions channels-last."""
+    """A call's arguments with memory: normal random numbers, or small integers; maps [B, C, H, W] are channels-last."""
     generator = torch.Generator(device).manual_seed(seed)
     return tree_map_only(Tensor, lambda x: _realised(x, generator, device), call.args)
 
@@ -36,7 +36,7 @@ def _realised(x: Tensor, generator: torch.Generator, device: torch.device) -> Te
 
 
 def training_calls(config: Config, batch: int, precision: torch.dtype, names: str) -> list[Call]:
-    """The calls of a whole step of `batch` images, forward and backward, as it runs eagerly with all our kernels."""
+    """The calls of ops matching `names` in an eager step of `batch` images with all kernels, forward and backward."""
     with warnings.catch_warnings(), Recorder(names) as recorder, ops.using("triton", anywhere=True):
         warnings.simplefilter("ignore")  # without memory there is no layout to keep
         forward_and_backward(config.model, config.diffusion, batch, precision)

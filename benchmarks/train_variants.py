@@ -1,4 +1,4 @@
-"""Training steps to compare: ours, ours with one lever off, the reference, and what others would run.
+"""Training steps to compare: ours, ours with one lever off, the reference, and those of other libraries.
 
 Every factory gives a function that takes one whole optimiser step: forward and backward pass, AdamW, moving average.
 """
@@ -42,7 +42,7 @@ Result = TypeVar("Result")
 
 
 class SameBatch:
-    """A loader that hands out one batch again and again: input is not what is measured."""
+    """A loader that returns one batch again and again, so that reading images is not timed."""
 
     class_names: list[str] = []
 
@@ -64,7 +64,7 @@ class Case:
     """A configuration at a batch and a precision; all variants see the same images and start from the same weights.
 
     Images and weights are made on the device, from one seed: a few hundred million random numbers take seconds on a
-    CPU and milliseconds on a GPU. Processes of their own on the same kind of device make the same ones.
+    CPU and milliseconds on a GPU. Separate processes on the same kind of device make the same ones.
     """
 
     config: Config
@@ -84,7 +84,7 @@ class Case:
             self.kwargs["low_res"] = low_res_of(ops.start_map(self.images), model.small_size)
         with device:
             made = build_model(model).state_dict()
-        # New networks have zeros in them, with which half of the work would multiply.
+        # A new network has layers of zeros, which would make half of all products zero.
         self.weights = {name: value + 0.02 * torch.randn_like(value) for name, value in made.items()}
 
     @property
@@ -101,7 +101,7 @@ class Case:
         return create_diffusion(self.config.diffusion, self.config.model.learn_sigma)
 
     def filled(self, make: Callable[[BackboneSettings], Network]) -> Network:
-        """make(settings of the model) with the case's weights, on its device; no other values are ever drawn for it."""
+        """make(settings of the model) with the case's weights, on its device, without initialising it first."""
         with torch.device("meta"):
             model = make(self.config.model)
         model.load_state_dict({name: value.clone() for name, value in self.weights.items()}, assign=True)
@@ -124,8 +124,8 @@ class Case:
 def without_our_ops(make: Callable[..., Callable[[], Result]]) -> Callable[..., Callable[[], Result]]:
     """A factory of a variant that is not ours: neither its making nor any step of it uses one of our kernels.
 
-    Such variants call `fastdiff.diffusion` for their noising and their loss, whose ops would go to our kernels on a
-    GPU; here they are their definitions in PyTorch. The mode of `fastdiff.ops` before is restored after every step.
+    Such variants call `fastdiff.diffusion` for their noising and their loss, whose ops would use our kernels on a GPU;
+    here PyTorch computes them. The previous mode of `fastdiff.ops` is restored after every step.
     """
 
     @functools.wraps(make)
@@ -154,7 +154,7 @@ def seed(case: Case, checkout: Path | None = None) -> Step:
     else:
         model, theirs = from_checkout(case, checkout)
         losses = lambda network, x, t, kwargs: theirs.training_losses(network, x, t, model_kwargs=kwargs)
-    fp16 = case.precision != "fp32" and case.device.type == "cuda"  # the original knows no bf16, and on a CPU no fp16
+    fp16 = case.precision != "fp32" and case.device.type == "cuda"  # there is no bf16, and on a CPU no fp16
     step = SeedStep(model.to(case.device), losses, diffusion.num_timesteps, fp16=fp16)
     return lambda: step(case.images, case.kwargs)
 
@@ -185,9 +185,9 @@ def from_checkout(case: Case, checkout: Path) -> tuple[nn.Module, Any]:
 
 @functools.cache
 def check_same_function(settings: BackboneSettings) -> None:
-    """Raise AssertionError unless the reference and ours compute the same, or their times say nothing.
+    """Raise AssertionError unless the reference and ours compute the same function; else no ratio has a meaning.
 
-    Checked on a CPU at the fewest channels that the settings allow: the full width adds time and tests nothing more.
+    They are checked on a CPU at the fewest channels that the settings allow: the full width would test nothing more.
     """
     unit = math.lcm(32, settings.num_heads, max(1, settings.num_head_channels))  # 32 groups of a norm
     fits = lambda width: all(int(mult * width) % unit == 0 for mult in settings.level_mult)
@@ -196,7 +196,7 @@ def check_same_function(settings: BackboneSettings) -> None:
     ours, theirs = build_model(narrow).eval(), SeedUNet(narrow).eval()
     with torch.no_grad():
         for p in ours.parameters():
-            p.add_(torch.randn_like(p), alpha=0.02)  # new networks have zeros in them
+            p.add_(torch.randn_like(p), alpha=0.02)  # a new network has layers of zeros
     theirs.load_state_dict(ours.state_dict())
     x, t = torch.randn(1, narrow.in_channels, *narrow.size_hw), torch.tensor([3.0])
     kwargs = {"y": torch.tensor([0])} if narrow.class_cond else {}
@@ -206,7 +206,7 @@ def check_same_function(settings: BackboneSettings) -> None:
         torch.testing.assert_close(ours(x, t, **kwargs), theirs(x, t, **kwargs), atol=1e-3, rtol=1e-3)
 
 
-# --- what others would run ---
+# --- other libraries ---
 
 
 def _plain_step(case: Case, model: nn.Module, losses: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
@@ -311,7 +311,7 @@ def exact(step: Callable[[], Result]) -> Callable[[], Result]:
 
     def run() -> Result:
         if not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
-            return step()  # so already, and switching costs some tens of microseconds
+            return step()  # TF32 is off already, and switching takes tens of microseconds
         with machine.tf32(False):
             return step()
 
@@ -330,18 +330,18 @@ def trainer_of(case: Case, **changes: Any) -> Trainer:
     plan, images = plan_step(settings, {}, case.processes), SameBatch(case.images, case.labels)
     trainer = Trainer(plan, model, case.diffusion(), images, case.processes)  # type: ignore[arg-type]
     if case.precision == "fp16":
-        trainer.stepper.load_scaler_state({"cur_scale": 2.0**12})  # else its first steps would be left out
+        trainer.stepper.load_scaler_state({"cur_scale": 2.0**12})  # else its first steps would be skipped
     return trainer
 
 
 @dataclass(frozen=True)
 class Lever:
-    """Something of ours that can be left out."""
+    """An optimisation of ours that can be switched off."""
 
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Settings of the trainer."""
+    """Settings of the trainer with the lever off."""
     patches: tuple[tuple[Any, str, Any], ...] = ()
-    """(object, attribute, value instead) while a step runs."""
+    """(object, attribute, its value with the lever off), replaced while a step runs."""
     gpu_only: bool = True
 
     @contextmanager

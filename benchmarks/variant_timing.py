@@ -1,4 +1,4 @@
-"""Builds one variant of a training step or of a drawing, times it, and says what it launches.
+"""Builds one variant of a training step or of a drawing, times it, and counts what it launches.
 
 bench_train.py and bench_sampling.py time several variants in turns. A process that times one variant alone does
 
@@ -66,10 +66,10 @@ class Timing(NamedTuple):
     """Milliseconds per step."""
 
     ms: list[float]
-    """Seconds per step of each round: the mean between two synchronisations."""
+    """The mean of each round, which lies between two synchronisations."""
     host_ms: float
-    """Until the host has launched a step on an idle device; the median over some steps. A step that waits for the
-    device itself has the whole of its time here, and so has every step on a CPU."""
+    """The time until the host has launched a step on an idle device; the median over some steps. For a step that waits
+    for the device itself, and for every step on a CPU, this is the whole time."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Profile:
 
 
 def start(threads: int = 0) -> Processes:
-    """This process set up as a run's: kernels where they run, cuDNN's choice, compiled code kept for the next process.
+    """Set up this process as a run does: the kernels, cuDNN's choice, and the cache of compiled code.
 
     threads  of a CPU; 0 takes the cores that are free, and leaves torch's number with a GPU.
     """
@@ -114,7 +114,7 @@ def synchronize() -> None:
 
 
 def build(make: Callable[[], Step], device: torch.device) -> Built:
-    """Make a variant and take its first steps; raises what the variant raises."""
+    """Make a variant and take its first steps. Exceptions of the variant are passed on."""
     torch._dynamo.config.recompile_limit = 64  # variants share their code, and each compiles it for itself
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     begin = time.perf_counter()
@@ -122,7 +122,7 @@ def build(make: Callable[[], Step], device: torch.device) -> Built:
     step()
     synchronize()
     seconds = time.perf_counter() - begin
-    for _ in range(4 if device.type == "cuda" else 1):  # until CUDA graphs are captured, too
+    for _ in range(4 if device.type == "cuda" else 1):  # enough to capture CUDA graphs, too
         step()
     return Built(step, seconds, peak_memory(step, device, before))
 
@@ -160,7 +160,7 @@ def bytes_kept_by_graphs(segments: list[dict[str, Any]]) -> int:
 
 @contextmanager
 def few_objects_to_collect() -> Iterator[None]:
-    """Keeps Python's garbage collection from walking over all that compilation left, which takes tenths of a second."""
+    """Keep Python's garbage collection from visiting all objects of the compilation, which takes tenths of a second."""
     gc.collect()
     gc.freeze()
     try:
@@ -195,7 +195,7 @@ def timed(step: Step, seconds: float, rounds: int = 3) -> Timing:
     return Timing(times, statistics.median(hosts))
 
 
-# --- what a step consists of ---
+# --- profiles ---
 
 
 def count_launches(names: list[str]) -> dict[str, int]:

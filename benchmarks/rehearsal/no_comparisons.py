@@ -1,7 +1,8 @@
 """A pytest plugin for the rehearsal GPU, which computes nothing: comparisons are evaluated, but fail no test.
 
-So what follows a comparison runs as well, and its exceptions are found. Exceptions that only a meaningless number would
-cause are avoided. pytest caches the test modules that it rewrites, and these must not be mixed up with ordinary ones:
+So the code after a comparison runs as well, and its exceptions are found. Exceptions that only meaningless numbers
+would cause are avoided. pytest caches the test modules that it rewrites, and these must not be mixed up with ordinary
+ones:
 
     PYTHONPYCACHEPREFIX=FOLDER python -m pytest -p benchmarks.rehearsal.no_comparisons
 """

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Run a program on a simulated GPU, which computes nothing, to find what would go wrong on the host's side.
+"""Runs a program on a simulated GPU, which computes nothing, to find errors on the host's side.
 
     python benchmarks/rehearsal/run.py COMMAND...        REHEARSAL_LOG=1 prints every wait and every refusal
 
 PyTorch's CUDA build, Triton, Inductor, CUDA graphs and the caching allocator run all of their own code, against a
 library that takes the place of CUDA's runtime and driver, NVML, cuBLAS, cuDNN and NCCL and presents one H100. So the
 rehearsal finds exceptions, operations that a CUDA graph refuses, hidden waits for the device, the host's time per step,
-launches per step and peak memory. It says nothing of numbers, which are whatever lies in memory, and nothing of races,
-time on a GPU, DALI, or what the replaced libraries would refuse.
+launches per step and peak memory. It checks no numbers, which are whatever lies in memory, no races, no time on a GPU,
+not DALI, and not what the replaced libraries would refuse.
 
 COMMAND must use the Python that runs this script: one with PyTorch's CUDA build. g++ is needed, and CUDA's headers from
 the wheels nvidia-cuda-runtime, nvidia-cuda-crt and nvidia-cuda-cccl (`make rehearse` installs everything).
@@ -77,7 +77,7 @@ def build() -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The environment of a program that shall see the GPU."""
+    """The environment of a program that runs on the simulated GPU."""
     changed = dict(os.environ)
 
     def put_first(name: str, *values: Path) -> None:

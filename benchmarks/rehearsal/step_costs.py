@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What a training step or a drawing asks of the host, measured on the rehearsal GPU: one variant per process.
+"""Measures the host's cost of a training step or a drawing on the rehearsal GPU: one variant per process.
 
     python benchmarks/rehearsal/run.py python benchmarks/rehearsal/step_costs.py cifar10_uncond 256 "ours +cuda_graph"
     ... step_costs.py imagenet64_270M 256 ours --draw
 
-Prints one line of JSON: the milliseconds in which the host gives a step to the device (host_ms), and of processor time
-in that (cpu_ms, which other programs of a busy machine change little), kernels and graphs launched per step, waits per
-step (where they were goes to stderr), and the peak of the device's memory in gigabytes. Times are this machine's: they
-compare variants, and a faster processor takes a fraction of them.
+It prints one line of JSON: the milliseconds in which the host launches a step (host_ms), the processor time in that
+(cpu_ms, which other programs of a busy machine change little), kernels and graphs launched per step, waits per step
+(stderr gets their places), and the peak of the device's memory in gigabytes. Times are this machine's: they compare
+variants, and a faster processor takes a fraction of them.
 """
 
 from __future__ import annotations
