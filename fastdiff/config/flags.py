@@ -55,7 +55,7 @@ def _parser(description: str, sections: dict[str, type[Settings]]) -> _Parser:
         dry_run = "build everything, run one step on real data, report, and write nothing"
         parser.add_argument("--dry_run", action="store_true", default=False, help=dry_run)
     for section, settings in sections.items():
-        group = parser.add_argument_group(f"{section}: {(settings.__doc__ or '').strip().splitlines()[0]}")
+        group = parser.add_argument_group(f"{section}: {(settings.__doc__ or '').strip().splitlines()[0].rstrip('.')}")
         defaults = settings().model_dump(mode="json")
         for name, field in settings.model_fields.items():
             text = " ".join((field.description or "").split()).replace("%", "%%")

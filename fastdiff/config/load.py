@@ -179,10 +179,7 @@ def _read_json(path: str, kind: type[Config]) -> Layer:
     content = _read_object(path)
     for section, value in content.items():
         if section not in kind.model_fields:
-            owners = [
-                s for s in kind.model_fields if s != "deepspeed" and section in _section_class(kind, s).model_fields
-            ]
-            hint = f"; it belongs in section {owners[0]}" if owners else did_you_mean(section, kind.model_fields)
+            hint = _owner(kind, section) or did_you_mean(section, kind.model_fields)
             raise UserError(f"{path}: {shortened(section)} is not a section{hint}")
         if not isinstance(value, dict):
             raise UserError(f"{path}: section {section} must be a JSON object, not {quoted(value)}")
@@ -231,10 +228,11 @@ def _hint(kind: type[Config], section: str, name: str) -> str:
         return "; super-resolution models are for super_res_train.py and super_res_sample.py"
     if kind is SuperResConfig and section == "model" and name == "image_size":
         return "; a super-resolution model has large_size and small_size"
-    known = _section_class(kind, section).model_fields
-    near = did_you_mean(name, known)
-    if near:
-        return near
+    return did_you_mean(name, _section_class(kind, section).model_fields) or _owner(kind, name)
+
+
+def _owner(kind: type[Config], name: str) -> str:
+    """'; it belongs in section X' for a setting of a section; empty for any other name."""
     owners = [s for s in kind.model_fields if s != "deepspeed" and name in _section_class(kind, s).model_fields]
     return f"; it belongs in section {owners[0]}" if owners else ""
 

@@ -30,6 +30,6 @@ class DataSettings(Settings):
     shuffle: bool = True
     """A new random order every epoch; False keeps the listing's order."""
     drop_last: bool = False
-    """Leave out the last images of an epoch that don't fill a batch (the seed always did)."""
+    """Leave out the last images of an epoch that don't fill a batch (improved-diffusion always did)."""
     num_workers: int = Field(2, ge=1)
     """Threads per process that read and decode images."""

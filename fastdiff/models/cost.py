@@ -245,7 +245,7 @@ class _Walk:
     def _attention(self, block: AttentionBlock) -> Iterator[Operation]:
         channels, length, name = self.width, _volume(self.size), self.names[block]
         yield self._norm(block.norm, channels)
-        yield self._pointwise(block.qkv)
+        yield self._convolution(block.qkv, "conv1x1", self.size)
         yield Operation(
             name,
             "attention",
@@ -256,16 +256,8 @@ class _Walk:
             backward_bytes=self.element * 8 * channels * length,
             element=self.element,
         )
-        yield self._pointwise(block.proj_out)
+        yield self._convolution(block.proj_out, "conv1x1", self.size)
         yield self._residual(name, channels, channels)
-
-    def _pointwise(self, conv: nn.Module) -> Operation:
-        assert isinstance(conv, PointwiseConv)
-        c_in, c_out, length = conv.in_channels, conv.out_channels, _volume(self.size)
-        products = 2.0 * c_in * c_out * length
-        x, y = self.element * c_in * length, self.element * c_out * length
-        name, shape, backward = self.names[conv], (c_in, c_out, *self.size), 2 * (x + y)
-        return Operation(name, "conv1x1", shape, products, products, x + y, backward, _parameters(conv), self.element)
 
     def _residual(self, name: str, made: int, given: int) -> Operation:
         channel = self.element * _volume(self.size)
@@ -289,30 +281,25 @@ class _Walk:
 
     def _conv(self, conv: nn.Module, kind: Kind, element: int = 0, advance: bool = True) -> Operation:
         """The cost of a 2-D convolution; with `advance` its result becomes the current map."""
-        assert isinstance(conv, Conv2d)
-        before = _volume(self.size)
-        size = self.size
-        if kind == "upsample conv":
-            size = (2 * size[0], 2 * size[1])
-        elif kind == "downsample conv":
-            size = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        height, width = self.size
+        sizes = {"upsample conv": (2 * height, 2 * width), "downsample conv": ((height + 1) // 2, (width + 1) // 2)}
+        size = sizes.get(kind, self.size)
+        operation = self._convolution(conv, kind, size, element)
+        if advance:
+            self.size, self.width = size, operation.shape[1]
+        return operation
+
+    def _convolution(self, conv: nn.Module, kind: Kind, size: tuple[int, int], element: int = 0) -> Operation:
+        """The cost of a convolution from the current map to one of the given size."""
+        assert isinstance(conv, (Conv2d, PointwiseConv))
         c_in, c_out, taps = conv.in_channels, conv.out_channels, _volume(conv.kernel_size)
         products = 2.0 * taps * c_in * c_out * _volume(size)
+        run_products = products * (UPSAMPLE_SHARE if kind == "upsample conv" else 1)
         element = element or self.element
-        x, y = element * c_in * before, element * c_out * _volume(size)
-        if advance:
-            self.size, self.width = size, c_out
-        return Operation(
-            self.names[conv],
-            kind,
-            (c_in, c_out, *size),
-            products,
-            products * (UPSAMPLE_SHARE if kind == "upsample conv" else 1),
-            x + y,
-            x + 2 * y + (0 if kind == "input conv" else x),  # an image needs no gradient
-            _parameters(conv),
-            element,
-        )
+        x, y = element * c_in * _volume(self.size), element * c_out * _volume(size)
+        backward = x + 2 * y + (0 if kind == "input conv" else x)  # an image needs no gradient
+        name, shape = self.names[conv], (c_in, c_out, *size)
+        return Operation(name, kind, shape, products, run_products, x + y, backward, _parameters(conv), element)
 
     def _linear(self, linear: nn.Module) -> Operation:
         assert isinstance(linear, Linear)

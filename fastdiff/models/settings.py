@@ -12,7 +12,8 @@ TRAINING = Affects("training")
 """Marks settings that only training uses: they don't change the function that a network computes."""
 GROUPS = 32  # of every group norm (Ho et al. 2020)
 
-_DEFAULT_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}  # the seed's table by image size
+# Image size → channel_mult, as in improved-diffusion.
+_DEFAULT_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
 
 
 class BackboneSettings(Settings):

@@ -29,7 +29,7 @@ class DrawSettings(Settings):
     num_samples: int = Field(10000, ge=1)
     """Images to draw."""
     batch_size: Annotated[Count, BATCH] = 16
-    """Images at a time, per process; auto: what is fastest of that which fits, tried out once and remembered."""
+    """Images at a time, per process; auto: the fastest size that fits, measured once and remembered."""
     solver: Annotated[Solver, IMAGES] = "ddpm"
     """ddpm: ancestral sampling; ddim; dpmpp_2m, dpmpp_3m: DPM-Solver++, and with _sde its stochastic form; unipc;
     heun: two evaluations a step, as EDM does it."""
@@ -49,11 +49,11 @@ class DrawSettings(Settings):
     guidance: Annotated[float, IMAGES] = Field(1.0, ge=0)
     """Weight of classifier-free guidance, or of guide_model_path; 1: none."""
     guidance_interval: Annotated[Floats, IMAGES] = ()
-    """Guide only at these noise levels, LOW,HIGH in units of the image, e.g. 0.2,5; empty: at all."""
+    """Guide only at these noise levels, LOW,HIGH in units of the image, e.g. 0.2,5; empty: at all of them."""
     guide_model_path: Annotated[str, NETWORK] = ""
     """Autoguidance: a weaker checkpoint to steer away from, instead of the null class."""
     seed: Annotated[int, IMAGES] = Field(0, ge=0, lt=2**32)
-    """Image i of a job depends on the seed and i, not on batch size or process count."""
+    """Seed of the noise; image i of a job depends on it and on i, not on the batch size or the number of processes."""
     precision: Annotated[Precision, NETWORK] = "fp32"
     """Arithmetic of the network's body."""
     use_fp16: bool = False
@@ -73,7 +73,7 @@ class DrawSettings(Settings):
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
     out_dir: str = ""
-    """Where files go; the same job again goes on there. Empty: the folder in OPENAI_LOGDIR, else one of its own in
+    """Output folder, in which the same job continues. Empty: the folder in OPENAI_LOGDIR, else one of its own in
     runs/samples."""
     overwrite: bool = False
     """Start over in a folder that holds another job, whose files are removed."""
@@ -173,7 +173,7 @@ class NllSettings(Settings):
     clip_denoised: bool = True
     """Clip the predicted x_0 to [-1, 1] at every step."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Of the noise; an image's noise depends on the seed and its place in the listing."""
+    """Seed of the noise; an image's noise depends on it and on the image's place in the listing."""
     precision: Precision = "fp32"
     """Arithmetic of the network's body."""
     kernels: Kernels = "auto"
@@ -185,4 +185,4 @@ class NllSettings(Settings):
     """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
     products and convolutions at precision fp32, else of the time embedding and the last layer."""
     out_dir: str = ""
-    """Where the terms go; empty: the folder in OPENAI_LOGDIR, else runs/nll."""
+    """Output folder; empty: the folder in OPENAI_LOGDIR, else runs/nll."""

@@ -37,7 +37,7 @@ from fastdiff.training.checkpoints.resume import FILE_SYSTEM_LAG, kind_of
 from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.deepspeed_engine import collective_timeout
 from fastdiff.training.diagnostics.diagnosis import diagnose
-from fastdiff.training.diagnostics.profile import StepProfiler, floor_of
+from fastdiff.training.diagnostics.profile import SETTLING, StepProfiler, floor_of
 from fastdiff.training.previews import draw_preview
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.trainer import Trainer
@@ -132,6 +132,8 @@ class Loop:
                 self._stop()
             if self.preview and (step % train.sample_interval == 0 or last):
                 self._draw()
+        if profiler and not profiler.finished:
+            reporter.log(f"no profile: it takes {SETTLING} steps to settle and {profiler.steps} more")
         if saved < trainer.step:
             self._save()
         self._finish_saving()

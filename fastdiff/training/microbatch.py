@@ -110,7 +110,7 @@ def fit(
         if not most:
             raise UserError(
                 f"--microbatch auto: not even one image fits, {memory.describe(1, available)}; "
-                + ("share the optimiser out over more processes" if recompute else "try --use_checkpoint True")
+                + ("partition the optimiser over more processes" if recompute else "try --use_checkpoint True")
             )
         if before is not None and before <= most and share % before == 0:
             micro = before

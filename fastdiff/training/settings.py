@@ -32,12 +32,12 @@ class TrainSettings(Settings):
     batch_size: Annotated[int, STREAM] = Field(1, ge=1)
     """Images per optimiser step, over all processes."""
     microbatch: Annotated[Count, RUN] = -1
-    """The most images one process takes at once; -1: its whole share of the batch; auto: what is fastest of that
-    which fits, tried out at the start."""
+    """Largest number of images that a process computes at once; -1: its whole share of the batch; auto: the fastest
+    size that fits, measured at the start."""
     lr: float = Field(1e-4, gt=0)
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW, on every parameter."""
+    """Weight decay of AdamW, on every parameter."""
     label_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of labels replaced by the null class in training, for guidance (0.1 is usual)."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -60,9 +60,9 @@ class TrainSettings(Settings):
     fp16_scale_growth: float = Field(1e-3, gt=0, le=1)
     """Growth of log2 of the fp16 loss scale per step."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], RUN] = 0
-    """What DeepSpeed's ZeRO shares out over processes: 1 optimiser state, 2 gradients too, 3 weights too."""
+    """What DeepSpeed's ZeRO partitions over the processes: 1 optimiser state, 2 gradients too, 3 weights too."""
     compile: Annotated[Switch, RUN] = "auto"
-    """Compile the network with torch.compile. auto: on a GPU unless weights are shared out (zero_stage 3), on a CPU
+    """Compile the network with torch.compile. auto: on a GPU unless weights are partitioned (zero_stage 3), on a CPU
     for runs long enough to win back the minutes it takes."""
     cuda_graph: Annotated[bool, RUN] = False
     """Replay the whole step as CUDA graphs: for small networks, on one GPU, without ZeRO or with its stage 1."""
@@ -73,7 +73,7 @@ class TrainSettings(Settings):
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
     seed: Annotated[int, STREAM] = Field(0, ge=0, lt=2**32)
-    """Of the weights, the order of the images, timesteps, noise and dropout."""
+    """Seed of the initial weights, the order of the images, timesteps, noise and dropout."""
     profile: Annotated[int, RUN] = Field(0, ge=0)
     """Steps to profile, once the first ones are over: a trace and a table of where their time went; 0: none."""
     log_interval: Annotated[int, RUN] = Field(10, ge=1)
@@ -81,21 +81,21 @@ class TrainSettings(Settings):
     save_interval: Annotated[Interval, RUN] = 10000
     """Steps between checkpoints, or minutes (30min); one is written at the end as well."""
     keep_last: Annotated[int, RUN] = Field(0, ge=0)
-    """Checkpoints that stay, older ones are removed; 0: all stay."""
+    """Number of newest checkpoints to keep, while older ones are removed; 0: keep all."""
     keep_every: Annotated[int, RUN] = Field(0, ge=0)
-    """Checkpoints of steps that this divides stay in any case; 0: none does."""
+    """Keep the checkpoints of all steps that are multiples of this number, too; 0: none."""
     save_in_background: Annotated[Switch, RUN] = "auto"
-    """Write checkpoints beside training, from a copy in memory. auto: where the copy fits."""
+    """Write checkpoints while training goes on, from a copy in memory. auto: if the copy fits."""
     allow_change: Annotated[Words, RUN] = ()
-    """What may differ from the checkpoint that the run goes on from: batch_size, seed, or both."""
+    """Settings that may differ from those of the checkpoint that the run continues from: batch_size, seed, or both."""
     deterministic: Annotated[bool, RUN] = False
-    """The same numbers, bit for bit, on every run on the same GPUs: slower algorithms where need be, none chosen by
-    their time. On a CPU that is always so."""
+    """Compute the same numbers, bit for bit, in every run on the same GPUs: with slower algorithms where necessary, and
+    none chosen by timing. On a CPU that is always so."""
     stall_minutes: Annotated[float, RUN] = Field(10.0, gt=0)
-    """A rank without progress for so long ends the run, which says where it hangs."""
+    """End the run, and say where it hangs, when a rank has made no progress for so many minutes."""
     max_bad_steps: int = Field(50, ge=0)
-    """So many steps in a row with a non-finite loss or gradient, which are skipped, take the run back to its last good
-    checkpoint, once, and then end it with a diagnosis; 0: it goes on for ever."""
+    """After so many steps in a row with a non-finite loss or gradient, which are skipped, return to the last good
+    checkpoint, the first time, and end the run with a diagnosis, the second time; 0: never."""
     detect_anomaly: Annotated[bool, RUN] = False
     """Look for the first operation with a non-finite result, in forward and backward pass: slow."""
     sample_interval: Annotated[int, RUN] = Field(0, ge=0)

@@ -113,6 +113,10 @@ class StepProfiler:
         self._profile: Any = None
         self._start = self._waited = 0.0
 
+    @property
+    def finished(self) -> bool:
+        return self._seen >= SETTLING + self.steps
+
     def advance(self, data_wait: float) -> Breakdown | None:
         """Count a step; returns the breakdown after the last profiled one, else None.
 
