@@ -1,4 +1,4 @@
-"""Training traces: losses, gradients, weights, averages and moments of recorded runs, step by step."""
+"""Training reproduces the losses, gradients, weights, averages and moments of recorded runs, step by step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.golden_cases import DEVICE, Case, cases, diffusion_for, load_model
 from helpers.scripted import ScriptedLoader, ScriptedTrainer, importance
+from helpers.small_trainer import state_of
 from torch import Tensor
 
 from fastdiff import ops
@@ -17,13 +18,13 @@ from fastdiff.diffusion import create_timestep_sampler
 from fastdiff.training.checkpoints.format import Snapshot, read_snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.metrics import LossMeter, LossResult
+from fastdiff.training.optimizer import learning_rate
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import plan_step
-from fastdiff.training.trainer import learning_rate
 
 
 def _settings(variant: dict[str, Any]) -> TrainSettings:
-    """improved-diffusion's trainer settings in ours; micro-batches are the test's own affair."""
+    """Convert improved-diffusion's trainer settings, without micro-batches, to TrainSettings."""
     names = ("batch_size", "lr", "weight_decay", "lr_anneal_steps", "ema_rate")
     sampler = variant["schedule_sampler"]
     return TrainSettings(
@@ -35,6 +36,11 @@ def _settings(variant: dict[str, Any]) -> TrainSettings:
 
 def _norms(state: dict[str, Tensor], order: list[str]) -> list[float]:
     return [state[name].double().norm().item() for name in order]
+
+
+def _part(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors "KIND/NAME" of `state_of` under their bare names."""
+    return {name.removeprefix(f"{kind}/"): value for name, value in state.items() if name.startswith(f"{kind}/")}
 
 
 def _head4(state: dict[str, Tensor], order: list[str]) -> np.ndarray:
@@ -58,7 +64,7 @@ def _variants(case: Case, microbatch: bool) -> list[dict[str, Any]]:
 
 
 def _script(case: Case, variant: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """Timesteps, and importance weights where the case gives them."""
+    """Return the timesteps, and the importance weights if the case gives them."""
     name = variant["name"]
     t = case.tensor(variant["t"]) if "t" in variant else case.tensor(f"out_{name}__t")
     return t, case.tensor(variant["weights"]) if "weights" in variant else None
@@ -75,7 +81,7 @@ def _device() -> None:
 
 
 class Trace:
-    """Collects what a recorded trace holds, step by step, and compares."""
+    """Collects the values that a recorded trace holds, step by step, and compares them."""
 
     def __init__(self, case: Case, variant: dict[str, Any], diffusion: Any) -> None:
         self.case, self.prefix = case, f"out_{variant['name']}"
@@ -135,15 +141,13 @@ def test_trainer_follows_the_trace(case: Case, tmp_path: Path) -> None:
                 trainer.save(tmp_path / variant["name"], {})
         trace.compare()
         prefix = f"out_{variant['name']}"
-        master_weights = trainer.master_weights
-        _check_state(case, prefix, master_weights.gather(master_weights.shards), "param")
-        for rate, averages in trainer.ema.items():
-            _check_state(case, prefix, master_weights.gather(averages), f"ema{rate}")
-        moments, updates = trainer._moments()
-        assert updates == case.expected[variant["name"]].get("optimizer_steps", variant["steps"])
-        order = case.expected["param_order"]
-        for key, tensors in moments.items():
-            case.check(f"{prefix}__{key}_norms", _norms(master_weights.gather(tensors), order))
+        state, order = state_of(trainer), case.expected["param_order"]
+        _check_state(case, prefix, _part(state, "model"), "param")
+        for rate in trainer.ema:
+            _check_state(case, prefix, _part(state, rate), f"ema{rate}")
+        assert state["updates"] == case.expected[variant["name"]].get("optimizer_steps", variant["steps"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            case.check(f"{prefix}__{key}_norms", _norms(_part(state, key), order))
         if case.has(f"{prefix}__sampler_weights_final"):
             case.check(f"{prefix}__sampler_weights_final", trainer.timestep_sampler.weights())
         for updates, name in saves.items():
@@ -153,7 +157,7 @@ def test_trainer_follows_the_trace(case: Case, tmp_path: Path) -> None:
 
 
 def _check_files(case: Case, variant: dict[str, Any], folder: Path, updates: int, name: str) -> None:
-    """Our files are named after the updates they hold; the original's are one behind except for the last."""
+    """Our files are named after the number of updates; the original's numbers are one lower, except for the last."""
     order = case.expected["param_order"]
     for kind in ("model", *(f"ema_{rate}_" for rate in variant["ema_rate"].split(","))):
         state = torch.load(folder / f"{kind}{updates:06d}.pt", weights_only=True)
@@ -169,7 +173,7 @@ def _check_files(case: Case, variant: dict[str, Any], folder: Path, updates: int
 
 
 def _check_resume(case: Case, variant: dict[str, Any], folder: Path) -> None:
-    """The original resumes one step early, from the rows' start; told so, we arrive where it does."""
+    """The original resumes one step early and at the first row; a trainer that does the same gets the same results."""
     step = int(variant["resume"]["file"].removeprefix("model").removesuffix(".pt"))
     updates = case.expected[variant["name"]]["files"][f"opt{step:06d}.pt"]["updates"]
     snapshot = read_snapshot(folder / f"step_{updates:06d}", variant["ema_rate"].split(","))
@@ -187,15 +191,15 @@ def _check_resume(case: Case, variant: dict[str, Any], folder: Path) -> None:
     case.check(f"{prefix}__logged_loss", losses)
     case.check(f"{prefix}__lr", rates)
     case.check(f"{prefix}__logged_step", steps)
-    order = case.expected["param_order"]
-    case.check(f"{prefix}__param_norms", _norms(trainer.master_weights.gather(trainer.master_weights.shards), order))
-    for rate, averages in trainer.ema.items():
-        case.check(f"{prefix}__ema{rate}_norms", _norms(trainer.master_weights.gather(averages), order))
+    state, order = state_of(trainer), case.expected["param_order"]
+    case.check(f"{prefix}__param_norms", _norms(_part(state, "model"), order))
+    for rate in trainer.ema:
+        case.check(f"{prefix}__ema{rate}_norms", _norms(_part(state, rate), order))
 
 
 @cases("training")
 def test_micro_batches_summed_as_the_original_does(case: Case) -> None:
-    """The original adds up the gradients of micro-batches, a smaller last one included; only this test does."""
+    """The original adds up the gradients of micro-batches, of which the last may be smaller; only this test does so."""
     for variant in _variants(case, microbatch=True):
         settings, images = _settings(variant), case.tensor("in_x")
         model = load_model(case.config["model"], case.weights(), tuple(images.shape[-2:]))

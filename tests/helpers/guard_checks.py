@@ -13,16 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from fastdiff.training.diagnostics.diagnosis import diagnose
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.trainer import Trainer
-from helpers.small_trainer import small_trainer, weights_of
+from helpers.small_trainer import small_trainer, state_of
 
 SETTINGS: dict[str, Any] = {"lr_warmup_steps": 5, "lr_anneal_steps": 20, "weight_decay": 0.1}
-THROUGH_ENGINE = {"wall_clock_breakdown": False}
-"""A DeepSpeed configuration that makes DeepSpeed take the step and changes no number."""
 
 
 @contextmanager
@@ -46,11 +43,6 @@ def spoilt(trainer: Trainer, what: str, micro: int = 1, rank: int = 0) -> Iterat
     trainer.stepper.losses = losses
 
 
-def state(trainer: Trainer) -> dict[str, Tensor]:
-    """All tensors that a step changes, on rank 0; only "updates" on other ranks. This is a collective operation."""
-    return {**weights_of(trainer), "updates": torch.tensor(trainer._moments()[1])}
-
-
 def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] | None = None, **settings: Any) -> None:
     """A non-finite step between two normal ones changes no bit, and has the same effect as no step at all."""
     made = {"zero_stage": stage, "precision": precision, "batch_size": 8, **SETTINGS, **settings}
@@ -58,12 +50,12 @@ def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] 
     case = (type(trainer.stepper).__name__, stage, precision, what, trainer.processes.world_size)
     assert trainer.plan.accumulation > 1
     trainer.take_step()
-    before = state(trainer)
+    before = state_of(trainer)
     with spoilt(trainer, what, rank=trainer.processes.world_size - 1):
         trainer.take_step()
     assert trainer.step == 2
     assert trainer.stepper.skipped_steps == trainer.stepper.bad_streak() == 1, case
-    for name, value in state(trainer).items():
+    for name, value in state_of(trainer).items():
         assert torch.equal(value, before[name]), (*case, name)
     trainer.take_step()
     assert trainer.stepper.state_dict() == {"skipped_steps": 1, "bad_streak": 0}, case
@@ -74,7 +66,7 @@ def check_skip(stage: int, precision: str, what: str, deepspeed: dict[str, Any] 
     other.step += 1
     other.stepper.load_state_dict({"skipped_steps": 1, "bad_streak": 1})
     other.take_step()
-    after, wanted = state(trainer), state(other)
+    after, wanted = state_of(trainer), state_of(other)
     for name, value in wanted.items():
         assert torch.equal(after[name], value), (*case, name)
     assert int(wanted["updates"]) == 2

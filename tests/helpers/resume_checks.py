@@ -20,7 +20,7 @@ from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import plan_step
 from fastdiff.training.trainer import Trainer
-from helpers.small_trainer import weights_of
+from helpers.small_trainer import state_of
 
 MODEL = UNetSettings(
     image_size=8,
@@ -79,9 +79,9 @@ def steps(trainer: Trainer, count: int) -> list[float]:
 
 
 def state(trainer: Trainer) -> dict[str, torch.Tensor] | None:
-    """All tensors that training changes, by name, on rank 0; None on other ranks."""
-    whole, updates = weights_of(trainer), torch.tensor(trainer._moments()[1])
-    return {**whole, "history": trainer.timestep_sampler.history, "updates": updates} if whole else None
+    """All tensors that training changes, by name, on rank 0; None on other ranks. Collective."""
+    whole = state_of(trainer)
+    return {**whole, "history": trainer.timestep_sampler.history} if trainer.processes.is_main else None
 
 
 def check_exact_resume(
@@ -131,9 +131,8 @@ def check_roll_back(data: Path, work: Path, stage: int, precision: str) -> None:
     trainer.save(folder, {})
     trainer.loader.close()
 
+    snapshot.state |= {"rollbacks": 1, "stream_seed": trainer.stream_seed}
     fresh = make_trainer(data, snapshot, **settings)
-    fresh.rollbacks = 1
-    fresh._take_stream(trainer.stream_seed)
     assert steps(fresh, 3) == other
     fresh_final = state(fresh)
     fresh.loader.close()

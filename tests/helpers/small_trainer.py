@@ -26,6 +26,10 @@ MODEL: dict[str, Any] = {
 }
 
 
+THROUGH_ENGINE = {"wall_clock_breakdown": False}
+"""A DeepSpeed configuration that makes DeepSpeed take the step and changes no number."""
+
+
 class MadeUp:
     """A loader of random images [B, 8, 8, 3] that depend only on their position, on the GPU if there is one."""
 
@@ -88,9 +92,21 @@ def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
     return made
 
 
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights, averages, moments and number of updates as a checkpoint holds them, copied. Collective.
+
+    The keys are "model/NAME", "0.9/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and "updates"; only the last on ranks other
+    than 0.
+    """
+    files, step = dict(trainer.checkpoint_files({})), f"{trainer.step:06d}.pt"
+    model, optimizer = files[f"model{step}"], files[f"opt{step}"]
+    sets = {"model": model, **{rate: files[f"ema_{rate}_{step}"] for rate in trainer.ema}} if model else {}
+    for key in ("exp_avg", "exp_avg_sq") if optimizer else ():
+        sets[key] = {name: optimizer["state"][i][key] for i, name in enumerate(model)}
+    state = {f"{kind}/{name}": value for kind, tensors in sets.items() for name, value in tensors.items()}
+    return {**state, "updates": torch.tensor(files["state.pt"]["updates"])}
+
+
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, averages and moments, as "model/NAME", "0.9/NAME", "exp_avg/NAME", …; empty except on rank 0."""
-    moments, _ = trainer._moments()
-    sets = {"model": trainer.master_weights.shards, **trainer.ema, **moments}
-    gathered = {kind: trainer.master_weights.gather(tensors) or {} for kind, tensors in sets.items()}
-    return {f"{kind}/{name}": value for kind, state in gathered.items() for name, value in state.items()}
+    """`state_of` without the number of updates. Collective."""
+    return {name: value for name, value in state_of(trainer).items() if name != "updates"}

@@ -35,15 +35,11 @@ def main(data: Path, work: Path, count: int, stage: int) -> None:
     processes = trainer.processes
     wrong = differing(trainer, snapshot) if snapshot else []
     seen = []  # (position in the stream, label, pixels)
-    take = trainer._next_batch
-
-    def noted():
-        batch = take()
+    losses = []
+    for _ in range(count):
+        losses += resume_checks.steps(trainer, 1)
+        batch = trainer.last_batch
         seen.extend(zip(batch.positions.tolist(), batch.labels.tolist(), batch.images.flatten(1), strict=True))
-        return batch
-
-    trainer._next_batch = noted
-    losses = resume_checks.steps(trainer, count)
     torch.save(seen, work / f"seen_{trainer.step}_{processes.rank}.pt")
     trainer.save(work, {})
     if processes.is_main:

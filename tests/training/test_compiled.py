@@ -1,33 +1,27 @@
-"""The compiled network: one graph, compiled once, with the numbers of the one that isn't."""
+"""The network is compiled once, as one graph, and computes what the uncompiled one computes."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.small_trainer import MODEL, losses_of, small_trainer, weights_of
+from helpers.small_trainer import MODEL, THROUGH_ENGINE, losses_of, small_trainer, weights_of
 
 from fastdiff import ops
 from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.blocks import AttentionBlock
-from fastdiff.runtime import machine
 from fastdiff.training import step_plan
 from fastdiff.training.checkpoints.format import read_snapshot
-from fastdiff.training.settings import TrainSettings
-from fastdiff.training.step_plan import WORTHWHILE_STEPS, decide_compile
 
 pytestmark = pytest.mark.slow
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
 def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled yet, and no F.linear of DeepSpeed's, which ZeRO-3 leaves behind in a process."""
+    """Start without compiled code and without DeepSpeed's F.linear, which ZeRO-3 leaves in the process."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
     torch._dynamo.reset()
     yield
@@ -36,12 +30,9 @@ def _as_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dynamo and AOTAutograd as ever, but their graphs run as they are: no minutes in a C++ compiler."""
+    """Run the graphs of Dynamo and AOTAutograd without Inductor, whose C++ compiler would take minutes."""
     chosen = step_plan.compile_kwargs
     monkeypatch.setattr(step_plan, "compile_kwargs", lambda *a, **k: {**chosen(*a, **k), "backend": "aot_eager"})
-
-
-THROUGH_ENGINE = {"wall_clock_breakdown": False}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +46,7 @@ THROUGH_ENGINE = {"wall_clock_breakdown": False}
     ids=["alone", "through DeepSpeed", "ZeRO-1 bf16", "ZeRO-2 recomputing"],
 )
 def test_compiled_once(settings: dict[str, Any], tmp_path: Path, no_backend: None) -> None:
-    """Through accumulation, averages, logging, a checkpoint and a resume; with the uncompiled network's losses."""
+    """Accumulation, averages, logging, a checkpoint and a resume recompile nothing; losses are the uncompiled ones."""
     plain = losses_of(small_trainer(**settings), 4)
     trainer = small_trainer(compile=True, **settings)
     losses = losses_of(trainer, 1)
@@ -66,7 +57,7 @@ def test_compiled_once(settings: dict[str, Any], tmp_path: Path, no_backend: Non
         snapshot = read_snapshot(tmp_path / "step_000002", ["0.9", "0.99"])
         resumed = small_trainer(snapshot, compile=True, **settings)
         assert losses_of(resumed, 2) == losses[2:]
-    # Compiled code rounds in other places; to bf16 where the CPU has it.
+    # Compiled code rounds in other places, to bf16 if the CPU has it.
     rounding = 2.0**-8 if settings.get("precision") == "bf16" else 1e-4
     for ours, theirs in zip(losses, plain, strict=True):
         for name, value in theirs.items():
@@ -76,7 +67,7 @@ def test_compiled_once(settings: dict[str, Any], tmp_path: Path, no_backend: Non
 
 
 def test_with_inductor() -> None:
-    """The whole way down, for the smallest network there is."""
+    """Inductor's code gives the same metrics, for the smallest network."""
     smallest = {"channel_mult": "1", "attention_resolutions": "", "dropout": 0.0}
     plain = losses_of(small_trainer(model=smallest), 2)
     compiled = losses_of(small_trainer(model=smallest, compile=True), 2)
@@ -86,7 +77,7 @@ def test_with_inductor() -> None:
 
 
 def test_kernels_stay_in_one_graph() -> None:
-    """Ops with kernels are nodes of the graph, and none of them breaks it."""
+    """Ops with kernels are nodes of the graph and don't break it."""
     names: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -106,30 +97,3 @@ def test_kernels_stay_in_one_graph() -> None:
     attention = sum(isinstance(module, AttentionBlock) for module in network.modules())
     products = sum("linear" in name for name in names)
     assert products == 2 + 1 + 2 * attention, "two for the time embedding, one that projects it for all blocks"
-
-
-def test_decision(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert decide_compile(TrainSettings(), GPU, 1)[0]
-    assert not decide_compile(TrainSettings(zero_stage=3), GPU, 10**6)[0]
-    assert not decide_compile(TrainSettings(compile=False), GPU, 10**6)[0]
-    assert decide_compile(TrainSettings(compile=True), CPU, 1)[0]
-    assert not decide_compile(TrainSettings(), CPU, WORTHWHILE_STEPS - 1)[0]
-    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
-    compiles, why = decide_compile(TrainSettings(), CPU, 10**6)
-    assert not compiles
-    assert "C++ compiler" in why
-    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert decide_compile(TrainSettings(), CPU, 10**6)[0]
-
-
-def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # so that what is set below is gone after the test
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert machine.keep_compiled_code() == tmp_path / "fastdiff" / "inductor"
-    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "fastdiff" / "inductor" / "triton")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/triton")
-    assert machine.keep_compiled_code() == Path("/elsewhere")
-    assert os.environ["TRITON_CACHE_DIR"] == "/triton"

@@ -1,4 +1,4 @@
-"""A step on the device alone equals one through DeepSpeed, and asks the device for nothing."""
+"""A step on the device equals a step through DeepSpeed, and never waits for the device."""
 
 from __future__ import annotations
 
@@ -7,23 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.small_trainer import losses_of, small_trainer, weights_of
+from helpers.small_trainer import THROUGH_ENGINE, losses_of, small_trainer, weights_of
 from helpers.waits import Waits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdiff import ops
-from fastdiff.errors import UserError
 from fastdiff.training import device_step as steps
 from fastdiff.training.checkpoints.format import read_snapshot
 from fastdiff.training.deepspeed_engine import EngineStep, start_processes
 from fastdiff.training.device_step import DeviceStep, LossScale
 from fastdiff.training.metrics import LossResult
-from fastdiff.training.settings import TrainSettings
-from fastdiff.training.step_plan import needs_engine
-
-# A section that only DeepSpeed can follow, and that changes nothing in the numbers.
-THROUGH_ENGINE = {"wall_clock_breakdown": False}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +31,7 @@ THROUGH_ENGINE = {"wall_clock_breakdown": False}
     ids=["plain", "one micro-batch", "clipped", "loss-aware"],
 )
 def test_equals_deepspeed(settings: dict[str, Any]) -> None:
-    """Losses, norms, weights, averages and moments, with dropout and accumulation."""
+    """Losses, norms, weights, averages and moments are equal, with dropout and accumulation."""
     alone, engine = small_trainer(**settings), small_trainer(deepspeed=THROUGH_ENGINE, **settings)
     assert isinstance(alone.stepper, DeviceStep)
     assert isinstance(engine.stepper, EngineStep)
@@ -49,31 +43,12 @@ def test_equals_deepspeed(settings: dict[str, Any]) -> None:
 
 
 def assert_same_weights(ours: dict[str, Tensor], theirs: dict[str, Tensor], rtol: float, atol: float) -> None:
-    """All but a few: where a gradient is hardly there, AdamW's first steps are lr whichever way rounding points."""
+    """Assert that 99% are close: where a gradient is nearly 0, rounding decides the sign of AdamW's first steps."""
     assert ours.keys() == theirs.keys()
     for kind in {name.split("/")[0] for name in ours}:
         names = [name for name in ours if name.startswith(f"{kind}/")]
         a, b = (torch.cat([side[name].flatten() for name in names]) for side in (ours, theirs))
         assert torch.isclose(a, b, rtol=rtol, atol=atol).float().mean() > 0.99, kind
-
-
-def test_what_needs_the_engine() -> None:
-    plain = TrainSettings()
-    assert needs_engine(plain, {}, 1) == ""
-    given = {
-        "train_batch_size": 1,
-        "zero_optimization": {"stage": 1},
-        "bf16": {"enabled": True},
-        "gradient_clipping": 1,
-    }
-    assert needs_engine(plain, given, 1) == ""
-    assert needs_engine(plain, {}, 2) == "2 processes"
-    assert needs_engine(TrainSettings(zero_stage=2), {}, 1) == "zero_stage 2"
-    offload = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
-    assert needs_engine(plain, offload, 1) == "deepspeed.zero_optimization.offload_optimizer"
-    assert needs_engine(plain, {"fp16": {"enabled": True, "loss_scale": 8}}, 1) == "deepspeed.fp16.loss_scale"
-    with pytest.raises(UserError, match="--cuda_graph True can't be combined with deepspeed.flops_profiler; leave one"):
-        small_trainer(cuda_graph=True, deepspeed={"flops_profiler": {"enabled": False}})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -90,9 +65,9 @@ def test_never_waits(precision: str, sampler: str) -> None:
 
 
 def test_never_waits_for_a_loss_scale() -> None:
-    """fp16's scale, skips and norm stay on the device, too."""
+    """The loss scale of fp16, the skips and the norm stay on the device, too."""
     trainer = small_trainer(precision="fp16", grad_clip=1.0)
-    trainer.model.set_precision(torch.float32)  # halves are slow on a CPU; the scale works all the same
+    trainer.model.set_precision(torch.float32)  # fp16 is slow on a CPU, and the scale works in any precision
     trainer.take_step()
     with Waits() as waits:
         trainer.take_step()
@@ -100,7 +75,7 @@ def test_never_waits_for_a_loss_scale() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations that are no views: on a GPU each is a launch at least."""
+    """Counts operations other than views: on a GPU each is one launch or more."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,9 +87,10 @@ class Operations(TorchDispatchMode):
 
 
 def test_few_launches_beside_the_network() -> None:
-    """Timesteps and sums of losses come with every micro-batch, and a small network is but some hundred launches."""
+    """A micro-batch needs few launches for timesteps and sums of losses, against hundreds for a small network."""
     trainer = small_trainer()
-    batch = trainer._next_batch()
+    trainer.take_step()
+    batch = trainer.last_batch
     with ops.using("triton"):
         for _ in range(2):  # tables are made once
             with Operations() as drawing:
@@ -142,7 +118,7 @@ def test_never_waits_gpu(cuda_graph: bool) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("microbatch", [-1, 2])
 def test_cuda_graph_gpu(precision: str, microbatch: int) -> None:
-    """Replayed steps give what plain ones give, before and after a checkpoint would be taken."""
+    """Replayed steps equal plain ones."""
     settings = {"precision": precision, "microbatch": microbatch, "grad_clip": 1.0}
     plain, graphed = small_trainer(**settings), small_trainer(cuda_graph=True, **settings)
     for ours, theirs in zip(losses_of(graphed, 8), losses_of(plain, 8), strict=True):
@@ -151,16 +127,19 @@ def test_cuda_graph_gpu(precision: str, microbatch: int) -> None:
 
 
 def test_losses_change_nothing() -> None:
-    """They are computed first and recorded after: by the meter and in the timestep sampler's history."""
+    """The losses are computed first, and then recorded by the meter and in the timestep sampler's history."""
     trainer = small_trainer(schedule_sampler="loss-second-moment", model={"dropout": 0.0})
-    batch = trainer.micro_batches(trainer._next_batch())[0]
+    trainer.take_step()
+    trainer.read_metrics()  # empties the meter
+    before = trainer.timestep_sampler.counts.clone()
+    batch = trainer.micro_batches(trainer.last_batch)[0]
     first, again = (trainer.losses(trainer.model, batch) for _ in range(2))
     assert torch.equal(first.loss, again.loss)
     assert torch.equal(first.loss, (first.terms["loss"] * first.weights).mean())
-    assert not trainer.timestep_sampler.counts.any()
+    assert torch.equal(trainer.timestep_sampler.counts, before)
     assert not trainer.meter.sums.any()
     trainer.record(first)
-    assert trainer.timestep_sampler.counts.sum() == len(first.t)
+    assert trainer.timestep_sampler.counts.sum() == before.sum() + len(first.t)
     assert trainer.read_metrics()["loss"] == pytest.approx(first.loss.item())
 
 
@@ -170,7 +149,7 @@ def test_losses_change_nothing() -> None:
 def _deepspeeds(window: int) -> Any:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    start_processes()  # it asks for its rank
+    start_processes()  # DynamicLossScaler asks for its rank
     return DynamicLossScaler(2.0**20, window, 1, 1, False, raise_error_at_min_scale=False)
 
 
@@ -190,7 +169,7 @@ def test_loss_scale_follows_deepspeeds(window: int) -> None:
 
 
 def test_overflow_skips_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, averages and moments stay, the scale halves, the step is counted; and then training goes on."""
+    """Weights, averages and moments stay, the scale halves, the step is counted, and training continues."""
     trainer = small_trainer(precision="fp16", fp16_scale_growth=1.0)
     trainer.model.set_precision(torch.float32)
     step = trainer.stepper
@@ -219,7 +198,7 @@ def test_overflow_skips_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_scaled_steps_equal_plain_ones() -> None:
-    """A loss scale, and its inverse on the gradients, change nothing but rounding."""
+    """A loss scale, and its inverse applied to the gradients, change only the rounding."""
     scaled, plain = small_trainer(precision="fp16", grad_clip=0.7), small_trainer(grad_clip=0.7)
     scaled.model.set_precision(torch.float32)
     for ours, theirs in zip(losses_of(scaled, 3), losses_of(plain, 3), strict=True):
@@ -228,7 +207,7 @@ def test_scaled_steps_equal_plain_ones() -> None:
 
 
 def test_resume_with_a_loss_scale(tmp_path: Path) -> None:
-    """The scale and the count of skipped steps come back."""
+    """The scale and the count of skipped steps are restored."""
     trainer = small_trainer(precision="fp16", fp16_scale_growth=0.5)
     trainer.model.set_precision(torch.float32)
     losses_of(trainer, 3)
@@ -243,27 +222,25 @@ def test_resume_with_a_loss_scale(tmp_path: Path) -> None:
 
 
 def test_kernel_steps_on_the_device() -> None:
-    """The optimiser's kernel with its learning rate, scale and overflow flag on the device."""
+    """The optimiser's kernel takes its learning rate, scale and overflow flag from the device."""
     made = {}
     for mode in ("reference", "triton"):
         with ops.using(mode):  # type: ignore[arg-type]
             trainer = small_trainer(precision="fp16", grad_clip=0.5, weight_decay=0.1, model={"channel_mult": "1"})
             trainer.model.set_precision(torch.float32)
-            with ops.using("reference"):  # the network itself in the interpreter would take long
-                losses = trainer.losses
+            with ops.using("reference"):  # the network itself would be slow in the interpreter
                 made[mode] = (losses_of(trainer, 2), weights_of(trainer))
-            assert losses
             assert trainer.optimizer.fused_kernel == (mode == "triton")
     for ours, theirs in zip(made["triton"][0], made["reference"][0], strict=True):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     assert_same_weights(made["triton"][1], made["reference"][1], rtol=1e-3, atol=2e-5)
 
 
-# --- a lone process talks to nobody ---
+# --- a single process calls no collective ---
 
 
 class Collectives(TorchDispatchMode):
-    """Notes the operations of torch.distributed that are called."""
+    """Records the operations of torch.distributed that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -277,10 +254,10 @@ class Collectives(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"zero_stage": 1}], ids=str)
 def test_no_collective(settings: dict[str, Any]) -> None:
-    """On a GPU the first one would start NCCL, and DeepSpeed's way is to broadcast every weight."""
+    """On a GPU the first collective would start NCCL, and DeepSpeed would broadcast every weight."""
     start_processes()
     with Collectives() as seen:
-        torch.distributed.barrier()  # it is one that is seen
+        torch.distributed.barrier()  # shows that collectives are recorded
         trainer = small_trainer(**settings)
         losses_of(trainer, 2)
     assert seen.names == ["barrier.default"]

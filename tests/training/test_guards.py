@@ -1,23 +1,20 @@
-"""Non-finite losses and gradients: the step is skipped on every path, counted, and poisons no mean."""
+"""A step with a non-finite loss or gradient is skipped on every path and counted, and enters no mean."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from helpers import HELPERS, ROOT, TESTS
-from helpers.guard_checks import THROUGH_ENGINE, check_skip, spoilt, state
-from helpers.small_trainer import small_trainer
+from helpers import HELPERS
+from helpers.guard_checks import check_skip, spoilt
+from helpers.ranks import run_ranks
+from helpers.small_trainer import THROUGH_ENGINE, small_trainer, state_of
 
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 from fastdiff.errors import UserError
-from fastdiff.training import deepspeed_engine
-from fastdiff.training.deepspeed_engine import EngineStep
+from fastdiff.training.deepspeed_engine import EngineStep, start_processes
 from fastdiff.training.device_step import DeviceStep, SkipCounter, poison_gradients
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.optimizer import learning_rate, learning_rate_on_device
@@ -47,26 +44,22 @@ def test_a_bad_step_through_deepspeed_is_as_if_it_had_not_been(case: str) -> Non
 
 
 def test_one_rank_of_two_has_a_bad_micro_batch() -> None:
-    """Every rank skips, at every stage."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(HELPERS / "guard_checks.py"), *TWO]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("skipped")] == [f"skipped: {c}" for c in TWO]
+    """Every rank skips the step, at every ZeRO stage."""
+    out = run_ranks([str(HELPERS / "guard_checks.py"), *TWO])
+    assert [line for line in out.splitlines() if line.startswith("skipped")] == [f"skipped: {c}" for c in TWO]
 
 
 @pytest.mark.parametrize("deepspeed", [None, THROUGH_ENGINE], ids=["device", "engine"])
 @pytest.mark.parametrize("value", [math.inf, 1e30, math.nan])
 def test_clipping_hides_nothing(deepspeed: dict[str, Any] | None, value: float) -> None:
-    """Clipped, an infinite norm makes gradients of 0; one of 1e30 is finite, but its square is not."""
+    """Clipping by an infinite norm would make gradients of 0; a norm of 1e30 is finite, but its square is not."""
     trainer = small_trainer(deepspeed=deepspeed, grad_clip=0.5)
     trainer.take_step()
-    before = state(trainer)
+    before = state_of(trainer)
     hook = next(trainer.model.parameters()).register_hook(lambda gradient: torch.full_like(gradient, value))
     trainer.take_step()
     hook.remove()
-    assert all(torch.equal(value, before[name]) for name, value in state(trainer).items())
+    assert all(torch.equal(value, before[name]) for name, value in state_of(trainer).items())
     assert trainer.stepper.skipped_steps == 1
     trainer.take_step()
     assert trainer.stepper.state_dict() == {"skipped_steps": 1, "bad_streak": 0}
@@ -81,7 +74,7 @@ def test_deepspeeds_checks_stay_on(section: dict[str, Any]) -> None:
 
 
 def test_guarded_losses() -> None:
-    """A finite loss and its gradients keep every bit; of others each gradient is NaN."""
+    """A finite loss and its gradients keep every bit, and every gradient of a non-finite loss is NaN."""
     x = torch.tensor([0.3, 0.7], requires_grad=True)
     loss = (x**3).sum()
     (wanted,) = torch.autograd.grad(loss, x, retain_graph=True)
@@ -128,12 +121,14 @@ def test_the_search_for_a_loss_scale_is_no_streak(
 ) -> None:
     """A skipped step counts once the scale can fall no further."""
     if deepspeed:
-        accelerator = deepspeed_engine._import_deepspeed().accelerator.get_accelerator()
-        monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
+        start_processes()
+        from deepspeed.accelerator import get_accelerator
+
+        monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
     trainer = small_trainer(deepspeed=deepspeed, precision="fp16")
     assert isinstance(trainer.stepper, EngineStep if deepspeed else DeviceStep)
     if not deepspeed:
-        trainer.model.set_precision(torch.float32)  # halves are slow on a CPU; the scale works all the same
+        trainer.model.set_precision(torch.float32)  # fp16 is slow on a CPU, and the scale works in any precision
     trainer.stepper.load_scaler_state({"cur_scale": 4.0})
     streaks = []
     with spoilt(trainer, "gradient"):

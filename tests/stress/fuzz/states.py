@@ -49,8 +49,8 @@ def mutated(content: Any, rng: random.Random) -> tuple[str, Any]:
 
 
 def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """Read the state and load it into a trainer, as a run does that continues from a .pt file."""
-    trainer = small_trainer(schedule_sampler="loss-second-moment", label_dropout=0.0)
+    """Read the state into a new trainer, as a run does that continues from a .pt file."""
+    trainer = small_trainer(schedule_sampler="loss-second-moment")
     for _ in range(STEP):
         trainer.take_step()
     trainer.save(folder, {})
@@ -61,7 +61,8 @@ def cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     names = (str(made), "--schedule_sampler", "--resume_checkpoint")
 
     def run() -> tuple[str, str]:
-        trainer._restore(read_snapshot(made / f"model{STEP:06d}.pt", ["0.9", "0.99"]))
+        snapshot = read_snapshot(made / f"model{STEP:06d}.pt", ["0.9", "0.99"])
+        small_trainer(snapshot, schedule_sampler="loss-second-moment")
         return READ, ""
 
     for index in range(start, stop):
