@@ -39,7 +39,7 @@ from fastdiff.models import weights
 from fastdiff.sampling.settings import NllSettings
 from fastdiff.training.checkpoints.format import adam_state_dict
 from fastdiff.training.checkpoints.saver import write_checkpoint
-from fastdiff.training.step_plan import split_batch
+from fastdiff.training.microbatch import split_batch
 from fastdiff.training.settings import TrainSettings
 
 SCRIPTS = Path(train.__file__).parent

@@ -8,8 +8,9 @@ from helpers.small_trainer import small_trainer
 
 from fastdiff.errors import UserError
 from fastdiff.runtime import machine
+from fastdiff.runtime.processes import Processes
 from fastdiff.training.settings import TrainSettings
-from fastdiff.training.step_plan import WORTHWHILE_STEPS, decide_compile, needs_engine, split_batch
+from fastdiff.training.step_plan import WORTHWHILE_STEPS, decide_compile, needs_engine, plan_step
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -26,8 +27,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_split_batch(batch: int, microbatch: int, world_size: int, expected: tuple[int, int]) -> None:
-    """The micro-batch is the largest one within the limit that divides the batch evenly."""
-    assert split_batch(TrainSettings(batch_size=batch, microbatch=microbatch), world_size) == expected
+    """The micro-batch is the largest one within the limit that divides a process's share of the batch evenly."""
+    plan = plan_step(TrainSettings(batch_size=batch, microbatch=microbatch), {}, Processes(0, 0, world_size, CPU))
+    assert (plan.micro, plan.accumulation) == expected
 
 
 def test_what_needs_the_engine() -> None:
