@@ -1,4 +1,4 @@
-"""Settings of every test."""
+"""Settings that apply to every test."""
 
 import os
 from collections.abc import Iterator
@@ -6,18 +6,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-# Test networks are tiny: one thread beats two, and processes that share the cores don't fight over them.
+# Test networks are tiny: one thread is faster than two, and processes that run at once don't compete for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-torch.backends.cudnn.allow_tf32 = False  # on a GPU, recorded numbers are float32's
-# Without a GPU, kernels run in Triton's interpreter; it must be asked for before they are defined.
+torch.backends.cudnn.allow_tf32 = False  # on a GPU, the recorded numbers need exact float32 products
+# Without a GPU, kernels run in Triton's interpreter, which must be chosen before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
 def _torchs_linear() -> Iterator[None]:
-    """DeepSpeed's ZeRO-3 replaces it for good, by a function that torch.compile doesn't trace without a warning."""
+    """Restore F.linear, which DeepSpeed's ZeRO-3 replaces by a function that torch.compile traces with a warning."""
     linear = torch.nn.functional.linear
     yield
     torch.nn.functional.linear = linear

@@ -1,4 +1,4 @@
-"""`fastdiff.load`: models in three lines, the same images as the scripts'."""
+"""`fastdiff.load` opens a model in one line and draws the same images as the scripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.tiny import flags, save, super_res, unet
 from PIL import Image
 
 import fastdiff
-from fastdiff import sample
+from fastdiff import api, sample
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.samplers import ddim_reverse_loop
 from fastdiff.diffusion.schedules import keep_steps
@@ -34,7 +34,7 @@ def test_the_same_images_as_the_script(checkpoint: Path, tmp_path: Path) -> None
     sample.main(flags({"model_path": checkpoint, "num_samples": 6, "classes": "cat,0", "out_dir": tmp_path, **given}))
     with np.load(tmp_path / "samples_6x8x8x3.npz") as content:
         script = dict(content)
-    model = fastdiff.load(checkpoint, precision="fp32")  # as the script's default; load takes bf16 on a GPU
+    model = fastdiff.load(checkpoint, precision="fp32")  # the script's default; load chooses bf16 on a GPU
     assert model.class_names == CLASSES
     samples = model.sample(6, classes=["cat", 0], **given)
     np.testing.assert_array_equal(samples.labels, script["arr_1"])
@@ -55,22 +55,23 @@ def test_saving(checkpoint: Path, tmp_path: Path) -> None:
         assert picture.size == samples.grid().size
 
 
-def test_a_sampler_is_kept_for_the_same_settings(checkpoint: Path) -> None:
+def test_a_sampler_is_kept_for_the_same_settings(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    build = api.Sampler
+    monkeypatch.setattr(api, "Sampler", lambda *given, **named: made.append(named["count"]) or build(*given, **named))
     model = fastdiff.load(checkpoint)
-    first = model.sample(3, steps=2)
-    kept = model._sampler
-    again = model.sample(3, steps=2)
-    assert model._sampler is kept
+    first, again = (model.sample(3, steps=2) for _ in range(2))
     np.testing.assert_array_equal(first.images, again.images)
+    assert made == [3]
     model.sample(3, steps=3)
-    assert model._sampler is not kept
+    assert made == [3, 3]
 
 
 def test_autoguidance(checkpoint: Path) -> None:
     model = fastdiff.load(checkpoint)
     plain = model.sample(3, steps=3)
     guided = model.sample(3, steps=3, guidance=2.0, guide=fastdiff.load(checkpoint))
-    assert np.abs(guided.images.astype(int) - plain.images).max() <= 1  # guided by itself
+    assert np.abs(guided.images.astype(int) - plain.images).max() <= 1  # the model is its own guide
 
 
 def test_enlarging(tmp_path: Path) -> None:
@@ -131,6 +132,6 @@ def test_refusals(settings: dict[str, object], words: list[str], checkpoint: Pat
 
 
 def test_importing_is_cheap() -> None:
-    """`import fastdiff` alone brings no torch."""
+    """`import fastdiff` alone does not import torch."""
     code = "import fastdiff, sys; assert 'torch' not in sys.modules; assert not hasattr(fastdiff, 'nothing')"
     subprocess.run([sys.executable, "-c", code], check=True)

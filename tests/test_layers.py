@@ -1,8 +1,9 @@
-"""Dependencies run one way: which part of fastdiff may import which, and which of them what else."""
+"""Dependencies run one way: a table says which part of fastdiff may import which, and which outside packages."""
 
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,13 +45,13 @@ OUTSIDE = {
 
 
 def modules() -> dict[str, Path]:
-    """Path below the package (kernels/ included, wherever it lies) → file."""
+    """Return path below the package → file, kernels/ included, wherever that folder is."""
     found = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
     return found | {f"kernels/{path.relative_to(KERNELS)}": path for path in KERNELS.rglob("*.py")}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names that a file imports, at its top or inside functions."""
+    """Yield the dotted names that a file imports, at its top or inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -64,7 +65,7 @@ def is_script(path: Path) -> bool:
 
 
 def part_of(name: str) -> str:
-    """The first folder or module of a path such as training/loop.py; "settings" of every settings.py."""
+    """Return the first folder or module of a path such as training/loop.py, and "settings" for every settings.py."""
     return "settings" if Path(name).name == "settings.py" else Path(name).parts[0].removesuffix(".py")
 
 
@@ -96,8 +97,6 @@ def test_imports_run_one_way(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("kernels/")])
 def test_kernels_know_torch_and_triton_only(name: str) -> None:
-    import sys
-
     for imported in imports(MODULES[name]):
         first = imported.split(".")[0]
         assert first in {"torch", "triton"} | sys.stdlib_module_names or imported.startswith("fastdiff.kernels.")

@@ -1,4 +1,4 @@
-"""A script's folder comes first on sys.path, so a module in it must not bear another's name."""
+"""A script's folder comes first on sys.path, so no module in it may have the name of another package."""
 
 import sys
 from importlib.metadata import packages_distributions
@@ -16,5 +16,5 @@ def test_no_module_hides_another() -> None:
 
 
 def test_kernels_is_no_package_of_that_name() -> None:
-    """Were kernels/ a package, `import kernels` from the repository's root would find it and not PyPI's."""
+    """If kernels/ were a package, `import kernels` in the repository's root would find it instead of PyPI's."""
     assert not (HERE.parent / "kernels" / "__init__.py").exists()

@@ -1,4 +1,4 @@
-"""The choice between definitions and kernels."""
+"""Ops choose between their definitions and kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ except ValueError as error:
 
 
 def test_without_triton() -> None:
-    """Everything runs, by PyTorch; only asking for kernels is refused."""
+    """Without Triton everything runs on PyTorch, and only `kernels triton` is refused."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", WITHOUT_TRITON], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([2, 3, 8, 8])" in done.stdout
@@ -51,7 +51,7 @@ def test_modes() -> None:
     x = torch.zeros(1, device=DEVICE)
     with ops.using("triton"):
         assert ops.uses_kernels(x)
-        assert ops.uses_kernels(x, "not this shape"), "who asks for kernels gets them, or an error"
+        assert ops.uses_kernels(x, "not this shape"), "kernels triton leaves no shape to PyTorch"
         assert "Triton" in ops.choices(x.device)[0].implementation
     with ops.using("reference"):
         assert not ops.uses_kernels(x)
@@ -65,7 +65,7 @@ def test_modes() -> None:
 
 def test_kernels_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(ops, "_interpreted", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="kernels triton needs a GPU"):
         ops.use("triton")
     with ops.using("triton", anywhere=True):

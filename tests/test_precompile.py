@@ -1,12 +1,14 @@
-"""Kernels compiled ahead: the run finds them all, and no failure of the compilation reaches it."""
+"""A run finds every kernel that was compiled ahead, and a failed compilation does not affect it."""
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers import HELPERS, tritons
@@ -20,7 +22,7 @@ GPU = torch.device("cuda")
 
 @tritons.TRITONS
 def test_a_run_finds_what_was_compiled_ahead(triton: str, tmp_path: Path) -> None:
-    """Triton's dispatch, for a GPU that exists by name only, compiles nothing more in training and drawing."""
+    """On a simulated GPU, training and drawing compile no further kernel."""
     script = HELPERS / "kernels_on_no_gpu.py"
     done = tritons.run(triton, script, TRITON_CACHE_DIR=str(tmp_path))
     assert not done.returncode, done.stderr
@@ -32,7 +34,7 @@ def test_a_run_finds_what_was_compiled_ahead(triton: str, tmp_path: Path) -> Non
 
 @pytest.fixture
 def _named_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A GPU as far as `start` looks at one."""
+    """Simulate what `start` asks of a GPU."""
     monkeypatch.setattr(ops, "uses_kernels", lambda x: True)
     monkeypatch.setattr(torch, "empty", lambda *shape, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -45,7 +47,7 @@ def _launches(count: int) -> list[Any]:
 
 @pytest.mark.usefixtures("_named_gpu")
 def test_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Equal launches count once, those in the cache not at all; no more processes than free cores."""
+    """Equal launches count once and cached ones not at all, and there are no more processes than free cores."""
     from fastdiff.kernels import aot
 
     shares: list[list[str]] = []
@@ -69,7 +71,7 @@ def test_failures_are_only_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such shape")
 
     assert precompile.start(fails, GPU) == ["Triton kernels: not compiled beforehand (RuntimeError: no such shape)"]
-    monkeypatch.setenv("LOCAL_RANK", "1")  # rank 0 of the machine does it
+    monkeypatch.setenv("LOCAL_RANK", "1")  # only the first rank of a machine compiles
     assert precompile.start(fails, GPU) == []
 
 
@@ -78,7 +80,7 @@ def test_nothing_without_a_gpu() -> None:
 
 
 def test_a_process_that_fails_or_dies() -> None:
-    """Invalid lines are skipped, and nothing waits for the process to read its input or to stay alive."""
+    """Invalid lines are skipped, and the run does not wait for the process to read its input or to stay alive."""
     assert precompile._spawn(90, ["{}", "nonsense"]).wait() == 0
     worker = precompile._spawn(90, ["{}"] * 100_000)
     assert worker.poll() is None
@@ -102,7 +104,6 @@ def test_a_process_ends_with_its_run() -> None:
 
 
 def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False

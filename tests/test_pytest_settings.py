@@ -1,4 +1,4 @@
-"""What pyproject.toml tells pytest."""
+"""The settings of pytest in pyproject.toml."""
 
 from __future__ import annotations
 

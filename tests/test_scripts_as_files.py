@@ -1,4 +1,4 @@
-"""Scripts are run as files, also of a checkout that isn't installed, as `deepspeed` and `torchrun` do it."""
+"""Scripts can be run as files, as `deepspeed` and `torchrun` do, also from a checkout that isn't installed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LOADED = "import json, sys\nprint(json.dumps([__file__, sys.path]))\nsys.exit()\
 
 @pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.parent.name == "fastdiff"])
 def test_from_a_bare_checkout(script: str, tmp_path: Path) -> None:
-    """The package beside the script is found, and its modules aren't importable under their bare names."""
+    """The script finds the package beside it, and the package's modules aren't importable by their bare names."""
     package = tmp_path / "fastdiff"
     package.mkdir()
     for name in ("__init__.py", script):
         shutil.copy(ROOT / "fastdiff" / name, package)
     (package / "config.py").write_text(LOADED)
-    command = [sys.executable, "-S", "-E", str(package / script)]  # without what is installed
+    command = [sys.executable, "-S", "-E", str(package / script)]  # without installed packages
     done = subprocess.run(command, cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found, path = json.loads(done.stdout)
@@ -40,7 +40,7 @@ def test_from_a_bare_checkout(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_each_finds_the_package(script: Path) -> None:
-    """Before it imports anything that isn't Python's own."""
+    """The path is set before anything outside the standard library is imported."""
     text = script.read_text()
     head = "if not __package__:  # run as a file, perhaps of a checkout that isn't installed\n    sys.path.insert(0, "
     assert text.count(head) == 1

@@ -1,7 +1,7 @@
-"""A checkpoint and a half-done sampling job that version 0.1.0 wrote, before modules were rearranged, are continued.
+"""A checkpoint and a half-done sampling job that version 0.1.0 wrote can be continued.
 
-written_before.tar.xz holds a run stopped after 3 steps, a job of which 8 of 12 images were drawn when its process was
-killed, their pictures, and expected.json: the flags, the weights after 6 steps, and where those were computed.
+written_before.tar.xz contains a run that was stopped after 3 steps, a job that was killed after 8 of 12 images, their
+pictures, and expected.json: the flags, the weights after 6 steps, and the machine that computed them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastdiff import sample, train
 
 @pytest.fixture
 def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """expected.json; the current folder is a copy of what was written before."""
+    """Unpack the archive, make it the working folder, and return the content of expected.json."""
     with tarfile.open(TESTS / "written_before.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path / "written_before")
@@ -31,7 +31,7 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def same_machine(expected: dict[str, Any]) -> bool:
-    """Whether sums have the same last bits here: the same PyTorch on a CPU with the same instructions."""
+    """Return whether sums have the same last bits here: the same PyTorch on a CPU with the same instructions."""
     return expected["machine"] == {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
 
 
@@ -44,7 +44,7 @@ def test_the_run_goes_on(expected: dict[str, Any], capsys: pytest.CaptureFixture
             digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values()))
             assert digest.hexdigest() == content["sha256"]
         assert list(state) == list(content["norms"])
-        for key, value in state.items():  # other CPUs: six steps of float32 sums in another order
+        for key, value in state.items():  # other CPUs sum float32 numbers in another order in six steps
             assert value.double().norm().item() == pytest.approx(content["norms"][key], rel=1e-4, abs=1e-6)
 
 

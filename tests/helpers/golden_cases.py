@@ -76,12 +76,12 @@ class Case:
         assert not bad.any(), f"{name}: {bad.sum()} of {bad.size} values off, worst {worst:.3g} times the tolerance"
 
     def conditioning(self, model: UNet) -> dict[str, torch.Tensor]:
-        """The network's arguments besides images and timesteps: labels, and small images to enlarge."""
+        """Return the network's arguments besides images and timesteps: labels, and small images to enlarge."""
         takes = {"y": model.settings.class_cond, "low_res": isinstance(model.settings, SuperResSettings)}
         return {name: self.tensor(f"in_{name}") for name, needed in takes.items() if needed}
 
     def run_model(self, weights: str, hw: tuple[int, int]) -> UNet:
-        """The network of a case whose config lists `models` by the name of the weights file."""
+        """Return the network of a case whose config lists `models` by the name of the weights file."""
         return load_model(self.config["models"][weights], self.weights(weights), hw)
 
 
@@ -123,7 +123,7 @@ def cases(kind: str) -> Any:
 
 
 def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> BackboneSettings:
-    """Settings for a network that a case describes by improved-diffusion's flags or constructor arguments."""
+    """Return the settings of a network that a case describes by improved-diffusion's flags or constructor arguments."""
     if "flags" in spec:
         kind = SuperResSettings if spec["builder"].startswith("sr_") else UNetSettings
         return kind(**{name: value for name, value in spec["flags"].items() if name in kind.model_fields})
@@ -147,13 +147,13 @@ def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> B
 
 
 def load_model(spec: dict[str, Any], weights: dict[str, torch.Tensor], hw: tuple[int, int]) -> UNet:
-    """The network with a case's weights, ready to run."""
+    """Return the network with a case's weights, ready to run."""
     model = build_model(model_settings(spec, hw))
     model.load_state_dict(weights)
     return model.to(DEVICE).eval()
 
 
 def diffusion_for(flags: dict[str, Any]) -> GaussianDiffusion:
-    """The process that a case describes by improved-diffusion's flags."""
+    """Return the process that a case describes by improved-diffusion's flags."""
     settings = {name: value for name, value in flags.items() if name in DiffusionSettings.model_fields}
     return create_diffusion(DiffusionSettings(**settings), learn_sigma=flags.get("learn_sigma", False))

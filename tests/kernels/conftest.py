@@ -1,12 +1,25 @@
-"""`--launches FILE`: the launches that the tests of kernels make, one of each kind a line, for `benchmarks/aot.py`."""
+"""Fixtures for kernels, and the option `--launches FILE`.
+
+The option writes the launches that the tests make, one of each kind per line, for `benchmarks/aot.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 _seen: dict[str, None] = {}
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Let PyTorch fill new memory with NaN, so that a test notices an element that a kernel does not write."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Every process of pytest-xdist adds its own; the next line's reader takes each kind once."""
+    """Append this process's launches; processes of pytest-xdist may write the same ones, which aot.py counts once."""
     if (file := session.config.getoption("--launches")) and _seen:
         with Path(file).open("a") as lines:
             lines.writelines(f"{each}\n" for each in _seen)

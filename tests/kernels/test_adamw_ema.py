@@ -1,28 +1,23 @@
-"""AdamW with averages in one launch, against float64 and against torch's own; and the norm of gradients."""
+"""AdamW with averages in one launch, and the norm of gradients, agree with float64 and with torch's own."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
 import torch
 from fastdiff.kernels import reference
-from fastdiff.kernels.adamw_ema import (
-    BLOCK,
-    CHUNK,
-    Lists,
-    adamw_ema_,
-    squared_norm,
-)
+from fastdiff.kernels.adamw_ema import BLOCK, CHUNK, Lists, adamw_ema_, squared_norm
 from fastdiff.kernels.launch import record
 from fastdiff.kernels.reference import grad_scale_and_overflow
 from helpers.kernel_checks import DEVICE, LOW, assert_no_worse, normal
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 RATES = [0.9999, 0.9, 0.3]
 NUMBERS = {"lr": 3e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.05}
@@ -37,17 +32,9 @@ SIZES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """PyTorch fills new memory with NaN, so that nothing can be read before it was written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @dataclass
 class Tensors:
-    """The lists of the op."""
+    """The lists of tensors that the op takes."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -70,7 +57,7 @@ class Tensors:
 def make(
     shapes: list[tuple[int, ...]], K: int = 1, half: torch.dtype | None = None, step: int = 3, off: int = 0
 ) -> Tensors:
-    """Weights around 3, so that cancellation shows; `off` elements are left out before each tensor."""
+    """Make tensors, with weights around 3 to show cancellation; `off` elements are left out before each tensor."""
     seeds = iter(range(1000))
 
     def tensors(mean: float, std: float, per: int = 1, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -99,7 +86,7 @@ def run(t: Tensors, **changes: Any) -> Tensor:
 
 
 def by_torch(t: Tensors, grad_scale: float = 1.0, **changes: float) -> Tensors:
-    """torch's fused AdamW and the reference's averages, in place; it counts the steps itself."""
+    """Take the step in place by torch's fused AdamW, which counts the steps itself, and the reference's averages."""
     torch._foreach_sub_(t.steps, 1)
     torch._foreach_mul_(t.grads, grad_scale)
     adamw(
@@ -113,7 +100,7 @@ def by_torch(t: Tensors, grad_scale: float = 1.0, **changes: float) -> Tensors:
 
 
 def exactly(t: Tensors, grad_scale: float = 1.0, **changes: float) -> Tensors:
-    """The formulas in float64."""
+    """Return the step by its formulas in float64."""
     t = t.double()
     lr, beta1, beta2, eps, decay = ({**NUMBERS, **changes}[name] for name in NUMBERS)
     K = len(t.averages) // len(t.params)
@@ -173,7 +160,7 @@ def test_one_odd_address_among_even_ones(name: str) -> None:
 
 
 def test_neighbours_in_one_buffer_keep_to_themselves() -> None:
-    """Odd sizes side by side, as in a flat buffer: a write beyond an end would hit the next tensor."""
+    """In a flat buffer of odd sizes, a write beyond the end of a tensor would hit the next one."""
     t = make([(5,), (1,), (BLOCK + 3,), (2,)])
     for name in ("params", "exp_avgs", "exp_avg_sqs", "averages"):
         tensors = getattr(t, name)
@@ -212,7 +199,7 @@ def test_empty_tensors() -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 100_000])
 def test_bias_corrections(step: int) -> None:
-    """At step 1 the moments are zero before, so that all rests on 1 - beta; at 10^5 the corrections are 1."""
+    """At step 1 the moments were zero, so that the result depends on 1 - beta; at step 10^5 the corrections are 1."""
     t = make([(300,)], step=step)
     if step == 1:
         for moment in t.exp_avgs + t.exp_avg_sqs:
@@ -229,7 +216,7 @@ def test_other_numbers(changes: dict[str, float]) -> None:
 
 
 def test_small_weight_decay_is_not_rounded() -> None:
-    """float32 holds 1e-6, but 1 - 1e-6 only to 1.3% of what it takes off."""
+    """float32 represents 1e-6 well, but 1 - 1e-6 differs from 1 only to within 1.3% of that."""
     t = make([(1000,)], K=0)
     for x in t.grads + t.exp_avgs:
         x.zero_()
@@ -283,7 +270,7 @@ def test_not_finite_gradients_spread() -> None:
 
 
 def test_steps_in_a_row_follow_torch() -> None:
-    """Rounding adds up no faster than in torch's own steps."""
+    """Rounding errors accumulate no faster than in torch's own steps."""
     t = make([(BLOCK + 1,), (6,)], K=2, step=0)
     for moment in t.exp_avgs + t.exp_avg_sqs:
         moment.zero_()
@@ -311,7 +298,7 @@ def test_equal_results_twice() -> None:
         assert torch.equal(a, b)
 
 
-# --- as a torch op ---
+# --- registration as a torch op ---
 
 
 def _arguments(t: Tensors) -> tuple[Any, ...]:
@@ -367,7 +354,7 @@ def test_lists_notice_what_has_moved() -> None:
 
 
 def _wrong() -> dict[str, tuple[str, Any, str]]:
-    """What is wrong → (which list, what it is replaced by, what the message says)."""
+    """Return description → (list, its replacement, part of the message)."""
     return {
         "none": ("params", [], "at least one"),
         "too few": ("exp_avgs", [], "needs 1 exp_avgs"),
@@ -424,7 +411,7 @@ def test_squared_norm(shapes: list[tuple[int, ...]], off: int) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 2e19])
 def test_squared_norm_of_what_is_not_finite(value: float) -> None:
-    """Anywhere: in the bulk, in the rest, in a small tensor. 2e19 squared is beyond float32."""
+    """A value in the bulk, in the rest or in a small tensor is found; the square of 2e19 is beyond float32."""
     for i, j in [(0, 0), (0, BLOCK + 1), (1, 2)]:
         t = make([(BLOCK + 2,), (3,)], K=0)
         t.grads[i][j] = value

@@ -1,33 +1,26 @@
-"""The sum inside the group norm, against float64 and against torch at the same dtype, and against the norm alone."""
+"""The group norm with a sum agrees with float64, with torch at the same dtype and with the norm of the sum."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from fastdiff.kernels import group_norm_silu as module
 from fastdiff.kernels import group_norm_silu_eager, launch, reference
 from fastdiff.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
-from fastdiff.kernels.group_norm_silu_plan import Plan, plan
+from fastdiff.kernels.group_norm_silu_plan import plan
 from functorch.compile import make_boxed_func
 from helpers.kernel_checks import DEVICE, DTYPES, assert_no_worse, channels_last, error, normal
+from helpers.norm_plans import WAYS, planned
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from fastdiff import ops
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 Inputs = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element which a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(
@@ -56,7 +49,7 @@ def inputs(
 
 
 def upstream(given: Inputs) -> tuple[Tensor, Tensor]:
-    """Gradients of total and of y."""
+    """Make gradients of total and of y."""
     B, C1, H, W = given["a"].shape
     C, dtype = given["weight"].shape[0], given["a"].dtype
     return (
@@ -69,7 +62,7 @@ def run(
     function: Any, given: Inputs, gradients: tuple[Tensor | None, Tensor | None], dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> Inputs:  # fmt: skip
-    """Results and gradients by name; a result whose gradient is None takes no part in the backward pass."""
+    """Return results and gradients by name; a result whose gradient is None takes no part in the backward pass."""
     leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in given.items()}
     total, y = function(**leaves, **settings)
     used = [(z, gradient) for z, gradient in zip((total, y), gradients, strict=True) if gradient is not None]
@@ -79,9 +72,9 @@ def run(
 
 
 def check(given: Inputs, *, alone: bool = False, **settings: Any) -> Inputs:
-    """Results and every gradient err at most twice as much as torch's at the same dtype.
+    """Assert that results and gradients err at most twice as much as torch's at the same dtype.
 
-    alone: nothing but the norm reads the sum, which then has no gradient of its own.
+    With `alone` nothing but the norm reads the sum, which then has no gradient of its own.
     """
     dtotal, dy = upstream(given)
     gradients = (None if alone else dtotal, dy)
@@ -96,25 +89,10 @@ def check(given: Inputs, *, alone: bool = False, **settings: Any) -> Inputs:
     return ours
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Replaces parts of the launch plan, to send small maps down every path."""
-
-    def changed(B: int, L: int, *args: Any) -> Plan:
-        made = dataclasses.replace(plan(B, L, *args), **changes)
-        return dataclasses.replace(made, splits=-(-L // made.rows))
-
-    monkeypatch.setattr(module, "plan", changed)
-
-
-SPLIT = {"slab": False, "rows": 8, "block_l": 4, "block_c": 32}
-LOOPED = {"slab": True, "one_block": False, "block_l": 4, "programs": 3}
-WAYS = {"one block": {}, "looped slab": LOOPED, "split": SPLIT}
-
-
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_way_through_memory(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """5x3 pixels fill no block of any way; groups hold channels of both maps."""
+    """5x3 pixels fill no block in any way, and groups contain channels of both maps."""
     planned(monkeypatch, **WAYS[way])
     check(inputs(2, 64, 32, 5, 3, dtype))
 
@@ -122,7 +100,7 @@ def test_every_way_through_memory(way: str, dtype: torch.dtype, monkeypatch: pyt
 @pytest.mark.parametrize("size", [(1, 1), (6, 6), (7, 7)], ids=str)
 @pytest.mark.parametrize("way", ["looped slab", "split"])
 def test_a_block_longer_than_the_map(way: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some rows of the block see no pixel at all; their empty sums must not reach the result as 0 / 0."""
+    """Some rows of the block have no pixel; their empty sums must not reach the result as 0 / 0."""
     planned(monkeypatch, **{**WAYS[way], "rows": 64, "block_l": 64})
     check(inputs(2, 64, 32, *size, torch.float32))
 
@@ -149,13 +127,13 @@ def test_shapes(shape: str) -> None:
 
 
 def test_plain_norm_of_other_groups() -> None:
-    """As before attention: no SiLU."""
+    """Without SiLU it is the norm before attention."""
     check(inputs(1, 64, 0, 3, 3, torch.float32, affine=False), silu=False, num_groups=16, eps=1e-3)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_far_off_centre(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mean 100, spread 0.1: E[x²] - E[x]² in float32 would leave one digit of the variance."""
+    """With mean 100 and spread 0.1, E[x²] - E[x]² in float32 would leave one digit of the variance."""
     planned(monkeypatch, **WAYS[way])
     given = inputs(1, 64, 0, 4, 5, torch.float32, affine=False, offset=False, mean=100.0, std=0.1)
     check(given, silu=False)
@@ -163,7 +141,7 @@ def test_far_off_centre(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_same_as_the_norm_of_the_sum(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, dropout included; the sum's own gradient joins the norm's before it is rounded."""
+    """Results are bit-identical, also with dropout; the sum's own gradient is added before rounding."""
     planned(monkeypatch, **WAYS[way])
     given = inputs(2, 32, 32, 3, 5, torch.float32)
     settings = {"dropout": 0.3, "seed": torch.tensor([123456789123], device=DEVICE)}
@@ -181,14 +159,14 @@ def test_same_as_the_norm_of_the_sum(way: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_bias_gradient_is_summed_before_rounding() -> None:
-    """The map of gradients holds 8 bits of each; the bias gets their float32 sum."""
+    """The map of gradients has 8 bits of each gradient, but the bias gets the sum in float32."""
     given = inputs(2, 32, 0, 16, 16, torch.bfloat16, affine=False, offset=False)
     dtotal, dy = upstream(given)
     exact = run(reference.add_group_norm_silu, given, (dtotal, dy), torch.float64)["b_bias"]
     ours = run(add_group_norm_silu, given, (dtotal, dy))
     from_map = error(ours["a"].double().sum(dim=(0, 2, 3)), exact)
     assert ours["b_bias"].dtype == torch.float32
-    # The sum that the norm sees is rounded, and not in float64: that much differs in both.
+    # The norm reads a rounded sum, which makes both gradients differ from float64.
     rounded = {**given, "a": ours["total"].float(), "b": torch.zeros_like(given["b"]).float()}
     rounded["b_bias"] = torch.zeros_like(given["b_bias"])
     same_sum = run(reference.add_group_norm_silu, rounded, (dtotal, dy), torch.float64)["b_bias"]
@@ -204,7 +182,7 @@ def test_equal_results_twice(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_the_sum_is_used() -> None:
-    """Its gradient passes through; the norm's parameters get zeros."""
+    """The gradient of the sum passes through, and the norm's parameters get zeros."""
     given = inputs(1, 32, 0, 2, 2, torch.bfloat16, affine=False)
     dtotal, _ = upstream(given)
     ours = run(add_group_norm_silu, given, (dtotal, None))
@@ -215,7 +193,7 @@ def test_only_the_sum_is_used() -> None:
 
 
 def test_gradients_that_accumulate_share_no_memory() -> None:
-    """a and b get one map as gradient; what adds up in one must not reach the other."""
+    """a and b get the same gradient, but accumulating into one must not change the other."""
     given = inputs(1, 32, 0, 2, 2, torch.float32, affine=False, offset=False)
     a, b = (given.pop(name).requires_grad_() for name in "ab")
     upstreams = [channels_last(normal(*a.shape, seed=seed)) for seed in (8, 9)]
@@ -236,7 +214,7 @@ def test_empty_batch() -> None:
 
 
 def test_parameters_in_half_precision() -> None:
-    """As DeepSpeed keeps them in bf16 training."""
+    """DeepSpeed keeps parameters like this in bf16 training."""
     given = inputs(2, 32, 0, 3, 3, torch.bfloat16)
     for name in ("weight", "bias", "offset", "b_bias"):
         given[name] = given[name].bfloat16()
@@ -246,7 +224,7 @@ def test_parameters_in_half_precision() -> None:
 @pytest.mark.parametrize("L", [64, 1024, 4096, 65536])
 @pytest.mark.parametrize("C", [128, 576, 1344])
 def test_plans(L: int, C: int) -> None:
-    """A second summand changes the size of blocks, never who works on what."""
+    """A second summand changes the size of blocks, but not the division of work."""
     for backward in (False, True):
         alone, summed = (plan(8, L, C, 0, C // 32, 2, backward, 132, False, also) for also in (False, True))
         assert dataclasses.replace(summed, block_l=alone.block_l) == alone
@@ -255,7 +233,7 @@ def test_plans(L: int, C: int) -> None:
 
 @pytest.mark.parametrize("elements", [2**30, 3 * 2**30])
 def test_offsets_beyond_2_31(elements: int) -> None:
-    """No number that a kernel gets outgrows 32 bits: offsets are formed from an int64 image number."""
+    """No argument of a kernel exceeds 32 bits, because offsets are computed from an int64 image number."""
     B, C, side = elements // 2**16, 64, 32
     meta = torch.empty(B, side, side, C, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
     one = torch.empty(C, device="meta")
@@ -281,7 +259,7 @@ def test_torch_checks() -> None:
 
 @pytest.mark.parametrize("alone", [True, False], ids=["norm only", "read elsewhere"])
 def test_compiles_whole(alone: bool) -> None:
-    """One graph, the same numbers, the gradient included."""
+    """The op compiles in one graph and gives the same results and gradients."""
     given = inputs(1, 64, 0, 2, 3, torch.float32)
     dtotal, dy = upstream(given)
 
@@ -295,7 +273,7 @@ def test_compiles_whole(alone: bool) -> None:
 
 
 def test_no_map_of_zeros_in_a_compiled_graph() -> None:
-    """A sum that nothing else reads: the backward graph passes no gradient for it."""
+    """If nothing else reads the sum, the backward graph passes no gradient for it."""
     seen: list[str] = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -346,7 +324,7 @@ def test_eager_on_a_cpu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("left_out", ["", "scale", "offset", "skip"])
 def test_eager_on_a_cpu_without_gradients(left_out: str, silu: bool) -> None:
-    """The same to the last bit in less memory, and nothing that was given is written over."""
+    """Results are bit-identical to those with gradients, and no argument is overwritten."""
     given = {name: value.cpu() for name, value in inputs(2, 64, 32, 5, 3, torch.float32).items()}
     for name in ("scale", "shift") if left_out == "scale" else (left_out,):
         given.pop(name, None)
@@ -363,7 +341,7 @@ def test_eager_on_a_cpu_without_gradients(left_out: str, silu: bool) -> None:
 
 
 def test_choice() -> None:
-    """The kernel, the definition, and what a CPU gets by itself agree; an offset [C] serves all images."""
+    """The kernel, the definition and the CPU's default agree, and an offset [C] applies to all images."""
     given = inputs(2, 32, 0, 2, 3, torch.float32)
     given["offset"] = given["offset"][0]
     made = {}

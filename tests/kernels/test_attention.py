@@ -1,9 +1,8 @@
-"""The attention kernels, forward and backward, against float64 and against PyTorch at the same dtype."""
+"""The attention kernels err no more than PyTorch at the same dtype, forward and backward, against float64."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +11,8 @@ from fastdiff.kernels import attention as kernels
 from fastdiff.kernels import launch, reference
 from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, error, normal, results
 from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # (B, L, N, D). Up to 128 positions the backward is one kernel (in 16-bit types), up to 256 two; then block by block.
 SHAPES = {
@@ -28,16 +29,8 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """PyTorch fills new memory with NaN, so that nothing can be read before it was written."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def inputs(B: int, L: int, N: int, D: int, dtype: torch.dtype, **options: Any) -> tuple[Tensor, Tensor]:
-    """qkv and an upstream gradient."""
+    """Make qkv and an upstream gradient."""
     return normal(B, L, 3 * N * D, dtype=dtype, **options), normal(B, L, N * D, seed=1, dtype=dtype)
 
 
@@ -61,15 +54,15 @@ def test_out_and_gradient(shape: tuple[int, int, int, int], dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("L", [24, 140, 260])
 def test_inputs_around_three(L: int, dtype: torch.dtype) -> None:
-    """Scores around 9 * sqrt(D), whose differences alone matter."""
+    """Scores are around 9 * sqrt(D), and only their differences matter."""
     check(*inputs(1, L, 1, 16, dtype, mean=3.0), 1)
 
 
 @pytest.mark.parametrize("L", [20, 140, 260])
 def test_scores_far_below_zero(L: int) -> None:
-    """exp(-lse) overflows here: positions that only fill up a block must not become inf * 0.
+    """exp(-lse) overflows here, and positions that only fill up a block must not become inf * 0.
 
-    Not in float32: it rounds lse = -300 by 2e-5, and so, relatively, P where a program has no whole row to correct it.
+    float32 is not tested: it rounds lse = -300 by 2e-5, and P relatively as much if no program has a whole row.
     """
     qkv, upstream = inputs(1, L, 1, 24, torch.bfloat16, mean=8.0)
     qkv[:, :, 24:48].neg_()
@@ -77,7 +70,7 @@ def test_scores_far_below_zero(L: int) -> None:
 
 
 def test_products_past_the_range_of_float16() -> None:
-    """q . k is past 65504 before it is scaled, and held in float32."""
+    """q . k exceeds 65504 before it is scaled, so it must be held in float32."""
     qkv, upstream = inputs(1, 32, 1, 64, torch.float16)
     qkv[:, :, :128] *= 60
     k = qkv[0, :, 64:128].float()
@@ -86,7 +79,7 @@ def test_products_past_the_range_of_float16() -> None:
 
 
 def test_result_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that each write 16 of 24 channels, as with head sizes of 264 and up: the last one writes 8."""
+    """Each program writes 16 of 24 channels, as with head sizes of 264 and more, and the last one writes 8."""
     choose = kernels.config_for
     monkeypatch.setattr(
         kernels, "config_for", lambda *args, **options: dataclasses.replace(choose(*args, **options), block_out=16)
@@ -123,7 +116,7 @@ def test_no_images() -> None:
     assert qkv.grad.shape == qkv.shape
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="takes 15 GB, and a GPU to be done today")
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes 15 GB, and too long without a GPU")
 def test_more_than_two_billion_numbers() -> None:
     B = 2**31 // (16 * 3 * 64) + 2
     few = normal(3, 16, 3 * 64, dtype=torch.bfloat16)
@@ -179,7 +172,7 @@ def test_other_layouts_are_copied_with_one_warning() -> None:
     assert torch.equal(dx, dqkv)
 
 
-# --- torch's machinery ---
+# --- registration as a torch op ---
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -203,7 +196,7 @@ def test_compiled() -> None:
 
 @pytest.mark.parametrize("L", [64, 256, 1024])
 def test_no_score_matrix_in_memory(L: int) -> None:
-    """Nothing that a kernel is given is larger than qkv, where the scores would be five times as large."""
+    """No argument of a kernel is larger than qkv, while the scores would be five times as large."""
     with launch.record() as launches:
         qkv = torch.empty(2, L, 3 * 16, dtype=torch.bfloat16, device="meta")
         out, lse = launch.IMPLEMENTATIONS["attention"](qkv, 2)
@@ -215,7 +208,7 @@ def test_no_score_matrix_in_memory(L: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_launch_choices(dtype: torch.dtype) -> None:
-    """What kernels rely on: powers of two of 16 and up, and whole rows of scores up to SHORT."""
+    """Kernels rely on sizes that are powers of two from 16 up, and on whole rows of scores up to SHORT."""
     for L in (1, 16, 17, 64, 100, 128, 129, 256, 257, 4096):
         for D in (*range(8, 200, 8), 256, 264, 512):
             for backward in (False, True):

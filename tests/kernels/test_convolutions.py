@@ -1,4 +1,4 @@
-"""Upsampling and skip convolutions rewritten for fewer operations, against float64 and their definitions."""
+"""Upsampling and skip convolutions with fewer operations agree with float64 and their definitions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def compare(ours: Callable[..., Tensor], definition: Callable[..., Tensor], inpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(3, 4), (1, 1), (1, 5)], ids=["3x4", "one pixel", "one row"])
 def test_upsample_conv(size: tuple[int, int], dtype: torch.dtype) -> None:
-    """Ends included: beyond the map both see zeros. The weight is float32, as the module's is."""
+    """Results agree up to the border, beyond which both see zeros. The weight is float32, as in the module."""
     x = channels_last(normal(2, 16, *size, mean=1.0, dtype=dtype))
     compare(convolutions.upsample_conv, reference.upsample_conv, [x, normal(8, 16, 3, 3, seed=1), normal(8, seed=2)])
 
 
 def test_box_weight_is_exact() -> None:
-    """In float64 both forms agree to its rounding; the 4x4 taps of a constant weight count how often it is met."""
+    """In float64 both forms agree to rounding, and the 4x4 taps of a weight of ones count how often each applies."""
     x, weight, bias = normal(2, 5, 3, 4).double(), normal(7, 5, 3, 3, seed=1).double(), normal(7, seed=2).double()
     difference = convolutions.upsample_conv(x, weight, bias) - reference.upsample_conv(x, weight, bias)
     assert difference.abs().max() < 1e-13
@@ -51,7 +51,7 @@ def test_skip_conv1x1(dtype: torch.dtype) -> None:
 
 
 def test_ops_choose() -> None:
-    """With kernels chosen, ops go where they say; otherwise they are their definitions."""
+    """With `triton` the op is the rewritten convolution, and with `reference` its definition."""
     x, weight, bias = channels_last(normal(1, 8, 2, 2)), normal(8, 8, 3, 3, seed=1), normal(8, seed=2)
     with ops.using("triton"):
         assert torch.equal(ops.upsample_conv(x, weight, bias), convolutions.upsample_conv(x, weight, bias))

@@ -1,4 +1,4 @@
-"""Triton kernels multiply float32 numbers exactly: compiled for a GPU, they hold no instruction of TF32."""
+"""Triton kernels multiply float32 numbers exactly: compiled for a GPU, they contain no instruction of TF32."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Whole jobs with every op in its kernel (on a CPU, in Triton's interpreter) give what plain PyTorch gives."""
+"""Whole jobs with every op computed by its kernel (on a CPU in Triton's interpreter) equal those of plain PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from helpers.pictures_folder import make_pictures
 from helpers.tiny import DIFFUSION, MODEL, flags, save, unet
 
 from fastdiff import ops, sample, train
+from fastdiff.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> object:
+def _as_before() -> Iterator[None]:
+    """Restore the mode of the ops, which scripts set for the whole process."""
     yield
     ops.use("auto")
 
@@ -23,7 +26,7 @@ SMALL = {**MODEL, "channel_mult": "1", "attention_resolutions": "8"}
 
 
 def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two steps, every loss the same to rounding, weights and averages too; the log says what computed them."""
+    """Losses, weights and averages of two steps are equal to rounding, and the log says what computed them."""
     data = make_pictures(tmp_path / "pictures")
     made = {}
     for kernels in ("reference", "triton"):
@@ -47,7 +50,7 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sampling(tmp_path: Path) -> None:
-    """The same images but for a level here and there."""
+    """The images differ by one level at most."""
     model = save(unet(**SMALL, learn_sigma=True), tmp_path / "ema_0.9999_000001.pt")
     images = {}
     for kernels in ("reference", "triton"):
@@ -59,10 +62,8 @@ def test_sampling(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdiff.errors import UserError
-
     model = save(unet(), tmp_path / "ema_0.9999_000001.pt")
-    monkeypatch.setattr(ops, "_interpreted", lambda: False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--kernels triton needs a GPU"):
             sample.main(flags({"model_path": model, "kernels": "triton"}))
