@@ -26,7 +26,7 @@ class _Dtype:
         self.name = name.decode("ascii") if isinstance(name, bytes) else name
 
     def __setstate__(self, state: object) -> None:
-        """Ignore byte order and the like, which one byte per number doesn't need."""
+        """Ignore byte order and the like, which have no meaning for numbers of one byte."""
 
 
 class _Array:

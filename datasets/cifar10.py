@@ -1,4 +1,4 @@
-"""CIFAR-10's python archive → DIR/cifar_train and DIR/cifar_test, as airplane_00029.png and so on.
+"""Converts CIFAR-10's python archive into DIR/cifar_train and DIR/cifar_test, with names such as airplane_00029.png.
 
     python datasets/cifar10.py --archive cifar-10-python.tar.gz --out data
 

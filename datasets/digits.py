@@ -1,8 +1,8 @@
-"""Write scikit-learn's handwritten digits as 16x16 gray PNG files, CLASS_NUMBER.png, into train/ and test/.
+"""Writes scikit-learn's handwritten digits as 16x16 gray PNG files, CLASS_NUMBER.png, into train/ and test/.
 
     python datasets/digits.py --out .demo/digits
 
-1797 real scans of 8x8 pixels (UCI, Alpaydin & Kaynak 1998), enlarged bicubically; every tenth goes to test/.
+They are 1797 scans of 8x8 pixels (UCI, Alpaydin & Kaynak 1998), enlarged bicubically; every tenth goes to test/.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Any folder of images, in any depth → one folder of small ones, named CLASS_00000000.png and so on.
+"""Converts a folder of images, at any depth, into one folder of small ones, with names such as CLASS_00000000.png.
 
     python datasets/folder.py --source photos --out data/photos_64 --size 64
 
-Large pictures are decoded and resized once here instead of in every epoch. Classes are found as the trainer finds
-them and become the names' prefixes, with - for the characters _ and /; where nothing tells classes apart, all names
-begin with image. The number in a name is the picture's position in the source. After an interruption
-the same command continues.
+Large pictures are decoded and resized once here instead of in every epoch. Classes are found as the trainer finds them
+and become the names' prefixes, with - for the characters _ and /; where nothing distinguishes classes, all names begin
+with image. The number in a name is the picture's position in the source. After an interruption the same command
+continues.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UNLABELLED = "image"
 
 
 def class_prefixes(listing: Listing, labels_mode: str) -> list[str]:
-    """What the names of each class begin with, in the order of listing.class_names."""
+    """The prefix of the names of each class, in the order of listing.class_names."""
     by_name = labels_mode == "prefix" or (labels_mode == "auto" and set(listing.class_names) <= _file_names(listing))
     if by_name and not any("_" in name for name in _file_names(listing)):
         return [UNLABELLED] * len(listing.class_names)  # by the rule each image would be a class of its own

@@ -63,7 +63,7 @@ class Task:
     source: Path | Slice | bytes | memoryview | np.ndarray
     """A picture's file, or finished pixels [H, W, 3] uint8, which are written as they are."""
     origin: str
-    """How messages call the picture."""
+    """The picture's name in messages."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def class_of(name: str) -> str:
 def prepare(tasks: Iterable[Task], total: int, target: Target, workers: int) -> Summary:
     """Make every picture that the claimed folder does not hold yet. UserError if one can't be written."""
     summary = Summary(target)
-    interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants a line now and then, not ten per second
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # a log file needs fewer lines than ten per second
     with tqdm(total=total, unit="img", desc=target.folder.name, mininterval=interval) as bar:
 
         def missing() -> Iterator[Task]:
@@ -194,7 +194,7 @@ def prepare(tasks: Iterable[Task], total: int, target: Target, workers: int) -> 
 
 
 def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[tuple[str, str | None]]:
-    """Yield (file name, what is wrong with the picture or None) for every task, in order."""
+    """Yield (file name, why the picture can't be read or None) for every task, in order."""
     chunks = iter(lambda: list(itertools.islice(tasks, CHUNK)), [])
     if workers == 1:
         for chunk in chunks:
@@ -236,14 +236,14 @@ def _make_chunk(tasks: list[Task], target: Target) -> list[tuple[str, str | None
 
 
 def _make(task: Task, target: Target) -> str | None:
-    """Write one picture; returns what is wrong with it if it can't be read."""
+    """Write one picture; returns the reason if it can't be read."""
     source = task.source
     assert not isinstance(source, memoryview)  # prepare copies these
     try:
         if isinstance(source, np.ndarray):
             pixels = source
         else:
-            from fastdiff.images.pixels import load_image  # here: scripts with finished pixels don't need it
+            from fastdiff.images.pixels import load_image  # imported here: scripts with finished pixels don't need it
 
             pixels = load_image(source.read() if isinstance(source, Slice) else source, target.size, "RGB")
     except UnidentifiedImageError:

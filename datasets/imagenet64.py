@@ -1,10 +1,10 @@
-"""ImageNet (ILSVRC2012) → DIR/n01440764_00000000.png and so on, small enough to train on.
+"""Converts ImageNet (ILSVRC2012) into a folder of small images, with names such as n01440764_00000000.png.
 
     python datasets/imagenet64.py --source ILSVRC2012_img_train.tar --out data/imagenet64_train
     python datasets/imagenet64.py --source ILSVRC2012_img_val.tar --val_labels labels.txt --out data/imagenet64_val
     python datasets/imagenet64.py --source folder_of_class_folders --out data/imagenet64_train
 
-Archives are read in place, nothing is extracted. The number in a name counts the class's pictures in the order of
+Archives are read in place; nothing is extracted. The number in a name counts the class's pictures in the order of
 their file names. After an interruption the same command continues.
 """
 

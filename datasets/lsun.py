@@ -1,4 +1,4 @@
-"""An LSUN category's LMDB → DIR/bedroom_0000000.png and so on.
+"""Converts an LSUN category's LMDB into a folder of images, with names such as bedroom_0000000.png.
 
     python datasets/lsun.py --lmdb bedroom_train_lmdb --out data/lsun_bedroom --size 256
 
@@ -40,7 +40,7 @@ def reading(folder: Path) -> Iterator[lmdb.Transaction]:
         remedy = "unzip it and give the folder" if folder.suffix == ".zip" else "give the folder that holds data.mdb"
         raise UserError(f"{folder} is not an LMDB folder; {remedy}")
     try:
-        # No lock file: it could not be written in a read-only folder, and nobody writes to the data set.
+        # There is no lock file: it could not be written in a read-only folder, and no process writes to the data set.
         with lmdb.open(str(folder), readonly=True, create=False, lock=False, readahead=False) as environment:
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             if file.stat().st_size < needed:  # reading past the end of a mapped file kills the process

@@ -1,11 +1,11 @@
-"""A folder of images → one array of their decoded pixels, which the trainer reads at memory speed.
+"""Decodes a folder of images into one array of pixels, which the trainer reads at memory speed.
 
     python datasets/pack.py --data_dir data/imagenet64_train --size 64
     deepspeed fastdiff/train.py --data_dir data/imagenet64_train.packed_64x64x3 --image_size 64
 
-Makes ahead what the trainer's --cache disk would make at its first start. The folder made can be trained on by itself:
-it holds pixels.npy (uint8 [N, H, W, C], for np.load with mmap_mode="r"), labels.npy, names.json and packed.json, which
-says what it was made of. After an interruption the same command continues.
+The result is the folder that the trainer's --cache disk makes at its first start. It can be trained on without the
+images: it holds pixels.npy (uint8 [N, H, W, C], for np.load with mmap_mode="r"), labels.npy, names.json and
+packed.json, which names its source. After an interruption the same command continues.
 """
 
 from __future__ import annotations

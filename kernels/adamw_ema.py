@@ -9,7 +9,8 @@ Shapes   lists of N float32 tensors, params, grads, exp_avgs, exp_avg_sqs [N]; a
 Traffic  per element 16 bytes read and 12 written, 8 for each average, 2 for the half; squared_norm reads 4.
 Source   Loshchilov & Hutter 2019, algorithm 2 (https://arxiv.org/abs/1711.05101), as torch.optim.AdamW writes it.
 
-Tables on the device hold the tensors' addresses and each program's range; lists and kernels share them, hence one file.
+Tables on the device hold the tensors' addresses and each program's range. `Lists` and the kernels share their layout,
+hence one file.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 CHUNK = 8192
 """Elements per program: 300 KB of traffic, which hides the two dependent reads of the tables."""
 BLOCK = 512
-"""Elements per loop iteration: with 4 warps one 128-bit access per thread and tensor, and at most 72 registers."""
+"""Elements per loop iteration: 4 warps make one 128-bit access per thread and tensor, with at most 72 registers."""
 NORM_BLOCK = 2048
 """The same for the norm, which reads only one tensor."""
 SUM_BLOCK = 4096
@@ -43,7 +44,7 @@ _PARAM, _EXP_AVG, _EXP_AVG_SQ, _STEP, _AVERAGES = (tl.constexpr(i) for i in rang
 
 @triton.jit
 def _stretch(chunks_ptr, numels_ptr, CHUNK: tl.constexpr):
-    """What this program works on: which tensor, from which element, how many elements."""
+    """The tensor of this program, its first element there, and its number of elements."""
     i_tensor = tl.load(chunks_ptr + 2 * tl.program_id(0)).to(tl.int64)
     start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     return i_tensor, start, tl.minimum(tl.load(numels_ptr + i_tensor) - start, CHUNK).to(tl.int32)
@@ -71,7 +72,7 @@ def _mix(b_old, b_new, weight):
 def _update(
     p_row, grad, shares_ptr, start, o, m, scalars, K: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr
 ):  # fmt: skip
-    """Everything for elements start + o of one parameter; returns their gradients as they came.
+    """Update elements start + o of one parameter; returns their unscaled gradients.
 
     Addresses are read here, in the loop: they are in the L1 cache, and registers are scarcer.
     """
@@ -114,19 +115,19 @@ def _adamw_ema(
         places |= tl.load(p_row + _AVERAGES + K)
     if found_inf_ptr is not None:
         count = tl.where(tl.load(found_inf_ptr) != 0, 0, count)
-    if lr_ptr is not None:  # then decay came without it
+    if lr_ptr is not None:  # then `decay` does not include the learning rate yet
         lr = tl.load(lr_ptr)
         decay *= lr
     grad_scale = 1.0
     if grad_scale_ptr is not None:
         grad_scale = tl.load(grad_scale_ptr)
-    # The powers in float64: for beta 0.999 a float32 1 - beta^1 has three digits less.
+    # The powers are computed in float64: for beta 0.999 a float32 1 - beta^1 has three digits less.
     step = tl.load(_pointer(tl.load(p_row + _STEP), tl.float32, False)).to(tl.float64)
     step_size = tl.div_rn(lr, (1.0 - tl.exp(step * log_beta1)).to(tl.float32))
     root_scale = tl.div_rn(1.0, tl.sqrt_rn((1.0 - tl.exp(step * log_beta2)).to(tl.float32)))
     scalars = (grad_scale, share1, share2, decay, step_size, root_scale, eps)
 
-    bulk = tl.where(places % 16 == 0, count // BLOCK * BLOCK, 0)  # what can go 128 bits at a time
+    bulk = tl.where(places % 16 == 0, count // BLOCK * BLOCK, 0)  # elements that are accessed 128 bits at a time
     o = tl.arange(0, BLOCK)
     b_squares = tl.zeros([BLOCK], tl.float32)
     for i in range(0, bulk, BLOCK):

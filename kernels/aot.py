@@ -3,7 +3,7 @@
 Triton's own dispatch compiles, with a driver that only reports a GPU's capability. So the cache keys are those of a run
 on such a GPU, which finds the compiled code in Triton's cache.
 
-Needs Triton's own NVIDIA tools (ptxas, cuobjdump, nvdisasm), which its wheel brings, and no GPU. Must run without
+This needs no GPU, but Triton's NVIDIA tools (ptxas, cuobjdump, nvdisasm), which its wheel contains. It must run without
 TRITON_INTERPRET, which replaces kernels when they are defined.
 """
 
@@ -61,10 +61,6 @@ class Compiled:
     def wide_stores(self) -> bool:
         """Whether bulk stores put 128 bits at once."""
         return 128 in self.stores
-
-    def widest(self) -> bool:
-        """Whether loads and stores both take 128 bits at once."""
-        return self.wide_loads() and self.wide_stores()
 
 
 class _NamedGPU:
@@ -274,7 +270,7 @@ def compile_all(lines: Iterable[str], arch: int, parent: int) -> None:
 
 
 def _build_launcher(built: Any) -> None:
-    """Older Tritons compile C code for every signature, too, where there is a CUDA driver; it goes to the cache."""
+    """Compile into the cache the C code that older versions of Triton need for each signature, if there is a driver."""
     nvidia = importlib.import_module("triton.backends.nvidia.driver")
     if hasattr(nvidia, "make_launcher"):
         nvidia.CudaLauncher(built.src, built.metadata)

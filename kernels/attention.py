@@ -46,11 +46,11 @@ class Config:
     rows: int
     """Queries per program; in a launch for dK and dV, keys."""
     columns: int
-    """Keys (there: queries) at a time; all of them, padded to a power of two, where L <= SHORT."""
+    """Keys at a time (for dK and dV, queries); all of them, padded to a power of two, where L <= SHORT."""
     block_d: int
     """Channels per step of a product."""
     block_out: int
-    """L > SHORT: channels of the result per program, each of which recomputes the scores. Else 0: all."""
+    """For L > SHORT, channels of the result per program; each program recomputes the scores. Else 0, for all."""
     warps: int
     stages: int = 2
 
@@ -60,7 +60,7 @@ def _power(n: int) -> int:
 
 
 def _step(D: int, largest: int) -> int:
-    """A power of two whose last step wastes at most an eighth of D: 64 of 192, 32 of 96 and 144. 16 if none does."""
+    """A power of two whose last step pads at most an eighth of D: 64 for 192, 32 for 96 and 144; else 16."""
     block = largest
     while block > 16 and (block > D or -D % block * 8 > D):
         block //= 2
@@ -70,7 +70,8 @@ def _step(D: int, largest: int) -> int:
 def config_for(L: int, D: int, dtype: torch.dtype, backward: bool = False) -> Config:
     """The block sizes, which depend on shape and dtype alone.
 
-    Chosen by compiling, not by timing: at models' sizes no register spills for compute capability 8.0, 9.0 or 10.0.
+    They were chosen by compiling, not by timing: at the sizes of the configurations no register spills for compute
+    capability 8.0, 9.0 or 10.0.
     """
     columns, block, out = _power(L), _step(D, 64), min(256, _power(D))
     if dtype == torch.float32:  # products without tensor cores: small blocks, or the registers run out
@@ -110,7 +111,7 @@ def supported(qkv: Tensor, num_heads: int) -> str:
 
 @triton.jit
 def _dot(b_x, b_y, b_acc):
-    if _INTERPRETED:  # it holds bf16 as bits, and would multiply those
+    if _INTERPRETED:  # the interpreter stores bf16 as integers and would multiply those
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
 
@@ -184,7 +185,7 @@ def _backward_whole(
     qkv_ptr, dout_ptr, lse_ptr, dqkv_ptr, N, scale,
     L: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and dV of a head: BLOCK_M = BLOCK_N positions, all there are."""
+    """dQ, dK and dV of all positions of a head: BLOCK_M = BLOCK_N, at least L."""
     _, i_bn, i_qkv, i_out = _place(L, N, D, BLOCK_M)
     o_l = tl.arange(0, BLOCK_N)
     m_l = (o_l < L)[:, None]
@@ -196,7 +197,7 @@ def _backward_whole(
     b_p = _times_transposed(p_q, m_l, p_q + D, m_l, D, BLOCK_D) * (scale * LOG2E)
     if L < BLOCK_N:
         b_p = tl.where((o_l < L)[None, :], b_p, float("-inf"))
-    b_p = tl.exp2(b_p - b_lse * LOG2E)  # [L, L]; past L some number, but dO is 0 there
+    b_p = tl.exp2(b_p - b_lse * LOG2E)  # [L, L]; rows past L are meaningless, but dO is 0 there
     b_p *= (1 / tl.sum(b_p, 1))[:, None]  # without lse's rounding: rows of dS must add up to 0
     _write_times(p_dq + 2 * D, m_l, tl.trans(b_p), 1.0, p_do, m_l, D, BLOCK_D)
     b_dp = _times_transposed(p_do, m_l, p_q + 2 * D, m_l, D, BLOCK_D)
@@ -232,7 +233,7 @@ def _backward_short(
     b_p = _times_transposed(p_x, m_m, p_y, m_n, D, BLOCK_D) * (scale * LOG2E)
     if L < BLOCK_N:
         m_p = (o_n < L)[None, :]
-        if KEYS:  # P of keys past L, which nobody reads, could overflow
+        if KEYS:  # P of keys past L, which is never read, could overflow
             m_p = m_p & m_m
         b_p = tl.where(m_p, b_p, float("-inf"))
     b_p = tl.exp2(b_p - b_lse * LOG2E)  # [M, L]; with KEYS, rows of P^T
@@ -346,7 +347,7 @@ def _backward_long(
 
 
 def _rows(x: Tensor, name: str) -> Tensor:
-    """x [B, L, C] contiguous: as a channels-last map of one row, it is copied with that op's warning if necessary."""
+    """x [B, L, C] contiguous. As `channels_last` does for a map, it is copied, with one warning, if it isn't."""
     return channels_last(x.transpose(1, 2)[:, :, None], "attention", name)[:, :, 0].transpose(1, 2)
 
 

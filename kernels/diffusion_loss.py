@@ -43,7 +43,7 @@ CDF_SCALE = tl.constexpr(math.sqrt(2.0 / math.pi))
 def _cdf(b_z):
     """The tanh approximation of the normal distribution function (Page 1977), and its derivative."""
     b_y = (b_z + 0.044715 * (b_z * b_z * b_z)) * CDF_SCALE
-    b_tanh = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(b_y)) + 1.0)  # as fine near 1 as float32 is, where its rounding matters
+    b_tanh = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(b_y)) + 1.0)  # near 1 its error is float32's rounding
     b_tanh = tl.where(b_y < 0.0, -b_tanh, b_tanh)
     b_slope = (1.0 - b_tanh * b_tanh) * (1.0 + 3 * 0.044715 * b_z * b_z) * (0.5 * CDF_SCALE)
     return 0.5 * (1.0 + b_tanh), b_slope

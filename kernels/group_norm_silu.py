@@ -35,7 +35,7 @@ def drop_below(dropout: float) -> int:
 
 
 def _rows(value: Tensor | None) -> tuple[Tensor | None, int]:
-    """A [B, C] tensor with contiguous rows, and its stride between rows; a half made by chunk is not copied."""
+    """A [B, C] tensor with contiguous rows, and its stride between rows; a half that chunk returns is not copied."""
     if value is None:
         return None, 0
     if value.stride(1) != 1 and value.shape[1] > 1:

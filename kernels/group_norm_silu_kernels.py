@@ -44,12 +44,12 @@ def _load_first(x_ptr, skip_ptr, i_row, o_c, m, C1):
 
 @triton.jit
 def _load_input(x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_row, o_c, m, C1, C2):
-    """As _load_pair; if there is a second, x becomes their sum, which is stored."""
+    """As _load_pair; with a second summand x becomes the sum, which is stored."""
     if second_ptr is None:
         b_x = _load_pair(x_ptr, skip_ptr, i_row, o_c, m, C1, C2)
     else:
         b_x = _load_first(second_ptr, skip_ptr, i_row, o_c, m, C1).to(tl.float32)
-        if second_bias_ptr is not None:  # from L1 at every use: kept, it would cost registers
+        if second_bias_ptr is not None:  # loaded from L1 at every use, which saves registers
             b_x = tl.where(m, b_x + tl.load(second_bias_ptr + o_c, mask=o_c < C1, other=0.0).to(tl.float32), 0.0)
         b_x += _load_first(x_ptr, skip_ptr, i_row, o_c, m, C1).to(tl.float32)
         b_total = b_x.to(total_ptr.dtype.element_ty)
@@ -159,7 +159,7 @@ def _finish_forward(
     b_mean, b_m2, offset_ptr, offset_stride, stats_ptr, i_b, o_c, m_c, L, C, eps,
     CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr,
 ):  # fmt: skip
-    """From channel sums to (what to subtract, 1 / std) [K], which also go to stats."""
+    """Channel means and squared deviations → (the value to subtract, 1 / std) [K], which are also stored in stats."""
     b_offset = tl.zeros_like(b_mean)
     if offset_ptr is not None:
         b_offset = tl.load(offset_ptr + i_b * offset_stride + o_c, mask=m_c, other=0.0).to(tl.float32)
@@ -178,9 +178,9 @@ def _finish_backward(
     b_g, b_gd, b_gain, b_rstd, stats_ptr, sums_ptr, i_b, o_c, m_c, L, C,
     CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr,
 ):  # fmt: skip
-    """From the sums of g and g * (x - centre) to slope and constant of dx = rstd * gain * g + slope * d + constant.
+    """Sums of g and g * (x - centre) → slope and constant of dx = rstd * gain * g + slope * d + constant.
 
-    sums [B, 3, C] gets the sum of g, of g * xhat, and of dx, the gradient of the offset.
+    sums [B, 3, C] receives the sums of g, of g * xhat, and of dx, which is the gradient of the offset.
     """
     b_same = _same_group(CG, CT, CT_PAD)
     b_gx = b_gd * b_rstd
@@ -231,7 +231,7 @@ def _slab_forward(
                 b_d = tl.where(m, b_x - b_first, 0.0)
                 b_sum += b_d
                 b_sum2 += b_d * b_d
-            # A lane beyond the last pixel saw no value if the block is longer than the map; nothing divides by its 0.
+            # A lane beyond the last pixel has read no value if the block is longer than the map; it divides by 1.
             b_n = ((L - o_l + BLOCK_L - 1) // BLOCK_L).to(tl.float32)[:, None]
             b_each = tl.maximum(b_n, 1.0)
             b_mean, b_m2 = _merge(b_first + b_sum / b_each, b_sum2 - b_sum * b_sum / b_each, b_n, L)
@@ -275,7 +275,7 @@ def _part_moments(
         b_d = tl.where(m, b_x - b_first, 0.0)
         b_sum += b_d
         b_sum2 += b_d * b_d
-    # Values that a lane saw: none if even its first pixel lies beyond the image.
+    # The number of values that a lane has read: none if its first pixel lies beyond the image.
     b_n = (tl.maximum(count - (o_l - i_first) + BLOCK_L - 1, 0) // BLOCK_L).to(tl.float32)
     b_each = tl.maximum(b_n, 1.0)
     b_mean, b_m2 = _merge(b_first + b_sum / b_each, b_sum2 - b_sum * b_sum / b_each, b_n, count.to(tl.float32))

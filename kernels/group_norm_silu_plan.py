@@ -1,4 +1,4 @@
-"""Which inputs `group_norm_silu` accepts, and the launch configuration for their shape."""
+"""Checks the inputs of `group_norm_silu` and chooses the launch configuration for their shape."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def plan(
     tile = Tile.of(C, group, 8, 64 // itemsize, max(limit // padded_l, 1))
     if tile.padded > 32 and padded_l * tile.padded > limit // 2:
         tile = Tile.of(C, group, 8, 32 // itemsize, max(limit // padded_l, 1))
-    # The [K, K] table of groups takes registers, too.
+    # The [K, K] table of groups needs registers, too.
     room = limit if tile.padded <= 32 else limit // 2 if tile.padded <= 64 or not backward else 0
     one_block = padded_l * tile.padded <= room and tile.channels >= min(32 // itemsize, C)
     if not one_block:
@@ -81,7 +81,7 @@ def plan(
     slab = (one_block or in_l2) and tile.padded <= 128
     few = backward or (summed and tile.padded > 64)  # a second map and the table leave few registers
     block_l = padded_l if one_block else (4096 if few else 8192) // tile.padded
-    # 32 values of 16 bits per thread, at least 8; the [K, K] table of groups wants threads too.
+    # 32 values of 16 bits per thread, at least 8; the [K, K] table of groups needs threads, too.
     size = block_l * tile.padded * itemsize
     warps = min(16, max(1, size // 2048, min(tile.padded // 8, size // 512))) if one_block else 16
     # If not a slab: enough programs to fill the GPU, and at most 128 parts to merge.

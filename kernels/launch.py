@@ -1,4 +1,4 @@
-"""Functions of all kernel files: registering ops, launching kernels, and recording launches instead of making them.
+"""Functions that all kernel files share: registering ops, launching kernels, recording launches without making them.
 
 A recorded launch holds everything that determines the compiled code, so kernels can be compiled without the GPU.
 """
@@ -23,7 +23,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 
 def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as the torch op fastdiff::name, opaque to torch.compile, without fake and backward so far."""
+    """Register a function as the torch op fastdiff::name, opaque to torch.compile; its fake and backward come later."""
 
     def register(fn: Callable[..., Any]) -> Any:
         IMPLEMENTATIONS[name] = fn
@@ -50,7 +50,7 @@ class Launch:
 
 _recorded: list[Launch] | None = None
 listener: Callable[[Launch], None] | None = None
-"""Functions that are called with every launch before it is made."""
+"""A function that is called with every launch before it is made."""
 
 
 def launch(

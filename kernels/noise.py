@@ -1,8 +1,8 @@
 """Noise from counters, in kernels: the same numbers as `reference.image_noise` and `reference.image_uniform`.
 
-Element 4k .. 4k + 3 of an image (in C, H, W order) come from one call of philox-4x32-10 with key seed and counter
-(k, draw, index low, index high), by the Box-Muller transform in float64. Transforms of the same words on a CPU and on
-GPUs differ by rounding of float64, so the float32 results agree but for a rare last bit.
+Elements 4k .. 4k + 3 of an image (in C, H, W order) come from one call of philox-4x32-10, with the seed as key and the
+counter (k, draw, index low, index high), by the Box-Muller transform in float64. Transforms of the same words on a CPU
+and on GPUs differ by rounding of float64, so the float32 results agree but for a rare last bit.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ TWO_PI = tl.constexpr(2 * math.pi)
 def _cos_sin(b_u):
     """cos and sin of 2 pi u for u in (0, 1), float64.
 
-    Quarter turns come off exactly; for the rest, at most pi / 4, Taylor's series to a^16 are exact to rounding. A
-    library's functions would bring a branch for huge angles, and its stack.
+    Subtracting quarter turns is exact; for the rest, at most pi / 4, Taylor's series to a^16 are exact to rounding. A
+    library's functions would have a branch for huge angles, which needs a stack.
     """
     b_turn = tl.floor(b_u * 4.0 + 0.5)
     b_a = (b_u - b_turn * 0.25) * TWO_PI
@@ -153,7 +153,7 @@ def image_uniform(seed: int, index: Tensor, draw: int) -> Tensor:
 
 
 def check_counters(index: Tensor, draw: Tensor | None) -> None:
-    """index and draw must be [B] int64."""
+    """Raise ValueError unless index and draw are [B] int64."""
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(f"noise needs index [B] int64; got {tuple(index.shape)} {index.dtype}: use .long()")
     if draw is not None and (draw.shape != index.shape or draw.dtype != torch.int64):

@@ -29,12 +29,12 @@ def strides(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def noise_strides(noise: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """As `strides`, of noise that may be made from its counters instead."""
+    """As `strides`; (None, 0, 0) for noise that is computed from its counters."""
     return (None, 0, 0) if noise is None else strides(noise)
 
 
 def start_map(x_start: Tensor, op: str) -> Tensor:
-    """x_start as a map [B, C, H, W]: float32 as it comes, or bytes [B, H, W, C] seen that way."""
+    """x_start as a map [B, C, H, W]: float32 unchanged, or bytes [B, H, W, C] as a view."""
     if x_start.dim() != 4:
         raise ValueError(f"{op} needs x_start with 4 axes; got {tuple(x_start.shape)}")
     if x_start.dtype == torch.uint8:
@@ -45,7 +45,7 @@ def start_map(x_start: Tensor, op: str) -> Tensor:
 
 
 def check_coefficients(coefficients: Tensor, B: int, columns: int, op: str) -> None:
-    """[B, columns] float32, rows at any distance."""
+    """Raise ValueError unless coefficients are [B, columns] float32; the rows may have any stride."""
     if coefficients.shape != (B, columns) or coefficients.dtype != torch.float32 or coefficients.stride(1) != 1:
         raise ValueError(
             f"{op} needs coefficients of shape {(B, columns)}, one row of float32 per image; got "
@@ -87,7 +87,7 @@ def load_noise(
     noise_ptr, index_ptr, draw_ptr, seed, i_b, i_c: tl.constexpr, o_p, m, C, HW, channel_stride, pixel_stride,
     Q: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Noise of one channel at pixels o_p [Q, 4]: read, or made from its counters."""
+    """Noise of one channel at pixels o_p [Q, 4]: read, or computed from its counters."""
     if noise_ptr is not None:
         return tl.load(noise_ptr + i_b * HW * C + i_c * channel_stride + o_p * pixel_stride, mask=m, other=0.0)
     else:
@@ -99,7 +99,7 @@ def load_noise(
 
 @triton.jit
 def store_padded(out_ptr, i_b, o_p, m, HW, v0, v1, v2, v3, PAD: tl.constexpr):
-    """Channels v0 .. v3 of every pixel into a channels-last map of PAD (4 or 8) channels, the rest zero."""
+    """Store channels v0 .. v3 of every pixel into a channels-last map of PAD (4 or 8) channels, the rest zero."""
     b_even, b_odd = tl.join(v0, v2), tl.join(v1, v3)  # [Q, 4, 2]
     b_four = tl.join(b_even, b_odd)  # [Q, 4, 2, 2]: channel 2i + j
     Q: tl.constexpr = v0.shape[0]

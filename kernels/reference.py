@@ -64,8 +64,8 @@ def add_group_norm_silu(
 ) -> tuple[Tensor, Tensor]:
     """A residual sum and the norm that follows it: (total, group_norm_silu(total, …)).
 
-    a, b    [B, C1, H, W], one dtype, which total and the norm's result have, too.
-    b_bias  [C1], of the convolution that made b without it. total = a + b + b_bias.
+    a, b    [B, C1, H, W], of one dtype, which is also that of total and of the norm's result.
+    b_bias  [C1], the bias that the convolution which made b left out. total = a + b + b_bias.
     The rest is `group_norm_silu`'s, with total as x.
     """
     total = residual_sum(a, b, b_bias)
@@ -136,9 +136,9 @@ def _counters(index: Tensor, draw: int | Tensor, words: int) -> tuple[Tensor, Te
 def image_noise(seed: int, index: Tensor, draw: int | Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 noise [B, *shape] that depends on (seed, index[b], draw) alone.
 
-    index  [B] int64, which image of the job or of the training stream.
-    draw   which of the image's noises: a sampling step, say; one for all, or [B] int64.
-    Element 4k..4k+3 of an image (in C, H, W order) come from one philox call by the Box-Muller transform.
+    index  [B] int64, number of the image in the job, or its position in training.
+    draw   number of the noise among those of its image, such as the sampling step; one for all, or [B] int64.
+    Elements 4k .. 4k + 3 of an image (in C, H, W order) come from one philox call by the Box-Muller transform.
     """
     count = math.prod(shape)
     words = philox(seed, *_counters(index, draw, -(-count // 4)))
@@ -178,7 +178,7 @@ def image_uniform(seed: int, index: Tensor, draw: int) -> Tensor:
 
 def update_ema(averages: list[Tensor], sources: list[Tensor], rate: float) -> None:
     """average = rate * average + (1 - rate) * source, in place, for every pair (float32)."""
-    # As a step towards the source: rate and 1 - rate, rounded, don't add up to 1, and averages would drift by 2e-4.
+    # The average moves towards the source: rounded, rate and 1 - rate don't add up to 1, and it would drift by 2e-4.
     torch._foreach_lerp_(averages, sources, 1 - rate)
 
 

@@ -118,7 +118,7 @@ def vb_terms_bpd(
 
 
 def log_variance(values: Tensor | None, variance: str, low: Tensor, high: Tensor, like: Tensor) -> Tensor:
-    """The log variance that a network's second half stands for, or the fixed one; low, high [B, 1, 1, 1]."""
+    """The log variance from the second half of a network's output, or the fixed one; low, high [B, 1, 1, 1]."""
     if variance == "fixed":
         return high.expand_as(like)
     assert values is not None
@@ -142,7 +142,7 @@ def diffusion_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, mse, vb), each [B] float32; only loss carries a gradient.
 
-    output        [B, C or 2C, H, W]: a prediction of the noise (epsilon) or of x_0, then what the variance is made of.
+    output        [B, C or 2C, H, W]: a prediction of the noise (epsilon) or of x_0, then the values for the variance.
     coefficients  [B, 10], columns LOSS_COLUMNS.
     variance      "fixed", "range" (a share between the two log variances), "learned" (a log variance).
     kl            loss = vb * vb_scale, the bound in bits per dimension (mse is then 0). Otherwise loss =
@@ -185,7 +185,7 @@ def sampler_step(
     """(x_next, pred_xstart) from the network's output [B, C or 2C, H, W] at x [B, C, H, W] float32.
 
     x_next = c_x x + c_0 x_0 + sum of c_i history_i + sigma std noise, where x_0 = recip x - recipm1 output (epsilon) or
-    the output, clipped to [-1, 1] if wanted, and std is 1 ("fixed") or exp(log variance / 2) as the network has it.
+    the output, clipped to [-1, 1] with `clip`, and std is 1 ("fixed") or exp(log variance / 2) of the network's.
     coefficients  [B, 10], columns STEP_COLUMNS. history: up to 3 earlier predictions of x_0.
     """
     column = dict(zip(STEP_COLUMNS, (_wide(column) for column in coefficients.unbind(1)), strict=True))

@@ -179,8 +179,8 @@ def sampler_step(
     """(x_next, x_0, next network input [B, 8, H, W] in input_dtype or None); see the head of the file.
 
     noise     [B, C, H, W] float32, or its counters, or None for a step without.
-    variance  what the second half of output is: nothing to this step ("fixed"; it may be absent), a share of the
-              "range" between low and high, or "learned".
+    variance  the meaning of the second half of output: none ("fixed"; it may be absent), a share between the log
+              variances low and high ("range"), or the log variance itself ("learned").
     Raises ValueError for shapes and dtypes that don't fit; a channels-first output is copied, with a warning.
     """
     if x.dim() != 4 or x.dtype != torch.float32:
