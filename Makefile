@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 GOLDEN ?= tests/golden
-# The oldest Triton that setup.py admits, which the kernels are compiled with as well; it lies aside, not in .venv.
+# The oldest Triton that setup.py admits. The kernels are compiled with it as well; it has its own folder beside .venv.
 OLDEST_TRITON := 3.6.0
 REHEARSAL := .rehearsal/venv
 
@@ -42,13 +42,13 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 	    --batch_size 20 --timestep_respacing 100 --out_dir .demo/nll
 	@echo 'Look at .demo/samples/samples_100x16x16x1.png: each row is a class, 0 to 9. How ten came about: samples_100x16x16x1_steps.gif'
 
-test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## all tests, on the CPU: under 20 minutes on two cores
+test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run all tests on the CPU: under 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-test-fast: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## the tests that are not marked slow: under 4 minutes on two cores
+test-fast: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run the tests that are not marked slow: under 4 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests
 
-stress: $(READY)  ## an hour of kills, hostile input, dying ranks and two nodes; `make test` has a short version of each
+stress: $(READY)  ## run kills, hostile input, dying ranks and two nodes for an hour; `make test` has a short version of each
 	$(BIN)/python tests/stress/chaos.py --kills $(or $(KILLS),100)
 	$(BIN)/python tests/stress/fuzz/run.py --seconds $(or $(SECONDS),900)
 	$(BIN)/python tests/stress/deaths.py
@@ -57,30 +57,30 @@ stress: $(READY)  ## an hour of kills, hostile input, dying ranks and two nodes;
 chaos: $(READY)  ## kill a small training run a hundred times at random instants; nothing may be lost (KILLS=100)
 	$(BIN)/python tests/stress/chaos.py --kills $(or $(KILLS),100)
 
-test-golden: $(READY)  ## the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
+test-golden: $(READY)  ## compare with the recorded numbers only; FASTDIFF_GOLDEN=FOLDER for others of the same kinds
 	OMP_NUM_THREADS=1 FASTDIFF_GOLDEN=$(abspath $(or $(FASTDIFF_GOLDEN),$(GOLDEN))) $(BIN)/python -m pytest tests/golden
 
-test-gpu: $(READY)  ## the tests that need a GPU, those of the kernels natively on it, and recorded numbers
+test-gpu: $(READY)  ## run the tests that need a GPU, those of the kernels on it, and those of recorded numbers
 	$(BIN)/python benchmarks/gpu_proof.py --again --only kernels golden 'gpu tests'
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy fastdiff kernels
 
-bench: $(READY)  ## training steps against improved-diffusion's and others', for a small network on a CPU: minutes
+bench: $(READY)  ## time training steps against improved-diffusion's and others', for a small network on a CPU: minutes
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
 	$(BIN)/python benchmarks/bench_train.py --quick --json benchmarks/results/train_quick_cpu.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/train_quick_cpu.json \
 	    --markdown benchmarks/results/train_quick_cpu.md --chart benchmarks/results/train_quick_cpu.svg
 
-bench-sampling: $(READY)  ## drawing against improved-diffusion's and others', for a small network on a CPU: minutes
+bench-sampling: $(READY)  ## time drawing against improved-diffusion's and others', for a small network on a CPU: minutes
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
 	$(BIN)/python benchmarks/bench_sampling.py --quick --json benchmarks/results/sampling_quick_cpu.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/sampling_quick_cpu.json \
 	    --markdown benchmarks/results/sampling_quick_cpu.md --chart benchmarks/results/sampling_quick_cpu.svg
 
-gpu-proof: $(READY)  ## on a GPU: is everything right, and how fast is it? 40 minutes or more, the most valuable first; SECONDS=560, ARGS='--only ...'
+gpu-proof: $(READY)  ## check and measure everything on a GPU: 40 minutes or more, the most valuable first; SECONDS=560, ARGS='--only ...'
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
 	$(BIN)/python benchmarks/gpu_proof.py --keep benchmarks/results $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS) || [ $$? -eq 3 ]
 
@@ -93,12 +93,12 @@ $(REHEARSAL)/.ready: constraints.txt
 	    -c $(REHEARSAL)/constraints.txt
 	touch $(REHEARSAL)/.ready
 
-rehearse: $(REHEARSAL)/.ready  ## gpu-proof on a simulated H100, which computes nothing: x86-64 Linux, g++, 6 GB of disk, 90 minutes; ARGS='--only machine'
+rehearse: $(REHEARSAL)/.ready  ## run gpu-proof on a simulated H100, which computes nothing: x86-64 Linux, g++, 6 GB of disk, 90 minutes; ARGS='--only machine'
 	$(REHEARSAL)/bin/python -m pytest tests/benchmarks/test_rehearsal.py
 	$(REHEARSAL)/bin/python benchmarks/rehearsal/run.py $(REHEARSAL)/bin/python benchmarks/gpu_proof.py \
 	    --out .rehearsal/proof --work .rehearsal/work --stretch 30 --rehearsal $(ARGS)
 
-bench-kernels: $(READY)  ## every kernel against PyTorch, torch.compile and peers, figures in benchmarks/results
+bench-kernels: $(READY)  ## time every kernel against PyTorch, torch.compile and peers, figures in benchmarks/results
 	mkdir -p benchmarks/results
 	$(BIN)/python -m pytest -W ignore -o python_files='bench_*.py' -o python_functions='bench_*' -o timeout=3600 \
 	    $(wildcard benchmarks/bench_*.py) -k '$(or $(K),bench)' --benchmark-json benchmarks/results/kernels.json
