@@ -190,7 +190,7 @@ def name_of(one: Launch) -> str:
 
 
 def selected(launches: list[Launch], kernels: list[str], each: int) -> list[Launch]:
-    """Every kind of compilation once; of each kernel at most `each` (0: all), spread over what there is."""
+    """Launches that compile differently, each once; of each kernel at most `each` (0: all), evenly chosen."""
     by_kernel: dict[str, list[Launch]] = {}
     for one in aot.unique(launches):
         by_kernel.setdefault(name_of(one), []).append(one)

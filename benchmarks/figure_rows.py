@@ -95,7 +95,7 @@ class Bench:
     def costliest(
         self, calls: Sequence[tuple[str, Call]], cost: Callable[[Call], float]
     ) -> Iterator[tuple[str, Call, int]]:
-        """(direction, call, its rank in its direction) by what calls cost in a step, the most first; `most` of each."""
+        """Yield (direction, call, its rank in its direction), the costliest in a step first; at most `most` of each."""
         ranks: Counter[str] = Counter()
         for direction, call in sorted(calls, key=lambda given: -cost(given[1]) * given[1].count):
             if not self.most or ranks[direction] < self.most:

@@ -129,7 +129,7 @@ def figure_of(batch: Batch, rounds: int = 15) -> Figure:
 
 
 def time_calls(fn: Function, inputs: Inputs, device: torch.device, rounds: int = 15) -> Figure:
-    """`figure_of` of `batch_of`."""
+    """Prepare calls as `batch_of` does, and time them."""
     return figure_of(batch_of(fn, inputs, device), rounds)
 
 

@@ -99,7 +99,7 @@ NORM_ARGUMENTS = {
 
 @dataclasses.dataclass
 class Norm:
-    """A call of one of the three ops, its arguments by their names."""
+    """A call of one of the three ops, with its arguments by name."""
 
     call: Call
 

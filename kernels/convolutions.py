@@ -53,7 +53,7 @@ def box_weight(weight: Tensor) -> Tensor:
 
 
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As `reference.upsample_conv`; the weight, in float32 if it is, is rounded to x's dtype after the sums.
+    """As `reference.upsample_conv`; a float32 weight is rounded to x's dtype only after the sums of `box_weight`.
 
     A weight of 4x4 taps, as `box_weight` gives them, is taken as it is.
     """

@@ -297,7 +297,7 @@ def _sum_moments(
     x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2,
     ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As _moments, of a sum that it stores."""
+    """As _moments, for the sum of two maps, which it stores."""
     _part_moments(
         x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2, ROWS, BLOCK_L, BLOCK_C
     )
