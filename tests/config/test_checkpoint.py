@@ -1,4 +1,4 @@
-"""A checkpoint is opened once per network, however many parts of a script need something of it."""
+"""A checkpoint is opened once per network, however many parts of a script read it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import fastdiff
 from fastdiff import nll, sample, super_res_sample
 
 OPENS = 3
-"""Times that Python opens a file for one reading: to check it, to load it, and to hash it."""
+"""How often Python opens a file that is read once: to check it, to load it, and to hash it."""
 _watched: list[Counter[str]] = []
 
 
@@ -26,12 +26,12 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
         _watched[-1][Path(str(arguments[0])).name] += 1
 
 
-sys.addaudithook(_audit)  # hooks stay for good: it counts only inside `opened_files`
+sys.addaudithook(_audit)  # a hook can't be removed, so it counts only inside `opened_files`
 
 
 @contextmanager
 def opened_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Counter[str], Counter[str]]]:
-    """How often each .pt file is opened in the block, and how often torch.load reads it."""
+    """Count how often each .pt file is opened in the block, and how often torch.load reads it."""
     opens: Counter[str] = Counter()
     loads: Counter[str] = Counter()
     load = torch.load
@@ -76,7 +76,7 @@ def test_sample_with_three_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("script", [nll, super_res_sample])
 def test_start(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the first file besides the checkpoint is missing."""
+    """The checkpoint is opened once before the script finds that another file is missing."""
     name = "nll" if script is nll else "super_res_sample"
     file = save(unet() if script is nll else super_res(), tmp_path / f"{name}.pt")
     argv = flags({"model_path": file, **({"data_dir": tmp_path} if script is nll else {})})

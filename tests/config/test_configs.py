@@ -1,4 +1,4 @@
-"""Each shipped configuration is the published one: settings, parameters and shapes."""
+"""Each shipped configuration has the settings, parameters and shapes of the published one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECTIONS = ("model", "diffusion", "data", "train")
 
 COSINE = {"diffusion_steps": 4000, "noise_schedule": "cosine"}
 UNSCALED = {"rescale_learned_sigmas": False, "rescale_timesteps": False}
-# What improved-diffusion's README trains, as settings that differ from the defaults; lr and global batch beside.
+# improved-diffusion's README: reference network, settings that differ from the defaults, and training settings.
 PUBLISHED = {
     "imagenet64_uncond": ("imagenet64_uncond", COSINE, {"lr": 1e-4, "batch_size": 128}),
     "imagenet64_uncond_vlb": (
@@ -93,8 +93,8 @@ def test_demo_is_small_and_conditional() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_starts_as_it_is(name: str, tmp_path: Path) -> None:
-    """Up to the images, each needs nothing but --data_dir (and fp32 or bf16 where there is no GPU)."""
+def test_starts_without_other_flags(name: str, tmp_path: Path) -> None:
+    """Each configuration starts with no flag but --data_dir, up to reading the images."""
     script = super_res_train if "upsample" in name else train
     argv = ["--config", str(FOLDER / f"{name}.json"), "--run_dir", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--data_dir is missing"):

@@ -1,4 +1,4 @@
-"""Presets: what the released checkpoints are, how their settings reach a script, and how their files are fetched."""
+"""Presets describe the released checkpoints, give scripts their settings, and fetch their files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_networks(name: str) -> None:
 
 @cases("reference_configs")
 def test_shapes_are_those_of_the_original(case: Case) -> None:
-    """Under the flags of improved-diffusion's README."""
+    """Networks with the flags of improved-diffusion's README have the shapes of the original."""
     shapes = json.loads((case.folder / case.expected["shapes_file"]).read_text())
     named = {
         "imagenet64_uncond": "imagenet64_uncond_100M_1500K",
@@ -118,7 +118,7 @@ def test_unknown_name() -> None:
 
 
 def tiny_preset(monkeypatch: pytest.MonkeyPatch, name: str = "tiny", url: str = "", **diffusion: Any) -> Preset:
-    """A preset of the tiny network, found under `name` and as tiny_1K.pt."""
+    """Add a preset of the tiny network, under `name` and as tiny_1K.pt."""
     info = info_for(unet(), **{"diffusion_steps": 40, "rescale_timesteps": False, **diffusion})
     preset = Preset(name, "tiny_1K", url, "unet", {**info["model"], "num_heads": 2}, info["diffusion"])
     monkeypatch.setitem(PRESETS, name, preset)
@@ -135,10 +135,10 @@ def test_preset_of_a_bare_file(
     config = read(script, "--model_path", file, "--preset", "tiny")
     assert config.model == UNetSettings(**{**unet().settings.model_dump(), "num_heads": 2})
     assert (config.diffusion.diffusion_steps, config.diffusion.rescale_timesteps) == (40, False)
-    assert not caplog.records  # all is known
+    assert not caplog.records  # no setting is guessed
     content = {script: {"model_path": str(file), "preset": "tiny"}, "diffusion": {"diffusion_steps": 50}}
     config = read(script, "--config", json_file(tmp_path, content), "--num_heads", 1)
-    assert (config.diffusion.diffusion_steps, config.model.num_heads) == (50, 1)  # laid over the preset
+    assert (config.diffusion.diffusion_steps, config.model.num_heads) == (50, 1)  # override the preset
     assert not config.diffusion.rescale_timesteps
 
 
@@ -153,7 +153,7 @@ def test_preset_by_the_files_name(
     assert [record.getMessage() for record in caplog.records] == [
         f"{file} carries no settings; taken from the preset tiny by the file's name"
     ]
-    save(unet(), file, diffusion_steps=60)  # what a file carries counts for more than its name
+    save(unet(), file, diffusion_steps=60)  # a file's own settings override those of its name
     assert read("sample", "--model_path", file).diffusion.diffusion_steps == 60
 
 
@@ -165,14 +165,14 @@ def test_without_a_preset_shapes_are_read(tmp_path: Path, caplog: pytest.LogCapt
     message = caplog.records[0].getMessage()
     assert "carries no settings" in message
     assert "num_heads, attention_resolutions" in message
-    assert "image_size" not in message  # that was given
+    assert "image_size" not in message  # it was given as a flag
 
 
 def test_preset_that_contradicts_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_preset(monkeypatch)
     heads = UNetSettings(**{**unet().settings.model_dump(), "num_heads": 2})
     own = save(build_model(heads), tmp_path / "own.pt", diffusion_steps=40, rescale_timesteps=False, use_kl=True)
-    config = read("sample", "--model_path", own, "--preset", "tiny")  # training may differ
+    config = read("sample", "--model_path", own, "--preset", "tiny")  # settings of training may differ
     assert config.diffusion.use_kl
     message = refusal(sample.main, ["--model_path", own, "--preset", "cifar10_uncond"])
     assert message == (
@@ -202,7 +202,7 @@ def test_preset_of_the_other_kind(tmp_path: Path) -> None:
 
 
 def test_null_class_of_a_bare_file(tmp_path: Path) -> None:
-    """A row too many is the null class only for those who say so."""
+    """An additional row is the null class only if a flag says so."""
     model = unet(class_cond=True, num_classes=5, null_class=True)
     file = save_bare(model, tmp_path / "bare.pt")
     assert read("sample", "--model_path", file).model.num_classes == 6
@@ -227,7 +227,7 @@ def test_describe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
-    """A preset whose file lies on this machine, and an empty cache."""
+    """A preset whose file is on this machine, and an empty cache."""
     served = tmp_path / "served"
     served.mkdir()
     file = save_bare(unet(), served / "tiny_1K.pt")
@@ -252,7 +252,7 @@ def test_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_download_of_a_cut_file(released: Preset, tmp_path: Path) -> None:
-    """What breaks off leaves nothing that could be taken for the checkpoint."""
+    """An interrupted download leaves no file that could be taken for the checkpoint."""
     served = tmp_path / "served" / "tiny_1K.pt"
     whole = served.read_bytes()
     served.write_bytes(whole[: len(whole) // 2])
@@ -314,7 +314,7 @@ def test_preset_alone_fetches_its_checkpoint(
 
 
 def test_preset_alone_draws(released: Preset, tmp_path: Path) -> None:
-    """From the name of a preset to pictures."""
+    """The name of a preset is enough to draw and to score images."""
     words = ["--preset", "tiny", "--num_samples", "2", "--batch_size", "2", "--timestep_respacing", "3"]
     sample.main([*words, "--kernels", "reference", "--compile", "False", "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "samples_2x8x8x3.npz").is_file()

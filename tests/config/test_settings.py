@@ -1,4 +1,4 @@
-"""Settings from defaults, checkpoints, JSON files and flags, and what the scripts' help says about them."""
+"""Settings come from defaults, checkpoints, JSON files and flags, and the scripts' help explains them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ by_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def read(script: str, *argv: object) -> Config:
-    """The settings that a script would go by."""
+    """Return the settings that a script would use."""
     _, sections, kind = SCRIPTS[script]
     checkpoint = (sections[-1], CHECKPOINTS[sections[-1]])
     return load([str(word) for word in argv], description="", sections=sections, kind=kind, checkpoint=checkpoint)[0]
@@ -47,11 +47,11 @@ def json_file(folder: Path, content: Any) -> Path:
     return path
 
 
-# --- where a value comes from ---
+# --- layers ---
 
 
 def test_defaults_checkpoint_json_flags(tmp_path: Path) -> None:
-    """Each of four settings is fixed by another layer; every later layer wins over the earlier ones."""
+    """Each of four settings is set by another layer, and later layers override earlier ones."""
     checkpoint = save(unet(num_res_blocks=3), tmp_path / "model000001.pt", diffusion_steps=50, predict_xstart=True)
     assert read("sample").diffusion.diffusion_steps == 1000
     config = read("sample", "--model_path", checkpoint)
@@ -96,7 +96,7 @@ def test_one_file_for_every_script(tmp_path: Path) -> None:
 
 
 def test_deepspeed_file_is_laid_over_the_section(tmp_path: Path) -> None:
-    """What only DeepSpeed's JSON names becomes ours."""
+    """Settings that only DeepSpeed's JSON gives become settings of training."""
     file = json_file(tmp_path, {"deepspeed": {"zero_optimization": {"stage": 1, "overlap_comm": False}}})
     ds = tmp_path / "ds.json"
     ds.write_text(json.dumps({"zero_optimization": {"stage": 2}, "train_batch_size": 6}))
@@ -110,7 +110,7 @@ def test_deepspeed_file_is_laid_over_the_section(tmp_path: Path) -> None:
 
 @by_script
 def test_every_leaf_is_a_flag(script: str) -> None:
-    """The default of every setting, given as its flag, gives the default settings."""
+    """Giving the default of any setting as a flag gives the default settings."""
     _, sections, kind = SCRIPTS[script]
     default = read(script)
     for section in sections:
@@ -201,7 +201,7 @@ def test_the_launchers_flag(script: str) -> None:
     assert read(script, "--local_rank", 1) == read(script)
 
 
-# --- use_fp16, the seed's name ---
+# --- use_fp16, improved-diffusion's name ---
 
 
 @pytest.mark.parametrize("script", ["train", "sample", "nll"])
@@ -224,7 +224,7 @@ def test_use_fp16_agrees_or_is_refused(tmp_path: Path) -> None:
 
 
 def test_use_fp16_in_layers(tmp_path: Path) -> None:
-    """A flag wins over the file by either name."""
+    """A flag overrides the file under either name."""
     file = json_file(tmp_path, {"train": {"use_fp16": True}})
     assert read("train", "--config", file).train.precision == "fp16"
     assert read("train", "--config", file, "--precision", "fp32").train.precision == "fp32"
@@ -232,7 +232,7 @@ def test_use_fp16_in_layers(tmp_path: Path) -> None:
     assert read("train", "--config", file, "--use_fp16").train.precision == "fp16"
 
 
-# --- use_ddim, the seed's name; second names of flags ---
+# --- use_ddim, improved-diffusion's name, and second names of flags ---
 
 
 @pytest.mark.parametrize("script", ["sample", "super_res_sample"])
@@ -254,7 +254,7 @@ def test_use_ddim_agrees_or_is_refused(tmp_path: Path) -> None:
 
 
 def test_use_ddim_in_layers(tmp_path: Path) -> None:
-    """A flag wins over the file by either name."""
+    """A flag overrides the file under either name."""
     file = json_file(tmp_path, {"sample": {"use_ddim": True}})
     assert read("sample", "--config", file, "--eta", 0.5).sample.solver == "ddim"
     assert read("sample", "--config", file, "--solver", "dpmpp_2m").sample.solver == "dpmpp_2m"
@@ -273,7 +273,7 @@ def test_second_names_of_flags() -> None:
 
 
 def test_a_flag_for_a_number_needs_its_value() -> None:
-    """Only switches may stand alone."""
+    """Only switches may be given without a value."""
     assert "--zero_stage" in refusal(train.main, ["--zero_stage"])
     assert read("train", "--compile").train.compile is True
     assert read("sample", "--cuda_graph").sample.cuda_graph is True
@@ -293,7 +293,7 @@ def test_label_dropout_switches_the_null_class_on(tmp_path: Path) -> None:
     assert read("train", "--resume_checkpoint", old, "--label_dropout", 0.1).model.num_labels == 6
     file = json_file(tmp_path, {"model": {"class_cond": True}, "train": {"label_dropout": 0.1}})
     assert read("train", "--config", file).model.null_class
-    assert not read("sample", "--config", file).model.null_class  # how it was trained, the checkpoint says
+    assert not read("sample", "--config", file).model.null_class  # for sampling the checkpoint decides
 
 
 def test_label_dropout_that_cannot_be(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_label_dropout_that_cannot_be(tmp_path: Path) -> None:
         assert message == "null_class True needs class_cond True"
 
 
-# --- what is shown ---
+# --- --print_config and --help ---
 
 UNLIKE_DEFAULTS = {
     "model": {"num_channels": 64, "channel_mult": "0.5,1,2", "attention_resolutions": "", "class_cond": True},
@@ -350,7 +350,10 @@ def test_print_config_round_trip(script: str, tmp_path: Path, capsys: pytest.Cap
     assert read(script, "--config", again) == config
     for name, value in values.items():
         shown = next(printed[section][name] for section in sections if name in printed[section])
-        if not isinstance(value, str) and name not in ("use_fp16", "use_ddim"):  # these show as what they stand for
+        if not isinstance(value, str) and name not in (
+            "use_fp16",
+            "use_ddim",
+        ):  # they show as others
             assert shown == value, name
     if trains:
         assert (config.train.grad_clip, config.train.precision) == (1.5, "fp16")
@@ -371,14 +374,14 @@ def test_print_config_shows_the_checkpoints_settings(tmp_path: Path, capsys: pyt
 
 @by_script
 def test_help(script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every flag has an explanation and its default."""
+    """The help explains every flag and shows its default."""
     main, sections, kind = SCRIPTS[script]
     monkeypatch.setenv("COLUMNS", "5000")
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert f"fastdiff/{script}.py" in text  # a command to copy
+    assert f"fastdiff/{script}.py" in text  # an example command
     for flag in ("--config", "--print_config", *(["--deepspeed", "--dry_run"] if "train" in sections else [])):
         assert re.search(rf"^  {flag}\b.* \w+", text, re.MULTILINE)
     assert ("--deepspeed" in text) == ("train" in sections)

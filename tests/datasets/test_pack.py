@@ -1,3 +1,5 @@
+"""pack.py packs images as the loaders decode them, and refuses wrong input."""
+
 from pathlib import Path
 
 import numpy as np

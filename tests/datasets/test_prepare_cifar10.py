@@ -1,3 +1,5 @@
+"""cifar10.py extracts the official archive, continues where it stopped, and refuses damaged or malicious files."""
+
 import io
 import os
 import pickle

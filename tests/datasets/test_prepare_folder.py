@@ -1,3 +1,5 @@
+"""folder.py resizes and names a folder's images by class, and refuses wrong input."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""imagenet64.py prepares the official archives and class folders, and refuses wrong input."""
+
 import io
 import tarfile
 from pathlib import Path
@@ -47,7 +49,7 @@ PICTURES = {
 
 
 def expected(suffix: str = "png") -> dict[str, bytes]:
-    """Output name → picture's file. Inside the class archives the pictures lie in descending order."""
+    """Return output name → content of the picture. The class archives list pictures in descending order."""
     return {
         f"{label}_{number:08d}.{suffix}": pictures[name]
         for label, pictures in PICTURES.items()

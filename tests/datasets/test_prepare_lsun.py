@@ -1,3 +1,5 @@
+"""lsun.py extracts an LMDB database of LSUN, and refuses wrong input."""
+
 import io
 import os
 from pathlib import Path

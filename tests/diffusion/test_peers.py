@@ -1,7 +1,7 @@
-"""Solvers against diffusers' schedulers, on the same outputs of a network at the same noise levels.
+"""Solvers agree with diffusers' schedulers, given the same outputs of a network at the same noise levels.
 
-Their tables are float32's: ours take their place, so that what is compared is the update. DPMSolverMultistep computes
-in float32 whatever it is given.
+The schedulers' float32 tables are replaced by ours, so that the updates are compared. DPMSolverMultistep computes in
+float32 in any case.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diff
 from fastdiff.diffusion.samplers import Step, solve
 
 diffusers = pytest.importorskip("diffusers")
-# Of a tensor that diffusers hands to np.array.
+# diffusers passes a tensor to np.array, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 FLOAT32, FLOAT64 = 1e-5, 1e-9
@@ -33,7 +33,7 @@ def start() -> Tensor:
 
 
 def network(x: Tensor, step: int) -> Tensor:
-    """Some smooth function of x and the step, off the best predictor of anything."""
+    """An arbitrary smooth function of x and the step."""
     return 0.8 * torch.sin(x + 0.1 * step) + 0.3 * x.roll(1, dims=3)
 
 
@@ -46,7 +46,7 @@ def ours(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0, clip: bool
 
 
 def scheduler(kind: str, diffusion: GaussianDiffusion, **settings: Any) -> Any:
-    """A scheduler of the process's levels, its timesteps those that `network` knows."""
+    """Make a scheduler with the noise levels and the timesteps of the process."""
     count = diffusion.num_timesteps
     betas = diffusion.schedule.betas
     peer = getattr(diffusers, kind)(num_train_timesteps=count, trained_betas=betas, **settings)
@@ -76,7 +76,7 @@ def assert_same(steps: list[Step], samples: list[Tensor], tolerance: float) -> N
 @pytest.mark.parametrize("steps", [3, 12, 30])
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_2m_sde"])
 def test_dpm_solver(solver: str, steps: int, spacing: str) -> None:
-    """The last step, to noise 0, is of first order there too."""
+    """The last step, to noise 0, is of first order in both."""
     diffusion = spaced(steps, spacing)
     kind = "sde-dpmsolver++" if solver.endswith("sde") else "dpmsolver++"
     settings = {"solver_order": 2, "algorithm_type": kind, "final_sigmas_type": "zero"}
@@ -86,9 +86,9 @@ def test_dpm_solver(solver: str, steps: int, spacing: str) -> None:
 
 @pytest.mark.parametrize("steps", [4, 12, 30])
 def test_third_order(steps: int) -> None:
-    """UniPC's predictor of order 3 without its corrector: the same integral of the same polynomial.
+    """UniPC's predictor of order 3 without its corrector is the same integral of the same polynomial.
 
-    DPMSolverMultistep's third order counts the polynomial's curvature half, and otherwise again in its stochastic form.
+    DPMSolverMultistep's third order has half the curvature of the polynomial, and another one in its stochastic form.
     """
     diffusion = spaced(steps)
     off = {"disable_corrector": list(range(steps))}
@@ -106,7 +106,7 @@ def test_unipc(steps: int, spacing: str) -> None:
 
 
 def test_heun() -> None:
-    """Theirs is in x / alpha: scaled on the way in and out, and off the path after every first half."""
+    """The scheduler works on x / alpha, so x is scaled before and after; only samples of whole steps are compared."""
     diffusion = spaced(12)
     peer = scheduler("HeunDiscreteScheduler", diffusion)
     levels = peer.sigmas
@@ -133,7 +133,7 @@ def test_ddim(eta: float, clip: bool) -> None:
     peer.alphas_cumprod = torch.from_numpy(diffusion.schedule.alphas_cumprod.copy())
     x, samples = start(), []
     for t in range(11, -1, -1):
-        # Theirs keeps the network's noise where the prediction was clipped, unless told to.
+        # By default the scheduler does not recompute the noise after clipping the prediction.
         given = {"use_clipped_model_output": clip, "variance_noise": noise(t) if eta else None}
         x = peer.step(network(x, t), t, x, eta=eta, **given).prev_sample
         samples.append(x)

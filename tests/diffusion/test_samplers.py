@@ -1,4 +1,4 @@
-"""Samplers where the answer is known: for data from N(0, s²) the best predictor is linear in x_t."""
+"""Samplers return the known answer for data from N(0, s²), whose best predictor is linear in x_t."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def last(steps: object) -> Tensor:
     return final.sample
 
 
-# The spread may be off by four standard errors (4 * 0.45%) and by what a finite number of steps makes of the flow,
-# which is of order 1 / steps and stays below 2% at 200.
+# The spread may be off by four standard errors (4 * 0.45%) and by the error of a finite number of steps, which is of
+# order 1 / steps and below 2% at 200 steps.
 TOLERANCE = 0.038
 
 
@@ -79,7 +79,7 @@ def test_ddim_returns_the_spread(schedule: str, eta: float) -> None:
 
 @pytest.mark.parametrize("respacing", ["ddim250", "200", "80,80,80"])
 def test_respaced_chain_returns_the_spread(respacing: str) -> None:
-    """The network is asked at the original chain's timesteps."""
+    """The network gets the original chain's timesteps."""
     diffusion = process(1000, "linear", timestep_respacing=respacing)
     model = best_predictor(diffusion)
     for sampler in (p_sample_loop, ddim_sample_loop):
@@ -90,7 +90,7 @@ def test_respaced_chain_returns_the_spread(respacing: str) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_returns_the_spread(solver: str, schedule: str) -> None:
-    """Few steps of a long chain in float32; ancestral sampling needs many."""
+    """Few steps of a long chain in float32 suffice, but ancestral sampling needs many."""
     settings = DiffusionSettings(diffusion_steps=1000, noise_schedule=schedule, rescale_timesteps=False)
     kept = keep_steps(settings, {"ddpm": 400, "ddim": 200}.get(solver, 60), "logsnr", 160.0)
     diffusion = create_diffusion(settings, False, kept)
@@ -103,7 +103,7 @@ def test_every_solver_returns_the_spread(solver: str, schedule: str) -> None:
 
 
 def test_predicting_the_start_is_the_same() -> None:
-    """A network that predicts x_0 gives the same images up to the float32 rounding of 250 steps."""
+    """A network that predicts x_0 gives the same images, up to the float32 rounding of 250 steps."""
     of_noise, of_start = process(250), process(250, predict_xstart=True)
     eps_model = best_predictor(of_noise)
 
@@ -128,7 +128,7 @@ def test_clipping_bounds_the_prediction() -> None:
 
 
 def test_ddim_is_deterministic_at_eta_0() -> None:
-    """The noise isn't even drawn at eta 0; at eta > 0 it matters."""
+    """At eta 0 no noise is drawn, and at eta > 0 the images depend on it."""
     diffusion = process(20)
     model = best_predictor(diffusion)
 
@@ -143,7 +143,7 @@ def test_ddim_is_deterministic_at_eta_0() -> None:
 
 
 def test_no_noise_after_the_last_step() -> None:
-    """x_0 is the mean of the last step, whatever its noise."""
+    """x_0 is the mean of the last step and does not depend on its noise."""
     diffusion = process(20)
     model = best_predictor(diffusion)
     for sampler in (p_sample_loop, ddim_sample_loop):
@@ -154,7 +154,7 @@ def test_no_noise_after_the_last_step() -> None:
 
 
 def test_encoding_and_decoding_returns_the_start() -> None:
-    """Reverse DDIM, then DDIM: a first-order method, so twice the steps leave half the error."""
+    """Reverse DDIM followed by DDIM is of first order, so twice the steps leave half the error."""
     errors = []
     x_start = S * start(seed=3)
     for steps in (200, 400):
@@ -170,7 +170,7 @@ def test_encoding_and_decoding_returns_the_start() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_conversions_round_trip(schedule: str) -> None:
-    """x_0 → (x_t, eps) → x_0 and back, in float64 with the tables' float32.
+    """x_0 → (x_t, eps) → x_0 and back is exact up to the tables' rounding to float32.
 
     A table entry is off by 2^-24 of itself. x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a) magnifies that by 1 / sqrt(a),
     eps = (x_t / sqrt(a) - x_0) / sqrt(1 / a - 1) by 1 / sqrt(1 - a).

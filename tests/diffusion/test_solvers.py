@@ -1,4 +1,4 @@
-"""Solvers against closed forms: their order, their end, the spread they return, the integrals behind their rows."""
+"""Solvers agree with closed forms: their order, results, spread, and the integrals in their rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STOCHASTIC = ("ddpm", "dpmpp_2m_sde", "dpmpp_3m_sde")
 
 
 def spaced(steps: int, schedule: str = "cosine", spacing: str = "logsnr", **settings: object) -> GaussianDiffusion:
-    """A chain of 1000 steps of which so many are kept, up to noise 160."""
+    """Keep `steps` of a chain of 1000 steps, up to noise 160."""
     whole = DiffusionSettings(diffusion_steps=1000, noise_schedule=schedule, **settings)
     return create_diffusion(whole, False, keep_steps(whole, steps, spacing, 160.0))
 
@@ -35,7 +35,7 @@ def final(data: Modes, diffusion: GaussianDiffusion, solver: str, x: Tensor = ST
     ("solver", "order"), [("ddim", 1), ("dpmpp_2m", 2), ("dpmpp_3m", 3), ("unipc", 3), ("heun", 2)]
 )
 def test_order(solver: str, order: int, data: Modes) -> None:
-    """Twice the steps leave 2^-order of the error, here of quantiles before the last step, which is of order 1."""
+    """Twice the steps leave 2^-order of the error, measured in quantiles before the last step, which is of order 1."""
     errors = []
     for steps in (64, 128, 256):
         diffusion = log_chain(steps, 0.02, 1000)
@@ -49,14 +49,14 @@ def test_order(solver: str, order: int, data: Modes) -> None:
         assert slopes.max() < 1.2
 
 
-# The largest error of 24 steps, evenly in log SNR, as a share of the exact x_0: measured, with a third on top.
+# The relative error of x_0 after 24 steps that are even in log SNR: as measured, plus a third.
 ENDS = {"ddim": 0.14, "dpmpp_2m": 0.015, "dpmpp_3m": 0.0025, "unipc": 0.008, "heun": 0.035}
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_flow_of_one_mode(solver: str, schedule: str) -> None:
-    """x_0 / x_T is the ratio of their spreads."""
+    """The flow scales x_T by the ratio of the spreads of x_0 and x_T."""
     diffusion = spaced(24, schedule)
     a = diffusion.schedule.alphas_cumprod[-1]
     exact = STARTS * ONE_MODE.spread / math.sqrt(a * ONE_MODE.spread**2 + 1 - a)
@@ -66,7 +66,7 @@ def test_flow_of_one_mode(solver: str, schedule: str) -> None:
 @pytest.mark.parametrize("spacing", ["uniform", "quadratic", "logsnr", "karras"])
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_flow_of_two_modes(solver: str, spacing: str) -> None:
-    """Quantiles stay, with every spacing. 100 steps leave 1% to a first-order solver."""
+    """Every spacing keeps the quantiles; a first-order solver with 100 steps errs by 1%."""
     diffusion = spaced(100, "linear", spacing)
     end = TWO_MODES.quantile(final(TWO_MODES, diffusion, solver), 1.0)
     start = TWO_MODES.quantile(STARTS, diffusion.schedule.alphas_cumprod[-1])
@@ -74,10 +74,10 @@ def test_flow_of_two_modes(solver: str, spacing: str) -> None:
 
 
 def spread_of(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0) -> float:
-    """The exact spread of what a solver returns for ONE_MODE, whose predictor is linear.
+    """Return the exact spread of a solver's results for ONE_MODE, whose predictor is linear.
 
-    Image 0 starts with x = 1 and has no noise, image i starts with 0 and has noise 1 at row i - 1 alone: the squares of
-    their ends add up to the variance.
+    Image 0 starts with x = 1 and has no noise; image i starts with 0 and has noise 1 only at row i - 1. The sum of the
+    squares of their results is the variance.
     """
     table = solver_table(diffusion, solver, eta)
     x = torch.zeros(table.num_evaluations + 1, 1, 1, 1, dtype=torch.float64)
@@ -96,7 +96,7 @@ def spread_of(diffusion: GaussianDiffusion, solver: str, eta: float = 0.0) -> fl
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("solver", STOCHASTIC)
 def test_stochastic_solvers_return_the_spread(solver: str, schedule: str) -> None:
-    """What is off is of order 1 / steps with ancestral sampling, of its square with the multistep solvers."""
+    """The error is of order 1 / steps for ancestral sampling and of order 1 / steps² for the multistep solvers."""
     errors = [
         abs(spread_of(spaced(steps, schedule, sigma_small=True), solver) / ONE_MODE.spread - 1) for steps in (50, 100)
     ]
@@ -105,7 +105,7 @@ def test_stochastic_solvers_return_the_spread(solver: str, schedule: str) -> Non
 
 
 def targets(plan_steps: np.ndarray, diffusion: GaussianDiffusion) -> tuple[np.ndarray, ...]:
-    """alpha and sigma of x before and after every row: the next row's level, and at the end the image's."""
+    """Return alpha and sigma of x before and after every row; after the last row they are 1 and 0."""
     a = np.sqrt(diffusion.schedule.alphas_cumprod)[plan_steps]
     sigma = np.sqrt(1 - diffusion.schedule.alphas_cumprod)[plan_steps]
     return a, sigma, np.append(a[1:], 1.0), np.append(sigma[1:], 0.0)
@@ -114,7 +114,7 @@ def targets(plan_steps: np.ndarray, diffusion: GaussianDiffusion) -> tuple[np.nd
 @pytest.mark.parametrize(("solver", "eta"), [*((solver, 0.0) for solver in SOLVERS), ("ddim", 0.5), ("ddim", 1.0)])
 @pytest.mark.parametrize("steps", [6, 40])
 def test_rows_keep_the_levels(solver: str, eta: float, steps: int) -> None:
-    """Where every prediction is x_0 itself, each row takes alpha x_0 + sigma noise to the next level's."""
+    """If every prediction is x_0 itself, each row maps alpha x_0 + sigma noise to that of the next level."""
     diffusion = spaced(steps, sigma_small=True)
     table = solver_table(diffusion, solver, eta)
     alpha, sigma, next_alpha, next_sigma = targets(table.steps, diffusion)
@@ -130,7 +130,7 @@ def test_rows_keep_the_levels(solver: str, eta: float, steps: int) -> None:
 
 @pytest.mark.parametrize("noisy", [False, True])
 def test_third_order_rows_are_integrals(noisy: bool) -> None:
-    """Of the parabola through three predictions, by Gauss-Legendre quadrature."""
+    """The coefficients are integrals of the parabola through three predictions, by Gauss-Legendre quadrature."""
     diffusion = spaced(12, "linear", "karras")
     table = solver_table(diffusion, "dpmpp_3m_sde" if noisy else "dpmpp_3m")
     a = diffusion.schedule.alphas_cumprod
@@ -151,7 +151,7 @@ def test_third_order_rows_are_integrals(noisy: bool) -> None:
 
 @pytest.mark.parametrize("solver", DETERMINISTIC)
 def test_predicting_the_start_with_clipping(solver: str) -> None:
-    """A network that predicts x_0 says the same in other words, and clipping leaves what lies within [-1, 1]."""
+    """A network that predicts x_0 gives the same result, and clipping bounds predictions by [-1, 1]."""
     data = Modes(0.3, 0.15)
     diffusion = spaced(20)
     alphas_cumprod = diffusion.schedule.alphas_cumprod.tolist()
@@ -169,7 +169,7 @@ def test_predicting_the_start_with_clipping(solver: str) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_noise_of_80000(solver: str) -> None:
-    """The cosine chain of 4000 steps has finite rows to its end; below noise 160 float32 samples are finite too."""
+    """All rows of the cosine chain of 4000 steps are finite, and below noise 160 so are float32 samples."""
     settings = DiffusionSettings(diffusion_steps=4000, noise_schedule="cosine")
     kept = [0, 5, 1000, 3000, *range(3990, 4000)]
     table = solver_table(create_diffusion(settings, False, kept), solver)
@@ -217,8 +217,8 @@ HISTORY = {"dpmpp_2m": 1, "dpmpp_2m_sde": 1, "dpmpp_3m": 2, "dpmpp_3m_sde": 2, "
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_steps_as_they_come(solver: str) -> None:
-    """One per kept step, t down to 0, the network asked where the table says; Heun's costs two evaluations but one."""
+def test_steps_in_their_order(solver: str) -> None:
+    """There is one step per kept timestep, down to 0; Heun's take two evaluations, except for the last."""
     diffusion = spaced(8)
     table = solver_table(diffusion, solver)
     assert table.num_evaluations == (15 if solver == "heun" else 8)
@@ -250,7 +250,7 @@ def test_the_fewest_steps(solver: str) -> None:
             solver_table(spaced(least - 1), solver)
 
 
-def test_what_is_wrong_is_said() -> None:
+def test_errors() -> None:
     diffusion = spaced(5)
     with pytest.raises(ValueError, match=r"^solver 'euler' is not known; use one of ddpm, ddim, dpmpp_2m"):
         solver_table(diffusion, "euler")

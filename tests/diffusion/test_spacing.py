@@ -1,4 +1,4 @@
-"""Which steps of a chain are kept: how many, which ends, how near to where the spacing wants them."""
+"""The kept steps of a chain have the right number and ends, and are nearest to the levels of the spacing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_so_many_distinct_steps_from_0_to_sigma_max(schedule: str, length: int, 
 
 
 def test_the_noise_to_start_from() -> None:
-    """The usual linear chain starts where it ends; the cosine chain, which goes to 80,000, does not."""
+    """The linear chain starts at its last step; the cosine chain, whose noise reaches 80,000, starts earlier."""
     linear, cosine = chain("linear", 1000), chain("cosine", 4000)
     assert spaced_steps(linear, 10, "uniform", 160.0)[-1] == 999
     last = spaced_steps(cosine, 10, "uniform", 160.0)[-1]
@@ -52,7 +52,7 @@ def test_even_in_t_and_in_its_root() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_nearest_noise_levels(schedule: str) -> None:
-    """Even in log SNR, and as EDM's equation 5 has it, each rounded to the nearest level of the chain in log noise."""
+    """Steps even in log SNR or by EDM's equation 5 are rounded to the nearest level of the chain in log noise."""
     a = chain(schedule, 4000)
     levels = noise(a)
     levels = levels[levels <= 100]
@@ -65,8 +65,8 @@ def test_nearest_noise_levels(schedule: str) -> None:
         assert spaced_steps(a, 9, spacing, 100.0) == nearest
 
 
-def test_steps_that_fall_together_move_on() -> None:
-    """Near the image levels are sparse in log SNR: what wants the same step takes the next."""
+def test_steps_that_coincide_move_to_the_next() -> None:
+    """Levels are sparse in log SNR at low noise, where a step that is taken is replaced by the next."""
     a = chain("linear", 1000)
     kept = spaced_steps(a, 60, "logsnr", 1e9)
     assert kept[:8] == list(range(8))
@@ -86,7 +86,7 @@ def test_steps_that_fall_together_move_on() -> None:
         ({"sigma_max": 0.0}, r"^sigma_max 0 is below the chain's least noise"),
     ],
 )
-def test_what_is_wrong_is_said(given: dict[str, object], message: str) -> None:
+def test_errors(given: dict[str, object], message: str) -> None:
     settings = {"steps": 5, "spacing": "uniform", "sigma_max": 1e9, **given}
     with pytest.raises(ValueError, match=message):
         spaced_steps(chain("linear", 50), **settings)  # type: ignore[arg-type]

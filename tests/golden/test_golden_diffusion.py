@@ -1,4 +1,4 @@
-"""Schedules, posteriors, losses, samplers and bounds against recorded numbers."""
+"""Schedules, posteriors, losses, samplers and bounds reproduce recorded numbers."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,7 +194,7 @@ def _uniform_prob(case: Case) -> float:
 
 
 def _check_drawn(case: Case, sampler: LossSecondMomentSampler, when: str) -> None:
-    """The importance weight of a recorded draw is 1 / (T p); our own draws carry the same weights."""
+    """Check that recorded draws have the importance weight 1 / (T p), and our own draws the same weights."""
     p = sampler.weights() / sampler.weights().sum()
     recorded = case.tensor(f"out_sample_{when}_indices")
     case.check(f"out_sample_{when}_weights", (1 / (len(p) * p[recorded])).float())

@@ -1,4 +1,4 @@
-"""Listing, labels, shards and pixels against recorded ones."""
+"""Listing, labels, shards and pixels are the recorded ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _decoded_sha256(path: Path) -> str:
 
 @cases("images")
 def test_pixels(case: Case) -> None:
-    """Exact where the same decoder read the files; one 8-bit level otherwise."""
+    """Pixels are exact if the decoder reads the files alike, and otherwise within one 8-bit level."""
     folder = case.folder / "files"
     paths = [folder / name for name in case.expected["listing"]]
     sources = case.expected["sources"]
@@ -53,7 +53,7 @@ def test_pixels(case: Case) -> None:
 
 @cases("images")
 def test_loader(case: Case) -> None:
-    """Two epochs of the plain order, the last partial batch left out."""
+    """Two epochs come in the order of the listing, without the last partial batch."""
     size, batch = case.config["resolutions"][0], case.config["loader_batch_size"]
     settings = DataSettings(
         data_dir=str(case.folder / "files"), loader="pillow", labels="prefix", shuffle=False, drop_last=True

@@ -1,7 +1,7 @@
-"""The recorded numbers again, from the Triton kernels (on a CPU, in Triton's interpreter).
+"""The Triton kernels, on a CPU in Triton's interpreter, reproduce the recorded numbers.
 
-The interpreter takes milliseconds per program, so whole networks run in it once, at the smallest recorded size;
-elsewhere the network keeps to plain torch and the ops around it are kernels.
+The interpreter takes milliseconds per program, so a whole network runs in it once, at the smallest recorded size.
+Elsewhere the network is plain torch, and the ops around it are kernels.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def test_gaussian_math(case: Case) -> None:
 
 
 def _slack(name: str) -> float:
-    """At t = 0 in a tail, the bound's gradient is 1 / p of a p that float32 knows to a few digits.
+    """Allow three times the tolerance to the bound's gradient, which at t = 0 in a tail is 1 / p for a tiny p.
 
-    There the recorded gradient and the kernel's are both 4e-4 of the largest value off from float64, and six times
-    nearer to each other. Two evaluations in float32 can't be asked to agree better.
+    float32 knows such a p to a few digits. There the recorded gradient and the kernel's both differ from float64 by
+    4e-4 of the largest value, and from each other by a sixth of that.
     """
     return 3.0 if "__kl_" in name and "__grad" in name else 1.0
 
@@ -94,7 +94,7 @@ def test_bits_per_dimension_with_labels(case: Case, tmp_path: Path) -> None:
 
 
 def _some_runs(case: Case) -> Case:
-    """Every third run in the interpreter: all of them take long there, and labels only go to the network."""
+    """Keep every third run in the interpreter, where all would take long; labels only reach the network."""
     if torch.cuda.is_available():
         return case
     config = {**case.config, "runs": case.config["runs"][::3]}

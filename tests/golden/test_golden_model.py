@@ -1,16 +1,17 @@
-"""Networks against recorded outputs and gradients."""
+"""Networks reproduce recorded outputs and gradients."""
 
 import json
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.golden_cases import Case, cases, load_model, model_settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import ops
+from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.models import SuperResSettings, build_model
 from fastdiff.models.blocks import timestep_embedding
+from fastdiff.training.trainer import low_res_of
 
 
 @cases("unet_forward")
@@ -58,8 +59,6 @@ def test_feature_vectors(case: Case) -> None:
 def test_area_averaging(case: Case) -> None:
     if not case.has("in_large"):
         pytest.skip("not super-resolution")
-    from fastdiff.training.trainer import low_res_of
-
     size = case.config["area_small_size"]
     case.check("out_area_low_res", low_res_of(case.tensor("in_large"), (size, size)))
 
@@ -107,8 +106,6 @@ def test_published_configurations(case: Case) -> None:
 @cases("reference_configs")
 def test_flags_and_defaults(case: Case) -> None:
     """Every flag of the original's scripts is a flag of ours with the same default."""
-    from fastdiff.config.load import Config, SuperResConfig, load
-
     scripts = {
         "image_train": (Config, ("model", "diffusion", "data", "train")),
         "image_sample": (Config, ("model", "diffusion", "sample")),
@@ -125,13 +122,3 @@ def test_flags_and_defaults(case: Case) -> None:
         stored = {name: value for s in sections for name, value in getattr(bare, s).model_dump(mode="json").items()}
         for name, value in flags.items():
             assert type(value)(stored[name]) == value, (script, name)
-
-
-def test_low_res_matches_interpolate() -> None:
-    """Area averaging by a whole factor is the mean of each block."""
-    from fastdiff.training.trainer import low_res_of
-
-    x = torch.randn(2, 3, 8, 12)
-    blocks = x.reshape(2, 3, 4, 2, 6, 2).mean(dim=(3, 5))
-    torch.testing.assert_close(low_res_of(x, (4, 6)), blocks)
-    assert F.interpolate(x, (4, 6), mode="area").shape == blocks.shape

@@ -1,4 +1,4 @@
-"""Checks that a step with a non-finite loss or gradient changes nothing. test_guards.py runs it, alone or by torchrun.
+"""Checks that a step with a non-finite loss or gradient changes nothing. test_guards.py uses it, alone and by torchrun.
 
 python guard_checks.py STAGE:PRECISION:WHAT [STAGE:PRECISION:WHAT ...]
 """

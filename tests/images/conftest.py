@@ -1,4 +1,4 @@
-"""Synthetic pictures: smooth fields at several scales, which compress and resize as photos do."""
+"""Synthetic pictures of smooth fields at several scales, which compress and resize like photos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdiff.images.settings import DataSettings
 
 
 def make_photo(height: int, width: int, seed: int = 0) -> Image.Image:
-    """An RGB picture of this size, another for each seed."""
+    """Make an RGB picture of this size, a different one for each seed."""
     generator = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128.0)
     for cells, strength in ((3, 60), (9, 30), (31, 12)):
@@ -32,7 +32,7 @@ def photo() -> Callable[..., Image.Image]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve pictures of three classes, in kinds that loaders must treat apart."""
+    """A folder of twelve pictures of three classes, of kinds that loaders must treat differently."""
     root = tmp_path / "pictures"
     (root / "deep").mkdir(parents=True)
     kinds = [
@@ -63,7 +63,7 @@ def loader_name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def open_loader() -> Iterator[Callable[..., Loader]]:
-    """open_images with settings and arguments in one call; what it opened is closed after the test."""
+    """open_images with settings and arguments in one call; its loaders are closed after the test."""
     opened = []
 
     def open_it(

@@ -1,9 +1,10 @@
-"""What both loaders owe their callers; each test runs with Pillow and with DALI."""
+"""Both loaders keep the same contract; each test runs with Pillow and with DALI."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 from unittest.mock import Mock
@@ -23,14 +24,14 @@ from fastdiff.images.settings import DataSettings
 
 
 def take(loader, count):
-    """The next batches, as one: images, labels, positions."""
+    """Return images, labels and positions of the next batches, concatenated."""
     batches = list(itertools.islice(loader, count))
     return tuple(torch.cat([getattr(b, name) for b in batches]) for name in ("images", "labels", "positions"))
 
 
 @pytest.fixture
 def many(tmp_path):
-    """200 tiny pictures whose top left pixel tells their index."""
+    """A folder of 200 tiny pictures whose top left pixel is their index."""
     root = tmp_path / "many"
     root.mkdir()
     for i in range(200):
@@ -41,7 +42,7 @@ def many(tmp_path):
 
 
 def indices(root):
-    """Index of each tiny picture, in the listing's order."""
+    """Return the index of each tiny picture, in the listing's order."""
     return [int(name.split("_")[1][:3]) for name in index_images(root).names]
 
 
@@ -120,7 +121,7 @@ def test_a_run_goes_on_where_it_stopped_with_other_ranks(loader_name, many, open
     assert state["position"] == 84
     ranks = [open_loader(many, loader_name, rank=r, world_size=3, **given) for r in range(3)]
     for rank, resumed in enumerate(ranks):
-        next(resumed)  # what was read before or ahead must not show
+        next(resumed)  # images that were read before or ahead must not be returned
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         for mine, all_ranks in zip(take(resumed, 13), whole, strict=True):
@@ -289,7 +290,7 @@ def test_requests_that_can_not_be_met_are_refused(folder):
 
 
 def test_without_dali_auto_takes_pillow_and_dali_is_refused(folder, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "nvidia.dali", None)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     given = {"size_hw": (32, 32), "channels": 3, "batch_size": 4}
     with open_images(DataSettings(data_dir=str(folder)), **given) as loader:
         assert isinstance(loader, PillowLoader)
@@ -299,12 +300,12 @@ def test_without_dali_auto_takes_pillow_and_dali_is_refused(folder, monkeypatch)
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_rotation_is_ignored_by_both_loaders(loader_name, kind, tmp_path, photo, open_loader):
-    """All eight orientations of EXIF show the pixels as they are stored."""
+    """Pictures with any of the eight orientations of EXIF are read as they are stored."""
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        photo(32, 32).save(tmp_path / f"a_{orientation}.{kind.lower()}", kind, exif=exif)
-    photo(32, 32).save(tmp_path / f"b.{kind.lower()}", kind)
+        photo(32, 48).save(tmp_path / f"a_{orientation}.{kind.lower()}", kind, exif=exif)
+    photo(32, 48).save(tmp_path / f"b.{kind.lower()}", kind)
     images = next(open_loader(tmp_path, loader_name, batch_size=9, shuffle=False)).images.int()
     expected = torch.from_numpy(load_image(tmp_path / f"b.{kind.lower()}", (32, 32), "RGB")).int()
     assert (images - expected).abs().max() <= (2 if loader_name == "dali" and kind == "JPEG" else 0)
@@ -312,7 +313,7 @@ def test_rotation_is_ignored_by_both_loaders(loader_name, kind, tmp_path, photo,
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_16_bits_are_the_same_to_both_loaders(loader_name, channels, tmp_path, open_loader):
-    """Gray of 16 bits shows its high byte: the whole scale, not white above a 256th of it."""
+    """Of 16-bit gray the high byte is read, which keeps the whole scale."""
     wide = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64 + 63
     Image.fromarray(wide).save(tmp_path / "a.png")
     images = next(open_loader(tmp_path, loader_name, channels=channels, batch_size=1)).images
@@ -320,7 +321,7 @@ def test_16_bits_are_the_same_to_both_loaders(loader_name, channels, tmp_path, o
 
 
 def test_what_is_on_the_gpu_is_not_pinned():
-    """Pinning is for memory of the CPU, and PyTorch refuses it for a tensor that a loader has made on the GPU."""
+    """Only memory of the CPU can be pinned; PyTorch refuses to pin a tensor that a loader made on the GPU."""
     gpu = torch.device("cuda")
     there = Mock(torch.Tensor, is_cuda=True, pin_memory=Mock(side_effect=RuntimeError("cannot pin")))
     there.is_pinned.return_value = False

@@ -1,3 +1,5 @@
+"""The images of a folder, their order and their classes."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,7 +29,7 @@ def test_a_folder_with_an_image_name_is_descended_into(tmp_path):
     assert list_images(str(tmp_path)) == [tmp_path / "x.png" / "inner.jpg"]
 
 
-def test_linked_folders_are_followed_but_never_round_in_circles(tmp_path):
+def test_linked_folders_are_followed_but_not_in_cycles(tmp_path):
     touch(tmp_path, "data/a.png", "elsewhere/b.png")
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "self").symlink_to(tmp_path / "data")

@@ -1,3 +1,5 @@
+"""The order of images is a function of the seed and the position."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,7 +22,7 @@ def test_every_image_comes_once_per_epoch_in_a_new_order():
 
 
 def test_the_order_is_pinned():
-    # other numbers would change every run that is resumed across releases
+    # other numbers would change every run that another release resumes
     order = Order(10, 4, seed=1)
     assert first(order, 20) == [6, 2, 1, 0, 8, 4, 3, 9, 7, 5, 7, 0, 5, 1, 3, 8, 4, 9, 2, 6]
     assert order.flips(np.arange(16)).astype(int).tolist() == [0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0, 0]
@@ -39,7 +41,7 @@ def test_dropping_the_last_keeps_whole_batches_of_one_epoch(shuffle):
     assert len(set().union(*epochs)) == (12 if shuffle else 10)
 
 
-def test_dropping_leaves_a_folder_alone_that_fills_no_batch():
+def test_dropping_does_not_apply_to_a_folder_smaller_than_a_batch():
     assert Order(3, 8, drop_last=True).epoch_length == 3
 
 
@@ -57,7 +59,7 @@ def test_ranks_share_out_the_same_global_batch(world_size):
         assert together.tolist() == first(order, 6, start)
 
 
-def test_flips_hang_on_seed_and_position_alone():
+def test_flips_depend_on_seed_and_position_alone():
     positions = np.arange(20000, dtype=np.int64)
     flips = Order(5, 4, seed=9).flips(positions)
     assert flips.dtype == bool

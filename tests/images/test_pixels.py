@@ -20,13 +20,13 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def halved(pixels: np.ndarray) -> np.ndarray:
-    """The box filter on even sides: means of pairs, .5 rounded up, along rows and then along columns."""
+    """Apply the box filter on even sides: means of pairs, .5 rounded up, along rows and then along columns."""
     rows = (pixels[:, 0::2].astype(int) + pixels[:, 1::2] + 1) // 2
     return (rows[0::2] + rows[1::2] + 1) // 2
 
 
 def restated(image: Image.Image, side: int, mode: str) -> np.ndarray:
-    """The recipe for a square, as improved-diffusion words it."""
+    """Resize and crop to a square as improved-diffusion does."""
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     factor = side / min(image.size)
@@ -51,7 +51,7 @@ def test_a_picture_at_the_target_is_untouched(photo):
 @pytest.mark.parametrize("size", [(67, 45), (19, 23), (301, 203), (32, 64)])
 def test_squares_follow_the_recipe_in_every_mode(photo, kind, mode, size):
     image = photo(*size).convert("L" if kind == "I;16" else kind)
-    if kind == "I;16":  # which counts by its high bytes
+    if kind == "I;16":  # only its high bytes are used
         low_bytes = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint16)
         data = encoded(Image.fromarray(np.asarray(image).astype(np.uint16) * 256 + low_bytes))
         np.testing.assert_array_equal(load_image(data, (32, 32), mode), restated(image, 32, mode))
@@ -110,7 +110,7 @@ def test_the_first_frame_of_an_animation_is_read(photo):
 
 @pytest.mark.parametrize("kind", ["gray", "colour"])
 def test_16_bits_become_their_high_byte(kind, photo):
-    """The same for gray and for colour, where Pillow does it."""
+    """Gray is converted like colour, which Pillow converts."""
     wide = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
     if kind == "gray":
         data = encoded(Image.fromarray(wide))
@@ -122,7 +122,7 @@ def test_16_bits_become_their_high_byte(kind, photo):
 
 
 def png_16_bit_colour(pixels: np.ndarray) -> bytes:
-    """A PNG of uint16 [H, W, 3], which Pillow can't write."""
+    """Encode uint16 [H, W, 3] as a PNG, which Pillow can't do."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -155,7 +155,7 @@ def test_web_pages_and_heic_are_named():
 
 
 def test_files_are_bounded_before_they_are_read(photo, tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "a.png")  # to which nobody writes
+    os.mkfifo(tmp_path / "a.png")  # reading it would block
     with pytest.raises(ValueError, match="not a regular file"):
         load_image(tmp_path / "a.png", (32, 32), "RGB")
     (tmp_path / "b.png").write_bytes(encoded(photo(32, 32)))

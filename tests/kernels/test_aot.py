@@ -1,4 +1,4 @@
-"""Kernels of shipped configurations, compiled for GPUs that are not here: no spills, wide accesses, tensor cores."""
+"""Kernels of shipped configurations, compiled ahead, have no spills, wide memory accesses and tensor cores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
     ],
 )
 def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path: Path) -> None:
-    """`make aot` does the same for all configurations on all three, by either Triton."""
+    """The machine code passes the checks; `make aot` checks all configurations for all GPUs with either Triton."""
     table = tmp_path / "table.json"
     given = ("--configs", configs, "--archs", str(arch), "--each", str(each), "--json", table)
     done = tritons.run(triton, tritons.ROOT / "benchmarks" / "aot.py", *given)
@@ -57,7 +57,7 @@ def test_wrong_flags(flags: list[str], words: str) -> None:
 
 
 def test_launches_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A description is the same for equal compilations, keeps what decides one, and can be read back."""
+    """A launch's text is the same for equal compilations, differs otherwise, and can be read back."""
     from fastdiff.kernels.q_sample import q_sample
 
     heard: list[launch.Launch] = []

@@ -1,8 +1,7 @@
-"""q_sample, diffusion_loss, sampler_step and image_noise in Triton, against float64 and their definitions."""
+"""q_sample, diffusion_loss, sampler_step and image_noise in Triton agree with float64 and their definitions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,21 +18,14 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, create_diffusion, samplers
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 
 INDEX = torch.tensor([5, 0, 2**33 + 7], device=DEVICE)
 SIZES = {"rgb": (3, 8, 8), "gray, odd": (1, 5, 3), "rgba": (4, 4, 6), "beyond one program": (3, 16, 40)}
 
 
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def images(C: int, H: int, W: int) -> Tensor:
-    """Three images [3, H, W, C] with black and white patches, where the likelihood has its ends."""
+    """Make three images [3, H, W, C] with black and white patches, where the likelihood has its end intervals."""
     made = torch.randint(0, 256, (3, H, W, C), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     made[0, :2], made[1, :2] = 0, 255
     return made.to(DEVICE)
@@ -45,7 +37,7 @@ def images(C: int, H: int, W: int) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", [0, 3 | 1 << 32, 2**35 - 1])
 def test_noise_is_the_definitions(size: str, seed: int) -> None:
-    """Equal words and float64 transforms on both sides: equal but for the last bit, rarely."""
+    """Both sides transform equal words in float64, so that few values differ, and only in the last bit."""
     draw = torch.tensor([0, 2, 4001], device=DEVICE)
     ours = image_noise(seed, INDEX, draw, SIZES[size])
     exact = reference.image_noise(seed, INDEX, draw, SIZES[size])
@@ -59,7 +51,7 @@ def test_noise_is_the_definitions(size: str, seed: int) -> None:
 @pytest.mark.parametrize("draw", [0, 1, 2**32 - 1])
 @pytest.mark.parametrize("seed", [0, 3 | 1 << 32, 2**35 - 1])
 def test_uniforms_are_the_definitions(seed: int, draw: int, count: int) -> None:
-    """To the last bit: the same words, and both operations on them are exact."""
+    """Uniforms are equal to the last bit, because both operations on equal words are exact."""
     index = torch.cat([INDEX, torch.arange(1000, 1297, device=DEVICE)])[:count]
     assert torch.equal(image_uniform(seed, index, draw), reference.image_uniform(seed, index, draw))
 
@@ -80,7 +72,7 @@ def test_noise_refuses_other_counters() -> None:
 @pytest.mark.parametrize("made", [True, False], ids=["made", "given"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_q_sample(size: str, made: bool, dtype: torch.dtype) -> None:
-    """Bytes, flips, padding; the result has the one rounding of its dtype."""
+    """From bytes, with flips and padding, the result is rounded once, to its dtype."""
     C, H, W = SIZES[size]
     x_start, coefficients = images(C, H, W), torch.rand(3, 10, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     flip = torch.tensor([True, False, True], device=DEVICE)
@@ -94,7 +86,7 @@ def test_q_sample(size: str, made: bool, dtype: torch.dtype) -> None:
         assert ours.dtype == dtype
         assert ours.shape == (3, channels, H, W)
         assert ours.permute(0, 2, 3, 1).is_contiguous()
-        bound = 1.01 * torch.finfo(dtype).eps * exact.abs() + 4e-7  # of float32's sums
+        bound = 1.01 * torch.finfo(dtype).eps * exact.abs() + 4e-7  # for sums in float32
         assert ((ours.double() - exact[:, :channels]).abs() <= bound[:, :channels]).all()
 
 
@@ -108,18 +100,18 @@ def test_q_sample_of_floats(layout: str) -> None:
 
 
 def cut_from(x: Tensor) -> Tensor:
-    """Equal to x [B, C, H, W], as the first half of the channels of a channels-last map: a view that is not dense."""
+    """Return x [B, C, H, W] as half of the channels of a channels-last map, which is a view that is not dense."""
     return channels_last(torch.cat([x, x + 1], dim=1))[:, : x.shape[1]]
 
 
 def every_other(x: Tensor) -> Tensor:
-    """Equal to x, as every other row of a tensor that has twice as many."""
+    """Return x as every other row of a tensor that has twice as many."""
     return torch.stack([x, x + 1], dim=1).flatten(0, 1)[::2]
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_views_that_are_not_dense(size: str) -> None:
-    """Halves of a network's output, and other views: the same numbers as from dense copies of them."""
+    """Halves of a network's output and other views give the same numbers as dense copies of them."""
     C, H, W = SIZES[size]
     x, noise, earlier = (normal(3, C, H, W, seed=i) for i in range(3))
     _, rows = coefficients([0, 40, 99])
@@ -148,7 +140,7 @@ def test_views_that_are_not_dense(size: str) -> None:
 
 @pytest.mark.parametrize("mode", ["triton", "reference"])
 def test_encoding_with_a_learned_variance(mode: Any) -> None:
-    """A network that predicts x_0 and a variance gives, unclipped, half of its output to the step towards noise."""
+    """Of a network that predicts x_0 and a variance, the step towards noise uses half of the output, unclipped."""
     settings = DiffusionSettings(noise_schedule="cosine", timestep_respacing="100", predict_xstart=True)
     process = create_diffusion(settings, learn_sigma=True)
     x, output = normal(2, 3, 4, 6), channels_last(normal(2, 6, 4, 6, seed=1))
@@ -166,7 +158,7 @@ def coefficients(t: list[int], **settings: Any) -> tuple[Any, Tensor]:
     flags = {"noise_schedule": "cosine", "timestep_respacing": "100", "min_snr_gamma": 0.0, **settings}
     learn_sigma = flags.pop("learn_sigma", False)
     process = create_diffusion(DiffusionSettings(**flags), learn_sigma)
-    return process, process._loss_table(torch.device(DEVICE))[torch.tensor(t, device=DEVICE)]
+    return process, torch.from_numpy(process.loss_coefficients()[t]).float().to(DEVICE)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -174,7 +166,7 @@ def coefficients(t: list[int], **settings: Any) -> tuple[Any, Tensor]:
 @pytest.mark.parametrize("kl", [True, False], ids=["bound", "squared error"])
 @pytest.mark.parametrize("epsilon", [True, False], ids=["noise", "x_0"])
 def test_diffusion_loss(size: str, variance: str, kl: bool, epsilon: bool) -> None:
-    """Every loss and its gradient err no more than torch, t = 0 (the discretised Gaussian) to the last step."""
+    """Losses and gradients err no more than torch's, from t = 0 (the discretised Gaussian) to the last step."""
     C, H, W = SIZES[size]
     if size in ("rgba", "beyond one program") and not (kl and variance == "range"):
         pytest.skip("other sizes show it")
@@ -205,8 +197,8 @@ def test_diffusion_loss(size: str, variance: str, kl: bool, epsilon: bool) -> No
     exact = terms(reference_diffusion.diffusion_loss, torch.float64, noise.double())
     for i, name in enumerate(["loss", "mse", "vb", "gradient"]):
         torch.testing.assert_close(ours[i], given[i], rtol=1e-5, atol=1e-7, msg=f"{name}: made and given noise differ")
-        # Each image has its own scale. Torch may be exact on one image by luck, on three hardly; 4, not 2, because
-        # where the bound is ill-conditioned (tails at t = 0) a handful of elements decide on both sides.
+        # Each image has its own scale. Torch may be exact on one image by luck, but hardly on three. The factor is 4,
+        # not 2, because few elements decide on both sides where the bound is ill-conditioned (tails at t = 0).
         size = exact[i].flatten(1).abs().amax(1) if i == 3 else exact[i].abs()
         off, torchs = ((got[i].double() - exact[i]).reshape(3, -1).abs().amax(1) / size for got in (ours, theirs))
         budget = 4 * torchs.nan_to_num().max() + 8 * 2**-23
@@ -226,7 +218,7 @@ def test_loss_of_a_flipped_image() -> None:
 
 
 def test_loss_of_a_large_map() -> None:
-    """Images of 18 programs each, whose sums are added up in more than one turn."""
+    """Each image takes 18 programs, whose sums are added up in more than one iteration."""
     _, rows = coefficients([0, 40, 99], learn_sigma=True)
     x_start, noise = images(1, 94, 93), normal(3, 1, 94, 93, seed=1)
     output = channels_last(torch.cat([noise + 0.02 * normal(3, 1, 94, 93), normal(3, 1, 94, 93, seed=3, std=0.5)], 1))
@@ -238,7 +230,7 @@ def test_loss_of_a_large_map() -> None:
 
 
 def test_min_snr_weights() -> None:
-    """min(SNR, 5) / SNR of the error in the noise, min(SNR, 5) of the error in x_0: the same loss in x_0's units."""
+    """The weight is min(SNR, 5) / SNR for errors in the noise and min(SNR, 5) for errors in x_0."""
     for predict_xstart in (False, True):
         process, rows = coefficients([0, 40, 99], min_snr_gamma=5.0, predict_xstart=predict_xstart)
         abar = torch.tensor(process.schedule.alphas_cumprod[[0, 40, 99]], device=DEVICE)
@@ -281,7 +273,7 @@ def test_sampler_step(size: str, variance: str, earlier: int) -> None:
 
 
 def test_sampler_step_without_noise() -> None:
-    """And with one row of coefficients for all images."""
+    """Noise may be left out, and all images may share one row of coefficients."""
     output, x, rows = channels_last(normal(2, 3, 4, 4)), normal(2, 3, 4, 4, seed=1), normal(1, 10, seed=2)
     ours = sampler_step(output, x, rows.expand(2, -1), None)
     theirs = reference_diffusion.sampler_step(output, x, rows.expand(2, -1), None)
@@ -291,7 +283,7 @@ def test_sampler_step_without_noise() -> None:
 
 
 def test_nan_stays_nan() -> None:
-    """Clipping and the likelihood's floor hide none, so that whoever looks at the results sees it."""
+    """Neither clipping nor the floor of the likelihood hides a NaN."""
     output, x = channels_last(normal(3, 6, 4, 4)), normal(3, 3, 4, 4, seed=1)
     output[0, 1, 2, 3] = output[1, 4, 0, 0] = output[2, 2, 1, 1] = float("nan")
     rows = 0.5 * normal(3, 10, seed=2)
@@ -306,7 +298,7 @@ def test_nan_stays_nan() -> None:
         assert got.isnan().all()
 
 
-# --- registration, and what is refused ---
+# --- registration and refusals ---
 
 
 def test_torch_checks() -> None:

@@ -1,32 +1,22 @@
-"""The Triton group norm against float64 and against torch at the same dtype."""
+"""The Triton group norm agrees with float64 and with torch at the same dtype."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from fastdiff.kernels import group_norm_silu as module
 from fastdiff.kernels import launch, reference
 from fastdiff.kernels.group_norm_silu import drop_below, group_norm_silu
-from fastdiff.kernels.group_norm_silu_plan import Plan, plan
+from fastdiff.kernels.group_norm_silu_plan import plan
 from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, error, normal
+from helpers.norm_plans import LOOPED, SPLIT, WAYS, planned
 from torch import Tensor
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 
 Inputs = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that an element which a kernel forgets to write is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def inputs(
@@ -49,7 +39,7 @@ def inputs(
 
 
 def run(function: Any, given: Inputs, upstream: Tensor, dtype: torch.dtype | None = None, **settings: Any) -> Inputs:
-    """Output and gradients by name."""
+    """Return output and gradients by name."""
     leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in given.items()}
     y = function(**leaves, **settings)
     gradients = torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))
@@ -57,7 +47,7 @@ def run(function: Any, given: Inputs, upstream: Tensor, dtype: torch.dtype | Non
 
 
 def check(given: Inputs, dtype: torch.dtype, **settings: Any) -> Inputs:
-    """Output and every gradient err at most twice as much as torch's at the same dtype."""
+    """Assert that output and gradients err at most twice as much as torch's at the same dtype."""
     B, C1, H, W = given["x"].shape
     C = C1 + (given["skip"].shape[1] if "skip" in given else 0)
     upstream = channels_last(normal(B, C, H, W, seed=6, mean=0.5, dtype=dtype))
@@ -70,26 +60,13 @@ def check(given: Inputs, dtype: torch.dtype, **settings: Any) -> Inputs:
     return ours
 
 
-def planned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Replaces parts of the launch plan, to send small maps down every path."""
-
-    def changed(B: int, L: int, *args: Any) -> Plan:
-        made = dataclasses.replace(plan(B, L, *args), **changes)
-        return dataclasses.replace(made, splits=-(-L // made.rows))
-
-    monkeypatch.setattr(module, "plan", changed)
-
-
-SPLIT = {"slab": False, "rows": 8, "block_l": 4, "block_c": 32}
-LOOPED = {"slab": True, "one_block": False, "block_l": 4, "programs": 3}
-WAYS = {"one block": {}, "looped slab": LOOPED, "split": SPLIT}
 LONG_BLOCKS = {"looped slab": {**LOOPED, "block_l": 64}, "split": {**SPLIT, "rows": 64, "block_l": 64}}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_way_through_memory(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """5x3 pixels fill no block of any way; groups hold channels of both maps."""
+    """5x3 pixels fill no block in any way, and groups contain channels of both maps."""
     planned(monkeypatch, **WAYS[way])
     check(inputs(2, 64, 32, 5, 3, dtype), dtype)
 
@@ -124,14 +101,14 @@ def test_other_group_counts(num_groups: int) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_far_off_centre(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mean 100, spread 0.1: E[x²] - E[x]² in float32 would leave one digit of the variance."""
+    """With mean 100 and spread 0.1, E[x²] - E[x]² in float32 would leave one digit of the variance."""
     planned(monkeypatch, **WAYS[way])
     given = inputs(1, 64, 0, 4, 5, torch.float32, affine=False, offset=False, mean=100.0, std=0.1)
     check(given, torch.float32, silu=False)
 
 
 def test_an_outlier_in_the_first_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums around the first value must survive that value being the odd one."""
+    """Sums relative to the first value stay accurate when that value is the outlier."""
     planned(monkeypatch, **SPLIT)
     given = inputs(1, 32, 0, 4, 5, torch.float32, affine=False, offset=False)
     given["x"][:, :, 0, 0] = 1e4
@@ -139,13 +116,13 @@ def test_an_outlier_in_the_first_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offset_gradient_is_the_sum_of_dx() -> None:
-    """What a convolution's bias gradient would be, from sums that the backward pass has made."""
+    """The gradient of the offset is that of a convolution's bias, from sums of the backward pass."""
     ours = check(inputs(2, 64, 0, 4, 4, torch.float32), torch.float32)
     assert error(ours["offset"], ours["x"].double().sum(dim=(2, 3))) < 1e-4
 
 
 def exact_dropout(given: Inputs, p: float, seed: Tensor) -> Tensor:
-    """Dropout by the published generator, philox-4x32-7, 16 bits per element."""
+    """Apply dropout by the published generator, philox-4x32-7, with 16 bits per element."""
     y = reference.group_norm_silu(**{name: value.double() for name, value in given.items()})
     B, C, H, W = y.shape
     call = torch.arange(H * W * C // 8)[None].expand(B, -1)
@@ -158,7 +135,7 @@ def exact_dropout(given: Inputs, p: float, seed: Tensor) -> Tensor:
 
 
 def check_dropout(given: Inputs) -> Inputs:
-    """The mask is the one its definition says, in the forward and in the backward pass."""
+    """Assert that forward and backward pass use the mask of the definition."""
     B, C1, H, W = given["x"].shape
     upstream = channels_last(normal(B, given["weight"].shape[0], H, W, seed=6))
     seed = torch.tensor([123456789123], device=DEVICE)
@@ -183,7 +160,7 @@ def test_dropout(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_block_longer_than_the_map(
     way: str, size: tuple[int, int], dropout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some rows of the block see no pixel at all; their empty sums must not reach the result as 0 / 0."""
+    """Some rows of the block have no pixel; their empty sums must not reach the result as 0 / 0."""
     planned(monkeypatch, **LONG_BLOCKS[way])
     given = inputs(2, 64, 32, *size, torch.float32)
     if dropout:
@@ -194,7 +171,7 @@ def test_a_block_longer_than_the_map(
 
 @pytest.mark.parametrize("side", [6, 7])
 def test_plan_with_a_block_longer_than_the_map(side: int) -> None:
-    """The same without a changed plan: these sizes are too large for one block only because of dropout."""
+    """The same happens with the real plan for sizes that only dropout makes too large for one block."""
     chosen = plan(17, side * side, 576, 0, 18, 4, False, launch.processors(torch.device(DEVICE)), True)
     if DEVICE == "cpu":  # a GPU with another number of multiprocessors may choose differently
         assert chosen.slab
@@ -204,7 +181,7 @@ def test_plan_with_a_block_longer_than_the_map(side: int) -> None:
 
 
 def test_dropout_seeds() -> None:
-    """From torch's generator when none is given; a probability that rounds to 0 drops nothing."""
+    """Without a seed torch's generator gives one, and a probability that rounds to 0 drops nothing."""
     given = inputs(1, 64, 0, 2, 2, torch.float32)
     torch.manual_seed(7)
     first, second = (group_norm_silu(**given, dropout=0.5) for _ in range(2))
@@ -251,13 +228,13 @@ def test_plans(L: int, C: int, backward: bool) -> None:
 
 
 def test_a_plan_is_made_once() -> None:
-    """A compiled step would spend a third of the host's time on making the same plans again."""
+    """Without the cache a compiled step would spend a third of the host's time on plans."""
     arguments = (256, 1024, 128, 128, 8, 2, True, 132, True)
     assert plan(*arguments) is plan(*arguments)
 
 
 def test_offsets_beyond_2_31() -> None:
-    """The last element of 3 * 2^30 is reached by 64-bit arithmetic: offsets are formed from an int64 image number."""
+    """No argument of a kernel exceeds 32 bits for 3 * 2^30 elements: offsets come from an int64 image number."""
     B, L, C = 3 * 2**14, 1024, 64
     meta = torch.empty(B, 32, 32, C, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
     one = torch.empty(C, device="meta")
@@ -279,7 +256,7 @@ def test_torch_checks() -> None:
 
 
 def test_compiles_whole() -> None:
-    """One graph, the same numbers, the gradient included."""
+    """The op compiles in one graph and gives the same results and gradients."""
     given = inputs(1, 64, 0, 2, 3, torch.float32)
     upstream = channels_last(normal(1, 64, 2, 3, seed=6))
     whole = torch.compile(lambda **kw: group_norm_silu(**kw) * 2, fullgraph=True, backend="aot_eager")
@@ -336,7 +313,7 @@ def test_low_precision_gradients_of_parameters_stay_float32() -> None:
 
 
 def test_parameters_in_half_precision() -> None:
-    """As DeepSpeed keeps them in bf16 training; a bias is one row for all images."""
+    """DeepSpeed keeps parameters like this in bf16 training; a bias is one row for all images."""
     given = inputs(2, 32, 0, 3, 3, torch.bfloat16)
     for name in ("weight", "bias", "offset"):
         given[name] = given[name].bfloat16()

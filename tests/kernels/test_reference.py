@@ -1,20 +1,19 @@
-"""The definitions of the ops against known answers and float64 re-statements."""
+"""The definitions of the ops agree with known answers and with float64 re-statements."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastdiff.kernels import reference
+from helpers.kernel_checks import error
 from helpers.waits import Waits
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 
 # --- noise from counters ---
 
@@ -39,7 +38,7 @@ def test_philox_known_answers(counter: str, key: str, expected: str) -> None:
 
 
 def test_image_noise_is_standard_normal() -> None:
-    """2^20 values: mean within 5 / 2^10, variance, skewness and kurtosis within 5 standard errors."""
+    """Mean, variance, skewness and kurtosis of 2^20 values are within 5 standard errors."""
     x = ops.image_noise(1, torch.arange(64), 0, (4, 64, 64)).double().flatten()
     n = x.numel()
     assert abs(x.mean()) < 5 / n**0.5
@@ -51,7 +50,7 @@ def test_image_noise_is_standard_normal() -> None:
 
 
 def test_image_noise_is_independent() -> None:
-    """Between images, draws, seeds, streams, and neighbours within an image: correlations of 2^16 values are small."""
+    """Images, draws, seeds, keys and neighbours within an image are uncorrelated to within 2^16 values' error."""
     shape = (1, 256, 256)
     n = math.prod(shape)
     index = torch.tensor([0, 1, 2**32, 2**32 + 1])
@@ -64,8 +63,8 @@ def test_image_noise_is_independent() -> None:
         assert abs((rows[:, lag:] * rows[:, :-lag]).mean()) < 5 / (rows.shape[0] * n) ** 0.5
 
 
-def test_image_noise_does_not_know_its_batch() -> None:
-    """Nor whether fewer values are asked for: an image's noise is a prefix of a larger one's."""
+def test_image_noise_does_not_depend_on_the_batch() -> None:
+    """The noise of a smaller image is a prefix of that of a larger one."""
     index = torch.tensor([5, 0, 2**33 + 7, 5])
     together = ops.image_noise(3, index, 2, (3, 5, 7))
     for row, i in enumerate(index):
@@ -77,7 +76,7 @@ def test_image_noise_does_not_know_its_batch() -> None:
 
 
 def test_counters_copy_nothing_to_the_device() -> None:
-    """A training step draws timesteps by them inside a CUDA graph, which refuses copies of the host's numbers."""
+    """A training step draws timesteps inside a CUDA graph, which refuses copies of the host's numbers."""
     with Waits() as waits:
         reference.image_uniform(0, torch.arange(3), 1)
         reference.image_noise(0, torch.arange(3), 1, (3, 4, 4))
@@ -97,7 +96,7 @@ def test_image_uniform() -> None:
     assert torch.equal(ops.image_uniform(0, torch.arange(7), 0), u[:7])
 
 
-# --- group norm, SiLU, and what comes with them ---
+# --- group norm and SiLU ---
 
 
 def exact_norm(
@@ -110,7 +109,7 @@ def exact_norm(
     groups: int = 32,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The definition written out in float64."""
+    """Compute the definition in float64."""
     x = x.double()
     B, C, H, W = x.shape
     grouped = x.reshape(B, groups, -1)
@@ -127,16 +126,12 @@ def normal(*shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0) -> T
     return mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def error(got: Tensor, exact: Tensor) -> float:
-    return (got.double() - exact).abs().max().item()
-
-
 Norm = Callable[..., Tensor]
 
 
 @pytest.fixture(params=[reference.group_norm_silu, ops.group_norm_silu], ids=["reference", "ops"])
 def group_norm_silu(request: pytest.FixtureRequest) -> Norm:
-    """The definition, and what models use."""
+    """The definition, and the op that models use."""
     return request.param
 
 
@@ -147,7 +142,7 @@ NORM_SHAPES = {"one pixel": (2, 64, 1, 1), "not square": (3, 96, 5, 7), "one cha
 @pytest.mark.parametrize("modulated", [False, True], ids=["", "modulated"])
 @pytest.mark.parametrize("silu", [False, True], ids=["", "silu"])
 def test_group_norm(group_norm_silu: Norm, shape: tuple[int, ...], modulated: bool, silu: bool) -> None:
-    """Off-centre input; results within 1e-5 of their size, the parameters' gradients, which are sums, within 2e-5.
+    """For off-centre input, results err by 1e-5 of their size and the parameters' gradients, which are sums, by 2e-5.
 
     The input's gradient is a difference of terms of size d = (1 + |mean| / std) / std times the upstream gradient,
     where mean and std are the group's: each is rounded to 2^-24 of itself. (A group of two pixels may have a std far
@@ -179,10 +174,10 @@ def test_group_norm(group_norm_silu: Norm, shape: tuple[int, ...], modulated: bo
 
 
 def test_group_norm_far_off_centre(group_norm_silu: Norm) -> None:
-    """Mean 100, spread 0.1: E[x²] - E[x]² in float32 would lose all but one digit of the variance.
+    """With mean 100 and spread 0.1, E[x²] - E[x]² in float32 would lose all but one digit of the variance.
 
-    The input's own rounding, 2^-24 * 100 / 0.1 = 6e-5 of a spread, is in both results alike. What is left is the
-    rounding of the mean: 100 * 2^-24 over the spread, a few of them.
+    The input's own rounding, 2^-24 * 100 / 0.1 = 6e-5 of a spread, affects both results alike. The bound is for the
+    rounding of the mean: a few times 100 * 2^-24 over the spread.
     """
     x = normal(2, 64, 8, 8, mean=100.0, std=0.1)
     weight, bias = torch.ones(64), torch.zeros(64)
@@ -192,7 +187,7 @@ def test_group_norm_far_off_centre(group_norm_silu: Norm) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 def test_group_norm_of_two_maps(group_norm_silu: Norm, layout: torch.memory_format) -> None:
-    """A skip counts as if it were concatenated; groups may hold channels of both."""
+    """A skip counts as if it were concatenated, and groups may contain channels of both maps."""
     x, skip = normal(2, 64, 4, 6, mean=3.0), normal(2, 32, 4, 6, seed=1)
     x, skip = x.contiguous(memory_format=layout), skip.contiguous(memory_format=layout)
     weight, bias = normal(96, seed=2), normal(96, seed=3)
@@ -207,7 +202,7 @@ def test_group_norm_of_two_maps(group_norm_silu: Norm, layout: torch.memory_form
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_group_norm_of_half_precision(group_norm_silu: Norm, dtype: torch.dtype) -> None:
-    """Arithmetic in float32, one rounding at the end: half a unit in the last place, as the result is rounded."""
+    """Arithmetic is in float32, so that the result errs by one rounding: half a unit in the last place."""
     x = normal(2, 64, 8, 8, mean=3.0).to(dtype)
     weight, bias = normal(64, seed=1), normal(64, seed=2)
     y = group_norm_silu(x, weight, bias)
@@ -218,7 +213,7 @@ def test_group_norm_of_half_precision(group_norm_silu: Norm, dtype: torch.dtype)
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_group_norm_dropout(group_norm_silu: Norm, p: float) -> None:
-    """Elements are zero with probability p, and 1 / (1 - p) times their value else."""
+    """Elements are zero with probability p, and otherwise multiplied by 1 / (1 - p)."""
     x = normal(4, 64, 16, 16, mean=3.0)
     weight, bias = torch.ones(64), torch.zeros(64)
     torch.manual_seed(0)
@@ -235,7 +230,7 @@ def test_group_norm_dropout(group_norm_silu: Norm, p: float) -> None:
 
 
 def exact_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Head by head in float64, from the layout [head][q, k, v][channel]."""
+    """Compute attention head by head in float64, from the layout [head][q, k, v][channel]."""
     qkv = qkv.double()
     D = qkv.shape[2] // (3 * num_heads)
     outputs = []
@@ -252,7 +247,7 @@ ATTENTION = {"reference": reference.attention, "ops": ops.attention}
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize(("L", "heads", "D"), [(1, 1, 32), (16, 4, 16), (35, 2, 24), (64, 1, 160)])
 def test_attention(name: str, L: int, heads: int, D: int) -> None:
-    """Float32 sums over D and L terms: 1e-5 of values of order 1."""
+    """Sums of D and L terms in float32 err by 1e-5 of values of order 1."""
     qkv = normal(2, L, 3 * heads * D, std=1.5)
     upstream = normal(2, L, heads * D, seed=1)
     results = []
@@ -288,7 +283,7 @@ def test_attention_of_large_scores() -> None:
 
 
 def test_upsample_conv() -> None:
-    """Each pixel becomes four, then a 3x3 sum: written out in float64, forward and gradients."""
+    """Each pixel becomes four, followed by a 3x3 convolution; results and gradients agree with float64."""
     x, weight, bias = normal(2, 5, 3, 4), normal(7, 5, 3, 3, seed=1), normal(7, seed=2)
     upstream = normal(2, 7, 6, 8, seed=3)
 
@@ -325,78 +320,8 @@ def test_update_ema(rate: float) -> None:
 
 
 def test_many_small_updates_of_an_average() -> None:
-    """10,000 steps at 0.9999 towards a constant leave 0.9999^10000 of the start; each step rounds by 2^-24 at most."""
+    """10,000 steps at 0.9999 leave 0.9999^10000 of the start, with a rounding error of at most 2^-24 per step."""
     average = [torch.zeros(16)]
     for _ in range(10_000):
         ops.update_ema(average, [torch.ones(16)], 0.9999)
     assert error(average[0], torch.full((16,), 1 - 0.9999**10_000, dtype=torch.float64)) < 10_000 * 2**-24
-
-
-# --- the loss-aware sampler of timesteps ---
-
-
-class PlainLossAware:
-    """improved-diffusion's sampler as a loop over single losses."""
-
-    def __init__(self, steps: int, depth: int = 10, uniform: float = 0.001) -> None:
-        self.steps, self.depth, self.uniform = steps, depth, uniform
-        self.losses: list[list[float]] = [[] for _ in range(steps)]
-
-    def update(self, t: list[int], losses: list[float]) -> None:
-        for step, loss in zip(t, losses, strict=True):
-            self.losses[step] = [*self.losses[step], loss][-self.depth :]
-
-    def weights(self) -> np.ndarray:
-        if any(len(history) < self.depth for history in self.losses):
-            return np.ones(self.steps)
-        weights = np.sqrt(np.mean(np.square(self.losses), axis=1))
-        return weights / weights.sum() * (1 - self.uniform) + self.uniform / self.steps
-
-
-@pytest.mark.parametrize(
-    "batch", [lambda rng: rng.integers(1, 4), lambda rng: rng.integers(20, 60)], ids=["few", "many of the same"]
-)
-def test_loss_aware_sampler(batch: Callable[[np.random.Generator], int]) -> None:
-    """Also when a batch holds one timestep more often than the history is deep."""
-    rng = np.random.default_rng(0)
-    ours, plain = LossSecondMomentSampler(4), PlainLossAware(4)
-    longest = 0
-    for _ in range(60):
-        count = int(batch(rng))
-        t = rng.choice(4, size=count, p=[0.7, 0.1, 0.1, 0.1])
-        losses = rng.exponential(size=count).astype(np.float32)
-        longest = max(longest, int(np.bincount(t).max()))
-        ours.update(torch.from_numpy(t), torch.from_numpy(losses))
-        plain.update(t.tolist(), losses.tolist())
-        for step, history in enumerate(plain.losses):
-            assert int(ours.counts[step]) == len(history)
-            np.testing.assert_array_equal(ours.history[step, : len(history)].numpy(), history)
-        np.testing.assert_allclose(ours.weights().numpy(), plain.weights(), rtol=1e-12)
-    assert bool(ours.warmed_up())
-    assert longest > 10 or count < 4
-
-
-def test_loss_aware_sampler_all_at_once() -> None:
-    """A batch of one timestep only, from empty and from full histories."""
-    ours, plain = LossSecondMomentSampler(2), PlainLossAware(2)
-    for first in (0, 100, 200):
-        losses = [float(first + i) for i in range(25)]
-        ours.update(torch.zeros(25, dtype=torch.int64), torch.tensor(losses))
-        plain.update([0] * 25, losses)
-        assert ours.history[0].tolist() == plain.losses[0] == losses[-10:]
-    assert int(ours.counts[1]) == 0
-
-
-def test_importance_weights_are_unbiased() -> None:
-    """E[weight · f(t)] over the sampler's own draws is the mean of f."""
-    sampler = LossSecondMomentSampler(5)
-    t = torch.arange(5).repeat(10)
-    sampler.update(t, (t + 1).float())
-    n = 100_000
-    uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    drawn, weights = sampler.sample(uniform)
-    share = torch.bincount(drawn, minlength=5).double() / n
-    p = sampler.weights() / sampler.weights().sum()
-    assert (share - p).abs().max() <= 1.01 / n
-    f = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0])
-    assert (weights * f[drawn]).mean().item() == pytest.approx(f.mean().item(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Counts of work: against torch's own counter, against each other, and against the published networks."""
+"""Counts of operations and bytes agree with torch's counter, with each other and with the published networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastdiff import ops
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, cost
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# Forward GFLOP and, forward and with the backward pass, MB per image of 16-bit maps through fused ops.
+# Per image: GFLOP of the forward pass, and MB of 16-bit maps through fused ops, forward and with the backward pass.
 PUBLISHED = {
     "imagenet64_uncond": (79.5, 243, 681),
     "cifar10_uncond": (16.8, 67, 188),
@@ -36,7 +36,7 @@ def published(name: str) -> BackboneSettings:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks(name: str) -> None:
-    """Bytes were counted by hand before this module was written; they leave out the float32 last layer and the loss."""
+    """The published bytes were counted by hand and leave out the float32 last layer and the loss."""
     gigaflops, forward, training = PUBLISHED[name]
     ops = cost.operations(published(name))
     assert cost.forward_flops(published(name)) == pytest.approx(gigaflops * 1e9, rel=0.005)
@@ -71,7 +71,7 @@ def given(settings: BackboneSettings, batch: int, device: str) -> dict[str, Any]
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_flops_are_torchs(name: str) -> None:
-    """torch counts every product that is computed, which on the meta device costs nothing."""
+    """The count equals torch's, which counts every product, here on the meta device."""
     settings = NETWORKS[name]
     model = cost.on_meta(settings)
     with FlopCounterMode(display=False) as counter, ops.using("reference"):
@@ -80,7 +80,7 @@ def test_flops_are_torchs(name: str) -> None:
 
 
 def test_backward_is_twice_forward() -> None:
-    """Up to what needs no gradient: the image, and the timesteps' sinusoids."""
+    """The backward pass costs twice the forward pass, but for the image and the sinusoids, which need no gradient."""
     settings = NETWORKS["tiny"]
     model = cost.on_meta(settings)
     with FlopCounterMode(display=False) as counter, ops.using("reference"):
@@ -104,7 +104,7 @@ def test_every_weight_once(name: str) -> None:
 
 
 def test_shapes_are_those_of_the_maps() -> None:
-    """What hooks see of every convolution that runs as a module, and of the blocks."""
+    """The shapes are those that hooks see for every convolution that runs as a module."""
     settings = NETWORKS["super-resolution"]
     model = build_model(settings)
     seen: dict[str, tuple[int, ...]] = {}
@@ -124,7 +124,7 @@ def test_shapes_are_those_of_the_maps() -> None:
 
 
 def test_formulae_of_one_block() -> None:
-    """The middle block's, with 64 channels on a 4x4 map: by hand."""
+    """The numbers of the middle block, with 64 channels on a 4x4 map, are computed by hand."""
     ops = {(op.name, op.kind): op for op in cost.operations(NETWORKS["tiny"])}
     volume = 2 * 64 * 16  # bytes of the map
     conv = ops["middle_block.0.in_layers.2", "conv3x3"]
@@ -148,7 +148,7 @@ def test_formulae_of_one_block() -> None:
 
 
 def test_saved_bytes_against_autograd() -> None:
-    """All that is counted is kept, and by unfused ops concatenated and enlarged maps besides."""
+    """Autograd saves all that is counted; unfused ops also save concatenated and enlarged maps."""
     settings = NETWORKS["tiny"]
     model = build_model(settings)
     kept: dict[int, int] = {}
@@ -164,12 +164,12 @@ def test_saved_bytes_against_autograd() -> None:
         mock.patch.object(ops, "upsample_conv", reference.upsample_conv),
     ):
         model(**given(settings, 1, "cpu"))
-    counted = cost.saved_bytes(cost.operations(model, cost.SINGLE))  # this body is float32
+    counted = cost.saved_bytes(cost.operations(model, cost.SINGLE))  # the body is float32 here
     assert counted <= sum(kept.values()) < 1.6 * counted
 
 
 def test_float32_maps_are_twice_as_large() -> None:
-    """But for the last layer, float32 in any case, for the image and for what the loss reads."""
+    """Maps are twice as large except in the last layer, for the image and in the loss, which are always float32."""
     half, single = (cost.operations(NETWORKS["tiny"], element) for element in (cost.HALF, cost.SINGLE))
     for a, b in zip(half, single, strict=True):
         factor = 1 if a.name.startswith("out.") or a.kind in ("loss", "embedding") else 2

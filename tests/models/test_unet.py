@@ -1,4 +1,4 @@
-"""The networks beyond what improved-diffusion's recorded outputs cover."""
+"""The networks, beyond what improved-diffusion's recorded outputs cover."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettin
 
 
 def inputs(model: UNet, batch: int = 2) -> dict[str, Tensor]:
-    """x, timesteps, and labels and small images where the model takes them."""
+    """Make x, timesteps, and labels and small images if the model takes them."""
     settings = model.settings
     generator = torch.Generator().manual_seed(1)
     given: dict[str, Tensor] = {
@@ -70,7 +70,7 @@ def test_shapes_and_gradients(name: str) -> None:
 
 @by_extension
 def test_images_do_not_mix(name: str) -> None:
-    """An image's output is the same whatever is drawn beside it, but for the order of float32 sums."""
+    """The output for an image does not depend on the others, except for the order of float32 sums."""
     model = unet(**EXTENSIONS[name])
     given = inputs(model, batch=3)
     with torch.no_grad():
@@ -91,14 +91,14 @@ def test_widths_and_heads() -> None:
 
 
 def test_other_sizes_than_trained() -> None:
-    """The network is convolutional: any size divisible by its factor goes through."""
+    """The network is convolutional and takes any size that is divisible by its factor."""
     model = unet()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 6, 20), torch.zeros(1)).shape == (1, 3, 6, 20)
 
 
 def test_super_resolution_input() -> None:
-    """The small image counts, at any size, and goes in beside x."""
+    """The output depends on the small image, which may have any size."""
     model = super_res(large_size="16x24", small_size="4x6")
     given = inputs(model)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_labels_count() -> None:
     assert not torch.equal(out[1], other[1])
 
 
-# --- how it is computed ---
+# --- computation ---
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -142,7 +142,7 @@ def test_labels_count() -> None:
     "changes", [{}, {"use_scale_shift_norm": False}, {"class_cond": True, "num_classes": 3}], ids=str
 )
 def test_checkpointing_changes_no_gradient(dropout: float, changes: dict[str, Any]) -> None:
-    """Bit for bit, dropout masks included."""
+    """Recomputed gradients are bit-identical, also with dropout."""
     results = []
     for use_checkpoint in (False, True):
         model = unet(dropout=dropout, use_checkpoint=use_checkpoint, **changes).train()
@@ -169,12 +169,12 @@ def test_dropout_is_for_training() -> None:
 
 @pytest.mark.parametrize("build", [unet, super_res])
 def test_bf16_body(build: Any) -> None:
-    """Near to float32, output and gradients in float32.
+    """Output and gradients are float32 and close to those of a float32 body.
 
-    bf16 keeps 8 bits: every stored activation is off by up to 2^-9 = 0.2%, about 0.1% in the mean square. Some 30 of
-    them lie one behind the other here, and independent errors add up as their root: 0.1% · sqrt(30) = 0.6%, times the
-    few by which a norm behind a sum can magnify them. 3% leaves room for five times that; a timestep or an output in
-    bf16 alone would be beyond it (1000 steps in bf16 are 4 apart).
+    bf16 has 8 bits of mantissa: each stored activation errs by up to 2^-9 = 0.2%, about 0.1% in the mean square. Errors
+    of 30 successive activations add up to 0.1% · sqrt(30) = 0.6%, which a norm after a sum can magnify a few times. The
+    bound of 3% allows a factor of five; timesteps or outputs in bf16 would exceed it (at 1000, bf16 numbers are 4
+    apart).
     """
     model = build()
     given = inputs(model)
@@ -192,7 +192,7 @@ def test_bf16_body(build: Any) -> None:
 
 
 def test_bf16_keeps_the_timesteps() -> None:
-    """998.4 would be 1000 in bf16: the embedding doesn't know the body's precision."""
+    """998.4 would be 1000 in bf16, so the embedding does not use the body's precision."""
     model = unet()
     t = torch.tensor([998.4, 1000.0])
     full = model.embed(t, None)
@@ -203,7 +203,7 @@ def test_bf16_keeps_the_timesteps() -> None:
 @by_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_activations_stay_channels_last(name: str, dtype: torch.dtype) -> None:
-    """Every convolution's output lies channel by channel within a pixel, whatever the layout of x."""
+    """The output of every convolution is channels-last, whatever the layout of x."""
     model = unet(**EXTENSIONS[name]).set_precision(dtype)
     strange = []
 
@@ -223,15 +223,15 @@ def test_activations_stay_channels_last(name: str, dtype: torch.dtype) -> None:
         model(**inputs(model))
     assert count > 5
     assert not strange
-    assert all(parameter.is_contiguous() for parameter in model.parameters())  # as DeepSpeed flattens them
+    assert all(parameter.is_contiguous() for parameter in model.parameters())  # DeepSpeed flattens them in this order
 
 
-# --- where it starts ---
+# --- initial weights ---
 
 
 @pytest.mark.parametrize("kind", [UNetSettings, SuperResSettings])
 def test_new_network_draws_zeros(kind: type[BackboneSettings]) -> None:
-    """The last layer and the end of every residual branch begin at zero."""
+    """The last layer and the end of every residual branch are initialised to zero."""
     settings = kind(**(MODEL if kind is UNetSettings else SUPER_RES), learn_sigma=True)
     model = build_model(settings)
     with torch.no_grad():
@@ -241,7 +241,7 @@ def test_new_network_draws_zeros(kind: type[BackboneSettings]) -> None:
     assert zero == {name for name in model.state_dict() if name.endswith(ends)}
 
 
-# --- weights on disk ---
+# --- weights in files ---
 
 BUILDS: dict[str, tuple[type[BackboneSettings], dict[str, Any]]] = {
     **{name: (UNetSettings, {**MODEL, **changes}) for name, changes in EXTENSIONS.items()},
@@ -255,7 +255,7 @@ BUILDS: dict[str, tuple[type[BackboneSettings], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_settings_from_shapes(name: str) -> None:
-    """What a bare state_dict shows is what it was built with."""
+    """The settings that are inferred from a bare state_dict are those of the network."""
     kind, given = BUILDS[name]
     settings = kind(**given)
     with torch.device("meta"):
@@ -275,7 +275,7 @@ def test_settings_from_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["as it is", "classes", "super-resolution"])
 def test_weights_carry_their_settings(name: str, tmp_path: Path) -> None:
-    """Through a file and back: the same outputs from nothing but the file."""
+    """A network that is rebuilt from its file alone gives the same outputs."""
     kind, given = BUILDS[name]
     model = random_model(kind(**given))
     info = info_for(model, ["a", "b"])
@@ -288,7 +288,7 @@ def test_weights_carry_their_settings(name: str, tmp_path: Path) -> None:
     weights.load_into(again, state, path)
     with torch.no_grad():
         assert torch.equal(again.eval()(**inputs(model)), model(**inputs(model)))
-    plain = torch.load(path, weights_only=True)  # as another program would
+    plain = torch.load(path, weights_only=True)  # as another program reads it
     model.load_state_dict(plain, strict=True)
 
 

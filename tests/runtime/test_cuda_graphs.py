@@ -1,4 +1,4 @@
-"""The CUDA calls of a GraphRunner, on a GPU that only notes them."""
+"""A GraphRunner makes the right CUDA calls in the right order, on a simulated GPU that records them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Graph:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is called on the GPU, in order."""
+    """The calls that are made, in order."""
     made: list[str] = []
     graphs: list[Graph] = []
 

@@ -1,11 +1,14 @@
-"""The table of GPUs, the names under which they are found, and measuring the machine at hand."""
+"""GPUs are found by their names, this machine's rates are measured, and compiled code is stored where it is said."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastdiff.runtime import machine as hardware
+from fastdiff.runtime import machine
 
 
 @pytest.mark.parametrize(
@@ -18,13 +21,13 @@ from fastdiff.runtime import machine as hardware
     ],
 )
 def test_found_by_its_device_name(device: str, key: str) -> None:
-    assert hardware.find(device) is hardware.GPUS[key]
+    assert machine.find(device) is machine.GPUS[key]
 
 
-@pytest.mark.parametrize("key", hardware.GPUS)
+@pytest.mark.parametrize("key", machine.GPUS)
 def test_found_by_its_own_name(key: str) -> None:
-    assert hardware.find(key) is hardware.GPUS[key]
-    assert hardware.find(hardware.GPUS[key].name) is hardware.GPUS[key]
+    assert machine.find(key) is machine.GPUS[key]
+    assert machine.find(machine.GPUS[key].name) is machine.GPUS[key]
 
 
 @pytest.mark.parametrize(
@@ -41,30 +44,43 @@ def test_found_by_its_own_name(key: str) -> None:
     ],
 )
 def test_others_are_not_taken_for_it(device: str) -> None:
-    """A slower board under a faster one's figures would make every share wrong."""
-    assert hardware.find(device) is None
+    """A slower board with a faster one's figures would make every share of the peak wrong."""
+    assert machine.find(device) is None
 
 
 def test_rates_are_below_datasheets() -> None:
-    for gpu in hardware.GPUS.values():
+    for gpu in machine.GPUS.values():
         assert 0.7 < gpu.matmul_flops / gpu.peak_flops < 0.9
         assert 0.8 < gpu.copy_bytes / gpu.bandwidth < 1
-    assert hardware.GPUS["H200"].matmul_flops == pytest.approx(788e12)
-    assert hardware.GPUS["H200"].copy_bytes == pytest.approx(4.3e12)
+    assert machine.GPUS["H200"].matmul_flops == pytest.approx(788e12)
+    assert machine.GPUS["H200"].copy_bytes == pytest.approx(4.3e12)
 
 
 def test_a_cpu_is_no_gpu() -> None:
-    name = hardware.device_name(torch.device("cpu"))
+    name = machine.device_name(torch.device("cpu"))
     assert name
-    assert hardware.find(name) is None
+    assert machine.find(name) is None
 
 
 def test_rates_of_this_machine() -> None:
-    """Of any machine that runs this: above a gigaflop and 100 MB per second, below any machine of today."""
-    rates = hardware.measure_rates(torch.device("cpu"), size=128, copy_size=1 << 22, repeats=2)
+    """Any machine reaches more than a gigaflop and 100 MB per second, and less than the upper bounds."""
+    rates = machine.measure_rates(torch.device("cpu"), size=128, copy_size=1 << 22, repeats=2)
     assert 1e9 < rates.matmul_flops < 1e15
     assert 1e8 < rates.copy_bytes < 1e14
 
 
+def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores the variables that are set below
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert machine.keep_compiled_code() == tmp_path / "fastdiff" / "inductor"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "fastdiff" / "inductor" / "triton")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/triton")
+    assert machine.keep_compiled_code() == Path("/elsewhere")
+    assert os.environ["TRITON_CACHE_DIR"] == "/triton"
+
+
 def test_free_memory_is_read() -> None:
-    assert 10**6 < hardware.free_memory(torch.device("cpu")) < 10**14
+    assert 10**6 < machine.free_memory(torch.device("cpu")) < 10**14

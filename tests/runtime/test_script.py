@@ -1,4 +1,4 @@
-"""Nobody reads: lines are lost, and nothing else."""
+"""Scripts end with their exit codes and messages, and closed output costs only the lines that it loses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdiff.training.reporting import Reporter
 
 
 def test_a_reader_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The log has the line all the same, and later lines are lost without an error."""
+    """The log file gets every line, and output to the closed pipe is lost without an error."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w", buffering=1) as pipe, Reporter(tmp_path, 10, 0) as reporter:
@@ -57,8 +57,13 @@ def test_exit_codes_need_no_reader(place: str, code: int) -> None:
     assert done.returncode == code
 
 
+def test_a_script_ends_with_the_code_and_sentence_it_gives() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, "75"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "drawn\n", "train.py: saved\n")
+
+
 def test_names_that_are_no_unicode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the system gives them to Python, a byte each that stands for itself."""
+    """Python represents each byte that is no valid UTF-8 by a surrogate, which is written with an escape."""
     images = str(tmp_path / os.fsdecode(b"b\xff"))
     assert DataSettings(data_dir=images).data_dir == images
     with script.tolerate_closed_output(), Reporter(tmp_path, 3, 0) as reporter:

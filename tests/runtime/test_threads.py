@@ -1,4 +1,4 @@
-"""How many threads PyTorch gets on a CPU."""
+"""On a CPU, PyTorch gets as many threads as there are free cores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _threads_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Sixteen cores, five of them idle."""
+    """Simulate sixteen cores, of which five are idle."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(threads, "allowed_cores", lambda: 16)

@@ -1,4 +1,4 @@
-"""The batch size that is found and cached; the amount of work from which compiling pays."""
+"""The best batch size is found and cached, and a job is compiled if it is long enough."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def machine(fixed: float, each: float, room: int = 10**9) -> Any:
-    """(seconds of one network call on a machine with a fixed overhead, the sizes that were tried)."""
+    """Return the seconds of a network call as a function of the size, with a fixed overhead, and the sizes tried."""
     tried: list[int] = []
 
     def seconds(size: int) -> float:
@@ -36,10 +36,10 @@ def machine(fixed: float, each: float, room: int = 10**9) -> Any:
 @pytest.mark.parametrize(
     ("fixed", "each", "room", "most", "want"),
     [
-        (0.0, 1.0, 10**9, 64, 1),  # a batch gains nothing
-        (1.0, 1.0, 10**9, 10**6, 32),  # until the overhead is within 3%
-        (100.0, 1e-3, 10**9, 48, 32),  # more always gains
-        (1.0, 1.0, 8, 64, 8),  # as far as the memory goes
+        (0.0, 1.0, 10**9, 64, 1),  # a larger batch is no faster
+        (1.0, 1.0, 10**9, 10**6, 32),  # the overhead is within 3%
+        (100.0, 1e-3, 10**9, 48, 32),  # a larger batch is always faster
+        (1.0, 1.0, 8, 64, 8),  # the memory holds 8
     ],
 )
 def test_best(fixed: float, each: float, room: int, most: int, want: int, tmp_path: Path) -> None:

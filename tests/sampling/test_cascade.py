@@ -1,4 +1,4 @@
-"""Guidance, cascades and classes through the scripts, and what they refuse."""
+"""Guidance, cascades and classes work through the scripts, which refuse invalid settings."""
 
 from __future__ import annotations
 
@@ -87,7 +87,6 @@ def test_cascades_that_do_not_fit(base: Path, enlarger: Path, tmp_path: Path) ->
         given = {"model_path": base, "out_dir": tmp_path}
         assert "train.py" in refusal(sample.main, flags({**given, "sr_model_path": base}))
         assert "--sr_steps" in refusal(sample.main, flags({**given, "sr_model_path": enlarger, "sr_steps": 99}))
-        assert "sr_steps" in refusal(sample.main, flags({**given, "sr_steps": 2}))
         many = {"sr_model_path": enlarger, "sr_timestep_respacing": 99}
         assert refusal(sample.main, flags({**given, **many})).startswith("--sr_timestep_respacing: ")
         few = {"sr_model_path": enlarger, "sr_timestep_respacing": 2, "solver": "dpmpp_3m"}
@@ -108,7 +107,7 @@ def test_guidance_changes_the_images_and_reaches_every_class(base: Path, tmp_pat
 
 
 def test_autoguidance_by_a_checkpoint(base: Path, tmp_path: Path) -> None:
-    """With itself as the guide nothing changes; a bare file has the model's own settings."""
+    """A model guided by itself draws the same; a bare file as the guide gets the model's settings."""
     given = {"model_path": base, "solver": "ddim"}
     plain = run(tmp_path / "1", **given)["arr_0"]
     itself = run(tmp_path / "2", **given, guidance=3, guide_model_path=base)["arr_0"]
@@ -130,8 +129,6 @@ def test_guidance_that_can_not_be(base: Path, tmp_path: Path) -> None:
     said = refusal(sample.main, flags({**out, "model_path": base, "guidance": 2, "guide_model_path": plain}))
     assert said.startswith("--guide_model_path: ")
     assert "class_cond False" in said
-    for wrong in ({"guide_model_path": plain}, {"guidance_interval": "1,2"}):
-        assert "guidance other than 1" in refusal(sample.main, flags({**out, "model_path": base, **wrong}))
     assert not (tmp_path / "out").exists()
 
 
@@ -153,8 +150,6 @@ def test_steps_and_spacing(base: Path, tmp_path: Path, capsys: pytest.CaptureFix
         ({"steps": 2, "timestep_respacing": 3}, ["--steps 2", "timestep_respacing 3", "one of them"]),
         ({"solver": "heun", "steps": 1}, ["steps 1", "heun", "at least 2"]),
         ({"solver": "dpmpp_3m", "timestep_respacing": 2}, ["--solver", "dpmpp_3m", "at least 3"]),
-        ({"classes": "cow"}, ["--classes", "cow", "ape"]),
-        ({"classes": "0,3"}, ["--classes", "3", "0 to 2"]),
         ({"classes": "0:1,2"}, ["--classes", "weights"]),
         ({"classes": "0:x"}, ["--classes", "0:x", "weight"]),
         pytest.param(

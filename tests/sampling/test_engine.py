@@ -1,4 +1,4 @@
-"""The engine against the solvers' generators on the same network, and the effect of guidance on the output."""
+"""The engine draws what the solvers' generators draw with the same network, and guidance changes the output rightly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def process(model: UNet, **settings: Any) -> GaussianDiffusion:
 
 
 def plainly(model: UNet, diffusion: GaussianDiffusion, plan: SolverTable, index: Tensor, **kwargs: Tensor) -> Tensor:
-    """The images as the generator draws them, with the whole network in every step."""
+    """Draw the images by the generator, with the whole network in every step."""
     shape = (model.settings.in_channels, *model.settings.size_hw)
 
     def predict(x: Tensor, step: int) -> Tensor:
@@ -61,7 +61,7 @@ def engine(
 
 
 def assert_close(got: Tensor, want: Tensor) -> None:
-    """Both are float32; the engine computes the embeddings of all steps in one product, which may round differently."""
+    """Assert that both agree in float32: the engine embeds all steps in one product, which rounds differently."""
     assert relative_error(got, want) < 2e-5
 
 
@@ -75,13 +75,13 @@ def test_engine_is_the_solver(name: str, solver: str) -> None:
     want = plainly(model, diffusion, plan, INDEX, **kwargs)
     drawer = engine(model, diffusion, plan)
     assert_close(drawer.draw(INDEX, **kwargs), want)
-    assert_close(drawer.draw(INDEX, **kwargs), want)  # nothing of the batch before is left
+    assert_close(drawer.draw(INDEX, **kwargs), want)  # nothing of the first batch is left
 
 
 @pytest.mark.parametrize("respacing", ["ddim25", ""], ids=["ddim25", "ancestral"])
 @pytest.mark.parametrize("name", ["learned variances", "classes"])
 def test_same_pixels_as_the_loops(name: str, respacing: str) -> None:
-    """A network in training, which is not frozen, draws its previews as the sample loops of the library draw them."""
+    """A network in training, which is not frozen, draws the same previews as the library's sample loops."""
     model = unet(**MODELS[name])
     kwargs = {"y": CLASSES} if model.settings.class_cond else {}
     diffusion = process(model, diffusion_steps=50, timestep_respacing=respacing)
@@ -131,7 +131,7 @@ def test_steps_that_are_no_trials() -> None:
 
 
 def guided_output(weight: float, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(guided, conditional, unconditional) output at one row."""
+    """Return the guided, conditional and unconditional output at one row of the table."""
     model = unet(class_cond=True, num_classes=5, null_class=True, learn_sigma=True)
     diffusion = process(model)
     plan = solver_table(diffusion, "ddim")
@@ -183,7 +183,7 @@ def test_autoguidance() -> None:
 
 
 def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph without breaks for guided rows and one for the others, whatever the row, the batch and its size."""
+    """Guided rows share one graph without breaks, and so do the others, for every row, batch and batch size."""
     kwargs = guided_network.compile_kwargs
     monkeypatch.setattr(
         guided_network,

@@ -1,4 +1,4 @@
-"""Images that are not finite are refused by number, however they are drawn, and none of their chunk is written."""
+"""Images that are not finite are refused by their numbers, and no image of their chunk is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fastdiff.errors import UserError
 from fastdiff.models.unet import freeze
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import GuidedNetwork
-from fastdiff.sampling.pictures import non_finite
 
 CLASSES = ["ape", "bee", "cat"]
 OPTIONS: dict[str, Any] = {"num_samples": 6, "batch_size": 6, "grid_images": 0, "seed": 3}
@@ -31,7 +30,7 @@ def no_logdir(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def overflowing(path: Path, make: Any = unet, bee_only: bool = False, **settings: Any) -> Path:
-    """A checkpoint with finite weights whose outputs are not finite: for all classes, or for the class bee."""
+    """Save a checkpoint with finite weights and outputs that are not finite, for all classes or for the class bee."""
     model = make(class_cond=True, num_classes=3, **settings)
     with torch.no_grad():
         if bee_only:
@@ -47,7 +46,7 @@ def outputs(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpmpp_2m"])
 def test_sample_names_the_images(solver: str, tmp_path: Path) -> None:
-    """The infinite predictions are clipped to finite images; they are refused all the same."""
+    """Images from infinite predictions are refused although clipping makes them finite."""
     given = {**OPTIONS, "solver": solver, "classes": "ape,bee,cat", "out_dir": tmp_path / "out"}
     model_path = overflowing(tmp_path / "model.pt", bee_only=True)
     message = refusal(sample.main, flags({"model_path": model_path, **given}))
@@ -118,7 +117,7 @@ def test_nll(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_bad_row_of_a_batch(value: float) -> None:
-    """One bad output for one image is enough, and the next batch starts afresh."""
+    """One non-finite output marks its image, and the next batch starts anew."""
     model = unet()
     diffusion = create_diffusion(DiffusionSettings(**DIFFUSION), model.settings.learn_sigma)
     plan = solver_table(diffusion, "ddim")
@@ -141,10 +140,3 @@ def test_a_bad_row_of_a_batch(value: float) -> None:
     network.network.body = body
     assert torch.equal(engine.draw(index), wanted)
     assert engine.finite(2).tolist() == [True, True]
-
-
-def test_message() -> None:
-    end = "came out with values that are not finite"
-    assert non_finite([3]) == f"image 3 {end}"
-    assert non_finite([3, 8]) == f"images 3 and 8 {end}"
-    assert non_finite(list(range(9))) == f"images 0, 1, 2, 3, 4 and 4 others {end}"

@@ -1,4 +1,4 @@
-"""Labels dropped in training: which, how many, that the null class learns, and that runs go on exactly."""
+"""In training the right labels are dropped, the null class learns, and runs resume exactly."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from helpers.small_trainer import losses_of, small_trainer, weights_of
 from helpers.tiny import DIFFUSION, MODEL, SUPER_RES, flags, pictures, refusal, save, save_bare, super_res, unet
 
 from fastdiff import super_res_train, train
+from fastdiff.config.load import Config
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch
 from fastdiff.models import SuperResSettings, UNetSettings, build_model, weights
 from fastdiff.models.settings import BackboneSettings
 from fastdiff.runtime.files import read_json, write_json
+from fastdiff.training import run
 from fastdiff.training.checkpoints.format import Snapshot, add_null_class, read_snapshot
 
 CLASSES = 5
@@ -28,7 +30,7 @@ def labelled_trainer(snapshot: Snapshot | None = None, **settings: Any):
 
 
 def batch_at(positions: torch.Tensor) -> Batch:
-    """Pictures of class position % CLASSES."""
+    """Make a batch of pictures with class position % CLASSES."""
     images = torch.zeros(len(positions), 8, 8, 3, dtype=torch.uint8)
     return Batch(images, positions % CLASSES, positions)
 
@@ -52,7 +54,7 @@ def test_null_class_needs_classes(settings: type[BackboneSettings]) -> None:
         settings(null_class=True)
 
 
-# --- which labels ---
+# --- dropped labels ---
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
@@ -71,7 +73,7 @@ def test_share_of_dropped_labels(share: float) -> None:
 
 
 def test_drops_depend_on_seed_and_position_alone() -> None:
-    """Not on the micro-batch, nor on how many processes share the images."""
+    """Neither the micro-batch nor the number of processes changes which labels are dropped."""
     positions = torch.arange(1000, 1256)
     whole = labelled_trainer().labels_of(batch_at(positions))
     for cut in (slice(0, 100), slice(1, None, 2), slice(37, 38)):
@@ -83,7 +85,7 @@ def test_drops_depend_on_seed_and_position_alone() -> None:
 
 
 def test_drops_are_independent_of_timesteps() -> None:
-    """Both come from the same counters, in streams of their own."""
+    """Timesteps and dropped labels come from the same counters, with different keys."""
     trainer = labelled_trainer()
     batch = batch_at(torch.arange(10_000))
     t, _ = trainer.draw_timesteps(batch)
@@ -99,7 +101,7 @@ def test_without_dropout_labels_stay() -> None:
 
 
 def test_losses_take_the_dropped_labels() -> None:
-    """The network sees the null class where a label is dropped, and gradients reach its row alone of those unseen."""
+    """The network gets the null class for a dropped label, and only rows of seen classes get gradients."""
     trainer = labelled_trainer()
     seen: list[torch.Tensor] = []
     batch = batch_at(torch.arange(40))
@@ -117,7 +119,7 @@ def test_losses_take_the_dropped_labels() -> None:
     assert gradient[1:CLASSES].abs().max() == 0
 
 
-# --- runs that go on ---
+# --- resuming ---
 
 
 @pytest.mark.parametrize("settings", [{}, {"zero_stage": 1, "precision": "bf16"}], ids=["fp32", "zero1-bf16"])
@@ -136,12 +138,12 @@ def test_resume_is_exact(settings: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_dropout_changes_what_is_learnt() -> None:
-    """The settings reach the loss: the same run without them goes elsewhere."""
+    """The setting reaches the loss: without it the same run has other losses."""
     assert losses_of(labelled_trainer(), 3) != losses_of(labelled_trainer(label_dropout=0.0), 3)
 
 
 def test_checkpoint_without_the_null_class(tmp_path: Path) -> None:
-    """Its row starts at zero in weights, averages and moments; the rest is as it was, and all of it trains."""
+    """The added row starts at zero in weights, averages and moments, the rest is unchanged, and all of it trains."""
     old = small_trainer(None, {**LABELLED, "null_class": False})
     losses_of(old, 2)
     old.save(tmp_path, {})
@@ -184,7 +186,7 @@ def words(run_dir: str, model: dict[str, Any] | None = None, **settings: Any) ->
 
 
 def test_a_run_from_an_old_checkpoint(folder: Path) -> None:
-    """A run without the null class, one that goes on from it with label_dropout, and that one again."""
+    """A run can start from one without the null class, with label_dropout, and be resumed itself."""
     train.main(words("old", max_steps=1))
     old = folder / "old" / "checkpoints" / "step_000001"
     new = words("new", max_steps=2, label_dropout=0.5, resume_checkpoint=old, sample_interval=2, sample_respacing="3")
@@ -205,7 +207,7 @@ def test_a_run_from_an_old_checkpoint(folder: Path) -> None:
 
 
 def test_an_old_runs_folder_knows_no_null_class(folder: Path) -> None:
-    """A run of before there was one, whose config.json doesn't name it."""
+    """The run's config.json does not name the setting null_class, which then is False."""
     train.main(words("old", max_steps=1))
     file = folder / "old" / "config.json"
     content = read_json(file)
@@ -227,15 +229,12 @@ def test_super_resolution(folder: Path) -> None:
 
 
 def test_label_dropout_needs_the_null_class_in_any_case(folder: Path) -> None:
-    from fastdiff.config.load import Config
-    from fastdiff.training.run import train as run
-
     config = Config.model_validate({"data": {"data_dir": "images"}, "train": {"label_dropout": 0.1}})
     with pytest.raises(UserError, match="--label_dropout 0.1 needs class_cond True and null_class True"):
-        run(config, "run")
+        run.train(config, "run")
 
 
-# --- files of another length ---
+# --- files with another number of classes ---
 
 
 @pytest.mark.parametrize(
@@ -252,7 +251,7 @@ def test_label_dropout_needs_the_null_class_in_any_case(folder: Path) -> None:
 def test_what_would_fit(own: dict[str, Any], file: dict[str, Any], hint: str | None) -> None:
     model = build_model(UNetSettings(**MODEL, class_cond=True, **own))
     state = unet(class_cond=True, **file).state_dict()
-    if hint is None:  # as many rows: what they stand for can't be seen
+    if hint is None:  # the number of rows is the same
         weights.load_into(model, state, Path("x.pt"))
         return
     with pytest.raises(UserError, match=f"^x.pt does not fit the model: it was trained with {hint}$"):
@@ -260,7 +259,7 @@ def test_what_would_fit(own: dict[str, Any], file: dict[str, Any], hint: str | N
 
 
 def test_bare_file_with_the_null_class(folder: Path) -> None:
-    """Its table has a row more than there are classes; saying so makes it fit."""
+    """Its table has one row more than there are classes, and fits if a flag says so."""
     file = save_bare(unet(class_cond=True, num_classes=CLASSES, null_class=True), folder / "model000007.pt")
     train.main(words("run", max_steps=8, label_dropout=0.1, resume_checkpoint=file))
     assert "no null class" not in (folder / "run" / "log.txt").read_text()

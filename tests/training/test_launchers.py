@@ -1,4 +1,4 @@
-"""What launchers make of a rank that dies, and of one that is asked to stop."""
+"""torchrun restarts a run whose rank died, and deepspeed passes on the exit code of a stopped one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLAGS = tiny.flags(
 
 
 def start(launcher: str, folder: Path, steps: int, *more: str) -> subprocess.Popen[str]:
-    """Training by two processes of a launcher, in `folder`/run. more: flags for torchrun."""
+    """Start training by two processes of a launcher in `folder`/run; `more` are flags for the launcher."""
     data = make_pictures(folder / "pictures")
     script = [str(ROOT / "fastdiff" / "train.py"), *FLAGS, "--max_steps", str(steps)]
     return subprocess.Popen(
@@ -46,7 +46,7 @@ def start(launcher: str, folder: Path, steps: int, *more: str) -> subprocess.Pop
 
 
 def pid_of(rank: int, process: subprocess.Popen[str], folder: Path, step: int) -> int:
-    """The process that is a rank, once there is a checkpoint of a step."""
+    """Wait for the checkpoint of a step, and return the process number of a rank."""
     until = time.monotonic() + 200
     while not (folder / "run" / "checkpoints" / f"step_{step:06d}").is_dir():
         assert process.poll() is None, process.communicate()[0]
@@ -63,7 +63,7 @@ def pid_of(rank: int, process: subprocess.Popen[str], folder: Path, step: int) -
     raise AssertionError(f"no rank {rank}")
 
 
-def test_torchrun_starts_anew_after_a_death(tmp_path: Path) -> None:
+def test_torchrun_restarts_after_a_death(tmp_path: Path) -> None:
     process = start("torchrun", tmp_path, 200, "--max_restarts", "2")
     os.kill(pid_of(1, process, tmp_path, 10), signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
@@ -73,7 +73,7 @@ def test_torchrun_starts_anew_after_a_death(tmp_path: Path) -> None:
     assert said.rstrip().splitlines()[-1].startswith("done: 200 steps")
 
 
-def test_a_signal_to_a_rank_comes_out_of_deepspeed_as_75(tmp_path: Path) -> None:
+def test_deepspeed_exits_with_75_after_a_signal_to_a_rank(tmp_path: Path) -> None:
     process = start("deepspeed", tmp_path, 4000)
     os.kill(pid_of(1, process, tmp_path, 5), signal.SIGUSR1)
     said, _ = process.communicate(timeout=300)

@@ -36,10 +36,10 @@ def _channels_last(x: Tensor) -> bool:
 
 
 class Layouts(TorchDispatchMode):
-    """Notes maps that are not channels-last, and copies that change a layout.
+    """Records maps that are not channels-last, and copies that change a layout.
 
-    On the meta device convolutions answer channels-first; here they answer as cuDNN does, in the layout of the map or
-    the weight that came in.
+    On the meta device convolutions return channels-first maps; here they return the layout of their inputs, as cuDNN
+    does.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def _as_cudnn(x: Tensor | None) -> Tensor | None:
 
 @pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS)
 def test_every_map_is_channels_last(settings: BackboneSettings) -> None:
-    """And each weight changes its layout once forward, with its cast, and once backward, with its gradient's."""
+    """Each weight also changes its layout only once forward, in its cast, and once backward, in its gradient's."""
     diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=True)
     with torch.device("meta"), ops.using("triton", anywhere=True):
         network = build_model(settings).train().set_precision(torch.bfloat16)
@@ -87,16 +87,16 @@ def test_every_map_is_channels_last(settings: BackboneSettings) -> None:
             diffusion.training_losses(network, images, index, kwargs, noise)["loss"].mean().backward()
     assert not layouts.wrong
     convolutions = sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules())
-    upsampling = sum(isinstance(m, UpsampleConv) for m in network.modules())  # whose taps go back to 3x3 ones besides
+    upsampling = sum(isinstance(m, UpsampleConv) for m in network.modules())  # converts its taps back to 3x3
     passes = 3 if settings.use_checkpoint else 2
     assert 2 * convolutions <= sum(layouts.weights.values()) <= passes * convolutions + upsampling
 
 
 @pytest.mark.parametrize("name", ["unet", "super-resolution"])
 def test_compiled_graphs_keep_the_layout(name: str) -> None:
-    """The graphs of the compiled network, forward and backward, copy no map to another layout.
+    """The compiled network's graphs, forward and backward, copy no map to another layout.
 
-    Small images that are enlarged are let off: Inductor makes their clone part of the interpolation.
+    Copies of small images to be enlarged don't count, because Inductor fuses them with the interpolation.
     """
     settings = NETWORKS[name]
     wrong: list[str] = []

@@ -1,4 +1,4 @@
-"""The estimated memory of a step against the measured one, and the micro-batch chosen by it."""
+"""The estimated memory of a step is close to the measured one, and the micro-batch is chosen by it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def diffusion() -> GaussianDiffusion:
 
 
 def _measured(settings: UNetSettings, diffusion: GaussianDiffusion, batch: int) -> int:
-    """Peak bytes that the allocator handed out in a forward and backward pass."""
+    """Return the peak bytes that the allocator handed out in a forward and backward pass."""
     network = build_model(settings).train()
     for p in network.parameters():
         p.grad = torch.zeros_like(p)
@@ -60,7 +60,7 @@ def test_recomputing_saves_memory(diffusion: GaussianDiffusion) -> None:
 
 
 def test_states() -> None:
-    """Bytes per parameter by precision and ZeRO stage; AdamW's moments are 8, an average 4."""
+    """The bytes per parameter depend on precision and ZeRO stage; AdamW's moments take 8, an average 4."""
     diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=True)
     count = sum(p.numel() for p in build_model(NETWORK).parameters())
 
@@ -91,20 +91,20 @@ def test_live_bytes() -> None:
 
 
 def test_does_not_touch_the_process(diffusion: GaussianDiffusion) -> None:
-    """The tables made on stand-in tensors must not stay in the process, which the run uses next."""
+    """Tables made from tensors without memory must not stay in the diffusion process, which the run uses next."""
     estimate(NETWORK, TrainSettings(), diffusion, torch.float32, CPU)
     x, t = torch.zeros(2, 3, 32, 32), torch.tensor([0, 3])
     assert torch.isfinite(diffusion.q_sample(x, t)).all()
 
 
-# --- what is chosen ---
+# --- choosing ---
 
 MEMORY = Memory(weights=100, gradients=100, optimizer=200, averages=100, per_image=50, fixed=100)
 
 
 @pytest.fixture
 def room(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Memory for eight images without recomputing, half as much per image with it; larger is faster, up to four."""
+    """Simulate memory for 8 images, or for 16 with recomputing, and speed that grows up to micro-batches of 4."""
     few = Memory(100, 100, 200, 100, per_image=25, fixed=100)
     monkeypatch.setattr(
         microbatch, "available_memory", lambda processes: int((600 + 8 * 50) / (1 - microbatch.SPARE)) + 1
@@ -129,7 +129,7 @@ def test_most_that_fits() -> None:
 
 
 def test_microbatch_auto(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> None:
-    """The fastest of the largest that fit and divide the batch evenly."""
+    """The micro-batch is the fastest of the largest that fit and divide the batch evenly."""
     assert _fit(diffusion, batch_size=48, microbatch="auto").microbatch == 4
     made = _fit(diffusion, batch_size=48, microbatch="auto")
     assert [word for word in ("8:", "6:", "4:", "3:", "12:") if word in made.lines[0]] == ["8:", "6:", "4:", "3:"]
@@ -166,12 +166,10 @@ def test_nothing_to_choose(diffusion: GaussianDiffusion) -> None:
 
 
 def test_really_tried() -> None:
-    """A tiny network is really timed on this machine."""
+    """A tiny network is timed on this machine."""
     tiny = UNetSettings(image_size=8, num_channels=32, channel_mult="1", num_res_blocks=1, attention_resolutions="8")
     plain = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=False)
-    made = microbatch.fit(
-        tiny, plan_step(TrainSettings(batch_size=4, microbatch="auto"), {}, ALONE), plain, ALONE
-    )
+    made = microbatch.fit(tiny, plan_step(TrainSettings(batch_size=4, microbatch="auto"), {}, ALONE), plain, ALONE)
     assert made.microbatch in (1, 2, 4)
     assert "images/s" in made.lines[0]
     assert "expected memory" in made.lines[1]

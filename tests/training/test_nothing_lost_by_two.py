@@ -1,55 +1,45 @@
-"""Two ranks that wait for one of them, go back together, and see the same checkpoint."""
+"""Two ranks wait for the one that draws, go back together, and see the same checkpoint."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers.pictures_folder import make_pictures
+from helpers.ranks import run_ranks
+from helpers.train_flags import flags
 from training.test_nothing_lost import status_of, steps_of
-from training.test_train_scripts import flags
-
-from fastdiff import train
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
 
 WITH_SHORT_POLLS = """
 import sys
 from fastdiff import train
+from fastdiff.runtime.processes import Consensus
 from fastdiff.training import loop
-may_draw_on = loop.Loop._may_draw_on
+ask, draw_preview, drawing = Consensus.any, loop.draw_preview, []
 
-def counted(self):
-    began = self.last_poll
-    go_on = may_draw_on(self)
-    if self.last_poll != began:
+def counted(self, request):
+    if drawing and request:
         print("a poll", flush=True)
-    return go_on
+    return ask(self, request)
 
-loop.POLL, loop.Loop._may_draw_on = 0.0, counted
+def drawn(*given):
+    drawing.append(True)
+    picture = draw_preview(*given)
+    drawing.clear()
+    return picture
+
+loop.POLL, loop.draw_preview, Consensus.any = 0.0, drawn, counted
 train.main(sys.argv[1:])
 """
 
 
 def by_two(code: str, folder: Path, argv: list[str]) -> str:
-    """What two processes say that run the code, with these arguments."""
+    """Run the code with these arguments in two processes, and return their output."""
     script = folder / "script.py"
     script.write_text(code)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parents[1])}
-    done = subprocess.run([*launcher, *argv], capture_output=True, text=True, timeout=200, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return run_ranks([str(script), *argv])
 
 
 def test_ranks_poll_the_one_that_draws(data: Path, tmp_path: Path) -> None:
@@ -85,7 +75,7 @@ train.main(sys.argv[1:])
 
 
 def test_two_ranks_go_back_together_and_look_again(data: Path, tmp_path: Path) -> None:
-    """Numbers that stay bad on one rank; and a rank that sees the checkpoint later than the other."""
+    """One rank has only non-finite losses, and one sees the checkpoint later than the other."""
     more = ("--save_interval", "2", "--max_bad_steps", "3", "--keep_last", "1", "--log_interval", "1")
     out = by_two(LAGGING_AND_BAD, tmp_path, flags(data, tmp_path / "run", "--max_steps", "12", *more))
     assert len(re.findall(r"[34] steps in a row had a non-finite loss or gradient", out)) == 1

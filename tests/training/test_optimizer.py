@@ -1,4 +1,4 @@
-"""AdamW with averages as DeepSpeed drives it: every ZeRO stage and precision, kernel against torch's own AdamW."""
+"""AdamW with averages, by the kernel or by torch, gives the same in DeepSpeed at every ZeRO stage and precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.errors import UserError
-from fastdiff.training import deepspeed_engine
+from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.master_weights import TRIED, MasterWeights
 from fastdiff.training.optimizer import AdamWEMA, OnDevice
 from fastdiff.training.settings import TrainSettings
@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Dot(nn.Module):
-    """One parameter, whose gradient is whatever the input is."""
+    """One parameter whose gradient is the input."""
 
     def __init__(self, shape: tuple[int, ...], generator: torch.Generator) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Dots(nn.Module):
 
 @dataclass
 class Run:
-    """An engine around `Dots`, its optimiser and averages; gradients are given, so they are the same in every run."""
+    """An engine around `Dots`, its optimiser and its averages; the inputs determine the gradients."""
 
     engine: Any
     optimizer: AdamWEMA
@@ -58,7 +58,7 @@ class Run:
     dtype: torch.dtype
 
     def step(self, i: int, factor: float = 1.0) -> bool:
-        """One update with another learning rate and weight decay than the last; whether it was taken."""
+        """Take update i, with its own learning rate and weight decay, and return whether it was applied."""
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = 1e-2 / (1 + i), 0.1 * i
         self.engine.backward(self.engine([x.to(self.engine.device) for x in inputs(i, self.dtype, factor)]))
@@ -66,7 +66,7 @@ class Run:
         return bool(self.engine.was_step_applied())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a step changes, copied."""
+        """Return copies of all tensors that a step changes."""
         states = [self.optimizer.state[flat] for flat in self.master_weights.shards]
         sets: dict[str, list[Tensor]] = {"weight": self.master_weights.shards}
         sets |= {f"average {rate}": tensors for rate, tensors in self.averages.items()}
@@ -81,9 +81,10 @@ def inputs(i: int, dtype: torch.dtype, factor: float = 1.0) -> list[Tensor]:
 
 
 def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0) -> Run:
-    """As `engine.create_engine` and the trainer do it."""
-    processes = deepspeed_engine.start_processes()
-    deepspeed = deepspeed_engine._import_deepspeed()
+    """Build engine, optimiser and averages like `create_engine` and the trainer."""
+    processes = start_processes()
+    import deepspeed
+
     train = TrainSettings(batch_size=1, zero_stage=stage, precision=precision, grad_clip=grad_clip)
     section = {"fp16": {"initial_scale_power": 4}} if precision == "fp16" else {}
     config = plan_step(train, section, processes).deepspeed_json()
@@ -100,7 +101,7 @@ def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0
 
 
 def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], ulps: float) -> None:
-    """Within so many float32 roundings of the largest value of a tensor."""
+    """Assert equality within `ulps` float32 roundings of the largest value of each tensor."""
     assert got.keys() == wanted.keys()
     for name, value in wanted.items():
         off = (got[name].double() - value.double()).abs().max().item()
@@ -121,14 +122,14 @@ def test_kernel_equals_torch(stage: int, precision: str) -> None:
         assert_close(ours.tensors(), torchs.tensors(), ulps=2 * (i + 1))
     last = ours.tensors()
     assert last["step 0"].item() == STEPS
-    for i, flat in enumerate(ours.master_weights.shards):  # they did move, and apart from each other
+    for i, flat in enumerate(ours.master_weights.shards):  # the averages differ from the weights and from each other
         assert not torch.equal(last[f"average 0.999 {i}"], flat)
         assert not torch.equal(last[f"average 0.5 {i}"], last[f"average 0.999 {i}"])
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_kernel_equals_plain_adamw(stage: int) -> None:
-    """Outside DeepSpeed, and averages from the definition."""
+    """Plain AdamW outside DeepSpeed, with averages by their definition, gives the same."""
     ours = start(stage, "fp32", fused_kernel=True, grad_clip=0.0)
     model = Dots().to(ours.engine.device)
     plain = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
@@ -154,8 +155,10 @@ def test_kernel_equals_plain_adamw(stage: int) -> None:
 def test_a_step_skipped_by_overflow_leaves_averages_alone(
     stage: int, fused_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accelerator = deepspeed_engine._import_deepspeed().accelerator.get_accelerator()
-    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
+    start_processes()
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
     run = start(stage, "fp16", fused_kernel)
     assert run.step(0)
     before = run.tensors()
@@ -166,7 +169,7 @@ def test_a_step_skipped_by_overflow_leaves_averages_alone(
     assert not torch.equal(run.tensors()["average 0.5 0"], before["average 0.5 0"])
 
 
-# --- as a torch optimiser ---
+# --- outside DeepSpeed ---
 
 
 def alone(fused_kernel: bool = True, **settings: Any) -> tuple[list[nn.Parameter], AdamWEMA]:
@@ -200,7 +203,7 @@ def test_state_dict_is_torchs(fused_kernel: bool) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}, {"foreach": False}])
 def test_state_of_any_adamw_loads(settings: dict[str, bool]) -> None:
-    """Two steps by torch, then the third by either."""
+    """After two steps by torch, both take the same third step."""
     twins = [nn.Parameter(p.detach().clone()) for p in Dots().parameters()]
     torchs = torch.optim.AdamW(twins, lr=0.02, weight_decay=0.1, **settings)
     for i in range(2):
@@ -210,7 +213,7 @@ def test_state_of_any_adamw_loads(settings: dict[str, bool]) -> None:
     for p, twin in zip(params, twins, strict=True):
         p.data.copy_(twin.detach())
     give_gradients(params, 5)
-    ours.step()  # moments that loading replaces
+    ours.step()  # makes moments that loading replaces
     for p, twin in zip(params, twins, strict=True):
         p.data.copy_(twin.detach())
     ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
@@ -224,7 +227,7 @@ def test_state_of_any_adamw_loads(settings: dict[str, bool]) -> None:
 
 
 def test_round_trip_is_exact() -> None:
-    """Saved after two steps and loaded, the third gives the same bits, averages attached anew."""
+    """An optimiser that is saved after two steps and loaded takes a bit-identical third step, with its averages."""
     params, ours = alone(lr=0.02)
     averages = {rate: [p.detach().clone() for p in params] for rate in RATES}
     ours.attach_averages(params, averages)
@@ -279,7 +282,7 @@ def test_a_step_counts_as_a_change_in_place() -> None:
 
 @pytest.mark.parametrize("fused_kernel", [True, False])
 def test_a_step_on_the_device_reads_nothing(fused_kernel: bool) -> None:
-    """Not even whether gradients overflowed: the count of steps then stays as it is, without the host's knowing."""
+    """The host does not read even whether gradients overflowed; the count of steps then stays the same."""
     params, optimizer = alone(fused_kernel)
     optimizer.attach_averages(params, {0.5: [torch.zeros_like(p) for p in params]})
     for i, (found_inf, taken) in enumerate([(0.0, 1), (1.0, 1), (0.0, 2)]):
@@ -294,7 +297,7 @@ def test_a_step_on_the_device_reads_nothing(fused_kernel: bool) -> None:
 
 @pytest.mark.parametrize("fused_kernel", [True, False])
 def test_gradients_in_another_layout(fused_kernel: bool) -> None:
-    """Channels-last weights with a gradient that somebody made anew."""
+    """A channels-last weight may have a channels-first gradient."""
     p = nn.Parameter(torch.randn(4, 3, 3, 3).contiguous(memory_format=torch.channels_last))
     twin = nn.Parameter(p.detach().clone())
     ours, torchs = AdamWEMA([p], fused_kernel=fused_kernel), torch.optim.AdamW([twin])
@@ -330,7 +333,7 @@ def test_the_release_of_deepspeed_that_was_tried() -> None:
 
 @pytest.mark.parametrize("attribute", ["_hp_mapping", "single_partition_of_fp32_groups"])
 def test_a_deepspeed_without_a_private_attribute(attribute: str) -> None:
-    """One sentence, with the release that has it."""
+    """The error is one sentence that names the release to install."""
     run = start(2, "bf16", fused_kernel=False)
     owner = next(run.engine.module.parameters()) if attribute == "_hp_mapping" else run.engine.optimizer
     delattr(owner, attribute)

@@ -1,4 +1,4 @@
-"""train.py and super_res_train.py as users start them."""
+"""train.py and super_res_train.py work as users start them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT, tiny
 from helpers.pictures_folder import make_pictures
-from helpers.two_ranks import run_two
+from helpers.ranks import run_ranks
+from helpers.train_flags import PROCESS, flags
 from PIL import Image
 
 from fastdiff import super_res_train, train
@@ -22,42 +24,6 @@ from fastdiff.models import UNetSettings, build_model, weights
 from fastdiff.training.metrics import LossMeter
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    "--image_size",
-    "8",
-    "--num_channels",
-    "32",
-    "--channel_mult",
-    "1,2",
-    "--num_res_blocks",
-    "1",
-    "--attention_resolutions",
-    "4",
-]
-PROCESS = ["--diffusion_steps", "100", "--noise_schedule", "cosine", "--learn_sigma", "True"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def flags(data: Path, run: Path, *more: str) -> list[str]:
-    common = [
-        "--data_dir",
-        str(data),
-        "--run_dir",
-        str(run),
-        "--batch_size",
-        "4",
-        "--lr",
-        "1e-3",
-        "--log_interval",
-        "2",
-    ]
-    return [*TINY, *PROCESS, *common, *more]
 
 
 def test_a_run_and_the_same_command_again(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,12 +70,12 @@ def test_a_run_and_the_same_command_again(data: Path, tmp_path: Path, capsys: py
 
 
 def test_two_processes_with_zero2_and_their_resume(data: Path, tmp_path: Path) -> None:
-    """Under torchrun: four steps at once equal two, and two more by the same command; every rank takes its share."""
+    """Under torchrun, four steps equal two and then two more by the same command, and every rank takes its share."""
     script = str(ROOT / "fastdiff" / "train.py")
     settings = ("--zero_stage", "2", "--microbatch", "1", "--loader", "pillow", "--save_interval", "2")
-    run_two([script, *flags(data, tmp_path / "whole", *settings, "--max_steps", "4")])
-    run_two([script, *flags(data, tmp_path / "parts", *settings, "--max_steps", "2")])
-    out = run_two([script, *flags(data, tmp_path / "parts", *settings, "--max_steps", "4")])
+    run_ranks([script, *flags(data, tmp_path / "whole", *settings, "--max_steps", "4")])
+    run_ranks([script, *flags(data, tmp_path / "parts", *settings, "--max_steps", "2")])
+    out = run_ranks([script, *flags(data, tmp_path / "parts", *settings, "--max_steps", "4")])
     assert "at step 2" in out
     whole, parts = (
         torch.load(tmp_path / run / "checkpoints" / "step_000004" / "ema_0.9999_000004.pt", weights_only=True)
@@ -121,15 +87,8 @@ def test_two_processes_with_zero2_and_their_resume(data: Path, tmp_path: Path) -
 
 def test_deepspeed_launcher_and_its_json(data: Path, tmp_path: Path) -> None:
     config = tmp_path / "tiny.json"
-    model = {
-        "image_size": 8,
-        "num_channels": 32,
-        "channel_mult": "1,2",
-        "num_res_blocks": 1,
-        "attention_resolutions": "4",
-    }
     content = {
-        "model": model,
+        "model": tiny.MODEL,
         "diffusion": {"diffusion_steps": 50},
         "train": {"batch_size": 4, "max_steps": 2},
         "deepspeed": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
@@ -172,7 +131,7 @@ def test_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.Captu
 def test_dry_run_of_a_loss_that_is_not_finite(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such losses are in no mean, so that there may be none; the report says so."""
+    """A non-finite loss enters no mean; if none is finite, the report shows nan."""
     monkeypatch.setattr(LossMeter, "read", lambda self: {"bad_losses": 8.0})
     train.main(flags(data, tmp_path / "run", "--dry_run"))
     assert "first loss     nan" in capsys.readouterr().out
@@ -189,7 +148,7 @@ def test_another_model_in_the_same_folder_is_refused(data: Path, tmp_path: Path)
 
 
 def test_starting_from_other_checkpoints(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A model with what lies beside it goes on; a bare one, or an average, says what it lacks."""
+    """A model is resumed with the files beside it; for a bare model or an average the log says what is missing."""
     first = tmp_path / "first"
     train.main(flags(data, first, "--max_steps", "2", "--save_interval", "2"))
     step = first / "checkpoints" / "step_000002"
@@ -221,7 +180,7 @@ def test_checkpoints_that_do_not_belong_together(data: Path, tmp_path: Path) -> 
     train.main(flags(data, tmp_path / "run", "--max_steps", "1"))
     step = tmp_path / "run" / "checkpoints" / "step_000001"
     resume = ["--resume_checkpoint", str(step)]
-    (step / "manifest.json").unlink()  # or it would tell at once that these aren't the files that were written
+    (step / "manifest.json").unlink()  # it would reveal that the files were changed
     average = step / "ema_0.9999_000001.pt"
     whole = average.read_bytes()
     state = torch.load(average, weights_only=True)
@@ -239,7 +198,7 @@ def test_checkpoints_that_do_not_belong_together(data: Path, tmp_path: Path) -> 
 
 
 def test_another_scripts_run_and_another_chains_history_are_refused(data: Path, tmp_path: Path) -> None:
-    """A folder belongs to one script; the loss-aware sampler's history to one number of steps."""
+    """A folder belongs to one script, and the loss-aware sampler's history to one number of steps."""
     aware = ("--schedule_sampler", "loss-second-moment", "--max_steps")
     train.main(flags(data, tmp_path / "run", *aware, "1"))
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -275,23 +234,11 @@ def test_unreadable_images_are_skipped_until_too_many(
         train.main(flags(data, tmp_path / "many", "--max_steps", "40"))
 
 
-@pytest.mark.parametrize("sizes", [("16", "8"), ("16", "4")])
-def test_super_resolution(data: Path, tmp_path: Path, sizes: tuple[str, str]) -> None:
-    large, small = sizes
-    model = [*TINY[2:], "--large_size", large, "--small_size", small, *PROCESS, "--class_cond", "True"]
-    settings = [
-        "--batch_size",
-        "4",
-        "--max_steps",
-        "2",
-        "--sample_interval",
-        "2",
-        "--sample_count",
-        "4",
-        "--num_classes",
-        "3",
-    ]
-    super_res_train.main([*model, *settings, "--data_dir", str(data), "--run_dir", str(tmp_path / "run")])
+@pytest.mark.parametrize("small_size", [8, 4])
+def test_super_resolution(data: Path, tmp_path: Path, small_size: int) -> None:
+    model = {**tiny.SUPER_RES, **PROCESS, "small_size": small_size, "class_cond": True, "num_classes": 3}
+    settings = {"batch_size": 4, "max_steps": 2, "sample_interval": 2, "sample_count": 4}
+    super_res_train.main(tiny.flags({**model, **settings, "data_dir": data, "run_dir": tmp_path / "run"}))
     state = torch.load(tmp_path / "run" / "checkpoints" / "step_000002" / "model000002.pt", weights_only=True)
     assert state["input_blocks.0.0.weight"].shape[1] == 6
     assert weights.info_of(state)["kind"] == "super_res"
@@ -325,7 +272,7 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 
 
 def test_files_load_in_a_plain_network(data: Path, tmp_path: Path) -> None:
-    """Checkpoints are plain state_dicts in the parameters' order, fp32, that torch alone reads."""
+    """Checkpoints are plain fp32 state_dicts in the order of the parameters, which torch alone can read."""
     train.main(flags(data, tmp_path / "run", "--max_steps", "1", "--precision", "bf16"))
     state = torch.load(tmp_path / "run/checkpoints/step_000001/ema_0.9999_000001.pt", weights_only=True)
     settings = UNetSettings(**weights.info_of(state)["model"])

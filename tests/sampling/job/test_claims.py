@@ -1,11 +1,9 @@
-"""Claims: one process gets each, those of ended processes are free, and no process waits for another."""
+"""Each claim goes to one process, claims of ended processes are free, and no process waits for another."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, start
+from helpers.polling import wait_until
 
-from fastdiff.runtime.files import ProcessId, _start_time, atomic_write, partial_path, remove_partial_files
+from fastdiff.runtime.files import ProcessId
 from fastdiff.sampling.job import claims, progress
 from fastdiff.sampling.job.claims import SILENT, Claims, Held
 from fastdiff.sampling.job.job import run_job
@@ -29,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stopping() -> Iterator[list[int]]:
-    """Process numbers; these processes are killed at the end of the test, even if they are stopped."""
+    """A list of process numbers, which are killed at the end of the test, even if they are stopped."""
     pids: list[int] = []
     yield pids
     for pid in pids:
@@ -40,7 +39,7 @@ def stopping() -> Iterator[list[int]]:
 
 
 def claimed(folder: Path) -> list[str]:
-    """Claims on images that contain their owner's name."""
+    """Return the claims on images that contain their owner's name."""
     found = []
     for path in (folder / "claims").glob("0*-*.0"):
         with suppress(FileNotFoundError):  # released just now
@@ -48,15 +47,7 @@ def claimed(folder: Path) -> list[str]:
     return found
 
 
-def until(condition: object, seconds: float = 20.0) -> None:
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.005)
-
-
-# --- files ---
+# --- claims ---
 
 
 def test_only_one_gets_a_claim(tmp_path: Path) -> None:
@@ -71,21 +62,8 @@ def test_only_one_gets_a_claim(tmp_path: Path) -> None:
 
 
 def test_owners(tmp_path: Path) -> None:
-    """A process is gone if it ended, or if its number is another process's now; of other hosts nothing is known."""
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    started = _start_time(child.pid)
-    assert started is not None
-    owner = ProcessId(ProcessId.own().host, child.pid, started)
-    assert ProcessId.parse(owner.tag) == owner
-    assert not owner.is_gone()
-    assert owner._replace(started=started + 1).is_gone()
-    child.kill()
-    until(owner.is_gone)  # even before its parent has waited for it
-    child.communicate()
-    assert owner.is_gone()
-    assert not owner._replace(host="elsewhere").is_gone()
-    assert not ProcessId.own().is_gone()
-
+    """A claim is free if its owner has ended, or is on another host and has long been silent."""
+    owner = ProcessId.own()._replace(started=ProcessId.own().started + 1)  # has ended
     (tmp_path / "a.0").write_text(owner.tag)
     (tmp_path / "b.0").write_text(owner._replace(host="elsewhere").tag)
     (tmp_path / "c.0").write_text("")  # created, not written yet
@@ -104,7 +82,7 @@ def test_owners(tmp_path: Path) -> None:
 
 
 def test_alone(tmp_path: Path) -> None:
-    """A claim for one process alone goes over to another when its owner has ended or shows no heartbeat."""
+    """A claim for one process alone goes to another when its owner has ended or has no heartbeat."""
     first = Claims(tmp_path).take_alone("merge")
     assert first is not None
     assert Claims(tmp_path).take_alone("merge") is None
@@ -124,7 +102,7 @@ def test_alone(tmp_path: Path) -> None:
 
 
 def test_a_claim_without_a_name(tmp_path: Path) -> None:
-    """A process that ended between creating the file and writing its name into it holds nothing for long."""
+    """A process that ended before it wrote its name into the file does not hold the claim for long."""
     nameless = tmp_path / "merge.0"
     nameless.touch()
     others = Claims(tmp_path)
@@ -139,13 +117,13 @@ def test_a_claim_without_a_name(tmp_path: Path) -> None:
 
 
 def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that is held stays fresh, and goes when it is released."""
+    """A held claim's file stays new, and is removed when it is released."""
     monkeypatch.setattr(claims, "BEAT", 0.01)
     claim = Claims(tmp_path).take("merge", 0)
     assert claim is not None
     with claim:
         os.utime(claim.path, (0, 0))
-        until(lambda: claim.path.stat().st_mtime > time.time() - 60)
+        wait_until(lambda: claim.path.stat().st_mtime > time.time() - 60)
         assert Claims(tmp_path).take_alone("merge") is None
     assert names(tmp_path) == []
 
@@ -159,32 +137,6 @@ def test_a_claim_that_others_removed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     time.sleep(0.05)
     claim.release()
     assert names(tmp_path) == []
-
-
-def test_whole_files(tmp_path: Path) -> None:
-    """A file has its name when it is finished; unfinished files are removed when their processes have ended."""
-    target = tmp_path / "a.npz"
-
-    def fail() -> None:
-        with atomic_write(target) as file:
-            file.write(b"half")
-            assert names(tmp_path) == [partial_path(target).name]
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert names(tmp_path) == []
-    with atomic_write(target) as file:
-        file.write(b"whole")
-    assert target.read_bytes() == b"whole"
-    ended, other = ProcessId.own()._replace(started=ProcessId.own().started + 1), ProcessId("elsewhere", 1, 2)
-    for name in (f".a.npz.{ended.tag}.partial", f".a.npz.{other.tag}.partial", ".of.somebody.partial", ".b"):
-        (tmp_path / name).touch()
-    remove_partial_files(tmp_path)
-    assert names(tmp_path) == [f".a.npz.{other.tag}.partial", ".b", ".of.somebody.partial", "a.npz"]
-    os.utime(tmp_path / f".a.npz.{other.tag}.partial", (0, 0))  # nothing has been written for long
-    remove_partial_files(tmp_path)
-    assert names(tmp_path) == [".b", ".of.somebody.partial", "a.npz"]
 
 
 # --- jobs of several processes ---
@@ -210,18 +162,18 @@ def test_processes_share_a_job(launched: bool, folder: Path, tmp_path: Path) -> 
         assert process.exitcode == 0, [log.read_text() for log in logs]
     drawn = [[line for line in log.read_text().splitlines() if line.startswith("draws")] for log in logs]
     assert all(len(lines) >= 5 for lines in drawn), drawn
-    assert 40 <= sum(map(len, drawn)) <= 40 + 6  # at the end, each may be at what another is just finishing
+    assert 40 <= sum(map(len, drawn)) <= 40 + 6  # at the end, each may draw a chunk that another is just finishing
     check_npz(folder, 200)
     assert names(folder) == ["job.json", "samples_200x4x6x3.npz", "samples_200x4x6x3.png"]
     said = "".join(log.read_text() for log in logs)
     assert said.count("200 images in ") == 1
 
 
-def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: list[int]) -> None:
-    """Its images are drawn by others; when it wakes up, it notices that and ends."""
+def test_a_stopped_process_delays_no_other(folder: Path, stopping: list[int]) -> None:
+    """Other processes draw its images; when it continues, it notices that and ends."""
     stalled = start(folder, job(), pause=0.02, rank=1, world_size=2)
     stopping.append(stalled.pid)
-    until(lambda: claimed(folder))
+    wait_until(lambda: claimed(folder))
     os.kill(stalled.pid, signal.SIGSTOP)
     first = claimed(folder)[0]
     drawn: list[int] = []
@@ -237,9 +189,9 @@ def test_a_process_that_stands_still_holds_nothing_up(folder: Path, stopping: li
 
 
 def test_claims_of_killed_processes_are_free(folder: Path) -> None:
-    """A killed process's images are drawn in their turn, not last."""
+    """Images of a killed process are drawn in their order, not last."""
     process = start(folder, job(), pause=0.05)
-    until(lambda: claimed(folder))
+    wait_until(lambda: claimed(folder))
     process.kill()
     process.join()
     drawn: list[int] = []
@@ -262,7 +214,7 @@ def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
 
 
 def test_claims_without_a_heartbeat_are_free(folder: Path) -> None:
-    """Images that a process of another host left long ago are drawn in their turn, not last."""
+    """Images that a process of another host left long ago are drawn in their order, not last."""
     run_job(drawing(), job(1), place(), folder)
     (folder / "claims").mkdir()
     claim = folder / "claims" / "000000005-000000010.0"
@@ -281,7 +233,7 @@ def test_heartbeat_while_drawing(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     def told(index: np.ndarray) -> None:
         claim = folder / "claims" / f"{index[0]:09d}-{index[-1] + 1:09d}.0"
         os.utime(claim, (0, 0))
-        until(lambda: claim.stat().st_mtime > 0)
+        wait_until(lambda: claim.stat().st_mtime > 0)
 
     run_job(drawing(told=told), job(), place(), folder)
     check_npz(folder, 23)
@@ -304,11 +256,11 @@ def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_one_process_merges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another process ends meanwhile; when the first is killed, the same command merges at once."""
+    """A process ends while another merges; when that one is killed, the same command merges at once."""
     folder.mkdir()
     other = context.Process(target=hold, args=(str(folder / "claims"), "merge-23-npz-0-0"), daemon=True)
     other.start()
-    until(lambda: Claims(folder / "claims").held())
+    wait_until(lambda: Claims(folder / "claims").held())
     run_job(drawing(), job(), place(1, 2), folder)
     assert "process 1: all images are drawn; another process merges them" in capsys.readouterr().out
     assert not list(folder.glob("*.npz"))
@@ -320,7 +272,7 @@ def test_one_process_merges(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_starting_at_the_same_moment(tmp_path: Path) -> None:
-    """All agree on one chunk size, and the folder then holds one job's images."""
+    """All processes use one chunk size, and the folder then contains one job's images."""
     for attempt in range(3):
         folder = tmp_path / str(attempt)
         logs = [tmp_path / f"{attempt}.{rank}" for rank in range(4)]
@@ -333,7 +285,7 @@ def test_starting_at_the_same_moment(tmp_path: Path) -> None:
 
 
 def test_overwriting_at_the_same_moment(folder: Path) -> None:
-    """Another job's files are removed once, and not those that the first of the processes has drawn since."""
+    """Another job's files are removed once, but not the chunks that the first process has drawn since."""
     run_job(drawing(), job(30, identity={"seed": 1}, seed=1), place(), folder)
     processes = [start(folder, job(60), overwrite=True, pause=0.001) for _ in range(4)]
     for process in processes:

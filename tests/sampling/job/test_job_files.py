@@ -1,4 +1,4 @@
-"""Files of sampling jobs: their content, and that no interruption loses, doubles or changes an image."""
+"""Sampling jobs write the right files, and no interruption loses, duplicates or changes an image."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, split
 from fastdiff.sampling.job.claims import Claims
 from fastdiff.sampling.job.job import run_job
 from fastdiff.sampling.job.manifest import Job, digest, manifest_of
-from fastdiff.sampling.pictures import Images, class_words, file_name, index_in, steps_shown, strip
+from fastdiff.sampling.pictures import Images, class_words, file_name, index_in
 
 ALL = ("npz", "png", "zip", "tar")
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, job: Job, **changes: Any) -> list[Range]:
-    """Run the job here; returns the ranges that it drew."""
+    """Run the job in this process, and return the ranges that it drew."""
     drawn: list[Range] = []
     told = lambda index: drawn.append(Range(int(index[0]), int(index[-1]) + 1))
     given = {"labelled": job.labelled, "shape": job.shape}
@@ -58,7 +58,7 @@ def run(folder: Path, job: Job, **changes: Any) -> list[Range]:
 
 
 def refused(folder: Path, job: Job) -> str:
-    """The one sentence with which a job is refused, which changes nothing."""
+    """Return the sentence with which the job is refused, and assert that no file changes."""
     with nothing_written(folder), pytest.raises(UserError) as caught:
         run(folder, job)
     assert "\n" not in str(caught.value)
@@ -82,7 +82,7 @@ def test_chunks_larger_than_the_job(folder: Path) -> None:
 
 
 def test_npz_is_not_compressed(folder: Path) -> None:
-    """Arrays lie in it as they are, and each has its checksum."""
+    """Arrays are stored uncompressed, each with its checksum."""
     run(folder, job(23))
     path = folder / "samples_23x4x6x3.npz"
     raw = path.read_bytes()
@@ -128,30 +128,6 @@ def test_pngs_are_a_folder_to_train_on(folder: Path) -> None:
         assert classes[number] == path.name.split("_")[0]
         with Image.open(path) as image:
             np.testing.assert_array_equal(np.asarray(image), images(np.array([index]))[0])
-
-
-@pytest.mark.parametrize(
-    ("name", "want"),
-    [
-        ((7, None, []), "000007.png"),
-        ((7, 3, []), "3_000007.png"),
-        ((7, 1, ["a", "b"]), "b_000007.png"),
-        ((7, 2, ["a", "b"]), "2_000007.png"),
-        ((12345678, 0, ["a"]), "a_12345678.png"),
-    ],
-    ids=str,
-)
-def test_file_names(name: tuple[int, int | None, list[str]], want: str) -> None:
-    assert file_name(*name) == want
-    assert index_in(want) == name[0]
-
-
-def test_class_words() -> None:
-    """No two classes share a word, and none has an underscore, a slash or a dot."""
-    words = class_words(["a b", "a_b", "a-b", "", "../x", "a-b-1", "café"])
-    assert words == ["a-b", "a-b-1", "a-b-2", "3", "---x", "a-b-1-5", "café"]
-    for strange in ("000007.txt", "a.png", "00007.png", "grid.png", "a_b.png"):
-        assert index_in(strange) is None
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
@@ -209,7 +185,7 @@ def test_channels_that_make_no_picture(folder: Path) -> None:
 
 
 def test_grid_and_its_change(folder: Path) -> None:
-    """Images in the order of their labels, in rows by class; made anew when other settings ask for another."""
+    """The grid shows images in the order of their labels, in rows by class; other settings make it again."""
     run(folder, job(20, grid_images=15, grid_classes=5))
     path = folder / "samples_20x4x6x3.png"
     with Image.open(path) as grid:
@@ -240,15 +216,7 @@ def test_trajectory(folder: Path) -> None:
         assert gif.info["duration"] == 2000
 
 
-def test_steps_shown() -> None:
-    assert steps_shown(1) == [0]
-    assert steps_shown(11) == list(range(11))
-    assert steps_shown(250) == [0, 25, 50, 75, 100, 124, 149, 174, 199, 224, 249]
-    frames = [images(np.arange(2))] * 30
-    assert strip(frames, frames[0]).width % (12 * 8 + 2) == 0
-
-
-# --- going on ---
+# --- continuing ---
 
 
 class Stop(Exception):
@@ -257,7 +225,7 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("at", range(5))
 def test_stopped_at_any_chunk(at: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Images drawn before are kept, also those that the writer had yet to write."""
+    """Images that were drawn are kept, also those that were not yet written."""
     drawn = 0
 
     def told(index: np.ndarray) -> None:
@@ -277,7 +245,7 @@ def test_stopped_at_any_chunk(at: int, folder: Path, capsys: pytest.CaptureFixtu
 
 
 def test_killed_at_every_file(tmp_path: Path) -> None:
-    """SIGKILL before each of the files that a job opens, names and removes, in turn; the same command then ends it."""
+    """After SIGKILL before any file that a job opens, renames or removes, the same command completes the job."""
     wanted = job(7, chunk_size=3, save_as=ALL, grid_images=4, trajectory=2)
     run(tmp_path / "whole", wanted)
     want = {path: path.read_bytes() for path in (tmp_path / "whole").rglob("*") if path.is_file()}
@@ -294,12 +262,12 @@ def test_killed_at_every_file(tmp_path: Path) -> None:
         if process.exitcode == 0:
             break
     else:
-        raise AssertionError("it was never left to end")
+        raise AssertionError("the job never ran to its end")
     assert at > 60
 
 
 def test_killed_again_and_again(folder: Path) -> None:
-    """At random moments, several processes at once; each start finds more done than the last."""
+    """Two processes are killed at random times, and each start finds more images than the one before."""
     random = np.random.default_rng(0)
     there = 0
     for _ in range(6):
@@ -319,7 +287,7 @@ def test_killed_again_and_again(folder: Path) -> None:
 
 
 def test_more_and_fewer(folder: Path) -> None:
-    """Images that are there are not drawn again, though the last chunk was short or the chunks are merged."""
+    """No image is drawn twice, also after a short last chunk and after chunks were merged."""
     run(folder, job(12))
     assert run(folder, job(23)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
     assert run(folder, job(7)) == []
@@ -329,7 +297,7 @@ def test_more_and_fewer(folder: Path) -> None:
 
 
 def test_more_chunks_without_an_npz(folder: Path) -> None:
-    """Chunks stay as long as no npz holds their images; after a short one the rest of its range is drawn."""
+    """Chunks are kept until an npz contains their images; after a short one the rest of its range is drawn."""
     run(folder, job(12, save_as=("png",)))
     assert run(folder, job(23, save_as=("png",), chunk_size=7)) == [Range(12, 15), Range(15, 20), Range(20, 23)]
     assert len(names(folder / "images")) == 23
@@ -358,7 +326,7 @@ def test_chunks_that_overlap() -> None:
 
 def test_an_npz_that_another_process_removes_counts_as_missing(tmp_path: Path) -> None:
     store = Store(tmp_path, manifest_of(job(23)), 23)
-    # A link to nothing is listed but can't be opened, like a file that is removed after the folder was listed.
+    # A dangling link is listed but can't be opened, like a file that is removed after the folder was listed.
     (tmp_path / f"samples_10x{'x'.join(map(str, store.shape))}.npz").symlink_to("removed")
     assert store.missing() == [Range(0, 23)]
 
@@ -402,7 +370,7 @@ def test_damaged_chunk(how: str, folder: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("how", ["cut short", "a pixel", "empty"])
 def test_damaged_npz(how: str, folder: Path) -> None:
-    """Its images are drawn again for a larger job; a smaller or the same finds a cut one."""
+    """For a larger job its images are drawn again; the same job notices that the file is truncated."""
     run(folder, job(12))
     damage(folder / "samples_12x4x6x3.npz", how)
     run(folder, job(23))
@@ -456,7 +424,7 @@ def test_damaged_manifest_is_refused(folder: Path) -> None:
 
 
 def test_overwrite(folder: Path) -> None:
-    """Another job's files go, other files stay; the same job just goes on."""
+    """Another job's files are removed and other files stay; the same job continues."""
     run(folder, job(12, save_as=ALL, grid_images=4, trajectory=2))
     (folder / "claims").mkdir()
     (folder / "claims" / "000000000-000000005.0").touch()
@@ -472,7 +440,7 @@ def test_overwrite(folder: Path) -> None:
 
 
 def test_another_job_begun_meanwhile(folder: Path) -> None:
-    """The process at the old one ends; its images don't get among the new one's."""
+    """The process of the old job ends with an error, and its images don't become part of the new job."""
     other = job(23, identity={"seed": 7}, seed=7)
 
     def told(index: np.ndarray) -> None:
@@ -489,9 +457,9 @@ def test_another_job_begun_meanwhile(folder: Path) -> None:
 
 
 def test_memory(folder: Path) -> None:
-    """Drawing and merging hold a few chunks in memory, never all images.
+    """Drawing and merging keep a few chunks in memory, never all images.
 
-    The least of three jobs counts, because memory of other threads and first imports is traced as well.
+    The minimum of three jobs counts, because the memory of other threads and of first imports is traced as well.
     """
     shape = (32, 32, 3)
     chunk = 16 * 32 * 32 * 3
@@ -509,7 +477,7 @@ def test_memory(folder: Path) -> None:
 
 @pytest.mark.parametrize("where", ["chunks", "npz", "claims"])
 def test_disk_full(where: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error is one sentence; the images that are there stay, and the same command goes on."""
+    """The error is one sentence, images on the disk are kept, and the same command continues."""
     full = OSError(28, "No space left on device")
 
     def failing(function: Callable[..., Any], times: int) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ from fastdiff.training.checkpoints.saver import Saver, write_checkpoint
 
 
 def files_of(step: int, size: int = 100) -> Iterator[tuple[str, Any]]:
-    """The files of a state of one tensor that is `step` everywhere."""
+    """Yield the files of a state of one tensor whose values are all `step`."""
     state = {"w": torch.full((size,), float(step))}
     yield f"model{step:06d}.pt", state
     yield f"ema_0.9_{step:06d}.pt", state
@@ -48,7 +48,7 @@ def save(folder: Path, step: int) -> Path:
 
 
 def value_of(checkpoint: Path) -> float:
-    """The value of all tensors in an undamaged checkpoint."""
+    """Return the value of all tensors in a checkpoint, and assert that it is undamaged."""
     assert find_damage(checkpoint) == ""
     snapshot = read_snapshot(checkpoint, ["0.9"])
     values = {float(t.unique()) for t in (snapshot.model["w"], snapshot.ema["0.9"]["w"], snapshot.exp_avg["w"])}
@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", list(DAMAGES))
-def test_the_one_before_a_damaged_one_is_taken(name: str, tmp_path: Path) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_read(name: str, tmp_path: Path) -> None:
     file, spoil, words = DAMAGES[name]
     save(tmp_path / "checkpoints", 1)
     newest = save(tmp_path / "checkpoints", 2)
@@ -103,21 +103,21 @@ def test_the_one_before_a_damaged_one_is_taken(name: str, tmp_path: Path) -> Non
     assert "step_000002 is damaged" in notes[0]
     assert words in notes[0]
     assert "\n" not in notes[0]
-    snapshot = read_snapshot(tmp_path, ["0.9"])  # the run's folder for --resume_checkpoint
+    snapshot = read_snapshot(tmp_path, ["0.9"])  # a run's folder, as for --resume_checkpoint
     assert snapshot.step == 1
     assert notes[0] in snapshot.notes
     with pytest.raises(UserError, match=r"step_000002 is damaged"):
         read_snapshot(newest, ["0.9"])
 
 
-def test_none_whole_is_refused_and_nothing_started_over(tmp_path: Path) -> None:
+def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     for step in (1, 2):
         cut(save(tmp_path, step) / "state.pt")
     with pytest.raises(UserError, match="none of the 2 checkpoints .* is whole .*step_000002 is damaged"):
         newest_whole(tmp_path)
 
 
-def test_folders_from_before_there_were_manifests(tmp_path: Path) -> None:
+def test_folders_without_manifests(tmp_path: Path) -> None:
     made = save(tmp_path, 4)
     (made / "manifest.json").unlink()
     assert newest_whole(tmp_path) == (made, [])

@@ -1,4 +1,4 @@
-"""Resuming and going back are exact: at any step, ZeRO stage and precision, with both loaders, on one rank and two."""
+"""Resuming and going back are exact at any step, ZeRO stage and precision, with both loaders, on one rank and two."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import HELPERS, resume_checks
-from helpers.pictures_folder import make_pictures
-from helpers.two_ranks import run_two
+from helpers.ranks import run_ranks
 
 from fastdiff import ops
 from fastdiff.training.checkpoints.format import read_snapshot
@@ -22,14 +21,7 @@ CASES = [
     *(case.replace(":2", ":1,2,3,4") if case in ("0:fp32:pillow:2", "2:bf16:pillow:2") else case for case in CASES),
     *("0:fp32:dali:1,3", "1:bf16:dali:3"),
 ]
-
-
 BACK = ["0:fp32", "1:bf16", "2:fp32", "3:bf16"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -42,7 +34,7 @@ def two_processes(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run every case with two processes; returns the folder with their checkpoints and final states."""
     work = tmp_path_factory.mktemp("two")
     back = [f"back:{case}" for case in BACK]
-    run_two([str(HELPERS / "resume_checks.py"), str(data), str(work), *CASES, *back])
+    run_ranks([str(HELPERS / "resume_checks.py"), str(data), str(work), *CASES, *back])
     return work
 
 
@@ -67,7 +59,7 @@ def test_going_back_in_two_processes(case: str, two_processes: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stages_agree(precision: str, two_processes: Path) -> None:
-    """ZeRO stages store tensors elsewhere and sum in another order, but compute the same."""
+    """ZeRO stages store tensors differently and sum in another order, but compute the same."""
     finals = [
         torch.load(two_processes / f"final-{stage}-{precision}-pillow.pt", weights_only=True) for stage in range(4)
     ]

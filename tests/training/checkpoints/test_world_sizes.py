@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import HELPERS, ROOT, TESTS
+from helpers import HELPERS
 from helpers.pictures_folder import make_pictures
+from helpers.ranks import run_ranks
 from helpers.world_size_checks import BATCH
 
 pytestmark = pytest.mark.slow
@@ -22,11 +20,8 @@ STEPS = 2  # with each number of processes
 
 
 def go_on(data: Path, work: Path, world_size: int, steps: int, stage: int) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world_size)]
-    command = [*launcher, str(HELPERS / "world_size_checks.py"), str(data), str(work), str(steps), str(stage)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
+    program = HELPERS / "world_size_checks.py"
+    run_ranks([str(word) for word in (program, data, work, steps, stage)], world_size)
 
 
 def test_one_two_three_one(tmp_path: Path) -> None:

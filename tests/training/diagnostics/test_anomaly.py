@@ -1,4 +1,4 @@
-"""--detect_anomaly names the operation; a diagnosis says what state a run is in that can't go on."""
+"""--detect_anomaly names the operation, and a diagnosis describes the state of a run that can't continue."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def changed(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("settings", PATHS.values(), ids=list(PATHS))
 def test_healthy_steps_pass(settings: dict[str, Any]) -> None:
-    """And give the same numbers as without being watched."""
+    """Finite steps raise nothing and give the same numbers as without --detect_anomaly."""
     watched, alone = (small_trainer(schedule_sampler="loss-second-moment", grad_clip=1.0, **settings) for _ in "ab")
     with detect_anomaly(watched.model):
         for _ in range(2):
@@ -64,7 +64,7 @@ def test_forward(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("settings", PATHS.values(), ids=list(PATHS))
 def test_backward(settings: dict[str, Any]) -> None:
-    """The square root of 0 is finite, its slope is not."""
+    """The square root of 0 is finite, but its derivative is not."""
     trainer = small_trainer(**settings)
     changed(trainer.model.time_embed[0], lambda y: y + (y * 0).sqrt())
     words = found(trainer)
@@ -120,7 +120,7 @@ def test_diagnosis(settings: dict[str, Any]) -> None:
 
 
 def test_diagnosis_of_an_overflow() -> None:
-    """Where every loss is bad, so is every gradient; weights and activations say where it begins."""
+    """If every loss is non-finite, so is every gradient; weights and activations show where that begins."""
     trainer = small_trainer(lr=2e-3, precision="bf16")
     with torch.no_grad():
         trainer.model.middle_block[0].in_layers[2].weight.fill_(3e37)

@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""The profiler attributes the time of a step to classes of operations."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_classes(names: list[str], kind: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(CLASS_OF_FILE))
 def test_classes_of_our_own_kernels(name: str) -> None:
-    """Every kernel that a file of `kernels/` launches, by its name there."""
+    """Every kernel that a file in `kernels/` launches has the class of that file."""
     launched = re.findall(r"\blaunch\(\s*(?:device\.)?(_\w+)", (KERNELS / f"{name}.py").read_text())
     assert launched
     assert {kernel: classify([kernel]) for kernel in launched} == dict.fromkeys(launched, CLASS_OF_FILE[name])
@@ -120,8 +120,8 @@ class Event:
 
 
 def test_times_on_a_gpu() -> None:
-    """Annotations and the host's events don't count, and what runs beside something else is busy time only once."""
-    epoch = 1_700_000_000_000_000_000  # real ones are this large: nothing may be lost to rounding
+    """Annotations and events of the host don't count, and events that overlap count as busy time only once."""
+    epoch = 1_700_000_000_000_000_000  # real times are this large, and must not be rounded
     events = [
         Event("Optimizer.step#AdamWEMA.step", 0, 900, annotation=True),
         Event("ProfilerStep#3", 0, 5_000, annotation=True),
@@ -146,7 +146,7 @@ def test_times_on_a_gpu() -> None:
 
 
 def test_times_on_a_cpu() -> None:
-    """Each operation counts for its own time only, and under what it was called by."""
+    """Each operation counts with its own time only, in the class of its caller."""
     a = torch.ones(64, 64)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
         with torch.profiler.record_function("Optimizer.step#Test.step"):
@@ -166,7 +166,7 @@ def test_union() -> None:
 
 
 def test_profile_of_a_trainer(tmp_path: Path) -> None:
-    """It begins once the run has settled, watches as many steps as asked for, and accounts for all of their time."""
+    """The profiler skips the first steps, records as many as requested, and accounts for all of their time."""
     trainer = small_trainer()
     profiler = StepProfiler(2, tmp_path / "profile", 4, CPU, floor_of(trainer.model_settings, trainer.train, 4, CPU))
     found = []

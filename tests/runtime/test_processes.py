@@ -1,4 +1,4 @@
-"""Requests of ranks reach all ranks, however often ranks agree on something else between two steps."""
+"""Requests of a rank reach all ranks, however often ranks exchange something else between two steps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from fastdiff.runtime.processes import Consensus
 
 class Done:
     def wait(self) -> None:
-        """At once."""
+        """Return at once."""
 
 
 @pytest.fixture
 def consensus(monkeypatch: pytest.MonkeyPatch) -> Consensus:
-    """A consensus of two ranks, of which the other requests nothing."""
+    """The consensus of two ranks, of which the other one requests nothing."""
     monkeypatch.setattr(dist, "new_group", lambda **_: None)
     monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: Done())
     return Consensus(2, 2, timedelta(seconds=1))
@@ -26,7 +26,7 @@ def consensus(monkeypatch: pytest.MonkeyPatch) -> Consensus:
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_a_request_is_heard(every: int, consensus: Consensus) -> None:
-    """It is sent from step 4 on, and something is saved every few steps."""
+    """A request of step 4 is returned at step 5, although ranks also agree on saving every few steps."""
     heard = []
     for step in range(1, 9):
         heard.append(consensus.exchange([step >= 4, False])[0])

@@ -1,4 +1,4 @@
-"""PyTorch's switches for a GPU, which scripts and `fastdiff.load` set: they can be read without one."""
+"""Scripts and `fastdiff.load` set PyTorch's switches for a GPU, which can be read without a GPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 
 
 def state() -> tuple[bool, bool, bool]:
-    """Whether matrix products, convolutions and recurrent layers in float32 may use TF32."""
+    """Return whether matrix products, convolutions and recurrent layers in float32 may use TF32."""
     return MATMUL.fp32_precision == "tf32", CUDNN.conv.fp32_precision == "tf32", CUDNN.rnn.fp32_precision == "tf32"
 
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """Leaves the process as `conftest.py` made it."""
+    """Restore the switches as `conftest.py` set them."""
     yield
     MATMUL.allow_tf32 = CUDNN.allow_tf32 = False
     CUDNN.benchmark, CUDNN.benchmark_limit = False, 10
@@ -36,12 +36,12 @@ def switches() -> Iterator[None]:
 @pytest.mark.parametrize("before", [(False, False), (False, True), (True, True)], ids=["none", "PyTorch's own", "all"])
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32(allowed: bool, before: tuple[bool, bool]) -> None:
-    """Both libraries get what is asked for, and what was there before comes back, whatever happens within."""
+    """Both libraries get the setting, and the previous one is restored, also after an exception."""
     MATMUL.allow_tf32, CUDNN.allow_tf32 = before
     found = state()
     with tf32(allowed):
         assert state() == (allowed, allowed, allowed)
-        # Inductor reads these in places, and they raise an error where old and new switches disagree.
+        # Inductor reads these, and reading raises an error if the older and the newer switches disagree.
         assert (MATMUL.allow_tf32, CUDNN.allow_tf32) == (allowed, allowed)
         assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
     assert state() == found
@@ -53,7 +53,7 @@ def test_tf32(allowed: bool, before: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize("ours", ["ieee", "tf32"])
 def test_tf32_in_a_process_that_sets_the_newer_switches(ours: str) -> None:
-    """After which PyTorch refuses to read the older ones."""
+    """After a newer switch was set, PyTorch refuses to read the older ones."""
     MATMUL.fp32_precision = CUDNN.conv.fp32_precision = CUDNN.rnn.fp32_precision = ours
     for allowed in (True, False):
         with tf32(allowed):
@@ -74,13 +74,13 @@ def test_benchmark_limit() -> None:
         prepare_cudnn()
 
 
-# --- what scripts and the library do with it ---
+# --- scripts and the library ---
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[tuple[bool, bool, bool]]:
-    """The states in which a network was run."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # so that batch_size auto tries, and knows nothing
+    """The states of the switches in which a network was run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # so that batch_size auto has to try
     found: set[tuple[bool, bool, bool]] = set()
     body = UNet.body
 
@@ -95,7 +95,7 @@ def seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[tuple[bool, boo
 def _train(folder: Path, given: dict[str, Any]) -> None:
     pictures(folder / "pictures", [f"a_{i}" for i in range(4)])
     run = {"data_dir": folder / "pictures", "run_dir": folder / "run", "max_steps": 1, "batch_size": 2}
-    run |= {"sample_interval": 1, "sample_respacing": "ddim2", "compile": False}  # what looks at it isn't traced
+    run |= {"sample_interval": 1, "sample_respacing": "ddim2", "compile": False}  # the watching code can't be traced
     train.main(flags({**MODEL, **DIFFUSION, **run, **given}))
 
 
@@ -113,7 +113,7 @@ def _nll(folder: Path, given: dict[str, Any]) -> None:
 
 def _load(folder: Path, given: dict[str, Any]) -> None:
     model = fastdiff.load(save(unet(), folder / "model.pt", predict_xstart=True), **given)
-    with tf32(True):  # another's wish
+    with tf32(True):  # the caller's own setting
         model.sample(1, steps=2)
         model.encode(np.zeros((1, 8, 8, 3), np.uint8), steps=2)
 
@@ -123,7 +123,7 @@ def _load(folder: Path, given: dict[str, Any]) -> None:
 def test_where_it_is_allowed(
     go: Callable[[Path, dict[str, Any]], None], given: dict[str, Any], seen: set[Any], tmp_path: Path
 ) -> None:
-    """Every run of the network is in the state that the setting says, by default exact; afterwards all is as before."""
+    """The network always runs with the setting, which is exact by default, and the switches are restored."""
     CUDNN.allow_tf32 = True  # PyTorch's default
     before = state()
     go(tmp_path, given)
@@ -132,7 +132,7 @@ def test_where_it_is_allowed(
 
 
 def test_it_is_part_of_the_images(tmp_path: Path) -> None:
-    """Jobs from before there was the setting go on; those with TF32 are others."""
+    """A job without the setting continues with its default; with TF32 it is another job."""
     model = save(unet(), tmp_path / "model.pt", predict_xstart=True)
     given = {"model_path": model, "num_samples": 2, "out_dir": tmp_path / "out"}
     sample.main(flags(given))
@@ -142,7 +142,7 @@ def test_it_is_part_of_the_images(tmp_path: Path) -> None:
 
 
 def test_a_change_is_said_when_a_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As one of precision is; how long cuDNN searches is nobody's business."""
+    """The log reports a change of the setting, but not of the time that cuDNN may search."""
     _train(tmp_path, {})
     assert "first step after " in capsys.readouterr().out
     _train(tmp_path, {"allow_tf32": True, "cudnn_benchmark_limit": 0, "max_steps": 2})
@@ -153,7 +153,7 @@ def test_a_change_is_said_when_a_run_goes_on(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.parametrize("products", ["highest", "high", "medium"])
 def test_what_a_process_has_set_comes_back(products: str) -> None:
-    """PyTorch's three ways to say it agree inside the block, or reading one of them would raise, and after it."""
+    """PyTorch's three switches agree inside the block and after it; otherwise reading one of them would raise."""
     torch.set_float32_matmul_precision(products)
     try:
         for allowed in (False, True):
