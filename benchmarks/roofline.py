@@ -20,7 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,47 @@ from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import cost
 from fastdiff.runtime.machine import GPUS, Rates, device_name, find, measure_rates
 from fastdiff.runtime.script import run_script
-from fastdiff.training.diagnostics.profile import FLOOR_CLASSES, Machine, Prediction, predict
+from fastdiff.training.diagnostics.profile import FLOOR_CLASSES, Share
+from fastdiff.training.diagnostics.profile import predict as predict_classes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The rates of a machine in FLOP/s and bytes/s; peak_flops is None where no datasheet is known."""
+
+    name: str
+    matmul_flops: float
+    copy_bytes: float
+    peak_flops: float | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted times of one training step of `batch` images on one GPU."""
+
+    batch: int
+    train_flops: float
+    """Per image, of the network as improved-diffusion defines it."""
+    shares: dict[str, Share]
+
+    @property
+    def ms(self) -> float:
+        return sum(share.ms for share in self.shares.values())
+
+    @property
+    def images_per_second(self) -> float:
+        return 1e3 * self.batch / self.ms
+
+    def mfu(self, peak_flops: float) -> float:
+        return self.train_flops * self.images_per_second / peak_flops
+
+
+def predict(ops: Sequence[cost.Operation], batch: int, machine: Machine, **assumed: Any) -> Prediction:
+    """Predict a step; `assumed` are the efficiencies and costs that `predict_classes` takes."""
+    shares = predict_classes(ops, batch, Rates(machine.matmul_flops, machine.copy_bytes), **assumed)
+    return Prediction(batch, 3 * sum(op.flops for op in ops), shares)
 
 
 def load_config(name: str) -> Config:

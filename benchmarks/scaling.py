@@ -59,7 +59,7 @@ from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, cost
 from fastdiff.runtime.machine import GPUS, find
 from fastdiff.runtime.script import run_script
-from fastdiff.training.step_plan import BUCKET
+from fastdiff.training.microbatch import BUCKET
 
 PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold, elements of one tensor."""

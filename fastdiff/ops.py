@@ -225,7 +225,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def _flash_is_better(L: int, D: int) -> str:
-    """ "SDPA" where we expect flash attention to be faster, which has not been measured.
+    """ "SDPA" where flash attention is expected to be faster, which has not been measured.
 
     It pads no heads of these sizes, and our kernel holds whole rows of scores only up to L = 256.
     """

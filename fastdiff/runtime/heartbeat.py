@@ -85,7 +85,7 @@ class Heartbeat:
         self.at = 0.0  # when the last complete exchange began (time.monotonic); 0 before the first
         self.broken = False  # whether the store has been lost
         self._end: End | None = None
-        self._told = threading.Event()  # set when the end has been sent, or never will be
+        self._notified = threading.Event()  # set when the end has been sent, or never will be
         self._wake = threading.Event()
         self._closed = False
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -103,11 +103,11 @@ class Heartbeat:
         ends = [(beat, beat.end) for beat in self.others() if beat.end]
         return sorted(ends, key=lambda pair: pair[1].about != "itself")
 
-    def tell(self, end: End, patience: float) -> bool:
+    def notify(self, end: End, patience: float) -> bool:
         """Send a last heartbeat, with the end; returns whether that succeeded within `patience` seconds."""
         self._end = end
         self._wake.set()
-        return self._told.wait(patience) and not self.broken
+        return self._notified.wait(patience) and not self.broken
 
     def exchange_now(self) -> None:
         """Exchange heartbeats now, not at the end of the interval."""
@@ -123,19 +123,19 @@ class Heartbeat:
         except (RuntimeError, OSError):  # torch's errors of stores are RuntimeErrors
             self.gone |= set() if agent_hosts_store() else {0}
             self.broken = True
-            self._told.set()
+            self._notified.set()
 
     def _exchange(self, store: dist.Store) -> None:
         start, machine = time.monotonic(), this_machine()
         gone = {beat.rank for beat in self.others() if beat.machine == machine and beat.process.is_gone()}
         if 0 in gone and not agent_hosts_store():  # TCPStore would print a C++ stack trace before it raises this
             raise ConnectionError("the process that hosts the store has ended")
-        if not self._told.is_set():
+        if not self._notified.is_set():
             beat = self._beat()
             beat.end = self._end
             store.set(str(self.rank), json.dumps(asdict(beat)))
             if beat.end:
-                self._told.set()
+                self._notified.set()
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         known = [str(rank) for rank in others if rank in self.peers or store.check([str(rank)])]
         for beat in [Beat.parse(text, start) for text in store.multi_get(known)]:

@@ -1,8 +1,9 @@
 """The machine and PyTorch's settings on it: rates of GPUs, free memory, cores, compiled code, cuDNN and TF32.
 
 Peaks are those of dense bf16 with float32 accumulation; they and the memory's bandwidth come from NVIDIA's datasheets.
-The rates of an H200 were measured: an 8192 x 8192 matrix product (788 TFLOP/s) and a device copy, read and write
-counted (4.3 TB/s). The other GPUs are assumed to reach the same shares of their datasheets; `measure_rates` measures.
+The rates of an H200 are those that PyTorch reached on one: in a product of two 8192 x 8192 bf16 matrices (788 TFLOP/s)
+and in a copy on the device, read and write counted (4.3 TB/s). The other GPUs are assumed to reach the same shares of
+their datasheets; `measure_rates` measures.
 """
 
 from __future__ import annotations

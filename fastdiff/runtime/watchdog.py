@@ -92,7 +92,7 @@ class Watchdog:
     def report_end(self, reason: str, code: int) -> None:
         """Tell the other ranks, and torchrun, why this one ends; the watchdog doesn't end it from here on."""
         self._ending.acquire()
-        self._tell(End(f"rank {self.rank} ({socket.gethostname()}) ended: {reason}", code))
+        self._notify(End(f"rank {self.rank} ({socket.gethostname()}) ended: {reason}", code))
 
     def is_said(self, reason: str, code: int, patience: float) -> bool:
         """Whether rank 0 reports the same reason, or (except for wrong input) code, within `patience` seconds."""
@@ -119,7 +119,7 @@ class Watchdog:
         missed = {beat.rank for beat in heartbeat.others() if heartbeat.at - beat.at > 3 * self.interval}
         line = line or lost(heartbeat, missed, _SLOW_STORE)
         if line:
-            self._tell(End(line, PEER_LOST, "lost"))
+            self._notify(End(line, PEER_LOST, "lost"))
         return line
 
     def speaks(self) -> bool:
@@ -129,12 +129,12 @@ class Watchdog:
         alive = [beat.rank for beat in others if beat.machine == this_machine() and now - beat.at < self.silence]
         return self.rank < min({*alive} - ended, default=self.rank + 1)
 
-    def _tell(self, end: End) -> None:
+    def _notify(self, end: End) -> None:
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             message = {"message": end.line, "extraInfo": {"timestamp": str(int(time.time()))}}
             Path(file).write_text(json.dumps({"message": message}))
         unreachable = self.heartbeat.at and time.monotonic() - self.heartbeat.at > _SLOW_STORE
-        if self.heartbeat.tell(end, 0.5 if unreachable else _SLOW_STORE) and self.heartbeat.hosts:
+        if self.heartbeat.notify(end, 0.5 if unreachable else _SLOW_STORE) and self.heartbeat.hosts:
             time.sleep(2 * self.interval)  # the store ends with this process: let the others read
 
     # --- the watch ---
@@ -188,7 +188,7 @@ class Watchdog:
 
     def _end(self, end: End) -> None:
         """End this process from the watchdog's thread."""
-        self._tell(end)
+        self._notify(end)
         if end.about == "late":
             faulthandler.dump_traceback(all_threads=True)
         if self.speaks():

@@ -27,7 +27,7 @@ from fastdiff.training.microbatch import BUCKET, split_batch
 from fastdiff.training.settings import TrainSettings
 
 WORTHWHILE_STEPS = 20_000
-"""Steps from which compiling pays on a CPU: it takes two minutes and makes a step 5 to 10% faster."""
+"""Steps from which compiling pays on a CPU: it takes one to two minutes and makes a step 5 to 10% faster."""
 # Sections of DeepSpeed's JSON that hold nothing beyond our own settings.
 _KNOWN = {
     "train_batch_size",

@@ -1,4 +1,4 @@
-"""Ranks that die, hang or fail: every rank ends, and the last line says whose end it was and why."""
+"""When a rank dies, hangs or fails, every rank ends, and the last line names that rank and the reason."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import functools
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import HELPERS, ROOT, TESTS
+from helpers.polling import wait_until
 
 from fastdiff.runtime.files import ProcessId
 from fastdiff.runtime.heartbeat import Beat, End, Heartbeat
@@ -35,20 +36,20 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
-    """Case → {"codes": of both ranks, "words": of both ranks}."""
+    """Map each case to the exit codes and the output of both ranks: {"codes": [..], "words": [..]}."""
     done = subprocess.run(
         [sys.executable, str(HELPERS / "watched_ranks.py"), *CASES],
         capture_output=True,
         text=True,
         timeout=300,
-        # Stores look up the names of clients that they lose; a name server that doesn't answer takes 5 s, or here 1.
+        # Stores look up the names of lost clients, which takes 5 s without a name server, or 1 s with these options.
         env={
             **os.environ,
             **{"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1", "RES_OPTIONS": OPTIONS},
         },
     )
     assert done.returncode == 0, done.stderr
-    print(done.stdout)  # whole, for when a test fails
+    print(done.stdout)  # pytest shows it if a test fails
     return dict(json.loads(done.stdout))
 
 
@@ -58,13 +59,13 @@ def last_lines(outcome: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("case", ["quiet", "slow"])
 def test_nothing_is_said_where_nothing_is_wrong(case: str, outcomes: dict[str, Any]) -> None:
-    """slow: rank 0 is longer in one place than others may be, with leave, and rank 1 waits for it."""
+    """In the case "slow" rank 0 stays at a place for long because it may, and rank 1 waits for it."""
     assert outcomes[case] == {"codes": [0, 0], "words": ["", ""]}
 
 
 @pytest.mark.parametrize(("case", "lost"), [("killed", 1), ("killed host", 0)])
 def test_a_killed_rank(case: str, lost: int, outcomes: dict[str, Any]) -> None:
-    """Of rank 0 the store dies too, of which torch may print a trace before."""
+    """With rank 0 its store dies too, for which torch may print a stack trace first."""
     other = 1 - lost
     assert outcomes[case]["codes"][lost] == -9
     assert outcomes[case]["codes"][other] == 76
@@ -91,7 +92,7 @@ def test_a_stuck_rank_is_told_from_the_one_that_waits_for_it(outcomes: dict[str,
 
 @pytest.mark.parametrize(("case", "code", "reason"), [("bug", 1, "ValueError: no such key"), ("error", 2, "bad file")])
 def test_one_ranks_exception(case: str, code: int, reason: str, outcomes: dict[str, Any]) -> None:
-    """Its own rank shows the traceback of a bug, and the other one only says what it was."""
+    """The rank itself prints the traceback of a bug, and the other rank only a sentence."""
     assert outcomes[case]["codes"] == [76, code]
     zero, one = outcomes[case]["words"]
     assert re.fullmatch(rf"train\.py: rank 1 \(\S+\) ended: {reason}\n", zero)
@@ -105,7 +106,7 @@ def test_the_same_error_on_every_rank_is_said_once(case: str, reason: str, outco
     if case == "same late error":
         assert outcomes[case]["codes"][1] == 2
         assert outcomes[case]["words"] == [f"train.py: error: {reason}\n", ""]
-    else:  # before there is a store: the launcher's signal would end rank 1 within its two seconds
+    else:  # there is no store yet, and rank 1 waits two seconds for the launcher's signal
         assert outcomes[case]["words"][0] == f"train.py: error: {reason}\n"
 
 
@@ -136,8 +137,8 @@ def beat(rank: int, collectives: int = 0, waits: bool = False) -> Beat:
     [
         ([beat(0, 5, True), beat(1, 4, False), beat(2, 5, True)], [1]),
         ([beat(0, 4, False), beat(1, 5, True)], [0]),
-        ([beat(0, 5, True), beat(1, 5, False)], [1]),  # counts that say nothing
-        ([beat(0, 5, True), beat(1, 5, True)], []),  # the link, or a bug: nobody came too late
+        ([beat(0, 5, True), beat(1, 5, False)], [1]),  # equal counts
+        ([beat(0, 5, True), beat(1, 5, True)], []),  # the network or a bug: no rank is late
         ([beat(0, 5, False), beat(1, 5, False)], []),
         ([beat(0, 7, False), beat(1, 6, True), beat(2, 6, True)], [0]),  # gloo counts what rank 0 gathered before
     ],
@@ -146,48 +147,41 @@ def test_who_is_late(beats: list[Beat], late: list[int]) -> None:
     assert [beat.rank for beat in behind(beats)] == late
 
 
-def wait_for(condition: Callable[[], Any]) -> None:
-    until = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def start_two() -> list[Heartbeat]:
-    """Two ranks in this process, which have heard of each other."""
+    """Start two ranks in this process, and wait until each has the other's heartbeat."""
     ranks = [Heartbeat(rank, 2, functools.partial(beat, rank), 0.05) for rank in (0, 1)]
     for heartbeat in ranks:
         heartbeat.thread.start()
-    wait_for(lambda: all(heartbeat.peers for heartbeat in ranks))
+    wait_until(lambda: all(heartbeat.peers for heartbeat in ranks))
     return ranks
 
 
 def stop(ranks: list[Heartbeat]) -> None:
-    """The rank that hosts the store ends last, or torch would warn that the store is gone."""
+    """End the rank that hosts the store last, or torch would warn that the store is gone."""
     for heartbeat in sorted(ranks, key=lambda heartbeat: heartbeat.hosts):
         heartbeat.close()
         heartbeat.thread.join(20)
 
 
-def test_what_ranks_said_before_they_were_restarted_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_from_before_a_restart_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun keeps its store when it restarts ranks, and with it their last heartbeats."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     before = start_two()
-    assert before[1].tell(End("rank 1 ended: no such folder", 2), patience=20)
-    wait_for(before[0].ends)
+    assert before[1].notify(End("rank 1 ended: no such folder", 2), patience=20)
+    wait_until(before[0].ends)
     assert [end.line for _, end in before[0].ends()] == ["rank 1 ended: no such folder"]
     after = start_two()
     read = after[0].at
-    wait_for(lambda: after[0].at > read)
+    wait_until(lambda: after[0].at > read)
     assert not after[0].ends()
     stop([*before, *after])
 
 
 def test_another_run_at_the_same_port_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a launcher that is started twice: ranks of the second one come to the first one's store."""
+    """If a launcher is started twice, ranks of the second run connect to the first one's store."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -199,14 +193,28 @@ def test_another_run_at_the_same_port_does_not_count(monkeypatch: pytest.MonkeyP
     stop(ranks)
 
 
-def test_a_process_that_was_stopped_is_not_idle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by scontrol suspend: the time in which nobody ran is nobody's fault."""
-    alone = Processes(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    watchdog = Watchdog(alone, stall_seconds=5.0)
+SUSPENDED = """
+import time
+from fastdiff.runtime.processes import current
+from fastdiff.runtime.watchdog import Watchdog
+with Watchdog(current(), stall_seconds=5.0) as watchdog:
     watchdog.progress("step 1")
-    before = watchdog._progress_at
-    watchdog._forgive(100.0)
-    assert watchdog._progress_at == before + 100.0
+    print("started", flush=True)
+    for _ in range(20):
+        time.sleep(0.1)
+"""
+
+
+def test_time_in_which_a_process_was_suspended_is_no_stall() -> None:
+    """`scontrol suspend`, for one, stops all processes of a job."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", SUSPENDED], text=True, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate() == ("", "")
 
 
 def test_alone_a_stall_is_reported_and_waited_out(capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastdiff.models import BackboneSettings, cost
 from fastdiff.models.unet import DTYPES
 from fastdiff.runtime.files import write_json, write_text
-from fastdiff.runtime.machine import device_name, find, measure_rates
+from fastdiff.runtime.machine import Gpu, Rates, device_name, find, measure_rates
 from fastdiff.training.device_step import WARM_UP
 from fastdiff.training.settings import TrainSettings
 
@@ -238,16 +238,6 @@ def union(spans: Sequence[tuple[float, float]]) -> float:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The rates of a machine in FLOP/s and bytes/s; peak_flops is None where no datasheet is known."""
-
-    name: str
-    matmul_flops: float
-    copy_bytes: float
-    peak_flops: float | None
-
-
-@dataclass(frozen=True)
 class Share:
     """One class of operations: FLOPs (as run) and bytes per image, and milliseconds per step."""
 
@@ -256,39 +246,22 @@ class Share:
     ms: float
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """The predicted times of one training step of `batch` images on one GPU."""
-
-    batch: int
-    train_flops: float
-    """Per image, of the network as improved-diffusion defines it."""
-    shares: dict[str, Share]
-
-    @property
-    def ms(self) -> float:
-        return sum(share.ms for share in self.shares.values())
-
-    @property
-    def images_per_second(self) -> float:
-        return 1e3 * self.batch / self.ms
-
-    def mfu(self, peak_flops: float) -> float:
-        return self.train_flops * self.images_per_second / peak_flops
-
-
 def predict(
     ops: Sequence[cost.Operation],
     batch: int,
-    machine: Machine,
+    rates: Rates | Gpu,
     *,
     convolution_efficiency: float = 1.0,
     copy_efficiency: float = 1.0,
     launch_us: float = 2.0,
     optimiser_bytes: int = 38,
-) -> Prediction:
-    """Predict a step over `batch` images: forward, backward and one update (`optimiser_bytes` per weight)."""
-    products, copies = machine.matmul_flops * convolution_efficiency, machine.copy_bytes * copy_efficiency
+) -> dict[str, Share]:
+    """Predict each class of a step over `batch` images: forward, backward and one update.
+
+    launch_us        microseconds between two kernels
+    optimiser_bytes  bytes that the update moves per weight
+    """
+    products, copies = rates.matmul_flops * convolution_efficiency, rates.copy_bytes * copy_efficiency
     totals = {name: [0.0, 0.0, 0.0] for name in FLOOR_CLASSES}
     launches = 1
     for op in ops:
@@ -303,8 +276,7 @@ def predict(
     updated = float(optimiser_bytes * cost.parameters(ops))
     totals["optimiser"] = [0.0, updated, updated / copies]
     totals[GAPS] = [0.0, 0.0, launches * launch_us * 1e-6]
-    shares = {name: Share(flops / batch, moved / batch, 1e3 * s) for name, (flops, moved, s) in totals.items()}
-    return Prediction(batch, 3 * sum(op.flops for op in ops), shares)
+    return {name: Share(flops / batch, moved / batch, 1e3 * s) for name, (flops, moved, s) in totals.items()}
 
 
 def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, device: torch.device) -> dict[str, float]:
@@ -312,9 +284,8 @@ def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, devic
     name = device_name(device)
     dtype = torch.float32 if device.type == "cpu" else DTYPES[train.precision]
     rates = (find(name) if train.precision != "fp32" else None) or measure_rates(device, dtype=dtype)
-    machine = Machine(name, rates.matmul_flops, rates.copy_bytes, None)
     element = cost.SINGLE if train.precision == "fp32" or device.type == "cpu" else cost.HALF
     updated = cost.optimiser_bytes(len(train.ema_rate), half_copy=False)
     ops = cost.operations(settings, element)
-    predicted = predict(ops, batch, machine, launch_us=0.0, optimiser_bytes=updated)
-    return {name: share.ms for name, share in predicted.shares.items() if share.ms}
+    shares = predict(ops, batch, rates, launch_us=0.0, optimiser_bytes=updated)
+    return {name: share.ms for name, share in shares.items() if share.ms}
