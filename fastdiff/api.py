@@ -110,8 +110,7 @@ def load(
             config.model, config.diffusion, checkpoint, precision, place, frozen=kernels != "reference"
         )
     shared = {"precision": precision, "kernels": kernels, "compile": compile, "cuda_graph": cuda_graph}
-    shared["allow_tf32"] = allow_tf32
-    return Model(network, place, shared)
+    return Model(network, place, {**shared, "allow_tf32": allow_tf32})
 
 
 class Model:

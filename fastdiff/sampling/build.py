@@ -7,9 +7,6 @@ the output folder.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,11 +22,11 @@ from fastdiff.config.presets import download
 from fastdiff.diffusion.noise_keys import ENLARGED
 from fastdiff.errors import UserError, blaming
 from fastdiff.models import SuperResSettings
-from fastdiff.runtime.processes import Processes, make_writable
+from fastdiff.runtime.processes import Processes, make_writable, output_folder
 from fastdiff.sampling.conditioning import BaseImages, Labels, as_low_res, parse_labels
 from fastdiff.sampling.job.chunks import disk
 from fastdiff.sampling.job.job import run_job
-from fastdiff.sampling.job.manifest import NAME, Job
+from fastdiff.sampling.job.manifest import NAME, Job, digest
 from fastdiff.sampling.pictures import Images
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import DrawSettings
@@ -231,9 +228,5 @@ def run(
 
 
 def _folder(settings: DrawSettings, sampler: Sampler, identity: dict[str, Any]) -> Path:
-    """The folder of --out_dir or OPENAI_LOGDIR (improved-diffusion's variable), else one named after the job."""
-    named = settings.out_dir or os.environ.get("OPENAI_LOGDIR", "")
-    if named:
-        return Path(named)
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    return Path("runs/samples") / f"{sampler.network.file.stem}-{digest}"
+    """The folder of --out_dir or OPENAI_LOGDIR, else one named after the job."""
+    return output_folder(settings.out_dir, f"runs/samples/{sampler.network.file.stem}-{digest(identity)[:8]}")
