@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 MAIN = 'if __name__ == "__main__":'
 SCRIPTS = [
     path

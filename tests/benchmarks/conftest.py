@@ -1,9 +1,10 @@
-"""Tests of the scripts in benchmarks/ import them as `benchmarks.x`, for which the repository's root must be known.
+"""Tests import the scripts in benchmarks/ as `benchmarks.x`, for which the repository's root must be on sys.path.
 
-`benchmarks` is a namespace package: this folder is its other half, so no test here may bear a script's name.
+`benchmarks` is a namespace package of which this folder is a part too, so no test here may have the name of a script.
 """
 
 import sys
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+from helpers import ROOT
+
+sys.path.append(str(ROOT))

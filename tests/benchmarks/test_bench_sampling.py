@@ -1,4 +1,4 @@
-"""The benchmarks of drawing, at sizes that say nothing about speed, and the distance between sets of images."""
+"""The benchmarks of drawing run at small sizes, and the distance between sets of images is right."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def case_of(processes: Processes, solver: str = "ddpm", steps: int = 4, **change
 
 
 def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows for every variant with all that the report reads; --resume measures nothing again; table and chart."""
+    """Every variant has a row from which table and chart are made, and --resume measures nothing again."""
     config, results = tmp_path / "small.json", tmp_path / "results.json"
     config.write_text(json.dumps({"model": MODEL, "diffusion": DIFFUSION}))
     argv = ["--configs", str(config), "--batches", "2", "--solvers", "heun", "--steps", "3", "--rounds", "2"]
@@ -97,7 +97,7 @@ def test_refusals(argv: list[str], message: str) -> None:
 def test_the_reference_draws_what_we_draw(
     solver: str, on_device: bool, changes: dict[str, Any], processes: Processes
 ) -> None:
-    """From the same noise, in all steps."""
+    """Both draw the same from the same noise in all steps."""
     case = case_of(processes, solver, 5, **changes)
     diffusion, network = case.diffusion(), sampling_variants.our_network(case, frozen=False)
     generator = torch.Generator().manual_seed(1)
@@ -120,7 +120,7 @@ def test_levers_change_no_image(lever: str, class_cond: bool, processes: Process
     assert (with_it.int() - without.int()).abs().max() <= 1
 
 
-def test_everybody_draws_images_of_the_config(processes: Processes) -> None:
+def test_every_variant_draws_images_of_the_config(processes: Processes) -> None:
     config = SuperResConfig.model_validate(
         {
             "model": {
@@ -166,7 +166,7 @@ def test_quick_compiles_for_one_batch_only() -> None:
 
 
 def test_distance_of_normal_sets() -> None:
-    """In one dimension it is (m - m')^2 + (s - s')^2, and with commuting covariances the sum over their axes."""
+    """In one dimension the distance is (m - m')^2 + (s - s')^2; commuting covariances give the sum over their axes."""
     one = image_features.Moments(torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
     two = image_features.Moments(torch.tensor([4.0]).double(), torch.tensor([[25.0]]).double())
     assert image_features.frechet_distance(one, two) == pytest.approx(9 + 9)
@@ -181,7 +181,7 @@ def test_distance_of_normal_sets() -> None:
 
 
 def test_distance_of_covariances_that_do_not_commute() -> None:
-    """2 x 2: tr (A B)^1/2 = sqrt(tr AB + 2 sqrt(det AB))."""
+    """For 2 x 2 matrices tr (A B)^1/2 = sqrt(tr AB + 2 sqrt(det AB))."""
     a, b = (torch.tensor(rows).double() for rows in ([[2.0, 1.0], [1.0, 3.0]], [[5.0, -2.0], [-2.0, 1.0]]))
     product = a @ b
     wanted = a.trace() + b.trace() - 2 * math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
@@ -196,7 +196,7 @@ def test_subsets_and_floor() -> None:
     real = image_features.Moments.of(torch.randn(3000, 4, generator=generator))
     small, _ = image_features.distance_and_spread(features, real, 30)
     large, spread = image_features.distance_and_spread(features, real, 300)
-    assert large < small, "fewer images are further away"
+    assert large < small, "fewer images have a larger distance"
     assert spread > 0
     labels = np.arange(300) % 10
     floor, _ = image_features.noise_floor(features, labels, 50)
@@ -204,7 +204,7 @@ def test_subsets_and_floor() -> None:
 
 
 def test_classifier_learns() -> None:
-    """Bright and dark images are told apart, and the same seed learns the same."""
+    """The classifier distinguishes bright from dark images, and the same seed gives the same weights."""
     generator = np.random.default_rng(0)
     labels = np.arange(40) % 2
     images = (generator.integers(0, 100, (40, 8, 8, 1)) + 150 * labels[:, None, None, None]).astype(np.uint8)
@@ -216,7 +216,7 @@ def test_classifier_learns() -> None:
 
 
 def test_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows, table, chart and strip; a second run draws nothing, and one with another seed is refused."""
+    """Rows, table, chart and strip are written; a second run draws nothing, and another seed is refused."""
     model = unet(class_cond=True, num_classes=2)
     file = save(model, tmp_path / "ema_0.99_000010.pt", ["a", "b"])
     pictures(tmp_path / "data", [f"{'ab'[i % 2]}_{i}" for i in range(30)])

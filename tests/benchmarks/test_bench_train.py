@@ -1,4 +1,4 @@
-"""The benchmark of whole steps, at a size that says nothing about speed."""
+"""The benchmark of whole training steps runs at a small size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_results(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows for every variant, with all that the report reads; a second run with --resume measures nothing."""
+    """Every variant has a row from which the report is made, and --resume measures nothing again."""
     results = tmp_path / "results.json"
     argv = ["--configs", str(config), "--batches", "2", "--precisions", "fp32", "--variants", "reference,ours eager"]
     argv += ["--rounds", "2", "--seconds", "0.01", "--threads", "1", "--json", str(results)]
@@ -81,7 +81,7 @@ NETWORKS: dict[str, tuple[type[Config], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_reference_is_the_same_network(name: str) -> None:
-    """`seed` compares the outputs of both networks; here its whole step, too."""
+    """`seed` compares the outputs of both networks, and its whole step runs."""
     kind, changes = NETWORKS[name]
     model = {key: value for key, value in MODEL.items() if not ("large_size" in changes and key == "image_size")}
     config = kind.model_validate({"model": {**model, **changes}, "diffusion": DIFFUSION})
@@ -116,6 +116,3 @@ def test_every_variant_gpu() -> None:
             step = bench_train.VARIANTS[name](case)
             for _ in range(6):
                 step()
-
-
-# --- the parts for a GPU ---

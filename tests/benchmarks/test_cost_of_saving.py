@@ -1,4 +1,4 @@
-"""The benchmark of what checkpoints cost, at a size that says nothing about speed."""
+"""The benchmark of the cost of checkpoints runs at a small size."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks import bench_saving
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """The benchmark takes all free cores; later tests get theirs back."""
+    """Restore the number of threads, which the benchmark sets to all free cores."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""An exception of one variant costs its own rows only, and every row is in the file as soon as it is known."""
+"""An exception in one variant costs only its own rows, and every row is in the file as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fails_when_built(case: Any) -> Any:
 
 
 def fails_in_time(case: Any) -> Callable[[], None]:
-    """Takes its first steps, and fails at its sixth, when it is timed."""
+    """Return a step function that fails at its sixth call, while it is timed."""
     taken = []
 
     def step() -> None:
@@ -66,11 +66,11 @@ def test_the_rest_is_measured(
     assert reasons["diffusers"] == "ZeroDivisionError: nothing to divide by"
     assert reasons["reference+compile"] == "IndexError: no sixth step"
     script.main([*argv, "--resume"])
-    assert results(argv) == content, "what failed is not tried again"
+    assert results(argv) == content, "a failed variant is not tried again"
 
 
 def test_a_failing_lever_costs_itself(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of the variants before it and of the levers behind it are there."""
+    """Variants before a failing lever and levers after it are measured."""
 
     def without(case: Any, lever: str) -> Any:
         if lever == "compile":
@@ -95,7 +95,7 @@ def test_a_failing_case_costs_itself(argv: list[str], monkeypatch: pytest.Monkey
 
 
 def test_a_variant_that_cannot_run_here_is_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A UserError has one line and no traceback, and the exit code stays 0."""
+    """A UserError prints one line without a traceback, and the exit code stays 0."""
     made = ResultFile(tmp_path / "new" / "results.json", {"device": "some"}, resume=False)
     with made.guard(LABEL, "diffusers"):
         raise UserError("diffusers is not installed")
@@ -108,7 +108,7 @@ def test_a_variant_that_cannot_run_here_is_no_failure(tmp_path: Path, capsys: py
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path) -> None:
-    """The file is complete JSON after every row, with no other file beside it, and a second run goes on from it."""
+    """The file is valid JSON after every row, no other file is left, and a second run continues it."""
     path = tmp_path / "results.json"
     first = ResultFile(path, {"device": "some"}, resume=True)
     for variant in ("reference", "ours"):

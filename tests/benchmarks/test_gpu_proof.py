@@ -1,4 +1,4 @@
-"""gpu_proof.py: how it runs its parts and what it keeps of them; and all of its parts, on tiny inputs."""
+"""gpu_proof.py runs its parts in order of value and keeps their results; all parts run on tiny inputs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def endless(context: Context) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[dict[str, Any]]]]:
-    """run(parts, *flags): (exit code, rows on disk)."""
+    """A function run(parts, *flags) that returns the exit code and the rows on disk."""
     monkeypatch.setattr(gpu_proof, "IMPORTS", ())
     monkeypatch.setattr(gpu_proof, "gpu_is_here", lambda: True)
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "PYTHONPATH", "TORCHDYNAMO_DISABLE"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # what the command sets is taken back
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that monkeypatch restores what the command sets
 
     def run(parts: list[Part], *flags: str) -> tuple[int, list[dict[str, Any]]]:
         monkeypatch.setattr(gpu_proof, "PARTS", parts)
@@ -64,7 +64,7 @@ def test_a_failing_part_costs_itself_alone(run: Any, tmp_path: Path) -> None:
     code, rows = run([Part("a", 1, broken), Part("b", 1, measured)])
     assert code == 1
     assert ends(rows) == {"a": "failed with exit code 1", "b": "ok"}
-    assert [row["value"] for row in rows if row["kind"] == "fact"] == [2, 1], "what a part found before it failed stays"
+    assert [row["value"] for row in rows if row["kind"] == "fact"] == [2, 1], "results from before the failure are kept"
     assert "out of luck" in next(row["error"] for row in rows if row["part"] == "a" and "error" in row)
     assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
     assert "out of luck" in (tmp_path / "out" / "table.txt").read_text()
@@ -81,7 +81,7 @@ def test_a_part_is_stopped_at_its_limit_with_all_that_it_started(run: Any, monke
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=str)
 def test_parts_end_with_the_command(number: int, tmp_path: Path) -> None:
-    """And what they found is there, in the table too where the command had time to write one."""
+    """Results of parts are kept when the command ends, and SIGTERM leaves it time to write the table."""
     program = tmp_path / "program.py"
     program.write_text(f"""
 import sys
@@ -104,7 +104,7 @@ gpu_proof.main(["--out", {str(tmp_path / "out")!r}, "--work", {str(tmp_path / "w
     said = command.communicate()[0]
     assert ('"child"' in said.splitlines()[-1]) == (number == signal.SIGTERM)
     while psutil.pid_exists(children[0]) and psutil.Process(children[0]).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < until, "the part's own process goes on"
+        assert time.monotonic() < until, "the part's own process still runs"
         time.sleep(0.1)
 
 
@@ -112,7 +112,7 @@ def test_again_does_what_is_left(run: Any) -> None:
     parts = [Part("a", 1, measured), Part("b", 1, broken), Part("c", 500, measured), Part("d", 1, measured)]
     code, rows = run(parts, "--seconds", "60")
     assert code == 1
-    assert ends(rows) == {"a": "ok", "b": "failed with exit code 1", "d": "ok"}, "c takes longer than there is time"
+    assert ends(rows) == {"a": "ok", "b": "failed with exit code 1", "d": "ok"}, "there is too little time for c"
     parts[1] = Part("b", 1, measured)
     code, rows = run(parts)
     assert code == 0
@@ -131,14 +131,14 @@ def test_results_of_another_folder_are_taken_over(run: Any, tmp_path: Path) -> N
     assert code == 1
 
 
-def test_other_commits_and_modes_are_no_reason_to_leave_a_part_out(run: Any, tmp_path: Path) -> None:
+def test_results_of_other_commits_and_modes_do_not_count(run: Any, tmp_path: Path) -> None:
     run([Part("a", 1, measured)])
     code, rows = run([Part("a", 1, broken)], "--commit", "def")
     assert code == 1, "at another commit a is not done"
     assert "out of luck" in (tmp_path / "out" / "table.txt").read_text()
     assert [row["value"] for row in proof_log.of_one_kind(rows, "real", "abc") if row["kind"] == "fact"] == [1]
     code, _ = run([Part("a", 1, broken)], "--rehearsal")
-    assert code == 1, "a rehearsal proves nothing"
+    assert code == 1, "a result of another mode does not count"
     code, _ = run([Part("a", 1, broken)])
     assert code == 0, "at this commit a is done"
 
@@ -190,7 +190,7 @@ def test_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_parts_are_listed_without_pydantic() -> None:
-    """A GPU machine may lack it; the parts that need it say so, the others run."""
+    """A GPU machine may lack pydantic: parts that need it report that, and the others run."""
     script = str(Path(gpu_proof.__file__))
     program = f"import runpy, sys; sys.modules['pydantic'] = None; sys.argv[1:] = ['--list']; runpy.run_path({script!r}"
     argv = [sys.executable, "-c", program + ", run_name='__main__')"]
@@ -267,8 +267,8 @@ def reported(folder: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_failure_is_told_once(tmp_path: Path) -> None:
-    """Also under xdist, where workers see it as well; and a file that can't be imported is told of."""
+def test_a_failure_is_reported_once(tmp_path: Path) -> None:
+    """A failure is reported once also under xdist, and a file that can't be imported is reported too."""
     (tmp_path / "test_a.py").write_text("def test_a():\n    assert 1 == 2, 'unequal'\n\ndef test_b():\n    pass\n")
     (tmp_path / "test_b.py").write_text("import no_such_module\n")
     rows = reported(tmp_path, "-n", "2")
@@ -368,7 +368,7 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_part_runs_tiny(tmp_path: Path) -> None:
-    """All parts come to their end on a CPU, so that none has rotted when a GPU is there."""
+    """All parts run to their end on a CPU, so that none is broken when a GPU is available."""
     argv = [sys.executable, "benchmarks/gpu_proof.py", "--tiny", "--stretch", "5"]
     around = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env = {**around, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}

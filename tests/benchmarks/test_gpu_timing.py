@@ -1,4 +1,4 @@
-"""Timing of short calls: what is called how often, and what happens where no graph can be captured."""
+"""Short calls are timed by the right number of calls, also if no graph can be captured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_on_a_cpu() -> None:
-    """Plain calls over all inputs, per call."""
+    """On a CPU all inputs are used, in plain calls, and the figure is per call."""
     seen = []
 
     def call(x: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
-def test_what_cannot_be_captured_is_launched_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_cannot_be_captured_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -52,7 +52,7 @@ def test_what_cannot_be_captured_is_launched_plainly(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("_as_on_a_gpu")
 def test_a_captured_function_is_only_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At least LAUNCHES calls in a graph, and enough replays to fill a batch."""
+    """A graph has at least LAUNCHES calls, and is replayed often enough to fill a batch."""
     replays: list[None] = []
     captured: list[int] = []
 
@@ -72,7 +72,7 @@ def test_a_captured_function_is_only_replayed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_results_are_kept_for_a_pass() -> None:
-    """Else every call would write where the one before wrote, in the cache."""
+    """Otherwise every call would write to the same memory, which is in the cache."""
     places = []
 
     def call(x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_results_are_kept_for_a_pass() -> None:
 
 
 def test_rotated() -> None:
-    """One set on a CPU; tensors in dicts and tuples are counted."""
+    """A CPU needs one set of inputs; tensors in dicts and tuples are counted."""
     x = torch.zeros(10)
     assert len(gpu_timing.rotated(lambda i: (x, {"skip": x}))) == 1
     assert [len(t) for t in map(gpu_timing._tensors, [(x, {"skip": (x, None)}), (1, "a")])] == [2, 0]
@@ -93,7 +93,7 @@ def test_rotated() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_gpu() -> None:
-    """Forward and backward are captured; what reads a number on the host is not, and is timed all the same."""
+    """Forward and backward are captured; a function that reads a number on the host is timed by plain calls."""
     with gpu_timing.own_stream(CUDA):
         make = lambda i: (torch.randn(1 << 20, device="cuda", requires_grad=True),)
         inputs = gpu_timing.rotated(make)

@@ -1,4 +1,4 @@
-"""Figures of single kernels: what is recorded of a step, how ways are forced, and the rows of every section."""
+"""Figures of single kernels: calls of a step are recorded, every way can be forced, and every section has rows."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def bench(rows: list[dict[str, Any]], **settings: Any) -> figure_rows.Bench:
     return figure_rows.Bench(CPU, Rates(1e12, 1e9), rows.append, rounds=1, **settings)
 
 
-# --- what a step calls ---
+# --- calls of a step ---
 
 
 @pytest.mark.parametrize("name", ["tiny", "cifar10_uncond", "upsample_256"])
 def test_a_step_calls_what_the_network_has(name: str, case: tuple[str, Any, int]) -> None:
-    """As many norms as `cost.operations` counts, and the convolutions' and products' operations of its kinds."""
+    """The numbers of norms and the FLOPs of convolutions and products are those of `cost.operations`."""
     config = case[1] if name == "tiny" else bench_train.load(name)
     calls = step_calls.training_calls(config, BATCH, torch.bfloat16, r"aten::(convolution|mm$|addmm$)|fastdiff::")
     by_op: Counter[str] = Counter()
@@ -52,7 +52,7 @@ def test_a_step_calls_what_the_network_has(name: str, case: tuple[str, Any, int]
                 flops[direction] += part.count * kernel_figures.flops_of(part)
     spatial = ("conv3x3", "downsample conv", "upsample conv", "output conv")
     assert flops["dgrad"] == BATCH * sum(op.run_flops for op in known if op.kind in spatial)
-    first = next(op for op in known if op.kind == "input conv")  # of images padded to 8 channels, and without a dgrad
+    first = next(op for op in known if op.kind == "input conv")  # images are padded, without gradient
     assert flops["forward"] == flops["wgrad"]
     padded = first.flops if "small_size" in config.model.model_dump() else first.flops / first.shape[0] * 8
     assert flops["forward"] - flops["dgrad"] == BATCH * padded
@@ -60,7 +60,7 @@ def test_a_step_calls_what_the_network_has(name: str, case: tuple[str, Any, int]
 
 
 def test_arguments_with_memory() -> None:
-    """As the recorded ones but for maps, which are channels-last; equal seeds give equal numbers."""
+    """Arguments have the recorded shapes and strides, maps are channels-last, and equal seeds give equal numbers."""
     meta = lambda *shape, **settings: torch.empty(*shape, device="meta", **settings)
     args = (meta(2, 8, 4, 4), None, meta(8).expand(2, 8), meta(3, 5).t(), meta(1, dtype=torch.int64), [meta(3)], 0.5)
     x, none, offset, weight, seed, others, number = step_calls.realised(step_calls.Call("aten::any", args), 3, CPU)
@@ -79,7 +79,7 @@ def test_arguments_with_memory() -> None:
 
 
 def norm_call(op: str, side: int) -> step_calls.Call:
-    """A call on one image of 32 + 32 channels, twice as high as wide."""
+    """Make a call on one image of 32 + 32 channels that is twice as high as wide."""
     meta = lambda *shape: torch.empty(*shape, device="meta")
     (x, skip, dy), C = (meta(1, channels, side, side // 2) for channels in (32, 32, 64)), meta(64)
     if op == "group_norm_silu":
@@ -90,7 +90,7 @@ def norm_call(op: str, side: int) -> step_calls.Call:
 
 @pytest.mark.parametrize("op", ["group_norm_silu", "group_norm_silu_backward"])
 def test_every_way_computes_the_same(op: str) -> None:
-    """On maps of several blocks; the planned way is timed first, and nothing stays forced."""
+    """Results agree on maps of several blocks, the planned way is timed first, and no way stays forced."""
     from fastdiff.kernels import group_norm_silu as norm
 
     before, rows = norm.plan, list[dict[str, Any]]()
@@ -109,7 +109,7 @@ def test_every_way_computes_the_same(op: str) -> None:
 
 
 def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What does not fit into registers has no such row; another error has a row that says so, and the rest goes on."""
+    """A way that does not fit into registers has no row, and any other error has a row that names it."""
     from fastdiff.kernels import group_norm_silu as norm
     from fastdiff.kernels import group_norm_silu_plan
 
@@ -123,7 +123,7 @@ def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(kernel, *args, **settings)
 
     monkeypatch.setattr(norm, "launch", without_moments)
-    monkeypatch.setattr(norm, "processors", lambda device: 1)  # else one image is too little for slabs
+    monkeypatch.setattr(norm, "processors", lambda device: 1)  # otherwise one image is too small for slabs
     call = norm_call("group_norm_silu", side=4)
     norm_figures._rows_of_ways(bench(rows), {"direction": "forward"}, call, 1000, figure_rows.Sums([]))
     assert [(row["way"], row.get("left_out")) for row in rows] == [
@@ -139,14 +139,14 @@ def test_differences() -> None:
 
 
 def test_definitions_are_the_ops() -> None:
-    """What stands beside the ops computes the same, forward and backward."""
+    """The definitions compute what the ops compute, forward and backward."""
     for op in ("group_norm_silu", "group_norm_silu_backward"):
         call = norm_call(op, side=4)
         run, given = norm_figures._definition(bench([]), norm_figures.Norm(call))(0)
         wanted = call.function()(*step_calls.realised(call, 0, CPU))[0]
         if op == "group_norm_silu":
             torch.testing.assert_close(run(*given), wanted, atol=1e-5, rtol=1e-5)
-        else:  # its statistics are random numbers, which the definition finds itself
+        else:  # the op gets random statistics, and the definition computes its own
             assert run(*given)[0].shape == wanted.shape
 
 
@@ -180,7 +180,7 @@ def test_rows_of_all_sections(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_out_of_time(case: tuple[str, Any, int]) -> None:
-    """Sums of what there is, and one row that says that time is up."""
+    """When time is up, one row reports it."""
     rows: list[dict[str, Any]] = []
     kernel_figures.measure(["convolutions"], [case], CPU, rows.append, seconds=1e-9, tiny=True, rounds=1)
     assert [row["section"] for row in rows] == ["machine", "convolutions"]
@@ -188,7 +188,7 @@ def test_out_of_time(case: tuple[str, Any, int]) -> None:
 
 
 def test_the_costliest_come_first(case: tuple[str, Any, int]) -> None:
-    """By cost times count, at most `most` of each direction."""
+    """Calls are ordered by cost times count, with at most `most` per direction."""
     calls = [
         (direction, step_calls.Call("aten::mm", (torch.empty(n, 1), torch.empty(1, 1)), count))
         for direction, n, count in (("a", 1, 1), ("a", 2, 5), ("b", 3, 1), ("a", 20, 1))

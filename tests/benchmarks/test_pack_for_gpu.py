@@ -1,4 +1,4 @@
-"""What is packed for a GPU machine without a network."""
+"""Packages, compiled code and images are packed for a GPU machine without a network."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_compiled_code_and_images(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "MiB in" in capsys.readouterr().out
 
 
-def test_what_was_compiled_last_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_compiled_code_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compiled = made(tmp_path / "compiled", *(f"inductor/fxgraph/{name}" for name in ("old", "large", "new")))
     (compiled / "inductor/fxgraph/large").write_bytes(random.Random(0).randbytes(9 << 20))
     for i, name in enumerate(("old", "large", "new")):

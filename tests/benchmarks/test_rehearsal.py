@@ -1,6 +1,6 @@
-"""The rehearsal GPU notices what a real one would make the host wait for, and what a CUDA graph would refuse.
+"""The simulated GPU notices where a real one would make the host wait, and what a CUDA graph would refuse.
 
-Runs in the environment of `make rehearse` alone, whose PyTorch is a CUDA build; on the CPU all of it is skipped.
+These tests run only in the environment of `make rehearse`, whose PyTorch is a CUDA build.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 HEADERS = Path(torch.__file__).parents[1] / "nvidia/cu13/include/crt"
 
 if not torch.version.cuda or not HEADERS.is_dir() or importlib.util.find_spec("triton") is None:
@@ -23,7 +23,7 @@ if not torch.version.cuda or not HEADERS.is_dir() or importlib.util.find_spec("t
 
 
 def run(program: str) -> str:
-    """What a Python program prints on the rehearsal GPU."""
+    """Run a Python program on the simulated GPU, and return its output."""
     head = "import torch\nfrom benchmarks.rehearsal.device import counts, events, no_waits\n"
     command = [sys.executable, str(ROOT / "benchmarks/rehearsal/run.py"), sys.executable, "-c", head + program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be_preloaded(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_launches_are_counted() -> None:
-    """A sum, a product and a convolution: one each, after what they need once."""
+    """A sum, a product and a convolution take one launch each, after their first calls."""
     made = run("""
 x = torch.ones(2, 8, 16, 16, device="cuda")
 w = torch.ones(8, 8, 3, 3, device="cuda")
@@ -103,7 +103,7 @@ print(len(found), events[-1].thread)
 
 
 def test_where_a_wait_was(tmp_path: Path) -> None:
-    """The file, line and function of the caller."""
+    """A wait is reported with the file, line and function of the caller."""
     file = tmp_path / "program.py"
     file.write_text("def read(x):\n    return x.item()\n")
     made = run(f"""
@@ -161,7 +161,7 @@ except torch.OutOfMemoryError:
 
 
 def test_values_come_back() -> None:
-    """What is copied there and back is unchanged, so that a checkpoint written here holds the weights given."""
+    """Values that are copied to the GPU and back are unchanged, so that a checkpoint contains the weights."""
     made = run("""
 x = torch.arange(1_000_000)
 print(torch.equal(x.cuda().cpu(), x))

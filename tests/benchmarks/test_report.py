@@ -1,4 +1,4 @@
-"""Tables and charts from a made-up results file."""
+"""Tables and charts show the numbers of an invented results file."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert ours["peak GB"] == "12.50"
         assert ours["start s"] == "30.2"
     assert "Roofline, a prediction" in tables[0]
-    assert "Roofline" not in tables[1]  # of a configuration that isn't shipped nothing is known
+    assert "Roofline" not in tables[1]  # there is no prediction for a configuration that isn't shipped
 
 
 def test_bounds_are_the_rooflines(tmp_path: Path) -> None:
-    """A GPU's by its name; any other machine's by the rates that were measured with the results."""
+    """Bounds of a GPU are found by its name, and those of other machines by the rates measured with the results."""
     results = report_rows.read(saved(tmp_path))
     row = report_rows.main_row(results.rows)
     assert row.variant == "ours"
@@ -109,7 +109,7 @@ def test_bounds_are_the_rooflines(tmp_path: Path) -> None:
 
 
 def test_charts(tmp_path: Path) -> None:
-    """Every bar is named and its figure stands beside it; equal results make equal files."""
+    """Every bar has a name and a figure, and equal results make equal files."""
     png, svg, again = tmp_path / "chart.png", tmp_path / "chart.svg", tmp_path / "again.svg"
     path = saved(tmp_path)
     report.main([str(path), "--chart", str(png), "--chart", str(svg), "--chart", str(again)])
@@ -125,11 +125,11 @@ def test_charts(tmp_path: Path) -> None:
     bound = report_rows.bounds(report_rows.read(path), report_rows.main_row(report_rows.read(path).rows))
     assert bound is not None
     assert text.count(f"roofline {bound.ceiling:.0f}") == 1
-    assert text.count("target ") == 2  # above its line and in the note: the other configuration has none
+    assert text.count("target ") == 2  # at its line and in the note, but not for the other configuration
 
 
 def test_cases_and_what_ratios_are_to(tmp_path: Path) -> None:
-    """Batches and precisions stand apart; without a reference there is no ratio; a lever's is to ours."""
+    """Batches and precisions are separate cases, ratios are to the reference, and those of levers are to ours."""
     rows = [entry("quick", "ours", 9.0, precision, batch) for precision, batch in (("fp32", 8), ("bf16", 16))]
     rows[1]["ratio"] = None
     rows.append({**entry("quick", "ours -graph", 9.0, "fp32", 8), "ratio": [0.9, 0.95, 1.0], "ratio_to": "ours"})

@@ -1,4 +1,4 @@
-"""The roofline: its arithmetic by hand, published predictions, the command line."""
+"""The roofline model agrees with arithmetic by hand and with earlier predictions, and its command line works."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastdiff.models import UNetSettings, cost
 from fastdiff.training.diagnostics.profile import CLASS_OF
 
 ROUND = roofline.Machine("round numbers", matmul_flops=1e12, copy_bytes=1e9, peak_flops=2e12)
-# Images per second of one H200 that were predicted by hand, at 65% and 80% of the matmul rate; the batch.
+# Images per second of one H200, predicted by hand at 65% and 80% of the matmul rate, and the batch.
 BY_HAND = {
     "imagenet64_uncond": (1720, 2015, 128),
     "cifar10_uncond": (7180, 8210, 128),
@@ -26,7 +26,7 @@ BY_HAND = {
 
 
 def test_one_operation_by_hand() -> None:
-    """Forward bound by its products, backward by its bytes, and each weight's bytes once per batch."""
+    """The forward pass is bound by products, the backward pass by bytes, and weights are read once per batch."""
     op = cost.Operation("x", "conv3x3", (8, 8, 4, 4), 9e9, 4e9, 1e6, 9e6, parameters=10_000)
     made = roofline.predict([op], 3, ROUND, launch_us=100, optimiser_bytes=38)
     forward, backward = 3 * 4e9 / 1e12, (3 * 9e6 + 40_000) / 1e9
@@ -57,7 +57,7 @@ def test_efficiencies_slow_what_they_name() -> None:
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_predictions_by_hand(name: str) -> None:
-    """They knew the upsampling convolution at its full cost only."""
+    """The predictions assumed the full cost of upsampling convolutions."""
     low, high, batch = BY_HAND[name]
     settings = roofline.load_config(name)
     ops = [replace(op, run_flops=op.flops) for op in cost.operations(settings.model)]
@@ -90,7 +90,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_here_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    """On a machine in no table: rates, and no share of a peak."""
+    """A machine that is in no table is measured, and has no share of a peak."""
     roofline.main(["--config", "demo", "--gpu", "here", "--precision", "fp32", "--batch", "2"])
     printed = capsys.readouterr().out
     assert "images/s" in printed

@@ -1,18 +1,17 @@
-"""Scaling: what DeepSpeed really sends and keeps on two processes, the arithmetic of links, the command line."""
+"""The model of scaling agrees with what DeepSpeed sends and stores on two processes, and its arithmetic is right."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import HELPERS, ROOT, zero_run
+from helpers import HELPERS, zero_run
+from helpers.ranks import run_ranks
 from helpers.tiny import refusal
 
 from benchmarks import roofline, scaling
@@ -26,12 +25,9 @@ LINKS = scaling.Links(intra=400e9, inter=40e9)
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Each case's counts, from one launch of two processes."""
+    """Return the counts of each case, from one launch of two processes."""
     out = tmp_path_factory.mktemp("zero") / "counts.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(HELPERS / "zero_run.py"), str(out), *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks([str(HELPERS / "zero_run.py"), str(out), *CASES])
     return dict(zip(CASES, json.loads(out.read_text()), strict=True))
 
 
@@ -41,7 +37,7 @@ def formula(case: dict[str, Any]) -> tuple[scaling.Size, int]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_messages_are_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> None:
-    """DeepSpeed's own log sees all of them; beyond the formulae it has a few scalars."""
+    """The formulae give all messages that DeepSpeed logs, but for a few scalars."""
     case = real[name]
     size, weight_bytes = formula(case)
     expected = scaling.messages(size, case["stage"], zero_run.ACCUMULATION, weight_bytes=weight_bytes)
@@ -52,7 +48,7 @@ def test_messages_are_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> 
 
 @pytest.mark.parametrize("name", CASES)
 def test_memory_is_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> None:
-    """Two averages. Gradients of stage 1 are whole until the last micro-batch, and its own part after it."""
+    """Gradients of stage 1 are whole until the last micro-batch, and only the rank's own part after it."""
     case = real[name]
     size, weight_bytes = formula(case)
     expected = scaling.memory(size, case["stage"], 2, weight_bytes=weight_bytes, averages=2)
@@ -67,7 +63,7 @@ def test_memory_is_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> Non
 
 
 def test_a_ring_by_hand() -> None:
-    """100 GB over 4 GPUs of one node: each sends three quarters; over 2 nodes of 8, an eighth of it in halves too."""
+    """Each of 4 GPUs of a node sends 3/4 of 100 GB; of 2 nodes of 8 GPUs, also half of an eighth to the other node."""
     assert LINKS.seconds(100e9, 4) == pytest.approx(75e9 / 400e9)
     assert LINKS.seconds(100e9, 16) == pytest.approx(100e9 * 7 / 8 / 400e9 + 100e9 / 8 / 2 / 40e9)
     assert LINKS.seconds(100e9, 1) == 0
@@ -90,7 +86,7 @@ def test_one_gpu_is_the_measured_step() -> None:
 
 
 def test_time_by_hand() -> None:
-    """Stage 0 hides nothing and repeats the optimiser; from stage 1 on the backward pass may hide the reduction."""
+    """Stage 0 hides nothing and repeats the optimiser's work; from stage 1 the backward pass may hide the reduction."""
     reduction = 1e3 * 2 * 2e6 / 2 / 400e9  # of 2 MB on 2 GPUs, ms
     whole = row(0, 2, overlap=1.0)
     assert whole.step_ms == pytest.approx(10 + 4 + reduction)
@@ -105,7 +101,7 @@ def test_time_by_hand() -> None:
 
 
 def test_memory_falls_with_the_stage() -> None:
-    """But for the weights that stage 3 gathers and keeps for the backward pass."""
+    """Memory falls with the stage, but for weights that stage 3 gathers and keeps for the backward pass."""
     for size, stages in ((SIZE, range(3)), (replace(SIZE, reuse_distance=0), range(4))):
         needed = [scaling.memory(size, stage, 8, activations=1e7, bucket=1000).peak for stage in stages]
         assert needed == sorted(needed, reverse=True)

@@ -1,4 +1,4 @@
-"""One variant built, timed and profiled: what is emitted, and that cases need no weights of their own."""
+"""A variant is built, timed and profiled, and gets the weights of its case."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def emitted(make: Any, case: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("variant", ["reference", "ours eager"])
 def test_a_training_variant(variant: str, processes: Processes) -> None:
-    """Figures come one after the other, and rates follow from the median of the rounds."""
+    """Figures are emitted one after the other, and rates are computed from the median of the rounds."""
     case = train_variants.Case(CONFIG, 2, "fp32", processes)
     begun, times, profile = emitted(lambda: bench_train.VARIANTS[variant](case), case)
     assert begun["start_seconds"] > 0
@@ -56,7 +56,7 @@ def test_a_drawing_variant(processes: Processes) -> None:
 
 
 def test_host_time_is_of_single_steps() -> None:
-    """Rounds have as many steps as fill them; the host's time is that of one step, whatever the rounds' length."""
+    """Rounds have as many steps as fill them, and the host's time is always that of one step."""
     calls = []
 
     def step() -> None:
@@ -70,7 +70,7 @@ def test_host_time_is_of_single_steps() -> None:
 
 
 def test_launches_by_name() -> None:
-    """As CUDA's runtime and driver name them in a profile."""
+    """Launches are counted by the names of CUDA's runtime and driver in a profile."""
     names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch"]
     names += ["cudaLaunchCooperativeKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaStreamSynchronize"]
     names += ["cudaDeviceSynchronize", "cudaMalloc", "aten::add", "cudaFuncGetAttributes"]
@@ -78,7 +78,7 @@ def test_launches_by_name() -> None:
 
 
 def test_memory_of_graphs() -> None:
-    """Only what a private pool holds beyond the tensors alive, which are counted already."""
+    """Only memory of private pools beyond their live tensors counts, because those are counted already."""
     segments = [
         {"segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 10},
         {"segment_pool_id": (0, 1), "total_size": 50, "allocated_size": 20},
@@ -88,7 +88,7 @@ def test_memory_of_graphs() -> None:
 
 
 def test_networks_are_filled_with_the_weights_of_the_case(processes: Processes) -> None:
-    """No initial values are drawn for them, and what one variant learns is not seen by the next."""
+    """Networks draw no initial values, and training one variant does not change the next."""
     case = train_variants.Case(CONFIG, 2, "fp32", processes)
     before = torch.get_rng_state()
     model = case.filled(build_model)
@@ -103,7 +103,7 @@ def test_networks_are_filled_with_the_weights_of_the_case(processes: Processes) 
 
 
 def test_the_reference_is_checked_at_few_channels() -> None:
-    """Every shipped network has a narrow one of the same kind, on which the reference equals ours."""
+    """For a narrow network of the same kind as each shipped one, the reference equals ours."""
     for name in ("cifar10_uncond", "imagenet64_270M", "demo"):
         train_variants.check_same_function(bench_train.load(name).model)
 

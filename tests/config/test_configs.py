@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.golden_cases import Case, cases
 
 from fastdiff import super_res_train, train
@@ -16,7 +17,7 @@ from fastdiff.errors import UserError
 from fastdiff.models import build_model
 from fastdiff.training.microbatch import split_batch
 
-FOLDER = Path(__file__).resolve().parents[2] / "configs"
+FOLDER = ROOT / "configs"
 SECTIONS = ("model", "diffusion", "data", "train")
 
 COSINE = {"diffusion_steps": 4000, "noise_schedule": "cosine"}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from helpers.preparation_scripts import (
     call_script,
     fail,
@@ -136,6 +137,6 @@ def test_bad_input(database: Path, tmp_path: Path):
 
 def test_lmdb_that_is_not_installed(database: Path, tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lmdb'] = None\n")
-    root = os.pathsep.join([str(tmp_path), str(Path(__file__).resolve().parents[2])])
+    root = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_script("lsun.py", "--lmdb", database, "--out", tmp_path / "out", pythonpath=root)
     assert "pip install lmdb" in only_line(done)

@@ -39,7 +39,7 @@ def _norms(state: dict[str, Tensor], order: list[str]) -> list[float]:
 
 
 def _part(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors "KIND/NAME" of `state_of` under their bare names."""
+    """Return the tensors "KIND/NAME" of `state_of` under their bare names."""
     return {name.removeprefix(f"{kind}/"): value for name, value in state.items() if name.startswith(f"{kind}/")}
 
 

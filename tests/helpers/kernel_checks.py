@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs them in Triton's interpreter, see conftest.py
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a CPU runs kernels in Triton's interpreter
 LOW = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *LOW]
 
@@ -16,13 +16,13 @@ DTYPES = [torch.float32, *LOW]
 def normal(
     *shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Random numbers, rounded to dtype, that are the same on every device."""
+    """Make random numbers, rounded to dtype, that are the same on every device."""
     values = mean + std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values.to(dtype).to(DEVICE)
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """The map in channels-last memory, whatever its size."""
+    """Return the map in channels-last memory, whatever its size."""
     B, C, H, W = x.shape
     return x.permute(0, 2, 3, 1).reshape(B, H, W, C).contiguous().permute(0, 3, 1, 2)
 
@@ -45,9 +45,9 @@ def assert_no_worse(got: Tensor, torchs: Tensor, exact: Tensor, what: str = "res
 def results(
     function: Callable[..., Tensor], inputs: Sequence[Any], upstream: Tensor, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """The output of function(*inputs), and the gradients of all float inputs for an upstream gradient.
+    """Return the output of function(*inputs), and the gradients of all float inputs for an upstream gradient.
 
-    With dtype (float64 for exact results), tensors are converted first.
+    If dtype is given (float64 for exact results), tensors are converted to it first.
     """
 
     def leaf(value: Any) -> Any:

@@ -39,7 +39,7 @@ BATCH = 5
 
 
 class NoGPU:
-    """The parts of a driver that Triton uses in a launch. Nothing is loaded, and nothing runs."""
+    """The parts of a driver that Triton uses in a launch. It loads and runs nothing."""
 
     launcher_cls = staticmethod(lambda source, metadata: lambda *args: None)
     utils = SimpleNamespace(
@@ -59,7 +59,7 @@ class NoGPU:
 
 
 def recorded() -> list[Any]:
-    """The launches of the two training steps and the drawing below."""
+    """Return the launches of the two training steps and the drawing below."""
     model = UNetSettings(**MODEL)
     found = training_launches(model, DIFFUSION, 2, torch.bfloat16, more=True, rates=RATES)
     found += training_launches(model, DIFFUSION, 2, torch.bfloat16, rates=RATES, through_engine=True)
@@ -67,7 +67,7 @@ def recorded() -> list[Any]:
 
 
 def compile_ahead(launches: list[Any]) -> int:
-    """Compile in two processes, as a run does. Returns the number of launches."""
+    """Compile the launches in two processes, as a run does, and return their number."""
     lines = list(dict.fromkeys(map(aot.to_json, launches)))
     workers = [precompile._spawn(ARCH, lines[i::2]) for i in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]

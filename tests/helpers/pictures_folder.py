@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def make_pictures(folder: Path, count: int = 13, size: int = 8, classes: int = 3, mode: str = "RGB") -> Path:
-    """`count` lossless noise pictures named CLASS_NUMBER.png."""
+    """Write `count` lossless noise pictures named CLASS_NUMBER.png, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     shape = (size, size) if mode == "L" else (size, size, len(mode))

@@ -14,7 +14,8 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
+from helpers import ROOT
+
 SCRIPTS = ROOT / "datasets"
 
 
@@ -26,7 +27,7 @@ def run_script(name: str, *flags: object, pythonpath: str = str(ROOT)) -> subpro
 
 
 def call_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
-    """The same in this process with one worker, which saves starting Python and loading libraries."""
+    """Run a script in this process with one worker, which saves starting Python and importing libraries."""
     command = [str(SCRIPTS / name), *map(str, flags), "--workers", "1"]
     out, error = io.StringIO(), io.StringIO()
     code: object = None
@@ -41,14 +42,14 @@ def call_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The last line of a run that succeeded."""
+    """Return the last line of a run, and assert that it succeeded."""
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout.splitlines()[-1]
 
 
 def only_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The error of a run that failed before it started to work."""
+    """Return the only line of a run, and assert that it is an error from before any work."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -71,7 +72,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def images(folder: Path) -> list[str]:
-    """The names in a finished folder, which may contain only images and the record."""
+    """Return the names of the images in a finished folder, which contains only them and the record."""
     names = sorted(os.listdir(folder))
     assert names.pop(0) == ".preparation.json"
     return names

@@ -37,7 +37,7 @@ DIFFUSION = DiffusionSettings(diffusion_steps=2, noise_schedule="cosine")
 
 
 def make_trainer(data: Path, snapshot: Snapshot | None = None, loader: str = "pillow", **settings: Any) -> Trainer:
-    """A trainer with every kind of state: averages, dropout, micro-batches, a loss-aware timestep sampler."""
+    """Make a trainer with every kind of state: averages, dropout, micro-batches, a loss-aware timestep sampler."""
     processes = start_processes()
     given = {
         "batch_size": 8,

@@ -37,7 +37,7 @@ class ScriptedLoader:
 
 
 def importance(sampler: UniformSampler, t: Tensor) -> Tensor:
-    """The importance weights 1 / (T p_t) of given timesteps [B]."""
+    """Return the importance weights 1 / (T p_t) of given timesteps [B]."""
     p = sampler.weights() / sampler.weights().sum()
     return (1 / (len(p) * p[t])).float()
 

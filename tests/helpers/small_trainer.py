@@ -67,7 +67,7 @@ def small_trainer(
     deepspeed: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Trainer:
-    """A trainer with four images per step in two micro-batches by default; no weight starts at zero."""
+    """Make a trainer with four images per step in two micro-batches by default; no weight starts at zero."""
     given = {"batch_size": 4, "microbatch": 2, "lr": 1e-3, "ema_rate": "0.9,0.99", "seed": 3, **settings}
     train = TrainSettings(**given)
     network_settings = UNetSettings(**{**MODEL, **(model or {})})
@@ -93,7 +93,7 @@ def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
 
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights, averages, moments and number of updates as a checkpoint holds them, copied. Collective.
+    """Return copies of weights, averages, moments and the number of updates, from a checkpoint's files. Collective.
 
     The keys are "model/NAME", "0.9/NAME", "exp_avg/NAME", "exp_avg_sq/NAME" and "updates"; only the last on ranks other
     than 0.
@@ -108,5 +108,5 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def weights_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """`state_of` without the number of updates. Collective."""
+    """Return `state_of` without the number of updates. Collective."""
     return {name: value for name, value in state_of(trainer).items() if name != "updates"}

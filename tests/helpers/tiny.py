@@ -36,12 +36,12 @@ DIFFUSION: dict[str, Any] = {"diffusion_steps": 6, "noise_schedule": "cosine"}
 
 
 def flags(settings: dict[str, Any]) -> list[str]:
-    """{"lr": 1} → ["--lr", "1"]."""
+    """Convert {"lr": 1} to ["--lr", "1"]."""
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def random_model(settings: BackboneSettings, seed: int = 0) -> UNet:
-    """A network without zero weights, as after training: the output of a new network is always zero."""
+    """Make a network without zero weights, as after training: the output of a new network is always zero."""
     model = build_model(settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def super_res(**changes: Any) -> UNet:
 
 
 def info_for(model: UNet, class_names: Sequence[str] = (), **diffusion: Any) -> dict[str, Any]:
-    """The metadata of a training run's checkpoint."""
+    """Return the metadata of a training run's checkpoint."""
     return {
         "kind": "super_res" if isinstance(model.settings, SuperResSettings) else "unet",
         "model": model.settings.model_dump(mode="json"),
@@ -86,7 +86,7 @@ def save_bare(model: UNet, path: Path) -> Path:
 
 
 def pictures(folder: Path, names: Sequence[str], size: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:
-    """Write PNGs of random pixels; returns them, [N, H, W, C]."""
+    """Write PNGs of random pixels, and return the pixels [N, H, W, C]."""
     pixels = np.random.default_rng(seed).integers(0, 256, (len(names), size, size, channels), dtype=np.uint8)
     for name, image in zip(names, pixels, strict=True):
         file = folder / f"{name}.png"
@@ -96,7 +96,7 @@ def pictures(folder: Path, names: Sequence[str], size: int = 8, channels: int = 
 
 
 def refusal(main: Main, argv: Sequence[object]) -> str:
-    """The error message with which a script rejects its arguments: a single line."""
+    """Return the error message, a single line, with which a script rejects its arguments."""
     with pytest.raises(UserError) as caught:
         main([str(word) for word in argv])
     message = str(caught.value)
@@ -107,7 +107,7 @@ def refusal(main: Main, argv: Sequence[object]) -> str:
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every path below a folder, with its size and modification time."""
+    """Return every path below a folder, with its size and modification time."""
     stats = {str(path.relative_to(folder)): path.lstat() for path in sorted(folder.rglob("*"))}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
@@ -131,5 +131,5 @@ class RunsCode:
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """The norm of the difference divided by the norm of `want`, in float64."""
+    """Return the norm of the difference divided by the norm of `want`, in float64."""
     return ((got.double() - want.double()).norm() / want.double().norm()).item()

@@ -23,7 +23,7 @@ class Modes:
     spread: float
 
     def predictor(self, diffusion: GaussianDiffusion) -> Callable[[Tensor, int], Tensor]:
-        """The function x, step → E[noise | x_t] for `solve`, in x's dtype."""
+        """Return the function x, step → E[noise | x_t] for `solve`, in x's dtype."""
         alphas_cumprod = diffusion.schedule.alphas_cumprod.tolist()
 
         def predict(x: Tensor, step: int) -> Tensor:
@@ -33,13 +33,13 @@ class Modes:
         return predict
 
     def denoised(self, x: Tensor, a: float) -> Tensor:
-        """E[x_0 | x_t] at the cumulative alpha a."""
+        """Return E[x_0 | x_t] at the cumulative alpha a."""
         variance = a * self.spread**2 + 1 - a
         side = torch.tanh(math.sqrt(a) * self.mode * x / variance)  # expected sign of x_0's mode
         return (self.spread**2 * math.sqrt(a) * x + (1 - a) * self.mode * side) / variance
 
     def quantile(self, x: Tensor, a: float) -> Tensor:
-        """The fraction of all x_t below x, which is constant along the flow."""
+        """Return the fraction of all x_t below x, which is constant along the flow."""
         deviation, mean = math.sqrt(a * self.spread**2 + 1 - a), math.sqrt(a) * self.mode
         return (torch.special.ndtr((x - mean) / deviation) + torch.special.ndtr((x + mean) / deviation)) / 2
 
@@ -48,7 +48,7 @@ ONE_MODE, TWO_MODES = Modes(0.0, 0.5), Modes(0.6, 0.3)
 
 
 def log_chain(steps: int, least: float, most: float) -> GaussianDiffusion:
-    """A process with steps + 1 levels whose noise sigma / alpha grows by a nearly constant factor."""
+    """Make a process with steps + 1 levels whose noise sigma / alpha grows by a nearly constant factor."""
     u = np.linspace(0, 1, steps + 1)
     u += 0.3 * np.sin(2 * np.pi * u) / (2 * np.pi)
     a = 1 / (1 + (least * (most / least) ** u) ** 2)

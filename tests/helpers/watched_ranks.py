@@ -35,7 +35,7 @@ STEP = 50
 
 
 def work(case: str) -> None:
-    """A loop like that of training, with a collective operation per step that also agrees on whether to stop."""
+    """Run a loop like that of training, in which one collective operation per step also decides whether to stop."""
     me = int(os.environ["RANK"])
     with StopSignals() as signals, Watchdog(current(), STALL, TIMING) as watchdog:
         watchdog.progress("joining", allowed=30)
@@ -104,13 +104,13 @@ def start(case: str, rank: int, port: int, folder: Path) -> int:
 
 
 def own_words(file: Path) -> str:
-    """The output of a rank, without torch's warnings about host names that it can't resolve."""
+    """Return the output of a rank, without torch's warnings about host names that it can't resolve."""
     lines = file.read_text().splitlines(keepends=True)
     return "".join(line for line in lines if not re.match(r"(\[rank\d\]:)?\[W\d{4} ", line))
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports below the ephemeral range, from which the system could give them to other processes before use."""
+    """Find free ports below the ephemeral range, from which the system gives ports to other processes."""
     found: list[int] = []
     for port in random.sample(range(20_000, 32_000), 1000):
         with socket.socket() as listener, suppress(OSError):
@@ -134,7 +134,7 @@ def main(cases: list[str], limit: float = 120.0) -> None:
                 codes[case][rank] = os.waitstatus_to_exitcode(status)
             elif time.monotonic() < until and set(running.values()) != {("stopped", 1)}:
                 time.sleep(0.05)
-            else:  # as a launcher does
+            else:  # a launcher does this too
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
         words = {case: [own_words(folder / f"{case}-{rank}") for rank in (0, 1)] for case in cases}

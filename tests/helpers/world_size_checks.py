@@ -19,7 +19,7 @@ BATCH = 12  # divisible by 1, 2 and 3 ranks
 
 
 def differing(trainer: Trainer, snapshot: Snapshot) -> list[str]:
-    """The names of tensors that differ from the checkpoint, on rank 0; empty on other ranks."""
+    """Return the names of tensors that differ from the checkpoint, on rank 0; empty on other ranks."""
     state = resume_checks.state(trainer)
     stored = {"model": snapshot.model, **snapshot.ema, "exp_avg": snapshot.exp_avg, "exp_avg_sq": snapshot.exp_avg_sq}
     wanted = {f"{kind}/{name}": value for kind, tensors in stored.items() for name, value in tensors.items()}

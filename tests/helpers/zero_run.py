@@ -33,7 +33,7 @@ PERSISTENT = 3000
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address → bytes of the storages of tensors."""
+    """Return the bytes of the tensors' storages by address."""
     made = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -43,7 +43,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def logged(engine_log: dict[str, dict[int, list[Any]]], world_size: int) -> dict[str, int]:
-    """Bytes of whole tensors by collective. For an all-gather, DeepSpeed logs the part of one rank."""
+    """Return the bytes of whole tensors by collective. For an all-gather, DeepSpeed logs the part of one rank."""
     totals: dict[str, int] = defaultdict(int)
     for name, sizes in engine_log.items():
         kind = next((k for k in ("all_gather", "reduce_scatter", "all_reduce") if name.startswith(k)), name)
@@ -53,7 +53,7 @@ def logged(engine_log: dict[str, dict[int, list[Any]]], world_size: int) -> dict
 
 
 def gradients(engine: Any, parameters: list[Tensor], stage: int) -> int:
-    """Bytes of averaged gradients that are stored until the step."""
+    """Return the bytes of averaged gradients that are stored until the step."""
     if stage == 0:
         return sum(p.grad.nbytes for p in parameters if p.grad is not None)
     if stage == 3:

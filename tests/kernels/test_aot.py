@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fastdiff.kernels import aot, launch
-from helpers import tritons
+from helpers import ROOT, tritons
 from helpers.kernel_checks import channels_last, normal
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path:
     """The machine code passes the checks; `make aot` checks all configurations for all GPUs with either Triton."""
     table = tmp_path / "table.json"
     given = ("--configs", configs, "--archs", str(arch), "--each", str(each), "--json", table)
-    done = tritons.run(triton, tritons.ROOT / "benchmarks" / "aot.py", *given)
+    done = tritons.run(triton, ROOT / "benchmarks" / "aot.py", *given)
     assert table.is_file(), done.stderr
     assert f"Triton {triton}" in done.stdout
     rows = json.loads(table.read_text())
@@ -51,7 +51,7 @@ def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path:
     ],
 )
 def test_wrong_flags(flags: list[str], words: str) -> None:
-    done = tritons.run("", tritons.ROOT / "benchmarks" / "aot.py", *flags)
+    done = tritons.run("", ROOT / "benchmarks" / "aot.py", *flags)
     assert done.returncode == 2
     assert words in done.stderr.replace("\n", " ")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from fastdiff.kernels import reference
+from helpers import ROOT
 from helpers.tiny import MODEL, SUPER_RES
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastdiff import ops
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, cost
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 # Per image: GFLOP of the forward pass, and MB of 16-bit maps through fused ops, forward and with the backward pass.
 PUBLISHED = {
     "imagenet64_uncond": (79.5, 243, 681),

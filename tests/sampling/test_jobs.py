@@ -1,12 +1,9 @@
-"""Jobs from a checkpoint to files: sample.py, super_res_sample.py and nll.py on tiny networks."""
+"""sample.py, super_res_sample.py and nll.py run from a checkpoint to files, on tiny networks."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import HELPERS
+from helpers.ranks import run_ranks
 from helpers.tiny import DIFFUSION, MODEL, flags, pictures, save, save_bare, super_res, unet
 from PIL import Image
 
@@ -26,7 +24,6 @@ from fastdiff.images.settings import DataSettings
 from fastdiff.models import UNet
 from fastdiff.models.unet import DTYPES
 from fastdiff.runtime.processes import current
-from fastdiff.sampling.pictures import to_uint8
 from fastdiff.scoring import score
 
 pytestmark = pytest.mark.slow
@@ -60,7 +57,7 @@ def read(folder: Path) -> Arrays:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Arrays]:
-    """Run sample.py (or another script) and return its arrays."""
+    """A function that runs sample.py, or another script, and returns its arrays."""
     count = 0
 
     def run(model_path: Path, main: Callable[[list[str]], None] = sample.main, **settings: Any) -> Arrays:
@@ -77,7 +74,7 @@ def run(tmp_path: Path) -> Callable[..., Arrays]:
 
 
 def assert_same_images(got: np.ndarray, want: np.ndarray) -> None:
-    """Equal but for one level of 255 in at most 1% of the pixels.
+    """Assert equality but for one level of 255 in at most 1% of the pixels.
 
     The order of a convolution's sums may depend on the batch, which changes its float32 results by about 1e-6. That
     shows only where a value lies that close to the border of two levels.
@@ -122,7 +119,7 @@ def test_without_classes_and_without_a_grid(tmp_path: Path, run: Callable[..., A
 
 
 def test_grid_of_some(tmp_path: Path) -> None:
-    """Classes that were chosen get a row each."""
+    """The grid has a row for each of the chosen classes."""
     checkpoint = save(unet(class_cond=True, num_classes=5), tmp_path / "model000001.pt", CLASSES)
     out = tmp_path / "out"
     given = {"model_path": checkpoint, "num_samples": 10, "grid_images": 8, "classes": "cat,0", "out_dir": out}
@@ -132,7 +129,7 @@ def test_grid_of_some(tmp_path: Path) -> None:
 
 
 def test_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--out_dir, else OPENAI_LOGDIR, else a folder of the job's own in runs/samples."""
+    """Files go to --out_dir, else to OPENAI_LOGDIR, else to a new folder in runs/samples."""
     monkeypatch.chdir(tmp_path)
     words = flags({"model_path": save(unet(), tmp_path / "model000001.pt"), "num_samples": 1, "grid_images": 0})
     for seed in (0, 1, 0):
@@ -193,7 +190,7 @@ def test_seed(tmp_path: Path, run: Callable[..., Arrays]) -> None:
 
 
 def test_eta(tmp_path: Path, run: Callable[..., Arrays]) -> None:
-    """Noise enters with eta; without DDIM there is none to set."""
+    """A larger eta adds more noise."""
     checkpoint = save(unet(), tmp_path / "model000001.pt")
     images = {eta: run(checkpoint, use_ddim=True, eta=eta)["arr_0"].astype(int) for eta in (0.0, 0.1, 1.0)}
     near, far = (np.abs(images[eta] - images[0.0]).mean() for eta in (0.1, 1.0))
@@ -212,11 +209,11 @@ def test_chosen_classes(tmp_path: Path, run: Callable[..., Arrays]) -> None:
     assert_same_images(numbered["arr_0"], named["arr_0"])
     other = run(checkpoint, classes="0")
     np.testing.assert_array_equal(other["arr_1"], [0] * 7)
-    assert (other["arr_0"] != named["arr_0"]).any()  # the network is told
+    assert (other["arr_0"] != named["arr_0"]).any()  # the network gets the class
 
 
 def test_random_classes_are_those_of_the_training(tmp_path: Path, run: Callable[..., Arrays]) -> None:
-    """A network with room for 100 classes that saw three draws only those."""
+    """A network for 100 classes that was trained on three draws only those."""
     checkpoint = save(unet(class_cond=True, num_classes=100), tmp_path / "model000001.pt", CLASSES[:3])
     assert set(run(checkpoint, num_samples=30, batch_size=30)["arr_1"]) == {0, 1, 2}
 
@@ -225,7 +222,7 @@ def test_random_classes_are_those_of_the_training(tmp_path: Path, run: Callable[
 
 
 def test_bare_checkpoint_with_flags(tmp_path: Path, run: Callable[..., Arrays]) -> None:
-    """Settings that the shapes show need no flag; the others are given."""
+    """A bare checkpoint needs flags only for settings that its shapes don't show."""
     model = unet(**MODELS["both"])
     known = run(save(model, tmp_path / "model000001.pt"))
     bare = save_bare(model, tmp_path / "model000002.pt")
@@ -236,7 +233,7 @@ def test_bare_checkpoint_with_flags(tmp_path: Path, run: Callable[..., Arrays]) 
 
 
 def test_run_folder(tmp_path: Path, run: Callable[..., Arrays]) -> None:
-    """The newest EMA of the highest rate is taken, whichever folder of the run is named."""
+    """Any folder of a run stands for its newest EMA of the highest rate."""
     models = {seed: unet() for seed in range(5)}
     for seed, model in models.items():
         torch.manual_seed(seed)
@@ -257,8 +254,8 @@ def test_run_folder(tmp_path: Path, run: Callable[..., Arrays]) -> None:
 
 
 def test_bf16(tmp_path: Path, run: Callable[..., Arrays], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Near to fp32, but not it: 8 bits of mantissa in the body, x_t and the sampler in fp32."""
-    monkeypatch.setattr("fastdiff.sampling.network.body_dtype", lambda precision, device: DTYPES[precision])
+    """bf16 is close to fp32, but not equal: only the body has 8 bits of mantissa, x_t and the sampler have fp32."""
+    monkeypatch.setattr("fastdiff.config.checkpoint.body_dtype", lambda precision, device: DTYPES[precision])
     checkpoint = save(unet(), tmp_path / "model000001.pt")
     full, half = (run(checkpoint, precision=p, use_ddim=True)["arr_0"].astype(int) for p in ("fp32", "bf16"))
     difference = np.abs(full - half)
@@ -266,7 +263,7 @@ def test_bf16(tmp_path: Path, run: Callable[..., Arrays], monkeypatch: pytest.Mo
 
 
 def test_sampling_steps(tmp_path: Path, run: Callable[..., Arrays]) -> None:
-    """A respacing at the command line wins over the checkpoint's."""
+    """A respacing on the command line overrides the checkpoint's."""
     checkpoint = save(unet(), tmp_path / "model000001.pt", diffusion_steps=100)
     few = run(checkpoint, timestep_respacing="ddim4", use_ddim=True, num_samples=2)
     other = run(checkpoint, timestep_respacing="5", use_ddim=True, num_samples=2)
@@ -278,7 +275,7 @@ def test_sampling_steps(tmp_path: Path, run: Callable[..., Arrays]) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """An npz as sample.py writes it, of five small images in three classes."""
+    """An npz of five small images in three classes, as sample.py writes it."""
     images = pictures(tmp_path / "small", ["cat_0", "cat_1", "dog_2", "eel_3", "eel_4"])
     np.savez(tmp_path / "small.npz", images, np.array([0, 0, 1, 2, 2]))
     return tmp_path / "small.npz"
@@ -287,7 +284,7 @@ def small(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("sizes", [(8, 16), (8, 32)], ids=str)
 @pytest.mark.parametrize("use_ddim", [False, True], ids=["ddpm", "ddim"])
 def test_super_resolution(sizes: tuple[int, int], use_ddim: bool, small: Path, run: Callable[..., Arrays]) -> None:
-    """As many as there are small images, in their order, from an npz or from the same images as files."""
+    """The images of an npz, or the same images as files, are each enlarged once, in their order."""
     given = {"small_size": sizes[0], "large_size": sizes[1]}
     checkpoint = save(super_res(**given), small.parent / "model000001.pt")
     job = {"main": super_res_sample.main, "use_ddim": use_ddim}
@@ -303,7 +300,7 @@ def test_super_resolution(sizes: tuple[int, int], use_ddim: bool, small: Path, r
 
 
 def test_super_resolution_from_printed_settings(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--print_config fixes no count that wasn't given: still one image per small image."""
+    """--print_config does not fix the number of images: there is still one for each small image."""
     given = {"model_path": save(super_res(), small.parent / "model000001.pt"), "base_samples": small}
     words = flags({**given, "out_dir": small.parent / "out"})
     with pytest.raises(SystemExit):
@@ -347,7 +344,7 @@ def save_for_nll(folder: Path) -> tuple[UNet, Path, Path]:
 
 
 def direct(model: UNet, images: Path, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The bound by one call over all images."""
+    """Compute the bound by one call over all images."""
     files = sorted(images.iterdir())
     pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
     x_start = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -373,7 +370,7 @@ def terms_in(folder: Path) -> Arrays:
 
 
 def assert_same_terms(got: Arrays, want: Arrays) -> None:
-    """Sums in another order: float32 carries 6e-8 of each term, which is 1e-5 with room to spare."""
+    """Assert equality to 1e-5: sums in another order differ by 6e-8 of each term in float32."""
     for name, values in want.items():
         assert got[name].shape == (DIFFUSION["diffusion_steps"],)
         np.testing.assert_allclose(got[name], values, rtol=1e-5, err_msg=name)
@@ -435,19 +432,9 @@ def test_two_processes(tmp_path: Path, run: Callable[..., Arrays]) -> None:
     commands = [
         (script, flags({**given, "out_dir": tmp_path / "two" / name})) for name, (script, _, given) in jobs.items()
     ]
-    driver = HELPERS / "run_scripts.py"
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver), json.dumps(commands)]
-    result = subprocess.run(
-        [sys.executable, *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    made = [line for line in result.stdout.splitlines() if "samples_7x8x8x3.npz" in line and "already" not in line]
-    assert len(made) == 1  # by one of the two; a rank that begins when all is done says that it was done already
+    out = run_ranks([str(HELPERS / "run_scripts.py"), json.dumps(commands)])
+    made = [line for line in out.splitlines() if "samples_7x8x8x3.npz" in line and "already" not in line]
+    assert len(made) == 1  # by one rank; one that starts later reports that all is done already
     for name, (_, main, given) in jobs.items():
         main(flags({**given, "out_dir": tmp_path / "one" / name}))
         if name == "nll":
@@ -456,16 +443,5 @@ def test_two_processes(tmp_path: Path, run: Callable[..., Arrays]) -> None:
         one, two = read(tmp_path / "one" / name), read(tmp_path / "two" / name)
         assert_same_images(two["arr_0"], one["arr_0"])
         np.testing.assert_array_equal(two["arr_1"], one["arr_1"])
-    found = re.findall(r"^7 images: ([0-9.]+) bits/dim", result.stdout, re.MULTILINE)
+    found = re.findall(r"^7 images: ([0-9.]+) bits/dim", out, re.MULTILINE)
     assert len(found) == 1
-
-
-# --- pixels ---
-
-
-def test_to_uint8() -> None:
-    """Fractions are cut off, what is outside [-1, 1] is clipped; every 8-bit level survives the way there and back."""
-    values = torch.tensor([-2.0, -1.0, -1 + 0.99 / 127.5, -1 + 1.01 / 127.5, 0.0, 1.0, 3.0])
-    pixels = to_uint8(values[None, None, None, :])
-    assert pixels.shape == (1, 1, 7, 1)
-    assert pixels.flatten().tolist() == [0, 0, 0, 1, 127, 255, 255]

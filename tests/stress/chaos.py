@@ -33,8 +33,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from helpers.pictures_folder import make_pictures  # noqa: E402
 
 from fastdiff.training.checkpoints.folder import list_checkpoints, newest_whole, step_of  # noqa: E402
-from fastdiff.training.checkpoints.manifest import find_damage  # noqa: E402
 from fastdiff.training.checkpoints.format import read_snapshot  # noqa: E402
+from fastdiff.training.checkpoints.manifest import find_damage  # noqa: E402
 
 STEPS_PER_KILL = 6
 MACHINE = ("images_per_second", "data_wait", "memory_gb")
@@ -58,7 +58,7 @@ class Tally:
 
 
 def command(data: Path, run: Path, steps: int, processes: int, more: str) -> list[str]:
-    """The command of a small run with every kind of state, which saves every third step."""
+    """Return the command of a small run with every kind of state, which saves every third step."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -187,7 +187,7 @@ def compare(run: Path, alone: Path, steps: int) -> None:
 
 
 def _difference(a: object, b: object, where: str = "") -> str:
-    """The place where two nested states differ; empty if they are bit-identical."""
+    """Return where two nested states differ; empty if they are bit-identical."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return "" if a.dtype == b.dtype and torch.equal(a, b) else where or "its value"
     if isinstance(a, dict) and isinstance(b, dict):

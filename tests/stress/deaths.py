@@ -33,7 +33,7 @@ CASES = (
 
 
 def measure(launcher: str, number: signal.Signals, rank: int, limit: float) -> tuple[float, float, str]:
-    """(seconds until the other rank ended, seconds until all ended, last line that the script itself printed)."""
+    """Return the seconds until the other rank ended, those until all ended, and the script's own last line."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         process = start(launcher, folder, 100_000)

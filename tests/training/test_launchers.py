@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import ROOT, tiny
 from helpers.pictures_folder import make_pictures
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
     "deepspeed": [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--log_level", "error"],

@@ -34,7 +34,7 @@ class Report:
     """Each failure, with the command that repeats its case."""
     slowest: tuple[float, str] = (0.0, "")
     most_bytes: tuple[int, str] = (0, "")
-    """Largest growth of a process since before its first case, and the case."""
+    """Largest growth of a process since the start of its first case, and the case."""
     seconds: float = 0.0
 
     @property
@@ -56,8 +56,7 @@ class Report:
         elif line["bytes"] > ALL[self.kind].bound_bytes:
             self.fail(line["end"], line["name"], f"took {line['bytes'] / 2**20:.0f} MiB")
 
-    def and_also(self, other: Report) -> Report:
-        """The sum of two reports."""
+    def __add__(self, other: Report) -> Report:
         return Report(
             self.kind,
             self.seed,

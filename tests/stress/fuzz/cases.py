@@ -38,7 +38,7 @@ class Outcome:
 
 
 Kind = Callable[[Path, int, int, int], Iterator[Case]]
-"""Cases number start to stop - 1 of a seed, with a folder for their files: kind(folder, seed, start, stop)."""
+"""kind(folder, seed, start, stop) yields cases start to stop - 1 of a seed, with their files in the folder."""
 
 
 def generator(seed: int, kind: str, index: int) -> random.Random:

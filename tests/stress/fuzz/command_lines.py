@@ -206,7 +206,7 @@ _TEXTS: tuple[bytes, ...] = (
 
 
 def json_texts(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
-    """A file of settings with its text damaged, and texts that are hard on readers."""
+    """Files of settings with damaged text, and texts that are hard for parsers."""
     _no_network()
     file = folder / "text.json"
     for index in range(start, stop):

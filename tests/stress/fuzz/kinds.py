@@ -13,7 +13,7 @@ class Bounded(NamedTuple):
 
     cases: Kind
     count: int
-    """The number of cases that CI runs."""
+    """The number of cases that the tests run."""
     limit_seconds: float = 20.0
     """Time after which a case counts as hung."""
     bound_bytes: int = 512 << 20

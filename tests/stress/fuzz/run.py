@@ -23,10 +23,10 @@ from fuzz.kinds import KINDS  # noqa: E402
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0, help="for how long, about")
-    parser.add_argument("--seed", type=int, default=1, help="other cases for every seed; CI's is 0")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of which kinds")
-    parser.add_argument("--only", default="", metavar="KIND:NUMBER", help="one case")
+    parser.add_argument("--seconds", type=float, default=600.0, help="the time, about (default: 600)")
+    parser.add_argument("--seed", type=int, default=1, help="each seed gives other cases; the tests use 0 (default: 1)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="kinds of cases (default: all)")
+    parser.add_argument("--only", default="", metavar="KIND:NUMBER", help="run this case only")
     args = parser.parse_args()
     if args.only:
         kind, _, number = args.only.partition(":")
@@ -44,7 +44,7 @@ def main() -> None:
             print(found, flush=True)
             for line in found.wrong:
                 print(f"WRONG: {line}", flush=True)
-            reports[kind] = reports[kind].and_also(found) if kind in reports else found
+            reports[kind] = reports[kind] + found if kind in reports else found
     print()
     sys.exit(_verdict(list(reports.values()), started))
 

@@ -139,7 +139,7 @@ def test_names_too_long_for_the_system() -> None:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_numbers_that_become_memory(legacy: bool, tmp_path: Path) -> None:
-    """torch.load would make 2 GB of it, and finds nothing wrong."""
+    """torch.load would allocate 2 GB and raise no error."""
     data = saved({"a": torch.ones(1), "b": Calls(bytearray, 2_000_000_000)}, _use_new_zipfile_serialization=not legacy)
     assert "bytearray" in refused(data, tmp_path)
 
@@ -221,7 +221,7 @@ def test_packed_names_that_are_none(tmp_path: Path) -> None:
 def test_pickles_that_ask_for_memory() -> None:
     read = array_pickle().read
     with pytest.raises(UserError, match="batch_1"):
-        read(b"\x80\x02]r\xff\xff\xff\x7f.", "batch_1")  # remembered as number 2 billion: 16 GB in C's reader
+        read(b"\x80\x02]r\xff\xff\xff\x7f.", "batch_1")  # memo index 2 billion: 16 GB in the C unpickler
     with pytest.raises(UserError, match="batch_1"):
         read(b"\x80\x05\x96" + (2**33).to_bytes(8, "little") + b".", "batch_1")  # 8 GB of zeros
     text, copy = b"X\x10\x27\0\0" + b"a" * 10_000, b"h\0h\1U\6latin1\x86Ra"

@@ -1,4 +1,4 @@
-"""Training on two nodes with dying nodes, a cut network and stop signals, by two_nodes.py."""
+"""Training on two nodes loses nothing when a node dies, the network is cut or a signal arrives; see two_nodes.py."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.small_trainer import small_trainer
 
 from fastdiff.training.diagnostics.profile import (
@@ -29,7 +30,7 @@ from fastdiff.training.diagnostics.profile import (
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-KERNELS = Path(__file__).parents[3] / "kernels"
+KERNELS = ROOT / "kernels"
 CLASS_OF_FILE = {
     "adamw_ema": "optimiser",
     "attention": "attention",
