@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -31,17 +32,33 @@ def test_on_a_cpu() -> None:
     assert figure.launched == "plain"
 
 
+class Graph:
+    """A graph on a simulated GPU, which records what is captured and replayed."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        time.sleep(0.001)
+
+
 @pytest.fixture
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_timing, "_synchronize", lambda device: None)
+def graph(monkeypatch: pytest.MonkeyPatch) -> Graph:
+    """The only graph of a simulated GPU."""
+    made = Graph()
+    for name in ("synchronize", "current_stream", "default_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
+    return made
 
 
-@pytest.mark.usefixtures("_as_on_a_gpu")
-def test_a_function_that_cannot_be_captured_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: Any) -> Any:
+def test_a_function_that_cannot_be_captured_is_called(graph: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(gpu_timing, "_capture", refused)
+    monkeypatch.setattr(torch.cuda, "graph", refused)
     calls: list[None] = []
     batch = gpu_timing.batch_of(lambda: calls.append(None), [(), ()], CUDA)
     assert batch.launched == "plain: operation not permitted when stream is capturing"
@@ -50,25 +67,16 @@ def test_a_function_that_cannot_be_captured_is_called(monkeypatch: pytest.Monkey
     assert len(calls) - before == batch.count >= gpu_timing.LAUNCHES
 
 
-@pytest.mark.usefixtures("_as_on_a_gpu")
-def test_a_captured_function_is_only_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_function_is_only_replayed(graph: Graph) -> None:
     """A graph has at least LAUNCHES calls, and is replayed often enough to fill a batch."""
-    replays: list[None] = []
-    captured: list[int] = []
-
-    def capture(fn: Any, inputs: Any, passes: int) -> Any:
-        captured.append(passes * len(inputs))
-        return lambda: (replays.append(None), time.sleep(0.001))
-
-    monkeypatch.setattr(gpu_timing, "_capture", capture)
     calls: list[None] = []
     batch = gpu_timing.batch_of(lambda: calls.append(None), [()] * 3, CUDA)
     assert batch.launched == "graph"
-    assert captured == [21]
-    before, launched = len(replays), len(calls)
+    assert len(calls) == 3 * 3 + 21, "three passes before the capture, and seven in it"
+    before = graph.replays
     batch.run()
-    assert len(calls) == launched, "nothing is launched from Python"
-    assert (len(replays) - before) * 21 == batch.count
+    assert len(calls) == 3 * 3 + 21, "nothing is launched from Python"
+    assert (graph.replays - before) * 21 == batch.count
 
 
 def test_results_are_kept_for_a_pass() -> None:
@@ -80,15 +88,14 @@ def test_results_are_kept_for_a_pass() -> None:
         places.append(y.data_ptr())
         return y
 
-    gpu_timing._one_pass(call, [(torch.zeros(1000),)] * 4)
-    assert len(set(places)) == 4
+    gpu_timing.time_calls(call, [(torch.zeros(1000),)] * 4, CPU, rounds=1)
+    assert [len(set(places[i : i + 4])) for i in range(0, len(places), 4)] == [4, 4, 4]
 
 
 def test_rotated() -> None:
-    """A CPU needs one set of inputs; tensors in dicts and tuples are counted."""
-    x = torch.zeros(10)
-    assert len(gpu_timing.rotated(lambda i: (x, {"skip": x}))) == 1
-    assert [len(t) for t in map(gpu_timing._tensors, [(x, {"skip": (x, None)}), (1, "a")])] == [2, 0]
+    """A CPU needs one set of inputs; tensors in dicts and tuples are found."""
+    assert len(gpu_timing.rotated(lambda i: ({"skip": (torch.zeros(10), None)},))) == 1
+    assert len(gpu_timing.rotated(lambda i: (1, "a"))) == gpu_timing.MAX_SETS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -16,8 +16,6 @@ from helpers.tiny import refusal
 
 from benchmarks import roofline, scaling
 
-pytestmark = pytest.mark.slow
-
 CASES = ["0:bf16", "1:bf16", "2:bf16", "3:bf16", "3:bf16:0", "0:fp32"]
 SIZE = scaling.Size(parameters=1_000_000, persistent=1_000, tensors=10)
 LINKS = scaling.Links(intra=400e9, inter=40e9)
@@ -35,6 +33,7 @@ def formula(case: dict[str, Any]) -> tuple[scaling.Size, int]:
     return scaling.size_of(zero_run.MODEL, zero_run.PERSISTENT, case["reuse"]), 4 if case["precision"] == "fp32" else 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_messages_are_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> None:
     """The formulae give all messages that DeepSpeed logs, but for a few scalars."""
@@ -46,6 +45,7 @@ def test_messages_are_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> 
     assert sum(case["messages"].values()) < 1e-3 * weight_bytes * size.parameters, case["messages"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_memory_is_deepspeeds(name: str, real: dict[str, dict[str, Any]]) -> None:
     """Gradients of stage 1 are whole until the last micro-batch, and only the rank's own part after it."""

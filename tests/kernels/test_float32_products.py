@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # Prints each kernel that attention launches on float32, short and long, both ways, with TF32 after those whose code
 # holds such an instruction.
 SCRIPT = """

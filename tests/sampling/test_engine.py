@@ -182,6 +182,7 @@ def test_autoguidance() -> None:
     assert_close(got[:, 3:], ours[:, 3:])
 
 
+@pytest.mark.slow
 def test_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guided rows share one graph without breaks, and so do the others, for every row, batch and batch size."""
     kwargs = guided_network.compile_kwargs

@@ -14,6 +14,8 @@ from helpers.tiny import DIFFUSION, MODEL, flags, save, unet
 from fastdiff import ops, sample, train
 from fastdiff.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:

@@ -92,6 +92,7 @@ def test_every_map_is_channels_last(settings: BackboneSettings) -> None:
     assert 2 * convolutions <= sum(layouts.weights.values()) <= passes * convolutions + upsampling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", "super-resolution"])
 def test_compiled_graphs_keep_the_layout(name: str) -> None:
     """The compiled network's graphs, forward and backward, copy no map to another layout.

@@ -192,21 +192,17 @@ def main() -> None:
             jobs.append(Job(list(nodes), folder / str(number), data))
         whole, first, second = jobs
         first_node = [nodes[0]]
-
-        def mend() -> None:
-            nodes[1].mend()
-
         try:
             finish(whole, "torchrun")
             disturb(first, "torchrun", "SIGKILL to node 1", nodes[1].kill, first_node)
             disturb(first, "deepspeed", "cable cut", nodes[1].cut, list(nodes))
-            mend()
+            nodes[1].mend()
             stop_and_shrink(first, whole, nodes, "torchrun")
             if everything:
                 disturb(second, "deepspeed", "SIGKILL to node 1", nodes[1].kill, first_node)
                 disturb(second, "deepspeed", "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
                 disturb(second, "torchrun", "cable cut", nodes[1].cut, list(nodes))
-                mend()
+                nodes[1].mend()
                 disturb(second, "torchrun", "SIGKILL to node 0", nodes[0].kill, [nodes[1]])
                 stop_and_shrink(second, whole, nodes, "deepspeed")
         except Lost as error:

@@ -166,6 +166,7 @@ def test_union() -> None:
     assert union([(5, 9), (0, 2), (1, 3), (6, 7)]) == 7
 
 
+@pytest.mark.slow
 def test_profile_of_a_trainer(tmp_path: Path) -> None:
     """The profiler skips the first steps, records as many as requested, and accounts for all of their time."""
     trainer = small_trainer()

@@ -1,4 +1,4 @@
-"""Scripts and `fastdiff.load` set PyTorch's switches for a GPU, which can be read without a GPU."""
+"""Scripts and `fastdiff.load` forbid or allow TF32, and set cuDNN's search; the switches can be read without a GPU."""
 
 from __future__ import annotations
 
