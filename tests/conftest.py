@@ -9,6 +9,7 @@ import torch
 # Test networks are tiny: one thread is faster than two, and processes that run at once don't compete for cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+os.environ.pop("OPENAI_LOGDIR", None)  # it would redirect the output of scripts
 torch.backends.cudnn.allow_tf32 = False  # on a GPU, the recorded numbers need exact float32 products
 # Without a GPU, kernels run in Triton's interpreter, which must be chosen before they are defined.
 if not torch.cuda.is_available():

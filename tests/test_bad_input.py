@@ -88,7 +88,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(made: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """Make the world the working folder, and assert afterwards that no output folder was created."""
     monkeypatch.chdir(made.folder)
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield made
     for folder in ("out", "runs", "file/out"):
         assert not (made.folder / folder).exists(), f"{folder} was written"

@@ -26,7 +26,6 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     with tarfile.open(TESTS / "written_before.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path / "written_before")
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     return json.loads(Path("expected.json").read_text())
 
 

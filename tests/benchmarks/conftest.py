@@ -4,7 +4,16 @@
 """
 
 import sys
+from typing import Any
 
+import pytest
 from helpers import ROOT
 
 sys.path.append(str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def processes() -> Any:
+    from fastdiff.training.deepspeed_engine import start_processes
+
+    return start_processes()

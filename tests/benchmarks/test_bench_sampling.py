@@ -18,15 +18,9 @@ from benchmarks import bench_sampling, bench_train, image_features, report, samp
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
 from fastdiff.runtime.processes import Processes
-from fastdiff.training.deepspeed_engine import start_processes
 
 MODEL = {**tiny.MODEL, "learn_sigma": True}
 DIFFUSION = {"diffusion_steps": 20, "noise_schedule": "cosine"}
-
-
-@pytest.fixture(scope="module")
-def processes() -> Processes:
-    return start_processes()
 
 
 def case_of(processes: Processes, solver: str = "ddpm", steps: int = 4, **changes: Any) -> sampling_variants.DrawCase:

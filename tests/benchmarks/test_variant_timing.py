@@ -13,14 +13,8 @@ from benchmarks import bench_sampling, bench_train, sampling_variants, train_var
 from fastdiff.config.load import Config
 from fastdiff.models import build_model
 from fastdiff.runtime.processes import Processes
-from fastdiff.training.deepspeed_engine import start_processes
 
 CONFIG = Config.model_validate({"model": MODEL, "diffusion": DIFFUSION})
-
-
-@pytest.fixture(scope="module")
-def processes() -> Processes:
-    return start_processes()
 
 
 def emitted(make: Any, case: Any) -> list[dict[str, Any]]:

@@ -62,7 +62,6 @@ def test_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sample_with_three_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     given = {
         "model_path": save(unet(), tmp_path / "model.pt"),
         "guide_model_path": save(unet(), tmp_path / "guide.pt"),

@@ -16,6 +16,7 @@ import torch
 
 from fastdiff.runtime.processes import Processes
 from fastdiff.sampling.job import progress
+from fastdiff.sampling.job.chunks import Range
 from fastdiff.sampling.job.claims import Claims
 from fastdiff.sampling.job.job import run_job
 from fastdiff.sampling.job.manifest import Job
@@ -77,6 +78,14 @@ def job(count: int = 23, **changes: Any) -> Job:
 
 def place(rank: int = 0, world_size: int = 1) -> Processes:
     return Processes(rank, rank, world_size, torch.device("cpu"))
+
+
+def run(folder: Path, job: Job, **changes: Any) -> list[Range]:
+    """Run the job in this process, and return the ranges that it drew."""
+    drawn: list[Range] = []
+    told = lambda index: drawn.append(Range(int(index[0]), int(index[-1]) + 1))
+    run_job(drawing(job.labelled, shape=job.shape, told=told), job, place(), folder, trace=tracing, **changes)
+    return drawn
 
 
 def check_npz(folder: Path, count: int, labelled: bool = True, seed: int = 0) -> None:

@@ -38,11 +38,6 @@ MODELS: dict[str, dict[str, Any]] = {
 CLASSES = ["ape", "bee", "cat", "dog", "eel"]
 
 
-@pytest.fixture(autouse=True)
-def no_logdir(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
-
-
 def read(folder: Path) -> Arrays:
     """Read images and labels from the only npz of a folder, which holds only a grid and the manifest besides."""
     names = sorted(path.name for path in folder.iterdir())

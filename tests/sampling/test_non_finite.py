@@ -24,11 +24,6 @@ CLASSES = ["ape", "bee", "cat"]
 OPTIONS: dict[str, Any] = {"num_samples": 6, "batch_size": 6, "grid_images": 0, "seed": 3}
 
 
-@pytest.fixture(autouse=True)
-def no_logdir(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
-
-
 def overflowing(path: Path, make: Any = unet, bee_only: bool = False, **settings: Any) -> Path:
     """Save a checkpoint with finite weights and outputs that are not finite, for all classes or for the class bee."""
     model = make(class_cond=True, num_classes=3, **settings)

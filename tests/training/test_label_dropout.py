@@ -174,7 +174,6 @@ def test_checkpoint_without_the_null_class(tmp_path: Path) -> None:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with labelled pictures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     pictures(tmp_path / "images", [f"{name}_{i}" for name in ("ape", "cat", "dog") for i in range(2)], size=16)
     return tmp_path
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, start
+from helpers.fake_jobs import check_npz, context, drawing, hold, job, names, place, run, start
 from helpers.polling import wait_until
 
 from fastdiff.runtime.files import ProcessId
@@ -47,6 +47,12 @@ def claimed(folder: Path) -> list[str]:
     return found
 
 
+def silence(claim: Path) -> None:
+    """Make a claim look as if its owner had sent no heartbeat for long."""
+    past = time.time() - SILENT - 10
+    os.utime(claim, (past, past))
+
+
 # --- claims ---
 
 
@@ -68,8 +74,7 @@ def test_owners(tmp_path: Path) -> None:
     (tmp_path / "b.0").write_text(owner._replace(host="elsewhere").tag)
     (tmp_path / "c.0").write_text("")  # created, not written yet
     (tmp_path / "e.0").write_text(owner._replace(host="elsewhere").tag)
-    past = time.time() - SILENT - 10
-    os.utime(tmp_path / "e.0", (past, past))
+    silence(tmp_path / "e.0")
     (tmp_path / "d.0").write_text(owner.tag)
     (tmp_path / "d.1").write_text(ProcessId.own().tag)
     assert Claims(tmp_path).held() == {
@@ -86,8 +91,7 @@ def test_alone(tmp_path: Path) -> None:
     first = Claims(tmp_path).take_alone("merge")
     assert first is not None
     assert Claims(tmp_path).take_alone("merge") is None
-    past = time.time() - SILENT - 10
-    os.utime(first.path, (past, past))
+    silence(first.path)
     second = Claims(tmp_path).take_alone("merge")
     assert second is not None
     assert second.path.name == "merge.1"
@@ -108,8 +112,7 @@ def test_a_claim_without_a_name(tmp_path: Path) -> None:
     others = Claims(tmp_path)
     assert others.held() == {"merge": Held(0, False)}
     assert others.take_alone("merge") is None
-    past = time.time() - SILENT - 10
-    os.utime(nameless, (past, past))
+    silence(nameless)
     assert others.held() == {"merge": Held(0, True)}
     others.tidy(lambda name: False)
     assert not nameless.exists()
@@ -176,8 +179,7 @@ def test_a_stopped_process_delays_no_other(folder: Path, stopping: list[int]) ->
     wait_until(lambda: claimed(folder))
     os.kill(stalled.pid, signal.SIGSTOP)
     first = claimed(folder)[0]
-    drawn: list[int] = []
-    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    drawn = [part.start for part in run(folder, job())]
     check_npz(folder, 23)
     assert int(first[:9]) == drawn[-1]  # its chunk comes last
     before = (folder / "samples_23x4x6x3.npz").stat().st_mtime_ns
@@ -194,20 +196,18 @@ def test_claims_of_killed_processes_are_free(folder: Path) -> None:
     wait_until(lambda: claimed(folder))
     process.kill()
     process.join()
-    drawn: list[int] = []
-    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    drawn = [part.start for part in run(folder, job())]
     assert drawn == [0, 5, 10, 15, 20]
     check_npz(folder, 23)
     assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
 
 
 def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
-    run_job(drawing(), job(1), place(), folder)
+    run(folder, job(1))
     for name in ("000000005-000000010.0", "000000010-000000015.0", "000000010-000000015.1"):
         (folder / "claims").mkdir(exist_ok=True)
         (folder / "claims" / name).write_text(ProcessId("elsewhere", 1, 2).tag)
-    drawn: list[int] = []
-    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    drawn = [part.start for part in run(folder, job())]
     assert drawn == [1, 15, 20, 5, 10]
     check_npz(folder, 23)
     assert names(folder) == ["job.json", "samples_1x4x6x3.npz", "samples_23x4x6x3.npz"]
@@ -215,14 +215,12 @@ def test_claims_of_others_come_last_the_least_drawn_first(folder: Path) -> None:
 
 def test_claims_without_a_heartbeat_are_free(folder: Path) -> None:
     """Images that a process of another host left long ago are drawn in their order, not last."""
-    run_job(drawing(), job(1), place(), folder)
+    run(folder, job(1))
     (folder / "claims").mkdir()
     claim = folder / "claims" / "000000005-000000010.0"
     claim.write_text(ProcessId("elsewhere", 1, 2).tag)
-    past = time.time() - SILENT - 10
-    os.utime(claim, (past, past))
-    drawn: list[int] = []
-    run_job(drawing(told=lambda index: drawn.append(index[0])), job(), place(), folder)
+    silence(claim)
+    drawn = [part.start for part in run(folder, job())]
     assert drawn == [1, 5, 10, 15, 20]
     assert names(folder) == ["job.json", "samples_1x4x6x3.npz", "samples_23x4x6x3.npz"]
 
@@ -247,7 +245,7 @@ def test_gives_up_what_another_has_finished(folder: Path, monkeypatch: pytest.Mo
         nonlocal steps
         steps += 1
         if steps == 1:  # while this process draws its first chunk, another draws everything
-            run_job(drawing(), job(), place(), folder)
+            run(folder, job())
 
     run_job(drawing(told=told), job(), place(), folder)
     assert steps == 1
@@ -266,7 +264,7 @@ def test_one_process_merges(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not list(folder.glob("*.npz"))
     other.kill()
     other.join()
-    run_job(drawing(), job(), place(), folder)
+    run(folder, job())
     check_npz(folder, 23)
     assert names(folder) == ["job.json", "samples_23x4x6x3.npz"]
 
@@ -286,7 +284,7 @@ def test_starting_at_the_same_moment(tmp_path: Path) -> None:
 
 def test_overwriting_at_the_same_moment(folder: Path) -> None:
     """Another job's files are removed once, but not the chunks that the first process has drawn since."""
-    run_job(drawing(), job(30, identity={"seed": 1}, seed=1), place(), folder)
+    run(folder, job(30, identity={"seed": 1}, seed=1))
     processes = [start(folder, job(60), overwrite=True, pause=0.001) for _ in range(4)]
     for process in processes:
         process.join(30)

@@ -16,18 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.fake_jobs import (
-    CLASSES,
-    check_npz,
-    drawing,
-    images,
-    job,
-    labels,
-    names,
-    place,
-    start,
-    tracing,
-)
+from helpers.fake_jobs import CLASSES, check_npz, drawing, images, job, labels, names, place, run, start, tracing
 from helpers.tiny import files, nothing_written
 from PIL import Image
 
@@ -46,15 +35,6 @@ ALL = ("npz", "png", "zip", "tar")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "out"
-
-
-def run(folder: Path, job: Job, **changes: Any) -> list[Range]:
-    """Run the job in this process, and return the ranges that it drew."""
-    drawn: list[Range] = []
-    told = lambda index: drawn.append(Range(int(index[0]), int(index[-1]) + 1))
-    given = {"labelled": job.labelled, "shape": job.shape}
-    run_job(drawing(told=told, **given), job, place(), folder, trace=tracing, **changes)
-    return drawn
 
 
 def refused(folder: Path, job: Job) -> str:
