@@ -87,7 +87,7 @@ def recorded(name: str) -> Iterator[Launch]:
     config = kind.model_validate(content)
     given, model = (config.model, config.diffusion), config.model
     for precision in PRECISIONS.get(name, (torch.bfloat16,)):
-        for batch in TRAINED.get(name, (split_batch(config.train, 1)[0],)):
+        for batch in TRAINED.get(name, (split_batch(config.train, 1),)):
             yield from training_launches(*given, batch, precision, rates=config.train.ema_rate)
     process = create_diffusion(config.diffusion, model.learn_sigma)
     for batch in DRAWN.get(name, (16,)):

@@ -372,7 +372,7 @@ LEVERS: dict[str, Lever] = {
     "compile": Lever(changes={"compile": False}, gpu_only=False),
     "kernels": Lever(patches=((ops, "_mode", "reference"),)),
     "group norm kernel": Lever(patches=((ops, "_norm_unsupported", _never),)),
-    "attention kernel": Lever(patches=((ops, "_flash_is_better", _never),)),
+    "attention kernel": Lever(patches=((ops, "flash_is_better", _never),)),
     "noising and loss kernels": Lever(patches=((ops, "_map_unsupported", _never),)),
     "transposed upsampling": Lever(patches=((ops, "upsample_conv", reference.upsample_conv),)),
     "virtual concat of skips": Lever(patches=((ops, "skip_conv1x1", reference.skip_conv1x1),)),

@@ -216,7 +216,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """
     B, L, width = qkv.shape
     D = width // (3 * num_heads)
-    if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or _flash_is_better(L, D)):
+    if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or flash_is_better(L, D)):
         return triton_attention.attention(qkv, num_heads)
     if D > 256 and qkv.is_cuda:  # the fused kernels stop at 256
         return reference.attention(qkv, num_heads)
@@ -224,7 +224,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, width // 3)
 
 
-def _flash_is_better(L: int, D: int) -> str:
+def flash_is_better(L: int, D: int) -> str:
     """ "SDPA" where flash attention is expected to be faster, which has not been measured.
 
     It pads no heads of these sizes, and our kernel holds whole rows of scores only up to L = 256.

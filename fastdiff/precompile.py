@@ -113,7 +113,7 @@ def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[st
         left = aot.missing(lines, arch)[::-1]  # the run itself compiles from the front
         count = min(MOST, free_cores(), -(-len(left) // LEAST_EACH))
         for i in range(count):
-            _spawn(arch, left[i::count])
+            spawn(arch, left[i::count])
     except Exception as error:  # the run compiles them itself
         return [f"Triton kernels: not compiled beforehand ({type(error).__name__}: {error})"]
     if not left:
@@ -121,7 +121,7 @@ def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[st
     return [f"Triton kernels: compiling {len(left)} of {len(lines)} beforehand, processes: {count}"]
 
 
-def _spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
+def spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
     """Start a process that compiles launches, each a line of `kernels.aot.to_json`."""
     root = str(Path(fastdiff.__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

@@ -53,7 +53,7 @@ def test_shares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shares: list[list[str]] = []
     monkeypatch.setattr(aot, "to_json", str)
     monkeypatch.setattr(precompile, "free_cores", lambda: 3)
-    monkeypatch.setattr(precompile, "_spawn", lambda arch, lines: shares.append(lines))
+    monkeypatch.setattr(precompile, "spawn", lambda arch, lines: shares.append(lines))
     assert precompile.start(lambda: _launches(20) * 2, GPU) == [
         "Triton kernels: compiling 20 of 20 beforehand, processes: 3"
     ]
@@ -81,8 +81,8 @@ def test_nothing_without_a_gpu() -> None:
 
 def test_a_process_that_fails_or_dies() -> None:
     """Invalid lines are skipped, and the run does not wait for the process to read its input or to stay alive."""
-    assert precompile._spawn(90, ["{}", "nonsense"]).wait() == 0
-    worker = precompile._spawn(90, ["{}"] * 100_000)
+    assert precompile.spawn(90, ["{}", "nonsense"]).wait() == 0
+    worker = precompile.spawn(90, ["{}"] * 100_000)
     assert worker.poll() is None
     worker.kill()
     assert worker.wait() == -9
@@ -92,7 +92,7 @@ def test_a_process_ends_with_its_run() -> None:
     """The process is killed at the end of the run, and ends by itself if the run died without one."""
     script = (
         "import os, sys; from fastdiff import precompile\n"
-        "print(precompile._spawn(90, ['{}'] * 10**6).pid, flush=True)\n"
+        "print(precompile.spawn(90, ['{}'] * 10**6).pid, flush=True)\n"
         "os._exit(0) if sys.argv[1] == 'at once' else sys.exit(0)"
     )
     for how in ("at once", "in order"):

@@ -143,7 +143,7 @@ def _fastest(
     network.set_precision(body_dtype(train.precision, processes.device))
     for i, size in enumerate(sizes):
         try:
-            seconds[i] = _seconds(network, diffusion, processes.device, size) / size
+            seconds[i] = seconds_of_step(network, diffusion, processes.device, size) / size
         except torch.OutOfMemoryError:
             seconds[i] = float("inf")
         network.zero_grad(set_to_none=True)
@@ -159,7 +159,7 @@ def _fastest(
     return sizes[best], {size: 1 / each for size, each in zip(sizes, seconds.tolist(), strict=True)}
 
 
-def _seconds(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int) -> float:
+def seconds_of_step(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int) -> float:
     """Seconds of a forward and backward pass on `size` images."""
     batch = dummy_batch(network.settings, size, device)
 

@@ -69,7 +69,7 @@ def recorded() -> list[Any]:
 def compile_ahead(launches: list[Any]) -> int:
     """Compile the launches in two processes, as a run does, and return their number."""
     lines = list(dict.fromkeys(map(aot.to_json, launches)))
-    workers = [precompile._spawn(ARCH, lines[i::2]) for i in range(2)]
+    workers = [precompile.spawn(ARCH, lines[i::2]) for i in range(2)]
     assert [worker.wait() for worker in workers] == [0, 0]
     assert aot.missing(lines, ARCH) == []
     return len(lines)

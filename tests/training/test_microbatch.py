@@ -111,7 +111,7 @@ def room(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     )
     monkeypatch.setattr(microbatch, "estimate", lambda settings, *a: few if settings.use_checkpoint else MEMORY)
     monkeypatch.setattr(
-        microbatch, "_seconds", lambda network, diffusion, device, size: size / min(size, 4) * (1 + size / 100)
+        microbatch, "seconds_of_step", lambda network, diffusion, device, size: size / min(size, 4) * (1 + size / 100)
     )
     return monkeypatch
 
@@ -156,7 +156,7 @@ def test_too_large(room: pytest.MonkeyPatch, diffusion: GaussianDiffusion) -> No
         return 1.0
 
     room.setattr(microbatch, "available_memory", lambda processes: 10**6)
-    room.setattr(microbatch, "_seconds", full)
+    room.setattr(microbatch, "seconds_of_step", full)
     assert _fit(diffusion, batch_size=6, microbatch="auto").microbatch == 3
 
 
