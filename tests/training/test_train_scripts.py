@@ -21,6 +21,7 @@ from PIL import Image
 from fastdiff import super_res_train, train
 from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, build_model, weights
+from fastdiff.training.diagnostics.profile import SETTLING
 from fastdiff.training.metrics import LossMeter
 
 pytestmark = pytest.mark.slow
@@ -116,6 +117,16 @@ def test_where_files_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "logdir"))
     train.main(without_run_dir)
     assert (tmp_path / "logdir" / "checkpoints" / "step_000001").is_dir()
+
+
+def test_profile_of_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--profile writes its files and prints a table; a run that ends before says that there is no profile."""
+    train.main(flags(data, tmp_path / "long", "--profile", "2", "--max_steps", str(SETTLING + 2)))
+    assert f"profile, in {tmp_path / 'long' / 'profile'}:" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "long" / "profile").iterdir()} >= {"profile.json", "trace.json.gz"}
+    train.main(flags(data, tmp_path / "short", "--profile", "2", "--max_steps", str(SETTLING + 1)))
+    assert f"no profile: it takes {SETTLING} steps to settle and 2 more" in capsys.readouterr().out
+    assert not (tmp_path / "short" / "profile").exists()
 
 
 def test_dry_run_writes_nothing(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
