@@ -40,7 +40,7 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 	    --trajectory 10 --overwrite True --out_dir .demo/samples
 	$(BIN)/python fastdiff/nll.py --model_path .demo/run --data_dir .demo/digits/test --num_samples 20 \
 	    --batch_size 20 --timestep_respacing 100 --out_dir .demo/nll
-	@echo 'Look at .demo/samples/samples_100x16x16x1.png: each row is a class, 0 to 9. How ten came about: samples_100x16x16x1_steps.gif'
+	@echo 'Look at .demo/samples/samples_100x16x16x1.png: each row is a class, 0 to 9. The steps of ten of them: samples_100x16x16x1_steps.gif'
 
 test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run all tests on the CPU: under 20 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests

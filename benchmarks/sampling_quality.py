@@ -119,7 +119,7 @@ class Study:
 
     def measure(self, row: Row) -> dict[str, Any]:
         """Draw and judge one row."""
-        evaluations = self.sampler(row, 1).plan.num_evaluations
+        evaluations = self.sampler(row, 1).table.num_evaluations
         count = self.args.num_samples if evaluations <= 60 else self.args.slow_samples
         sampler = self.sampler(row, count)
         start = time.perf_counter()
@@ -303,7 +303,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
-    parser.add_argument("--json", type=Path, required=True, help="results; rows in it are not measured again")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("sampling_quality.json"),
+        help="results; rows in it are not measured again (default: sampling_quality.json)",
+    )
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--chart", type=Path, help=".svg or .png")
     parser.add_argument("--strip", type=Path, help=".png: the same images by every row")

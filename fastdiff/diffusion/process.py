@@ -58,7 +58,10 @@ class PMeanVariance:
 
 @dataclass
 class GaussianDiffusion:
-    """A process on the kept steps of a schedule. t [B] int64 is an index into these steps; 0 is the least noisy."""
+    """A process on the kept steps of a schedule. t [B] int64 is an index into these steps; 0 is the least noisy.
+
+    The papers count steps from 1: at index t the network sees their x_{t+1}, and x_0 is the image.
+    """
 
     schedule: Schedule
     mean_type: ModelMeanType = ModelMeanType.EPSILON
@@ -100,26 +103,28 @@ class GaussianDiffusion:
         return original.float() * (1000.0 / self.schedule.original_steps) if self.rescale_timesteps else original
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and log variance of q(x_t | x_0), each broadcast to x_start's shape."""
+        """Mean, variance and log variance of q(x_t | x_0), each in x_start's shape [B, C, H, W]."""
         mean = self._at("sqrt_alphas_cumprod", t) * x_start
         variance = self._at("one_minus_alphas_cumprod", t).expand_as(x_start)
         return mean, variance, self._at("log_one_minus_alphas_cumprod", t).expand_as(x_start)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
-        """x_t for x_0 and the noise, which is drawn if None."""
+        """x_t [B, C, H, W] for x_0 and the noise, both of that shape; the noise is drawn if None."""
         noise = torch.randn_like(x_start) if noise is None else noise
         return ops.q_sample(x_start, self._loss_table(t.device)[t][:, :2], noise)
 
     def q_posterior_mean_variance(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log variance of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7)."""
+        """Mean, variance and clipped log variance [B, C, H, W] of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 6-7)."""
         mean = self._at("posterior_mean_coef1", t) * x_start + self._at("posterior_mean_coef2", t) * x_t
         variance = self._at("posterior_variance", t).expand_as(x_t)
         return mean, variance, self._at("posterior_log_variance_clipped", t).expand_as(x_t)
 
     def predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """x_0 [B, C, H, W] for x_t and its noise (Ho et al. 2020, eq. 4)."""
         return self._at("sqrt_recip_alphas_cumprod", t) * x_t - self._at("sqrt_recipm1_alphas_cumprod", t) * eps
 
     def predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        """The noise [B, C, H, W] in x_t for its x_0."""
         return (self._at("sqrt_recip_alphas_cumprod", t) * x_t - pred_xstart) / self._at(
             "sqrt_recipm1_alphas_cumprod", t
         )

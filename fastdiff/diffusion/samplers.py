@@ -39,7 +39,7 @@ class Step:
 def solve(
     predict: Callable[[Tensor, int], Tensor],
     x: Tensor,
-    plan: SolverTable,
+    table: SolverTable,
     noise: Noise | None = None,
     *,
     epsilon: bool = True,
@@ -56,28 +56,28 @@ def solve(
 
     A float64 x is computed in float64 by the reference ops, because the kernels compute in float32.
     """
-    if plan.stochastic and noise is None:
-        raise ValueError("the plan is stochastic and needs noise")
+    if table.stochastic and noise is None:
+        raise ValueError("the solver is stochastic and needs noise")
     dtype = torch.promote_types(x.dtype, torch.float32)
-    table = torch.from_numpy(plan.coefficients).to(x.device, dtype)
-    takes_noise, history_used = plan.column("sigma") != 0, plan.history_used
-    history: deque[Tensor] = deque(maxlen=plan.history)
-    t = int(plan.complete.sum())
+    coefficients = torch.from_numpy(table.coefficients).to(x.device, dtype)
+    takes_noise, history_used = table.column("sigma") != 0, table.history_used
+    history: deque[Tensor] = deque(maxlen=table.history)
+    t = int(table.complete.sum())
     network_input = x
-    for row, step in enumerate(plan.steps.tolist()):
+    for row, step in enumerate(table.steps.tolist()):
         x, pred_xstart, network_input = ops.sampler_step(
             predict(network_input, step),
             x,
-            table[row].expand(len(x), -1),
+            coefficients[row].expand(len(x), -1),
             noise(step) if noise is not None and takes_noise[row] else None,
             history=tuple(itertools.islice(history, history_used[row])),
             epsilon=epsilon,
             clip=clip,
-            variance=plan.variance,
+            variance=table.variance,
             input_dtype=input_dtype,
         )
         history.appendleft(pred_xstart)
-        if plan.complete[row]:
+        if table.complete[row]:
             t -= 1
             yield Step(t, x, pred_xstart)
 
@@ -90,8 +90,8 @@ def _loop(
     diffusion: GaussianDiffusion,
     model: Model,
     x: Tensor,
-    noise: Noise,
-    plan: SolverTable,
+    noise: Noise | None,
+    table: SolverTable,
     clip_denoised: bool,
     model_kwargs: dict[str, Any] | None,
 ) -> Iterator[Step]:
@@ -101,7 +101,7 @@ def _loop(
         return model(network_input, diffusion.model_timesteps(_timesteps(x, step)), **(model_kwargs or {}))
 
     epsilon = diffusion.mean_type is ModelMeanType.EPSILON
-    yield from solve(predict, x, plan, noise, epsilon=epsilon, clip=clip_denoised, input_dtype=dtype)
+    yield from solve(predict, x, table, noise, epsilon=epsilon, clip=clip_denoised, input_dtype=dtype)
 
 
 def p_sample_loop(
@@ -113,22 +113,23 @@ def p_sample_loop(
     model_kwargs: dict[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) from x = x_T [B, C, H, W] float32."""
-    plan = solver_table(diffusion, "ddpm")
-    yield from _loop(diffusion, model, x, noise, plan, clip_denoised, model_kwargs)
+    table = solver_table(diffusion, "ddpm")
+    yield from _loop(diffusion, model, x, noise, table, clip_denoised, model_kwargs)
 
 
 def ddim_sample_loop(
     diffusion: GaussianDiffusion,
     model: Model,
     x: Tensor,
-    noise: Noise,
+    noise: Noise | None = None,
     clip_denoised: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     eta: float = 0.0,
 ) -> Iterator[Step]:
-    """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): eta 0 is deterministic, 1 is as noisy as DDPM."""
-    plan = solver_table(diffusion, "ddim", eta)
-    yield from _loop(diffusion, model, x, noise, plan, clip_denoised, model_kwargs)
+    """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): eta 0 is deterministic and needs
+    no noise, 1 is as noisy as DDPM."""
+    table = solver_table(diffusion, "ddim", eta)
+    yield from _loop(diffusion, model, x, noise, table, clip_denoised, model_kwargs)
 
 
 @torch.no_grad()

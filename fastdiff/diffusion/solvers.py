@@ -269,6 +269,6 @@ SOLVERS: dict[str, SolverInfo] = {
     "dpmpp_3m_sde": SolverInfo(
         partial(_dpmpp, order=3, noisy=True), 3, "logsnr", "DPM-Solver++, third order, with noise"
     ),
-    "unipc": SolverInfo(_unipc, 2, "logsnr", "UniPC: second order, corrected by the next evaluation; deterministic"),
+    "unipc": SolverInfo(_unipc, 2, "logsnr", "UniPC: second order, raised to third by a corrector; deterministic"),
     "heun": SolverInfo(_heun, 2, "karras", "second order, two evaluations a step; deterministic"),
 }

@@ -58,8 +58,8 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
         large = describe(sr_checkpoint, settings.sr_preset, super_res=True, preset_flag="--sr_preset")
         respacing = {"timestep_respacing": settings.sr_timestep_respacing}
         with blaming("--sr_timestep_respacing"):
-            process = validated(type(large.diffusion), {**large.diffusion.model_dump(), **respacing})
-        large = large.model_copy(update={"diffusion": process})
+            diffusion = validated(type(large.diffusion), {**large.diffusion.model_dump(), **respacing})
+        large = large.model_copy(update={"diffusion": diffusion})
         upsampler = _network(large, sr_checkpoint, settings, device)
         check_fit(network, upsampler)
     unguided = {"guidance": 1.0, "guidance_interval": (), "guide_model_path": ""}

@@ -43,7 +43,7 @@ class _State:
 
 
 class Engine:
-    """Draws batches of at most `batch_size` images with the network's solver table, `plan`.
+    """Draws batches of at most `batch_size` images with the network's solver table.
 
     seed_and_key  The seed or-ed with one of `diffusion.noise_keys`. It and an image's number determine all noise of
                   the image.
@@ -61,15 +61,15 @@ class Engine:
         fixed_shape: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        settings, plan, device = network.settings, network.plan, network.device
-        self.network, self.plan, self.device = network, plan, device
+        settings, table, device = network.settings, network.table, network.device
+        self.network, self.table, self.device = network, table, device
         self.batch_size, self.seed_and_key, self.clip = batch_size, seed_and_key, clip
         self.shape = (settings.in_channels, *settings.size_hw)
         self.fixed_shape = fixed_shape or cuda_graph
-        self._coefficients = torch.from_numpy(plan.coefficients).to(device, torch.float32)
-        self._rows = torch.arange(plan.num_evaluations, device=device)
-        self._draws = torch.from_numpy(plan.steps).to(device) + 1
-        self._noisy = (plan.column("sigma") != 0).tolist()
+        self._coefficients = torch.from_numpy(table.coefficients).to(device, torch.float32)
+        self._rows = torch.arange(table.num_evaluations, device=device)
+        self._draws = torch.from_numpy(table.steps).to(device) + 1
+        self._noisy = (table.column("sigma") != 0).tolist()
         self._state: _State | None = None
         self._graphs = GraphRunner(device, enabled=cuda_graph)
         self._warm = {False: 0, True: 0}
@@ -89,7 +89,7 @@ class Engine:
             y = y if y is None else _filled(y, self.batch_size)
             low_res = low_res if low_res is None else _filled(low_res, self.batch_size)
         state = self._begin(index, y, low_res)
-        steps = zip(self.plan.steps.tolist(), self.plan.complete.tolist(), strict=True)
+        steps = zip(self.table.steps.tolist(), self.table.complete.tolist(), strict=True)
         for row, (step, complete) in enumerate(steps):
             self._advance(state, row)
             if complete:
@@ -139,7 +139,7 @@ class Engine:
             x=own_x,
             input=own_x if form is None else zeros(form[1], form[0]),
             pred_xstart=zeros(C, torch.float32),
-            history=[zeros(C, torch.float32) for _ in range(self.plan.history)],
+            history=[zeros(C, torch.float32) for _ in range(self.table.history)],
             row=self._rows[:1].clone(),
             index=index.clone(),
             watch=torch.zeros(B, device=self.device),
@@ -147,11 +147,11 @@ class Engine:
         )
 
     def _advance(self, state: _State, row: int) -> None:
-        """Compute a row of the plan: a network call and a step."""
+        """Compute a row of the table: a network call and a step."""
         state.row.copy_(self._rows[row : row + 1])
         guided = self.network.guided[row]
         # One graph serves all guided rows and another all other rows, so both add noise if any row does.
-        noisy = self.plan.stochastic if self._graphs.enabled else self._noisy[row]
+        noisy = self.table.stochastic if self._graphs.enabled else self._noisy[row]
         work = functools.partial(self._work, state, guided, noisy)
         self._graphs.run(guided, work, warming_up=self._warm[guided] < WARM_UP)
         self._warm[guided] += 1
@@ -173,7 +173,7 @@ class Engine:
             history=tuple(state.history),
             epsilon=self.network.epsilon,
             clip=self.clip,
-            variance=self.plan.variance if noisy else "fixed",
+            variance=self.table.variance if noisy else "fixed",
             input_dtype=None if state.input is state.x else state.input.dtype,
         )
         state.x.copy_(x)
@@ -194,7 +194,7 @@ def _filled(x: Tensor, size: int) -> Tensor:
 def sampling_launches(
     settings: BackboneSettings,
     diffusion: GaussianDiffusion,
-    plan: SolverTable,
+    table: SolverTable,
     batch: int,
     precision: torch.dtype,
     *,
@@ -210,7 +210,7 @@ def sampling_launches(
     def work() -> None:
         chosen = guidance or Guidance()
         guide = None if chosen.guide is None else frozen(chosen.guide.settings)
-        network = GuidedNetwork(frozen(settings), plan, diffusion, replace(chosen, guide=guide))
+        network = GuidedNetwork(frozen(settings), table, diffusion, replace(chosen, guide=guide))
         engine = Engine(network, batch_size=batch, seed_and_key=SAMPLES, clip=clip)
         dummy = dummy_batch(settings, batch, META)
         state = engine._begin(dummy.noise.index, **dummy.model_kwargs)

@@ -30,29 +30,29 @@ class Guidance:
     interval: tuple[float, float] = (0.0, float("inf"))
     guide: UNet | None = None
 
-    def rows(self, plan: SolverTable, diffusion: GaussianDiffusion) -> list[bool]:
+    def rows(self, table: SolverTable, diffusion: GaussianDiffusion) -> list[bool]:
         """Whether each row of a solver table is guided."""
         if self.weight == 1:
-            return [False] * plan.num_evaluations
+            return [False] * table.num_evaluations
         schedule, (low, high) = diffusion.schedule, self.interval
-        sigma = (schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)[plan.steps]
+        sigma = (schedule.sqrt_one_minus_alphas_cumprod / schedule.sqrt_alphas_cumprod)[table.steps]
         return [bool(low < each <= high) for each in sigma]
 
 
 class _Network:
     """A network whose time conditioning is precomputed for every row of the solver table.
 
-    Without classes, `table` [E, width] holds the projected embeddings of all residual blocks. With classes it holds the
-    time embeddings [E, 4 * num_channels]: the class embedding is added before the projection.
+    Without classes, `embeddings` [E, width] holds the projected embeddings of all residual blocks. With classes it
+    holds the time embeddings [E, 4 * num_channels]: the class embedding is added before the projection.
     """
 
-    def __init__(self, model: UNet, plan: SolverTable, diffusion: GaussianDiffusion) -> None:
+    def __init__(self, model: UNet, table: SolverTable, diffusion: GaussianDiffusion) -> None:
         self.model = model
         self.body: Any = model.body
         self.class_cond = model.settings.class_cond
-        steps = torch.from_numpy(plan.steps).to(next(model.parameters()).device)
+        steps = torch.from_numpy(table.steps).to(next(model.parameters()).device)
         emb = model.embed_time(diffusion.model_timesteps(steps))
-        self.table = emb if self.class_cond else torch.cat(model.project(emb), dim=1)
+        self.embeddings = emb if self.class_cond else torch.cat(model.project(emb), dim=1)
         self.widths = [block.emb_width for block in model.res_blocks]
 
     def labels(self, y: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class _Network:
         return self.model.label_emb(y).float()
 
     def __call__(self, x: Tensor, row: Tensor, classes: Tensor | None, low_res: Tensor | None) -> Tensor:
-        at = self.table.index_select(0, row)
+        at = self.embeddings.index_select(0, row)
         if classes is not None:
             projected = self.model.project(at + classes)
         else:
@@ -75,7 +75,7 @@ class GuidedNetwork:
     def __init__(
         self,
         model: UNet,
-        plan: SolverTable,
+        table: SolverTable,
         diffusion: GaussianDiffusion,
         guidance: Guidance | None = None,
         compiled: bool = False,
@@ -85,13 +85,13 @@ class GuidedNetwork:
         compiled: compile the bodies of the network and of the guide with torch.compile.
         """
         guidance = guidance or Guidance()
-        self.settings, self.plan = model.settings, plan
+        self.settings, self.table = model.settings, table
         self.device = next(model.parameters()).device
         self.input_format = model.input_format
         self.epsilon = diffusion.mean_type is ModelMeanType.EPSILON
-        self.network = _Network(model, plan, diffusion)
-        self.guide = None if guidance.guide is None else _Network(guidance.guide, plan, diffusion)
-        self.guided = guidance.rows(plan, diffusion)
+        self.network = _Network(model, table, diffusion)
+        self.guide = None if guidance.guide is None else _Network(guidance.guide, table, diffusion)
+        self.guided = guidance.rows(table, diffusion)
         if compiled:
             kwargs = compile_kwargs(self.device, frozen=True)
             for network in filter(None, (self.network, self.guide)):

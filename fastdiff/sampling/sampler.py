@@ -76,7 +76,7 @@ class Sampler:
             raise UserError("cuda_graph True needs a GPU; leave it out")
         self.diffusion = self._diffusion()
         try:
-            self.plan = solver_table(self.diffusion, settings.solver, settings.eta)
+            self.table = solver_table(self.diffusion, settings.solver, settings.eta)
         except ValueError as error:  # the respacing keeps too few steps
             raise UserError(f"solver: {error}") from None
         self.guidance = self._guidance(guide)
@@ -85,7 +85,7 @@ class Sampler:
         self.cuda_graph = device.type == "cuda" and settings.cuda_graph is not False
         self.compiled, why = self._compiles(count)
         self.notes = [
-            f"{settings.solver}: {self.plan.num_evaluations} evaluations of the network per image",
+            f"{settings.solver}: {self.table.num_evaluations} evaluations of the network per image",
             f"torch.compile: {'yes' if self.compiled else 'no'} ({why}), CUDA graphs: "
             f"{'yes' if self.cuda_graph else 'no'}",
         ]
@@ -101,7 +101,7 @@ class Sampler:
         images, labels = [], []
         for batch in torch.from_numpy(index).split(self.batch_size):
             given = self._given(batch.to(self.device))
-            share = len(batch) / int(self.plan.complete.sum())
+            share = len(batch) / int(self.table.complete.sum())
 
             def report(_: Step, share: float = share) -> None:
                 on_progress(share)
@@ -150,7 +150,7 @@ class Sampler:
     @property
     def flops(self) -> float:
         """FLOPs of the network per image."""
-        return forward_flops(self.network.settings) * self.plan.num_evaluations
+        return forward_flops(self.network.settings) * self.table.num_evaluations
 
     @property
     def _spacing(self) -> str:
@@ -158,12 +158,12 @@ class Sampler:
         return SOLVERS[settings.solver].spacing if settings.spacing == "auto" else settings.spacing
 
     def _diffusion(self) -> GaussianDiffusion:
-        settings, process = self.settings, self.network.diffusion
+        settings, diffusion = self.settings, self.network.diffusion
         try:
-            kept = keep_steps(process, settings.steps, self._spacing, settings.sigma_max) if settings.steps else None
+            kept = keep_steps(diffusion, settings.steps, self._spacing, settings.sigma_max) if settings.steps else None
         except ValueError as error:
             raise UserError(str(error)) from None
-        return create_diffusion(process, self.network.settings.learn_sigma, kept)
+        return create_diffusion(diffusion, self.network.settings.learn_sigma, kept)
 
     def _guidance(self, guide: Network | None) -> Guidance:
         settings, model = self.settings, self.network.settings
@@ -232,13 +232,13 @@ class Sampler:
     def _launches(self) -> list[Any]:
         """Kernel launches of the engine."""
         return sampling_launches(
-            *(self.network.settings, self.diffusion, self.plan, self.batch_size, self.network.model.dtype),
+            *(self.network.settings, self.diffusion, self.table, self.batch_size, self.network.model.dtype),
             guidance=self.guidance,
             clip=self.settings.clip_denoised,
         )
 
     def _guided_network(self, compiled: bool = False) -> GuidedNetwork:
-        return GuidedNetwork(self.network.model, self.plan, self.diffusion, self.guidance, compiled)
+        return GuidedNetwork(self.network.model, self.table, self.diffusion, self.guidance, compiled)
 
     def _run(self, given: dict[str, Tensor], on_step: Callable[[Step], None]) -> np.ndarray:
         """Draw a batch: images [n, H, W, C] uint8. UserError if one is not finite."""

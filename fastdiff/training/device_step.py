@@ -1,4 +1,4 @@
-"""Optimiser steps: their base class, and one without DeepSpeed, which CUDA graphs can replay.
+"""Optimiser steps: their base class, and one that DeepSpeed takes no part in, which CUDA graphs can replay.
 
 This file also holds what such a step keeps on the device: the counts of skipped steps and fp16's loss scale.
 """

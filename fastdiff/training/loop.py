@@ -142,7 +142,7 @@ class Loop:
 
     def _introduce(self, source: str, notes: list[str]) -> None:
         """Write config.json, clean up the checkpoints' folder, and log what is trained on what."""
-        trainer, loader, plan = self.trainer, self.trainer.loader, self.trainer.plan
+        trainer, loader = self.trainer, self.trainer.loader
         if self.processes.is_main:
             content = {"kind": kind_of(self.config), **self.config.model_dump(mode="json")}
             write_json(self.folder / "config.json", content)
@@ -150,9 +150,8 @@ class Loop:
             notes = [*notes, *aside, *tidy(self.checkpoints)]
         classes = f" in {len(loader.class_names)} classes" if self.config.model.class_cond else ""
         summary = (
-            f"{millions(trainer)} parameters, {loader.num_images} images{classes} ({loader.loader_name}), batch "
-            f"{self.train.batch_size} = {self.processes.world_size} x {plan.micro} x {plan.accumulation}, "
-            f"{self.train.precision} on {self.processes.device}, in {self.folder}"
+            f"{millions(trainer)} parameters, {loader.num_images} images{classes} ({loader.loader_name}), "
+            f"batch {batch_of(trainer)}, {self.train.precision} on {self.processes.device}, in {self.folder}"
         )
         resuming_from = [f"resuming from {source} at step {trainer.step}"] if source else []
         for line in (summary, *self.notes, *resuming_from, *notes):
@@ -210,12 +209,12 @@ class Loop:
         metrics = trainer.read_metrics()
         now = time.perf_counter()
         seconds = max(now - self.interval_start, 1e-9)
-        metrics |= {
-            "images_per_second": (trainer.step - self.interval_step) * self.train.batch_size / seconds,
-            "data_wait": (trainer.waited - self.interval_waited) / seconds,
-            "memory_gb": memory_gb(self.processes.device),
-        }
-        remaining = (self.train.last_step - trainer.step) * seconds / max(1, trainer.step - self.interval_step)
+        steps = trainer.step - self.interval_step
+        if steps:  # none in an interval of which only the first step, which compiles, was taken
+            metrics["images_per_second"] = steps * self.train.batch_size / seconds
+        metrics["data_wait"] = (trainer.waited - self.interval_waited) / seconds
+        metrics["memory_gb"] = memory_gb(self.processes.device)
+        remaining = (self.train.last_step - trainer.step) * seconds / max(1, steps)
         self.reporter.write(trainer.step, self.train.last_step, metrics, remaining)
         self._start_interval(time.perf_counter())
 
@@ -366,8 +365,7 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
         "\n".join(notes) + "\n"
         f"parameters     {millions(trainer)}\n"
         f"images         {trainer.loader.num_images} ({trainer.loader.loader_name})\n"
-        f"batch          {config.train.batch_size} = {trainer.processes.world_size} processes x {trainer.plan.micro} "
-        f"images x {trainer.plan.accumulation} times\n"
+        f"batch          {batch_of(trainer)}\n"
         f"first loss     {metrics.get('loss', math.nan):.4f}\n"
         f"first step     {seconds:.1f} s, start-up included\n"
         f"peak memory    {memory_gb(trainer.device):.2f} GB on {trainer.device}\n"
@@ -380,6 +378,13 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
 def millions(trainer: Trainer) -> str:
     """The number of parameters in millions, such as 120.3M."""
     return f"{sum(shape.numel() for shape in trainer.master_weights.shapes.values()) / 1e6:.1f}M"
+
+
+def batch_of(trainer: Trainer) -> str:
+    """How the batch is split: "128 = 2 processes x 32 images x 2 times"."""
+    processes, plan = trainer.processes.world_size, trainer.plan
+    many = f"{processes} process{'es' * (processes > 1)}"
+    return f"{plan.train.batch_size} = {many} x {plan.micro} images x {plan.accumulation} times"
 
 
 def memory_gb(device: torch.device) -> float:

@@ -80,8 +80,8 @@ def _draw(
     if settings.class_cond:
         classes = torch.tensor(range(len(trainer.loader.class_names)), device=device)
         kwargs["y"] = classes[index % len(classes)] if batch is None else batch.labels[: len(index)]
-    plan = solver_table(diffusion, "ddim" if train.sample_respacing.startswith("ddim") else "ddpm")
-    network = GuidedNetwork(model, plan, diffusion)
+    table = solver_table(diffusion, "ddim" if train.sample_respacing.startswith("ddim") else "ddpm")
+    network = GuidedNetwork(model, table, diffusion)
     engine = Engine(network, batch_size=len(index), seed_and_key=train.seed | SAMPLES)
     samples = None
     for step in engine.steps(index, **kwargs):

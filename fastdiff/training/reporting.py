@@ -99,8 +99,9 @@ class Reporter:
                     self._tensorboard.add_scalar(name, value, step)
         shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "mse", "vb", "grad_norm") if name in metrics]
         bad = [f"skipped {metrics['skipped_steps']:.0f}"] if metrics.get("skipped_steps") else []
-        pace = f"{metrics.get('images_per_second', 0):.4g} images/s  ETA {_duration(seconds_left)}"
-        self.log(f"step {step}/{total_steps}  {'  '.join(shown + bad)}  {pace}")
+        rate = metrics.get("images_per_second")
+        pace = [] if rate is None else [f"{rate:.4g} images/s", f"ETA {_duration(seconds_left)}"]
+        self.log("  ".join([f"step {step}/{total_steps}", *shown, *bad, *pace]))
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """Add an [H, W, C] uint8 picture to TensorBoard."""

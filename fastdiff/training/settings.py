@@ -11,9 +11,9 @@ from fastdiff.ops import Kernels
 from fastdiff.settings import Affects, Count, Floats, Interval, Settings, Switch, Words, affecting, what_is_wrong
 
 RUN = Affects("run")
-"""Marks settings that say where and how to run. Changing them changes no number of a run, or only its rounding."""
+"""Marks settings that say where and how to run. Changing them doesn't change a run's results, except for rounding."""
 STREAM = Affects("stream")
-"""Marks settings that decide which images, timesteps and noise each step sees. A run may change them only by
+"""Marks training settings that decide which images, timesteps and noise each step sees. A run may change them only by
 allow_change."""
 FOREVER = 1_000_000  # steps of a run that names no end
 

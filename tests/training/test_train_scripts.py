@@ -83,7 +83,7 @@ def test_two_processes_with_zero2_and_their_resume(data: Path, tmp_path: Path) -
         for run in ("whole", "parts")
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert "4 = 2 x 1 x 2" in out
+    assert "4 = 2 processes x 1 images x 2 times" in out
 
 
 def test_deepspeed_launcher_and_its_json(data: Path, tmp_path: Path) -> None:
