@@ -29,7 +29,8 @@ def read_flags(
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+        options = [option for action in parser._actions for option in action.option_strings]
+        known = [option.removeprefix("--") for option in options if option.startswith("--")]
         near = did_you_mean(name.lstrip("-"), known).replace("mean ", "mean --")
         raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
     layer: Layer = {section: {} for section in sections}

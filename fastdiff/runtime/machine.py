@@ -155,7 +155,10 @@ def free_cores() -> int:
     """
     if _local_processes() > 1:
         return _share()
-    busy = psutil.cpu_percent(interval=0.25) / 100  # of all cores; waiting for disks counts as idle
+    try:
+        busy = psutil.cpu_percent(interval=0.25) / 100  # of all cores; waiting for disks counts as idle
+    except OSError:  # the system doesn't tell
+        busy = 0.0
     return max(1, min(allowed_cores(), math.floor((1 - busy) * psutil.cpu_count() + 0.5)))
 
 

@@ -133,7 +133,8 @@ class Sampler:
             unused |= {"guidance", "guidance_interval", "guide_model_path"}
         if not settings.allow_tf32:
             unused.add("allow_tf32")
-        given = {name: getattr(settings, name) for name in affecting(DrawSettings, "images", "network") - unused}
+        names = affecting(DrawSettings, "images", "network") - unused
+        given = {name: getattr(settings, name) for name in sorted(names)}
         named = {"model_path": network.digest, "guide_model_path": self._guide_digest, "spacing": self._spacing}
         found: dict[str, Any] = {**given, **{name: value for name, value in named.items() if name in given}}
         if "guidance_interval" in found:

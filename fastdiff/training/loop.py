@@ -132,7 +132,8 @@ class Loop:
                 self._stop()
             if self.preview and (step % train.sample_interval == 0 or last):
                 self._draw()
-        if profiler and not profiler.finished:
+        if profiler and not profiler.finished and trainer.step >= first:
+            profiler.close()
             reporter.log(f"no profile: it takes {SETTLING} steps to settle and {profiler.steps} more")
         if saved < trainer.step:
             self._save()

@@ -120,12 +120,18 @@ def test_where_files_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_profile_of_a_run(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--profile writes its files and prints a table; a run that ends before says that there is no profile."""
+    """--profile writes its files and prints a table; a run that ends before, or while it records, says so."""
     train.main(flags(data, tmp_path / "long", "--profile", "2", "--max_steps", str(SETTLING + 2)))
     assert f"profile, in {tmp_path / 'long' / 'profile'}:" in capsys.readouterr().out
     assert {file.name for file in (tmp_path / "long" / "profile").iterdir()} >= {"profile.json", "trace.json.gz"}
-    train.main(flags(data, tmp_path / "short", "--profile", "2", "--max_steps", str(SETTLING + 1)))
-    assert f"no profile: it takes {SETTLING} steps to settle and 2 more" in capsys.readouterr().out
+    train.main(flags(data, tmp_path / "long", "--profile", "2", "--max_steps", str(SETTLING + 2)))  # no step is left
+    assert "no profile" not in capsys.readouterr().out
+    words = flags(data, tmp_path / "short", "--profile", "2", "--max_steps", str(SETTLING + 1))
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "fastdiff" / "train.py"), *words], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr  # a profiler that is left open crashes the process at its end
+    assert f"no profile: it takes {SETTLING} steps to settle and 2 more" in ended.stdout
     assert not (tmp_path / "short" / "profile").exists()
 
 

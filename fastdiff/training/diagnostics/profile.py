@@ -129,6 +129,12 @@ class StepProfiler:
             return self._end(data_wait)
         return None
 
+    def close(self) -> None:
+        """Stop a profile that is still open: the process would crash at its end."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
+
     def _begin(self, data_wait: float) -> None:
         cuda = self.device.type == "cuda"
         self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
