@@ -96,7 +96,7 @@ def test_few_launches_beside_the_network() -> None:
             with Operations() as drawing:
                 t, weights = trainer.draw_timesteps(batch)
             with Operations() as adding:
-                trainer.meter.add(t, weights, dict.fromkeys(("loss", "mse", "vb"), torch.ones(len(t))))
+                trainer.meter.add(t, weights, dict.fromkeys(("loss", "mse", "vb"), torch.ones_like(weights)))
     assert drawing.count <= 8
     assert adding.count <= 25
 
