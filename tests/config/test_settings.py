@@ -268,6 +268,7 @@ def test_second_names_of_flags() -> None:
         assert (settings.out_dir, settings.grid_images) == ("here", 9)
         assert read(script, "--out_dir", "here", "--grid_images=9").sample == settings
     assert read("nll", "--out", "here").nll.out_dir == "here"
+    assert refusal(sample.main, ["--h"]) == "--h is not a flag of this script; --help lists them"
     assert "did you mean --grid?" in refusal(sample.main, ["--gridd", "3"])
     assert "--out is not a flag" in refusal(train.main, ["--out", "here"])
 

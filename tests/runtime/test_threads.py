@@ -42,6 +42,16 @@ def test_takes_the_idle_cores(machine: pytest.MonkeyPatch) -> None:
     assert threads.free_cores() == 1
 
 
+def test_a_system_that_does_not_tell(machine: pytest.MonkeyPatch) -> None:
+    """Where the load can't be read, as in some sandboxes, all allowed cores count as idle."""
+
+    def refused(interval: float) -> float:
+        raise FileNotFoundError("/proc/stat")
+
+    machine.setattr(psutil, "cpu_percent", refused)
+    assert threads.free_cores() == 16
+
+
 def test_shares_cores_with_other_processes_of_the_run(machine: pytest.MonkeyPatch) -> None:
     machine.setenv("LOCAL_WORLD_SIZE", "3")
     assert threads.free_cores() == 5

@@ -115,6 +115,7 @@ class StepProfiler:
 
     @property
     def finished(self) -> bool:
+        """Whether all steps have been profiled."""
         return self._seen >= SETTLING + self.steps
 
     def advance(self, data_wait: float) -> Breakdown | None:
@@ -130,7 +131,7 @@ class StepProfiler:
         return None
 
     def close(self) -> None:
-        """Stop a profile that is still open: the process would crash at its end."""
+        """Stop a profile that is still open, because a process that ends with one crashes."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
