@@ -7,7 +7,7 @@ switches between those and the Triton kernels; with "auto", CUDA tensors that a 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
@@ -45,6 +45,7 @@ if HAVE_TRITON:
     from fastdiff.kernels import noise as triton_noise
     from fastdiff.kernels import q_sample as triton_q_sample
     from fastdiff.kernels import sampler_step as triton_step
+    from fastdiff.kernels import timesteps as triton_timesteps
     from fastdiff.kernels.adamw_ema import Lists as AdamWLists  # noqa: F401
     from fastdiff.kernels.adamw_ema import squared_norm as triton_squared_norm
     from fastdiff.kernels.group_norm_silu_plan import MAX_GROUP
@@ -316,6 +317,18 @@ def q_sample(
     return reference_diffusion.q_sample(
         x_start, coefficients, _as_tensor(noise), flip=flip, dtype=dtype, channels=channels
     )
+
+
+def timesteps_at(uniform: Tensor, edges: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Timesteps [B] int64 and importance weights [B] for uniform [B]; see `reference_diffusion.timesteps_at`."""
+    timesteps = triton_timesteps if uses_kernels(uniform) else reference_diffusion
+    return timesteps.timesteps_at(uniform, edges, importance)
+
+
+def add_losses_(sums: Tensor, losses: Sequence[Tensor], t: Tensor, weights: Tensor, num_timesteps: int) -> None:
+    """Add losses [B] to sums by quartile of the timestep, in place; see `reference_diffusion.add_losses_`."""
+    timesteps = triton_timesteps if uses_kernels(t) else reference_diffusion
+    timesteps.add_losses_(sums, losses, t, weights, num_timesteps)
 
 
 def diffusion_loss(

@@ -21,7 +21,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import kernel_op, launch
+from fastdiff.kernels.launch import kernel_op, launcher
 from torch import Tensor
 
 CHUNK = 8192
@@ -342,23 +342,22 @@ class Lists:
         squares = params[0].new_empty(programs) if norm else None
         rate, decay = (0.0, weight_decay) if isinstance(lr, Tensor) else (lr, lr * weight_decay)
         if programs:
-            launch(
+            run = launcher(
                 _adamw_ema,
                 (programs,),
-                *self._tables,
-                *(lr_on_device, grad_scale, found_inf, squares),
                 *(rate, decay, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps),
                 K=K,
                 HALF=_TRITON_TYPES[self.halves[0].dtype] if self.halves else None,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
             )
+            run(*self._tables, lr_on_device, grad_scale, found_inf, squares)
         return params[0].new_empty(0) if squares is None else _total(squares)
 
 
 def _total(squares: Tensor) -> Tensor:
     total = squares.new_empty(())
-    launch(_sum, (1,), squares, total, squares.numel(), BLOCK=SUM_BLOCK, num_warps=16)
+    launcher(_sum, (1,), squares.numel(), BLOCK=SUM_BLOCK, num_warps=16)(squares, total)
     return total
 
 
@@ -389,7 +388,7 @@ def adamw_ema_(
     norm        whether to return the sum of squares of the unscaled gradients, a float32 scalar, inf if found_inf
                 skipped the step; else the result is an empty tensor.
     """
-    return Lists(params, exp_avgs, exp_avg_sqs, steps, averages, rates, halves).step(
+    squares = Lists(params, exp_avgs, exp_avg_sqs, steps, averages, rates, halves).step(
         grads,
         lr=lr,
         beta1=beta1,
@@ -400,6 +399,8 @@ def adamw_ema_(
         found_inf=found_inf,
         norm=norm,
     )
+    torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *averages, *halves])
+    return squares
 
 
 @adamw_ema_.register_fake
@@ -422,7 +423,7 @@ def squared_norm(grads: list[Tensor]) -> Tensor:
     squares = grads[0].new_empty(programs)
     if programs:
         addresses = _table(_addresses(grads), torch.int64, device, stream)
-        launch(_squares, (programs,), chunks, numels, addresses, squares, CHUNK=CHUNK, BLOCK=NORM_BLOCK)
+        launcher(_squares, (programs,), CHUNK=CHUNK, BLOCK=NORM_BLOCK)(chunks, numels, addresses, squares)
     return _total(squares)
 
 

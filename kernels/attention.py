@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import channels_last, kernel_op, launch
+from fastdiff.kernels.launch import channels_last, kernel_op, launcher
 from torch import Tensor
 
 SHORT = 256
@@ -376,10 +376,10 @@ def _attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     c = config_for(L, D, qkv.dtype)
     programs = BN * triton.cdiv(L, c.rows)
     if L <= SHORT:
-        launch(_forward_short, (programs,), qkv, out, lse, num_heads, D**-0.5, **_options(c, L, D))
+        launcher(_forward_short, (programs,), num_heads, D**-0.5, **_options(c, L, D))(qkv, out, lse)
     else:
         grid = (programs, triton.cdiv(D, c.block_out))
-        launch(_forward_long, grid, qkv, out, lse, L, num_heads, D**-0.5, **_options(c, L, D))
+        launcher(_forward_long, grid, L, num_heads, D**-0.5, **_options(c, L, D))(qkv, out, lse)
     return out, lse
 
 
@@ -401,21 +401,20 @@ def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num
     programs = BN * triton.cdiv(L, c.rows)
     options, scale = _options(c, L, D), D**-0.5
     if c.rows >= L:
-        launch(_backward_whole, (programs,), qkv, dout, lse, dqkv, num_heads, scale, **options)
+        launcher(_backward_whole, (programs,), num_heads, scale, **options)(qkv, dout, lse, dqkv)
         return dqkv
     delta = torch.empty_like(lse)
     if L <= SHORT:
         for keys in (False, True):  # the first launch writes delta, the second reads it
-            launch(
-                _backward_short, (programs,), qkv, dout, lse, delta, dqkv, num_heads, scale, KEYS=keys, **options
-            )  # fmt: skip
+            run = launcher(_backward_short, (programs,), num_heads, scale, KEYS=keys, **options)
+            run(qkv, dout, lse, delta, dqkv)
         return dqkv
     rows = 4096 // _power(D)
     blocks = BN * triton.cdiv(L, rows)
-    launch(_delta, (blocks,), out, dout, delta, L, num_heads, D=D, BLOCK_M=rows, BLOCK_D=_power(D))
+    launcher(_delta, (blocks,), L, num_heads, D=D, BLOCK_M=rows, BLOCK_D=_power(D))(out, dout, delta)
     grid = (programs, triton.cdiv(D, c.block_out))
     for keys in (False, True):
-        launch(_backward_long, grid, qkv, dout, lse, delta, dqkv, L, num_heads, scale, KEYS=keys, **options)
+        launcher(_backward_long, grid, L, num_heads, scale, KEYS=keys, **options)(qkv, dout, lse, delta, dqkv)
     return dqkv
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launch
+from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launcher
 from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import (
     QUADS,
@@ -186,10 +186,9 @@ def _op(
     noise, n_channel, n_pixel = noise_strides(noise)
     parts = triton.cdiv(H * W, 4 * QUADS)
     partial = torch.empty(B, parts, 2, dtype=torch.float32, device=output.device)
-    launch(
+    run = launcher(
         _diffusion_loss,
         (B, parts),
-        *(output, x, None if flip is None else flip.contiguous(), noise, index, draw, coefficients, partial, grad),
         *(seed, H * W, W, parts, x_channel, x_pixel, n_channel, n_pixel, coefficients.stride(0), vb_scale),
         C=C,
         EPSILON=epsilon,
@@ -198,8 +197,10 @@ def _op(
         Q=QUADS,
         ALIGNED=H * W % 4 == 0,
     )
+    run(output, x, None if flip is None else flip.contiguous(), noise, index, draw, coefficients, partial, grad)
     blocks = {"BLOCK_B": 32, "BLOCK_S": min(16, triton.next_power_of_2(parts))}
-    launch(_combine, (triton.cdiv(B, 32),), partial, coefficients, terms, B, parts, coefficients.stride(0), **blocks)
+    combine = launcher(_combine, (triton.cdiv(B, 32),), B, parts, coefficients.stride(0), **blocks)
+    combine(partial, coefficients, terms)
     return terms, grad
 
 

@@ -17,13 +17,24 @@ Source   Wu & He 2018 (https://arxiv.org/abs/1803.08494); Nichol & Dhariwal 2021
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from fastdiff.kernels import group_norm_silu_kernels as device
-from fastdiff.kernels.group_norm_silu_plan import check_norm, check_sum, plan
-from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launch, processors
+from fastdiff.kernels.group_norm_silu_plan import Plan, check_norm, check_sum, plan
+from fastdiff.kernels.launch import (
+    IMPLEMENTATIONS,
+    Launcher,
+    channels_last,
+    empty_map,
+    is_channels_last,
+    kernel_op,
+    launcher,
+    once_per_layout,
+    processors,
+)
 from torch import Tensor
 
 DROPOUT_BITS = 16
@@ -34,16 +45,25 @@ def drop_below(dropout: float) -> int:
     return round(dropout * 2**DROPOUT_BITS)
 
 
-def _rows(value: Tensor | None) -> tuple[Tensor | None, int]:
-    """A [B, C] tensor with contiguous rows, and its stride between rows; a half that chunk returns is not copied."""
-    if value is None:
-        return None, 0
-    if value.stride(1) != 1 and value.shape[1] > 1:
-        value = value.contiguous()
-    return value, value.stride(0)
+class Forward(NamedTuple):
+    """The launches of a forward call, either `slab` alone or the other three, for tensors of one layout."""
+
+    converted: bool
+    """Whether tensors have to be converted first, since a map is not channels-last or rows are not contiguous."""
+    y: tuple[int, int, int, int]
+    """Shape of the result."""
+    partial: tuple[int, int, int, int]
+    """Shape of the partial statistics."""
+    slab: Launcher | None = None
+    moments: Launcher | None = None
+    finalize: Launcher | None = None
+    apply: Launcher | None = None
 
 
-def _launch_forward(
+@once_per_layout
+def _forward_launches(
+    plan: Callable[..., Plan],
+    units: int,
     op: str,
     x: Tensor,
     second: Tensor | None,
@@ -59,35 +79,29 @@ def _launch_forward(
     eps: float,
     silu: bool,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (the norm's input, which is x or its sum with `second`; y; stats [B, 3, C])."""
-    name = "x" if second is None else "a"
-    check_norm(op, name, x, skip, weight, bias, scale, shift, offset, num_groups)
-    x = channels_last(x, op, name)
-    skip = None if skip is None else channels_last(skip, op, "skip")
+) -> Forward:
+    """Check the arguments and plan the launches on a GPU with `units` multiprocessors."""
+    if second is not None:
+        check_sum(op, x, second, second_bias)
+    check_norm(op, "x" if second is None else "a", x, skip, weight, bias, scale, shift, offset, num_groups)
     B, C1, H, W = x.shape
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
     C, group = C1 + C2, (C1 + C2) // num_groups
-    total = None
-    if second is not None:
-        second, total = channels_last(second, op, "b"), empty_map(B, C1, H, W, x)
-    made = x if total is None else total
-    y = empty_map(B, C, H, W, x)
-    stats = torch.empty(B, 3, C, dtype=torch.float32, device=x.device)
-    if not y.numel():
-        return made, y, stats.zero_()
-    (scale, scale_stride), (shift, shift_stride), (offset, offset_stride) = _rows(scale), _rows(shift), _rows(offset)
-    p = plan(B, L, C1, C2, group, x.itemsize, False, processors(x.device), seed is not None, second is not None)
+    as_they_are = all(map(is_channels_last, (x, second, skip))) and all(map(_has_rows, (scale, shift, offset)))
+    if not as_they_are or not B * C * L:
+        return Forward(not as_they_are, (B, C, H, W), (B, 0, 2, C))
+    scale_stride, shift_stride, offset_stride = map(_row_stride, (scale, shift, offset))
+    p = plan(B, L, C1, C2, group, x.itemsize, False, units, seed is not None, second is not None)
     below = drop_below(dropout)
     keep = 1 / (1 - below / 2**DROPOUT_BITS)
     chosen = p.tile if p.slab else p.finish
     tile = {"CG": group, "CT": chosen.channels, "CT_PAD": chosen.padded}
     tiles = C // chosen.channels
+    shapes = (False, (B, C, H, W), (B, p.splits, 2, C))
     if p.slab:
-        launch(
+        slab = launcher(
             device._slab_forward,
             (p.programs,),
-            *(x, second, second_bias, skip, weight, bias, scale, shift, offset, seed, total, y, stats),
             *(B * tiles, tiles, L, C1, C2, scale_stride, shift_stride, offset_stride, eps, below, keep),
             **tile,
             BLOCK_L=p.block_l,
@@ -95,31 +109,84 @@ def _launch_forward(
             SILU=silu,
             num_warps=p.num_warps,
         )
-        return made, y, stats
-    partial = torch.empty(B, p.splits, 2, C, dtype=torch.float32, device=x.device)
+        return Forward(*shapes, slab=slab)
     grid = (B * p.splits, C // p.block_c)
     block = {"ROWS": p.rows, "BLOCK_L": p.block_l, "BLOCK_C": p.block_c}
-    if second is None:
-        launch(device._moments, grid, x, skip, partial, p.splits, L, C1, C2, **block)
-    else:
-        summands = (x, second, second_bias, skip, total)
-        launch(device._sum_moments, grid, *summands, partial, p.splits, L, C1, C2, **block)
-    launch(
-        device._finalize_forward,
-        (B * tiles,),
-        *(partial, offset, stats, p.splits, tiles, L, C, offset_stride, eps),
-        **tile,
-        ROWS=p.rows,
-        BLOCK_S=triton.next_power_of_2(p.splits),
+    return Forward(
+        *shapes,
+        moments=launcher(
+            device._moments if second is None else device._sum_moments, grid, p.splits, L, C1, C2, **block
+        ),
+        finalize=launcher(
+            device._finalize_forward,
+            (B * tiles,),
+            *(p.splits, tiles, L, C, offset_stride, eps),
+            **tile,
+            ROWS=p.rows,
+            BLOCK_S=triton.next_power_of_2(p.splits),
+        ),
+        apply=launcher(
+            device._apply,
+            grid,
+            *(p.splits, L, C1, C2, scale_stride, shift_stride, below, keep),
+            **block,
+            SILU=silu,
+        ),
     )
-    launch(
-        device._apply,
-        grid,
-        *(made, skip, weight, bias, scale, shift, seed, y, stats),
-        *(p.splits, L, C1, C2, scale_stride, shift_stride, below, keep),
-        **block,
-        SILU=silu,
-    )
+
+
+def _has_rows(value: Tensor | None) -> bool:
+    """Whether each row of a [B, C] tensor is contiguous, as those of a half that `chunk` returns are."""
+    return value is None or value.stride(1) == 1 or value.shape[1] <= 1
+
+
+def _row_stride(value: Tensor | None) -> int:
+    return 0 if value is None else value.stride(0)
+
+
+def _launch_forward(
+    op: str,
+    x: Tensor,
+    second: Tensor | None,
+    second_bias: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    offset: Tensor | None,
+    seed: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (the norm's input, which is x or its sum with `second`; y; stats [B, 3, C]).
+
+    options: num_groups, eps, silu, dropout.
+    """
+    affine = (weight, bias, scale, shift, offset, seed)
+    run = _forward_launches(plan, processors(x.device), op, x, second, second_bias, skip, *affine, *options)
+    if run.converted:
+        x, second, skip = (
+            channels_last(*each)
+            for each in ((x, op, "x" if second is None else "a"), (second, op, "b"), (skip, op, "skip"))
+        )
+        rows = (None if value is None else value.contiguous() for value in (scale, shift, offset))
+        return _launch_forward(op, x, second, second_bias, skip, weight, bias, *rows, seed, *options)
+    total = None if second is None else empty_map(*x.shape, like=x)
+    made = x if total is None else total
+    y = empty_map(*run.y, like=x)
+    stats = torch.empty(len(x), 3, run.y[1], dtype=torch.float32, device=x.device)
+    if run.slab:
+        run.slab(x, second, second_bias, skip, *affine, total, y, stats)
+    elif run.moments and run.finalize and run.apply:
+        partial = torch.empty(run.partial, dtype=torch.float32, device=x.device)
+        if second is None:
+            run.moments(x, skip, partial)
+        else:
+            run.moments(x, second, second_bias, skip, total, partial)
+        run.finalize(partial, offset, stats)
+        run.apply(made, skip, weight, bias, scale, shift, seed, y, stats)
+    else:  # there are no elements
+        stats.zero_()
     return made, y, stats
 
 
@@ -169,7 +236,6 @@ def _add_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (the sum, y, stats)."""
     op = "add_group_norm_silu"
-    check_sum(op, a, b, b_bias)
     affine = (weight, bias, scale, shift, offset)
     return _launch_forward(op, a, b, b_bias, skip, *affine, seed, num_groups, eps, silu, dropout)
 
@@ -180,6 +246,93 @@ def _(a: Tensor, b: Tensor, b_bias: Tensor | None, skip: Tensor | None, *_: Any)
     total = empty_map(B, C, H, W, a)
     C += 0 if skip is None else skip.shape[1]
     return total, empty_map(B, C, H, W, a), a.new_empty(B, 3, C, dtype=torch.float32)
+
+
+class Backward(NamedTuple):
+    """The launches of a backward call: `slab` or the next three, and then `parameters`, for tensors of one layout."""
+
+    converted: bool
+    """As in `Forward`."""
+    partial: tuple[int, int, int, int]
+    """Shape of the partial sums."""
+    total_sums: tuple[int, int] | None
+    """Shape of the sums of dtotal, which the gradient of second_bias needs."""
+    slab: Launcher | None = None
+    partial_sums: Launcher | None = None
+    finalize: Launcher | None = None
+    apply: Launcher | None = None
+    parameters: Launcher | None = None
+
+
+@once_per_layout
+def _backward_launches(
+    plan: Callable[..., Plan],
+    units: int,
+    dy: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    second_bias: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    seed: Tensor | None,
+    num_groups: int,
+    silu: bool,
+    dropout: float,
+) -> Backward:
+    """Plan the launches on a GPU with `units` multiprocessors."""
+    B, C1, H, W = x.shape
+    L, C2 = H * W, 0 if skip is None else skip.shape[1]
+    C, group = C1 + C2, (C1 + C2) // num_groups
+    as_they_are = all(map(is_channels_last, (dy, dtotal, x, skip))) and all(map(_has_rows, (scale, shift)))
+    if not as_they_are or not x.numel():
+        return Backward(not as_they_are, (B, 0, 2, C), None)
+    scale_stride, shift_stride = map(_row_stride, (scale, shift))
+    p = plan(B, L, C1, C2, group, x.itemsize, True, units, seed is not None, dtotal is not None)
+    below = drop_below(dropout)
+    keep = 1 / (1 - below / 2**DROPOUT_BITS)
+    chosen = p.tile if p.slab else p.finish
+    tile = {"CG": group, "CT": chosen.channels, "CT_PAD": chosen.padded}
+    tiles = C // chosen.channels
+    parts = B * (1 if p.slab else p.splits)
+    shapes = (False, (B, p.splits, 2, C), None if dtotal is None or second_bias is None else (parts, C1))
+    parameters = launcher(
+        device._parameter_gradients,
+        (triton.cdiv(C, 32),),
+        *(B, parts, C, C1, scale_stride),
+        BLOCK_B=min(64, triton.next_power_of_2(B)),
+        BLOCK_C=32,
+    )
+    if p.slab:
+        slab = launcher(
+            device._slab_backward,
+            (p.programs,),
+            *(B * tiles, tiles, L, C1, C2, scale_stride, shift_stride, below, keep),
+            **tile,
+            BLOCK_L=p.block_l,
+            ONE_BLOCK=p.one_block,
+            SILU=silu,
+            num_warps=p.num_warps,
+        )
+        return Backward(*shapes, slab=slab, parameters=parameters)
+    grid = (B * p.splits, C // p.block_c)
+    block = {"ROWS": p.rows, "BLOCK_L": p.block_l, "BLOCK_C": p.block_c, "SILU": silu}
+    numbers = (p.splits, L, C1, C2, scale_stride, shift_stride, below, keep)
+    return Backward(
+        *shapes,
+        partial_sums=launcher(device._backward_sums, grid, *numbers, **block),
+        finalize=launcher(
+            device._finalize_backward,
+            (B * tiles,),
+            *(p.splits, tiles, L, C, scale_stride, shift_stride),
+            **tile,
+            BLOCK_S=triton.next_power_of_2(p.splits),
+        ),
+        apply=launcher(device._apply_backward, grid, *numbers, **block),
+        parameters=parameters,
+    )
 
 
 @kernel_op("group_norm_silu_backward")
@@ -205,78 +358,37 @@ def _backward(
     the sum of dx over pixels and images. sums: dshift, an intermediate, and the gradient of offset, the sum of
     dx - dtotal.
     """
-    dy = channels_last(dy, "group_norm_silu", "the gradient")
-    dtotal = None if dtotal is None else channels_last(dtotal, "add_group_norm_silu", "the gradient of the sum")
-    x = channels_last(x, "group_norm_silu", "x")
-    skip = None if skip is None else channels_last(skip, "group_norm_silu", "skip")
-    B, C1, H, W = x.shape
-    L, C2 = H * W, 0 if skip is None else skip.shape[1]
-    C, group = C1 + C2, (C1 + C2) // num_groups
+    given = (weight, bias, scale, shift, seed)
+    options = (num_groups, silu, dropout)
+    run = _backward_launches(plan, processors(x.device), dy, dtotal, x, second_bias, skip, *given, *options)
+    if run.converted:
+        op = "group_norm_silu"
+        dy, x, skip = channels_last(dy, op, "the gradient"), channels_last(x, op, "x"), channels_last(skip, op, "skip")
+        dtotal = channels_last(dtotal, "add_group_norm_silu", "the gradient of the sum")
+        scale, shift = (None if value is None else value.contiguous() for value in (scale, shift))
+        return IMPLEMENTATIONS["group_norm_silu_backward"](
+            dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, seed, stats, *options
+        )
     gradients = _empty_gradients(x, second_bias, skip, weight, bias, scale)
     dx, dskip, dweight, dbias, dscale, dsecond_bias, sums = gradients
-    if not x.numel():
+    out_skip = None if skip is None else dskip
+    total_sums = None
+    if run.total_sums:
+        total_sums = torch.empty(run.total_sums, dtype=torch.float32, device=x.device)
+    if run.slab:
+        run.slab(x, skip, *given, dy, dtotal, stats, dx, out_skip, sums, total_sums)
+    elif run.partial_sums and run.finalize and run.apply:
+        partial = torch.empty(run.partial, dtype=torch.float32, device=x.device)
+        line = torch.empty(len(x), 2, len(weight), dtype=torch.float32, device=x.device)
+        run.partial_sums(x, skip, *given, dy, stats, partial)
+        run.finalize(partial, weight, bias, scale, shift, stats, sums, line)
+        run.apply(x, skip, *given, dy, dtotal, stats, line, dx, out_skip, total_sums)
+    if run.parameters:
+        of_inputs = (None if scale is None else dscale, None if second_bias is None else dsecond_bias)
+        run.parameters(sums, total_sums, weight, bias, scale, dweight, dbias, *of_inputs)
+    else:  # there are no elements
         for gradient in gradients:
             gradient.zero_()
-        return gradients
-    (scale, scale_stride), (shift, shift_stride) = _rows(scale), _rows(shift)
-    p = plan(B, L, C1, C2, group, x.itemsize, True, processors(x.device), seed is not None, dtotal is not None)
-    below = drop_below(dropout)
-    keep = 1 / (1 - below / 2**DROPOUT_BITS)
-    chosen = p.tile if p.slab else p.finish
-    tile = {"CG": group, "CT": chosen.channels, "CT_PAD": chosen.padded}
-    tiles = C // chosen.channels
-    out_skip = None if skip is None else dskip
-    total_sums, parts = None, B * (1 if p.slab else p.splits)
-    if dtotal is not None and second_bias is not None:
-        total_sums = torch.empty(parts, C1, dtype=torch.float32, device=x.device)
-    if p.slab:
-        launch(
-            device._slab_backward,
-            (p.programs,),
-            *(x, skip, weight, bias, scale, shift, seed, dy, dtotal, stats, dx, out_skip, sums, total_sums),
-            *(B * tiles, tiles, L, C1, C2, scale_stride, shift_stride, below, keep),
-            **tile,
-            BLOCK_L=p.block_l,
-            ONE_BLOCK=p.one_block,
-            SILU=silu,
-            num_warps=p.num_warps,
-        )
-    else:
-        partial = torch.empty(B, p.splits, 2, C, dtype=torch.float32, device=x.device)
-        line = torch.empty(B, 2, C, dtype=torch.float32, device=x.device)
-        grid = (B * p.splits, C // p.block_c)
-        block = {"ROWS": p.rows, "BLOCK_L": p.block_l, "BLOCK_C": p.block_c, "SILU": silu}
-        launch(
-            device._backward_sums,
-            grid,
-            *(x, skip, weight, bias, scale, shift, seed, dy, stats, partial),
-            *(p.splits, L, C1, C2, scale_stride, shift_stride, below, keep),
-            **block,
-        )
-        launch(
-            device._finalize_backward,
-            (B * tiles,),
-            *(partial, weight, bias, scale, shift, stats, sums, line),
-            *(p.splits, tiles, L, C, scale_stride, shift_stride),
-            **tile,
-            BLOCK_S=triton.next_power_of_2(p.splits),
-        )
-        launch(
-            device._apply_backward,
-            grid,
-            *(x, skip, weight, bias, scale, shift, seed, dy, dtotal, stats, line, dx, out_skip, total_sums),
-            *(p.splits, L, C1, C2, scale_stride, shift_stride, below, keep),
-            **block,
-        )
-    launch(
-        device._parameter_gradients,
-        (triton.cdiv(C, 32),),
-        *(sums, total_sums, weight, bias, scale, dweight, dbias),
-        *(None if scale is None else dscale, None if second_bias is None else dsecond_bias),
-        *(B, parts, C, C1, scale_stride),
-        BLOCK_B=min(64, triton.next_power_of_2(B)),
-        BLOCK_C=32,
-    )
     return gradients
 
 

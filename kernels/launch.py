@@ -9,11 +9,13 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 OPTIONS = {"enable_fp_fusion": True}
 """Compiler options of every kernel."""
@@ -22,12 +24,41 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """Name of each op in the `fastdiff` namespace → the Python function that launches its kernels."""
 
 
-def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
-    """Register a function as the torch op fastdiff::name, opaque to torch.compile; its fake and backward come later."""
+_LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
 
-    def register(fn: Callable[..., Any]) -> Any:
+
+class KernelOp:
+    """A torch op, opaque to torch.compile, whose implementation is one Python function on every device.
+
+    It is registered with the dispatcher directly, because `torch.library.custom_op` wraps every call in four more
+    Python functions, which together take longer than two launches.
+    """
+
+    def __init__(self, name: str, implementation: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
+        self.name = f"fastdiff::{name}"
+        schema = torch.library.infer_schema(implementation, mutates_args=mutates_args)
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.fastdiff, name).default
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def register_fake(self, fake: Callable[..., Any]) -> None:
+        """Set the function that gives the results' shapes, dtypes and strides to torch.compile."""
+        torch.library.register_fake(self.name, fake, lib=_LIBRARY)
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """Set the op's derivative; see `torch.library.register_autograd`."""
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], KernelOp]:
+    """Register a function as the torch op fastdiff::name; its fake and its backward come later."""
+
+    def register(fn: Callable[..., Any]) -> KernelOp:
         IMPLEMENTATIONS[name] = fn
-        return torch.library.custom_op(f"fastdiff::{name}", fn, mutates_args=mutates_args)
+        return KernelOp(name, fn, mutates_args)
 
     return register
 
@@ -53,22 +84,75 @@ listener: Callable[[Launch], None] | None = None
 """A function that is called with every launch before it is made."""
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 3, **constexprs: Any
-) -> None:
-    """kernel[grid](*args, **constexprs); inside `record` the launch is recorded and nothing runs."""
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
-        return
-    if listener is not None:
-        listener(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
-    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS, **constexprs}
-    device = next((arg.device for arg in args if isinstance(arg, Tensor)), None)
-    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
-        kernel[grid](*args, **options)
-    else:  # Triton launches on the current device, wherever the tensors are
-        with torch.cuda.device(device):
-            kernel[grid](*args, **options)
+class Launcher:
+    """Launches one kernel with fixed numbers and constexprs: kernel[grid](*tensors, *numbers, **constexprs).
+
+    Triton takes five times as long to find a kernel's code as to launch it. So the code is kept by what it can still
+    depend on: the tensors' device and dtypes, and whether their addresses are multiples of 16.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        *numbers: float | None,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        **constexprs: Any,
+    ) -> None:
+        self._launch = Launch(kernel, grid, numbers, constexprs, num_warps, num_stages)
+        self._compiled: dict[tuple[Any, ...], Callable[..., None]] = {}
+
+    def __call__(self, first: Tensor, *others: Tensor | None) -> None:
+        """Launch the kernel on these tensors. Inside `record` the launch is recorded, and nothing runs."""
+        if _recorded is not None or listener is not None:
+            made = replace(self._launch, args=(first, *others, *self._launch.args))
+            if _recorded is not None:
+                _recorded.append(made)
+                return
+            if listener is not None:
+                listener(made)
+        device = first.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+                self(first, *others)
+            return
+        tensors = (first, *others)
+        key = (device.index, *[None if each is None else (each.dtype, each.data_ptr() % 16) for each in tensors])
+        run = self._compiled.get(key)
+        if run is None:
+            self._compile(key, tensors)
+        else:
+            run(*tensors)
+
+    def _compile(self, key: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        """Launch the kernel by Triton's own way, and keep the code that it found or compiled."""
+        kernel, grid, numbers = self._launch.kernel, self._launch.grid, self._launch.args
+        compiled = kernel[grid](*tensors, *numbers, **self._launch.options())
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            constants = [self._launch.constexprs[name] for name in kernel.arg_names[len(tensors) + len(numbers) :]]
+            run = compiled[(*grid, 1, 1)[:3]]
+            self._compiled[key] = lambda *given: run(*given, *numbers, *constants)
+
+
+launcher = functools.lru_cache(maxsize=4096)(Launcher)
+"""`Launcher`, made once for every combination of arguments."""
+
+
+def once_per_layout(prepare: Callable[..., Result]) -> Callable[..., Result]:
+    """Cache the results of a function that depends on its tensors' shapes, strides, dtypes and devices alone."""
+    known: dict[tuple[Any, ...], Result] = {}
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any) -> Result:
+        key = tuple(
+            [(arg.shape, arg.stride(), arg.dtype, arg.device) if isinstance(arg, Tensor) else arg for arg in args]
+        )
+        if key not in known:
+            known[key] = prepare(*args)
+        return known[key]
+
+    return prepared
 
 
 @contextmanager
@@ -100,9 +184,18 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def channels_last(x: Tensor, op: str, name: str) -> Tensor:
+def is_channels_last(x: Tensor | None) -> bool:
+    """Whether a map [B, C, H, W] lies in channels-last memory, is empty or is None."""
+    return x is None or x.is_contiguous(memory_format=torch.channels_last) or not x.numel()
+
+
+@overload
+def channels_last(x: Tensor, op: str, name: str) -> Tensor: ...
+@overload
+def channels_last(x: None, op: str, name: str) -> None: ...
+def channels_last(x: Tensor | None, op: str, name: str) -> Tensor | None:
     """A map [B, C, H, W] in channels-last memory; any other layout is converted, with one warning per op."""
-    if x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+    if x is None or is_channels_last(x):
         return x
     if not torch.compiler.is_compiling():
         _warn_once(
@@ -114,4 +207,5 @@ def channels_last(x: Tensor, op: str, name: str) -> Tensor:
 
 def empty_map(B: int, C: int, H: int, W: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised channels-last map, also where C, H or W is 1 and PyTorch could call it either layout."""
-    return torch.empty(B, H, W, C, dtype=dtype or like.dtype, device=like.device).permute(0, 3, 1, 2)
+    strides = (H * W * C, 1, W * C, C)
+    return torch.empty_strided((B, C, H, W), strides, dtype=dtype or like.dtype, device=like.device)

@@ -12,7 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import kernel_op, launch
+from fastdiff.kernels.launch import kernel_op, launcher
 from torch import Tensor
 
 # Numbers for whose values Triton compiles no variants, as no alignment depends on them.
@@ -111,7 +111,7 @@ def _op(seed: int, index: Tensor, draw: Tensor | None, shape: list[int]) -> Tens
     if out.numel():
         grid = (len(index), triton.cdiv(count, 4 * 128))
         draw = None if draw is None else draw.contiguous()
-        launch(_image_noise, grid, out, index.contiguous(), draw, seed, count, BLOCK=128)
+        launcher(_image_noise, grid, seed, count, BLOCK=128)(out, index.contiguous(), draw)
     return out
 
 
@@ -134,7 +134,7 @@ def _uniform_op(seed: int, index: Tensor, draw: int) -> Tensor:
     B = len(index)
     out = torch.empty(B, dtype=torch.float64, device=index.device)
     if B:
-        launch(_image_uniform, (triton.cdiv(B, 128),), out, index.contiguous(), draw, seed, B, BLOCK=128)
+        launcher(_image_uniform, (triton.cdiv(B, 128),), draw, seed, B, BLOCK=128)(out, index.contiguous())
     return out
 
 

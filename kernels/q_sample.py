@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import empty_map, kernel_op, launch
+from fastdiff.kernels.launch import empty_map, kernel_op, launcher
 from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import (
     QUADS,
@@ -100,16 +100,16 @@ def _op(
     x, x_channel, x_pixel = strides(x)
     noise, n_channel, n_pixel = noise_strides(noise)
     grid = (B, triton.cdiv(H * W, 4 * QUADS))
-    launch(
+    run = launcher(
         _q_sample,
         grid,
-        *(x, None if flip is None else flip.contiguous(), noise, index, draw, coefficients, out),
         *(seed, H * W, W, x_channel, x_pixel, n_channel, n_pixel, coefficients.stride(0)),
         C=C,
         PAD=channels,
         Q=QUADS,
         ALIGNED=H * W % 4 == 0,
     )
+    run(x, None if flip is None else flip.contiguous(), noise, index, draw, coefficients, out)
     return out
 
 

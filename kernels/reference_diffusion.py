@@ -7,6 +7,7 @@ Per-image coefficients are rows of [B, columns] float32; x_start is float32 [B, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -204,3 +205,31 @@ def sampler_step(
             sigma = sigma * torch.exp(0.5 * log_variance(values, variance, column["low"], column["high"], x))
         x_next = x_next + sigma * noise
     return x_next, pred_xstart
+
+
+def timesteps_at(uniform: Tensor, edges: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Timesteps [B] int64 and their importance weights [B] float32, for uniform [B] float64 in (0, 1).
+
+    edges       [T] int64: cumulative probabilities of the timesteps, as multiples of the last of them.
+    importance  [T] float32: the weight of each timestep.
+    """
+    target = (uniform.double() * edges[-1]).long()
+    t = torch.searchsorted(edges, target, right=True).clamp(max=len(edges) - 1)
+    return t, importance[t]
+
+
+def add_losses_(sums: Tensor, losses: Sequence[Tensor], t: Tensor, weights: Tensor, num_timesteps: int) -> None:
+    """Add the weighted losses of a micro-batch to sums by quartile of the timestep, in place.
+
+    sums     [3, 5, 3] float64: kind of loss; quartiles 0 to 3, and all; sum, count, and number of values left out
+             because they are not finite.
+    losses   one to three kinds, [B] float32 each.
+    t        [B] int64 below num_timesteps.
+    weights  [B] float32.
+    """
+    values = (torch.stack([each.detach() for each in losses]) * weights).double()
+    finite = values.isfinite()
+    counted = torch.stack([values.where(finite, 0.0), finite, ~finite], dim=2)  # [kind, B, 3]
+    rows = torch.arange(5, device=t.device)[:, None]
+    member = (4 * t // num_timesteps == rows) | (rows == 4)  # [5, B]
+    sums[: len(losses)] += (counted[:, None] * member[:, :, None]).sum(dim=2)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launch
+from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launcher
 from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import (
     QUADS,
@@ -134,11 +134,9 @@ def _op(
         return x_next, pred, network_input
     x, x_channel, x_pixel = strides(x)
     noise, n_channel, n_pixel = noise_strides(noise)
-    launch(
+    run = launcher(
         _sampler_step,
         (B, triton.cdiv(H * W, 4 * QUADS)),
-        *(output, x, *earlier, *[None] * (MAX_HISTORY - len(earlier))),
-        *(noise, index, draw, coefficients, x_next, pred, None if input_dtype is None else network_input),
         *(seed, H * W, x_channel, x_pixel, n_channel, n_pixel, coefficients.stride(0)),
         C=C,
         OUT=output.shape[1],
@@ -150,6 +148,9 @@ def _op(
         Q=QUADS,
         ALIGNED=H * W % 4 == 0,
     )
+    absent = [None] * (MAX_HISTORY - len(earlier))
+    written = (x_next, pred, None if input_dtype is None else network_input)
+    run(output, x, *earlier, *absent, noise, index, draw, coefficients, *written)
     return x_next, pred, network_input
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdiff import ops
+
 
 class UniformSampler:
     """Draws every timestep with the same probability; every importance weight is 1."""
@@ -23,11 +25,7 @@ class UniformSampler:
 
     def sample(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [B] int64 and importance weights 1 / (T p_t) [B] float32, for uniform [B] float64 in (0, 1)."""
-        edges, importance = self.table()
-        t = torch.searchsorted(edges, (uniform.double() * edges[-1]).long(), right=True).clamp(
-            max=self.num_timesteps - 1
-        )
-        return t, importance[t]
+        return ops.timesteps_at(uniform, *self.table())
 
     def table(self) -> tuple[Tensor, Tensor]:
         """(cumulative probabilities scaled to 2^48, [T] int64; importance weights [T] float32)."""

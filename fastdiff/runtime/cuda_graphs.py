@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Hashable
+from typing import Literal
 
 import torch
 
@@ -11,12 +14,15 @@ class GraphRunner:
     """Runs named pieces of work, each captured once as a CUDA graph and replayed from then on.
 
     All work runs on one side stream, in order with the current stream, and all graphs share one memory pool. A captured
-    piece of work must read and write tensors at fixed addresses, and must not wait for the device. With `enabled` False
-    `run` only calls the work.
+    piece of work must read and write tensors at fixed addresses, and must not wait for the device.
+
+    On a CPU, or with `use` False, `run` only calls the work. A capture can fail, for lack of memory or because of an
+    operation that CUDA forbids in it: then `use` True raises the error, and "auto" warns and goes on without graphs.
     """
 
-    def __init__(self, device: torch.device, enabled: bool) -> None:
-        self._stream = torch.cuda.Stream(device) if enabled else None
+    def __init__(self, device: torch.device, use: bool | Literal["auto"]) -> None:
+        self._stream = torch.cuda.Stream(device) if use and device.type == "cuda" else None
+        self._optional = use == "auto"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
     @property
@@ -45,22 +51,38 @@ class GraphRunner:
         with torch.cuda.stream(self._stream):
             if warming_up:
                 work()
-            else:
-                if name not in self._graphs:
-                    self._graphs[name] = self._capture(work, prepare)
+            elif name in self._graphs or self._captured(name, work, prepare):
                 self._graphs[name].replay()
+            else:
+                work()
         current.wait_stream(self._stream)
+        if not warming_up and name not in self._graphs:
+            self._stream = None
+            self._graphs.clear()
 
     def clear(self) -> None:
         """Drop all graphs, because tensors have moved."""
         self._graphs.clear()
 
-    def _capture(self, work: Callable[[], None], prepare: Callable[[], None] | None) -> torch.cuda.CUDAGraph:
+    def _captured(self, name: Hashable, work: Callable[[], None], prepare: Callable[[], None] | None) -> bool:
+        """Capture the work as the graph `name`; returns whether that was possible."""
         if prepare is not None:
             prepare()
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # thread_local: other threads, which load images or write files, may make CUDA calls during the capture.
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            work()
-        return graph
+        begin = functools.partial(torch.cuda.graph, stream=self._stream, capture_error_mode="thread_local")
+        try:
+            with begin(graph, pool=pool):
+                work()
+        except RuntimeError as error:
+            if not self._optional:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"CUDA graphs: going on without them, because a capture failed: {reason}", stacklevel=3)
+            # A capture that CUDA ends leaves the random number generators waiting for its end: this one frees them.
+            with begin(torch.cuda.CUDAGraph()):
+                pass
+            return False
+        self._graphs[name] = graph
+        return True

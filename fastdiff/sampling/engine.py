@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -59,19 +60,19 @@ class Engine:
         seed_and_key: int,
         clip: bool = True,
         fixed_shape: bool = False,
-        cuda_graph: bool = False,
+        cuda_graph: bool | Literal["auto"] = False,
     ) -> None:
         settings, table, device = network.settings, network.table, network.device
         self.network, self.table, self.device = network, table, device
         self.batch_size, self.seed_and_key, self.clip = batch_size, seed_and_key, clip
         self.shape = (settings.in_channels, *settings.size_hw)
-        self.fixed_shape = fixed_shape or cuda_graph
+        self.fixed_shape = fixed_shape or cuda_graph is not False
         self._coefficients = torch.from_numpy(table.coefficients).to(device, torch.float32)
         self._rows = torch.arange(table.num_evaluations, device=device)
         self._draws = torch.from_numpy(table.steps).to(device) + 1
         self._noisy = (table.column("sigma") != 0).tolist()
         self._state: _State | None = None
-        self._graphs = GraphRunner(device, enabled=cuda_graph)
+        self._graphs = GraphRunner(device, cuda_graph)
         self._warm = {False: 0, True: 0}
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ class Sampler:
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
         keep_compiled_code()
-        self.cuda_graph = device.type == "cuda" and settings.cuda_graph is not False
+        self.cuda_graph = settings.cuda_graph if device.type == "cuda" else False
         self.compiled, why = self._compiles(count)
         self.notes = [
             f"{settings.solver}: {self.table.num_evaluations} evaluations of the network per image",

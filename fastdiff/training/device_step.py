@@ -64,7 +64,7 @@ class OptimizerStep:
 
 
 class DeviceStep(OptimizerStep):
-    """A step for which the host never waits for the device, and which CUDA graphs replay with cuda_graph.
+    """A step for which the host never waits for the device, and which CUDA graphs replay unless cuda_graph is False.
 
     Whether the step is skipped must be known before the update. That takes one more pass over the gradients: 4 bytes
     per element, besides the 28 bytes of the update and 8 of each average.
@@ -85,7 +85,7 @@ class DeviceStep(OptimizerStep):
         self._grad_norm = torch.zeros((), device=device)
         self._inputs: Batch | None = None
         self._steps = 0
-        self._graphs = GraphRunner(device, enabled=self.train.cuda_graph and device.type == "cuda")
+        self._graphs = GraphRunner(device, self.train.cuda_graph)
 
     def start_over(self) -> None:
         super().start_over()

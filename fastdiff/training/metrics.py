@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdiff import ops
+
 _TERMS = ("loss", "mse", "vb")
+"""The terms that a loss can have, of which it has the first one, two or all."""
 
 
 class LossResult(NamedTuple):
@@ -35,7 +38,6 @@ class LossMeter:
         self.num_timesteps = num_timesteps
         # [term, q0..q3 and all, sum/count/number of non-finite values]
         self.sums = torch.zeros(len(_TERMS), 5, 3, dtype=torch.float64, device=device)
-        self._columns = torch.arange(5, device=device)[:, None]
 
     @staticmethod
     def fits(sums: object) -> bool:
@@ -44,16 +46,7 @@ class LossMeter:
 
     def add(self, t: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
         """Add the terms [B] of a micro-batch at timesteps t [B]."""
-        # All terms together and in few operations: on a GPU each is a launch, in every micro-batch.
-        rows = [i for i, name in enumerate(_TERMS) if name in terms]
-        values = (torch.stack([terms[_TERMS[i]].detach() for i in rows]) * weights).double()
-        finite = values.isfinite()
-        counted = torch.stack([values.where(finite, 0.0), finite, ~finite], dim=2)  # [term, B, 3]
-        quartile = 4 * t // self.num_timesteps
-        member = (quartile == self._columns) | (self._columns == 4)  # [5, B]
-        added = (counted[:, None] * member[:, :, None]).sum(dim=2)  # [term, 5, 3]
-        for i, row in zip(rows, added, strict=True):
-            self.sums[i] += row
+        ops.add_losses_(self.sums, [terms[name] for name in _TERMS if name in terms], t, weights, self.num_timesteps)
 
     def read(self) -> dict[str, float]:
         """{"loss": …, "loss_q0": …} without terms and quartiles that had no values; then start over. Collective.

@@ -32,7 +32,7 @@ from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.loop import LONG
 from fastdiff.training.microbatch import fit
 from fastdiff.training.previews import preview_diffusion
-from fastdiff.training.step_plan import StepPlan, decide_compile, plan_step, training_launches
+from fastdiff.training.step_plan import StepPlan, decide_compile, decide_cuda_graph, plan_step, training_launches
 from fastdiff.training.trainer import Trainer
 
 
@@ -159,10 +159,14 @@ def resolve_auto(
         compiles, why = False, "a dry run takes one step"
     if train.detect_anomaly:
         compiles, why = False, "detect_anomaly looks at single operations"
-    plan = plan.resolved(fitted.microbatch, compiles)
+    cuda_graph, why_graph = decide_cuda_graph(plan, processes.device)
+    plan = plan.resolved(fitted.microbatch, compiles, cuda_graph)
     model = config.model.model_copy(update={"use_checkpoint": fitted.use_checkpoint})
     path = f"through DeepSpeed ({plan.engine_reason})" if plan.engine_reason else "on the device alone (one process)"
-    lines = [f"step: {path}", f"torch.compile: {'yes' if compiles else 'no'} ({why})", *fitted.lines]
+    lines = [f"step: {path}", f"torch.compile: {'yes' if compiles else 'no'} ({why})"]
+    if processes.device.type == "cuda":
+        lines.append(f"CUDA graphs: {'yes' if cuda_graph else 'no'} ({why_graph})")
+    lines += fitted.lines
     return config.model_copy(update={"train": plan.train, "model": model}), plan, lines
 
 
@@ -186,10 +190,10 @@ def _check(config: Config) -> None:
         raise UserError("--data_dir is missing: give the folder of images to train on")
     if train.label_dropout and not model.null_class:
         raise UserError(f"--label_dropout {train.label_dropout:g} needs class_cond True and null_class True")
-    if train.detect_anomaly and (train.compile is True or train.cuda_graph):
-        which = "cuda_graph" if train.cuda_graph else "compile"
+    if train.detect_anomaly and (train.compile is True or train.cuda_graph is True):
+        which = "cuda_graph" if train.cuda_graph is True else "compile"
         raise UserError(f"--detect_anomaly True contradicts {which} True; leave one of them out")
-    if train.cuda_graph and not torch.cuda.is_available():
+    if train.cuda_graph is True and not torch.cuda.is_available():
         raise UserError("--cuda_graph True needs a GPU; leave it out")
     if train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")

@@ -64,8 +64,9 @@ class TrainSettings(Settings):
     compile: Annotated[Switch, RUN] = "auto"
     """Compile the network with torch.compile. auto: on a GPU unless weights are partitioned (zero_stage 3), on a CPU
     for runs long enough to win back the minutes it takes."""
-    cuda_graph: Annotated[bool, RUN] = False
-    """Replay the whole step as CUDA graphs: for small networks, on one GPU, without ZeRO or with its stage 1."""
+    cuda_graph: Annotated[Switch, RUN] = "auto"
+    """Replay the whole step as CUDA graphs, so that it costs the host almost no time: on one GPU, without ZeRO or with
+    its stage 1. auto: where that is possible."""
     cudnn_benchmark_limit: Annotated[int, RUN] = Field(10, ge=0)
     """On a GPU: how many plans cuDNN times for each shape of a convolution, at every start, to take the fastest; 0: all
     of them, for which the first step takes longer and later ones may be faster."""
@@ -143,7 +144,7 @@ class TrainSettings(Settings):
             raise ValueError(f"keep_every {self.keep_every} needs keep_last, without which all checkpoints stay")
         if self.use_fp16 and self.precision != "fp16":
             raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
-        if self.cuda_graph and self.zero_stage > 1:
+        if self.cuda_graph is True and self.zero_stage > 1:
             raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")
         return self
 

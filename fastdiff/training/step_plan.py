@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff import ops
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.noise_keys import NOISE, TIMESTEPS
+from fastdiff.diffusion.timesteps import UniformSampler
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model
 from fastdiff.models.unet import body_dtype, dummy_batch
@@ -23,6 +24,7 @@ from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.runtime.machine import compile_kwargs, missing_compiler
 from fastdiff.runtime.processes import Processes
 from fastdiff.settings import merge
+from fastdiff.training.metrics import LossMeter
 from fastdiff.training.microbatch import BUCKET, split_batch
 from fastdiff.training.settings import TrainSettings
 
@@ -81,9 +83,12 @@ class StepPlan:
         """Whether gradients are multiplied by a number before the update, to clip them or to undo a loss scale."""
         return self.train.precision == "fp16" or self.train.grad_clip > 0
 
-    def resolved(self, micro: int, compiles: bool) -> StepPlan:
-        """The plan with the values chosen for `microbatch` and `compile`, which may have been auto."""
-        train = self.train.model_copy(update={"microbatch": micro, "compile": compiles})
+    def resolved(self, micro: int, compiles: bool, cuda_graph: bool | Literal["auto"]) -> StepPlan:
+        """The plan with the values chosen for settings that may have been auto.
+
+        cuda_graph "auto" now means graphs that the step can do without, where a capture fails.
+        """
+        train = self.train.model_copy(update={"microbatch": micro, "compile": compiles, "cuda_graph": cuda_graph})
         return replace(self, train=train, micro=micro)
 
     def deepspeed_json(self) -> dict[str, Any]:
@@ -124,7 +129,7 @@ def plan_step(train: TrainSettings, deepspeed: dict[str, Any], processes: Proces
     plan = StepPlan(
         train, deepspeed, processes.world_size, body_dtype(train.precision, processes.device), reason, micro
     )
-    if train.cuda_graph and reason:
+    if train.cuda_graph is True and reason:
         raise UserError(f"--cuda_graph True can't be combined with {reason}; leave one of them out")
     return plan
 
@@ -166,6 +171,19 @@ def decide_compile(
     if missing := missing_compiler(device):
         return False, missing
     return True, "as the run began" if before else f"{steps_left} steps to go"
+
+
+def decide_cuda_graph(plan: StepPlan, device: torch.device) -> tuple[bool | Literal["auto"], str]:
+    """(value of `StepPlan.resolved`, why) of cuda_graph."""
+    if plan.train.cuda_graph != "auto":
+        return bool(plan.train.cuda_graph), f"cuda_graph {plan.train.cuda_graph}"
+    if device.type != "cuda":
+        return False, "no GPU"
+    if plan.engine_reason:
+        return False, plan.engine_reason
+    if plan.train.detect_anomaly:
+        return False, "detect_anomaly looks at single operations"
+    return "auto", "one GPU"
 
 
 def compile_network(model: UNet, zero_stage: int) -> None:
@@ -218,14 +236,17 @@ def forward_and_backward(
     if through_engine:
         model.to(precision)
     process = create_diffusion(diffusion, settings.learn_sigma)
+    timesteps, meter = UniformSampler(process.num_timesteps, META), LossMeter(process.num_timesteps, META)
     step, batch = dummy_batch(settings, 2 * micro, META), dummy_batch(settings, micro, META)
     # A second micro-batch lies behind the first one, perhaps not at a multiple of 16 bytes.
     for cut in (slice(micro), slice(micro, 2 * micro))[: 1 + more]:
         positions = step.noise.index[cut]
-        ops.image_uniform(TIMESTEPS, positions, 0)
+        t, weights = timesteps.sample(ops.image_uniform(TIMESTEPS, positions, 0))
         noise = replace(batch.noise, seed=NOISE, index=positions)
         given = batch._replace(images=step.images[cut], noise=noise)
-        process.training_losses(model, *given)["loss"].mean().backward()
+        terms = process.training_losses(model, *given)
+        meter.add(t, weights, terms)
+        terms["loss"].mean().backward()
     return list(model.parameters())
 
 

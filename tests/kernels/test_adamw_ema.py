@@ -310,8 +310,10 @@ def _arguments(t: Tensors) -> tuple[Any, ...]:
 def test_opcheck(norm: bool) -> None:
     t = make([(5,), (3, 2)], K=2, half=torch.bfloat16)
     scalar = torch.tensor(0.5, device=DEVICE)
-    torch.library.opcheck(adamw_ema_, _arguments(t), {"norm": norm, "grad_scale": scalar, "found_inf": scalar * 0})
-    torch.library.opcheck(squared_norm, (t.grads,))
+    torch.library.opcheck(
+        adamw_ema_.overload, _arguments(t), {"norm": norm, "grad_scale": scalar, "found_inf": scalar * 0}
+    )
+    torch.library.opcheck(squared_norm.overload, (t.grads,))
 
 
 def test_compiles_in_one_graph() -> None:

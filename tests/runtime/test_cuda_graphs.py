@@ -11,7 +11,7 @@ import torch
 
 from fastdiff.runtime.cuda_graphs import GraphRunner
 
-CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 
 
 class Stream:
@@ -50,7 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.append("back")
 
     @contextmanager
-    def capture(graph: Graph, pool: Any, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+    def capture(graph: Graph, *, pool: Any = None, stream: Stream, capture_error_mode: str) -> Iterator[None]:
         made.append(f"capture {graph.name}, {pool}, {stream.name}, {capture_error_mode}")
         yield
         made.append("captured")
@@ -72,7 +72,7 @@ def on_side(*made: str) -> list[str]:
 
 
 def test_captured_once_and_replayed(calls: list[str]) -> None:
-    runner = GraphRunner(CPU, enabled=True)
+    runner = GraphRunner(GPU, True)
 
     def run(name: str, warming_up: bool = False, prepare: bool = False) -> list[str]:
         calls.clear()
@@ -92,8 +92,63 @@ def test_captured_once_and_replayed(calls: list[str]) -> None:
     assert run("more")[2] == "capture graph 2, None, side, thread_local"
 
 
-def test_without_graphs(calls: list[str]) -> None:
-    runner = GraphRunner(CPU, enabled=False)
+@pytest.mark.parametrize(("device", "use"), [("cuda", False), ("cpu", True), ("cpu", "auto")])
+def test_without_graphs(calls: list[str], device: str, use: Any) -> None:
+    runner = GraphRunner(torch.device(device), use)
+    assert not runner.enabled
     for warming_up in (True, False):
         runner.run("first", lambda: calls.append("first"), warming_up=warming_up)
     assert calls == ["first", "first"]
+
+
+def refused(calls: list[str], refuse: list[bool]) -> Any:
+    """Return work that fails within a capture while `refuse` says so."""
+
+    def work() -> None:
+        calls.append("work")
+        if refuse[0] and "capture graph" in calls[-2:][0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore.")
+
+    return work
+
+
+def test_capture_that_fails(calls: list[str]) -> None:
+    """With "auto" the work is done without a graph, now and later, and a second capture ends the failed one."""
+    refuse = [False]
+    runner, work = GraphRunner(GPU, "auto"), refused(calls, refuse)
+    runner.run("first", work, warming_up=False)
+    assert runner.enabled
+    calls.clear()
+    refuse[0] = True
+    with pytest.warns(UserWarning, match=r"CUDA graphs: going on without them, .*: CUDA out of memory\.$"):
+        runner.run("more", work, warming_up=False)
+    ended = ["capture graph 2, None, side, thread_local", "captured"]
+    assert calls == on_side("capture graph 1, pool of graph 0, side, thread_local", "work", *ended, "work")
+    assert not runner.enabled
+    calls.clear()
+    runner.run("first", work, warming_up=False)
+    assert calls == ["work"]
+
+
+def test_capture_that_must_not_fail(calls: list[str]) -> None:
+    runner = GraphRunner(GPU, True)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.run("first", refused(calls, [True]), warming_up=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_operation_that_a_capture_forbids_gpu() -> None:
+    """Random numbers can be drawn after a capture that CUDA itself has ended."""
+    x, runner = torch.zeros(8, device="cuda"), GraphRunner(GPU, "auto")
+
+    def work() -> None:
+        x.copy_(torch.rand_like(x))
+        x.sum().item()
+
+    runner.run("first", work, warming_up=True)
+    with pytest.warns(UserWarning, match="going on without them"):
+        runner.run("first", work, warming_up=False)
+    assert not runner.enabled
+    before = x.clone()
+    runner.run("first", work, warming_up=False)
+    assert not torch.equal(x, before)
