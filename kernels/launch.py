@@ -35,7 +35,7 @@ class KernelOp:
     """
 
     def __init__(self, name: str, implementation: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
-        self.name = f"fastdiff::{name}"
+        self.name, self.implementation = f"fastdiff::{name}", implementation
         schema = torch.library.infer_schema(implementation, mutates_args=mutates_args)
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")

@@ -17,7 +17,7 @@ from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
 from fastdiff.runtime.cuda_graphs import GraphRunner
 from fastdiff.training.metrics import LossResult
-from fastdiff.training.optimizer import AdamWEMA, OnDevice, laid_out_as, learning_rate, learning_rate_on_device
+from fastdiff.training.optimizer import AdamWEMA, OnDevice, learning_rate, learning_rate_on_device
 from fastdiff.training.step_plan import StepPlan
 
 Losses = Callable[[Any, Batch], LossResult]
@@ -131,9 +131,6 @@ class DeviceStep(OptimizerStep):
         self.record(result)
         loss = poison_gradients(result.loss) / self.accumulation
         (loss if self.scale is None else loss * self.scale.cur_scale).backward()
-        for p in self._parameters:
-            if p.grad is not None:
-                p.grad = laid_out_as(p, p.grad)
 
     def _update(self) -> None:
         """Clip, AdamW, averages, loss scale; nothing but the scale changes where a gradient is not finite."""
