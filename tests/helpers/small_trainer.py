@@ -8,7 +8,7 @@ import torch
 
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.images.loader import Batch, to_device
-from fastdiff.models import UNetSettings, build_model
+from fastdiff.models import SuperResSettings, UNetSettings, build_model
 from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.settings import TrainSettings
@@ -31,22 +31,21 @@ THROUGH_ENGINE = {"wall_clock_breakdown": False}
 
 
 class MadeUp:
-    """A loader of random images [B, 8, 8, 3] that depend only on their position, on the GPU if there is one."""
+    """A loader of random images [B, size, size, C] that depend only on their position, on the GPU if there is one."""
 
     class_names = ["only"]
     num_images = 1000
     loader_name = "made up"
     unreadable: list[Any] = []
 
-    def __init__(self, batch_size: int, size: int = 8) -> None:
-        self.batch_size, self.size, self.position, self.seed = batch_size, size, 0, 0
+    def __init__(self, batch_size: int, size: int = 8, channels: int = 3) -> None:
+        self.batch_size, self.shape, self.position, self.seed = batch_size, (size, size, channels), 0, 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def __next__(self) -> Batch:
         positions = torch.arange(self.position, self.position + self.batch_size)
         generator = torch.Generator().manual_seed(self.position + self.seed)
-        shape = (self.batch_size, self.size, self.size, 3)
-        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        images = torch.randint(0, 256, (self.batch_size, *self.shape), dtype=torch.uint8, generator=generator)
         self.position += self.batch_size
         labels = torch.zeros(self.batch_size, dtype=torch.int64)
         return Batch(to_device(images, self.device), to_device(labels, self.device), positions)
@@ -65,6 +64,7 @@ def small_trainer(
     snapshot: Snapshot | None = None,
     model: dict[str, Any] | None = None,
     deepspeed: dict[str, Any] | None = None,
+    diffusion: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Trainer:
     """Make a trainer with four images per step in two micro-batches by default; no weight starts at zero.
@@ -74,17 +74,20 @@ def small_trainer(
     given = {"batch_size": 4, "microbatch": 2, "lr": 1e-3, "ema_rate": "0.9,0.99", "seed": 3, "cuda_graph": False}
     given |= settings
     train = TrainSettings(**given)
-    network_settings = UNetSettings(**{**MODEL, **(model or {})})
+    kind, left_out = (SuperResSettings, "image_size") if "large_size" in (model or {}) else (UNetSettings, "")
+    given_model = {name: value for name, value in {**MODEL, **(model or {})}.items() if name != left_out}
+    network_settings = kind(**given_model)
     torch.manual_seed(0)
     network = build_model(network_settings)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50, noise_schedule="cosine"), learn_sigma=True)
-    loader = MadeUp(train.batch_size, network_settings.image_size[0])
+    process_settings = DiffusionSettings(**{"diffusion_steps": 50, "noise_schedule": "cosine", **(diffusion or {})})
+    process = create_diffusion(process_settings, network_settings.learn_sigma)
+    loader = MadeUp(train.batch_size, network_settings.size_hw[0], network_settings.in_channels)
     processes = start_processes()
     plan = plan_step(train, deepspeed or {}, processes)
-    return Trainer(plan, network, diffusion, loader, processes, snapshot)  # type: ignore[arg-type]
+    return Trainer(plan, network, process, loader, processes, snapshot)  # type: ignore[arg-type]
 
 
 def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
