@@ -240,7 +240,8 @@ class Trainer:
     def _moments(self) -> tuple[dict[str, list[Tensor]], int]:
         """AdamW's moments on this rank, laid out like the shards (zeros before the first update), and the updates."""
         states = [self.optimizer.state.get(shard, {}) for shard in self.master_weights.shards]
-        updates = max((int(state["step"]) for state in states if "step" in state), default=0)
+        steps = [state["step"] for state in states if "step" in state]
+        updates = int(torch.stack(steps).max()) if steps else 0  # one wait for the device, not one for each
         pairs = list(zip(states, self.master_weights.shards, strict=True))
         return {
             key: [state[key] if key in state else torch.zeros_like(shard) for state, shard in pairs]

@@ -78,6 +78,8 @@ def compile_ahead(launches: list[Any]) -> int:
 def step(**given: Any) -> None:
     trainer = small_trainer(model=MODEL, ema_rate=",".join(map(str, RATES)), **given)
     trainer.model.set_precision(torch.bfloat16)
+    draw_timesteps = trainer.draw_timesteps  # its kernel does nothing either, and leaves numbers that are no timesteps
+    trainer.draw_timesteps = lambda batch: tuple(map(torch.zeros_like, draw_timesteps(batch)))
     trainer.take_step()
 
 

@@ -34,7 +34,8 @@ CLASSES: dict[str, str] = {
     r"|^_slab_|^_backward_sums$|^_apply(_backward)?$|^_(sum_)?moments$|^_finalize_|^_parameter_gradients$",
     "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|wgrad|dgrad|fprop|upsample|mkldnn_reorder",
     "matrix products": r"addmm|\bmm\b|::mm|bmm|linear|gemm|nvjet|cutlass|matmul",
-    "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_(noise|uniform)|philox|searchsorted",
+    "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_(noise|uniform)|philox|searchsorted"
+    r"|^_timesteps_at$|^_add_losses$",
     "copies": r"memcpy|memset|copy_kernel|CatArray|aten::copy_|aten::_to_copy|aten::to$|aten::clone|aten::contiguous",
 }
 """Class → pattern in the names of its operations or GPU kernels; the first match counts. Our own Triton kernels are
@@ -138,7 +139,8 @@ class StepProfiler:
 
     def _begin(self, data_wait: float) -> None:
         cuda = self.device.type == "cuda"
-        self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        self._profile = profile(activities=activities, acc_events=True)  # one cycle; without it torch warns
         self._synchronize()
         self._profile.start()
         self._start, self._waited = time.perf_counter(), data_wait

@@ -39,7 +39,10 @@ CLASS_OF_FILE = {
     "noise": "noising and loss",
     "q_sample": "noising and loss",
     "sampler_step": "noising and loss",
+    "timesteps": "noising and loss",
 }
+LAUNCHED = r"\b(?:launcher\(\s*|device\.)(_\w+)"
+"""A kernel that is launched, by its name in the file where it is defined or in another one, called `device`."""
 
 
 @pytest.mark.parametrize(
@@ -82,15 +85,13 @@ def test_classes(names: list[str], kind: str) -> None:
 @pytest.mark.parametrize("name", sorted(CLASS_OF_FILE))
 def test_classes_of_our_own_kernels(name: str) -> None:
     """Every kernel that a file in `kernels/` launches has the class of that file."""
-    launched = re.findall(r"\blaunch\(\s*(?:device\.)?(_\w+)", (KERNELS / f"{name}.py").read_text())
+    launched = re.findall(LAUNCHED, (KERNELS / f"{name}.py").read_text())
     assert launched
     assert {kernel: classify([kernel]) for kernel in launched} == dict.fromkeys(launched, CLASS_OF_FILE[name])
 
 
 def test_no_file_of_kernels_is_left_out() -> None:
-    launching = {
-        path.stem for path in KERNELS.glob("*.py") if re.search(r"\blaunch\(\s*(device\.)?_", path.read_text())
-    }
+    launching = {path.stem for path in KERNELS.glob("*.py") if re.search(LAUNCHED, path.read_text())}
     assert launching == set(CLASS_OF_FILE)
 
 
