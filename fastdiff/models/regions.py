@@ -1,8 +1,8 @@
 """The forward pass of a UNet in four regions, each of which is compiled by itself.
 
-Autograd sees a compiled graph as one node, which returns all its gradients at the end of its backward pass. If the whole
-network were one graph, no gradient could be sent to other processes before the last one is computed. With regions, the
-gradients of one are sent while the backward pass of the regions before it computes.
+Autograd sees a compiled graph as one node, which returns all its gradients at the end of its backward pass. If the
+whole network were one graph, no gradient could be sent to other processes before the last one is computed. With
+regions, the gradients of one are sent while the backward pass of the regions before it computes.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.runtime.machine import compile_kwargs, missing_compiler
 from fastdiff.runtime.processes import Processes
 from fastdiff.settings import merge
-from fastdiff.training.microbatch import BUCKET, overlaps, split_batch
+from fastdiff.training.microbatch import bucket_size, overlaps, split_batch
 from fastdiff.training.settings import TrainSettings
 
 WORTHWHILE_STEPS = 20_000
@@ -79,8 +79,8 @@ class StepPlan:
 
     @property
     def overlaps(self) -> bool:
-        """Whether gradients are reduced over the processes while the backward pass computes; see `overlaps`."""
-        return overlaps(self.train, self.world_size)
+        """Whether gradients are reduced over the processes while the backward pass computes."""
+        return overlaps(self.train.zero_stage, self.world_size)
 
     @property
     def in_regions(self) -> bool:
@@ -97,9 +97,13 @@ class StepPlan:
         train = self.train.model_copy(update={"microbatch": micro, "compile": compiles})
         return replace(self, train=train, micro=micro)
 
-    def deepspeed_json(self) -> dict[str, Any]:
-        """DeepSpeed's JSON: values derived from the settings, overridden by those in the user's section."""
+    def deepspeed_json(self, parameters: int) -> dict[str, Any]:
+        """DeepSpeed's JSON for a network with this many parameters.
+
+        It holds values derived from the settings, overridden by those in the user's section.
+        """
         train = self.train
+        bucket = bucket_size(train.zero_stage, self.world_size, parameters)
         derived: dict[str, Any] = {
             "train_batch_size": train.batch_size,
             "train_micro_batch_size_per_gpu": self.micro,
@@ -107,7 +111,7 @@ class StepPlan:
             "gradient_clipping": train.grad_clip,
             "zero_optimization": {
                 "stage": train.zero_stage,
-                **({"reduce_bucket_size": BUCKET} if train.zero_stage else {}),
+                **({"reduce_bucket_size": bucket} if train.zero_stage else {}),
                 **({"overlap_comm": True} if self.overlaps else {}),
             },
             "zero_allow_untested_optimizer": True,

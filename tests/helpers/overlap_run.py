@@ -2,7 +2,7 @@
 
 python overlap_run.py OUT.json STAGE:regions|whole ...
 
-test_regions.py runs it under torchrun. OUT.json holds one object per case: "events" of a step of two micro-batches,
+test_overlap.py runs it under torchrun. OUT.json holds one object per case: "events" of a step of two micro-batches,
 in order: "begin NAME", "end NAME" and "send"; and "losses" of all steps.
 """
 
@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -66,26 +66,23 @@ def sending(collective: Callable[..., Any], events: list[str]) -> Callable[..., 
 def case(stage: int, in_regions: bool) -> dict[str, Any]:
     """Take three steps, the last of which is recorded; after the first nothing may be compiled again."""
     torch._dynamo.reset()
+    settings: dict[str, Any] = {"zero_stage": stage, "precision": "bf16", "batch_size": 8, "model": SMALLEST}
     zero = {"reduce_bucket_size": BUCKET} if stage else {}
-    whole = mock.patch.object(step_plan.StepPlan, "in_regions", False)
-    kwargs = {"compile": True, "zero_stage": stage, "precision": "bf16", "batch_size": 8, "model": SMALLEST}
-    if in_regions:
-        trainer = small_trainer(**kwargs, deepspeed={"zero_optimization": zero})
-    else:
-        with whole:
-            trainer = small_trainer(**kwargs, deepspeed={"zero_optimization": zero})
+    with ExitStack() as stack:
+        if not in_regions:
+            stack.enter_context(mock.patch.object(step_plan.StepPlan, "in_regions", False))
+        trainer = small_trainer(compile=True, deepspeed={"zero_optimization": zero}, **settings)
     events: list[str] = []
     watch(trainer.model, events)
     losses = losses_of(trainer, 1)
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with ExitStack() as stack:
+        stack.enter_context(torch._dynamo.config.patch(error_on_recompile=True))
         losses += losses_of(trainer, 1)
-        patches = [mock.patch.object(deepspeed.comm, n, sending(getattr(deepspeed.comm, n), events)) for n in COLLECTIVES]
+        comm = sys.modules["deepspeed.comm"]
+        for name in COLLECTIVES:
+            stack.enter_context(mock.patch.object(comm, name, sending(getattr(comm, name), events)))
         events.clear()
-        for patch in patches:
-            patch.start()
-        trainer.take_step()
-        mock.patch.stopall()
-        losses.append(trainer.read_metrics())
+        losses += losses_of(trainer, 1)
     return {"events": events, "losses": losses}
 
 
