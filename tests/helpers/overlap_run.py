@@ -25,8 +25,6 @@ from fastdiff.training import step_plan
 from helpers.small_trainer import losses_of, small_trainer
 
 SMALLEST = {"attention_resolutions": "", "dropout": 0.0}
-BUCKET = 20_000
-"""Elements of a bucket: fewer than each region's parameters."""
 COLLECTIVES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor")
 
 
@@ -67,11 +65,10 @@ def case(stage: int, in_regions: bool) -> dict[str, Any]:
     """Take three steps, the last of which is recorded; after the first nothing may be compiled again."""
     torch._dynamo.reset()
     settings: dict[str, Any] = {"zero_stage": stage, "precision": "bf16", "batch_size": 8, "model": SMALLEST}
-    zero = {"reduce_bucket_size": BUCKET} if stage else {}
     with ExitStack() as stack:
         if not in_regions:
             stack.enter_context(mock.patch.object(step_plan.StepPlan, "in_regions", False))
-        trainer = small_trainer(compile=True, deepspeed={"zero_optimization": zero}, **settings)
+        trainer = small_trainer(compile=True, **settings)
     events: list[str] = []
     watch(trainer.model, events)
     losses = losses_of(trainer, 1)
