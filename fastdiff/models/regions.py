@@ -20,8 +20,8 @@ from fastdiff.models.unet import UNet
 class Regions:
     """A UNet's forward pass, cut where the maps leave the upper half of the levels and where they come back.
 
-    The upper levels have most of the work and few parameters, the lower ones most parameters. So the upper levels' own
-    backward pass, on the way down, hides the reduction of nearly all gradients, and few are left to reduce after it.
+    The upper levels have most of the work and few parameters, the lower ones most parameters. So when nearly all
+    gradients are known, the backward pass of the upper input blocks is still to come, and takes a fifth of the time.
     Residual sums are added up at the borders; only the one after the middle block could have been left to a norm.
     """
 

@@ -46,9 +46,9 @@ TRIED = 4
 def overlaps(zero_stage: int, world_size: int) -> bool:
     """Whether ZeRO reduces gradients while the backward pass computes (DeepSpeed's overlap_comm).
 
-    It does so with several processes at stages 1 and 2. This takes a second bucket, and at the end of each backward
-    pass the host waits for the GPU, whose next kernels are then launched a little late. At stage 0 DeepSpeed always
-    reduces after the backward pass, and stage 3 has a schedule of its own.
+    It does so with several processes at stages 1 and 2. This takes a second bucket, and after the reductions of a
+    backward pass the host waits for the GPU, whose next kernels are then launched a little late. At stage 0 DeepSpeed
+    always reduces after the backward pass, and stage 3 has a schedule of its own.
     """
     return world_size > 1 and zero_stage in (1, 2)
 
