@@ -10,8 +10,8 @@ observe:
 
 stage    what is sent, as whole tensors per step          bytes per GPU between steps and, (…), in the backward pass
 0        all-reduce w P                                   w P + 4 P [w < 4] + 8 P + 4 K P  (+ w P)
-1        all-reduce w P, all-gather w P                   w P + (12 + 4 K) P / n           (+ w P + w P / n + bucket)
-2        a times all-reduce w P, all-gather w P           w P + (12 + 4 K) P / n           (+ w P / n + bucket)
+1        all-reduce w P, all-gather w P                   w P + (12 + 4 K) P / n           (+ w P + w P / n + buckets)
+2        a times all-reduce w P, all-gather w P           w P + (12 + 4 K) P / n           (+ w P / n + buckets)
 3        a times reduce-scatter w P, f a times           w P / n + w S + (12 + 4 K) P / n
          all-gather w (P - S) and once w S                                (+ w P / n + bucket + w (P - S) if f = 1)
 
@@ -19,8 +19,9 @@ The terms are weights, float32 master weights, two moments, averages, and gradie
 and keep their part, which is DeepSpeed's default and sends 1.5 times as much as stage 0. Stage 3 never releases the S
 parameters of tensors up to stage3_param_persistence_threshold (100,000), and gathers the others f = 1 times per
 micro-batch where it keeps them from the forward to the backward pass, which it does while 2 P is within
-stage3_max_reuse_distance (a billion elements), and else f = 2 times. The bucket is reduce_bucket_size (the trainer's 50
-million elements) times w: at stages 1 and 2 in the backward pass, at stage 3 always. A 16-bit step makes float32 copies
+stage3_max_reuse_distance (a billion elements), and else f = 2 times. A bucket is reduce_bucket_size times w, by the
+trainer P / 3 elements and at most 100 million at stages 1 and 2, which have two of them in the backward pass, and 50
+million at stage 3, which always has one. A 16-bit step makes float32 copies
 of the gradients, 4 P (stage 0) or 4 P / n, when the activations are gone: the greater of both counts. Activations are
 `cost.saved_bytes` per image of a micro-batch; workspaces and fragmentation come on top. A GPU alone sends nothing.
 
@@ -31,10 +32,22 @@ the k = n / l nodes at --inter_gbs; and each message waits --latency_us for each
     step = a * micro + optimiser + exposed
     micro     = launches + (measured - optimiser - launches) * images / --micro, or the roofline's target
     optimiser = its bytes per parameter * P / copy rate, of P / n parameters from stage 1 on
-    exposed   = what is sent, less --overlap of the backward pass (2/3 of micro) for the reductions from stage 1 on,
-                and, at stage 3, --overlap of the whole micro-batch less that for the gathers
+    exposed   = what is sent, less --overlap of the part of it that is sent during the backward pass (2/3 of micro)
 
-An overlap of 0 is DeepSpeed without overlap_comm. Slow nodes, shared networks and waiting for images are not modelled.
+The rest of that part is the price of sharing the GPU: while messages are sent, other kernels are slower. What is sent
+during the backward pass depends on the stage:
+
+0        nothing: DeepSpeed reduces after the last backward pass
+1, 2     a timeline. The network is compiled in four regions (`fastdiff.models.regions`), each of which returns its
+         gradients at the end of its backward pass; their shares of the time are those of the roofline. A bucket that
+         is full is sent after those before it, and the backward pass waits when it fills a second one before the first
+         one is sent, since DeepSpeed has two. What is in the bucket at the end is sent after the backward pass, and so
+         are the gathered weights. Stage 1 reduces in the last micro-batch only.
+3        as many reductions as the backward pass has time for, and as many gathers as the micro-batch has left
+
+The column "1 graph" is the exposed time if the network were compiled as one graph: at stages 1 and 2 all gradients
+appear at the end of the backward pass, and everything is exposed. Slow nodes, shared networks and waiting for images
+are not modelled.
 """
 
 # This is one long file, because its formulas are those of the docstring, which --help prints beside the flags.
@@ -55,16 +68,20 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import roofline
+from fastdiff.config.load import Config
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, cost
+from fastdiff.models.regions import Regions
 from fastdiff.runtime.machine import GPUS, find
 from fastdiff.runtime.script import run_script
-from fastdiff.training.microbatch import BUCKET
+from fastdiff.training.microbatch import bucket_size, overlaps
 
 PERSISTENT = 100_000
 """DeepSpeed's stage3_param_persistence_threshold, elements of one tensor."""
 REUSE = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance, elements."""
+GATHERED = 500_000_000
+"""DeepSpeed's allgather_bucket_size, elements that stages 1 and 2 gather at once."""
 USD_PER_HOUR = 3.0
 """The price of one GPU, an assumption; prices differ by a factor of three."""
 
@@ -85,6 +102,14 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of the network that returns its gradients at once: its share of the backward pass, and its parameters."""
+
+    share: float
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU. Those from `gathered` on are only allocated during a part of the step."""
 
@@ -94,14 +119,14 @@ class Memory:
     averages: float
     gradients: float
     gathered: float
-    bucket: float
+    buckets: float
     step_copies: float
     activations: float
 
     @property
     def peak(self) -> float:
         lasting = self.weights + self.masters + self.moments + self.averages + self.gradients
-        return lasting + max(self.activations + self.gathered + self.bucket, self.step_copies)
+        return lasting + max(self.activations + self.gathered + self.buckets, self.step_copies)
 
 
 @dataclass(frozen=True)
@@ -149,6 +174,8 @@ class Row:
     sent_mb: float
     communication_ms: float
     exposed_ms: float
+    one_graph_ms: float
+    """Exposed time if the network were compiled as one graph."""
     step_ms: float
     images_per_second: float
     efficiency: float
@@ -172,10 +199,11 @@ def memory(
     weight_bytes: int = 2,
     averages: int = 1,
     activations: float = 0.0,
-    bucket: int = BUCKET,
+    bucket: int = 0,
 ) -> Memory:
-    """Memory of one GPU, by the module's table."""
+    """Memory of one GPU, by the module's table. A bucket of 0 elements stands for the trainer's."""
     P, w = size.parameters, weight_bytes
+    buckets = (bucket or bucket_size(stage, gpus, P)) * (2 if overlaps(stage, gpus) else 1)
     share = P / gpus if stage else P
     weights = w * P if stage < 3 else w * (P / gpus + size.persistent)
     masters = 4 * share if stage or w < 4 else 0.0
@@ -188,7 +216,7 @@ def memory(
         averages=4 * averages * share,
         gradients=gradients,
         gathered=w * (P - size.persistent) if stage == 3 and size.kept else 0.0,
-        bucket=w * bucket if stage else 0.0,
+        buckets=w * buckets if stage else 0.0,
         step_copies=copies,
         activations=activations,
     )
@@ -217,6 +245,30 @@ class Step:
         return self.launches + self.per_image * images
 
 
+def regions_of(settings: Config, precision: str, micro: int, machine: roofline.Machine) -> list[Region]:
+    """The regions in which the trainer compiles this network, in the order of the backward pass."""
+    network = cost.on_meta(settings.model)
+    regions = Regions(network)
+
+    def number(name: str) -> int:
+        """The region of an operation or a parameter, in the order of the forward pass."""
+        part, *rest = name.split(".")
+        if part == "input_blocks":
+            return int(int(rest[0]) >= len(regions.upper_inputs))
+        if part == "output_blocks":
+            return 2 + int(int(rest[0]) >= len(regions.lower_outputs))
+        return {"middle_block": 1, "out": 3}.get(part, 0)
+
+    seconds, counts = [0.0] * 4, [0] * 4
+    for i in range(4):
+        ops = [op for op in roofline.operations_of(settings, precision) if number(op.name) == i]
+        made = roofline.predict(ops, micro, machine, convolution_efficiency=0.8, copy_efficiency=0.9)
+        seconds[i] = sum(share.ms for name, share in made.shares.items() if name != "optimiser")
+    for name, parameter in network.named_parameters():
+        counts[number(name)] += parameter.numel()
+    return [Region(s / sum(seconds), count) for s, count in zip(seconds, counts, strict=True)][::-1]
+
+
 def measured_step(step_ms: float, micro: int, optimiser: float, launches: float) -> Step:
     """The step from a measured one of one micro-batch, less the predicted optimiser and launches."""
     rest = step_ms / 1e3 - optimiser - launches
@@ -238,18 +290,43 @@ def predicted_step(ops: Sequence[cost.Operation], machine: roofline.Machine, mic
 
 
 def communication(
-    size: Size, stage: int, accumulation: int, gpus: int, links: Links, weight_bytes: int, bucket: int = BUCKET
+    size: Size, stage: int, accumulation: int, gpus: int, links: Links, weight_bytes: int, bucket: int
 ) -> tuple[float, float]:
     """Seconds of all reductions and of all gathers of one step, without any overlap."""
     if gpus == 1:
         return 0.0, 0.0
     sent = messages(size, stage, accumulation, weight_bytes=weight_bytes)
-    buckets = math.ceil(size.parameters / bucket)
     times = accumulation if stage > 1 else 1
     halves = 2 if sent.all_reduce else 1
-    reducing = links.seconds(halves * sent.all_reduce + sent.reduce_scatter, gpus, halves * times * buckets)
-    gathered = (1 if size.kept else 2) * accumulation * size.tensors if stage == 3 else buckets
-    return reducing, links.seconds(sent.all_gather, gpus, gathered) if stage else 0.0
+    reductions = halves * times * math.ceil(size.parameters / bucket)
+    reducing = links.seconds(halves * sent.all_reduce + sent.reduce_scatter, gpus, reductions)
+    if stage == 3:
+        gathers = (1 if size.kept else 2) * accumulation * size.tensors
+    else:
+        gathers = math.ceil(size.parameters / GATHERED)
+    return reducing, links.seconds(sent.all_gather, gpus, gathers) if stage else 0.0
+
+
+def below_backward(regions: Sequence[Region], backward: float, bucket: int, reducing: float) -> float:
+    """Seconds of the reductions of one backward pass that take place during it, by the module's timeline.
+
+    regions   in the order of the backward pass
+    backward  seconds of the backward pass alone
+    bucket    elements
+    reducing  seconds of the reductions of all parameters
+    """
+    per_element = reducing / sum(region.parameters for region in regions)
+    now = free = 0.0  # when the backward pass and the last reduction so far end
+    filled = 0
+    for region in regions:
+        now += region.share * backward
+        filled += region.parameters
+        while filled > bucket:
+            now = max(now, free)
+            free = now + bucket * per_element
+            filled -= bucket
+    end = max(now, free) + filled * per_element
+    return reducing - (end - backward)
 
 
 def row(
@@ -267,18 +344,29 @@ def row(
     overlap: float = 0.5,
     gpu_memory: float = math.inf,
     usd_per_hour: float = USD_PER_HOUR,
-    bucket: int = BUCKET,
+    bucket: int = 0,
+    regions: Sequence[Region] = (),
 ) -> Row:
-    """One line of the table. `saved` is bytes of activations per image; the rest is as in the module's docstring."""
+    """One line of the table.
+
+    saved    Bytes of activations per image.
+    bucket   Elements; 0 stands for the trainer's.
+    regions  In the order of the backward pass; none stands for one graph.
+    """
     batch = micro * accumulation * gpus
     compute = accumulation * step.micro(micro)
     optimiser = step.optimiser / (gpus if stage else 1)
+    bucket = bucket or bucket_size(stage, gpus, size.parameters)
     reducing, gathering = communication(size, stage, accumulation, gpus, links, weight_bytes, bucket)
-    backward = 2 / 3 * step.micro(micro) * (1 if stage == 1 else accumulation)
-    hidden = min(reducing, overlap * backward) if stage else 0.0
+    backward = 2 / 3 * step.micro(micro)
+    below = 0.0
     if stage == 3:
-        hidden += min(gathering, overlap * compute - hidden)
-    exposed = reducing + gathering - hidden
+        below = min(reducing, accumulation * backward)
+        below += min(gathering, compute - below)
+    elif stage and regions:
+        times = accumulation if stage == 2 else 1
+        below = times * below_backward(regions, backward, bucket, reducing / times)
+    exposed = reducing + gathering - overlap * below
     seconds = compute + optimiser + exposed
     needed = memory(
         size, stage, gpus, weight_bytes=weight_bytes, averages=averages, activations=saved * micro, bucket=bucket
@@ -296,6 +384,7 @@ def row(
         sent_mb=sent / 1e6,
         communication_ms=1e3 * (reducing + gathering),
         exposed_ms=1e3 * exposed,
+        one_graph_ms=1e3 * (exposed if stage == 3 else reducing + gathering),
         step_ms=1e3 * seconds,
         images_per_second=batch / seconds,
         efficiency=batch / seconds / gpus * step.micro(micro) / micro,
@@ -336,10 +425,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--inter_gbs", type=float, default=50, help="GB/s per GPU between nodes (default: 50, 400 Gb/s)"
     )
     parser.add_argument("--latency_us", type=float, default=5, help="per message and doubling (default: 5, assumed)")
-    parser.add_argument("--overlap", type=float, default=0.5, help="share that hides communication (default: 0.5)")
     parser.add_argument(
-        "--bucket", type=int, default=BUCKET, help="reduce_bucket_size, in elements (default: the trainer's)"
+        "--overlap", type=float, default=0.5, help="share of what is sent beside kernels that is free (default: 0.5)"
     )
+    parser.add_argument("--bucket", type=int, help="reduce_bucket_size, in elements (default: the trainer's)")
     parser.add_argument(
         "--usd_per_hour", type=float, default=USD_PER_HOUR, help=f"of a GPU (default: {USD_PER_HOUR:g}, an assumption)"
     )
@@ -386,6 +475,7 @@ def rows(args: argparse.Namespace) -> tuple[list[Row], str]:
         step = measured_step(args.step_ms, micro, step.optimiser, step.launches)
         source = f"a measured step of {args.step_ms:g} ms"
     batch = args.batch_size or settings.train.batch_size
+    regions = regions_of(settings, args.precision, micro, machine)
     links = Links(args.intra_gbs * 1e9, args.inter_gbs * 1e9, args.latency_us * 1e-6)
     made = [
         row(
@@ -401,7 +491,8 @@ def rows(args: argparse.Namespace) -> tuple[list[Row], str]:
             overlap=args.overlap,
             gpu_memory=gpu.memory,
             usd_per_hour=args.usd_per_hour,
-            bucket=args.bucket,
+            bucket=args.bucket or 0,
+            regions=regions,
         )
         for n, images, times in shares(args.gpus, batch, micro, args.accumulation)
         for stage in args.stages
@@ -420,13 +511,13 @@ def main(argv: list[str] | None = None) -> None:
         f"${args.usd_per_hour:g} per GPU and hour (an assumption)"
     )
     print(
-        f"{'GPUs':>5}{'ZeRO':>5}{'batch':>8}{'micro':>12}{'step ms':>10}{'exposed':>9}{'sent MB':>9}"
+        f"{'GPUs':>5}{'ZeRO':>5}{'batch':>8}{'micro':>12}{'step ms':>10}{'exposed':>9}{'1 graph':>9}{'sent MB':>9}"
         f"{'images/s':>10}{'eff.':>6}{'GB':>8}{'$/step':>10}{'$/M images':>12}"
     )
     for r in made:
         shared = f"{r.accumulation} x {r.micro}"
         print(
-            f"{r.gpus:5}{r.stage:5}{r.batch:8}{shared:>12}{r.step_ms:10.2f}{r.exposed_ms:9.2f}{r.sent_mb:9.0f}"
+            f"{r.gpus:5}{r.stage:5}{r.batch:8}{shared:>12}{r.step_ms:10.2f}{r.exposed_ms:9.2f}{r.one_graph_ms:9.2f}{r.sent_mb:9.0f}"
             f"{r.images_per_second:10.0f}{r.efficiency:6.0%}{r.memory_gb:7.1f}{' ' if r.fits else '!'}"
             f"{r.usd_per_step:10.5f}{r.usd_per_million_images:12.2f}"
         )

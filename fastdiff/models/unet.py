@@ -6,7 +6,7 @@ prepares a network for inference. `dummy_batch` makes inputs for measuring time 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -151,32 +151,46 @@ class UNet(nn.Module):
             return list(projected.split([block.emb_width for block in self.res_blocks], dim=1))
         return project_embedding(self.res_blocks, emb)
 
-    def _walk(self, x: Tensor, projected: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def start_map(self, x: Tensor, low_res: Tensor | None = None) -> Tensor:
+        """The input of the first layer, [B, network_in_channels, H, W] channels-last in the body's dtype."""
+        x = self._with_low_res(x, low_res)
+        h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if x.shape[1] == 1:  # with one channel both layouts match, and without these strides torch assumes NCHW
+            h = h.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
+        return h
+
+    def run_stages(
+        self, stages: Iterable[nn.Module], h: Map, emb_outs: Iterator[Tensor], skips: Sequence[Map] = ()
+    ) -> list[Map]:
+        """Outputs of consecutive blocks, given the projections of the embedding for them.
+
+        Only output blocks take skips; the first of them takes the last skip.
+        """
+        use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
+        outputs: list[Map] = []
+        for i, stage in enumerate(stages):
+            h = stage(h, emb_outs, skips[-1 - i] if skips else None, use_checkpoint)
+            outputs.append(h)
+        return outputs
+
+    def finish(self, h: Map) -> Tensor:
+        """The last norm and convolution in float32, [B, out_channels, H, W]."""
+        norm, _, conv = self.out
+        return conv(norm(value(h).float()))
+
+    def _walk(self, h: Tensor, projected: Sequence[Tensor]) -> tuple[list[Map], Map, list[Map]]:
         """Outputs of the input blocks, the middle block and the output blocks."""
         emb_outs = iter(projected)
-        use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
-        h: Map = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if x.shape[1] == 1:  # with one channel both layouts match, and without these strides torch assumes NCHW
-            h = value(h).reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
-        down: list[Map] = []
-        up: list[Map] = []
-        for stage in self.input_blocks:
-            h = stage(h, emb_outs, None, use_checkpoint)
-            down.append(h)
-        h = middle = self.middle_block(h, emb_outs, None, use_checkpoint)
-        for stage, skip in zip(self.output_blocks, reversed(down), strict=True):
-            h = stage(h, emb_outs, skip, use_checkpoint)
-            up.append(h)
-        return [value(h) for h in down], value(middle), [value(h) for h in up]
+        down = self.run_stages(self.input_blocks, h, emb_outs)
+        (middle,) = self.run_stages([self.middle_block], down[-1], emb_outs)
+        return down, middle, self.run_stages(self.output_blocks, middle, emb_outs, down)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         return self.body(x, self.project(self.embed(timesteps, y)), low_res)
 
     def body(self, x: Tensor, projected: Sequence[Tensor], low_res: Tensor | None = None) -> Tensor:
         """The network after `project`, whose result is an argument so that samplers can compute it in advance."""
-        h = self._walk(self._with_low_res(x, low_res), projected)[2][-1]
-        norm, _, conv = self.out
-        return conv(norm(h.float()))
+        return self.finish(self._walk(self.start_map(x, low_res), projected)[2][-1])
 
     def _with_low_res(self, x: Tensor, low_res: Tensor | None) -> Tensor:
         if low_res is not None:
@@ -187,8 +201,9 @@ class UNet(nn.Module):
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None
     ) -> dict[str, list[Tensor] | Tensor]:
         """The output of every block: {"down": [...], "middle": map, "up": [...]}, each [B, C, H, W] in x's dtype."""
-        down, middle, up = self._walk(self._with_low_res(x, low_res), self.project(self.embed(timesteps, y)))
-        return {"down": [h.to(x.dtype) for h in down], "middle": middle.to(x.dtype), "up": [h.to(x.dtype) for h in up]}
+        down, middle, up = self._walk(self.start_map(x, low_res), self.project(self.embed(timesteps, y)))
+        as_given = lambda h: value(h).to(x.dtype)
+        return {"down": [as_given(h) for h in down], "middle": as_given(middle), "up": [as_given(h) for h in up]}
 
     def set_precision(self, dtype: torch.dtype) -> UNet:
         """Compute the body in `dtype` (float32, bfloat16 or float16); weights are cast where they are used."""

@@ -92,7 +92,7 @@ def _no_broadcasts(deepspeed: Any) -> Iterator[None]:
 def create_engine(model: UNet, plan: StepPlan) -> tuple[Any, AdamWEMA]:
     """Wrap a model with loaded weights in DeepSpeed's engine; returns the engine and its inner optimiser."""
     deepspeed = _import_deepspeed()
-    config = plan.deepspeed_json()
+    config = plan.deepspeed_json(sum(p.numel() for p in model.parameters()))
     offloaded = "offload_optimizer" in config["zero_optimization"]  # then the master weights lie on the CPU
     fused_kernel = ops.uses_kernels(next(model.parameters())) and not offloaded
     optimizer = AdamWEMA(

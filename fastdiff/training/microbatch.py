@@ -35,10 +35,32 @@ if TYPE_CHECKING:
 
 BUCKET = 50_000_000
 """Elements that ZeRO reduces at once. DeepSpeed's default of 500 million would take 1 GB in 16 bits."""
+LARGEST_BUCKET = 100_000_000
+"""The same where gradients are reduced during the backward pass, for networks of 300 million parameters and more."""
 SPARE = 0.08
 """Share of the free memory left for what the estimate leaves out: cuDNN's workspaces, fragments, other programs."""
 TRIED = 4
 """How many micro-batch sizes are timed, the largest that fit."""
+
+
+def overlaps(zero_stage: int, world_size: int) -> bool:
+    """Whether ZeRO reduces gradients while the backward pass computes (DeepSpeed's overlap_comm).
+
+    It does so with several processes at stages 1 and 2. This takes a second bucket, and after the reductions of a
+    backward pass the host waits for the GPU, whose next kernels are then launched a little late. At stage 0 DeepSpeed
+    always reduces after the backward pass, and stage 3 has a schedule of its own.
+    """
+    return world_size > 1 and zero_stage in (1, 2)
+
+
+def bucket_size(zero_stage: int, world_size: int, parameters: int) -> int:
+    """Elements of the buckets in which ZeRO reduces the gradients of a network with this many parameters.
+
+    A compiled region (`models.regions`) returns all its gradients at once, and DeepSpeed lets the backward pass wait
+    when a second bucket is full before the first one is reduced. So with small buckets little would overlap. Of three
+    buckets, two are reduced during the backward pass of the regions, and only the last one after it.
+    """
+    return min(LARGEST_BUCKET, -(-parameters // 3)) if overlaps(zero_stage, world_size) else BUCKET
 
 
 def split_batch(train: TrainSettings, world_size: int) -> int:
@@ -272,14 +294,15 @@ def estimate(
     per_image = (peaks[1] - peaks[0]) // (sizes[1] - sizes[0])
     shared = [world_size if train.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     master = 4 * count // shared[0] if halves else 0
+    bucket = bucket_size(train.zero_stage, world_size, count) if train.zero_stage and not on_device else 0
+    buckets = 2 if overlaps(train.zero_stage, world_size) else 1  # one is filled while the other is reduced
     return Memory(
         weights=(2 if halves else 4) * count // shared[2],
         gradients=(2 if halves else 4) * count // shared[1] + (4 * count // shared[0] if halves else 0),
         optimizer=8 * count // shared[0] + master,
         averages=4 * count // shared[0] * len(train.ema_rate),
         per_image=per_image,
-        fixed=max(0, peaks[0] - sizes[0] * per_image)
-        + (BUCKET * (2 if halves else 4) if train.zero_stage and not on_device else 0),
+        fixed=max(0, peaks[0] - sizes[0] * per_image) + (2 if halves else 4) * bucket * buckets,
     )
 
 

@@ -179,6 +179,7 @@ def _compile_kernels(config: Config, plan: StepPlan, device: torch.device) -> li
         rates=plan.train.ema_rate,
         scaled=plan.scales_gradients,
         through_engine=bool(plan.engine_reason),
+        in_regions=plan.in_regions,
     )
     return precompile.start(launches, device)
 

@@ -19,13 +19,14 @@ from fastdiff.diffusion.noise_keys import NOISE, TIMESTEPS
 from fastdiff.diffusion.timesteps import UniformSampler
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.regions import Regions
 from fastdiff.models.unet import body_dtype, dummy_batch
 from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.runtime.machine import compile_kwargs, missing_compiler
 from fastdiff.runtime.processes import Processes
 from fastdiff.settings import merge
 from fastdiff.training.metrics import LossMeter
-from fastdiff.training.microbatch import BUCKET, split_batch
+from fastdiff.training.microbatch import bucket_size, overlaps, split_batch
 from fastdiff.training.settings import TrainSettings
 
 WORTHWHILE_STEPS = 20_000
@@ -79,6 +80,16 @@ class StepPlan:
         return self.share // self.micro
 
     @property
+    def overlaps(self) -> bool:
+        """Whether gradients are reduced over the processes while the backward pass computes."""
+        return overlaps(self.train.zero_stage, self.world_size)
+
+    @property
+    def in_regions(self) -> bool:
+        """Whether the network is compiled in regions, whose gradients can be reduced before the backward pass ends."""
+        return self.overlaps and self.train.compile is True
+
+    @property
     def scales_gradients(self) -> bool:
         """Whether gradients are multiplied by a number before the update, to clip them or to undo a loss scale."""
         return self.train.precision == "fp16" or self.train.grad_clip > 0
@@ -91,9 +102,13 @@ class StepPlan:
         train = self.train.model_copy(update={"microbatch": micro, "compile": compiles, "cuda_graph": cuda_graph})
         return replace(self, train=train, micro=micro)
 
-    def deepspeed_json(self) -> dict[str, Any]:
-        """DeepSpeed's JSON: values derived from the settings, overridden by those in the user's section."""
+    def deepspeed_json(self, parameters: int) -> dict[str, Any]:
+        """DeepSpeed's JSON for a network with this many parameters.
+
+        It holds values derived from the settings, overridden by those in the user's section.
+        """
         train = self.train
+        bucket = bucket_size(train.zero_stage, self.world_size, parameters)
         derived: dict[str, Any] = {
             "train_batch_size": train.batch_size,
             "train_micro_batch_size_per_gpu": self.micro,
@@ -101,7 +116,8 @@ class StepPlan:
             "gradient_clipping": train.grad_clip,
             "zero_optimization": {
                 "stage": train.zero_stage,
-                **({"reduce_bucket_size": BUCKET} if train.zero_stage else {}),
+                **({"reduce_bucket_size": bucket} if train.zero_stage else {}),
+                **({"overlap_comm": True} if self.overlaps else {}),
             },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
@@ -186,14 +202,15 @@ def decide_cuda_graph(plan: StepPlan, device: torch.device) -> tuple[bool | Lite
     return "auto", "one GPU"
 
 
-def compile_network(model: UNet, zero_stage: int) -> None:
-    """Compile the network's forward pass, and nothing around it.
+def compile_network(model: UNet, zero_stage: int, in_regions: bool = False) -> None:
+    """Compile the network's forward pass, as one graph or in regions, and nothing around it.
 
     DeepSpeed's `engine.compile` would include the hooks that it adds to the module, which count micro-batches: Dynamo
     would recompile them at every count.
     """
     kwargs = compile_kwargs(next(model.parameters()).device, fullgraph=zero_stage < 3)
-    model.forward = torch.compile(model.forward, **kwargs)  # type: ignore[method-assign]
+    compiled = Regions(model).compile(**kwargs) if in_regions else torch.compile(model.forward, **kwargs)
+    model.forward = compiled  # type: ignore[method-assign]
 
 
 def training_launches(
@@ -206,6 +223,7 @@ def training_launches(
     rates: Sequence[float] = (0.9999,),
     scaled: bool = False,
     through_engine: bool = False,
+    in_regions: bool = False,
 ) -> list[Launch]:
     """The kernel launches of an optimiser step on micro-batches of `micro` images, with a body in `precision`.
 
@@ -213,10 +231,11 @@ def training_launches(
     rates           Decay rates of the averages of the weights.
     scaled          Whether gradients are clipped or carry a loss scale.
     through_engine  Whether DeepSpeed takes the step instead of `DeviceStep`; then weights are in `precision`, too.
+    in_regions      Whether the network is compiled in regions, at whose borders no norm adds up a residual sum.
     """
 
     def work() -> None:
-        parameters = forward_and_backward(settings, diffusion, micro, precision, more, through_engine)
+        parameters = forward_and_backward(settings, diffusion, micro, precision, more, through_engine, in_regions)
         _update(parameters, rates, scaled, through_engine)
 
     return launches_of(work)
@@ -229,12 +248,15 @@ def forward_and_backward(
     precision: torch.dtype,
     more: bool = False,
     through_engine: bool = False,
+    in_regions: bool = False,
 ) -> list[Tensor]:
     """Run a training step up to its gradients on the meta device; returns the parameters. See `training_launches`."""
     with META:
         model = build_model(settings).train().set_precision(precision)
     if through_engine:
         model.to(precision)
+    if in_regions:
+        model.forward = Regions(model)  # type: ignore[method-assign]
     process = create_diffusion(diffusion, settings.learn_sigma)
     timesteps, meter = UniformSampler(process.num_timesteps, META), LossMeter(process.num_timesteps, META)
     step, batch = dummy_batch(settings, 2 * micro, META), dummy_batch(settings, micro, META)

@@ -70,7 +70,7 @@ class Trainer:
         model.to(self.device).train()
         self.engine, self.optimizer = create_engine(model, plan)
         if plan.train.compile is True:  # auto has been resolved already
-            compile_network(model, plan.train.zero_stage)
+            compile_network(model, plan.train.zero_stage, plan.in_regions)
         self.master_weights = MasterWeights(self.engine, model, processes.rank, processes.world_size)
         # DeepSpeed makes the master weights from weights already rounded to 16 bits, and may take a trial step.
         self.master_weights.fill(self.master_weights.shards, weights)

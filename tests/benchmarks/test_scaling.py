@@ -86,18 +86,48 @@ def test_one_gpu_is_the_measured_step() -> None:
 
 
 def test_time_by_hand() -> None:
-    """Stage 0 hides nothing and repeats the optimiser's work; from stage 1 the backward pass may hide the reduction."""
+    """One graph hides nothing; of two regions, the first one's full bucket is sent during the second one's backward."""
     reduction = 1e3 * 2 * 2e6 / 2 / 400e9  # of 2 MB on 2 GPUs, ms
     whole = row(0, 2, overlap=1.0)
     assert whole.step_ms == pytest.approx(10 + 4 + reduction)
-    shared = row(1, 2, overlap=0.0)
+    shared = row(1, 2, overlap=1.0)
     assert shared.step_ms == pytest.approx(10 + 2 + 1.5 * reduction)
-    hidden = row(1, 2, overlap=1.0)
-    assert hidden.exposed_ms == pytest.approx(reduction / 2)  # the gather follows the step
+    regions = [scaling.Region(0.5, 400_000), scaling.Region(0.5, 600_000)]
+    hidden = row(1, 2, overlap=1.0, bucket=300_000, regions=regions)
+    assert hidden.exposed_ms == pytest.approx((1 - 0.3 + 0.5) * reduction)  # the gather follows the step
+    assert hidden.one_graph_ms == shared.exposed_ms == shared.one_graph_ms
+    assert row(1, 2, overlap=0.5, bucket=300_000, regions=regions).exposed_ms == pytest.approx(1.35 * reduction)
+    assert row(2, 2, accumulation=4, overlap=1.0, bucket=300_000, regions=regions).exposed_ms == pytest.approx(
+        (4 * 0.7 + 0.5) * reduction
+    )
     assert row(3, 2, overlap=1.0).exposed_ms == 0
     assert row(2, 2, accumulation=4, overlap=0.0).exposed_ms == pytest.approx(4.5 * reduction)
     assert whole.usd_per_step == pytest.approx(scaling.USD_PER_HOUR * 2 * whole.step_ms / 3.6e6)
     assert whole.images_per_second == pytest.approx(18 / whole.step_ms * 1e3)
+
+
+def test_the_backward_pass_waits_for_a_bucket() -> None:
+    """Region 1 ends after 5 s and fills 3 buckets of 2 s each: the second waits for the first, the third isn't full.
+
+    Region 2 begins after 7 s and ends after 12 s. Its bucket and the last one end after 16 s, 6 s late, so 2 of the 8 s
+    are hidden: the one bucket that was sent while region 2 computed.
+    """
+    regions = [scaling.Region(0.5, 3), scaling.Region(0.5, 1)]
+    assert scaling.below_backward(regions, backward=10.0, bucket=1, reducing=8.0) == pytest.approx(2.0)
+    # Of buckets that need longer than the rest of the backward pass, only that rest is hidden.
+    assert scaling.below_backward(regions, backward=10.0, bucket=2, reducing=80.0) == pytest.approx(5.0)
+    assert scaling.below_backward([scaling.Region(1.0, 4)], backward=10.0, bucket=1, reducing=8.0) == 0.0
+
+
+def test_regions_of_a_network() -> None:
+    """They are all of the network, and the first and the last of the backward pass have few parameters."""
+    settings = roofline.load_config("imagenet64_uncond")
+    regions = scaling.regions_of(settings, "bf16", 32, roofline.machine_for("H200"))
+    assert sum(region.share for region in regions) == pytest.approx(1.0)
+    assert sum(region.parameters for region in regions) == scaling.size_of(settings.model).parameters
+    counts, shares = [r.parameters for r in regions], [r.share for r in regions]
+    assert max(counts[0], counts[3]) < 0.3 * min(counts[1:3])
+    assert min(shares[0], shares[3]) > max(shares[2], 0.15)
 
 
 def test_memory_falls_with_the_stage() -> None:

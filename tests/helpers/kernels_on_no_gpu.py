@@ -21,6 +21,7 @@ from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.models import UNetSettings, build_model
+from fastdiff.models.regions import Regions
 from fastdiff.models.unet import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
@@ -30,6 +31,7 @@ from helpers.small_trainer import small_trainer
 
 ARCH = 90
 MODEL: dict[str, Any] = {**small.MODEL, "channel_mult": "1", "attention_resolutions": "8"}
+WIDE = {**MODEL, "num_channels": 64}  # shares no launch of a norm with MODEL
 DIFFUSION = DiffusionSettings(diffusion_steps=50, noise_schedule="cosine")
 RATES = (0.9, 0.99)
 LABELLED = UNetSettings(**{**MODEL, "class_cond": True, "null_class": True, "num_classes": 3})
@@ -59,10 +61,12 @@ class NoGPU:
 
 
 def recorded() -> list[Any]:
-    """Return the launches of the two training steps and the drawing below."""
+    """Return the launches of the three training steps and the drawing below."""
     model = UNetSettings(**MODEL)
     found = training_launches(model, DIFFUSION, 2, torch.bfloat16, more=True, rates=RATES)
-    found += training_launches(model, DIFFUSION, 2, torch.bfloat16, rates=RATES, through_engine=True)
+    engine: dict[str, Any] = {"rates": RATES, "through_engine": True}
+    found += training_launches(model, DIFFUSION, 2, torch.bfloat16, **engine)
+    found += training_launches(UNetSettings(**WIDE), DIFFUSION, 2, torch.bfloat16, in_regions=True, **engine)
     return found + sampling_launches(LABELLED, *DRAWING, BATCH, torch.bfloat16, guidance=GUIDANCE)
 
 
@@ -75,11 +79,13 @@ def compile_ahead(launches: list[Any]) -> int:
     return len(lines)
 
 
-def step(**given: Any) -> None:
-    trainer = small_trainer(model=MODEL, ema_rate=",".join(map(str, RATES)), **given)
+def step(in_regions: bool = False, **given: Any) -> None:
+    trainer = small_trainer(model=WIDE if in_regions else MODEL, ema_rate=",".join(map(str, RATES)), **given)
     trainer.model.set_precision(torch.bfloat16)
     draw_timesteps = trainer.draw_timesteps  # its kernel does nothing either, and leaves numbers that are no timesteps
     trainer.draw_timesteps = lambda batch: tuple(map(torch.zeros_like, draw_timesteps(batch)))
+    if in_regions:
+        trainer.model.forward = Regions(trainer.model)  # type: ignore[method-assign]
     trainer.take_step()
 
 
@@ -98,6 +104,7 @@ def main() -> None:
     driver.set_active(NoGPU())
     step()
     step(zero_stage=2, precision="bf16")  # through DeepSpeed
+    step(zero_stage=2, precision="bf16", in_regions=True)
     draw()
     print(json.dumps({"found": sorted(seen[True]), "compiled": sorted(seen[False]), "ahead": ahead}))
 

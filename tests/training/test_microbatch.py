@@ -14,7 +14,7 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.models.unet import dummy_batch
 from fastdiff.runtime.processes import Processes
 from fastdiff.training import microbatch
-from fastdiff.training.microbatch import LiveBytes, Memory, estimate
+from fastdiff.training.microbatch import BUCKET, LiveBytes, Memory, estimate
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import plan_step
 
@@ -74,6 +74,19 @@ def test_states() -> None:
     assert per_parameter(precision="bf16") == 2 + (2 + 4) + (4 + 8) + 4
     assert per_parameter(4, precision="bf16", zero_stage=1) == pytest.approx(2 + 2 + (4 + 4 + 8 + 4) / 4, rel=1e-3)
     assert per_parameter(4, precision="bf16", zero_stage=3) == pytest.approx((2 + 2 + 4 + 4 + 8 + 4) / 4, rel=1e-3)
+
+
+def test_buckets() -> None:
+    """Several processes at ZeRO-1 have two buckets of a third of the parameters, one process at ZeRO-2 has one."""
+    diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=True)
+    count = sum(p.numel() for p in build_model(NETWORK).parameters())
+
+    def fixed(zero_stage: int, world_size: int) -> int:
+        train = TrainSettings(precision="bf16", zero_stage=zero_stage)
+        return estimate(NETWORK, train, diffusion, torch.float32, GPU, world_size).fixed
+
+    assert fixed(1, 4) - fixed(0, 4) == 2 * 2 * -(-count // 3)
+    assert fixed(2, 1) - fixed(0, 1) == 2 * BUCKET
 
 
 def test_live_bytes() -> None:

@@ -87,7 +87,7 @@ def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0
 
     train = TrainSettings(batch_size=1, zero_stage=stage, precision=precision, grad_clip=grad_clip)
     section = {"fp16": {"initial_scale_power": 4}} if precision == "fp16" else {}
-    config = plan_step(train, section, processes).deepspeed_json()
+    config = plan_step(train, section, processes).deepspeed_json(1000)
     model = Dots().to(processes.device)
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = AdamWEMA(model.parameters(), lr=1e-3, weight_decay=0.0, fused_kernel=fused_kernel)

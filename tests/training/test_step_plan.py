@@ -9,6 +9,7 @@ from helpers.small_trainer import small_trainer
 from fastdiff.errors import UserError
 from fastdiff.runtime import machine
 from fastdiff.runtime.processes import Processes
+from fastdiff.training.microbatch import BUCKET, LARGEST_BUCKET
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import WORTHWHILE_STEPS, decide_compile, needs_engine, plan_step
 
@@ -49,6 +50,25 @@ def test_what_needs_the_engine() -> None:
     assert needs_engine(plain, {"fp16": {"enabled": True, "loss_scale": 8}}, 1) == "deepspeed.fp16.loss_scale"
     with pytest.raises(UserError, match="--cuda_graph True can't be combined with deepspeed.flops_profiler; leave one"):
         small_trainer(cuda_graph=True, deepspeed={"flops_profiler": {"enabled": False}})
+
+
+def test_what_overlaps() -> None:
+    """Gradients are reduced during the backward pass at stages 1 and 2 of several processes, from two buckets."""
+    for world_size, stage, overlaps in ((1, 2, False), (2, 0, False), (2, 1, True), (2, 2, True), (2, 3, False)):
+        plan = plan_step(TrainSettings(batch_size=2, zero_stage=stage), {}, Processes(0, 0, world_size, CPU))
+        zero = plan.deepspeed_json(parameters=30_001)["zero_optimization"]
+        assert zero.get("overlap_comm", False) == plan.overlaps == overlaps
+        assert zero.get("reduce_bucket_size") == (None if stage == 0 else 10_001 if overlaps else BUCKET)
+        assert [plan.resolved(1, compiles).in_regions for compiles in (False, True)] == [False, overlaps]
+    plan = plan_step(TrainSettings(batch_size=2, zero_stage=1), {}, Processes(0, 0, 2, CPU))
+    assert plan.deepspeed_json(10**9)["zero_optimization"]["reduce_bucket_size"] == LARGEST_BUCKET
+    given = {"zero_optimization": {"overlap_comm": False, "reduce_bucket_size": 7}}
+    plan = plan_step(TrainSettings(batch_size=2, zero_stage=1), given, Processes(0, 0, 2, CPU))
+    assert plan.deepspeed_json(30_001)["zero_optimization"] == {
+        "stage": 1,
+        "overlap_comm": False,
+        "reduce_bucket_size": 7,
+    }
 
 
 def test_decide_compile(monkeypatch: pytest.MonkeyPatch) -> None:
