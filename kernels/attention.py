@@ -110,8 +110,8 @@ def supported(qkv: Tensor, num_heads: int) -> str:
 
 
 @triton.jit
-def _dot(b_x, b_y, b_acc):
-    if _INTERPRETED:  # the interpreter stores bf16 as integers and would multiply those
+def _dot(b_x, b_y, b_acc, INTERPRETED: tl.constexpr = _INTERPRETED):
+    if INTERPRETED:  # the interpreter stores bf16 as integers and would multiply those
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
 

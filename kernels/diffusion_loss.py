@@ -36,16 +36,16 @@ VARIANCES = ("fixed", "range", "learned")
 MAX_CHANNELS = 4
 
 INV_LN2 = tl.constexpr(1 / math.log(2.0))
-CDF_SCALE = tl.constexpr(math.sqrt(2.0 / math.pi))
 
 
 @triton.jit
 def _cdf(b_z):
     """The tanh approximation of the normal distribution function (Page 1977), and its derivative."""
-    b_y = (b_z + 0.044715 * (b_z * b_z * b_z)) * CDF_SCALE
+    SCALE: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
+    b_y = (b_z + 0.044715 * (b_z * b_z * b_z)) * SCALE
     b_tanh = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(b_y)) + 1.0)  # near 1 its error is float32's rounding
     b_tanh = tl.where(b_y < 0.0, -b_tanh, b_tanh)
-    b_slope = (1.0 - b_tanh * b_tanh) * (1.0 + 3 * 0.044715 * b_z * b_z) * (0.5 * CDF_SCALE)
+    b_slope = (1.0 - b_tanh * b_tanh) * (1.0 + 3 * 0.044715 * b_z * b_z) * (0.5 * SCALE)
     return 0.5 * (1.0 + b_tanh), b_slope
 
 

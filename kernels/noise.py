@@ -17,7 +17,6 @@ from torch import Tensor
 
 # Numbers for whose values Triton compiles no variants, as no alignment depends on them.
 UNALIGNED = ["seed", "draw", "N", "HW", "W", "B", "parts", "x_channel", "n_channel", "coef_stride"]
-TWO_PI = tl.constexpr(2 * math.pi)
 
 
 @triton.jit
@@ -27,6 +26,7 @@ def _cos_sin(b_u):
     Subtracting quarter turns is exact; for the rest, at most pi / 4, Taylor's series to a^16 are exact to rounding. A
     library's functions would have a branch for huge angles, which needs a stack.
     """
+    TWO_PI: tl.constexpr = 6.283185307179586
     b_turn = tl.floor(b_u * 4.0 + 0.5)
     b_a = (b_u - b_turn * 0.25) * TWO_PI
     b_a2 = b_a * b_a

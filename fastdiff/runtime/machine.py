@@ -197,6 +197,15 @@ def keep_compiled_code() -> Path:
     return folder
 
 
+def share_compile_processes() -> int:
+    """Let Inductor compile in as many processes as this one has cores, unless TORCHINDUCTOR_COMPILE_THREADS is set.
+
+    By itself every rank would start one per core of the machine, up to 32, whatever a container may use. Must be called
+    before Dynamo is imported, as by DeepSpeed or by the first optimiser. Returns the number.
+    """
+    return int(os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, _share()))))
+
+
 def missing_compiler(device: torch.device) -> str:
     """The reason why nothing can be compiled for a device; empty if it can."""
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:

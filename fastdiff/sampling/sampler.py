@@ -28,6 +28,7 @@ from fastdiff.runtime.machine import (
     keep_compiled_code,
     missing_compiler,
     prepare_cudnn,
+    share_compile_processes,
     tf32,
 )
 from fastdiff.sampling.batch_size import best_batch_size
@@ -82,6 +83,7 @@ class Sampler:
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
         keep_compiled_code()
+        share_compile_processes()
         self.cuda_graph = settings.cuda_graph if device.type == "cuda" else False
         self.compiled, why = self._compiles(count)
         self.notes = [

@@ -18,7 +18,7 @@ from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
-from fastdiff.runtime.processes import Processes, join
+from fastdiff.runtime.processes import Processes, current, join
 from fastdiff.training.device_step import Losses, OptimizerStep, Record, poison_gradients
 from fastdiff.training.optimizer import AdamWEMA, laid_out_as, learning_rate
 from fastdiff.training.step_plan import StepPlan
@@ -55,7 +55,7 @@ def collective_timeout(stall_minutes: float) -> timedelta:
 
 
 def start_processes(stall_minutes: float = 10.0, early: bool = False) -> Processes:
-    """Join the other processes and set up DeepSpeed's communication.
+    """Join the other processes and set up DeepSpeed's communication. A lone process needs neither yet.
 
     The others must arrive within stall_minutes and a margin, or within `collective_timeout` where this process may be
     early. After that every collective has that time-out.
@@ -67,12 +67,19 @@ def start_processes(stall_minutes: float = 10.0, early: bool = False) -> Process
     processes = join(timeout=timeout if early else timedelta(minutes=stall_minutes + _TIMEOUT_MARGIN))
     if processes.world_size > 1:
         c10d._set_pg_timeout(timeout)
-    deepspeed = _import_deepspeed()
-    backend = "nccl" if processes.device.type == "cuda" else "gloo"
-    if not dist.is_initialized():  # a lone process without a launcher needs no port
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+        _connect()
     return processes
+
+
+def _connect() -> Any:
+    """Import deepspeed and let it communicate through torch's process group, which a lone process gets here."""
+    deepspeed = _import_deepspeed()
+    backend = "nccl" if current().device.type == "cuda" else "gloo"
+    if not dist.is_initialized():  # a lone process needs no port
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    timeout = dist.distributed_c10d.default_pg_timeout
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    return deepspeed
 
 
 @contextmanager
@@ -89,15 +96,9 @@ def _no_broadcasts(deepspeed: Any) -> Iterator[None]:
         deepspeed.comm.broadcast = broadcast
 
 
-def create_engine(model: UNet, plan: StepPlan) -> tuple[Any, AdamWEMA]:
-    """Wrap a model with loaded weights in DeepSpeed's engine; returns the engine and its inner optimiser."""
-    deepspeed = _import_deepspeed()
-    config = plan.deepspeed_json(sum(p.numel() for p in model.parameters()))
-    offloaded = "offload_optimizer" in config["zero_optimization"]  # then the master weights lie on the CPU
-    fused_kernel = ops.uses_kernels(next(model.parameters())) and not offloaded
-    optimizer = AdamWEMA(
-        model.parameters(), lr=plan.train.lr, weight_decay=plan.train.weight_decay, fused_kernel=fused_kernel
-    )
+def create_engine(model: UNet, optimizer: AdamWEMA, plan: StepPlan) -> Any:
+    """Wrap a model with loaded weights and its optimiser in DeepSpeed's engine."""
+    deepspeed, config = _connect(), plan.deepspeed_json(sum(p.numel() for p in model.parameters()))
     try:
         with _no_broadcasts(deepspeed) if plan.world_size == 1 else nullcontext():
             engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
@@ -106,8 +107,7 @@ def create_engine(model: UNet, plan: StepPlan) -> tuple[Any, AdamWEMA]:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"deepspeed: DeepSpeed refuses these settings: {reason}") from error
-    model.set_precision(plan.dtype)
-    return engine, optimizer
+    return engine
 
 
 class EngineStep(OptimizerStep):

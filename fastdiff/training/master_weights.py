@@ -36,15 +36,18 @@ class Slice:
 
 
 class MasterWeights:
-    """The master weights of a DeepSpeed engine: `shards` on this rank, laid out as `slices` says."""
+    """The fp32 weights that an optimiser steps: `shards` on this rank, laid out as `slices` says.
 
-    def __init__(self, engine: Any, module: nn.Module, rank: int, world_size: int) -> None:
+    optimizer  that of a DeepSpeed engine; or an AdamW of the module's float32 parameters, which are then the shards
+    """
+
+    def __init__(self, optimizer: Any, module: nn.Module, rank: int, world_size: int) -> None:
         # ZeRO-3 leaves an empty tensor in a parameter's place.
         self.shapes: dict[str, torch.Size] = {
             name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in module.named_parameters()
         }
         self.rank, self.world_size = rank, world_size
-        self.shards, self.slices, self.replicated = _layout(engine.optimizer, module, rank)
+        self.shards, self.slices, self.replicated = _layout(optimizer, module, rank)
         self._slices_of_ranks: list[list[Slice]] | None = None
 
     def zeros(self) -> list[Tensor]:
@@ -102,7 +105,7 @@ class MasterWeights:
 
 
 def _layout(optimizer: Any, module: nn.Module, rank: int) -> tuple[list[Tensor], list[Slice], bool]:
-    """(shards, slices, whether every rank has them all) of the optimiser in a DeepSpeed engine."""
+    """(shards, slices, whether every rank has them all) of an optimiser as `MasterWeights` takes it."""
     parameters: list[tuple[str, Any]] = list(module.named_parameters())
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
         slices = []
@@ -124,7 +127,7 @@ def _layout(optimizer: Any, module: nn.Module, rank: int) -> tuple[list[Tensor],
                     shard = _private(mapping, "param_group_index")
                     slices.append(Slice(name, low.start, low.numel, shard, high.start))
             return list(getattr(optimizer, attribute)), slices, False
-    if isinstance(optimizer, torch.optim.Optimizer):  # fp32 without ZeRO: the parameters are their own masters
+    if isinstance(optimizer, torch.optim.Optimizer):  # the parameters are their own masters
         shards = [parameter for _, parameter in parameters]
         names = [name for name, _ in parameters]
     else:  # 16 bits without ZeRO: one master for each parameter

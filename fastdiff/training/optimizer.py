@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fastdiff import ops
+from fastdiff.models import UNet
 from fastdiff.training.settings import TrainSettings
+from fastdiff.training.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,13 @@ class AdamWEMA(torch.optim.AdamW):
                 torch._foreach_lerp_(averages, params, [share] * len(params))
             elif params:
                 ops.update_ema(averages, params, rate)
+
+
+def create_optimizer(model: UNet, plan: StepPlan) -> AdamWEMA:
+    """The optimiser of a model that is on its device. It updates by the kernel where its tensors are on a GPU."""
+    fused_kernel = ops.uses_kernels(next(model.parameters())) and not plan.offloads_optimizer
+    train = plan.train
+    return AdamWEMA(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused_kernel=fused_kernel)
 
 
 def laid_out_as(p: Tensor, grad: Tensor | None) -> Tensor:

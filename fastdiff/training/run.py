@@ -20,7 +20,7 @@ from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
 from fastdiff.models import build_model
 from fastdiff.ops import choose_kernels
-from fastdiff.runtime.machine import keep_compiled_code, prepare_cudnn, tf32
+from fastdiff.runtime.machine import keep_compiled_code, prepare_cudnn, share_compile_processes, tf32
 from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
 from fastdiff.runtime.script import StopSignals, is_broken_collective
 from fastdiff.runtime.watchdog import Watchdog
@@ -47,6 +47,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     _check(config)
     plan = plan_step(settings, config.deepspeed, current())  # contradictions raise before anything is written
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
+    keep_compiled_code()
+    share_compile_processes()
     with ExitStack() as open_things:
         signals = open_things.enter_context(StopSignals())
         watchdog = open_things.enter_context(Watchdog(current(), 60 * settings.stall_minutes))
@@ -67,7 +69,6 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         snapshot, source = resume.agree_on_snapshot(processes, config, folder, snapshot, source)
         notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
         open_things.enter_context(tf32(settings.allow_tf32))
-        keep_compiled_code()
         searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)
         if processes.device.type == "cuda":
             notes.append(searches)

@@ -94,6 +94,11 @@ class StepPlan:
         """Whether gradients are multiplied by a number before the update, to clip them or to undo a loss scale."""
         return self.train.precision == "fp16" or self.train.grad_clip > 0
 
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether DeepSpeed keeps master weights and moments on the CPU."""
+        return "offload_optimizer" in self.deepspeed.get("zero_optimization", {})
+
     def resolved(self, micro: int, compiles: bool, cuda_graph: bool | Literal["auto"]) -> StepPlan:
         """The plan with the values chosen for settings that may have been auto.
 
@@ -122,8 +127,6 @@ class StepPlan:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": None,
         }
-        if not self.engine_reason:  # DeviceStep takes the step; DeepSpeed only holds float32 weights
-            return {**derived, "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}
         if train.precision == "bf16":
             derived["bf16"] = {"enabled": True}
         if train.precision == "fp16":

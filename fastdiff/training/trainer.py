@@ -34,7 +34,7 @@ from fastdiff.training.deepspeed_engine import EngineStep, create_engine
 from fastdiff.training.device_step import DeviceStep
 from fastdiff.training.master_weights import MasterWeights
 from fastdiff.training.metrics import LossMeter, LossResult
-from fastdiff.training.optimizer import learning_rate
+from fastdiff.training.optimizer import create_optimizer, learning_rate
 from fastdiff.training.step_plan import StepPlan, compile_network
 
 
@@ -66,22 +66,24 @@ class Trainer:
         self.processes, self.device = processes, processes.device
         if snapshot:
             model.load_state_dict(snapshot.model)
-        weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-        model.to(self.device).train()
-        self.engine, self.optimizer = create_engine(model, plan)
-        if plan.train.compile is True:  # auto has been resolved already
-            compile_network(model, plan.train.zero_stage, plan.in_regions)
-        self.master_weights = MasterWeights(self.engine, model, processes.rank, processes.world_size)
-        # DeepSpeed makes the master weights from weights already rounded to 16 bits, and may take a trial step.
-        self.master_weights.fill(self.master_weights.shards, weights)
-        self.optimizer.state.clear()
-        self.ema = {str(rate): self.master_weights.clone() for rate in self.train.ema_rate}
-        self.optimizer.attach_averages(self.master_weights.shards, {float(rate): a for rate, a in self.ema.items()})
+        model.to(self.device).train().set_precision(plan.dtype)
+        self.optimizer = create_optimizer(model, plan)
         self.stepper: EngineStep | DeviceStep
         if plan.engine_reason:
-            self.stepper = EngineStep(self.losses, self.record, self.engine, self.optimizer, model, plan)
+            weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+            engine = create_engine(model, self.optimizer, plan)
+            self.master_weights = MasterWeights(engine.optimizer, model, processes.rank, processes.world_size)
+            # DeepSpeed makes the master weights from weights already rounded to 16 bits, and may take a trial step.
+            self.master_weights.fill(self.master_weights.shards, weights)
+            self.optimizer.state.clear()
+            self.stepper = EngineStep(self.losses, self.record, engine, self.optimizer, model, plan)
         else:
+            self.master_weights = MasterWeights(self.optimizer, model, processes.rank, processes.world_size)
             self.stepper = DeviceStep(self.losses, self.record, self.optimizer, model, plan)
+        if plan.train.compile is True:  # auto has been resolved already
+            compile_network(model, plan.train.zero_stage, plan.in_regions)
+        self.ema = {str(rate): self.master_weights.clone() for rate in self.train.ema_rate}
+        self.optimizer.attach_averages(self.master_weights.shards, {float(rate): a for rate, a in self.ema.items()})
         self.timestep_sampler = create_timestep_sampler(
             self.train.schedule_sampler, diffusion.num_timesteps, self.device
         )

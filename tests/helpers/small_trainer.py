@@ -90,6 +90,11 @@ def small_trainer(
     return Trainer(plan, network, process, loader, processes, snapshot)  # type: ignore[arg-type]
 
 
+def start_deepspeed() -> None:
+    """Set up DeepSpeed and its group, as a lone process does for its first engine."""
+    small_trainer(deepspeed=THROUGH_ENGINE)
+
+
 def losses_of(trainer: Trainer, steps: int) -> list[dict[str, float]]:
     """Take `steps` steps, and return the metrics of each."""
     made = []

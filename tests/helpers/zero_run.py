@@ -21,6 +21,7 @@ from fastdiff.models import UNetSettings, build_model
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.deepspeed_engine import create_engine, start_processes
 from fastdiff.training.master_weights import MasterWeights
+from fastdiff.training.optimizer import create_optimizer
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import plan_step
 
@@ -83,8 +84,10 @@ def count(processes: Processes, stage: int, precision: str, reuse: int = 1_000_0
             "stage3_prefetch_bucket_size": min(reuse, 50_000_000),  # prefetched weights are not released either
             "reduce_bucket_size": 1_000_000,
         }
-    engine, optimizer = create_engine(model, plan_step(train, section, processes))
-    master_weights = MasterWeights(engine, model, processes.rank, world_size)
+    plan = plan_step(train, section, processes)
+    optimizer = create_optimizer(model, plan)
+    engine = create_engine(model, optimizer, plan)
+    master_weights = MasterWeights(engine.optimizer, model, processes.rank, world_size)
     parameters = list(model.parameters())
     counted: dict[str, Any] = {"stage": stage, "precision": precision, "reuse": reuse}
     for _ in range(2):

@@ -82,5 +82,17 @@ def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert os.environ["TRITON_CACHE_DIR"] == "/triton"
 
 
+def test_ranks_share_the_cores_to_compile_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "allowed_cores", lambda: 24)
+    for ranks, processes in (("1", 24), ("8", 3), ("48", 1)):
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")  # so that monkeypatch restores it
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert machine.share_compile_processes() == processes
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == str(processes)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "5")
+    assert machine.share_compile_processes() == 5
+
+
 def test_free_memory_is_read() -> None:
     assert 10**6 < machine.free_memory(torch.device("cpu")) < 10**14

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from fastdiff.kernels import launch
-from helpers.small_trainer import THROUGH_ENGINE, losses_of, small_trainer, weights_of
+from helpers.small_trainer import THROUGH_ENGINE, losses_of, small_trainer, start_deepspeed, weights_of
 from helpers.waits import Waits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdiff import ops
 from fastdiff.training import device_step as steps
 from fastdiff.training.checkpoints.format import read_snapshot
-from fastdiff.training.deepspeed_engine import EngineStep, start_processes
+from fastdiff.training.deepspeed_engine import EngineStep
 from fastdiff.training.device_step import DeviceStep, LossScale
 from fastdiff.training.metrics import LossResult
 
@@ -145,9 +145,9 @@ def test_losses_change_nothing() -> None:
 
 
 def _deepspeeds(window: int) -> Any:
+    start_deepspeed()  # DynamicLossScaler asks for its rank
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-    start_processes()  # DynamicLossScaler asks for its rank
     return DynamicLossScaler(2.0**20, window, 1, 1, False, raise_error_at_min_scale=False)
 
 
@@ -252,8 +252,8 @@ class Collectives(TorchDispatchMode):
 
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"zero_stage": 1}], ids=str)
 def test_no_collective(settings: dict[str, Any]) -> None:
-    """On a GPU the first collective would start NCCL, and DeepSpeed would broadcast every weight."""
-    start_processes()
+    """On a GPU the first collective would start NCCL. There is a group here; a run of one process has none."""
+    start_deepspeed()
     with Collectives() as seen:
         torch.distributed.barrier()  # shows that collectives are recorded
         trainer = small_trainer(**settings)

@@ -10,11 +10,11 @@ import torch
 from helpers import HELPERS
 from helpers.guard_checks import check_skip, spoilt
 from helpers.ranks import run_ranks
-from helpers.small_trainer import THROUGH_ENGINE, small_trainer, state_of
+from helpers.small_trainer import THROUGH_ENGINE, small_trainer, start_deepspeed, state_of
 
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 from fastdiff.errors import UserError
-from fastdiff.training.deepspeed_engine import EngineStep, start_processes
+from fastdiff.training.deepspeed_engine import EngineStep
 from fastdiff.training.device_step import DeviceStep, SkipCounter, poison_gradients
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.optimizer import learning_rate, learning_rate_on_device
@@ -121,7 +121,7 @@ def test_the_search_for_a_loss_scale_is_no_streak(
 ) -> None:
     """A skipped step counts once the scale can fall no further."""
     if deepspeed:
-        start_processes()
+        start_deepspeed()
         from deepspeed.accelerator import get_accelerator
 
         monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # slow on a CPU, and correct

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT
+from helpers.small_trainer import start_deepspeed
 from helpers.waits import Waits
 from torch import Tensor, nn
 
 from fastdiff import ops
 from fastdiff.errors import UserError
-from fastdiff.training.deepspeed_engine import start_processes
+from fastdiff.training.deepspeed_engine import create_engine, start_processes
 from fastdiff.training.master_weights import TRIED, MasterWeights
 from fastdiff.training.optimizer import AdamWEMA, OnDevice
 from fastdiff.training.settings import TrainSettings
@@ -81,18 +82,15 @@ def inputs(i: int, dtype: torch.dtype, factor: float = 1.0) -> list[Tensor]:
 
 
 def start(stage: int, precision: str, fused_kernel: bool, grad_clip: float = 1.0) -> Run:
-    """Build engine, optimiser and averages like `create_engine` and the trainer."""
+    """Build engine, optimiser and averages like the trainer."""
     processes = start_processes()
-    import deepspeed
-
     train = TrainSettings(batch_size=1, zero_stage=stage, precision=precision, grad_clip=grad_clip)
     section = {"fp16": {"initial_scale_power": 4}} if precision == "fp16" else {}
-    config = plan_step(train, section, processes).deepspeed_json(1000)
     model = Dots().to(processes.device)
     weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     optimizer = AdamWEMA(model.parameters(), lr=1e-3, weight_decay=0.0, fused_kernel=fused_kernel)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    master_weights = MasterWeights(engine, model, 0, 1)
+    engine = create_engine(model, optimizer, plan_step(train, section, processes))
+    master_weights = MasterWeights(engine.optimizer, model, 0, 1)
     master_weights.fill(master_weights.shards, weights)
     optimizer.state.clear()
     averages = {rate: master_weights.clone() for rate in RATES}
@@ -155,7 +153,7 @@ def test_kernel_equals_plain_adamw(stage: int) -> None:
 def test_a_step_skipped_by_overflow_leaves_averages_alone(
     stage: int, fused_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start_processes()
+    start_deepspeed()
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)  # slow on a CPU, and correct
@@ -338,4 +336,4 @@ def test_a_deepspeed_without_a_private_attribute(attribute: str) -> None:
     owner = next(run.engine.module.parameters()) if attribute == "_hp_mapping" else run.engine.optimizer
     delattr(owner, attribute)
     with pytest.raises(UserError, match=rf"has no \w+\); install deepspeed=={TRIED}"):
-        MasterWeights(run.engine, run.engine.module, 0, 1)
+        MasterWeights(run.engine.optimizer, run.engine.module, 0, 1)

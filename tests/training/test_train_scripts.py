@@ -19,7 +19,7 @@ from helpers.train_flags import PROCESS, flags
 from PIL import Image
 
 from fastdiff import super_res_train, train
-from fastdiff.errors import UserError
+from fastdiff.errors import USER_ERROR, UserError
 from fastdiff.models import UNetSettings, build_model, weights
 from fastdiff.training.diagnostics.profile import SETTLING
 from fastdiff.training.metrics import LossMeter
@@ -105,6 +105,42 @@ def test_deepspeed_launcher_and_its_json(data: Path, tmp_path: Path) -> None:
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["train"]["precision"] == "bf16"
     assert stored["train"]["zero_stage"] == 1
+
+
+WITHOUT_DEEPSPEED = f"""
+import runpy, sys
+import torch.distributed as dist
+sys.modules["deepspeed"] = dist.init_process_group = None  # importing the one and calling the other fails
+runpy.run_path({str(ROOT / "fastdiff" / "train.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"],
+        [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--log_level", "error"],
+    ],
+    ids=["python", "torchrun", "deepspeed"],
+)
+def test_one_process_needs_neither_deepspeed_nor_a_group(launcher: list[str], data: Path, tmp_path: Path) -> None:
+    """However it is started; a setting that only DeepSpeed knows is refused without it."""
+    script = tmp_path / "without.py"
+    script.write_text(WITHOUT_DEEPSPEED)
+    more = ("--max_steps", "2", "--sample_interval", "2", "--schedule_sampler", "loss-second-moment")
+    command = [*launcher, str(script), *flags(data, tmp_path / "run", *more)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step: on the device alone (one process)" in done.stdout
+    refused = subprocess.run(
+        [*command, "--zero_stage", "2"], capture_output=True, text=True, cwd=ROOT, env=env, timeout=300
+    )
+    assert refused.returncode, refused.stdout
+    assert "training needs DeepSpeed, which can't be imported" in refused.stderr
+    if launcher == [sys.executable]:
+        assert refused.returncode == USER_ERROR
 
 
 def test_where_files_go(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
