@@ -82,6 +82,12 @@ def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert os.environ["TRITON_CACHE_DIR"] == "/triton"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_inductor_knows_the_options(device: str) -> None:
+    """torch.compile refuses an option of another name before it compiles anything."""
+    torch.compile(lambda x: x, **machine.compile_kwargs(torch.device(device), frozen=True))
+
+
 def test_ranks_share_the_cores_to_compile_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "allowed_cores", lambda: 24)
     for ranks, processes in (("1", 24), ("8", 3), ("48", 1)):
