@@ -155,8 +155,10 @@ class UNet(nn.Module):
         """Outputs of the input blocks, the middle block and the output blocks."""
         emb_outs = iter(projected)
         use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
-        h: Map = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if x.shape[1] == 1:  # with one channel both layouts match, and without these strides torch assumes NCHW
+        layout = ops.map_layout(x)
+        h: Map = x.to(self.dtype).contiguous(memory_format=layout)
+        if x.shape[1] == 1 and layout is torch.channels_last:
+            # With one channel both layouts match, and without these strides torch assumes NCHW.
             h = value(h).reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
         down: list[Map] = []
         up: list[Map] = []
@@ -235,9 +237,9 @@ def _cpu_has_bf16() -> bool:
 def freeze(model: UNet) -> UNet:
     """Prepare a network for inference: convert the weights for `model.dtype` in place. The outputs stay bit-identical.
 
-    The weights of convolutions become channels-last in the body's dtype, those of upsampling convolutions 4x4 taps. The
-    first convolution's are padded to 8 channels if `input_format` is set, and the embedding layers of all blocks become
-    one matrix. Norms, the time embedding and the last layer stay float32. Afterwards the state_dict does not fit
+    The weights of convolutions get the maps' layout and the body's dtype, those of upsampling convolutions become 4x4
+    taps. The first convolution's are padded to 8 channels if `input_format` is set, and the embedding layers of all
+    blocks become one matrix. Norms, the time embedding and the last layer stay float32. Afterwards the state_dict does not fit
     checkpoints, and the ops' mode "reference" can't run the network.
     """
     model.eval().requires_grad_(False)
@@ -256,7 +258,7 @@ def freeze(model: UNet) -> UNet:
 
 
 def _replace(module: nn.Conv1d | nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> None:
-    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    layout = ops.map_layout(weight) if weight.dim() == 4 else torch.contiguous_format
     module.weight = nn.Parameter(weight.to(dtype, memory_format=layout), requires_grad=False)
 
 

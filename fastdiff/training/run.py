@@ -19,7 +19,7 @@ from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
 from fastdiff.models import build_model
-from fastdiff.ops import choose_kernels
+from fastdiff.ops import choose_kernels, keep_channels_last
 from fastdiff.runtime.machine import keep_compiled_code, prepare_cudnn, tf32
 from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
 from fastdiff.runtime.script import StopSignals, is_broken_collective
@@ -66,6 +66,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         watchdog.progress("starting", LONG)
         snapshot, source = resume.agree_on_snapshot(processes, config, folder, snapshot, source)
         notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
+        keep_channels_last(_was_channels_last(snapshot))
         open_things.enter_context(tf32(settings.allow_tf32))
         keep_compiled_code()
         searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)
@@ -99,6 +100,11 @@ def _threads_of(snapshot: Snapshot | None, processes: Processes) -> int | None:
     """Number of threads that the run used on a CPU, if it had as many processes as now."""
     state = snapshot.state if snapshot else {}
     return state.get("threads") if state.get("world_size") == processes.world_size else None
+
+
+def _was_channels_last(snapshot: Snapshot | None) -> bool:
+    """Whether maps are channels-last in eager code on a CPU. Version 0.1 had them so, and didn't store it."""
+    return bool(snapshot and snapshot.state.get("channels_last", "threads" in snapshot.state))
 
 
 @contextmanager
