@@ -239,8 +239,8 @@ def freeze(model: UNet) -> UNet:
 
     The weights of convolutions get the maps' layout and the body's dtype, those of upsampling convolutions become 4x4
     taps. The first convolution's are padded to 8 channels if `input_format` is set, and the embedding layers of all
-    blocks become one matrix. Norms, the time embedding and the last layer stay float32. Afterwards the state_dict does not fit
-    checkpoints, and the ops' mode "reference" can't run the network.
+    blocks become one matrix. Norms, the time embedding and the last layer stay float32. Afterwards the state_dict does
+    not fit checkpoints, and the ops' mode "reference" can't run the network.
     """
     model.eval().requires_grad_(False)
     padded = model.input_format

@@ -147,6 +147,41 @@ def use_free_cores(before: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+def choose_threads(work: Callable[[], Any]) -> str:
+    """Set torch's number of threads to the one with which calls of `work` take least time; returns a line for the log.
+
+    All allowed cores, half of them, and so on are timed, down to the first number that is clearly slower, and all of
+    them once more. A larger number must be 5% faster, because beside other programs it is the less steady one. Nothing
+    is timed, and the line is empty, where OMP_NUM_THREADS gives the number, where several processes of the run share
+    this machine, and with one core.
+    """
+    if os.environ.get("OMP_NUM_THREADS") or _local_processes() > 1 or allowed_cores() == 1:
+        return ""
+    seconds: dict[int, float] = {}
+    count = allowed_cores()
+    while count:
+        torch.set_num_threads(count)
+        work()
+        seconds[count] = _mean_seconds(work)
+        count = count // 2 if seconds[count] <= 1.5 * min(seconds.values()) else 0
+    for count in seconds:
+        torch.set_num_threads(count)
+        seconds[count] = (seconds[count] + _mean_seconds(work)) / 2
+    fast = [count for count, each in seconds.items() if each <= 1.05 * min(seconds.values())]
+    torch.set_num_threads(min(fast))
+    timed = ", ".join(f"{count}: {each:.2g} s" for count, each in seconds.items())
+    return f"threads: {min(fast)}, by trial ({timed})"
+
+
+def _mean_seconds(work: Callable[[], Any], least: float = 0.2) -> float:
+    """Mean seconds of a call, over as many as take `least` seconds. The mean counts what other programs delay."""
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < least:
+        work()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
 def free_cores() -> int:
     """Cores that this process may use and that are idle, at least 1.
 

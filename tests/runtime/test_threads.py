@@ -73,6 +73,44 @@ def test_a_run_that_goes_on_has_as_many_as_before(machine: pytest.MonkeyPatch) -
     assert threads.use_free_cores(before=12) == 8
 
 
+@pytest.mark.parametrize(
+    ("seconds", "timed", "chosen"),
+    [
+        ({16: 1.0, 8: 1.9}, [16, 8], 16),
+        ({16: 4.0, 8: 2.0, 4: 1.0, 2: 1.4, 1: 2.5}, [16, 8, 4, 2, 1], 4),
+        ({16: 1.0, 8: 1.04, 4: 1.6}, [16, 8, 4], 8),  # 5% more is as fast
+    ],
+)
+def test_takes_the_number_that_is_fast(
+    machine: pytest.MonkeyPatch, seconds: dict[int, float], timed: list[int], chosen: int
+) -> None:
+    """Numbers of threads are tried downwards until one is clearly slower, and all of them once more."""
+    clock = [0.0]
+    calls: list[int] = []
+
+    def work() -> None:
+        calls.append(torch.get_num_threads())
+        clock[0] += seconds[calls[-1]]
+
+    machine.setattr(threads.time, "perf_counter", lambda: clock[0])
+    line = threads.choose_threads(work)
+    assert torch.get_num_threads() == chosen
+    assert line.startswith(f"threads: {chosen}, by trial (16: {seconds[16]:.2g} s, 8: ")
+    assert list(dict.fromkeys(calls)) == timed
+    assert {count: calls.count(count) for count in timed} == dict.fromkeys(timed, 3)  # one of them to warm up
+
+
+@pytest.mark.parametrize("given", ["OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "one core"])
+def test_nothing_to_try(machine: pytest.MonkeyPatch, given: str) -> None:
+    before = torch.get_num_threads()
+    if given == "one core":
+        machine.setattr(threads, "allowed_cores", lambda: 1)
+    else:
+        machine.setenv(given, "2")
+    assert threads.choose_threads(lambda: pytest.fail("timed")) == ""
+    assert torch.get_num_threads() == before
+
+
 def test_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert 1 <= threads.free_cores() <= threads.allowed_cores()
