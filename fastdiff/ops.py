@@ -234,8 +234,12 @@ def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Attention over packed heads, [B, L, 3C] → [B, L, C]; see `reference.attention`.
 
-    torch's fused attention where it keeps float32 softmax and never stores the score matrix.
+    torch's fused attention where it keeps float32 softmax and never stores the score matrix. On a CPU that is float32
+    throughout where gradients are needed, because in bf16 its backward pass takes four times as long or more.
     """
+    bf16_on_cpu = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and qkv.requires_grad
+    if bf16_on_cpu and _mode == "auto" and not _channels_last:
+        return attention(qkv.float(), num_heads).to(qkv.dtype)
     B, L, width = qkv.shape
     D = width // (3 * num_heads)
     if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or flash_is_better(L, D)):
