@@ -36,7 +36,7 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 	$(BIN)/python datasets/digits.py --out .demo/digits
 	$(BIN)/deepspeed --log_level error fastdiff/train.py --config configs/demo.json
 	$(BIN)/python fastdiff/sample.py --model_path .demo/run --num_samples 100 --batch_size 50 \
-	    --classes 0,1,2,3,4,5,6,7,8,9 --timestep_respacing 100 \
+	    --classes 0,1,2,3,4,5,6,7,8,9 --solver dpmpp_2m_sde --steps 25 --guidance 2 --precision bf16 \
 	    --trajectory 10 --overwrite True --out_dir .demo/samples
 	$(BIN)/python fastdiff/nll.py --model_path .demo/run --data_dir .demo/digits/test --num_samples 20 \
 	    --batch_size 20 --timestep_respacing 100 --out_dir .demo/nll

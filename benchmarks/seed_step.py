@@ -108,7 +108,7 @@ class SeedUNet(nn.Module):
         self.width, emb = s.num_channels, 4 * s.num_channels
         self.time_embed = nn.Sequential(nn.Linear(self.width, emb), Swish(), nn.Linear(emb, emb))
         if s.class_cond:
-            self.label_emb = nn.Embedding(s.num_classes, emb)
+            self.label_emb = nn.Embedding(s.num_labels, emb)
         self.enlarged = s.size_hw if isinstance(s, SuperResSettings) else None
 
         def stage(c_in: int, c_out: int, level: int) -> list[nn.Module]:

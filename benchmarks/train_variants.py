@@ -273,7 +273,7 @@ def diffusers_unet(case: Case) -> nn.Module:
             norm_num_groups=32,
             resnet_time_scale_shift="scale_shift" if s.use_scale_shift_norm else "default",
             dropout=s.dropout,
-            num_class_embeds=s.num_classes if s.class_cond else None,
+            num_class_embeds=s.num_labels if s.class_cond else None,
         )
 
 

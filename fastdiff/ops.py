@@ -54,6 +54,7 @@ if HAVE_TRITON:
 
 Kernels = Literal["auto", "triton", "reference"]
 _mode: Kernels = "auto"
+_channels_last = False
 
 
 def use(mode: Kernels, *, anywhere: bool = False) -> None:
@@ -98,6 +99,30 @@ def uses_kernels(x: Tensor, unsupported: str = "") -> bool:
     return HAVE_TRITON and (_mode == "triton" or (_mode == "auto" and x.is_cuda and not unsupported))
 
 
+def keep_channels_last(keep: bool) -> None:
+    """Choose for the whole process whether eager code on a CPU has its maps channels-last, as version 0.1 had them.
+
+    A run that began so continues so, because sums in another order differ in their last bits.
+    """
+    global _channels_last
+    _channels_last = keep
+
+
+def keeps_channels_last() -> bool:
+    """What was chosen by `keep_channels_last`."""
+    return _channels_last
+
+
+def map_layout(x: Tensor) -> torch.memory_format:
+    """The memory format of feature maps like x: channels-last, but contiguous where PyTorch computes eagerly on a CPU.
+
+    There its group norm takes a half to a third of the time on contiguous maps, and its convolutions as long as on
+    channels-last ones.
+    """
+    eager = x.device.type == "cpu" and not uses_kernels(x) and not torch.compiler.is_compiling()
+    return torch.contiguous_format if eager and not _channels_last else torch.channels_last
+
+
 class Choice(NamedTuple):
     """Which implementation computes an op, and why."""
 
@@ -116,9 +141,9 @@ def choices(device: torch.device) -> list[Choice]:
     ]
     if not HAVE_TRITON or (_mode == "auto" and device.type != "cuda"):
         why = "no GPU" if HAVE_TRITON else "Triton is not installed"
-        norms = Choice("add_group_norm_silu, group_norm_silu", "PyTorch, own backward pass", "eager on a CPU")
-        norms = norms if device.type == "cpu" else Choice("group_norm_silu", "PyTorch", why)
-        return [norms, *convolved, Choice("all others", "PyTorch", why)]
+        if device.type == "cpu":
+            return [convolved[0], Choice("all others", "PyTorch", why)]
+        return [*convolved, Choice("all others", "PyTorch", why)]
     why = "kernels triton" if _mode == "triton" else "a GPU"
     attention = "everywhere" if _mode == "triton" else "head sizes that flash attention pads or refuses; else SDPA"
     return [
@@ -168,10 +193,7 @@ class NormOptions(TypedDict, total=False):
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, **options: Unpack[NormOptions]) -> Tensor:
-    """Group norm and what follows it, [B, C, H, W] → the same; see `reference.group_norm_silu`.
-
-    On a CPU in eager mode by the version with fewer passes over memory; torch.compile fuses the definition itself.
-    """
+    """Group norm and what follows it, [B, C, H, W] → the same; see `reference.group_norm_silu`."""
     options = _expanded(options, x)
     return _norms(x, options).group_norm_silu(x, weight, bias, **options)
 
@@ -196,7 +218,7 @@ def _norms(x: Tensor, options: NormOptions) -> Any:
     """The module that computes the norm of x."""
     if uses_kernels(x, _norm_unsupported(x, options.get("skip"), options.get("num_groups", 32))):
         return triton_norm
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _channels_last and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return group_norm_silu_eager
     return reference
 
@@ -213,8 +235,12 @@ def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Attention over packed heads, [B, L, 3C] → [B, L, C]; see `reference.attention`.
 
-    torch's fused attention where it keeps float32 softmax and never stores the score matrix.
+    torch's fused attention where it keeps float32 softmax and never stores the score matrix. On a CPU that is float32
+    throughout where gradients are needed, because in bf16 its backward pass takes four times as long or more.
     """
+    bf16_on_cpu = qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and qkv.requires_grad
+    if bf16_on_cpu and _mode == "auto" and not _channels_last:
+        return attention(qkv.float(), num_heads).to(qkv.dtype)
     B, L, width = qkv.shape
     D = width // (3 * num_heads)
     if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or flash_is_better(L, D)):
@@ -235,7 +261,8 @@ def flash_is_better(L: int, D: int) -> str:
 
 def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """1x1 convolution of cat(x, skip); see `reference.skip_conv1x1`."""
-    return _convolutions().skip_conv1x1(x, skip, weight, bias)
+    by_products = _mode != "reference" and map_layout(x) is torch.channels_last
+    return (convolutions if by_products else reference).skip_conv1x1(x, skip, weight, bias)
 
 
 def conv_weight(weight: Tensor, x: Tensor) -> Tensor:
@@ -248,12 +275,10 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
     Outside mode "reference" the weight may be the result of `upsample_taps`, computed beforehand.
     """
-    return _convolutions().upsample_conv(x, weight, bias)
-
-
-def _convolutions() -> Any:
-    """The module that computes the convolutions with PyTorch: in fewer operations, except in mode "reference"."""
-    return reference if _mode == "reference" else convolutions
+    if _mode == "reference":
+        return reference.upsample_conv(x, weight, bias)
+    channels_last = map_layout(x) is torch.channels_last
+    return convolutions.upsample_conv(x, weight, bias, channels_last=channels_last)
 
 
 # --- noise, and diffusion maths ---

@@ -1,4 +1,6 @@
-"""group_norm_silu for eager torch on a CPU: few passes over memory, and a backward pass written out.
+"""group_norm_silu for eager torch on a CPU and channels-last maps: few passes, and a backward pass written out.
+
+Runs that version 0.1 began continue with it; `ops.map_layout` says why others have contiguous maps.
 
 Shapes   x [B, C, H, W], read and written channels-last as [B, L, C]; weight, bias [C]; scale, shift [B, C] or None.
 Passes   forward: sum, centre, sum of squares, scale-and-shift, SiLU. backward: SiLU, two sums, two multiply-adds.

@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import TESTS
 
-from fastdiff import sample, train
+from fastdiff import ops, sample, train
 
 
 @pytest.fixture
@@ -26,6 +26,7 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     with tarfile.open(TESTS / "written_before.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path / "written_before")
+    monkeypatch.setattr(ops, "_channels_last", False)  # restored afterwards
     return json.loads(Path("expected.json").read_text())
 
 
@@ -45,6 +46,15 @@ def test_the_run_goes_on(expected: dict[str, Any], capsys: pytest.CaptureFixture
         assert list(state) == list(content["norms"])
         for key, value in state.items():  # other CPUs sum float32 numbers in another order in six steps
             assert value.double().norm().item() == pytest.approx(content["norms"][key], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_layout_is_kept(expected: dict[str, Any]) -> None:
+    """On a CPU a run of version 0.1.0 stays channels-last, also when it is resumed again; a new one has other maps."""
+    for run, steps, channels_last in (("run", "4", True), ("run", "5", True), ("new", "1", False)):
+        train.main([*expected["train"], "--max_steps", steps, "--run_dir", run])
+        state = torch.load(Path(run, f"checkpoints/step_{int(steps):06d}/state.pt"), weights_only=True)
+        assert state["channels_last"] == ops.keeps_channels_last() == channels_last
 
 
 def test_the_job_is_completed(expected: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,6 +152,13 @@ def _norm_and_conv(layers: nn.Sequential) -> tuple[GroupNorm, Conv2d]:
     return norm, conv
 
 
+def _bias_for_norm(conv: Conv2d, h: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(convolution of h, its bias if the norm that follows is to add it, in the same pass over memory)."""
+    if ops.map_layout(h) is torch.contiguous_format:  # PyTorch's norm would need a pass for it, the convolution doesn't
+        return conv(h), None
+    return conv.without_bias(h), conv.bias
+
+
 def _leaves_sum(last: nn.Conv1d | nn.Conv2d, h: Tensor) -> bool:
     """Whether the next norm computes the residual sum; not under ZeRO-3, whose hooks need tensors from modules."""
     return ops.uses_kernels(h) and not hasattr(last.weight, "ds_id")
@@ -184,14 +191,14 @@ class ResBlock(nn.Module):
     def forward(self, x: Map, emb_out: Tensor, skip: Tensor | None = None) -> Map:
         norm, conv = _norm_and_conv(self.in_layers)
         x, h = norm.of(x, skip=skip)
-        h, bias = conv.without_bias(h), conv.bias
+        h, bias = _bias_for_norm(conv, h)
         dropout = self.dropout if self.training else 0.0
         norm, conv = _norm_and_conv(self.out_layers)
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
             h = norm(h, scale=scale, shift=shift, offset=bias, dropout=dropout)
         else:
-            h = norm(h, offset=emb_out + bias, dropout=dropout)
+            h = norm(h, offset=emb_out if bias is None else emb_out + bias, dropout=dropout)
         residual = x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, skip)
         return Sum(residual, conv.without_bias(h), conv.bias) if _leaves_sum(conv, h) else residual + conv(h)
 

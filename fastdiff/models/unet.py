@@ -152,10 +152,12 @@ class UNet(nn.Module):
         return project_embedding(self.res_blocks, emb)
 
     def start_map(self, x: Tensor, low_res: Tensor | None = None) -> Tensor:
-        """The input of the first layer, [B, network_in_channels, H, W] channels-last in the body's dtype."""
+        """The input of the first layer, [B, network_in_channels, H, W] in the body's dtype and `ops.map_layout`."""
         x = self._with_low_res(x, low_res)
-        h = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        if x.shape[1] == 1:  # with one channel both layouts match, and without these strides torch assumes NCHW
+        layout = ops.map_layout(x)
+        h = x.to(self.dtype).contiguous(memory_format=layout)
+        if x.shape[1] == 1 and layout is torch.channels_last:
+            # With one channel both layouts match, and without these strides torch assumes NCHW.
             h = h.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
         return h
 
@@ -250,10 +252,10 @@ def _cpu_has_bf16() -> bool:
 def freeze(model: UNet) -> UNet:
     """Prepare a network for inference: convert the weights for `model.dtype` in place. The outputs stay bit-identical.
 
-    The weights of convolutions become channels-last in the body's dtype, those of upsampling convolutions 4x4 taps. The
-    first convolution's are padded to 8 channels if `input_format` is set, and the embedding layers of all blocks become
-    one matrix. Norms, the time embedding and the last layer stay float32. Afterwards the state_dict does not fit
-    checkpoints, and the ops' mode "reference" can't run the network.
+    The weights of convolutions get the maps' layout and the body's dtype, those of upsampling convolutions become 4x4
+    taps. The first convolution's are padded to 8 channels if `input_format` is set, and the embedding layers of all
+    blocks become one matrix. Norms, the time embedding and the last layer stay float32. Afterwards the state_dict does
+    not fit checkpoints, and the ops' mode "reference" can't run the network.
     """
     model.eval().requires_grad_(False)
     padded = model.input_format
@@ -271,7 +273,7 @@ def freeze(model: UNet) -> UNet:
 
 
 def _replace(module: nn.Conv1d | nn.Conv2d, weight: Tensor, dtype: torch.dtype) -> None:
-    layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+    layout = ops.map_layout(weight) if weight.dim() == 4 else torch.contiguous_format
     module.weight = nn.Parameter(weight.to(dtype, memory_format=layout), requires_grad=False)
 
 

@@ -147,6 +147,52 @@ def use_free_cores(before: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+def choose_threads(work: Callable[[], Any]) -> str:
+    """Set torch's number of threads to the one with which calls of `work` take least time; returns a line for the log.
+
+    From the present number on, twice as many are tried as long as that is faster, else half as many. A larger number
+    must be 5% faster, because beside other programs it is the less steady one. Nothing is timed, and the line is empty,
+    where OMP_NUM_THREADS gives the number, where several processes of the run share this machine, and with one core.
+    """
+    if os.environ.get("OMP_NUM_THREADS") or _local_processes() > 1 or allowed_cores() == 1:
+        return ""
+    seconds: dict[int, float] = {}
+    first, most = min(torch.get_num_threads(), allowed_cores()), allowed_cores()
+
+    def is_fastest(count: int) -> bool:
+        torch.set_num_threads(count)
+        start = time.perf_counter()
+        work()
+        seconds[count] = time.perf_counter() - start
+        if seconds[count] <= max(1.0, 3 * min(seconds.values())):
+            seconds[count] = _mean_seconds(work)
+        return seconds[count] == min(seconds.values())
+
+    is_fastest(first)
+    count = min(2 * first, most)
+    while count not in seconds and is_fastest(count):
+        count = min(2 * count, most)
+    count = first // 2 if min(seconds, key=seconds.__getitem__) == first else 0
+    while count and is_fastest(count):
+        count //= 2
+    for count in [count for count, each in seconds.items() if each <= 1.5 * min(seconds.values())]:
+        torch.set_num_threads(count)
+        seconds[count] = (seconds[count] + _mean_seconds(work)) / 2
+    chosen = min(count for count, each in seconds.items() if each <= 1.05 * min(seconds.values()))
+    torch.set_num_threads(chosen)
+    timed = ", ".join(f"{count}: {each:.2g} s" for count, each in sorted(seconds.items()))
+    return f"threads: {chosen}, by trial ({timed})"
+
+
+def _mean_seconds(work: Callable[[], Any], least: float = 0.2) -> float:
+    """Mean seconds of a call, over as many as take `least` seconds. The mean counts what other programs delay."""
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < least:
+        work()
+        calls += 1
+    return (time.perf_counter() - start) / calls
+
+
 def free_cores() -> int:
     """Cores that this process may use and that are idle, at least 1.
 

@@ -157,6 +157,12 @@ class Cascade:
         self._index, self._small = index, self.base.draw(index)
         return self.upsampler.trace(index)
 
+    def try_threads(self, count: int) -> None:
+        """The same as `Sampler.try_threads`, by the sampler with more work."""
+        slower = max(self.base, self.upsampler, key=lambda sampler: sampler.flops)
+        slower.try_threads(count)
+        self.notes += [note for note in slower.notes if note.startswith("threads")]
+
     def identity(self) -> dict[str, Any]:
         """The identities of both samplers, with sr_ before the names of the second."""
         return {**self.base.identity(), **{f"sr_{name}": value for name, value in self.upsampler.identity().items()}}
@@ -207,6 +213,7 @@ def run(
     with disk(folder), blaming("--out_dir"):
         if not (folder / NAME).is_file():
             make_writable(folder)
+    sampler.try_threads(-(-count // processes.world_size))
     if processes.is_main:
         print("\n".join([*notes, *sampler.notes]), flush=True)
     labels, shape = first.labels, last.network.settings

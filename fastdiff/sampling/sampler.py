@@ -23,6 +23,7 @@ from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import dummy_batch
 from fastdiff.runtime.machine import (
     best_seconds,
+    choose_threads,
     device_name,
     free_memory,
     keep_compiled_code,
@@ -45,6 +46,8 @@ Inputs = Callable[[Tensor], dict[str, Tensor]]
 WORTHWHILE_FLOPS = {"cpu": 1e14, "cuda": 1e16}
 """FLOPs per process from which compiling, which takes one or two minutes, saves time. Two CPU cores need 10 to 20
 minutes for them, a GPU about one minute (predicted)."""
+WORTHWHILE_TRIAL = 100
+"""Calls of the network from which numbers of threads are tried, which takes the time of a few, or about a second."""
 MOST = {"cpu": 64, "cuda": 4096}
 """The largest batch size that batch_size auto tries."""
 
@@ -220,17 +223,32 @@ class Sampler:
     def _seconds(self, size: int) -> float:
         """Seconds of one network call on `size` images, guided if any row is; infinity if it can't fit in memory."""
         settings = self.network.settings
-        C, (H, W) = settings.in_channels, settings.size_hw
+        H, W = settings.size_hw
         if self.device.type == "cpu":
             widest = max(c / 4**level for level, c in enumerate(settings.level_channels)) * 4
             if 12 * size * H * W * widest > free_memory(self.device) / 2:
                 return float("inf")
+        work = self._dummy_call(size)
+        with torch.no_grad(), tf32(self.settings.allow_tf32):
+            return best_seconds(work, self.device, rounds=2)
+
+    def _dummy_call(self, size: int) -> Callable[[], Tensor]:
+        """A call of the network on `size` black images, guided if any row is, for timing."""
+        settings = self.network.settings
+        C, (H, W) = settings.in_channels, settings.size_hw
         network = self._guided_network()
         given = network.conditioning(**dummy_batch(settings, size, self.device).model_kwargs)
         x = torch.zeros(size, C, H, W, device=self.device)
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
-        with torch.no_grad(), tf32(self.settings.allow_tf32):
-            return best_seconds(lambda: network(x, row, given, any(network.guided)), self.device, rounds=2)
+        return lambda: network(x, row, given, any(network.guided))
+
+    def try_threads(self, count: int) -> None:
+        """On a CPU, choose the number of threads by timing the network, if it is called often for `count` images."""
+        calls = -(-count // self.batch_size) * self.table.num_evaluations
+        if self.device.type == "cpu" and calls >= WORTHWHILE_TRIAL:
+            with torch.no_grad():
+                line = choose_threads(self._dummy_call(self.batch_size))
+            self.notes += [line] if line else []
 
     def _launches(self) -> list[Any]:
         """Kernel launches of the engine."""

@@ -183,12 +183,17 @@ def _fastest(
 
 def seconds_of_step(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int) -> float:
     """Seconds of a forward and backward pass on `size` images."""
+    return best_seconds(dummy_step(network, diffusion, device, size), device, rounds=2)
+
+
+def dummy_step(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int) -> Callable[[], None]:
+    """A forward and backward pass on `size` black images, for timing; it adds to the parameters' gradients."""
     batch = dummy_batch(network.settings, size, device)
 
     def step() -> None:
         diffusion.training_losses(network, *batch)["loss"].mean().backward()
 
-    return best_seconds(step, device, rounds=2)
+    return step
 
 
 # --- estimating the memory ---

@@ -18,9 +18,9 @@ from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
-from fastdiff.models import build_model
-from fastdiff.ops import choose_kernels
-from fastdiff.runtime.machine import keep_compiled_code, prepare_cudnn, share_compile_processes, tf32
+from fastdiff.models import UNet, build_model
+from fastdiff.ops import choose_kernels, keep_channels_last
+from fastdiff.runtime.machine import choose_threads, keep_compiled_code, prepare_cudnn, share_compile_processes, tf32
 from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
 from fastdiff.runtime.script import StopSignals, is_broken_collective
 from fastdiff.runtime.watchdog import Watchdog
@@ -30,10 +30,13 @@ from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.loop import LONG
-from fastdiff.training.microbatch import fit
+from fastdiff.training.microbatch import dummy_step, fit
 from fastdiff.training.previews import preview_diffusion
 from fastdiff.training.step_plan import StepPlan, decide_compile, decide_cuda_graph, plan_step, training_launches
 from fastdiff.training.trainer import Trainer
+
+WORTHWHILE_TRIAL = 200
+"""Steps from which numbers of threads are tried, which takes the time of a few steps, or about a second."""
 
 
 def train(config: Config, default_name: str, dry_run: bool = False) -> None:
@@ -68,6 +71,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         watchdog.progress("starting", LONG)
         snapshot, source = resume.agree_on_snapshot(processes, config, folder, snapshot, source)
         notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
+        keep_channels_last(_was_channels_last(snapshot))
         open_things.enter_context(tf32(settings.allow_tf32))
         searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)
         if processes.device.type == "cuda":
@@ -79,6 +83,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             notes += _compile_kernels(config, plan, processes.device)
         torch.manual_seed(settings.seed)
         model = build_model(config.model)
+        if processes.device.type == "cpu" and not dry_run and not _threads_of(snapshot, processes):
+            notes += _try_threads(plan, model, diffusion, processes.device, snapshot.step if snapshot else 0)
         trainer = Trainer(plan, model, diffusion, loader, processes, snapshot)
         found = snapshot.notes if snapshot else []
         snapshot = None  # frees as much memory as a checkpoint has bytes
@@ -100,6 +106,27 @@ def _threads_of(snapshot: Snapshot | None, processes: Processes) -> int | None:
     """Number of threads that the run used on a CPU, if it had as many processes as now."""
     state = snapshot.state if snapshot else {}
     return state.get("threads") if state.get("world_size") == processes.world_size else None
+
+
+def _try_threads(
+    plan: StepPlan, model: UNet, diffusion: GaussianDiffusion, device: torch.device, step: int
+) -> list[str]:
+    """Choose a CPU's number of threads by timing the network on a dummy batch; returns lines for the log.
+
+    The run keeps the number, which is in its checkpoints. No random number that it draws depends on the trial.
+    """
+    if plan.train.last_step - step < WORTHWHILE_TRIAL:
+        return []
+    model.set_precision(plan.dtype).train()
+    with torch.random.fork_rng(devices=[]):
+        line = choose_threads(dummy_step(model, diffusion, device, plan.micro))
+    model.zero_grad(set_to_none=True)
+    return [line] if line else []
+
+
+def _was_channels_last(snapshot: Snapshot | None) -> bool:
+    """Whether maps are channels-last in eager code on a CPU. Version 0.1 had them so, and didn't store it."""
+    return bool(snapshot and snapshot.state.get("channels_last", "threads" in snapshot.state))
 
 
 @contextmanager

@@ -237,6 +237,7 @@ class Trainer:
             "world_size": self.processes.world_size,
             "microbatch": self.plan.micro,
             "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
+            "channels_last": ops.keeps_channels_last(),
         }
 
     def _moments(self) -> tuple[dict[str, list[Tensor]], int]:

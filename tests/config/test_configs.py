@@ -90,6 +90,8 @@ def test_demo_is_small_and_conditional() -> None:
     assert count < 1e6
     assert config.model.class_cond
     assert config.model.learn_sigma
+    assert config.model.null_class
+    assert config.train.label_dropout
     assert config.model.num_classes == 10
 
 

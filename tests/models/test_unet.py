@@ -10,6 +10,7 @@ import torch
 from helpers.tiny import MODEL, SUPER_RES, info_for, random_model, relative_error, save_bare, super_res, unet
 from torch import Tensor, nn
 
+from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
 
@@ -202,14 +203,19 @@ def test_bf16_keeps_the_timesteps() -> None:
 
 @by_extension
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_activations_stay_channels_last(name: str, dtype: torch.dtype) -> None:
-    """The output of every convolution is channels-last, whatever the layout of x."""
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels-last"])
+def test_activations_keep_one_layout(
+    name: str, dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output of every convolution is contiguous or channels-last as chosen, whatever the layout of x."""
+    monkeypatch.setattr(ops, "_channels_last", channels_last)
     model = unet(**EXTENSIONS[name]).set_precision(dtype)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
     strange = []
 
     def look(path: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            if not out.is_contiguous(memory_format=torch.channels_last):
+            if not out.is_contiguous(memory_format=layout):
                 strange.append(path)
 
         return hook

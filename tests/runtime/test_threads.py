@@ -73,6 +73,47 @@ def test_a_run_that_goes_on_has_as_many_as_before(machine: pytest.MonkeyPatch) -
     assert threads.use_free_cores(before=12) == 8
 
 
+@pytest.mark.parametrize(
+    ("first", "seconds", "calls", "chosen"),
+    [
+        (8, {16: 1.0, 8: 1.9}, {8: 2, 16: 3}, 16),
+        (8, {16: 4.0, 8: 2.0, 4: 1.0, 2: 1.4, 1: 9.0}, {8: 2, 16: 2, 4: 3, 2: 3}, 4),
+        (8, {16: 1.0, 8: 1.04}, {8: 3, 16: 3}, 8),  # 5% more is as fast
+        (5, {5: 1.0, 10: 4.0, 2: 3.5}, {5: 3, 10: 1, 2: 1}, 5),  # the first call shows that others are far slower
+        (16, {16: 1.0, 8: 0.5, 4: 0.9}, {16: 2, 8: 3, 4: 2}, 8),
+    ],
+)
+def test_takes_the_number_that_is_fast(
+    machine: pytest.MonkeyPatch, first: int, seconds: dict[int, float], calls: dict[int, int], chosen: int
+) -> None:
+    """The first call of each number is a warm-up, and those that are nearly as fast as the best are timed twice."""
+    clock = [0.0]
+    made: list[int] = []
+
+    def work() -> None:
+        made.append(torch.get_num_threads())
+        clock[0] += seconds[made[-1]]
+
+    machine.setattr(threads.time, "perf_counter", lambda: clock[0])
+    torch.set_num_threads(first)
+    line = threads.choose_threads(work)
+    assert torch.get_num_threads() == chosen
+    assert line.startswith(f"threads: {chosen}, by trial (")
+    assert f"{first}: {seconds[first]:.2g} s" in line
+    assert {count: made.count(count) for count in made} == calls
+
+
+@pytest.mark.parametrize("given", ["OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "one core"])
+def test_nothing_to_try(machine: pytest.MonkeyPatch, given: str) -> None:
+    before = torch.get_num_threads()
+    if given == "one core":
+        machine.setattr(threads, "allowed_cores", lambda: 1)
+    else:
+        machine.setenv(given, "2")
+    assert threads.choose_threads(lambda: pytest.fail("timed")) == ""
+    assert torch.get_num_threads() == before
+
+
 def test_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert 1 <= threads.free_cores() <= threads.allowed_cores()

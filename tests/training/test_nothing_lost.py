@@ -325,6 +325,36 @@ def test_as_many_threads_as_before(
         torch.set_num_threads(count)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_trying_threads_changes_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run whose number of threads was tried has the bits of one that was given it, and keeps it when resumed."""
+    count = torch.get_num_threads()
+    monkeypatch.setattr(machine, "allowed_cores", lambda: 2)
+    monkeypatch.setattr("fastdiff.training.run.WORTHWHILE_TRIAL", 1)
+    monkeypatch.setattr(machine, "_mean_seconds", lambda work: (work(), float(torch.get_num_threads()))[1])
+    more = ["--dropout", "0.1", "--ema_rate", "0.9"]
+    try:
+        torch.set_num_threads(1)
+        train.main(flags(data, tmp_path / "given", "--max_steps", "2", *more))
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        capsys.readouterr()
+        train.main(flags(data, tmp_path / "tried", "--max_steps", "2", *more))
+        assert "threads: 1, by trial (1: 1 s, " in capsys.readouterr().out
+        train.main(flags(data, tmp_path / "tried", "--max_steps", "3", *more))
+        printed = capsys.readouterr().out
+        assert "threads: 1, as before" in printed
+        assert "by trial" not in printed
+    finally:
+        torch.set_num_threads(count)
+    one, other = (
+        torch.load(tmp_path / run / "checkpoints/step_000002/model000002.pt", weights_only=True)
+        for run in ("given", "tried")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first non-finite operation is named, and the exit code is 77."""
     real = Trainer.take_step

@@ -54,6 +54,7 @@ _COUNTS = (
 )
 _STATE: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(_COUNTS, _is_count),
+    "channels_last": lambda value: isinstance(value, bool),
     "settings": lambda value: isinstance(value, dict),
     "loader": _is_loader,
     "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
