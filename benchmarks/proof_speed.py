@@ -80,7 +80,7 @@ def measure_variant(
         make, per_step = functools.partial(bench_sampling.VARIANTS[variant], case), case.evaluations
     else:
         case = train_variants.Case(settings, batch, precision, processes)
-        make, per_step = functools.partial(bench_train.VARIANTS[variant], case), 1
+        make, per_step = functools.partial(bench_train.MAKERS[variant], case), 1
     if variant.startswith("ours"):
         print("\n".join(compile_beforehand(case, draw)), flush=True)
     # improved-diffusion has fp16 only, and on a CPU float32.
