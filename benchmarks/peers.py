@@ -72,7 +72,7 @@ def fast_step(case: Case, model: nn.Module, loss: Loss, *, compiled: bool, autot
 def strong_seed(case: Case, compiled: bool = True, autotune: bool = False) -> Step:
     """The reference's network with PyTorch's fused operations and the reference's loss, under autocast."""
     check_same_function(case.config.model, strengthened)
-    diffusion, model = case.diffusion(), case.filled(strengthened)
+    diffusion, model = with_tables(case), case.filled(strengthened)
 
     def called(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
         with case.autocast:
@@ -82,6 +82,15 @@ def strong_seed(case: Case, compiled: bool = True, autotune: bool = False) -> St
         return diffusion.training_losses(called, x, t, case.kwargs, noise)["loss"].mean()
 
     return fast_step(case, model, loss, compiled=compiled, autotune=autotune)
+
+
+def with_tables(case: Case) -> Any:
+    """The case's diffusion with its tables on the device, because Dynamo can't trace how they are made."""
+    model, diffusion = case.config.model, case.diffusion()
+    x = torch.zeros(1, model.in_channels, *model.size_hw, device=case.device)
+    output = torch.zeros(1, model.out_channels, *model.size_hw, device=case.device)
+    diffusion.training_losses(lambda x, t: output, x, torch.zeros(1, dtype=torch.int64, device=case.device), {}, x)
+    return diffusion
 
 
 def strengthened(settings: BackboneSettings) -> SeedUNet:
@@ -124,7 +133,7 @@ def diffusers_unet(settings: BackboneSettings, device: torch.device) -> nn.Modul
 @without_our_ops
 def diffusers(case: Case, autotune: bool = False) -> Step:
     """diffusers' network under autocast, compiled, on the plain squared error of its examples."""
-    model, process = diffusers_unet(case.config.model, case.device), case.diffusion()
+    model, process = diffusers_unet(case.config.model, case.device), with_tables(case)
     labels = {"class_labels": case.labels} if case.config.model.class_cond else {}
 
     def loss(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -188,12 +188,16 @@ class FastLoop:
     def __init__(self, case: DrawCase, network: Network, compiled: bool, autotune: bool = False) -> None:
         self.case = case.with_evaluations()
         self.graphs = GraphRunner(case.device, enabled=compiled and case.device.type == "cuda")
-        self.loop = SeedLoop(network, self.case.diffusion(), self.case.solver == "ddim", on_device=True)
+        model = case.config.model
+        size = (case.batch, model.in_channels, *model.size_hw)
+        self.x = torch.zeros(*size, device=case.device).contiguous(memory_format=torch.channels_last)
+        self.t = torch.zeros(case.batch, dtype=torch.int64, device=case.device)
+        output = self.x.new_zeros(case.batch, model.out_channels, *model.size_hw)
+        self.loop = SeedLoop(lambda *_, **__: output, self.case.diffusion(), self.case.solver == "ddim", on_device=True)
+        self.loop.step(self.x, self.t, self.x, {})  # makes the tables, which Dynamo can't trace
+        self.loop.network = network
         kwargs = compile_kwargs(case.device, autotune)
         self.compute = torch.compile(self.loop.step, **kwargs) if compiled else self.loop.step
-        size = (case.batch, case.config.model.in_channels, *case.config.model.size_hw)
-        self.x = torch.empty(*size, device=case.device).contiguous(memory_format=torch.channels_last)
-        self.t = torch.empty(case.batch, dtype=torch.int64, device=case.device)
         self.taken = 0
 
     def _step(self) -> None:

@@ -125,6 +125,8 @@ class Block(nn.Sequential):
 class SeedUNet(nn.Module):
     """The network, for the settings of ours: unconditional, class-conditional or super-resolution."""
 
+    fused = False
+
     def __init__(self, s: BackboneSettings) -> None:
         super().__init__()
         self.width, emb = s.num_channels, 4 * s.num_channels
@@ -173,7 +175,7 @@ class SeedUNet(nn.Module):
     def strengthen(self) -> SeedUNet:
         """Compute the same function by PyTorch's fused operations: SiLU, and scaled_dot_product_attention."""
         for module in self.modules():
-            if isinstance(module, (Swish, Attention)):
+            if isinstance(module, (Swish, Attention, SeedUNet)):
                 module.fused = True
         return self
 
@@ -181,7 +183,9 @@ class SeedUNet(nn.Module):
         if low_res is not None and self.enlarged:
             x = torch.cat([x, F.interpolate(low_res, self.enlarged, mode="bilinear")], dim=1)
         half = self.width // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).to(x.device)
+        made_on = x.device if self.fused else None  # the copy from the host waits for the GPU
+        steps = torch.arange(half, dtype=torch.float32, device=made_on)
+        frequencies = torch.exp(-math.log(10000) * steps / half).to(x.device)
         angles = timesteps[:, None].float() * frequencies[None]
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=-1))
         if y is not None:
