@@ -78,7 +78,7 @@ PARTS = (
     Part("270M in one go", 105, in_one_go(IMAGENET64, 128)),
     _train("cifar10 reference max-autotune", 600, CIFAR10, [256], "reference+max-autotune"),
     _train("cifar10 diffusers max-autotune", 600, CIFAR10, [256], "diffusers+max-autotune"),
-    Part("levers", 440, levers("imagenet64_uncond", 128)),
+    Part("levers", 420, levers("imagenet64_uncond", 128)),
     _train("270M reference max-autotune", 900, IMAGENET64, [128, 64], "reference+max-autotune"),
     _draw("270M reference max-autotune", 600, IMAGENET64, 256, "reference+max-autotune"),
 )

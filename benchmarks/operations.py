@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from fastdiff.models.unet import DTYPES, body_dtype
 from fastdiff.precompile import META, Recorder
 from fastdiff.training.step_plan import training_launches
 
+EAGER = ("reference", "reference+channels-last", "ours eager")
+"""Variants that no CUDA graph replays."""
 STATE_BYTES = 24
 """Bytes per parameter: weights, gradients, two moments and an average in float32, 16-bit copies, buffers."""
 
@@ -100,19 +103,25 @@ def recorded_launches(config: Config, batch: int, precision: str) -> dict[str, i
 
 
 def memory_of(variant: str, settings: BackboneSettings, batch: int) -> tuple[float, float]:
-    """Predicted bytes of (the state, the activations) of a variant's training step."""
+    """Predicted bytes of (the state, the activations) of a variant's training step; of compiled peers at most these."""
     ops = operations(settings)
     state = STATE_BYTES * sum(op.parameters for op in ops)
-    each = saved_bytes(ops) if variant.startswith("ours") else reference_activations(settings)
+    ours = variant.startswith("ours")
+    each = saved_bytes(ops) if ours else reference_activations(settings, fused=variant != "reference")
     return state, batch * each
 
 
 @functools.cache
-def reference_activations(settings: BackboneSettings) -> float:
-    """Bytes per image that the reference's network keeps for its backward pass, in half precision on a GPU."""
+def reference_activations(settings: BackboneSettings, fused: bool = False) -> float:
+    """Bytes per image that the reference's network keeps for its backward pass, in half precision.
+
+    fused  by PyTorch's fused operations
+    """
     with META:
         network = SeedUNet(settings)
         network.convert_to_fp16()
+    if fused:
+        network.strengthen()
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -133,7 +142,12 @@ def reference_activations(settings: BackboneSettings) -> float:
     return float(sum(size for storage, size in kept.items() if storage not in weights))
 
 
-def memory_together(variants: list[str], settings: BackboneSettings, batch: int, graphs: bool) -> float:
-    """Predicted bytes of all variants in one process; each keeps its state, and with graphs its activations."""
-    states, activations = zip(*(memory_of(variant, settings, batch) for variant in variants), strict=True)
-    return sum(states) + (sum(activations) if graphs else max(activations))
+def memory_together(variants: Sequence[str], settings: BackboneSettings, batch: int, gpu: bool) -> float:
+    """Predicted bytes of all variants in one process: every state, the activations that CUDA graphs keep, and one more.
+
+    Eager variants, and all of a CPU, give their activations back, so that only the largest counts.
+    """
+    eager = [name for name in variants if not gpu or name in EAGER]
+    needs = {name: memory_of(name, settings, batch) for name in variants}
+    kept = sum(activations for name, (_, activations) in needs.items() if name not in eager)
+    return sum(state for state, _ in needs.values()) + kept + max((needs[name][1] for name in eager), default=0.0)

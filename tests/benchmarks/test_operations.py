@@ -24,12 +24,15 @@ def test_what_the_reference_keeps() -> None:
     assert operations.reference_activations(load("imagenet64_270M").model) == pytest.approx(356e6, rel=0.01)
 
 
-def test_variants_in_one_process_need_their_states_together() -> None:
+def test_variants_in_one_process_keep_their_states_and_graphs() -> None:
     model = load("cifar10_uncond").model
-    alone = operations.memory_together(["reference"], model, 256, graphs=True)
-    with_ours = operations.memory_together(["reference", "ours"], model, 256, graphs=True)
-    without_graphs = operations.memory_together(["reference", "ours"], model, 256, graphs=False)
-    assert alone < without_graphs < with_ours
+    state, activations = operations.memory_of("ours", model, 256)
+    alone = operations.memory_together(["reference"], model, 256, gpu=True)
+    assert operations.memory_together(["reference", "ours"], model, 256, gpu=True) == alone + state + activations
+    assert operations.memory_together(["reference", "ours eager"], model, 256, gpu=True) == alone + state
+    assert operations.memory_together(["reference", "ours"], model, 256, gpu=False) == alone + state
+    fused = operations.memory_together(["reference+compile"], model, 256, gpu=True)
+    assert 0.5 * alone < fused < alone, "fused operations keep less"
 
 
 @pytest.mark.parametrize(
