@@ -187,7 +187,8 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(throughput_line(row))
         elif kind == "profile":
             classes = ", ".join(f"{name} {ms:.2f}" for name, ms in row["classes"].items())
-            launches = "" if row["launches"] is None else f", {row['launches']['kernels']:.0f} launches"
+            calls = row["launches"]
+            launches = "" if calls is None else f", {calls['kernels']:.0f} launches, {calls['graphs']:.0f} graphs"
             busy = f"GPU busy {row['busy_ms']:.2f} of {row['wall_ms']:.2f} ms{launches}"
             lines.append(f"{row['part']:26} {busy}: {classes}")
         elif kind in ("machine", "tests", "failure", "fact", "note") or (kind == "end" and row["verdict"] != OK):
