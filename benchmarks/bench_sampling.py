@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_train import chosen, load, named, place
-from benchmarks.contest import Contest, quartiles, speeds
+from benchmarks.contest import Contest, quartiles, speeds, times_as_fast
 from benchmarks.operations import executed_share, precision_of
 from benchmarks.result_file import Label, ResultFile
 from benchmarks.sampling_variants import (
@@ -165,17 +165,10 @@ def summary(rows: Rows) -> list[str]:
         others = [name for name in here if not name.startswith("ours")]
         if mine and others:
             against = ", ".join(
-                f"{_times(here[mine], here[name]):.2f} x {named(here[name], here[mine])}" for name in others
+                f"{times_as_fast(here[mine], here[name]):.2f} x {named(here[name], here[mine])}" for name in others
             )
             out.append(f"{key[0]} {key[1]} batch {key[2]} {key[3]} {against}")
     return out
-
-
-def _times(mine: dict[str, Any], other: dict[str, Any]) -> float:
-    """The speed ratio, from the rounds if the table has it, else from the medians."""
-    if mine["ratio"] and other["variant"] == mine["ratio_to"]:
-        return mine["ratio"][1]
-    return other["ms"][1] / mine["ms"][1]
 
 
 # --- where the time goes ---

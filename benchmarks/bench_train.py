@@ -40,7 +40,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 import torch
 
 from benchmarks import peers
-from benchmarks.contest import Contest, quartiles, speeds, time_apart
+from benchmarks.contest import Contest, quartiles, speeds, time_apart, times_as_fast
 from benchmarks.long_runs import pictures, sustained, with_loader
 from benchmarks.operations import executed_share, memory_together, precision_of, recorded_launches
 from benchmarks.result_file import Label, ResultFile, release_memory
@@ -333,7 +333,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         mine = next((here[name] for name in ("ours", "ours eager") if name in here), None)
         others = [row for name, row in here.items() if not name.startswith("ours")]
         if mine and others:
-            against = ", ".join(f"{row['ms'][1] / mine['ms'][1]:.2f} x {named(row, mine)}" for row in others)
+            against = ", ".join(f"{times_as_fast(mine, row):.2f} x {named(row, mine)}" for row in others)
             out.append(f"{Path(key[0]).stem} {key[1]} {against}")
     return out
 

@@ -71,6 +71,13 @@ def speeds(seconds: Sequence[float], base: Sequence[float] | None, flops: float,
     }
 
 
+def times_as_fast(mine: Row, other: Row) -> float:
+    """The speed ratio of two rows of a case, from the rounds if mine has it, else from the medians."""
+    if mine["ratio"] and other["variant"] == mine["ratio_to"]:
+        return mine["ratio"][1]
+    return other["ms"][1] / mine["ms"][1]
+
+
 @dataclass
 class Contest:
     """Variants of one case, timed in turns; rows are printed and written as soon as they are known."""
