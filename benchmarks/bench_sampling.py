@@ -7,8 +7,8 @@
 All variants draw whole batches, from noise to pixels on the host, with equally many evaluations of a network. Their
 batches take turns, and each round gives a ratio: the reference's time over ours, so that above 1 ours is faster.
 `reference` is improved-diffusion's way (eager, channels-first, its p_sample loop; fp16 on a GPU, fp32 on a CPU).
-`reference+compile` is its network compiled, channels-last, in a well-written loop. `diffusers` is a UNet2DModel of the
-same shape, run likewise (pip install -e '.[peers]'). These three have DDPM and DDIM only, and take a DDPM step for each
+`reference+channels-last`, `reference+compile`, `reference+max-autotune`, `diffusers` and `diffusers+max-autotune` are
+networks in well-written loops (docs/benchmarks.md). They have DDPM and DDIM only, and take a DDPM step for each
 evaluation of another solver. `ours -X` is ours without lever X, an optimisation, timed beside ours. --split adds how
 our time is spent, and which share of a small job its files take. The last line has the ratios.
 """
@@ -31,18 +31,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench_train import Contest, chosen, load, place, quartiles
+from benchmarks.bench_train import chosen, load, named, place
+from benchmarks.contest import Contest, quartiles, speeds, times_as_fast
+from benchmarks.operations import executed_share, precision_of
 from benchmarks.result_file import Label, ResultFile
 from benchmarks.sampling_variants import (
     GPU_ONLY,
     LEVERS,
     Draw,
     DrawCase,
-    compiled_seed,
     diffusers,
     our_engine,
     ours,
     seed,
+    strong_seed,
 )
 from benchmarks.variant_timing import seconds_of, start, synchronize
 from fastdiff.config.load import Config
@@ -59,8 +61,11 @@ from fastdiff.sampling.pictures import Images, to_uint8
 
 VARIANTS: dict[str, Callable[[DrawCase], Draw]] = {
     "reference": seed,
-    "reference+compile": compiled_seed,
+    "reference+channels-last": functools.partial(strong_seed, compiled=False),
+    "reference+compile": strong_seed,
+    "reference+max-autotune": functools.partial(strong_seed, autotune=True),
     "diffusers": diffusers,
+    "diffusers+max-autotune": functools.partial(diffusers, autotune=True),
     "ours": ours,
     "ours eager": lambda case: ours(case, compiled=False, cuda_graph=False),
 }
@@ -101,14 +106,14 @@ def rows_of(
     evaluations, rows = case.evaluations, []
     for name, seconds in times.items():
         low, middle, high = quartiles(seconds)
-        ratio = quartiles([b / s for b, s in zip(times[base], seconds, strict=True)]) if base in times else None
-        rate = case.batch * evaluations / middle
-        achieved = forward_flops(case.config.model) * rate
+        settings = case.config.model
+        flops = forward_flops(settings) * case.batch * evaluations
         rows.append(
             {
                 "config": config,
                 "variant": name,
                 "precision": case.precision,
+                "computes": precision_of(name, case.precision, case.device),
                 "batch": case.batch,
                 "solver": case.solver,
                 "steps": case.steps,
@@ -116,10 +121,8 @@ def rows_of(
                 "ms": [1e3 * value / evaluations for value in (low, middle, high)],
                 "images_per_second": [case.batch / value for value in (high, middle, low)],
                 "evaluations_per_second": [case.batch * evaluations / value for value in (high, middle, low)],
-                "ratio": ratio,
                 "ratio_to": base,
-                "mfu": achieved / args.peak_flops if args.peak_flops else None,
-                "mfu_measured": achieved / args.matmul_flops,
+                **speeds(seconds, times.get(base), flops, executed_share(name, settings, training=False), args),
                 "peak_memory_gb": built[name].peak_memory / 1e9,
                 "start_seconds": built[name].start_seconds,
             }
@@ -145,9 +148,9 @@ def line_of(row: dict[str, Any]) -> str:
     low, ratio, high = row["ratio"] or [float("nan")] * 3
     mfu = row["mfu"] or row["mfu_measured"]
     return (
-        f"  {row['config']:18}{row['precision']:6}{row['batch']:5} {row['solver']:10}{row['variant']:30}"
+        f"  {row['config']:18}{row['precision']:6}{row['batch']:5} {row['solver']:10}{named(row):30}"
         f"{row['ms'][1]:9.2f} ms/evaluation{row['evaluations_per_second'][1]:10.4g} evaluations/s"
-        f"{row['images_per_second'][1]:9.4g} images/s  {mfu:6.1%}"
+        f"{row['images_per_second'][1]:9.4g} images/s  {mfu:6.1%} model, {mfu * row['executed_share']:6.1%} executed"
         f"  {ratio:5.2f} ({low:.2f} .. {high:.2f}) x {row['ratio_to']}"
     )
 
@@ -161,16 +164,11 @@ def summary(rows: Rows) -> list[str]:
         mine = next((name for name in ("ours", "ours eager") if name in here), None)
         others = [name for name in here if not name.startswith("ours")]
         if mine and others:
-            against = ", ".join(f"{_times(here[mine], here[name]):.2f} x {name}" for name in others)
+            against = ", ".join(
+                f"{times_as_fast(here[mine], here[name]):.2f} x {named(here[name], here[mine])}" for name in others
+            )
             out.append(f"{key[0]} {key[1]} batch {key[2]} {key[3]} {against}")
     return out
-
-
-def _times(mine: dict[str, Any], other: dict[str, Any]) -> float:
-    """The speed ratio, from the rounds if the table has it, else from the medians."""
-    if mine["ratio"] and other["variant"] == mine["ratio_to"]:
-        return mine["ratio"][1]
-    return other["ms"][1] / mine["ms"][1]
 
 
 # --- where the time goes ---
@@ -294,9 +292,9 @@ def settings_of(args: Any, device: torch.device) -> tuple[list[tuple[str, Config
 
 def variants_of(args: Any, batch: int, device: torch.device) -> tuple[list[str], list[str]]:
     """Variants and levers for a batch. A quick run compiles for its first batch only, as that takes a minute."""
-    usual = list(VARIANTS)
-    if args.quick:
-        usual = ["reference", "diffusers", "ours", "ours eager"] if batch > 1 else ["reference", "ours eager"]
+    usual = [name for name in VARIANTS if device.type == "cuda" or "max-autotune" not in name]
+    if args.quick and batch == 1:
+        usual = ["reference", "reference+channels-last", "ours eager"]
     variants = chosen(args.variants, list(VARIANTS), usual, "--variants")
     possible = [name for name in LEVERS if device.type == "cuda" or name not in GPU_ONLY]
     return variants, possible if args.levers == "all" else chosen(args.levers, list(LEVERS), [], "--levers")

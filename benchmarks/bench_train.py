@@ -1,16 +1,25 @@
-"""Times whole training steps: ours, ours with each lever off, the reference, and other libraries, in one process.
+"""Times whole training steps: ours, ours with each lever off, the reference, and other libraries.
 
     python benchmarks/bench_train.py --quick --json quick.json                    two CPU cores, minutes
     python benchmarks/bench_train.py --configs imagenet64_270M,cifar10_uncond --batches 128,256 --precisions bf16,fp16
     python benchmarks/bench_train.py --configs cifar10_uncond --levers all --seed_checkout improved-diffusion
 
 Steps of all variants take turns, and each round gives a ratio: the reference's time over ours, so that above 1 ours is
-faster. `reference` is improved-diffusion's way (eager, channels-first; fp16 on a GPU, fp32 on a CPU).
-`reference+compile` is the same network compiled, channels-last, with a well-written loop. `diffusers` is its
-UNet2DModel of the same shape, run likewise (pip install -e '.[peers]'). `ours -X` is ours without lever X, an
-optimisation, timed beside ours. Results are written with every row; with --resume those already there are kept. A
-variant that fails is left out, with the reason in the results and the traceback on the error output; the exit code is
-then 1. The last line has the ratios.
+faster. Where memory is too short for all at once, each has a process of its own, and ratios are those of the medians.
+
+reference                improved-diffusion's way: eager, channels-first; fp16 on a GPU, fp32 on a CPU
+reference+channels-last  its network with PyTorch's fused operations, channels-last, autocast, a well-written loop
+reference+compile        the same compiled from the image to the loss, and on a GPU the whole step as one CUDA graph
+reference+max-autotune   the same with Inductor's max-autotune, which takes minutes to compile
+diffusers                its UNet2DModel of the same shape, run like reference+compile (pip install -e '.[peers]')
+diffusers+max-autotune   the same with max-autotune
+ours                     a step of train.py, compiled, and on a GPU replayed as CUDA graphs
+ours eager               the same without either
+ours -X                  ours without lever X, an optimisation, timed beside ours
+
+Results are written with every row; with --resume those already there are kept. A variant that fails is left out, with
+the reason in the results and the traceback on the error output; the exit code is then 1. The last line has the ratios.
+docs/benchmarks.md says how the figures are made.
 """
 
 from __future__ import annotations
@@ -21,8 +30,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,14 +39,18 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import torch
 
+from benchmarks import peers
+from benchmarks.contest import Contest, quartiles, speeds, time_apart, times_as_fast
+from benchmarks.long_runs import pictures, sustained, with_loader
+from benchmarks.operations import executed_share, memory_together, precision_of, recorded_launches
 from benchmarks.result_file import Label, ResultFile, release_memory
-from benchmarks.train_variants import LEVERS, Case, Step, compiled_seed, diffusers, ours, seed, without
-from benchmarks.variant_timing import Built, build, few_objects_to_collect, seconds_of, start
+from benchmarks.train_variants import LEVERS, Case, Step, ours, seed, usual, without
+from benchmarks.variant_timing import Built, start
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.errors import UserError
 from fastdiff.models.cost import train_flops
 from fastdiff.models.unet import body_dtype
-from fastdiff.runtime.machine import device_name, find, measure_rates
+from fastdiff.runtime.machine import device_name, find, free_memory, measure_rates
 from fastdiff.runtime.script import run_script
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -56,12 +67,16 @@ QUICK: dict[str, Any] = {
 }
 VARIANTS: dict[str, Callable[[Case], Step]] = {
     "reference": seed,
-    "reference+compile": compiled_seed,
-    "diffusers": diffusers,
+    **peers.VARIANTS,
     "ours": ours,
-    "ours eager": lambda case: ours(case, compile=False),
-    "ours +cuda_graph": lambda case: ours(case, cuda_graph=True),
+    "ours eager": lambda case: ours(case, compile=False, cuda_graph=False),
 }
+MAKERS = {**VARIANTS, **{f"ours -{lever}": functools.partial(without, lever=lever) for lever in LEVERS}}
+"""The variants, and ours without each lever."""
+LAUNCHES = "launches in a step of ours"
+FROM_FILES = "ours, from JPEG files"
+LISTS = ("launches", "sustained", "loader")
+"""Lists of the results beside the rows."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -79,13 +94,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a variant's turn in a round, at least")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: the cores that are free")
     parser.add_argument("--seed_checkout", type=Path, help="improved-diffusion's own code as the reference")
+    parser.add_argument("--separate", choices=("auto", "always", "never"), default="auto", help="a process for each "
+                        "variant (default: where memory is too short for all in one)")  # fmt: skip
+    parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="also every variant's rate "
+                        "over so many seconds in one go, e.g. 60")  # fmt: skip
+    parser.add_argument("--loader", action="store_true", help="also ours with JPEG files that its loader decodes")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="the files of --loader (default: made-up ones)")
     parser.add_argument("--quick", action="store_true", help="a small network and few rounds")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --json already holds")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(argv)
     if args.quick:
         args.configs, args.rounds, args.seconds = "quick", min(args.rounds, 6), min(args.seconds, 0.7)
-        args.variants = args.variants or "reference,diffusers,ours,ours eager"
+    args.loader = args.loader or args.images is not None
     return args
 
 
@@ -103,7 +124,9 @@ def load(name: str, flag: str = "--configs") -> Config:
 
 
 def chosen(given: str, known: list[str], default: list[str], flag: str) -> list[str]:
-    """Names in a comma-separated flag; UserError for one that isn't known."""
+    """Names in a comma-separated flag, all or none; UserError for one that isn't known."""
+    if given == "none":
+        return []
     names = known if given == "all" else [name.strip() for name in given.split(",") if name.strip()] or default
     for name in names:
         if name not in known:
@@ -111,61 +134,29 @@ def chosen(given: str, known: list[str], default: list[str], flag: str) -> list[
     return names
 
 
-def measure(
-    built: dict[str, Built], rounds: int, seconds: float, guard: Callable[[str], AbstractContextManager[None]]
-) -> dict[str, list[float]]:
-    """Seconds per step of each variant in each round; their order rotates.
-
-    A variant whose step raises, where guard(its name) takes the exception, is not in the result.
-    """
-    times: dict[str, list[float]] = {name: [] for name in built}
-    counts = dict.fromkeys(built, 1)
-    names = list(built)
-    with few_objects_to_collect():
-        for i in range(rounds + 1):  # the first round finds out how many steps fill a turn
-            for name in names[i % len(names) :] + names[: i % len(names)] if names else []:
-                each = None
-                with guard(name):
-                    each = seconds_of(built[name].step, counts[name])
-                if each is None:
-                    names.remove(name)
-                    del built[name], times[name]
-                elif i:
-                    times[name].append(each)
-                else:
-                    counts[name] = max(1, round(seconds / each))
-    return times
-
-
-def quartiles(values: list[float]) -> list[float]:
-    points = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    return torch.tensor(values, dtype=torch.float64).quantile(points).tolist()
-
-
 def rows_of(
     label: Label,
+    case: Case,
     built: dict[str, Built],
     times: dict[str, list[float]],
     base: str,
-    flops: float,
     args: Any,
 ) -> list[dict[str, Any]]:
     """The table's rows for one configuration, precision and batch; ratios are base's time over each one's."""
-    rows, batch = [], label["batch"]
+    settings, batch = case.config.model, case.batch
+    rows = []
     for name, seconds in times.items():
         ms = [1e3 * value for value in quartiles(seconds)]
-        ratio = quartiles([b / s for b, s in zip(times[base], seconds, strict=True)]) if base in times else None
-        achieved = flops * batch / (ms[1] / 1e3)
+        share = executed_share(name, settings, training=True)
         rows.append(
             {
                 **label,
                 "variant": name,
+                "computes": precision_of(name, case.precision, case.device),
                 "ms": ms,
                 "images_per_second": [1e3 * batch / value for value in reversed(ms)],
-                "ratio": ratio,
                 "ratio_to": base,
-                "mfu": achieved / args.peak_flops if args.peak_flops else None,
-                "mfu_measured": achieved / args.matmul_flops,
+                **speeds(seconds, times.get(base), train_flops(settings) * batch, share, args),
                 "peak_memory_gb": built[name].peak_memory / 1e9,
                 "start_seconds": built[name].start_seconds,
             }
@@ -175,70 +166,76 @@ def rows_of(
 
 def run_case(label: Label, case: Case, variants: list[str], levers: list[str], results: ResultFile, args: Any) -> None:
     """Time one configuration, precision and batch: first all variants in turns, then each lever beside ours."""
-    flops = train_flops(case.config.model)
     makers = {variant: functools.partial(VARIANTS[variant], case) for variant in variants}
     if "reference" in makers and args.seed_checkout:
         makers["reference"] = lambda: seed(case, args.seed_checkout)
-    without_each = {lever: functools.partial(without, case, lever) for lever in levers}
-    rows_from = lambda built, times, base: rows_of(label, built, times, base, flops, args)
-    contest = Contest(label, case.device, rows_from, line_of, results, args.rounds, args.seconds)
-    contest.time_variants(makers)
-    contest.time_levers(without_each, lambda: ours(case))
+    if variants and is_apart(args.separate, variants, case):
+        time_apart(label, variants, levers, command_of(label, args), line_of, results)
+    else:
+        without_each = {lever: functools.partial(without, case, lever) for lever in levers}
+        rows_from = functools.partial(rows_of, label, case, args=args)
+        contest = Contest(label, case.device, rows_from, line_of, results, args.rounds, args.seconds)
+        contest.time_variants(makers)
+        contest.time_levers(without_each, lambda: ours(case))
+    if case.device.type == "cpu" and "ours" in variants and results.missing(label, [LAUNCHES]):
+        found = recorded_launches(case.config, case.batch, case.precision)
+        print(f"  a GPU's launches in a step of ours: {found}", flush=True)
+        results.add({**label, "variant": LAUNCHES, **found}, "launches")
+    long_runs_of(label, case, makers, results, args)
 
 
-@dataclass
-class Contest:
-    """Variants of one case, timed in turns; rows are printed and written as soon as they are known."""
-
-    label: Label
-    device: torch.device
-    rows_from: Callable[[dict[str, Built], dict[str, list[float]], str], list[dict[str, Any]]]
-    """(what was built, its times, the name of the base) → rows."""
-    line_of: Callable[[dict[str, Any]], str]
-    results: ResultFile
-    rounds: int
-    seconds: float
-
-    def time_variants(self, makers: dict[str, Callable[[], Step]]) -> None:
-        """Time all of them against the reference; nothing is measured if the results hold all of them already."""
-        if not self.results.missing(self.label, list(makers)):
-            return
-        self.results.forget(self.label, list(makers))
-        for row in self._rows(makers, "reference"):
-            self._keep(row)
-
-    def time_levers(self, without: dict[str, Callable[[], Step]], ours: Callable[[], Step]) -> None:
-        """Time ours without each lever beside ours, except the levers that the results hold already."""
-        makers = {f"ours -{lever}": make for lever, make in without.items()}
-        for name in self.results.missing(self.label, list(makers)):
-            for row in self._rows({"ours": ours, name: makers[name]}, "ours"):
-                if row["variant"] == name:
-                    self._keep(row)
-
-    def _rows(self, makers: dict[str, Callable[[], Step]], base: str) -> list[dict[str, Any]]:
-        guard = functools.partial(self.results.guard, self.label)
-        built: dict[str, Built] = {}
-        for name, make in makers.items():
-            with guard(name):
-                built[name] = build(make, self.device)
-                print(f"  {name}: begun after {built[name].start_seconds:.1f} s", flush=True)
-        rows = self.rows_from(built, measure(built, self.rounds, self.seconds, guard), base)
-        built.clear()
-        torch._dynamo.reset()
+def long_runs_of(label: Label, case: Case, makers: dict[str, Any], results: ResultFile, args: Any) -> None:
+    """The rows of --sustained and --loader."""
+    for name in results.missing(label, [f"{name}, sustained" for name in makers] if args.sustained else []):
+        with results.guard(label, name):
+            row = sustained(makers[name.removesuffix(", sustained")], case, args.sustained)
+            results.add({**label, "variant": name, **row}, "sustained")
+            rates = ", ".join(f"{when} {row[key]:.4g}" for when, key in (("at first", "first"), ("at last", "last")))
+            print(f"  {name}: {row['images_per_second']:.4g} images/s over {row['seconds']:.0f} s, {rates}", flush=True)
         release_memory()
-        return rows
+    for name in results.missing(label, [FROM_FILES] if args.loader else []):
+        settings = usual(case) if "ours" in makers else {"compile": False}
+        with results.guard(label, name), pictures(args.images, min(case.config.model.size_hw)) as folder:
+            row = with_loader(case, folder, max(3.0, 3 * args.seconds), settings)
+            results.add({**label, "variant": name, **settings, **row}, "loader")
+            rates = f"{row['images_per_second']:.4g} images/s by {row['loader']}, {row['from_memory']:.4g} from memory"
+            print(f"  {name}: {rates}; waiting {row['waiting']:.2%} of a step", flush=True)
+        release_memory()
 
-    def _keep(self, row: dict[str, Any]) -> None:
-        print(self.line_of(row), flush=True)
-        self.results.add(row)
+
+def is_apart(separate: str, variants: list[str], case: Case) -> bool:
+    """Whether every variant gets a process of its own; with auto if all of them together would not fit in memory."""
+    if separate != "auto" or len(variants) < 2:
+        return separate == "always"
+    gpu = case.device.type == "cuda"
+    needed, free = memory_together(variants, case.config.model, case.batch, gpu), free_memory(case.device)
+    if needed <= 0.85 * free:
+        return False
+    print(f"  together the variants would need {needed / 1e9:.0f} GB of {free / 1e9:.0f}: each gets its own process")
+    return True
+
+
+def command_of(label: Label, args: Any) -> list[str]:
+    """This program with the flags for one case."""
+    words = [__file__, "--configs", label["config"], "--batches", label["batch"], "--precisions", label["precision"]]
+    words += ["--rounds", args.rounds, "--seconds", args.seconds, "--threads", torch.get_num_threads()]
+    return [str(word) for word in [*words, *(["--seed_checkout", args.seed_checkout] if args.seed_checkout else [])]]
+
+
+def named(row: dict[str, Any], beside: dict[str, Any] | None = None) -> str:
+    """A row's variant, with its precision in brackets if that isn't the case's, or isn't that of the row beside it."""
+    other = beside["computes"] if beside else row["precision"]
+    return row["variant"] + (f" ({row['computes']})" if row["computes"] != other else "")
 
 
 def line_of(row: dict[str, Any]) -> str:
     low, ratio, high = row["ratio"] or [float("nan")] * 3
-    mfu = f"{row['mfu']:6.1%}" if row["mfu"] else f"{row['mfu_measured']:6.1%}"
+    mfu = row["mfu"] or row["mfu_measured"]
+    host = "" if row["host_ms"] is None else f"  host {row['host_ms']:.2f} ms"
     return (
-        f"  {row['config']:22}{row['precision']:6}{row['batch']:5}  {row['variant']:30}{row['ms'][1]:9.1f} ms"
-        f"{row['images_per_second'][1]:10.4g} img/s  {mfu}  {row['peak_memory_gb']:6.2f} GB"
+        f"  {row['config']:22}{row['precision']:6}{row['batch']:5}  {named(row):30}{row['ms'][1]:9.1f} ms"
+        f"{row['images_per_second'][1]:10.4g} img/s  {mfu:6.1%} model, {mfu * row['executed_share']:6.1%} executed"
+        f"{host}  {row['peak_memory_gb']:6.2f} GB"
         f"  {ratio:5.2f} ({low:.2f} .. {high:.2f}) x {row['ratio_to']}"
     )
 
@@ -277,7 +274,7 @@ def settings_of(
     bf16 = gpu or body_dtype("bf16", device) == torch.bfloat16
     usual_precisions = ["bf16"] if gpu else ["fp32", "bf16"] if bf16 else ["fp32"]
     precisions = chosen(args.precisions, ["fp32", "bf16", "fp16"], usual_precisions, "--precisions")
-    usual_variants = ["reference", "reference+compile", "diffusers", "ours", "ours eager"]
+    usual_variants = [name for name in VARIANTS if gpu or "max-autotune" not in name]
     if not gpu and not bf16:
         print(
             "this CPU has no bf16 instructions: in bf16 ours computes in fp32, others take ten times as long: left out"
@@ -295,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     cases, precisions, variants, levers = settings_of(args, device)
     rates, gpu = measure_rates(device), find(device_name(device))
     args.matmul_flops, args.peak_flops = rates.matmul_flops, gpu.peak_flops if gpu else None
-    results = ResultFile(args.json, place(args, device, rates), args.resume)
+    results = ResultFile(args.json, place(args, device, rates), args.resume, lists=LISTS)
     report = results.content
     print(
         f"{report['device']}, torch {torch.__version__}, {report['threads']} threads, matrix product "
@@ -308,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
             here = variants
             if device.type == "cpu" and precision != "fp32" and body_dtype(precision, device) == torch.float32:
                 here = [v for v in variants if v == "reference" or v.startswith("ours")]
-            if not results.missing(label, [*here, *(f"ours -{lever}" for lever in levers)]):
+            if not results.missing(label, wanted(here, levers, args)):
                 continue
             print(f"{name}, {precision}, batch {batch}", flush=True)
             with results.guard(label, "the whole case"):
@@ -317,15 +314,26 @@ def main(argv: list[str] | None = None) -> None:
     results.end()
 
 
+def wanted(variants: list[str], levers: list[str], args: Any) -> list[str]:
+    """The names of all rows of a case."""
+    more = [f"{name}, sustained" for name in variants] if args.sustained else []
+    return [
+        *variants,
+        *(f"ours -{lever}" for lever in levers),
+        *more,
+        *(["ours, from JPEG files"] if args.loader else []),
+    ]
+
+
 def summary(rows: list[dict[str, Any]]) -> list[str]:
     """Ours (eager, where that alone was timed) over every variant beside it, by configuration, precision and batch."""
     out = []
     for key in dict.fromkeys((row["config"], row["precision"], row["batch"]) for row in rows):
-        here = {row["variant"]: row["ms"][1] for row in rows if (row["config"], row["precision"], row["batch"]) == key}
-        mine = next((name for name in ("ours", "ours eager", "ours +cuda_graph") if name in here), None)
-        others = [name for name in here if not name.startswith("ours")]
+        here = {row["variant"]: row for row in rows if (row["config"], row["precision"], row["batch"]) == key}
+        mine = next((here[name] for name in ("ours", "ours eager") if name in here), None)
+        others = [row for name, row in here.items() if not name.startswith("ours")]
         if mine and others:
-            against = ", ".join(f"{here[name] / here[mine]:.2f} x {name}" for name in others)
+            against = ", ".join(f"{times_as_fast(mine, row):.2f} x {named(row, mine)}" for row in others)
             out.append(f"{Path(key[0]).stem} {key[1]} {against}")
     return out
 

@@ -24,7 +24,14 @@ from typing import Any
 
 FILE = "results.jsonl"
 OK = "ok"
-BASELINES = ("reference", "reference+compile", "diffusers")
+BASELINES = (
+    "reference",
+    "reference+channels-last",
+    "reference+compile",
+    "reference+max-autotune",
+    "diffusers",
+    "diffusers+max-autotune",
+)
 
 NEEDED = {
     "start": {"command", "commit", "date", "mode"},
@@ -180,7 +187,8 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(throughput_line(row))
         elif kind == "profile":
             classes = ", ".join(f"{name} {ms:.2f}" for name, ms in row["classes"].items())
-            launches = "" if row["launches"] is None else f", {row['launches']['kernels']:.0f} launches"
+            calls = row["launches"]
+            launches = "" if calls is None else f", {calls['kernels']:.0f} launches, {calls['graphs']:.0f} graphs"
             busy = f"GPU busy {row['busy_ms']:.2f} of {row['wall_ms']:.2f} ms{launches}"
             lines.append(f"{row['part']:26} {busy}: {classes}")
         elif kind in ("machine", "tests", "failure", "fact", "note") or (kind == "end" and row["verdict"] != OK):
@@ -195,6 +203,8 @@ def throughput_line(row: Row) -> str:
     low, middle, high = row["ms"]
     host = "" if row.get("host_ms") is None else f"  host {row['host_ms']:.2f} ms"
     mfu = "" if row["mfu"] is None else f"  MFU {row['mfu']:.1%}"
+    if mfu and "executed_share" in row:
+        mfu += f" (executed {row['mfu'] * row['executed_share']:.1%})"
     return (
         f"{row['part']:26} {row['precision']:5} batch {row['batch']:<4} {rate:9.1f} {unit:14}"
         f"{middle:9.3f} ms ({low:.3f} to {high:.3f}){mfu}{host}  peak {row['peak_memory_gb']:.2f} GB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,6 +40,8 @@ def throughput(
 
         from benchmarks.result_file import release_memory
 
+        if context.rehearsal and "max-autotune" in variant:
+            raise LeftOut("it takes an hour to choose by times that mean nothing; rehearsal/step_costs.py tries it")
         for batch in batches[:1] if context.tiny else batches:
             try:
                 measure_variant(context, config, batch, variant, precision, draw, profile)
@@ -65,10 +68,14 @@ def measure_variant(
 ) -> None:
     """Build and time one variant; emits a row when it is timed and another when it is profiled."""
     from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
-    from benchmarks.bench_train import quartiles
+    from benchmarks.contest import quartiles
+    from benchmarks.operations import executed_share, precision_of
     from benchmarks.variant_timing import measure, start
     from fastdiff.runtime.machine import tf32
 
+    if "max-autotune" in variant:
+        # Code compiled in a rehearsal, which pack_for_gpu.py may have brought along, was chosen by meaningless times.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(context.work / "autotuned")
     processes = start()
     settings = bench_train.load(config)
     if context.tiny:
@@ -80,12 +87,12 @@ def measure_variant(
         make, per_step = functools.partial(bench_sampling.VARIANTS[variant], case), case.evaluations
     else:
         case = train_variants.Case(settings, batch, precision, processes)
-        make, per_step = functools.partial(bench_train.VARIANTS[variant], case), 1
+        make, per_step = functools.partial(bench_train.MAKERS[variant], case), 1
     if variant.startswith("ours"):
         print("\n".join(compile_beforehand(case, draw)), flush=True)
-    # improved-diffusion has fp16 only, and on a CPU float32.
-    computed = precision if variant != "reference" else "fp16" if processes.device.type == "cuda" else "fp32"
+    computed = precision_of(variant, precision, processes.device)
     row: dict[str, Any] = {"config": config, "variant": variant, "precision": computed, "batch": batch, "ratio": None}
+    row["executed_share"] = executed_share(variant, settings.model, training=not draw)
 
     def emit(**found: Any) -> None:
         if "classes" in found:
@@ -133,6 +140,48 @@ def compiled_code() -> dict[str, int]:
     return {"graphs_found": seen["fxgraph_cache_hit"], "graphs_compiled": seen["fxgraph_cache_miss"]}
 
 
+def in_one_go(config: str, batch: int) -> Callable[[Context], None]:
+    """A part that records ours over a minute without a pause, as the GPU's clock and temperature settle."""
+
+    def run(context: Context) -> None:
+        from benchmarks.long_runs import sustained
+        from benchmarks.train_variants import ours
+
+        case = training_case(context, config, batch)
+        found = sustained(lambda: ours(case), case, 0.5 if context.tiny else 60.0)
+        context.emit("fact", config=config, variant="ours", batch=case.batch, **found)
+
+    return run
+
+
+def from_files(config: str, batch: int) -> Callable[[Context], None]:
+    """A part that trains ours on JPEG files, read and decoded by its loader, and on one batch in memory, in turns."""
+
+    def run(context: Context) -> None:
+        from benchmarks import long_runs, proof_checks
+        from benchmarks.train_variants import usual
+
+        case = training_case(context, config, batch)
+        given = proof_checks.pictures(context) if context.images else None
+        with long_runs.pictures(given, min(case.config.model.size_hw)) as folder:
+            found = long_runs.with_loader(case, folder, 0.3 if context.tiny else 15.0, usual(case))
+        context.emit("fact", config=config, variant="ours", batch=case.batch, made_up=given is None, **found)
+
+    return run
+
+
+def training_case(context: Context, config: str, batch: int) -> Any:
+    """The case in bf16, or a tiny one in fp32."""
+    from benchmarks import bench_train, train_variants
+    from benchmarks.variant_timing import start
+
+    processes, settings = start(), bench_train.load(config)
+    if context.tiny:
+        settings = settings.model_copy(update={"model": shrunk(settings.model)})
+    given = (2, "fp32") if context.tiny else (batch, "bf16")
+    return train_variants.Case(settings, *given, processes)
+
+
 def levers(config: str, batch: int) -> Callable[[Context], None]:
     """A part that times ours with each lever off beside ours, by bench_train.py, one lever after the other."""
 
@@ -149,7 +198,7 @@ def levers(config: str, batch: int) -> Callable[[Context], None]:
                 file.write_text(json.dumps({"model": {**TINY_MODEL, "image_size": 16}}))
                 given = ["--configs", str(file), "--batches", "2", "--precisions", "fp32"]
             short = ["--rounds", "2" if context.tiny else "5", "--seconds", "0.05" if context.tiny else "0.5"]
-            argv = [sys.executable, "benchmarks/bench_train.py", *given, *short, "--variants", "ours", "--levers", name]
+            argv = [sys.executable, "benchmarks/bench_train.py", *given, *short, "--variants", "none", "--levers", name]
             code = run_command(context, [*argv, "--json", str(result)])
             rows = json.loads(result.read_text())["rows"] if result.is_file() else []
             for row in rows:

@@ -7,8 +7,8 @@
 Of gpu_proof.py's results --keep copies the file to gpu_NAME_DATE.jsonl, by the GPU and the day, with tables and charts
 beside it. Drawing has a chart of its own there (NAME_sampling.svg), and a table of all parts follows the others.
 
-Every row is one variant's training step, or its drawing: `reference` (improved-diffusion's operations),
-`reference+compile`, `diffusers`, `ours`, and `ours -LEVER` with one lever left out. Times are medians with quartiles.
+Every row is one variant's training step, or its drawing (docs/benchmarks.md). Times are medians with quartiles. A
+variant that computes in another precision than its case, as improved-diffusion does, has that in brackets.
 There is a table and a panel for each configuration, precision and batch, and for each solver of drawing. Training has
 the roofline of benchmarks/roofline.py, by the rates of the GPU that the results name, or else by the rates measured
 with them. A configuration that isn't known here gets none.
@@ -30,7 +30,15 @@ from benchmarks.report_rows import Results, Row, bounds, main_row, plain_name, r
 from fastdiff.errors import UserError
 from fastdiff.runtime.script import run_script
 
-COLOURS = {"reference": "#8c939c", "reference+compile": "#b4bac2", "diffusers": "#d9a441", "ours": "#1f6f8b"}
+COLOURS = {
+    "reference": "#8c939c",
+    "reference+channels-last": "#a0a6ae",
+    "reference+compile": "#b4bac2",
+    "reference+max-autotune": "#c8cdd3",
+    "diffusers": "#d9a441",
+    "diffusers+max-autotune": "#e6c382",
+    "ours": "#1f6f8b",
+}
 LEVER_OFF, INK, PALE = "#8fbccb", "#22272e", "#6b7280"
 
 
@@ -55,7 +63,7 @@ def markdown(results: Results) -> str:
     for entry in results.left_out:
         case = f"{entry['config']}, batch {entry['batch']}, {entry['precision']}"
         lines += ["", f"Left out: {entry['variant']} ({case}): {entry['reason']}"]
-    lines += _split_table(results)
+    lines += [*_split_table(results), *_more_tables(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -85,39 +93,14 @@ def _split_table(results: Results) -> list[str]:
 
 
 def _table(results: Results, rows: Sequence[Row]) -> list[str]:
-    heads = [
-        "variant",
-        "ms per step",
-        "images/s",
-        "× reference",
-        "MFU",
-        "of matmul",
-        "of roofline",
-        "peak GB",
-        "start s",
-    ]
-    if results.sampling:
-        heads[1:2] = ["ms per evaluation", "evaluations/s"]
-        heads.remove("of roofline")
+    """The table of one case. A column without a single value is left out."""
+    columns = [_cells(results, row) for row in rows]
+    heads = [head for head in columns[0] if any(cells[head] != "–" for cells in columns)]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    for row in rows:
-        bound = bounds(results, row)
-        low, middle, high = row.ms
-        cells = [
-            f"**{row.variant}**" if row.variant == "ours" else row.variant,
-            f"{_short(middle)} ({_short(low)} to {_short(high)})",
-            _short(row.images_per_second[1]),
-            _ratio(row),
-            _percent(row.mfu),
-            _percent(row.mfu_measured),
-            _percent(row.images_per_second[1] / bound.ceiling if bound else None),
-            "–" if row.peak_memory_gb is None else f"{row.peak_memory_gb:.2f}",
-            "–" if row.start_seconds is None else f"{row.start_seconds:.1f}",
-        ]
-        if results.sampling:
-            cells.insert(2, _short(row.rate[1]))
-            del cells[heads.index("of matmul") + 1]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(cells[head] for head in heads) + " |" for cells in columns]
+    others = dict.fromkeys(row.computes for row in rows if row.computes)
+    if others:
+        lines += ["", f"In brackets: a variant that computes in {' or '.join(others)}, not in {rows[0].precision}."]
     bound = bounds(results, main_row(rows))
     if bound:
         lines += [
@@ -125,6 +108,64 @@ def _table(results: Results, rows: Sequence[Row]) -> list[str]:
             f"Roofline, a prediction: {_short(bound.ceiling)} images/s at all of both rates, {_short(bound.target)} at "
             "80% of the products' and 90% of the copies'.",
         ]
+    return lines
+
+
+def _cells(results: Results, row: Row) -> dict[str, str]:
+    """A row's cells by the heads of their columns; "–" where a value is not known."""
+    bound = bounds(results, row)
+    low, middle, high = row.ms
+    spread = f"{_short(middle)} ({_short(low)} to {_short(high)})"
+    cells = {"variant": f"**{row.name}**" if row.variant == "ours" else row.name}
+    if results.sampling:
+        cells |= {"ms per evaluation": spread, "evaluations/s": _short(row.rate[1])}
+    else:
+        cells["ms per step"] = spread
+    cells |= {
+        "images/s": _short(row.images_per_second[1]),
+        "× reference": _ratio(row),
+        "MFU, model operations": _percent(row.mfu),
+        "MFU, executed": _percent(row.executed(row.mfu)),
+        "of matmul, model operations": _percent(row.mfu_measured),
+        "of matmul, executed": _percent(row.executed(row.mfu_measured)),
+        "of roofline": _percent(row.images_per_second[1] / bound.ceiling if bound else None),
+        "host ms": "–" if row.host_ms is None else _short(row.host_ms),
+        "launches": _launched(row.launches),
+        "peak GB": "–" if row.peak_memory_gb is None else f"{row.peak_memory_gb:.2f}",
+        "start s": "–" if row.start_seconds is None else f"{row.start_seconds:.1f}",
+    }
+    return cells
+
+
+def _launched(launches: dict[str, float] | None) -> str:
+    if launches is None:
+        return "–"
+    return f"{launches['kernels']:.0f}" + (f" and {launches['graphs']:.0f} graphs" if launches["graphs"] else "")
+
+
+def _more_tables(results: Results) -> list[str]:
+    """The tables of sustained rates, of ours with its loader, and of launches counted without a GPU."""
+    case = lambda entry: f"{entry['config']}, batch {entry['batch']}, {entry['precision']}"
+    lines: list[str] = []
+    if results.sustained:
+        heads = ["case", "variant", "seconds", "images/s", "at first", "at last", "MHz, °C, W at first", "at last"]
+        lines += ["", "## Rates in one go", "", "| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * 6]
+        for entry in results.sustained:
+            numbers = [_short(entry[name]) for name in ("seconds", "images_per_second", "first", "last")]
+            clocks = ["–" if said is None else ", ".join(f"{x:.0f}" for x in said) for said in entry["clocks"]]
+            lines.append("| " + " | ".join([case(entry), entry["variant"], *numbers, *clocks]) + " |")
+        windows = dict.fromkeys(f"{entry['window_seconds']:.3g}" for entry in results.sustained)
+        lines += ["", f"At first and at last: of {' or '.join(windows)} seconds each."]
+    if results.loader:
+        heads = ["case", "loader", "images/s from files", "from memory", "waiting"]
+        lines += ["", "## Ours, fed with JPEG files", "", "| " + " | ".join(heads) + " |", "|---|---|---:|---:|---:|"]
+        for entry in results.loader:
+            numbers = [_short(entry[name]) for name in ("images_per_second", "from_memory")]
+            lines.append("| " + " | ".join([case(entry), entry["loader"], *numbers, f"{entry['waiting']:.2%}"]) + " |")
+    for entry in results.launches:
+        lines += ["", f"A GPU's launches in a step of ours ({case(entry)}), counted without one: "
+                  f"{entry['fastdiff kernels']} of our kernels, {entry['library products']} products of cuDNN and "
+                  "cuBLAS. What torch.compile makes of the rest isn't counted."]  # fmt: skip
     return lines
 
 
@@ -162,7 +203,7 @@ def chart(results: Results, files: Sequence[Path]) -> None:
     panels = results.cases()
     bars = [0.36 * len(rows) + 0.1 for rows in panels.values()]  # inches
     height = 1.65 + sum(bars) + 0.7 * (len(panels) - 1)
-    longest = max(len(row.variant) for row in results.rows)
+    longest = max(len(row.name) for row in results.rows)
     width, left = 6.7 + 0.074 * longest, 0.2 + 0.074 * longest
     # Text stays text in an SVG, and equal results make equal files.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastdiff", "font.family": "DejaVu Sans", "font.size": 9}):
@@ -227,7 +268,7 @@ def _panel(axes: Any, results: Results, name: str, rows: Sequence[Row]) -> bool:
         axes.axvline(bound.target, color=INK, linewidth=1.1, linestyle=(0, (1, 1.6)), zorder=1.5)
         shown = f"roofline {_short(bound.ceiling)}, target {_short(bound.target)}"
         axes.set_title(shown, loc="right", size=8, color=PALE, pad=5)
-    axes.set_yticks(range(len(rows)), [row.variant for row in rows])
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
     for tick, row in zip(axes.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("bold" if row.variant == "ours" else "normal")
     axes.set_ylim(len(rows) - 0.45, -0.55)

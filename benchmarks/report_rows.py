@@ -15,7 +15,20 @@ from fastdiff.errors import UserError
 from fastdiff.models.cost import Operation
 from fastdiff.runtime.machine import find
 
-ORDER = ("reference", "reference+compile", "diffusers", "ours")  # other variants follow in the file's order
+ORDER = (
+    "reference",
+    "reference+channels-last",
+    "reference+compile",
+    "reference+max-autotune",
+    "diffusers",
+    "diffusers+max-autotune",
+    "ours",
+)
+"""The order of variants; others follow in the file's order."""
+
+
+OTHERS = ("splits", "left_out", "launches", "sustained", "loader")
+"""The lists of a file beside its rows."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +45,32 @@ class Row:
     """The time of the variant `ratio_to` over this one's, of the same case; above 1 is faster."""
     ratio_to: str
     mfu: float | None
+    """Share of the device's peak, by the operations of the network as improved-diffusion defines it."""
     mfu_measured: float | None
-    """The same as a share of the rate of matrix products that was measured in the same process."""
+    """The same as a share of the rate of matrix products that was measured with the results."""
     peak_memory_gb: float | None
     start_seconds: float | None
     solver: str = ""
     """The solver of drawing, with its steps; empty for a training step."""
     evaluations_per_second: tuple[float, float, float] | None = None
     """Evaluations of the network while drawing: images times evaluations per image."""
+    computes: str = ""
+    """The precision in which this variant computes, where that isn't the case's `precision`."""
+    executed_share: float | None = None
+    """Operations that this variant executes, as a share of the network's."""
+    host_ms: float | None = None
+    """The time in which a GPU's host launches a step."""
+    launches: dict[str, float] | None = None
+    """The host's calls in a step, by kind."""
+
+    @property
+    def name(self) -> str:
+        """The variant, with its precision in brackets where that isn't the case's."""
+        return self.variant + (f" ({self.computes})" if self.computes else "")
+
+    def executed(self, share: float | None) -> float | None:
+        """A share of a peak by the network's operations, as one by the executed operations."""
+        return None if share is None or self.executed_share is None else share * self.executed_share
 
     @property
     def rate(self) -> tuple[float, float, float]:
@@ -56,6 +87,10 @@ class Results:
     splits: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """Variants without a row, and the reasons."""
+    launches: list[dict[str, Any]] = field(default_factory=list)
+    """Launches in a step of ours, counted without a GPU."""
+    sustained: list[dict[str, Any]] = field(default_factory=list)
+    loader: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def sampling(self) -> bool:
@@ -95,7 +130,7 @@ def read(path: Path) -> Results:
         rows = [row_of(entry) for entry in content["rows"]]
         place = {name: content[name] for name in ("device", "torch", "commit", "date", "command", "threads")}
         place |= {name: float(content[name]) for name in ("matmul_tflops", "copy_gbs")}
-        splits, left_out = list(content.get("splits", [])), list(content.get("left_out", []))
+        others = {name: list(content.get(name, [])) for name in OTHERS}
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); give a file of benchmarks/bench_train.py") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -103,7 +138,7 @@ def read(path: Path) -> Results:
         raise UserError(f"{path} is not what benchmarks/bench_train.py writes: {what}") from None
     if not rows:
         raise UserError(f"{path} has no rows; give a file of a benchmark that came to its end")
-    return Results(place, rows, splits, left_out)
+    return Results(place, rows, **others)
 
 
 def row_of(entry: dict[str, Any]) -> Row:
@@ -115,12 +150,15 @@ def row_of(entry: dict[str, Any]) -> Row:
             raise ValueError(f"{name} must be three numbers, not {entry[name]}")
     numbers: dict[str, Any] = {
         name: None if entry.get(name) is None else float(entry[name])
-        for name in ("mfu", "mfu_measured", "peak_memory_gb", "start_seconds")
+        for name in ("mfu", "mfu_measured", "peak_memory_gb", "start_seconds", "executed_share", "host_ms")
     }
     texts: dict[str, Any] = {name: str(entry[name]) for name in ("config", "variant", "precision")}
+    computes = str(entry.get("computes", entry["precision"]))
+    texts["computes"] = "" if computes == entry["precision"] else computes
     ratio_to = str(entry.get("ratio_to", "reference"))
     texts["solver"] = f"{entry['solver']} {entry['steps']}" if "solver" in entry else ""
-    return Row(**texts, batch=int(entry["batch"]), ratio_to=ratio_to, **triples, **numbers)
+    more = {"ratio_to": ratio_to, "launches": entry.get("launches")}
+    return Row(**texts, batch=int(entry["batch"]), **more, **triples, **numbers)
 
 
 def _quick() -> Config:

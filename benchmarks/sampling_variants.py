@@ -15,25 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers import WARM_UP, compile_kwargs, diffusers_unet, strengthened
 from benchmarks.seed_step import SeedUNet
-from benchmarks.train_variants import (
-    Case,
-    check_same_function,
-    diffusers_unet,
-    exact,
-    from_checkout,
-    without_our_ops,
-)
+from benchmarks.train_variants import Case, check_same_function, exact, from_checkout, without_our_ops
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.process import ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SolverTable, solver_table
-from fastdiff.errors import UserError
-from fastdiff.models import SuperResSettings, UNet, build_model
+from fastdiff.models import UNet, build_model
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import DTYPES, body_dtype, freeze
-from fastdiff.runtime import machine
+from fastdiff.runtime.cuda_graphs import GraphRunner
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import to_uint8
@@ -125,9 +118,8 @@ class SeedLoop:
         log_variance.exp()
         return log_variance
 
-    def step(self, x: Tensor, i: int, noise: Tensor, kwargs: dict[str, Tensor]) -> Tensor:
-        """x_{i-1} of x_i [B, C, H, W]."""
-        t = torch.tensor([i] * len(x), device=x.device)
+    def step(self, x: Tensor, t: Tensor, noise: Tensor, kwargs: dict[str, Tensor]) -> Tensor:
+        """x_{t-1} of x_t [B, C, H, W]; t [B] is the same for all images."""
         output = self.network(x, self._shown(t), **kwargs)
         values = None
         if self.diffusion.learns_variance:
@@ -154,7 +146,7 @@ class SeedLoop:
         self, x: Tensor, kwargs: dict[str, Tensor], noise: Callable[[Tensor], Tensor] = torch.randn_like
     ) -> Tensor:
         for i in reversed(range(self.diffusion.num_timesteps)):
-            x = self.step(x, i, noise(x), kwargs)
+            x = self.step(x, torch.tensor([i] * len(x), device=x.device), noise(x), kwargs)
         return x
 
 
@@ -183,52 +175,69 @@ def seed(case: DrawCase, checkout: Path | None = None) -> Draw:
     return lambda: to_uint8(draw()).cpu()
 
 
-# --- other libraries ---
+# --- the reference's network as an expert would run it, and other libraries ---
 
 
-def _plain(case: DrawCase, network: Network) -> Draw:
-    """A well-written loop around any network: tables on the device, channels-last, no wait for the device."""
-    case = case.with_evaluations()
-    loop = SeedLoop(network, case.diffusion(), case.solver == "ddim", on_device=True)
-    size = (case.batch, case.config.model.in_channels, *case.config.model.size_hw)
+class FastLoop:
+    """A well-written loop around any network: tables on the device, channels-last, no wait for the device.
 
-    def draw() -> Tensor:
-        x = torch.randn(*size, device=case.device).contiguous(memory_format=torch.channels_last)
-        return to_uint8(loop(x, case.kwargs)).cpu()
+    With `compiled` the network and the arithmetic of a step are compiled as one graph, and on a GPU each step replays
+    one CUDA graph.
+    """
 
-    return draw
+    def __init__(self, case: DrawCase, network: Network, compiled: bool, autotune: bool = False) -> None:
+        self.case = case.with_evaluations()
+        self.graphs = GraphRunner(case.device, enabled=compiled and case.device.type == "cuda")
+        model = case.config.model
+        size = (case.batch, model.in_channels, *model.size_hw)
+        self.x = torch.zeros(*size, device=case.device).contiguous(memory_format=torch.channels_last)
+        self.t = torch.zeros(case.batch, dtype=torch.int64, device=case.device)
+        output = self.x.new_zeros(case.batch, model.out_channels, *model.size_hw)
+        self.loop = SeedLoop(lambda *_, **__: output, self.case.diffusion(), self.case.solver == "ddim", on_device=True)
+        self.loop.step(self.x, self.t, self.x, {})  # makes the tables, which Dynamo can't trace
+        self.loop.network = network
+        kwargs = compile_kwargs(case.device, autotune)
+        self.compute = torch.compile(self.loop.step, **kwargs) if compiled else self.loop.step
+        self.taken = 0
+
+    def _step(self) -> None:
+        self.x.copy_(self.compute(self.x, self.t, torch.randn_like(self.x), self.case.kwargs))
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        self.x.normal_()
+        for i in reversed(range(self.loop.diffusion.num_timesteps)):
+            self.t.fill_(i)
+            self.graphs.run("step", self._step, warming_up=self.taken < WARM_UP)
+            self.taken += 1
+        return to_uint8(self.x).cpu()
 
 
-def _compiled(model: nn.Module, case: DrawCase) -> Any:
-    model.to(case.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return torch.compile(model, **machine.compile_kwargs(case.device))
+def _ready(model: nn.Module, case: DrawCase) -> nn.Module:
+    return model.to(case.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 @without_our_ops
-def compiled_seed(case: DrawCase) -> Draw:
-    """The reference's network with its convolutions in the case's precision, channels-last and compiled."""
-    model = case.filled(SeedUNet)
+def strong_seed(case: DrawCase, compiled: bool = True, autotune: bool = False) -> Draw:
+    """The reference's network with PyTorch's fused operations, and its convolutions in the case's precision."""
+    check_same_function(case.config.model, strengthened)
+    model = case.filled(strengthened)
     if case.precision != "fp32":
-        for blocks in (model.input_blocks, model.middle_block, model.output_blocks):
-            for module in blocks.modules():
-                if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                    module.to(DTYPES[case.precision])
-    return _plain(case, _compiled(model, case))
+        model.convert_convolutions(DTYPES[case.precision])
+    return FastLoop(case, _ready(model, case), compiled, autotune)
 
 
 @without_our_ops
-def diffusers(case: DrawCase) -> Draw:
-    """diffusers' network, all of it in the case's precision, channels-last and compiled."""
-    if isinstance(case.config.model, SuperResSettings):
-        raise UserError("the variant diffusers has no super-resolution network; leave it out")
+def diffusers(case: DrawCase, autotune: bool = False) -> Draw:
+    """diffusers' network, all of it in the case's precision, compiled."""
     dtype = torch.float32 if case.precision == "fp32" else DTYPES[case.precision]
-    network = _compiled(diffusers_unet(case).to(dtype), case)
+    network = _ready(diffusers_unet(case.config.model, case.device).to(dtype), case)
 
     def called(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         labels = {} if y is None else {"class_labels": y}
         return network(x.to(dtype), t, **labels).sample.float()
 
-    return _plain(case, called)
+    return FastLoop(case, called, compiled=True, autotune=autotune)
 
 
 # --- ours ---

@@ -5,6 +5,9 @@ apart, concatenated skips, attention as two einsums with a float32 softmax, a lo
 the gradient norm read parameter by parameter, AdamW, and then the average parameter by parameter. In fp16 the
 convolutions' weights are in half precision, with float32 master weights in one flat tensor. Parameters have the same
 names as ours, so both sides start from the same weights, and improved-diffusion's own network can be used as well.
+
+`SeedUNet.strengthen` gives the same network PyTorch's fused operations, for the variants that are the reference's
+network as an expert would run it today.
 """
 
 from __future__ import annotations
@@ -30,8 +33,10 @@ class Norm(nn.GroupNorm):
 
 
 class Swish(nn.Module):
+    fused = False
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(x)
+        return F.silu(x) if self.fused else x * torch.sigmoid(x)
 
 
 class Residual(nn.Module):
@@ -57,6 +62,8 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
+    fused = False
+
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -64,6 +71,8 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return self._fused(x)
         b, c, *size = x.shape
         x = x.reshape(b, c, -1)
         qkv = self.qkv(self.norm(x)).reshape(b * self.heads, -1, x.shape[2])
@@ -73,6 +82,19 @@ class Attention(nn.Module):
         weight = weight.float().softmax(dim=-1).type(weight.dtype)
         h = torch.einsum("bts,bcs->bct", weight, v).reshape(b, -1, x.shape[2])
         return (x + self.proj_out(h)).reshape(b, c, *size)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same with scaled_dot_product_attention. Of a channels-last map every rearrangement is a view.
+
+        Queries, keys and values are [B, heads, L, D], contiguous in D, as flash attention needs them.
+        """
+        b, c, *size = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(tokens, self.qkv.weight[..., 0], self.qkv.bias)
+        q, k, v = qkv.view(b, tokens.shape[1], self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens.shape)
+        h = F.linear(h, self.proj_out.weight[..., 0], self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(b, c, *size)
 
 
 class Down(nn.Module):
@@ -102,6 +124,8 @@ class Block(nn.Sequential):
 
 class SeedUNet(nn.Module):
     """The network, for the settings of ours: unconditional, class-conditional or super-resolution."""
+
+    fused = False
 
     def __init__(self, s: BackboneSettings) -> None:
         super().__init__()
@@ -140,16 +164,28 @@ class SeedUNet(nn.Module):
 
     def convert_to_fp16(self) -> None:
         """Convert the convolutions between the embedding and the last layer to half precision."""
+        self.convert_convolutions(torch.float16)
+
+    def convert_convolutions(self, dtype: torch.dtype) -> None:
         for blocks in (self.input_blocks, self.middle_block, self.output_blocks):
             for module in blocks.modules():
                 if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                    module.half()
+                    module.to(dtype)
+
+    def strengthen(self) -> SeedUNet:
+        """Compute the same function by PyTorch's fused operations: SiLU, and scaled_dot_product_attention."""
+        for module in self.modules():
+            if isinstance(module, (Swish, Attention, SeedUNet)):
+                module.fused = True
+        return self
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
         if low_res is not None and self.enlarged:
             x = torch.cat([x, F.interpolate(low_res, self.enlarged, mode="bilinear")], dim=1)
         half = self.width // 2
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half).to(x.device)
+        made_on = x.device if self.fused else None  # the copy from the host waits for the GPU
+        steps = torch.arange(half, dtype=torch.float32, device=made_on)
+        frequencies = torch.exp(-math.log(10000) * steps / half).to(x.device)
         angles = timesteps[:, None].float() * frequencies[None]
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=-1))
         if y is not None:

@@ -1,4 +1,4 @@
-"""Training steps to compare: ours, ours with one lever off, the reference, and those of other libraries.
+"""Training steps to compare: ours, ours with one lever off, and the reference. `peers.py` has the other ones.
 
 Every factory gives a function that takes one whole optimiser step: forward and backward pass, AdamW, moving average.
 """
@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from fastdiff.kernels import reference
 from torch import Tensor, nn
 
@@ -160,32 +159,46 @@ def seed(case: Case, checkout: Path | None = None) -> Step:
 
 
 def from_checkout(case: Case, checkout: Path) -> tuple[nn.Module, Any]:
-    """The network, with the case's weights, and the process of a checkout of improved-diffusion."""
+    """The network, with the case's weights, and the process of a checkout of improved-diffusion.
+
+    The original's functions build networks for some sizes only, with one channel_mult each; its classes build any.
+    """
     if not (checkout / "improved_diffusion" / "script_util.py").is_file():
         raise UserError(f"--seed_checkout {checkout} is no checkout of improved-diffusion: it has no script_util.py")
     sys.path.insert(0, str(checkout))
-    from improved_diffusion import script_util
+    from improved_diffusion import script_util, unet
 
-    model, diffusion = case.config.model, case.config.diffusion
-    given = {**model.model_dump(mode="json"), **diffusion.model_dump(mode="json"), "use_checkpoint": False}
-    if isinstance(model, SuperResSettings):
-        create, defaults = script_util.sr_create_model_and_diffusion, script_util.sr_model_and_diffusion_defaults()
-    else:
-        create, defaults = script_util.create_model_and_diffusion, script_util.model_and_diffusion_defaults()
-    network, process = create(**{name: given.get(name, value) for name, value in defaults.items()})
+    s, diffusion = case.config.model, case.config.diffusion
+    make = unet.SuperResModel if isinstance(s, SuperResSettings) else unet.UNetModel
+    network = make(
+        in_channels=s.in_channels,
+        model_channels=s.num_channels,
+        out_channels=s.out_channels,
+        num_res_blocks=s.num_res_blocks,
+        attention_resolutions=tuple(s.attention_factors),
+        dropout=s.dropout,
+        channel_mult=tuple(int(mult) if mult == int(mult) else mult for mult in s.level_mult),
+        num_classes=s.num_classes if s.class_cond else None,
+        num_heads=s.num_heads,
+        num_heads_upsample=s.num_heads_upsample,
+        use_scale_shift_norm=s.use_scale_shift_norm,
+    )
+    names = ("sigma_small", "noise_schedule", "use_kl", "predict_xstart", "rescale_timesteps", "rescale_learned_sigmas")
+    given = {name: getattr(diffusion, name) for name in (*names, "timestep_respacing")}
+    process = script_util.create_gaussian_diffusion(steps=diffusion.diffusion_steps, learn_sigma=s.learn_sigma, **given)
     try:
         network.load_state_dict(case.weights)
     except RuntimeError as error:
         raise UserError(
-            "--seed_checkout: the original builds another network for these settings (it knows images of 32, 64 and "
-            "256 pixels, with one channel_mult each); leave the flag out"
+            "--seed_checkout: the original has no network of these settings (it lacks num_head_channels, for one); "
+            "leave the flag out"
         ) from error
     return network, process
 
 
 @functools.cache
-def check_same_function(settings: BackboneSettings) -> None:
-    """Raise AssertionError unless the reference and ours compute the same function; else no ratio has a meaning.
+def check_same_function(settings: BackboneSettings, make: Callable[[BackboneSettings], nn.Module] = SeedUNet) -> None:
+    """Raise AssertionError unless the reference's network, built by `make`, and ours compute the same function.
 
     They are checked on a CPU at the fewest channels that the settings allow: the full width would test nothing more.
     """
@@ -193,7 +206,7 @@ def check_same_function(settings: BackboneSettings) -> None:
     fits = lambda width: all(int(mult * width) % unit == 0 for mult in settings.level_mult)
     width = next(filter(fits, range(32, settings.num_channels, 32)), settings.num_channels)
     narrow = settings.model_copy(update={"num_channels": width})
-    ours, theirs = build_model(narrow).eval(), SeedUNet(narrow).eval()
+    ours, theirs = build_model(narrow).eval(), make(narrow).eval()
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(torch.randn_like(p), alpha=0.02)  # a new network has layers of zeros
@@ -206,101 +219,17 @@ def check_same_function(settings: BackboneSettings) -> None:
         torch.testing.assert_close(ours(x, t, **kwargs), theirs(x, t, **kwargs), atol=1e-3, rtol=1e-3)
 
 
-# --- other libraries ---
-
-
-def _plain_step(case: Case, model: nn.Module, losses: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Step:
-    """A well-written loop around any network: fused AdamW, averages by foreach, no wait for the device."""
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    averages = [p.detach().clone() for p in parameters]
-    scaler = torch.amp.GradScaler(case.device.type, enabled=case.precision == "fp16")
-
-    def step() -> None:
-        x = (case.images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        t = torch.randint(0, case.config.diffusion.diffusion_steps, (case.batch,), device=case.device)
-        loss = losses(x, t, torch.randn_like(x)).mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(averages, [p.detach() for p in parameters], 1e-4)
-
-    return step
-
-
-def _compiled(model: nn.Module, case: Case) -> Any:
-    model.to(case.device, memory_format=torch.channels_last).train()
-    return torch.compile(model, **machine.compile_kwargs(case.device))
-
-
-@without_our_ops
-def compiled_seed(case: Case) -> Step:
-    """The reference's network, channels-last and compiled as one graph in that layout, under autocast."""
-    diffusion, model = case.diffusion(), case.filled(SeedUNet)
-    network = _compiled(model, case)
-
-    def called(x: Tensor, t: Tensor, **kwargs: Tensor) -> Tensor:
-        with case.autocast:
-            return network(x, t, **kwargs).float()
-
-    return _plain_step(
-        case, model, lambda x, t, noise: diffusion.training_losses(called, x, t, case.kwargs, noise)["loss"]
-    )
-
-
-def diffusers_unet(case: Case) -> nn.Module:
-    """diffusers' UNet2DModel of the same widths, depths, places of attention and outputs, on the case's device."""
-    try:
-        from diffusers import UNet2DModel
-    except ImportError as error:
-        raise UserError(f"the variant diffusers needs diffusers ({error}); pip install -e '.[peers]'") from error
-    s = case.config.model
-    channels = s.level_channels
-    attends = [2**level in s.attention_factors for level in range(len(channels))]
-    kind = lambda way, level: ("Attn" if attends[level] else "") + f"{way}Block2D"
-    torch.manual_seed(0)
-    with case.device:
-        return UNet2DModel(
-            sample_size=s.size_hw,
-            in_channels=s.network_in_channels,
-            out_channels=s.out_channels,
-            layers_per_block=s.num_res_blocks,
-            block_out_channels=channels,
-            down_block_types=tuple(kind("Down", level) for level in range(len(channels))),
-            up_block_types=tuple(kind("Up", level) for level in reversed(range(len(channels)))),
-            attention_head_dim=channels[-1] // s.num_heads,
-            norm_num_groups=32,
-            resnet_time_scale_shift="scale_shift" if s.use_scale_shift_norm else "default",
-            dropout=s.dropout,
-            num_class_embeds=s.num_labels if s.class_cond else None,
-        )
-
-
-@without_our_ops
-def diffusers(case: Case) -> Step:
-    """diffusers' network compiled, channels-last, under autocast, on the plain squared error of its examples."""
-    if isinstance(case.config.model, SuperResSettings):
-        raise UserError("the variant diffusers has no super-resolution network; leave it out")
-    model, process = diffusers_unet(case), case.diffusion()
-    network = _compiled(model, case)
-    labels = {"class_labels": case.labels} if case.config.model.class_cond else {}
-
-    def losses(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        x_t = process.q_sample(x, t, noise)
-        with case.autocast:
-            output = network(x_t, t, **labels).sample
-        return F.mse_loss(output[:, : x.shape[1]].float(), noise)
-
-    return _plain_step(case, model, losses)
-
-
 # --- ours ---
 
 
-def ours(case: Case, cuda_graph: bool = False, **changes: Any) -> Step:
-    """The trainer's step as train.py takes it: counter-based noise, metrics and averages included."""
-    return exact(trainer_of(case, **{"compile": True, "cuda_graph": cuda_graph, **changes}).take_step)
+def ours(case: Case, **changes: Any) -> Step:
+    """The trainer's step as train.py takes it on this device: counter-based noise, metrics and averages included."""
+    return exact(trainer_of(case, **{**usual(case), **changes}).take_step)
+
+
+def usual(case: Case) -> dict[str, bool]:
+    """The settings of a long run on the case's device: compiled, and on a GPU replayed as CUDA graphs."""
+    return {"compile": True, "cuda_graph": case.device.type == "cuda"}
 
 
 def exact(step: Callable[[], Result]) -> Callable[[], Result]:
@@ -322,7 +251,7 @@ def trainer_of(case: Case, **changes: Any) -> Trainer:
     """The trainer as train.py makes it."""
     train = case.config.train
     update = {"batch_size": case.batch, "microbatch": -1, "precision": case.precision, "grad_clip": 0.0}
-    update |= {"compile": False, "zero_stage": min(train.zero_stage, 1), "lr": 1e-4}
+    update |= {"compile": False, "cuda_graph": False, "zero_stage": min(train.zero_stage, 1), "lr": 1e-4}
     if case.precision == "fp32":
         update["zero_stage"] = 0
     model = case.filled(build_model)
@@ -370,6 +299,7 @@ def _never(*_: Any) -> str:
 
 LEVERS: dict[str, Lever] = {
     "compile": Lever(changes={"compile": False}, gpu_only=False),
+    "cuda graph": Lever(changes={"cuda_graph": False}),
     "kernels": Lever(patches=((ops, "_mode", "reference"),)),
     "group norm kernel": Lever(patches=((ops, "_norm_unsupported", _never),)),
     "attention kernel": Lever(patches=((ops, "flash_is_better", _never),)),
@@ -387,7 +317,7 @@ def without(case: Case, lever: str) -> Step:
     """Ours with one lever off, both when it is compiled and when it runs."""
     chosen = LEVERS[lever]
     with chosen.off():
-        trainer = trainer_of(case, **{"compile": True, **chosen.changes})
+        trainer = trainer_of(case, **{**usual(case), **chosen.changes})
     if lever == "optimiser kernel":
         trainer.optimizer.fused_kernel = False
 

@@ -72,6 +72,15 @@ class Timing(NamedTuple):
     for the device itself, and for every step on a CPU, this is the whole time."""
 
 
+class HostCost(NamedTuple):
+    """What one step costs the host of a GPU; None on a CPU, which computes the step itself."""
+
+    host_ms: float | None
+    """The time until the host has launched a step on an idle GPU; the median over some steps."""
+    launches: dict[str, float] | None
+    """Calls of each kind in `LAUNCHES`; None also where the profiler doesn't see them, as in a rehearsal."""
+
+
 @dataclass(frozen=True)
 class Profile:
     """A profiler's findings, per step."""
@@ -85,7 +94,7 @@ class Profile:
     top: list[tuple[float, float, str]]
     """The costliest GPU kernels, or operations of a CPU: (milliseconds, calls, name)."""
     launches: dict[str, float] | None
-    """Calls of each kind in `LAUNCHES`; None on a CPU."""
+    """Calls of each kind in `LAUNCHES`; None where the profiler doesn't see them."""
 
 
 def start(threads: int = 0) -> Processes:
@@ -185,14 +194,42 @@ def timed(step: Step, seconds: float, rounds: int = 3) -> Timing:
         once = seconds_of(step)
         count = max(1, round(seconds / rounds / once))
         times = [1e3 * seconds_of(step, count) for _ in range(rounds)]
-        hosts = []
-        for _ in range(max(2, min(_HOST_SAMPLES, round(seconds / 5 / once)))):
-            synchronize()
-            begin = time.perf_counter()
-            step()
-            hosts.append(1e3 * (time.perf_counter() - begin))
+        host = host_ms(step, max(2, min(_HOST_SAMPLES, round(seconds / 5 / once))))
+    return Timing(times, host)
+
+
+def host_ms(step: Step, samples: int = _HOST_SAMPLES) -> float:
+    """Milliseconds until the host has launched a step on an idle device; the median of some steps."""
+    hosts = []
+    for _ in range(samples):
         synchronize()
-    return Timing(times, statistics.median(hosts))
+        begin = time.perf_counter()
+        step()
+        hosts.append(1e3 * (time.perf_counter() - begin))
+    synchronize()
+    return statistics.median(hosts)
+
+
+def host_cost(step: Step, device: torch.device) -> HostCost:
+    """Measure what a built variant's step costs the host."""
+    if device.type != "cuda":
+        return HostCost(None, None)
+    with few_objects_to_collect():
+        taken = host_ms(step)
+    return HostCost(taken, launches_of(step))
+
+
+def launches_of(step: Step, steps: int = 2) -> dict[str, float] | None:
+    """Calls of each kind in `LAUNCHES` that the host makes in one step; None where the profiler doesn't see them."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watched:
+        seconds_of(step, steps)
+    return _launches(watched, steps)
+
+
+def _launches(watched: profile, steps: int) -> dict[str, float] | None:
+    events = watched.profiler.kineto_results.events()
+    found = count_launches([e.name() for e in events if e.device_type() == torch.autograd.DeviceType.CPU])
+    return {kind: count / steps for kind, count in found.items()} if found["kernels"] or found["graphs"] else None
 
 
 # --- profiles ---
@@ -209,17 +246,12 @@ def profiled(step: Step, device: torch.device, steps: int = 3, top: int = 40) ->
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as watched:
         wall = steps * seconds_of(step, steps)
     found = times_of(watched, device)
-    launches = None
-    if cuda:
-        events = watched.profiler.kineto_results.events()
-        host = [e.name() for e in events if e.device_type() == torch.autograd.DeviceType.CPU]
-        launches = {kind: count / steps for kind, count in count_launches(host).items()}
     return Profile(
         wall_ms=1e3 * wall / steps,
         busy_ms=1e3 * found.busy / steps,
         classes={name: 1e3 * value / steps for name, value in sorted(found.classes.items(), key=lambda i: -i[1])},
         top=[(1e3 * value / steps, n / steps, name) for name, (value, n) in list(found.kernels.items())[:top]],
-        launches=launches,
+        launches=_launches(watched, steps) if cuda else None,
     )
 
 

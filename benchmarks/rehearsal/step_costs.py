@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures the host's cost of a training step or a drawing on the rehearsal GPU: one variant per process.
 
-    python benchmarks/rehearsal/run.py python benchmarks/rehearsal/step_costs.py cifar10_uncond 256 "ours +cuda_graph"
+    python benchmarks/rehearsal/run.py python benchmarks/rehearsal/step_costs.py cifar10_uncond 256 "ours -cuda graph"
     ... step_costs.py imagenet64_270M 256 ours --draw
 
 It prints one line of JSON: the milliseconds in which the host launches a step (host_ms), the processor time in that
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw images in ten steps instead of training")
     parser.add_argument("--steps", type=at_least(1), default=20, help="steps to time")
     args = parser.parse_args()
-    variants = (bench_sampling if args.draw else bench_train).VARIANTS
+    variants = bench_sampling.VARIANTS if args.draw else bench_train.MAKERS
     if args.variant not in variants:
         parser.error(f"argument variant: {args.variant} is not one of {', '.join(variants)}")
     if not hasattr(ctypes.CDLL(None), "rehearsal_counts"):

@@ -81,6 +81,10 @@ _LAUNCHES: dict[Kind, tuple[int, int]] = {
 }
 _CONVOLUTION_LAUNCHES = (1, 2)
 
+_RECOMPUTED: tuple[Kind, ...] = ("conv3x3", "conv1x1", "attention")
+_LAST = (".out_layers.3", ".proj_out")
+"""The ends of the names of a block's last product, whose result no backward pass needs."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -143,6 +147,23 @@ def forward_flops(network: BackboneSettings | UNet) -> float:
 def train_flops(network: BackboneSettings | UNet) -> float:
     """FLOPs of one image's forward and backward pass: three times those of the forward pass."""
     return 3 * forward_flops(network)
+
+
+def executed_flops(network: BackboneSettings | UNet, training: bool = False) -> float:
+    """FLOPs computed here for one image: of one evaluation, or with `training` of the forward and backward pass.
+
+    They differ from the network's by upsampling and by use_checkpoint, with which residual and attention blocks compute
+    all but their last product again. The scores that flash attention computes again are not counted.
+    """
+    settings = network.settings if isinstance(network, UNet) else network
+    ops = operations(network)
+    once = sum(op.run_flops for op in ops)
+    if not training:
+        return once
+    again = 0.0
+    if settings.use_checkpoint is True:
+        again = sum(op.run_flops for op in ops if op.kind in _RECOMPUTED and not op.name.endswith(_LAST))
+    return 3 * once + again
 
 
 def parameters(ops: Sequence[Operation]) -> int:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.tiny import refusal
+from helpers.tiny import pictures, refusal
 
-from benchmarks import bench_train, report, train_variants
+from benchmarks import bench_train, contest, report, report_rows, train_variants
+from benchmarks.result_file import ResultFile
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.training.deepspeed_engine import start_processes
 
@@ -44,6 +50,11 @@ def test_results(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert row["peak_memory_gb"] > 0
         assert row["start_seconds"] > 0
         assert row["ratio_to"] == "reference"
+        assert row["computes"] == "fp32"
+        assert row["host_ms"] is None, "a CPU computes the step itself"
+    shares = {row["variant"]: row["executed_share"] for row in content["rows"]}
+    assert shares["reference"] == 1
+    assert 4 / 9 < shares["ours eager"] < 1, "upsampling takes 4/9 of its operations"
     reference = content["rows"][0]
     assert reference["ratio"] == [1.0, 1.0, 1.0]
     bench_train.main([*argv, "--resume"])
@@ -66,10 +77,144 @@ def test_refusals(argv: list[str], message: str) -> None:
     assert message in refusal(bench_train.main, argv)
 
 
+def short(config: Path, *more: str) -> list[str]:
+    words = ["--configs", str(config), "--batches", "2", "--precisions", "fp32", "--rounds", "2", "--seconds", "0.01"]
+    return [*words, "--threads", "1", *more]
+
+
+def test_a_process_for_each_variant(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row says that it was timed apart, ratios are those of the medians, and a failing process costs itself."""
+    results = tmp_path / "results.json"
+    more = ["--variants", "reference,ours eager", "--levers", "one embedding product", "--separate", "always"]
+    bench_train.main(short(config, *more, "--json", str(results)))
+    rows = {row["variant"]: row for row in json.loads(results.read_text())["rows"]}
+    assert list(rows) == ["reference", "ours eager", "ours -one embedding product"]
+    low, middle, high = rows["ours eager"]["ratio"]
+    assert middle == pytest.approx(rows["reference"]["ms"][1] / rows["ours eager"]["ms"][1])
+    assert low <= middle <= high
+    assert rows["ours eager"]["apart"]
+    assert rows["ours -one embedding product"]["ratio_to"] == "ours"
+    assert capsys.readouterr().out.count("in a process of its own") == 3
+
+
+def test_a_failing_process_costs_itself(tmp_path: Path) -> None:
+    results = ResultFile(None, {"matmul_tflops": 1.0}, resume=False)
+    label = {"config": "small", "precision": "fp32", "batch": 2}
+    contest.time_apart(label, ["reference"], [], ["-c", "raise SystemExit('no such thing')"], str, results)
+    assert results.rows == []
+    assert results.failed == ["reference"]
+    assert "exit code 1" in results.content["left_out"][0]["reason"]
+
+
+def test_processes_are_separate_where_memory_is_short(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = train_variants.Case(bench_train.load(str(config)), 2, "fp32", start_processes())
+    both = ["reference", "ours eager"]
+    assert not bench_train.is_apart("auto", both, case)
+    assert bench_train.is_apart("always", both, case)
+    monkeypatch.setattr(bench_train, "free_memory", lambda _: 1 << 20)
+    assert bench_train.is_apart("auto", both, case)
+    assert not bench_train.is_apart("auto", both[:1], case), "one variant is alone already"
+    assert not bench_train.is_apart("never", both, case)
+
+
+def test_long_runs(config: Path, tmp_path: Path) -> None:
+    """A sustained rate and one with the loader have their own lists, and the report has their tables."""
+    results = tmp_path / "results.json"
+    pictures(tmp_path / "data", "abcd")
+    more = ["--variants", "ours eager", "--sustained", "0.6", "--images", str(tmp_path / "data")]
+    bench_train.main(short(config, *more, "--json", str(results)))
+    content = json.loads(results.read_text())
+    (row,) = content["sustained"]
+    assert row["variant"] == "ours eager, sustained"
+    assert row["seconds"] >= 0.6
+    assert row["window_seconds"] == pytest.approx(0.2)
+    assert min(row["first"], row["last"]) <= 1.01 * row["images_per_second"]
+    assert max(row["first"], row["last"]) >= 0.99 * row["images_per_second"]
+    assert row["clocks"] == [None, None]
+    (row,) = content["loader"]
+    assert row["images_per_second"] > 0
+    assert 0 <= row["waiting"] < 1
+    text = report.markdown(report_rows.read(results))
+    assert "## Rates in one go" in text
+    assert f"| {row['loader']} |" in text
+
+
+def test_images_that_are_none(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_train.main(short(config, "--variants", "ours eager", "--images", str(tmp_path / "nowhere")))
+    assert "ours, from JPEG files left out: --images" in capsys.readouterr().out
+
+
 def test_a_checkout_must_be_one(tmp_path: Path) -> None:
     case = train_variants.Case(Config.model_validate({"model": MODEL}), 1, "fp32", start_processes())
     with pytest.raises(train_variants.UserError, match="is no checkout of improved-diffusion"):
         train_variants.seed(case, tmp_path)
+
+
+STAND_IN = {
+    "__init__.py": "",
+    "unet.py": """
+        from benchmarks.seed_step import SeedUNet
+        from fastdiff.config.load import Config
+
+        class UNetModel(SeedUNet):
+            def __init__(self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,
+                         dropout, channel_mult, num_classes, num_heads, num_heads_upsample, use_scale_shift_norm):
+                assert all(isinstance(mult, int) for mult in channel_mult)
+                size = 8
+                given = dict(image_size=size, num_channels=model_channels, num_res_blocks=num_res_blocks,
+                             attention_resolutions=",".join(str(size // factor) for factor in attention_resolutions),
+                             channel_mult=",".join(map(str, channel_mult)), num_heads=num_heads,
+                             learn_sigma=out_channels == 6, use_scale_shift_norm=use_scale_shift_norm)
+                super().__init__(Config.model_validate({"model": given}).model)
+    """,
+    "script_util.py": """
+        class Process:
+            def __init__(self, given):
+                self.given = given
+
+            def training_losses(self, model, x_start, t, model_kwargs):
+                return {"loss": model(x_start, t.float(), **model_kwargs).square().mean(dim=(1, 2, 3))}
+
+        def create_gaussian_diffusion(**given):
+            return Process(given)
+    """,
+}
+"""Files with the original's names and arguments, whose network is ours of the benchmark."""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "theirs" / "improved_diffusion"
+    folder.mkdir(parents=True)
+    for name, text in STAND_IN.items():
+        (folder / name).write_text(textwrap.dedent(text))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield folder.parent
+    for name in [name for name in sys.modules if name.startswith("improved_diffusion")]:
+        del sys.modules[name]
+
+
+def test_a_checkout_of_any_network(checkout: Path, tmp_path: Path) -> None:
+    """The original's classes are given the settings, also those that its functions have no network for."""
+    case = train_variants.Case(
+        Config.model_validate({"model": MODEL, "diffusion": DIFFUSION}), 2, "fp32", start_processes()
+    )
+    network, process = train_variants.from_checkout(case, checkout)
+    state = network.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in case.weights.items())
+    assert process.given["steps"] == DIFFUSION["diffusion_steps"]
+    assert process.given["learn_sigma"]
+    train_variants.seed(case, checkout)()
+
+
+def test_quick_networks_can_be_the_originals(checkout: Path, tmp_path: Path) -> None:
+    """--quick --seed_checkout has a reference row."""
+    results = tmp_path / "results.json"
+    small = {"model": MODEL, "diffusion": DIFFUSION}
+    with mock.patch.object(bench_train, "QUICK", small):
+        bench_train.main(["--quick", "--seed_checkout", str(checkout), "--variants", "reference", "--rounds", "1",
+                          "--seconds", "0.01", "--precisions", "fp32", "--json", str(results)])  # fmt: skip
+    assert [row["variant"] for row in json.loads(results.read_text())["rows"]] == ["reference"]
 
 
 NETWORKS: dict[str, tuple[type[Config], dict[str, Any]]] = {
@@ -112,7 +257,10 @@ def test_every_variant_gpu() -> None:
     config = Config.model_validate({"model": MODEL, "diffusion": DIFFUSION})
     for precision in ("bf16", "fp16"):
         case = train_variants.Case(config, 4, precision, start_processes())
-        for name in ("reference", "ours eager", "ours", "ours +cuda_graph", "reference+compile"):
-            step = bench_train.VARIANTS[name](case)
+        names = [name for name in bench_train.VARIANTS if "max-autotune" not in name]
+        if importlib.util.find_spec("diffusers") is None:
+            names.remove("diffusers")
+        for name in (*names, "ours -cuda graph"):
+            step = bench_train.MAKERS[name](case)
             for _ in range(6):
                 step()

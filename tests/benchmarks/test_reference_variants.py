@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from helpers.tiny import DIFFUSION, MODEL
 
-from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants
-from benchmarks.seed_step import SeedStep
+from benchmarks import bench_sampling, bench_train, peers, sampling_variants, train_variants
+from benchmarks.seed_step import Attention, SeedStep
 from fastdiff import ops
 from fastdiff.config.load import Config
+from fastdiff.runtime import machine
 from fastdiff.runtime.machine import tf32
 from fastdiff.training.deepspeed_engine import start_processes
 
 CONFIG = Config.model_validate({"model": {**MODEL, "learn_sigma": True}, "diffusion": DIFFUSION})
-THEIRS = ("reference", "reference+compile", "diffusers")
+THEIRS = ("reference", *peers.VARIANTS)
 
 
 class KernelWanted(Exception):
@@ -33,7 +35,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return False
 
     monkeypatch.setattr(ops, "uses_kernels", uses_kernels)
-    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 def only_reference() -> bool:
@@ -52,7 +54,7 @@ def case_of(script: Any) -> Any:
 @pytest.mark.parametrize("script", [bench_train, bench_sampling])
 def test_none_of_our_kernels(script: Any, variant: str) -> None:
     """Kernels are used neither when a variant is made nor in its steps, and the mode of ours is restored in between."""
-    if variant == "diffusers":
+    if variant.startswith("diffusers"):
         pytest.importorskip("diffusers")
     step = script.VARIANTS[variant](case_of(script))
     assert not only_reference()
@@ -65,6 +67,40 @@ def test_none_of_our_kernels(script: Any, variant: str) -> None:
 def test_ours_uses_its_kernels(script: Any) -> None:
     with pytest.raises(KernelWanted):
         script.VARIANTS["ours eager"](case_of(script))()
+
+
+def test_autotuned_variants_get_more_options_and_no_other_difference() -> None:
+    """Peers are compiled with the arguments of ours; max-autotune adds its own and leaves graphs to the whole step."""
+    device = torch.device("cuda")
+    usual, tuned = (peers.compile_kwargs(device, autotune) for autotune in (False, True))
+    assert usual == machine.compile_kwargs(device)
+    assert tuned["options"].items() >= {**usual["options"], "max_autotune": True}.items()
+    assert not tuned["options"].get("triton.cudagraphs")
+    assert {**tuned, "options": None} == {**usual, "options": None}
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_heads": 2, "class_cond": True, "num_classes": 3}], ids=str)
+def test_the_strengthened_network_is_the_same_function(changes: dict[str, Any]) -> None:
+    with ops.using("reference"):
+        train_variants.check_same_function(CONFIG.model.model_copy(update=changes), peers.strengthened)
+
+
+def test_the_strengthened_network_uses_fused_operations() -> None:
+    """Each attention is one call of scaled_dot_product_attention, whose inputs are contiguous in D."""
+    network, seen = peers.strengthened(CONFIG.model), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        seen.append([x.stride(-1) for x in (q, k, v)])
+        return attend(q, k, v)
+
+    network.to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", noted):
+        network(x, torch.zeros(2))
+    attentions = [module for module in network.modules() if isinstance(module, Attention)]
+    assert seen == [[1, 1, 1]] * len(attentions)
+    assert seen
 
 
 def test_the_mode_comes_back_after_a_failure() -> None:

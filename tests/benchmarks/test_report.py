@@ -14,6 +14,7 @@ from benchmarks import report, report_rows, roofline
 from fastdiff.errors import UserError
 
 VARIANTS = {"ours -graph": 3.0, "ours": 4.0, "reference": 1.0, "diffusers": 1.5, "reference+compile": 2.0}
+VARIANTS |= {"reference+channels-last": 1.25, "reference+max-autotune": 2.25, "diffusers+max-autotune": 1.75}
 
 
 def entry(config: str, variant: str, rate: float, precision: str = "bf16", batch: int = 64) -> dict[str, Any]:
@@ -26,6 +27,10 @@ def entry(config: str, variant: str, rate: float, precision: str = "bf16", batch
         "batch": batch,
         "ms": [1e3 * batch / images * share for share in (0.98, 1, 1.03)],
         "images_per_second": [images * share for share in (0.97, 1, 1.02)],
+        "computes": "fp16" if variant == "reference" and precision == "bf16" else precision,
+        "executed_share": 0.9 if variant == "ours" else 1.0,
+        "host_ms": 2.5,
+        "launches": {"kernels": 3.0, "graphs": 2.0, "copies and fills": 1.0, "waits": 0.0},
         "ratio": [ratio * share for share in (0.97, 1, 1.02)],
         "mfu": 0.1 * ratio,
         "mfu_measured": None,
@@ -67,20 +72,27 @@ def test_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         cells = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")]
         assert len({len(row) for row in cells}) == 1
         assert [row[0] for row in cells[2:]] == [
-            "reference",
+            "reference (fp16)",
+            "reference+channels-last",
             "reference+compile",
+            "reference+max-autotune",
             "diffusers",
+            "diffusers+max-autotune",
             "**ours**",
             "ours -graph",
         ]
-        ours = dict(zip(cells[0], cells[5], strict=True))
+        ours = dict(zip(cells[0], cells[8], strict=True))
         assert ours["ms per step"] == "40.0 (39.2 to 41.2)"
         assert ours["images/s"] == "1600"
         assert ours["× reference"] == "4.00 (3.88 to 4.08)"
-        assert ours["MFU"] == "40.0%"
-        assert ours["of matmul"] == "–"
+        assert ours["MFU, model operations"] == "40.0%"
+        assert ours["MFU, executed"] == "36.0%"
+        assert "of matmul, executed" not in ours, "a column without values is left out"
+        assert ours["host ms"] == "2.50"
+        assert ours["launches"] == "3 and 2 graphs"
         assert ours["peak GB"] == "12.50"
         assert ours["start s"] == "30.2"
+        assert "a variant that computes in fp16, not in bf16" in table
     assert "Roofline, a prediction" in tables[0]
     assert "Roofline" not in tables[1]  # there is no prediction for a configuration that isn't shipped
 
@@ -120,7 +132,8 @@ def test_charts(tmp_path: Path) -> None:
     assert drawn >= {*report.COLOURS.values(), report.LEVER_OFF}
     text = svg.read_text()
     assert text == again.read_text()
-    for shown in (*VARIANTS, "imagenet64_uncond, batch 64, bf16", "1600  4.00×", "NVIDIA H200, torch 2.13.0"):
+    names = {"reference (fp16)", *VARIANTS} - {"reference"}
+    for shown in (*names, "imagenet64_uncond, batch 64, bf16", "1600  4.00×", "NVIDIA H200, torch 2.13.0"):
         assert shown in text, shown
     bound = report_rows.bounds(report_rows.read(path), report_rows.main_row(report_rows.read(path).rows))
     assert bound is not None
@@ -170,3 +183,18 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     entry = {"config": "my own", "precision": "bf16", "batch": 64, "variant": "diffusers", "reason": "no memory"}
     text = report.markdown(report_rows.read(saved(tmp_path, left_out=[entry])))
     assert "Left out: diffusers (my own, batch 64, bf16): no memory" in text
+
+
+def test_what_stands_beside_the_rows(tmp_path: Path) -> None:
+    """Sustained rates, the loader's share and counted launches have their tables."""
+    case = {"config": "my own", "precision": "bf16", "batch": 64}
+    sustained = {**case, "variant": "ours, sustained", "seconds": 60.2, "window_seconds": 10.0, "first": 410.0}
+    sustained |= {"images_per_second": 402.0, "last": 400.0, "clocks": [[1980.0, 45.0, 600.0], None]}
+    loader = {**case, "loader": "dali", "images_per_second": 395.0, "from_memory": 400.0, "waiting": 0.0123}
+    launches = {**case, "fastdiff kernels": 272, "library products": 400}
+    made = report_rows.read(saved(tmp_path, sustained=[sustained], loader=[loader], launches=[launches]))
+    text = report.markdown(made)
+    assert "| my own, batch 64, bf16 | ours, sustained | 60.2 | 402 | 410 | 400 | 1980, 45, 600 | – |" in text
+    assert "of 10 seconds each" in text
+    assert "| my own, batch 64, bf16 | dali | 395 | 400 | 1.23% |" in text
+    assert "272 of our kernels, 400 products" in text

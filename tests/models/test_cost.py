@@ -90,6 +90,25 @@ def test_backward_is_twice_forward() -> None:
     assert counter.get_total_flops() == cost.train_flops(model) - without
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_executed_flops_are_torchs(recomputes: bool) -> None:
+    """Upsampling as it is computed here, and with use_checkpoint what the backward pass computes again.
+
+    On a CPU torch doesn't count attention, whose forward pass is computed once or twice and its backward pass once.
+    """
+    settings = NETWORKS["tiny"].model_copy(update={"use_checkpoint": recomputes})
+    model = build_model(settings)
+    with FlopCounterMode(display=False) as counter:
+        result = model(**given(settings, 1, "cpu"))
+        forward = counter.get_total_flops()
+        result.sum().backward()
+    listed = {op.name: op for op in cost.operations(model)}
+    attention = sum(op.run_flops for op in cost.operations(model) if op.kind == "attention")
+    assert forward == cost.executed_flops(model) - attention
+    without = listed["input_blocks.0.0"].flops + listed["time_embed.0"].flops + (4 if recomputes else 3) * attention
+    assert counter.get_total_flops() == cost.executed_flops(model, training=True) - without
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_weight_once(name: str) -> None:
     model = cost.on_meta(NETWORKS[name])
