@@ -44,7 +44,7 @@ def fast_step(case: Case, model: nn.Module, loss: Loss, *, compiled: bool, autot
     """A well-written loop around any network and its loss."""
     model.to(case.device, memory_format=torch.channels_last).train()
     parameters = list(model.parameters())
-    graphs = GraphRunner(case.device, enabled=compiled and case.device.type == "cuda")
+    graphs = GraphRunner(case.device, compiled)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=graphs.enabled)
     averages = [p.detach().clone() for p in parameters]
     scaler = torch.amp.GradScaler(case.device.type, enabled=case.precision == "fp16", init_scale=2.0**12)

@@ -187,7 +187,7 @@ class FastLoop:
 
     def __init__(self, case: DrawCase, network: Network, compiled: bool, autotune: bool = False) -> None:
         self.case = case.with_evaluations()
-        self.graphs = GraphRunner(case.device, enabled=compiled and case.device.type == "cuda")
+        self.graphs = GraphRunner(case.device, compiled)
         model = case.config.model
         size = (case.batch, model.in_channels, *model.size_hw)
         self.x = torch.zeros(*size, device=case.device).contiguous(memory_format=torch.channels_last)

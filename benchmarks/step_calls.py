@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from fastdiff.kernels import launch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -39,5 +40,6 @@ def training_calls(config: Config, batch: int, precision: torch.dtype, names: st
     """The calls of ops matching `names` in an eager step of `batch` images with all kernels, forward and backward."""
     with warnings.catch_warnings(), Recorder(names) as recorder, ops.using("triton", anywhere=True):
         warnings.simplefilter("ignore")  # without memory there is no layout to keep
-        forward_and_backward(config.model, config.diffusion, batch, precision)
+        with launch.record():  # some kernels are launched without an op
+            forward_and_backward(config.model, config.diffusion, batch, precision)
     return list(recorder.calls.values())

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import channels_last, kernel_op, launcher
+from fastdiff.kernels.launch import channels_last, kernel_op, launcher, no_derivative
 from torch import Tensor
 
 SHORT = 256
@@ -431,6 +431,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -
 
 
 def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, None]:
+    if torch.is_grad_enabled():
+        no_derivative("the backward pass of attention")
     qkv, out, lse = ctx.saved_tensors
     return torch.ops.fastdiff.attention_backward(dout, qkv, out, lse, ctx.num_heads), None
 

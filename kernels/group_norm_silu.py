@@ -32,6 +32,7 @@ from fastdiff.kernels.launch import (
     is_channels_last,
     kernel_op,
     launcher,
+    no_derivative,
     once_per_layout,
     processors,
 )
@@ -432,6 +433,8 @@ def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 
 def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
     """Gradients of x, of second_bias, and of (skip, weight, bias, scale, shift, offset)."""
+    if torch.is_grad_enabled():
+        no_derivative("the backward pass of group_norm_silu")
     x, second_bias, skip, weight, bias, scale, shift, offset, seed, stats = ctx.saved_tensors
     dx, dskip, dweight, dbias, dscale, dsecond_bias, sums = _backward(
         dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, seed, stats, *ctx.settings

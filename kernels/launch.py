@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, overload
+from typing import Any, NoReturn, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """Name of each op in the `fastdiff` namespace → the Python function that launches its kernels."""
 
 
-_LIBRARY = torch.library.Library("fastdiff", "FRAGMENT")
+_libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})
+"""Name of each op → its registration, which ends when the op is defined again, as by `importlib.reload`."""
 
 
 class KernelOp:
@@ -36,9 +37,12 @@ class KernelOp:
 
     def __init__(self, name: str, implementation: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:
         self.name, self.implementation = f"fastdiff::{name}", implementation
+        if name in _libraries:
+            _libraries[name]._destroy()
+        self._library = _libraries[name] = torch.library.Library("fastdiff", "FRAGMENT")
         schema = torch.library.infer_schema(implementation, mutates_args=mutates_args)
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        self._library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self._library.impl(name, implementation, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.fastdiff, name).default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -46,11 +50,20 @@ class KernelOp:
 
     def register_fake(self, fake: Callable[..., Any]) -> None:
         """Set the function that gives the results' shapes, dtypes and strides to torch.compile."""
-        torch.library.register_fake(self.name, fake, lib=_LIBRARY)
+        torch.library.register_fake(self.name, fake, lib=self._library)
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
         """Set the op's derivative; see `torch.library.register_autograd`."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_LIBRARY)
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=self._library)
+
+    def register_no_derivative(self) -> None:
+        """Let a backward pass through the op raise RuntimeError, where PyTorch would take its gradient for zero."""
+        self.register_autograd(lambda ctx, *_: no_derivative(self.name), setup_context=lambda ctx, inputs, output: None)
+
+
+def no_derivative(name: str) -> NoReturn:
+    """Raise RuntimeError, because an op, or the backward pass of one, has no derivative."""
+    raise RuntimeError(f"{name} has no derivative; where one is needed, use the ops' mode reference")
 
 
 def kernel_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], KernelOp]:

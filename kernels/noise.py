@@ -120,6 +120,9 @@ def _(seed: int, index: Tensor, draw: Tensor | None, shape: list[int]) -> Tensor
     return torch.empty(len(index), *shape, dtype=torch.float32, device=index.device)
 
 
+_op.register_no_derivative()
+
+
 def image_noise(seed: int, index: Tensor, draw: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 noise [B, *shape]; index [B] int64, draw [B] int64 or None for 0.
 
@@ -141,6 +144,9 @@ def _uniform_op(seed: int, index: Tensor, draw: int) -> Tensor:
 @_uniform_op.register_fake
 def _(seed: int, index: Tensor, draw: int) -> Tensor:
     return torch.empty(len(index), dtype=torch.float64, device=index.device)
+
+
+_uniform_op.register_no_derivative()
 
 
 def image_uniform(seed: int, index: Tensor, draw: int) -> Tensor:

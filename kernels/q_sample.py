@@ -120,6 +120,9 @@ def _(x_start, *others):
     return empty_map(B, channels, H, W, x_start, dtype)
 
 
+_op.register_no_derivative()
+
+
 def q_sample(
     x_start: Tensor,
     coefficients: Tensor,

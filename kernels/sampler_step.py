@@ -165,6 +165,9 @@ def _(output, x, *others):
     return _empty(x, input_dtype=others[-1])
 
 
+_op.register_no_derivative()
+
+
 def sampler_step(
     output: Tensor,
     x: Tensor,

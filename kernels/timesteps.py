@@ -41,11 +41,16 @@ def _timesteps_at(
 
 
 @triton.jit
-def _add_rows(p_sums, b_values, b_quartile):
-    """Add [BLOCK] values to the sums of their quartiles and, in a fifth row, of all; rows are three numbers apart."""
-    o_q = tl.arange(0, 4)
-    b_added = tl.sum(tl.where(b_quartile[:, None] == o_q[None, :], b_values[:, None], 0.0), axis=0)
-    tl.store(p_sums + 3 * o_q, tl.load(p_sums + 3 * o_q) + b_added)
+def _by_quartile(b_values, b_quartile):
+    """Sums [4] of [BLOCK] values by quartile."""
+    return tl.sum(tl.where(b_quartile[:, None] == tl.arange(0, 4)[None, :], b_values[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def _add(p_sums, b_added):
+    """Add sums by quartile to four numbers and their total to a fifth; the numbers are three apart."""
+    p_quartile = p_sums + 3 * tl.arange(0, 4)
+    tl.store(p_quartile, tl.load(p_quartile) + b_added)
     tl.store(p_sums + 12, tl.load(p_sums + 12) + tl.sum(b_added, axis=0))
 
 
@@ -57,7 +62,9 @@ def _add_losses(first_ptr, second_ptr, third_ptr, t_ptr, weights_ptr, sums_ptr, 
         losses_ptr = second_ptr
     if tl.program_id(0) == 2:
         losses_ptr = third_ptr
-    sums_ptr += tl.program_id(0) * 15
+    b_sum = tl.zeros([4], tl.float64)
+    b_count = tl.zeros([4], tl.float64)
+    b_bad = tl.zeros([4], tl.float64)
     for start in range(0, B, BLOCK):
         o_b = start + tl.arange(0, BLOCK)
         m_b = o_b < B
@@ -65,9 +72,13 @@ def _add_losses(first_ptr, second_ptr, third_ptr, t_ptr, weights_ptr, sums_ptr, 
         b_quartile = tl.where(m_b, 4 * b_t // T, 4)  # 4: no image
         b_value = tl.load(losses_ptr + o_b, mask=m_b, other=0.0) * tl.load(weights_ptr + o_b, mask=m_b, other=0.0)
         b_finite = (b_value == b_value) & (tl.abs(b_value) != float("inf"))
-        _add_rows(sums_ptr, tl.where(b_finite, b_value, 0.0).to(tl.float64), b_quartile)
-        _add_rows(sums_ptr + 1, b_finite.to(tl.float64), b_quartile)
-        _add_rows(sums_ptr + 2, 1.0 - b_finite.to(tl.float64), b_quartile)
+        b_sum += _by_quartile(tl.where(b_finite, b_value, 0.0).to(tl.float64), b_quartile)
+        b_count += _by_quartile(b_finite.to(tl.float64), b_quartile)
+        b_bad += _by_quartile(1.0 - b_finite.to(tl.float64), b_quartile)
+    sums_ptr += tl.program_id(0) * 15
+    _add(sums_ptr, b_sum)
+    _add(sums_ptr + 1, b_count)
+    _add(sums_ptr + 2, b_bad)
 
 
 def timesteps_at(uniform: Tensor, edges: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +88,7 @@ def timesteps_at(uniform: Tensor, edges: Tensor, importance: Tensor) -> tuple[Te
     weights = torch.empty(B, dtype=torch.float32, device=uniform.device)
     if B:
         run = launcher(_timesteps_at, (triton.cdiv(B, BLOCK),), B, T, DIGITS=T.bit_length(), BLOCK=BLOCK)
-        run(uniform.contiguous(), edges, importance, t, weights)
+        run(uniform.contiguous(), edges.contiguous(), importance.contiguous(), t, weights)
     return t, weights
 
 
@@ -85,4 +96,4 @@ def add_losses_(sums: Tensor, losses: Sequence[Tensor], t: Tensor, weights: Tens
     """Add one to three losses [B] float32 to rows of sums [3, 5, 3]; see `reference_diffusion.add_losses_`."""
     first, second, third = (*(values.contiguous() for values in losses), *[losses[0]] * (3 - len(losses)))
     run = launcher(_add_losses, (len(losses),), len(t), num_timesteps, BLOCK=BLOCK)
-    run(first, second, third, t, weights, sums)
+    run(first, second, third, t.contiguous(), weights.contiguous(), sums)

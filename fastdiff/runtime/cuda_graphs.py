@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast
 
 import torch
 
@@ -22,6 +23,7 @@ class GraphRunner:
 
     def __init__(self, device: torch.device, use: bool | Literal["auto"]) -> None:
         self._stream = torch.cuda.Stream(device) if use and device.type == "cuda" else None
+        self._pool = torch.cuda.graph_pool_handle() if self._stream else None
         self._optional = use == "auto"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
@@ -69,20 +71,32 @@ class GraphRunner:
         if prepare is not None:
             prepare()
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # thread_local: other threads, which load images or write files, may make CUDA calls during the capture.
         begin = functools.partial(torch.cuda.graph, stream=self._stream, capture_error_mode="thread_local")
         try:
-            with begin(graph, pool=pool):
+            with begin(graph, pool=self._pool):
                 work()
         except RuntimeError as error:
             if not self._optional:
                 raise
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"CUDA graphs: going on without them, because a capture failed: {reason}", stacklevel=3)
-            # A capture that CUDA ends leaves the random number generators waiting for its end: this one frees them.
-            with begin(torch.cuda.CUDAGraph()):
-                pass
+            self._end(graph, begin)
             return False
         self._graphs[name] = graph
         return True
+
+    def _end(self, graph: torch.cuda.CUDAGraph, begin: Callable[..., AbstractContextManager[Any]]) -> None:
+        """Do what PyTorch leaves undone where CUDA itself has ended a capture, because of a forbidden operation.
+
+        Otherwise the allocator would believe for ever that the capture goes on and keep memory back, and the random
+        number generators would wait for its end. Both functions of the allocator are private to PyTorch.
+        """
+        try:
+            graph.pool()  # raises an error unless PyTorch has ended the capture
+        except RuntimeError:
+            device, pool = torch.cuda.current_device(), cast("tuple[int, int]", self._pool)
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+            with begin(torch.cuda.CUDAGraph()):  # frees the generators
+                pass

@@ -147,6 +147,10 @@ def use_free_cores(before: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+SLOW = 1.0
+"""Seconds from which one call is enough to time it."""
+
+
 def choose_threads(work: Callable[[], Any]) -> str:
     """Set torch's number of threads to the one with which calls of `work` take least time; returns a line for the log.
 
@@ -154,7 +158,7 @@ def choose_threads(work: Callable[[], Any]) -> str:
     must be 5% faster, because beside other programs it is the less steady one. Nothing is timed, and the line is empty,
     where OMP_NUM_THREADS gives the number, where several processes of the run share this machine, and with one core.
     """
-    if os.environ.get("OMP_NUM_THREADS") or _local_processes() > 1 or allowed_cores() == 1:
+    if os.environ.get("OMP_NUM_THREADS") or local_processes() > 1 or allowed_cores() == 1:
         return ""
     seconds: dict[int, float] = {}
     first, most = min(torch.get_num_threads(), allowed_cores()), allowed_cores()
@@ -164,7 +168,7 @@ def choose_threads(work: Callable[[], Any]) -> str:
         start = time.perf_counter()
         work()
         seconds[count] = time.perf_counter() - start
-        if seconds[count] <= max(1.0, 3 * min(seconds.values())):
+        if seconds[count] < SLOW:
             seconds[count] = _mean_seconds(work)
         return seconds[count] == min(seconds.values())
 
@@ -175,7 +179,7 @@ def choose_threads(work: Callable[[], Any]) -> str:
     count = first // 2 if min(seconds, key=seconds.__getitem__) == first else 0
     while count and is_fastest(count):
         count //= 2
-    for count in [count for count, each in seconds.items() if each <= 1.5 * min(seconds.values())]:
+    for count in [count for count, each in seconds.items() if each <= min(SLOW, 1.5 * min(seconds.values()))]:
         torch.set_num_threads(count)
         seconds[count] = (seconds[count] + _mean_seconds(work)) / 2
     chosen = min(count for count, each in seconds.items() if each <= 1.05 * min(seconds.values()))
@@ -199,7 +203,7 @@ def free_cores() -> int:
     If the run has several processes on this machine, each takes an equal share without regard to the load, which would
     include that of the others.
     """
-    if _local_processes() > 1:
+    if local_processes() > 1:
         return _share()
     try:
         busy = psutil.cpu_percent(interval=0.25) / 100  # of all cores; waiting for disks counts as idle
@@ -209,12 +213,12 @@ def free_cores() -> int:
 
 
 def _share() -> int:
-    return max(1, allowed_cores() // _local_processes())
+    return max(1, allowed_cores() // local_processes())
 
 
-def _local_processes() -> int:
-    """Number of processes of this run on this machine."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+def local_processes() -> int:
+    """Processes of this run on this machine, by torchrun's variable or DeepSpeed's launcher's."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"))
 
 
 def allowed_cores() -> int:

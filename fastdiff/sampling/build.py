@@ -7,6 +7,7 @@ the output folder.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,11 +158,9 @@ class Cascade:
         self._index, self._small = index, self.base.draw(index)
         return self.upsampler.trace(index)
 
-    def try_threads(self, count: int) -> None:
+    def try_threads(self, count: int) -> str:
         """The same as `Sampler.try_threads`, by the sampler with more work."""
-        slower = max(self.base, self.upsampler, key=lambda sampler: sampler.flops)
-        slower.try_threads(count)
-        self.notes += [note for note in slower.notes if note.startswith("threads")]
+        return max(self.base, self.upsampler, key=lambda sampler: sampler.flops).try_threads(count)
 
     def identity(self) -> dict[str, Any]:
         """The identities of both samplers, with sr_ before the names of the second."""
@@ -213,7 +212,6 @@ def run(
     with disk(folder), blaming("--out_dir"):
         if not (folder / NAME).is_file():
             make_writable(folder)
-    sampler.try_threads(-(-count // processes.world_size))
     if processes.is_main:
         print("\n".join([*notes, *sampler.notes]), flush=True)
     labels, shape = first.labels, last.network.settings
@@ -231,7 +229,17 @@ def run(
         trajectory=min(settings.trajectory, count),
         note=note,
     )
-    return run_job(sampler.draw, job, processes, folder, overwrite=settings.overwrite, trace=sampler.trace)
+
+    @functools.cache
+    def try_threads() -> None:
+        if (line := sampler.try_threads(-(-count // processes.world_size))) and processes.is_main:
+            print(line, flush=True)
+
+    def draw(*args: Any, **kwargs: Any) -> Images:
+        try_threads()  # only now, because nothing may be missing
+        return sampler.draw(*args, **kwargs)
+
+    return run_job(draw, job, processes, folder, overwrite=settings.overwrite, trace=sampler.trace)
 
 
 def _folder(settings: DrawSettings, sampler: Sampler, identity: dict[str, Any]) -> Path:

@@ -242,13 +242,16 @@ class Sampler:
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
         return lambda: network(x, row, given, any(network.guided))
 
-    def try_threads(self, count: int) -> None:
-        """On a CPU, choose the number of threads by timing the network, if it is called often for `count` images."""
+    def try_threads(self, count: int) -> str:
+        """On a CPU, choose the number of threads by timing the network, if it is called often for `count` images.
+
+        Returns a line for the log, empty if nothing was timed.
+        """
         calls = -(-count // self.batch_size) * self.table.num_evaluations
-        if self.device.type == "cpu" and calls >= WORTHWHILE_TRIAL:
-            with torch.no_grad():
-                line = choose_threads(self._dummy_call(self.batch_size))
-            self.notes += [line] if line else []
+        if self.device.type != "cpu" or calls < WORTHWHILE_TRIAL:
+            return ""
+        with torch.no_grad():
+            return choose_threads(self._dummy_call(self.batch_size))
 
     def _launches(self) -> list[Any]:
         """Kernel launches of the engine."""

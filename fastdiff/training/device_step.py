@@ -107,7 +107,9 @@ class DeviceStep(OptimizerStep):
                 self._inputs = batch
             seed_dropout(i)
             accumulate = functools.partial(self._accumulate, first=i == 0)
-            self._graphs.run("more" if i else "first", accumulate, warming_up=warming_up)
+            # The warm-up's gradients would lie beside those of the graphs, out of their reach.
+            prepare = None if i else self._drop_gradients
+            self._graphs.run("more" if i else "first", accumulate, warming_up=warming_up, prepare=prepare)
         self._step.fill_(step)
         self._graphs.run("update", self._update, warming_up=warming_up, prepare=self.optimizer.prepare)
         self._skips.publish()
@@ -125,12 +127,15 @@ class DeviceStep(OptimizerStep):
         """Add the gradients of the micro-batch in `_inputs` to those of earlier micro-batches."""
         assert self._inputs is not None
         if first:
-            for p in self._parameters:
-                p.grad = None
+            self._drop_gradients()
         result = self.losses(self.model, self._inputs)
         self.record(result)
         loss = poison_gradients(result.loss) / self.accumulation
         (loss if self.scale is None else loss * self.scale.cur_scale).backward()
+
+    def _drop_gradients(self) -> None:
+        for p in self._parameters:
+            p.grad = None
 
     def _update(self) -> None:
         """Clip, AdamW, averages, loss scale; nothing but the scale changes where a gradient is not finite."""

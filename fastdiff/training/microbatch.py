@@ -8,7 +8,6 @@ and the part per image.
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model
 from fastdiff.models.unet import body_dtype, dummy_batch
-from fastdiff.runtime.machine import best_seconds, free_memory
+from fastdiff.runtime.machine import best_seconds, free_memory, local_processes
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.settings import TrainSettings
 
@@ -149,7 +148,7 @@ def fit(
 def available_memory(processes: Processes) -> int:
     """Bytes that this process may use: the free memory of its GPU, or its share of the machine's free memory."""
     free = free_memory(processes.device)
-    return free if processes.device.type == "cuda" else free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return free if processes.device.type == "cuda" else free // local_processes()
 
 
 def _fastest(

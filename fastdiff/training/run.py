@@ -83,7 +83,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             notes += _compile_kernels(config, plan, processes.device)
         torch.manual_seed(settings.seed)
         model = build_model(config.model)
-        if processes.device.type == "cpu" and not dry_run and not _threads_of(snapshot, processes):
+        alone_on_cpu = processes.device.type == "cpu" and processes.world_size == 1
+        if alone_on_cpu and not dry_run and not _threads_of(snapshot, processes):
             notes += _try_threads(plan, model, diffusion, processes.device, snapshot.step if snapshot else 0)
         trainer = Trainer(plan, model, diffusion, loader, processes, snapshot)
         found = snapshot.notes if snapshot else []

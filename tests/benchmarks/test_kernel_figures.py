@@ -115,14 +115,14 @@ def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows: list[dict[str, Any]] = []
     monkeypatch.setattr(group_norm_silu_plan, "ONE_BLOCK", {False: 16, True: 16})
-    launch = norm.launch
+    launcher = norm.launcher
 
-    def without_moments(kernel: Any, *args: Any, **settings: Any) -> None:
+    def without_moments(kernel: Any, *args: Any, **settings: Any) -> Any:
         if kernel is norm.device._moments:
             raise RuntimeError("out of resources")
-        launch(kernel, *args, **settings)
+        return launcher(kernel, *args, **settings)
 
-    monkeypatch.setattr(norm, "launch", without_moments)
+    monkeypatch.setattr(norm, "launcher", without_moments)
     monkeypatch.setattr(norm, "processors", lambda device: 1)  # otherwise one image is too small for slabs
     call = norm_call("group_norm_silu", side=4)
     norm_figures._rows_of_ways(bench(rows), {"direction": "forward"}, call, 1000, figure_rows.Sums([]))

@@ -36,7 +36,7 @@ def _plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plain(self: UNet, *args: Any, **kwargs: Any) -> torch.Tensor:
         with ops.using("reference"):
-            return forward(self, *args, **kwargs)
+            return forward(self, *args, **kwargs).contiguous(memory_format=torch.channels_last)
 
     monkeypatch.setattr(UNet, "forward", plain)
     monkeypatch.setattr(UNet, "input_format", None)

@@ -27,7 +27,9 @@ class Graph:
         self.calls, self.name = calls, f"graph {number}"
 
     def pool(self) -> str:
-        return f"pool of {self.name}"
+        if self.calls[-1] != "captured":
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
+        return "the pool"
 
     def replay(self) -> None:
         self.calls.append(f"replay {self.name}")
@@ -62,8 +64,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "stream": stream,
         "CUDAGraph": new_graph,
         "graph": capture,
+        "graph_pool_handle": lambda: "pool",
+        "current_device": lambda: 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        call = lambda device, pool, name=name: made.append(f"{name} {device} {pool}")
+        monkeypatch.setattr(torch._C, name, call, raising=False)
     return made
 
 
@@ -82,14 +89,14 @@ def test_captured_once_and_replayed(calls: list[str]) -> None:
 
     for _ in range(2):
         assert run("first", warming_up=True, prepare=True) == on_side("first")
-    captured = ["capture graph 0, None, side, thread_local", "first", "captured", "replay graph 0"]
+    captured = ["capture graph 0, pool, side, thread_local", "first", "captured", "replay graph 0"]
     assert run("first", prepare=True) == on_side("prepare", *captured)
     assert run("first", prepare=True) == on_side("replay graph 0")
-    captured = ["capture graph 1, pool of graph 0, side, thread_local", "more", "captured", "replay graph 1"]
+    captured = ["capture graph 1, pool, side, thread_local", "more", "captured", "replay graph 1"]
     assert run("more") == on_side(*captured)
     assert run("first") == on_side("replay graph 0")
     runner.clear()
-    assert run("more")[2] == "capture graph 2, None, side, thread_local"
+    assert run("more")[2] == "capture graph 2, pool, side, thread_local"
 
 
 @pytest.mark.parametrize(("device", "use"), [("cuda", False), ("cpu", True), ("cpu", "auto")])
@@ -113,7 +120,7 @@ def refused(calls: list[str], refuse: list[bool]) -> Any:
 
 
 def test_capture_that_fails(calls: list[str]) -> None:
-    """With "auto" the work is done without a graph, now and later, and a second capture ends the failed one."""
+    """With "auto" the work is done without a graph, now and later, and what CUDA has left open is ended."""
     refuse = [False]
     runner, work = GraphRunner(GPU, "auto"), refused(calls, refuse)
     runner.run("first", work, warming_up=False)
@@ -122,8 +129,9 @@ def test_capture_that_fails(calls: list[str]) -> None:
     refuse[0] = True
     with pytest.warns(UserWarning, match=r"CUDA graphs: going on without them, .*: CUDA out of memory\.$"):
         runner.run("more", work, warming_up=False)
-    ended = ["capture graph 2, None, side, thread_local", "captured"]
-    assert calls == on_side("capture graph 1, pool of graph 0, side, thread_local", "work", *ended, "work")
+    ended = ["_cuda_endAllocateToPool 0 pool", "_cuda_releasePool 0 pool"]
+    ended += ["capture graph 2, None, side, thread_local", "captured"]
+    assert calls == on_side("capture graph 1, pool, side, thread_local", "work", *ended, "work")
     assert not runner.enabled
     calls.clear()
     runner.run("first", work, warming_up=False)
@@ -138,8 +146,16 @@ def test_capture_that_must_not_fail(calls: list[str]) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_operation_that_a_capture_forbids_gpu() -> None:
-    """Random numbers can be drawn after a capture that CUDA itself has ended."""
-    x, runner = torch.zeros(8, device="cuda"), GraphRunner(GPU, "auto")
+    """After a capture that CUDA itself has ended random numbers can be drawn, and all memory can be freed."""
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    _draw_with_a_wait()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved
+
+
+def _draw_with_a_wait() -> None:
+    x, runner = torch.zeros(1 << 24, device="cuda"), GraphRunner(GPU, "auto")
 
     def work() -> None:
         x.copy_(torch.rand_like(x))

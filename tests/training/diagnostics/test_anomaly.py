@@ -57,7 +57,7 @@ def test_forward(settings: dict[str, Any]) -> None:
     with torch.no_grad():
         dict(trainer.model.named_parameters())["middle_block.0.in_layers.2.weight"].fill_(3e37)
     words = found(trainer)
-    assert words.startswith("in the forward pass aten.convolution in middle_block.0 is the first operation to make")
+    assert words.startswith("in the forward pass aten.convolution in middle_block.0.in_layers.2 is the first operation")
     assert "[2, 64, 4, 4]" in words
     assert " inf" in words
 
