@@ -156,7 +156,11 @@ class Trainer:
     def seed_dropout(self, step: int, micro: int) -> None:
         """Seed PyTorch's generators for micro-batch number `micro` of the step after `step` others."""
         entropy = [self.stream_seed, step, self.processes.rank, micro]
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        # torch.manual_seed would also print a stack trace into a buffer for each kind of device that isn't there.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     # --- reporting ---
 
