@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import roofline
+from benchmarks.proof_log import BASELINES
 from fastdiff.config.load import Config
 from fastdiff.errors import UserError
 from fastdiff.models.cost import Operation
 from fastdiff.runtime.machine import find
 
-ORDER = (
-    "reference",
-    "reference+channels-last",
-    "reference+compile",
-    "reference+max-autotune",
-    "diffusers",
-    "diffusers+max-autotune",
-    "ours",
-)
+ORDER = (*BASELINES, "ours")
 """The order of variants; others follow in the file's order."""
 
 

@@ -1,7 +1,8 @@
 """The ops that models and diffusion call, and the one place that chooses how each is computed.
 
 Each has its definition, shapes and sources in `kernels/reference.py` or `kernels/reference_diffusion.py`. `use`
-switches between those and the Triton kernels; with "auto", CUDA tensors that a kernel supports go to the kernel.
+switches between those and the Triton kernels; with "auto", CUDA tensors that a kernel supports go to the kernel. The
+file has one short function for each op, hence its length.
 """
 
 from __future__ import annotations
