@@ -151,27 +151,21 @@ def _launch_forward(
     second: Tensor | None,
     second_bias: Tensor | None,
     skip: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    offset: Tensor | None,
-    seed: Tensor | None,
-    *options: Any,
+    affine: tuple[Any, ...],
+    options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (the norm's input, which is x or its sum with `second`; y; stats [B, 3, C]).
 
-    options: num_groups, eps, silu, dropout.
+    affine   weight, bias, scale, shift, offset, seed
+    options  num_groups, eps, silu, dropout
     """
-    affine = (weight, bias, scale, shift, offset, seed)
     run = _forward_launches(plan, processors(x.device), op, x, second, second_bias, skip, *affine, *options)
+    weight, bias, scale, shift, offset, seed = affine
     if run.converted:
-        x, second, skip = (
-            channels_last(*each)
-            for each in ((x, op, "x" if second is None else "a"), (second, op, "b"), (skip, op, "skip"))
-        )
-        rows = (None if value is None else value.contiguous() for value in (scale, shift, offset))
-        return _launch_forward(op, x, second, second_bias, skip, weight, bias, *rows, seed, *options)
+        x = channels_last(x, op, "x" if second is None else "a")
+        second, skip = channels_last(second, op, "b"), channels_last(skip, op, "skip")
+        rows = [None if value is None else value.contiguous() for value in (scale, shift, offset)]
+        return _launch_forward(op, x, second, second_bias, skip, (weight, bias, *rows, seed), options)
     total = None if second is None else empty_map(*x.shape, like=x)
     made = x if total is None else total
     y = empty_map(*run.y, like=x)
@@ -207,8 +201,8 @@ def _forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, stats)."""
-    affine = (weight, bias, scale, shift, offset)
-    return _launch_forward("group_norm_silu", x, None, None, skip, *affine, seed, num_groups, eps, silu, dropout)[1:]
+    affine, options = (weight, bias, scale, shift, offset, seed), (num_groups, eps, silu, dropout)
+    return _launch_forward("group_norm_silu", x, None, None, skip, affine, options)[1:]
 
 
 @_forward.register_fake
@@ -236,9 +230,8 @@ def _add_forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (the sum, y, stats)."""
-    op = "add_group_norm_silu"
-    affine = (weight, bias, scale, shift, offset)
-    return _launch_forward(op, a, b, b_bias, skip, *affine, seed, num_groups, eps, silu, dropout)
+    affine, options = (weight, bias, scale, shift, offset, seed), (num_groups, eps, silu, dropout)
+    return _launch_forward("add_group_norm_silu", a, b, b_bias, skip, affine, options)
 
 
 @_add_forward.register_fake
