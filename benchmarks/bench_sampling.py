@@ -33,6 +33,7 @@ from torch import Tensor
 
 from benchmarks.bench_train import chosen, load, named, place
 from benchmarks.contest import Contest, quartiles, speeds, times_as_fast
+from benchmarks.flag_types import checkout_of_improved_diffusion
 from benchmarks.operations import executed_share, precision_of
 from benchmarks.result_file import Label, ResultFile
 from benchmarks.sampling_variants import (
@@ -85,7 +86,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="interleaved rounds that count")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a variant's turn in a round, at least")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: the cores that are free")
-    parser.add_argument("--seed_checkout", type=Path, help="improved-diffusion's own code as the reference")
+    parser.add_argument("--seed_checkout", type=checkout_of_improved_diffusion,
+                        help="improved-diffusion's own code as the reference")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small network, few evaluations and rounds")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --json already holds")
     parser.add_argument("--json", type=Path, help="write the figures here")

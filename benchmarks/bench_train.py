@@ -41,6 +41,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contest import Contest, quartiles, speeds, time_apart, times_as_fast
+from benchmarks.flag_types import checkout_of_improved_diffusion, existing_folder, not_negative
 from benchmarks.long_runs import pictures, sustained, with_loader
 from benchmarks.operations import executed_share, memory_together, precision_of, recorded_launches
 from benchmarks.result_file import Label, ResultFile, release_memory
@@ -93,13 +94,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds that count")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a variant's turn in a round, at least")
     parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: the cores that are free")
-    parser.add_argument("--seed_checkout", type=Path, help="improved-diffusion's own code as the reference")
+    parser.add_argument("--seed_checkout", type=checkout_of_improved_diffusion,
+                        help="improved-diffusion's own code as the reference")  # fmt: skip
     parser.add_argument("--separate", choices=("auto", "always", "never"), default="auto", help="a process for each "
                         "variant (default: where memory is too short for all in one)")  # fmt: skip
-    parser.add_argument("--sustained", type=float, default=0.0, metavar="SECONDS", help="also every variant's rate "
-                        "over so many seconds in one go, e.g. 60")  # fmt: skip
+    parser.add_argument("--sustained", type=not_negative, default=0.0, metavar="SECONDS", help="also every variant's "
+                        "rate over so many seconds in one go, e.g. 60")  # fmt: skip
     parser.add_argument("--loader", action="store_true", help="also ours with JPEG files that its loader decodes")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="the files of --loader (default: made-up ones)")
+    parser.add_argument(
+        "--images", type=existing_folder, metavar="FOLDER", help="the files of --loader (default: made-up ones)"
+    )
     parser.add_argument("--quick", action="store_true", help="a small network and few rounds")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --json already holds")
     parser.add_argument("--json", type=Path, help="write the figures here")

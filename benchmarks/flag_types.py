@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,31 @@ def at_least(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def not_negative(text: str) -> float:
+    """The type of a finite number that is not below 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise ArgumentTypeError(f"must be a number of at least 0, but is {text}")
+    return number
+
+
+def existing_folder(text: str) -> Path:
+    """The type of a folder that exists."""
+    if not Path(text).is_dir():
+        raise ArgumentTypeError(f"there is no folder {text}")
+    return Path(text)
+
+
+def checkout_of_improved_diffusion(text: str) -> Path:
+    """The type of a folder with improved-diffusion's own code."""
+    if not (Path(text) / "improved_diffusion" / "script_util.py").is_file():
+        raise ArgumentTypeError(f"{text} is no checkout of improved-diffusion: it has no script_util.py")
+    return Path(text)
 
 
 def existing_file(text: str) -> Path:

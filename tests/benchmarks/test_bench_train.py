@@ -140,14 +140,26 @@ def test_long_runs(config: Path, tmp_path: Path) -> None:
 
 
 def test_images_that_are_none(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench_train.main(short(config, "--variants", "ours eager", "--images", str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    bench_train.main(short(config, "--variants", "ours eager", "--images", str(tmp_path / "empty")))
     assert "ours, from JPEG files left out: --images" in capsys.readouterr().out
 
 
-def test_a_checkout_must_be_one(tmp_path: Path) -> None:
-    case = train_variants.Case(Config.model_validate({"model": MODEL}), 1, "fp32", start_processes())
-    with pytest.raises(train_variants.UserError, match="is no checkout of improved-diffusion"):
-        train_variants.seed(case, tmp_path)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--seed_checkout", "nowhere"], "nowhere is no checkout of improved-diffusion: it has no script_util.py"),
+        (["--images", "nowhere"], "argument --images: there is no folder nowhere"),
+        (["--sustained", "-1"], "argument --sustained: must be a number of at least 0, but is -1"),
+        (["--separate", "perhaps"], "argument --separate: invalid choice: 'perhaps'"),
+    ],
+)
+def test_wrong_flags(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is timed before they are found."""
+    with pytest.raises(SystemExit) as stopped:
+        bench_train.main(["--quick", *flags])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 STAND_IN = {
