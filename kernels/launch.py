@@ -31,8 +31,8 @@ _libraries: dict[str, torch.library.Library] = globals().get("_libraries", {})
 class KernelOp:
     """A torch op, opaque to torch.compile, whose implementation is one Python function on every device.
 
-    It is registered with the dispatcher directly, because `torch.library.custom_op` wraps every call in four more
-    Python functions, which together take longer than two launches.
+    It is registered with the dispatcher directly, because `torch.library.custom_op` wraps every call in more Python
+    functions, which together take several times as long as a launch.
     """
 
     def __init__(self, name: str, implementation: Callable[..., Any], mutates_args: tuple[str, ...]) -> None:

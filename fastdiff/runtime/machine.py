@@ -147,8 +147,8 @@ def use_free_cores(before: int | None = None) -> int:
     return torch.get_num_threads()
 
 
-SLOW = 1.0
-"""Seconds from which one call is enough to time it."""
+LONG_CALL = 1.0
+"""Seconds of a call that is timed once, without a warm-up."""
 
 
 def choose_threads(work: Callable[[], Any]) -> str:
@@ -168,7 +168,7 @@ def choose_threads(work: Callable[[], Any]) -> str:
         start = time.perf_counter()
         work()
         seconds[count] = time.perf_counter() - start
-        if seconds[count] < SLOW:
+        if seconds[count] < LONG_CALL:
             seconds[count] = _mean_seconds(work)
         return seconds[count] == min(seconds.values())
 
@@ -179,7 +179,7 @@ def choose_threads(work: Callable[[], Any]) -> str:
     count = first // 2 if min(seconds, key=seconds.__getitem__) == first else 0
     while count and is_fastest(count):
         count //= 2
-    for count in [count for count, each in seconds.items() if each <= min(SLOW, 1.5 * min(seconds.values()))]:
+    for count in [count for count, each in seconds.items() if each <= min(LONG_CALL, 1.5 * min(seconds.values()))]:
         torch.set_num_threads(count)
         seconds[count] = (seconds[count] + _mean_seconds(work)) / 2
     chosen = min(count for count, each in seconds.items() if each <= 1.05 * min(seconds.values()))

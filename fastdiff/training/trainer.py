@@ -157,7 +157,7 @@ class Trainer:
         """Seed PyTorch's generators for micro-batch number `micro` of the step after `step` others."""
         entropy = [self.stream_seed, step, self.processes.rank, micro]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        # torch.manual_seed would also print a stack trace into a buffer for each kind of device that isn't there.
+        # torch.manual_seed would also format a stack trace for each kind of device that isn't there.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
