@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.bench_train import chosen, load, named, place
+from benchmarks.bench_train import batches_of, chosen, load, named, place, precisions_of
 from benchmarks.contest import Contest, quartiles, speeds, times_as_fast
-from benchmarks.flag_types import checkout_of_improved_diffusion
+from benchmarks.flag_types import at_least, checkout_of_improved_diffusion, not_negative
 from benchmarks.operations import executed_share, precision_of
 from benchmarks.result_file import Label, ResultFile
 from benchmarks.sampling_variants import (
@@ -50,7 +50,6 @@ from benchmarks.sampling_variants import (
 from benchmarks.variant_timing import seconds_of, start, synchronize
 from fastdiff.config.load import Config
 from fastdiff.diffusion.solvers import SOLVERS
-from fastdiff.errors import UserError
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import body_dtype
 from fastdiff.runtime.machine import find, measure_rates
@@ -79,13 +78,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", default="", help="images at a time, each for every configuration")
     parser.add_argument("--precisions", default="", help="of fp32, bf16, fp16 (default: bf16 on a GPU, else fp32)")
     parser.add_argument("--solvers", default="ddpm", help=f"of {', '.join(SOLVERS)}")
-    parser.add_argument("--steps", type=int, default=20, help="of the solver, in every batch drawn")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="of the solver, in every batch drawn")
     parser.add_argument("--variants", default="", help=f"of {', '.join(VARIANTS)} (default: all)")
     parser.add_argument("--levers", default="", help=f"all, or of {', '.join(LEVERS)}: each is timed off")
     parser.add_argument("--split", action="store_true", help="also where our time goes, and what a job's files cost")
-    parser.add_argument("--rounds", type=int, default=6, help="interleaved rounds that count")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a variant's turn in a round, at least")
-    parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: the cores that are free")
+    parser.add_argument("--rounds", type=at_least(1), default=6, help="interleaved rounds that count")
+    parser.add_argument("--seconds", type=not_negative, default=1.0, help="least length of a variant's turn in a round")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="on a CPU; 0: the cores that are free")
     parser.add_argument("--seed_checkout", type=checkout_of_improved_diffusion,
                         help="improved-diffusion's own code as the reference")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a small network, few evaluations and rounds")
@@ -275,19 +274,11 @@ def settings_of(args: Any, device: torch.device) -> tuple[list[tuple[str, Config
     """(configurations, batches, precisions, solvers) that the flags select on a device."""
     gpu = device.type == "cuda"
     configs = [(Path(name.strip()).stem, load(name.strip())) for name in args.configs.split(",")]
-    try:
-        batches = [int(word) for word in args.batches.split(",")] if args.batches else [8, 1] if args.quick else [8]
-    except ValueError:
-        raise UserError(f"--batches: {args.batches} must be whole numbers such as 256,16,1") from None
-    if min(batches) < 1:
-        raise UserError(f"--batches: {min(batches)} is no number of images; give 1 or more")
-    usual = ["bf16"] if gpu else ["fp32"]
-    precisions = chosen(args.precisions, ["fp32", "bf16", "fp16"], usual, "--precisions")
+    batches = batches_of(args.batches) or ([8, 1] if args.quick else [8])
+    precisions = precisions_of(args.precisions, ["bf16"] if gpu else ["fp32"], gpu)
     for precision in precisions:
         if not gpu and precision != "fp32" and body_dtype(precision, device) == torch.float32:
             print(f"this CPU has no {precision} instructions: ours computes in fp32 there")
-        if not gpu and precision == "fp16":
-            raise UserError("--precisions: fp16 needs a GPU; on a CPU use bf16 or fp32")
     solvers = chosen(args.solvers, list(SOLVERS), ["ddpm"], "--solvers")
     return configs, batches, precisions, solvers
 

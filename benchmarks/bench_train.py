@@ -41,7 +41,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contest import Contest, quartiles, speeds, time_apart, times_as_fast
-from benchmarks.flag_types import checkout_of_improved_diffusion, existing_folder, not_negative
+from benchmarks.flag_types import at_least, checkout_of_improved_diffusion, existing_folder, not_negative
 from benchmarks.long_runs import pictures, sustained, with_loader
 from benchmarks.operations import executed_share, memory_together, precision_of, recorded_launches
 from benchmarks.result_file import Label, ResultFile, release_memory
@@ -91,9 +91,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--variants", default="", help=f"of {', '.join(VARIANTS)} (default: what runs here)")
     parser.add_argument("--levers", default="", help=f"all, or of {', '.join(LEVERS)}: each is timed off")
-    parser.add_argument("--rounds", type=int, default=8, help="interleaved rounds that count")
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of a variant's turn in a round, at least")
-    parser.add_argument("--threads", type=int, default=0, help="on a CPU; 0: the cores that are free")
+    parser.add_argument("--rounds", type=at_least(1), default=8, help="interleaved rounds that count")
+    parser.add_argument("--seconds", type=not_negative, default=1.0, help="least length of a variant's turn in a round")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="on a CPU; 0: the cores that are free")
     parser.add_argument("--seed_checkout", type=checkout_of_improved_diffusion,
                         help="improved-diffusion's own code as the reference")  # fmt: skip
     parser.add_argument("--separate", choices=("auto", "always", "never"), default="auto", help="a process for each "
@@ -125,6 +125,25 @@ def load(name: str, flag: str = "--configs") -> Config:
     content = json.loads(file.read_text())
     kind = SuperResConfig if "large_size" in content.get("model", {}) else Config
     return kind.model_validate(content)
+
+
+def batches_of(text: str) -> list[int]:
+    """The batch sizes of --batches, none for an empty text; UserError for what is no number of images."""
+    try:
+        batches = [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise UserError(f"--batches: {text} must be whole numbers such as 256,16,1") from None
+    if batches and min(batches) < 1:
+        raise UserError(f"--batches: {min(batches)} is no number of images; give 1 or more")
+    return batches
+
+
+def precisions_of(text: str, usual: list[str], gpu: bool) -> list[str]:
+    """The precisions of --precisions; UserError for fp16 without a GPU."""
+    precisions = chosen(text, ["fp32", "bf16", "fp16"], usual, "--precisions")
+    if not gpu and "fp16" in precisions:
+        raise UserError("--precisions: fp16 needs a GPU; on a CPU use bf16 or fp32")
+    return precisions
 
 
 def chosen(given: str, known: list[str], default: list[str], flag: str) -> list[str]:
@@ -267,7 +286,7 @@ def settings_of(
     """(configurations with their batches), precisions, variants and levers that the flags select on a device."""
     gpu = device.type == "cuda"
     names = [name.strip() for name in args.configs.split(",")]
-    batches = [int(batch) for batch in args.batches.split(",")] if args.batches else []
+    batches = batches_of(args.batches)
     if len(batches) not in (0, 1, len(names)):
         raise UserError(f"--batches: give one number or one per configuration ({len(names)}), not {len(batches)}")
     cases = []
@@ -277,7 +296,7 @@ def settings_of(
         cases.append((name, config, batches[i % len(batches)] if batches else usual))
     bf16 = gpu or body_dtype("bf16", device) == torch.bfloat16
     usual_precisions = ["bf16"] if gpu else ["fp32", "bf16"] if bf16 else ["fp32"]
-    precisions = chosen(args.precisions, ["fp32", "bf16", "fp16"], usual_precisions, "--precisions")
+    precisions = precisions_of(args.precisions, usual_precisions, gpu)
     usual_variants = [name for name in VARIANTS if gpu or "max-autotune" not in name]
     if not gpu and not bf16:
         print(

@@ -114,7 +114,10 @@ def load(
 
 
 class Model:
-    """A network that draws images. `load` creates it."""
+    """A network that draws images. `load` creates it.
+
+    It is for one thread at a time, and so is fastdiff as a whole, because kernels are chosen for the whole process.
+    """
 
     def __init__(self, network: Network, device: torch.device, defaults: dict[str, Any]) -> None:
         self.network, self.device = network, device

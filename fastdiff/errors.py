@@ -50,6 +50,12 @@ def one_line(text: str) -> str:
     return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message, at most 300 characters of it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
 def quoted(value: Any) -> str:
     """The repr of a value for a message, shortened in the middle where it is long."""
     try:

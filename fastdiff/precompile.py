@@ -133,7 +133,14 @@ def spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
             stdin=given,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            # With PYTHONSAFEPATH modules in the current folder are not taken for Python's own.
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "PYTHONSAFEPATH": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+            },
             start_new_session=True,  # signals to the run's process group must not reach it
         )
     atexit.register(worker.kill)

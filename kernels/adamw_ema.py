@@ -430,3 +430,6 @@ def squared_norm(grads: list[Tensor]) -> Tensor:
 @squared_norm.register_fake
 def _(grads: list[Tensor]) -> Tensor:
     return grads[0].new_empty(())
+
+
+squared_norm.register_no_derivative()

@@ -17,7 +17,7 @@ Source   Wu & He 2018 (https://arxiv.org/abs/1803.08494); Nichol & Dhariwal 2021
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Forward(NamedTuple):
     """The launches of a forward call, either `slab` alone or the other three, for tensors of one layout."""
 
     converted: bool
-    """Whether tensors have to be converted first, since a map is not channels-last or rows are not contiguous."""
+    """Whether tensors have to be converted first: maps that are not channels-last, rows that are not contiguous."""
     y: tuple[int, int, int, int]
     """Shape of the result."""
     partial: tuple[int, int, int, int]
@@ -88,7 +88,8 @@ def _forward_launches(
     B, C1, H, W = x.shape
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
     C, group = C1 + C2, (C1 + C2) // num_groups
-    as_they_are = all(map(is_channels_last, (x, second, skip))) and all(map(_has_rows, (scale, shift, offset)))
+    rows = (scale, shift, offset, weight, bias, second_bias)
+    as_they_are = all(map(is_channels_last, (x, second, skip))) and all(map(_has_rows, rows))
     if not as_they_are or not B * C * L:
         return Forward(not as_they_are, (B, C, H, W), (B, 0, 2, C))
     scale_stride, shift_stride, offset_stride = map(_row_stride, (scale, shift, offset))
@@ -137,8 +138,12 @@ def _forward_launches(
 
 
 def _has_rows(value: Tensor | None) -> bool:
-    """Whether each row of a [B, C] tensor is contiguous, as those of a half that `chunk` returns are."""
-    return value is None or value.stride(1) == 1 or value.shape[1] <= 1
+    """Whether a [C] tensor, or each row of a [B, C] tensor, is contiguous, as those of a half from `chunk` are."""
+    return value is None or value.stride(-1) == 1 or value.shape[-1] <= 1
+
+
+def _contiguous(values: Iterable[Tensor | None]) -> list[Any]:
+    return [None if value is None else value.contiguous() for value in values]
 
 
 def _row_stride(value: Tensor | None) -> int:
@@ -164,8 +169,9 @@ def _launch_forward(
     if run.converted:
         x = channels_last(x, op, "x" if second is None else "a")
         second, skip = channels_last(second, op, "b"), channels_last(skip, op, "skip")
-        rows = [None if value is None else value.contiguous() for value in (scale, shift, offset)]
-        return _launch_forward(op, x, second, second_bias, skip, (weight, bias, *rows, seed), options)
+        weight, bias, scale, shift, offset, second_bias = _contiguous((weight, bias, scale, shift, offset, second_bias))
+        affine = (weight, bias, scale, shift, offset, seed)
+        return _launch_forward(op, x, second, second_bias, skip, affine, options)
     total = None if second is None else empty_map(*x.shape, like=x)
     made = x if total is None else total
     y = empty_map(*run.y, like=x)
@@ -280,7 +286,8 @@ def _backward_launches(
     B, C1, H, W = x.shape
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
     C, group = C1 + C2, (C1 + C2) // num_groups
-    as_they_are = all(map(is_channels_last, (dy, dtotal, x, skip))) and all(map(_has_rows, (scale, shift)))
+    rows = (scale, shift, weight, bias, second_bias)
+    as_they_are = all(map(is_channels_last, (dy, dtotal, x, skip))) and all(map(_has_rows, rows))
     if not as_they_are or not x.numel():
         return Backward(not as_they_are, (B, 0, 2, C), None)
     scale_stride, shift_stride = map(_row_stride, (scale, shift))
@@ -359,7 +366,7 @@ def _backward(
         op = "group_norm_silu"
         dy, x, skip = channels_last(dy, op, "the gradient"), channels_last(x, op, "x"), channels_last(skip, op, "skip")
         dtotal = channels_last(dtotal, "add_group_norm_silu", "the gradient of the sum")
-        scale, shift = (None if value is None else value.contiguous() for value in (scale, shift))
+        weight, bias, scale, shift, second_bias = _contiguous((weight, bias, scale, shift, second_bias))
         return IMPLEMENTATIONS["group_norm_silu_backward"](
             dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, seed, stats, *options
         )

@@ -167,6 +167,7 @@ def check_norm(
                 f"{what} of shape (B, C) = {(B, C)}",
                 f"{tuple(given.shape)}; a [B, C, 1, 1] embedding wants .flatten(1)",
             )
-    for what, given in (("skip", skip), ("weight", weight), ("scale", scale), ("shift", shift), ("offset", offset)):
+    others = {"skip": skip, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "offset": offset}
+    for what, given in others.items():
         if given is not None and given.device != x.device:
             refuse(f"{what} on the device of {name}, {x.device}", f"{given.device}; move it with .to({name}.device)")

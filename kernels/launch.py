@@ -148,8 +148,8 @@ class Launcher:
             self._compiled[key] = lambda *given: run(*given, *numbers, *constants)
 
 
-launcher = functools.lru_cache(maxsize=4096)(Launcher)
-"""`Launcher`, made once for every combination of arguments."""
+launcher = functools.lru_cache(maxsize=4096, typed=True)(Launcher)
+"""`Launcher`, made once for every combination of arguments. Triton compiles 1, 1.0 and True differently."""
 
 
 def once_per_layout(prepare: Callable[..., Result]) -> Callable[..., Result]:

@@ -81,9 +81,20 @@ def _add_losses(first_ptr, second_ptr, third_ptr, t_ptr, weights_ptr, sums_ptr, 
     _add(sums_ptr + 2, b_bad)
 
 
+def _check(op: str, name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if given.shape != shape or given.dtype != dtype:
+        raise ValueError(f"{op} needs {name} of shape {shape} in {dtype}; got {tuple(given.shape)} in {given.dtype}")
+
+
 def timesteps_at(uniform: Tensor, edges: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Timesteps [B] int64 and importance weights [B] float32; see `reference_diffusion.timesteps_at`."""
-    B, T = len(uniform), len(edges)
+    """Timesteps [B] int64 and importance weights [B] float32; see `reference_diffusion.timesteps_at`.
+
+    uniform [B] float64, edges [T] int64, importance [T] float32; ValueError for others.
+    """
+    B, T = uniform.numel(), edges.numel()
+    _check("timesteps_at", "uniform", uniform, (B,), torch.float64)
+    _check("timesteps_at", "edges", edges, (T,), torch.int64)
+    _check("timesteps_at", "importance", importance, (T,), torch.float32)
     t = torch.empty(B, dtype=torch.int64, device=uniform.device)
     weights = torch.empty(B, dtype=torch.float32, device=uniform.device)
     if B:
@@ -93,7 +104,20 @@ def timesteps_at(uniform: Tensor, edges: Tensor, importance: Tensor) -> tuple[Te
 
 
 def add_losses_(sums: Tensor, losses: Sequence[Tensor], t: Tensor, weights: Tensor, num_timesteps: int) -> None:
-    """Add one to three losses [B] float32 to rows of sums [3, 5, 3]; see `reference_diffusion.add_losses_`."""
+    """Add one to three losses [B] float32 to rows of sums [3, 5, 3]; see `reference_diffusion.add_losses_`.
+
+    sums float64 and contiguous, t [B] int64, weights [B] float32; ValueError for others.
+    """
+    B = t.numel()
+    if not 1 <= len(losses) <= 3:
+        raise ValueError(f"add_losses_ needs one to three losses; got {len(losses)}")
+    for values in losses:
+        _check("add_losses_", "losses", values, (B,), torch.float32)
+    _check("add_losses_", "t", t, (B,), torch.int64)
+    _check("add_losses_", "weights", weights, (B,), torch.float32)
+    _check("add_losses_", "sums", sums, (3, 5, 3), torch.float64)
+    if not sums.is_contiguous():
+        raise ValueError(f"add_losses_ needs contiguous sums, which it changes; got strides {sums.stride()}")
     first, second, third = (*(values.contiguous() for values in losses), *[losses[0]] * (3 - len(losses)))
-    run = launcher(_add_losses, (len(losses),), len(t), num_timesteps, BLOCK=BLOCK)
+    run = launcher(_add_losses, (len(losses),), B, num_timesteps, BLOCK=BLOCK)
     run(first, second, third, t.contiguous(), weights.contiguous(), sums)

@@ -10,6 +10,8 @@ from typing import Any, Literal, cast
 
 import torch
 
+from fastdiff.errors import first_line
+
 
 class GraphRunner:
     """Runs named pieces of work, each captured once as a CUDA graph and replayed from then on.
@@ -79,7 +81,8 @@ class GraphRunner:
         except RuntimeError as error:
             if not self._optional:
                 raise
-            reason = str(error).strip().splitlines()[0]
+            # A forbidden operation raises its own error first, and the end of the capture one that names no cause.
+            reason = first_line(error.__context__ or error)
             warnings.warn(f"CUDA graphs: going on without them, because a capture failed: {reason}", stacklevel=3)
             self._end(graph, begin)
             return False

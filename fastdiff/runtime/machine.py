@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from typing import Any
 
 import psutil
 import torch
+
+from fastdiff.errors import UserError
 
 MATMUL_SHARE = 788 / 989
 """Share of the datasheet's FLOP/s that a large matrix product reaches on an H200."""
@@ -184,8 +187,8 @@ def choose_threads(work: Callable[[], Any]) -> str:
         seconds[count] = (seconds[count] + _mean_seconds(work)) / 2
     chosen = min(count for count, each in seconds.items() if each <= 1.05 * min(seconds.values()))
     torch.set_num_threads(chosen)
-    timed = ", ".join(f"{count}: {each:.2g} s" for count, each in sorted(seconds.items()))
-    return f"threads: {chosen}, by trial ({timed})"
+    timed = ", ".join(f"{each:.2g} s with {count}" for count, each in sorted(seconds.items()))
+    return f"threads: {chosen} from here on, by trial (the network takes {timed}; OMP_NUM_THREADS gives another number)"
 
 
 def _mean_seconds(work: Callable[[], Any], least: float = 0.2) -> float:
@@ -216,9 +219,18 @@ def _share() -> int:
     return max(1, allowed_cores() // local_processes())
 
 
+def number_from_environment(name: str, default: int) -> int:
+    """An environment variable's whole number, or the default where it is empty or absent; UserError for other text."""
+    text = os.environ.get(name) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"the environment variable {name} is {text}, not a whole number; correct or unset it") from None
+
+
 def local_processes() -> int:
     """Processes of this run on this machine, by torchrun's variable or DeepSpeed's launcher's."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"))
+    return max(1, number_from_environment("LOCAL_WORLD_SIZE", number_from_environment("LOCAL_SIZE", 1)))
 
 
 def allowed_cores() -> int:
@@ -239,12 +251,28 @@ def cache_folder() -> Path:
 def keep_compiled_code() -> Path:
     """Store Inductor's code in `cache_folder` instead of /tmp, unless TORCHINDUCTOR_CACHE_DIR is set.
 
-    Triton's cache is put inside it, unless TRITON_CACHE_DIR is set. Inductor would do that too, but only at its first
-    compilation, after kernels were launched. Must be called before anything is compiled. Returns Inductor's folder.
+    It stays in /tmp where that folder can't be written to, or has a space in its path, which PyTorch passes to g++
+    without quotes. Triton's cache is put inside it, unless TRITON_CACHE_DIR is set. Inductor would do that too, but
+    only at its first compilation, after kernels were launched. Must be called before anything is compiled. Returns
+    Inductor's folder.
     """
-    folder = Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor")))
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = cache_folder() / "inductor"
+        if " " in str(folder) or not _can_be_written(folder):
+            folder = Path(tempfile.gettempdir()) / f"fastdiff_{os.getuid()}" / "inductor"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     return folder
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether a folder, made here if need be, can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
 
 
 def share_compile_processes() -> int:
@@ -253,7 +281,9 @@ def share_compile_processes() -> int:
     By itself every rank would start one per core of the machine, up to 32, whatever a container may use. Must be called
     before Dynamo is imported, as by DeepSpeed or by the first optimiser. Returns the number.
     """
-    return int(os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, _share()))))
+    count = number_from_environment("TORCHINDUCTOR_COMPILE_THREADS", min(32, _share()))
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(count)
+    return count
 
 
 def missing_compiler(device: torch.device) -> str:

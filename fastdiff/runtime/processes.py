@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fastdiff.errors import UserError
+from fastdiff.runtime.machine import number_from_environment
 
 _POLL = 0.05  # seconds
 _joined = False
@@ -42,14 +43,14 @@ class Processes:
 
 def current() -> Processes:
     """Read the launcher's environment variables (deepspeed, torchrun, srun); without them the process is alone."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = number_from_environment("LOCAL_RANK", 0)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return Processes(
-        rank=int(os.environ.get("RANK", "0")),
+        rank=number_from_environment("RANK", 0),
         local_rank=local_rank,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        world_size=number_from_environment("WORLD_SIZE", 1),
         device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
     )
 
@@ -100,7 +101,7 @@ def agent_hosts_store() -> bool:
 
 def store_address() -> tuple[str, int]:
     """Host and port of the run's store."""
-    return os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "29500"))
+    return os.environ.get("MASTER_ADDR", "localhost"), number_from_environment("MASTER_PORT", 29500)
 
 
 def open_store(purpose: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:

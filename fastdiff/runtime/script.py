@@ -18,7 +18,8 @@ from typing import Any, Protocol, TextIO
 import torch.distributed as dist
 
 from fastdiff import errors
-from fastdiff.errors import INTERRUPTED, StopWith, UserError
+from fastdiff.errors import INTERRUPTED, StopWith, UserError, first_line
+from fastdiff.runtime.machine import number_from_environment
 from fastdiff.runtime.processes import has_joined
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -149,7 +150,7 @@ def _code_of(main: Callable[[], None]) -> int:
 
 def _say_once(reason: str, code: int, what: str = "") -> None:
     """Tell the other ranks why this one ends, and print it unless rank 0 prints the same."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = number_from_environment("RANK", 0)
     if _peers:
         _peers.report_end(reason, code)
     if rank:
@@ -168,12 +169,12 @@ def _failed(error: Exception, peers: Peers) -> int:
     """Print whether an exception is this rank's own or due to another rank's end; returns the exit code."""
     if not is_broken_collective(error):
         traceback.print_exception(error)
-        peers.report_end(_first_line(error), 1)
+        peers.report_end(first_line(error), 1)
         return 1
     line = peers.explain()
     if line is None:
         traceback.print_exception(error)
-        line = f"a collective failed, and no rank is known to have ended: {_first_line(error)}"
+        line = f"a collective failed, and no rank is known to have ended: {first_line(error)}"
         peers.report_end(line, errors.PEER_LOST)
     if peers.speaks():
         print(f"{_script}: {line}", file=sys.stderr, flush=True)
@@ -186,11 +187,6 @@ def is_broken_collective(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 class StopSignals:

@@ -276,7 +276,7 @@ class Sampler:
 
     def _refusal(self, bad: list[int]) -> str:
         """The error message for images that are not finite."""
-        advice = ["another checkpoint or average of its weights"]
+        advice = ["another checkpoint or average of its weights as model_path"]
         if self.settings.precision != "fp32":
             advice.append("precision fp32")
         if self.guidance.weight != 1:

@@ -157,9 +157,18 @@ def report_outcome(folder: Path, trainer: Trainer, writes: bool) -> Iterator[Non
         )
         report("failed", errors.USER_ERROR, reason)
         raise UserError(reason) from error
+    except KeyboardInterrupt:
+        reason = (
+            f"stopped by Ctrl-C after step {trainer.step}; the same command resumes from the last checkpoint (SIGTERM "
+            "saves one first)"
+        )
+        report("interrupted", errors.INTERRUPTED, reason)
+        raise StopWith(errors.INTERRUPTED, reason) from None
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"--run_dir: {folder} can't be written to ({error.strerror}); make room: the same command resumes"
+            file = Path(error.filename or folder).absolute()  # of a compiler's cache, perhaps
+            where = f"--run_dir: {folder}" if file.is_relative_to(folder.absolute()) else str(file)
+            reason = f"{where} can't be written to ({error.strerror}); make room: the same command resumes"
             with suppress(OSError, UserError):
                 report("failed", errors.USER_ERROR, reason)
             raise UserError(reason) from error

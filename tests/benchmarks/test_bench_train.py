@@ -70,6 +70,8 @@ def test_results(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--variants", "theirs"], "--variants: 'theirs' is not one of reference"),
         (["--levers", "luck"], "--levers: 'luck' is not one of compile"),
         (["--precisions", "fp8"], "--precisions: 'fp8' is not one of fp32"),
+        (["--batches", "8,x"], "--batches: 8,x must be whole numbers such as 256,16,1"),
+        (["--batches", "0"], "--batches: 0 is no number of images; give 1 or more"),
         (["--configs", "quick,quick", "--batches", "1,2,3"], "--batches: give one number or one per configuration"),
     ],
 )
@@ -276,3 +278,16 @@ def test_every_variant_gpu() -> None:
             step = bench_train.MAKERS[name](case)
             for _ in range(6):
                 step()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_fp16_without_a_gpu() -> None:
+    assert "--precisions: fp16 needs a GPU" in refusal(bench_train.main, ["--precisions", "fp16"])
+
+
+@pytest.mark.parametrize("flag", [["--rounds", "0"], ["--seconds", "nan"], ["--threads", "-1"]])
+def test_numbers_that_time_nothing(flag: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        bench_train.main(["--quick", *flag])
+    assert end.value.code == 2
+    assert f"argument {flag[0]}: must be a" in capsys.readouterr().err

@@ -94,6 +94,13 @@ def test_options(silu: bool, affine: bool) -> None:
     check(given, torch.bfloat16, silu=silu)
 
 
+def test_vectors_with_gaps() -> None:
+    """Vectors per channel need not lie close together."""
+    given = inputs(2, 64, 0, 4, 3, torch.float32)
+    given["weight"], given["bias"] = normal(128, seed=1, mean=1.0)[::2], normal(1, seed=2).expand(64)
+    check(given, torch.float32)
+
+
 @pytest.mark.parametrize("num_groups", [8, 16])
 def test_other_group_counts(num_groups: int) -> None:
     check(inputs(1, 64, 0, 3, 3, torch.float32), torch.float32, num_groups=num_groups, eps=1e-3)

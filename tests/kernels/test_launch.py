@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastdiff.kernels.adamw_ema import squared_norm
 from fastdiff.kernels.attention import attention
 from fastdiff.kernels.group_norm_silu import group_norm_silu
-from fastdiff.kernels.launch import once_per_layout
+from fastdiff.kernels.launch import launcher, once_per_layout
 from fastdiff.kernels.q_sample import q_sample
 from helpers.kernel_checks import DEVICE, channels_last, normal
 
@@ -34,6 +35,15 @@ def test_no_derivative() -> None:
     y = q_sample(x, normal(2, 2), normal(2, 3, 4, 4))
     with pytest.raises(RuntimeError, match="fastdiff::q_sample has no derivative"):
         y.sum().backward()
+    with pytest.raises(RuntimeError, match="fastdiff::squared_norm has no derivative"):
+        squared_norm([torch.ones(3, device=DEVICE, requires_grad=True)]).backward()
+
+
+def test_numbers_of_another_type() -> None:
+    """1, 1.0 and True are different arguments of a kernel."""
+    made = [launcher(squared_norm, (1,), number) for number in (1, 1.0, True, 1)]
+    assert len({id(each) for each in made}) == 3
+    assert made[0] is made[3]
 
 
 def test_defined_again() -> None:

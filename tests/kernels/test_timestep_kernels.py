@@ -50,3 +50,21 @@ def test_add_losses(B: int, T: int, count: int) -> None:
     reference_diffusion.add_losses_(expected, *given)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(got[count:], before[count:])
+
+
+def test_refused_arguments() -> None:
+    """Whatever the kernels would read wrongly is refused."""
+    uniform, t, weights = torch.rand(4, dtype=torch.float64, device=DEVICE), torch.arange(4, device=DEVICE), normal(4)
+    sums = torch.zeros(3, 5, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"timesteps_at needs uniform of shape \(4,\) in torch.float64; got .*float32"):
+        timesteps.timesteps_at(uniform.float(), table(5, 0), normal(5))
+    with pytest.raises(ValueError, match=r"timesteps_at needs importance of shape \(5,\)"):
+        timesteps.timesteps_at(uniform, table(5, 0), normal(4))
+    with pytest.raises(ValueError, match="needs one to three losses; got 4"):
+        timesteps.add_losses_(sums, [normal(4)] * 4, t, weights, 10)
+    with pytest.raises(ValueError, match=r"needs weights of shape \(4,\)"):
+        timesteps.add_losses_(sums, [normal(4)], t, weights[:1], 10)
+    with pytest.raises(ValueError, match=r"needs t of shape \(4,\) in torch.int64"):
+        timesteps.add_losses_(sums, [normal(4)], t.int(), weights, 10)
+    with pytest.raises(ValueError, match="needs contiguous sums"):
+        timesteps.add_losses_(sums.transpose(0, 2), [normal(4)], t, weights, 10)

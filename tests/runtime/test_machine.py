@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastdiff.errors import UserError
 from fastdiff.runtime import machine
 
 
@@ -80,6 +81,27 @@ def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("TRITON_CACHE_DIR", "/triton")
     assert machine.keep_compiled_code() == Path("/elsewhere")
     assert os.environ["TRITON_CACHE_DIR"] == "/triton"
+
+
+@pytest.mark.parametrize("folder", ["/proc/none", "a space"])
+def test_unusable_place_for_compiled_code(folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder that can't be written to, or that g++ would take for two words, is left alone."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/somewhere")
+    assert machine.keep_compiled_code() == Path(f"/somewhere/fastdiff_{os.getuid()}/inductor")
+
+
+def test_numbers_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "")
+    assert machine.number_from_environment("RANK", 3) == 3
+    monkeypatch.setenv("RANK", "1")
+    assert machine.number_from_environment("RANK", 3) == 1
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(UserError, match="the environment variable RANK is one, not a whole number"):
+        machine.number_from_environment("RANK", 3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -49,7 +49,7 @@ def test_sample_names_the_images(solver: str, tmp_path: Path) -> None:
     twin = fastdiff.load(save(unet(class_cond=True, num_classes=3), tmp_path / "twin.pt", CLASSES), device="cpu")
     bees = np.flatnonzero(twin.sample(6, classes="ape,bee,cat", steps=2, seed=3).labels == 1)
     assert message.startswith(f"images {bees[0]} and {bees[1]} came out with values that are not finite, and are not")
-    assert message.endswith("try another checkpoint or average of its weights")
+    assert message.endswith("try another checkpoint or average of its weights as model_path")
     assert "precision" not in message
     assert "guidance" not in message
     assert not outputs(tmp_path / "out")
@@ -80,14 +80,14 @@ def test_enlarging_and_cascades(tmp_path: Path) -> None:
     both = {**OPTIONS, "model_path": base, "sr_model_path": large, "out_dir": tmp_path / "two", "precision": "bf16"}
     message = refusal(sample.main, flags(both))
     assert message.startswith("enlarging: images 0,")
-    assert message.endswith("or average of its weights, or precision fp32")
+    assert message.endswith("or average of its weights as model_path, or precision fp32")
     assert not outputs(tmp_path / "one") + outputs(tmp_path / "two")
 
 
 def test_the_api(tmp_path: Path) -> None:
     model = fastdiff.load(overflowing(tmp_path / "model.pt"), device="cpu")
     with pytest.raises(
-        UserError, match="^images 0 and 1 came out.*; try another checkpoint or average of its weights$"
+        UserError, match="^images 0 and 1 came out.*; try another checkpoint or average of its weights as model_path$"
     ):
         model.sample(2, steps=2)
     other = fastdiff.load(save(unet(), tmp_path / "noise.pt"), device="cpu")

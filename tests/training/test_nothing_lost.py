@@ -73,6 +73,19 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) 
     monkeypatch.setattr(Trainer, "take_step", take_step)
 
 
+def test_ctrl_c(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """status.json says so, and the same command resumes from the last checkpoint."""
+    argv = flags(data, tmp_path / "run", "--max_steps", "5", "--save_interval", "2")
+    with monkeypatch.context() as patched:
+        at_step(patched, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(StopWith, match=r"stopped by Ctrl-C after step 3; the same command resumes") as stop:
+            train.main(argv)
+    assert stop.value.code == errors.INTERRUPTED == 130
+    assert status_of(tmp_path / "run") == ("interrupted", 3, 130)
+    train.main(argv)
+    assert status_of(tmp_path / "run") == ("done", 5, 0)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_asked_to_stop(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The step is finished and saved, and the same command then reaches the results of an undisturbed run."""
@@ -341,7 +354,7 @@ def test_trying_threads_changes_nothing(
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         capsys.readouterr()
         train.main(flags(data, tmp_path / "tried", "--max_steps", "2", *more))
-        assert "threads: 1, by trial (1: 1 s, " in capsys.readouterr().out
+        assert "threads: 1 from here on, by trial (the network takes 1 s with 1, " in capsys.readouterr().out
         train.main(flags(data, tmp_path / "tried", "--max_steps", "3", *more))
         printed = capsys.readouterr().out
         assert "threads: 1, as before" in printed

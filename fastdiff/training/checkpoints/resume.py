@@ -196,7 +196,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def write_status(folder: Path, state: str, step: int, exit_code: int | None = None, reason: str = "") -> None:
-    """Write the state of a run: running, done, preempted, diverged or failed."""
+    """Write the state of a run: running, done, preempted, interrupted, diverged or failed."""
     content = {"state": state, "step": step, "exit_code": exit_code, "reason": reason}
     process = f"process {os.getpid()} on {socket.gethostname()}"
     try:

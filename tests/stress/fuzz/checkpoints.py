@@ -305,4 +305,4 @@ def sampling_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[C
         return READ, ""
 
     for name, file in _make(folder, "sampling", seed, start, stop):
-        yield Case(name, lambda file=file: run(file), (str(file), "--", "diffusion_steps"))
+        yield Case(name, lambda file=file: run(file), (str(file), "--", "diffusion_steps", "model_path"))

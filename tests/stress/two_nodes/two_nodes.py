@@ -41,9 +41,9 @@ PORT = "29400"
 TOLERANCE = 0.01
 """Largest norm of a difference caused by another number of processes, relative to the norm of what training changed.
 
-They sum float32 gradients in another order. AdamW makes whole updates of gradients that are nothing but rounding errors,
-so a few weights differ by as much as they move, but all together by a thousandth. A lost moment, image or random number
-changes nearly all weights.
+They sum float32 gradients in another order. AdamW makes whole updates of gradients that are nothing but rounding
+errors, so a few weights differ by as much as they move, but all together by a thousandth. A lost moment, image or
+random number changes nearly all weights.
 """
 MODEL = (
     "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 4 "
