@@ -150,7 +150,10 @@ def _code_of(main: Callable[[], None]) -> int:
 
 def _say_once(reason: str, code: int, what: str = "") -> None:
     """Tell the other ranks why this one ends, and print it unless rank 0 prints the same."""
-    rank = number_from_environment("RANK", 0)
+    try:
+        rank = number_from_environment("RANK", 0)
+    except UserError:  # the reason says that it is no number
+        rank = 0
     if _peers:
         _peers.report_end(reason, code)
     if rank:

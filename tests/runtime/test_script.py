@@ -32,9 +32,11 @@ def test_a_reader_that_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 SCRIPT = """
 import sys
 from fastdiff.errors import StopWith
+from fastdiff.runtime.processes import current
 from fastdiff.runtime.script import run_script
 
 def main():
+    current()
     print("drawn", flush=True)
     if sys.argv[1] == "75":
         raise StopWith(75, "saved")
@@ -60,6 +62,14 @@ def test_exit_codes_need_no_reader(place: str, code: int) -> None:
 def test_a_script_ends_with_the_code_and_sentence_it_gives() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, "75"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (75, "drawn\n", "train.py: saved\n")
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_launchers_variable_that_is_no_number(name: str) -> None:
+    env = {**os.environ, name: "abc"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, "0"], capture_output=True, text=True, env=env)
+    sentence = f"train.py: error: the environment variable {name} is abc, not a whole number; correct or unset it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", sentence)
 
 
 def test_names_that_are_no_unicode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
