@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastdiff.errors import StopWith, UserError, shortened
+from fastdiff.runtime.files import read_json
 
 Label = dict[str, Any]
 """The keys of a case: {"config": …, "precision": …, "batch": …}."""
@@ -25,13 +26,15 @@ class ResultFile:
     head    the keys before the rows, which say where the figures come from.
     lists   names of further lists beside rows and left_out.
     resume  whether rows and reasons that the file already holds are kept.
+
+    UserError where no file can be written, before anything is timed.
     """
 
     def __init__(self, path: Path | None, head: dict[str, Any], resume: bool, lists: Sequence[str] = ()) -> None:
         self.path = path
         self.failed: list[str] = []
         self.lists = ("rows", "left_out", *lists)
-        before = json.loads(path.read_text()) if resume and path is not None and path.is_file() else {}
+        before = _rows_before(path, resume) if path is not None else {}
         self.content: dict[str, Any] = {**head, **{name: before.get(name, []) for name in self.lists}}
 
     @property
@@ -81,10 +84,23 @@ class ResultFile:
     def _write(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         beside.write_text(json.dumps(self.content, indent=2) + "\n")
         beside.replace(self.path)
+
+
+def _rows_before(path: Path, resume: bool) -> dict[str, Any]:
+    """The content of an earlier file, if it is to be kept. UserError if it is damaged, or if there can be no such file."""
+    if path.is_dir():
+        raise UserError(f"--json: {path} is a folder; give a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--json: {path.parent} can't be made ({error.strerror}); give another file") from None
+    before = read_json(path) if resume and path.is_file() else {}
+    if not isinstance(before, dict):
+        raise UserError(f"--resume: {path} holds no results; leave --resume out, or name another file by --json")
+    return before
 
 
 def _is_of(entry: dict[str, Any], label: Label, variant: str) -> bool:

@@ -291,3 +291,13 @@ def test_numbers_that_time_nothing(flag: list[str], capsys: pytest.CaptureFixtur
         bench_train.main(["--quick", *flag])
     assert end.value.code == 2
     assert f"argument {flag[0]}: must be a" in capsys.readouterr().err
+
+
+def test_results_that_can_not_be_written(tmp_path: Path) -> None:
+    """It is said before anything is timed."""
+    assert "is a folder; give a file in it" in refusal(bench_train.main, ["--quick", "--json", str(tmp_path)])
+    (tmp_path / "file").write_text("[]")
+    beside = ["--quick", "--json", str(tmp_path / "file" / "results.json")]
+    assert f"--json: {tmp_path / 'file'} can't be made" in refusal(bench_train.main, beside)
+    kept = ["--quick", "--resume", "--json", str(tmp_path / "file")]
+    assert f"--resume: {tmp_path / 'file'} holds no results" in refusal(bench_train.main, kept)
