@@ -90,7 +90,7 @@ class ResultFile:
 
 
 def _rows_before(path: Path, resume: bool) -> dict[str, Any]:
-    """The content of an earlier file, if it is to be kept. UserError if it is damaged, or if there can be no such file."""
+    """The content of an earlier file that is to be kept. UserError if it is damaged, or if there can be no file."""
     if path.is_dir():
         raise UserError(f"--json: {path} is a folder; give a file in it")
     try:
