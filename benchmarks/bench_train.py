@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,9 +44,10 @@ from benchmarks.flag_types import at_least, checkout_of_improved_diffusion, exis
 from benchmarks.long_runs import pictures, sustained, with_loader
 from benchmarks.operations import executed_share, memory_together, precision_of, recorded_launches
 from benchmarks.result_file import Label, ResultFile, release_memory
+from benchmarks.roofline import load_config
 from benchmarks.train_variants import LEVERS, Case, Step, ours, seed, usual, without
 from benchmarks.variant_timing import Built, start
-from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.config.load import Config
 from fastdiff.errors import UserError
 from fastdiff.models.cost import train_flops
 from fastdiff.models.unet import body_dtype
@@ -115,16 +115,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load(name: str, flag: str = "--configs") -> Config:
-    """A configuration by its name in configs/ or its file."""
+    """A configuration by its name in configs/ or its file. UserError for one that isn't there, or isn't valid."""
     if name == "quick":
         return Config.model_validate(QUICK)
     file = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
         raise UserError(f"{flag}: {name} is neither a file nor one of quick, {known}")
-    content = json.loads(file.read_text())
-    kind = SuperResConfig if "large_size" in content.get("model", {}) else Config
-    return kind.model_validate(content)
+    return load_config(str(file))
 
 
 def batches_of(text: str) -> list[int]:

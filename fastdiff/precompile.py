@@ -133,7 +133,7 @@ def spawn(arch: int, lines: list[str]) -> subprocess.Popen[bytes]:
             stdin=given,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            # With PYTHONSAFEPATH modules in the current folder are not taken for Python's own.
+            # With PYTHONSAFEPATH, since Python 3.11, modules in the current folder are not taken for Python's own.
             env={
                 **os.environ,
                 "PYTHONPATH": path,

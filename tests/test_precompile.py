@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -77,6 +78,14 @@ def test_failures_are_only_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_without_a_gpu() -> None:
     assert precompile.start(lambda: pytest.fail("nothing is to be compiled"), torch.device("cpu")) == []
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks into the current folder")
+def test_modules_of_the_current_folder_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "json.py").write_text("open('was_run', 'w')\nraise SystemExit(5)\n")
+    monkeypatch.chdir(tmp_path)
+    assert precompile.spawn(90, ["{}"]).wait() == 0
+    assert not (tmp_path / "was_run").exists()
 
 
 def test_a_process_that_fails_or_dies() -> None:

@@ -126,6 +126,13 @@ def test_shapes(shape: str) -> None:
     check(inputs(*SHAPES[shape], torch.bfloat16))
 
 
+def test_vectors_with_gaps() -> None:
+    """Vectors per channel need not lie close together."""
+    given = inputs(2, 64, 0, 4, 3, torch.float32)
+    given["b_bias"], given["weight"] = normal(128, seed=7)[::2], normal(1, seed=8, mean=1.0).expand(64)
+    check(given)
+
+
 def test_plain_norm_of_other_groups() -> None:
     """Without SiLU it is the norm before attention."""
     check(inputs(1, 64, 0, 3, 3, torch.float32, affine=False), silu=False, num_groups=16, eps=1e-3)

@@ -138,6 +138,20 @@ def test_capture_that_fails(calls: list[str]) -> None:
     assert calls == ["work"]
 
 
+def test_capture_that_names_no_cause(calls: list[str]) -> None:
+    """The warning has the error that came before the one of the capture's end, and can do without a message."""
+
+    def work() -> None:
+        if calls[-1].startswith("capture graph"):
+            try:
+                raise ValueError("an item was asked for")
+            except ValueError:
+                raise RuntimeError from None
+
+    with pytest.warns(UserWarning, match=r"a capture failed: ValueError: an item was asked for$"):
+        GraphRunner(GPU, "auto").run("first", work, warming_up=False)
+
+
 def test_capture_that_must_not_fail(calls: list[str]) -> None:
     runner = GraphRunner(GPU, True)
     with pytest.raises(torch.OutOfMemoryError):

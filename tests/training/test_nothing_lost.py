@@ -150,6 +150,19 @@ def test_a_disk_without_room_for_small_files(
     assert steps_of(run)[-1] == 3
 
 
+def test_another_disk_without_room(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named, and not the run's folder: a compiler's cache may lie elsewhere."""
+
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/of/triton")
+
+    at_step(monkeypatch, 2, full)
+    with pytest.raises(
+        UserError, match=r"^/cache/of/triton can't be written to \(No space left on device\); make room"
+    ):
+        train.main(flags(data, tmp_path / "run", "--max_steps", "3"))
+
+
 def test_keeping_few_and_saving_by_the_clock(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     train.main(flags(data, run, "--max_steps", "9", "--save_interval", "1", "--keep_last", "2", "--keep_every", "4"))
