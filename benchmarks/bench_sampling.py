@@ -92,6 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args(argv)
     if args.quick:
+        if args.configs != parser.get_default("configs"):
+            parser.error("argument --quick: it has a network of its own; leave out --quick or --configs")
         args.configs, args.steps, args.split = "quick", 5, True
         args.rounds, args.seconds = min(args.rounds, 5), min(args.seconds, 0.7)
     return args

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from helpers import tiny
 from helpers.tiny import pictures, refusal
 
-from benchmarks import bench_train, contest, long_runs, report, report_rows, train_variants
+from benchmarks import bench_sampling, bench_train, contest, long_runs, report, report_rows, train_variants
 from benchmarks.result_file import ResultFile
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.training.deepspeed_engine import start_processes
@@ -312,6 +312,14 @@ def test_numbers_that_time_nothing(flag: list[str], capsys: pytest.CaptureFixtur
         bench_train.main(["--quick", *flag])
     assert end.value.code == 2
     assert f"argument {flag[0]}: must be a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [bench_train.main, bench_sampling.main])
+def test_quick_with_a_configuration(main: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--quick", "--configs", "lsun_bedroom"])
+    assert end.value.code == 2
+    assert "argument --quick: it has a network of its own" in capsys.readouterr().err
 
 
 def test_results_that_can_not_be_written(tmp_path: Path) -> None:
