@@ -47,22 +47,21 @@ def drop_below(dropout: float) -> int:
 
 
 class Forward(NamedTuple):
-    """The launches of a forward call, either `slab` alone or the other three, for tensors of one layout."""
+    """The launch of a forward call, for tensors of one layout; there is none without elements."""
 
     converted: bool
     """Whether tensors have to be converted first: maps that are not channels-last, rows that are not contiguous."""
     y: tuple[int, int, int, int]
     """Shape of the result."""
-    partial: tuple[int, int, int, int]
-    """Shape of the partial statistics."""
-    slab: Launcher | None = None
-    moments: Launcher | None = None
-    finalize: Launcher | None = None
-    apply: Launcher | None = None
+    partial: int = 0
+    """Number of partial statistics."""
+    counters: int = 0
+    """Number of counters, none if no program waits for another."""
+    run: Launcher | None = None
 
 
 @once_per_layout
-def _forward_launches(
+def _forward_launch(
     plan: Callable[..., Plan],
     units: int,
     op: str,
@@ -81,60 +80,47 @@ def _forward_launches(
     silu: bool,
     dropout: float,
 ) -> Forward:
-    """Check the arguments and plan the launches on a GPU with `units` multiprocessors."""
+    """Check the arguments and plan the launch on a GPU with `units` multiprocessors."""
     if second is not None:
         check_sum(op, x, second, second_bias)
     check_norm(op, "x" if second is None else "a", x, skip, weight, bias, scale, shift, offset, num_groups)
     B, C1, H, W = x.shape
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
-    C, group = C1 + C2, (C1 + C2) // num_groups
+    C = C1 + C2
     rows = (scale, shift, offset, weight, bias, second_bias)
     as_they_are = all(map(is_channels_last, (x, second, skip))) and all(map(_has_rows, rows))
     if not as_they_are or not B * C * L:
-        return Forward(not as_they_are, (B, C, H, W), (B, 0, 2, C))
-    scale_stride, shift_stride, offset_stride = map(_row_stride, (scale, shift, offset))
-    p = plan(B, L, C1, C2, group, x.itemsize, False, units, seed is not None, second is not None)
-    below = drop_below(dropout)
-    keep = 1 / (1 - below / 2**DROPOUT_BITS)
-    chosen = p.tile if p.slab else p.finish
-    tile = {"CG": group, "CT": chosen.channels, "CT_PAD": chosen.padded}
-    tiles = C // chosen.channels
-    shapes = (False, (B, C, H, W), (B, p.splits, 2, C))
-    if p.slab:
-        slab = launcher(
-            device._slab_forward,
-            (p.programs,),
-            *(B * tiles, tiles, L, C1, C2, scale_stride, shift_stride, offset_stride, eps, below, keep),
-            **tile,
-            BLOCK_L=p.block_l,
-            ONE_BLOCK=p.one_block,
-            SILU=silu,
-            num_warps=p.num_warps,
-        )
-        return Forward(*shapes, slab=slab)
-    grid = (B * p.splits, C // p.block_c)
-    block = {"ROWS": p.rows, "BLOCK_L": p.block_l, "BLOCK_C": p.block_c}
-    return Forward(
-        *shapes,
-        moments=launcher(
-            device._moments if second is None else device._sum_moments, grid, p.splits, L, C1, C2, **block
-        ),
-        finalize=launcher(
-            device._finalize_forward,
-            (B * tiles,),
-            *(p.splits, tiles, L, C, offset_stride, eps),
-            **tile,
-            ROWS=p.rows,
-            BLOCK_S=triton.next_power_of_2(p.splits),
-        ),
-        apply=launcher(
-            device._apply,
-            grid,
-            *(p.splits, L, C1, C2, scale_stride, shift_stride, below, keep),
-            **block,
-            SILU=silu,
-        ),
+        return Forward(not as_they_are, (B, C, H, W))
+    p = plan(B, L, C1, C2, C // num_groups, x.itemsize, False, units, second is not None or seed is not None)
+    strides = map(_row_stride, (scale, shift, offset))
+    run = launcher(
+        device._norm_forward,
+        (p.programs,),
+        *(*p.numbers, L, C1, C2, *strides, eps, *_dropped(dropout)),
+        **p.constexprs,
+        SILU=silu,
     )
+    return Forward(False, (B, C, H, W), _partial_size(p), _counters(p), run)
+
+
+def _partial_size(plan: Plan) -> int:
+    return plan.slabs * plan.splits * plan.tiles * 2 * plan.block_c
+
+
+def _counters(plan: Plan) -> int:
+    return 0 if plan.whole else 1 + plan.slabs
+
+
+def _scratch(run: Forward | Backward, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(partial sums, uninitialised; counters, which are 0)."""
+    partial = torch.empty(run.partial, dtype=torch.float32, device=device)
+    return partial, torch.zeros(run.counters, dtype=torch.int32, device=device) if run.counters else None
+
+
+def _dropped(dropout: float) -> tuple[int, float]:
+    """The number below which random bits drop an element, and the factor for those that are kept."""
+    below = drop_below(dropout)
+    return below, 1 / (1 - below / 2**DROPOUT_BITS)
 
 
 def _has_rows(value: Tensor | None) -> bool:
@@ -147,7 +133,8 @@ def _contiguous(values: Iterable[Tensor | None]) -> list[Any]:
 
 
 def _row_stride(value: Tensor | None) -> int:
-    return 0 if value is None else value.stride(0)
+    """The elements from one image's row of a [B, C] tensor to the next; 0 for a row [C] that serves all images."""
+    return 0 if value is None or value.dim() == 1 else value.stride(0)
 
 
 def _launch_forward(
@@ -164,7 +151,7 @@ def _launch_forward(
     affine   weight, bias, scale, shift, offset, seed
     options  num_groups, eps, silu, dropout
     """
-    run = _forward_launches(plan, processors(x.device), op, x, second, second_bias, skip, *affine, *options)
+    run = _forward_launch(plan, processors(x.device), op, x, second, second_bias, skip, *affine, *options)
     weight, bias, scale, shift, offset, seed = affine
     if run.converted:
         x = channels_last(x, op, "x" if second is None else "a")
@@ -173,22 +160,13 @@ def _launch_forward(
         affine = (weight, bias, scale, shift, offset, seed)
         return _launch_forward(op, x, second, second_bias, skip, affine, options)
     total = None if second is None else empty_map(*x.shape, like=x)
-    made = x if total is None else total
     y = empty_map(*run.y, like=x)
     stats = torch.empty(len(x), 3, run.y[1], dtype=torch.float32, device=x.device)
-    if run.slab:
-        run.slab(x, second, second_bias, skip, *affine, total, y, stats)
-    elif run.moments and run.finalize and run.apply:
-        partial = torch.empty(run.partial, dtype=torch.float32, device=x.device)
-        if second is None:
-            run.moments(x, skip, partial)
-        else:
-            run.moments(x, second, second_bias, skip, total, partial)
-        run.finalize(partial, offset, stats)
-        run.apply(made, skip, weight, bias, scale, shift, seed, y, stats)
-    else:  # there are no elements
+    if run.run:
+        run.run(x, second, second_bias, skip, *affine, total, y, stats, *_scratch(run, x.device))
+    else:
         stats.zero_()
-    return made, y, stats
+    return x if total is None else total, y, stats
 
 
 @kernel_op("group_norm_silu")
@@ -249,18 +227,13 @@ def _(a: Tensor, b: Tensor, b_bias: Tensor | None, skip: Tensor | None, *_: Any)
 
 
 class Backward(NamedTuple):
-    """The launches of a backward call: `slab` or the next three, and then `parameters`, for tensors of one layout."""
+    """The launches of a backward call, for tensors of one layout; there are none without elements."""
 
     converted: bool
-    """As in `Forward`."""
-    partial: tuple[int, int, int, int]
-    """Shape of the partial sums."""
-    total_sums: tuple[int, int] | None
-    """Shape of the sums of dtotal, which the gradient of second_bias needs."""
-    slab: Launcher | None = None
-    partial_sums: Launcher | None = None
-    finalize: Launcher | None = None
-    apply: Launcher | None = None
+    """As in `Forward`, like the next two."""
+    partial: int = 0
+    counters: int = 0
+    run: Launcher | None = None
     parameters: Launcher | None = None
 
 
@@ -285,55 +258,28 @@ def _backward_launches(
     """Plan the launches on a GPU with `units` multiprocessors."""
     B, C1, H, W = x.shape
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
-    C, group = C1 + C2, (C1 + C2) // num_groups
+    C = C1 + C2
     rows = (scale, shift, weight, bias, second_bias)
     as_they_are = all(map(is_channels_last, (dy, dtotal, x, skip))) and all(map(_has_rows, rows))
     if not as_they_are or not x.numel():
-        return Backward(not as_they_are, (B, 0, 2, C), None)
+        return Backward(not as_they_are)
     scale_stride, shift_stride = map(_row_stride, (scale, shift))
-    p = plan(B, L, C1, C2, group, x.itemsize, True, units, seed is not None, dtotal is not None)
-    below = drop_below(dropout)
-    keep = 1 / (1 - below / 2**DROPOUT_BITS)
-    chosen = p.tile if p.slab else p.finish
-    tile = {"CG": group, "CT": chosen.channels, "CT_PAD": chosen.padded}
-    tiles = C // chosen.channels
-    parts = B * (1 if p.slab else p.splits)
-    shapes = (False, (B, p.splits, 2, C), None if dtotal is None or second_bias is None else (parts, C1))
+    p = plan(B, L, C1, C2, C // num_groups, x.itemsize, True, units)
+    run = launcher(
+        device._norm_backward,
+        (p.programs,),
+        *(*p.numbers, L, C1, C2, scale_stride, shift_stride, *_dropped(dropout)),
+        **p.constexprs,
+        SILU=silu,
+    )
     parameters = launcher(
         device._parameter_gradients,
         (triton.cdiv(C, 32),),
-        *(B, parts, C, C1, scale_stride),
+        *(B, C, C1, scale_stride),
         BLOCK_B=min(64, triton.next_power_of_2(B)),
         BLOCK_C=32,
     )
-    if p.slab:
-        slab = launcher(
-            device._slab_backward,
-            (p.programs,),
-            *(B * tiles, tiles, L, C1, C2, scale_stride, shift_stride, below, keep),
-            **tile,
-            BLOCK_L=p.block_l,
-            ONE_BLOCK=p.one_block,
-            SILU=silu,
-            num_warps=p.num_warps,
-        )
-        return Backward(*shapes, slab=slab, parameters=parameters)
-    grid = (B * p.splits, C // p.block_c)
-    block = {"ROWS": p.rows, "BLOCK_L": p.block_l, "BLOCK_C": p.block_c, "SILU": silu}
-    numbers = (p.splits, L, C1, C2, scale_stride, shift_stride, below, keep)
-    return Backward(
-        *shapes,
-        partial_sums=launcher(device._backward_sums, grid, *numbers, **block),
-        finalize=launcher(
-            device._finalize_backward,
-            (B * tiles,),
-            *(p.splits, tiles, L, C, scale_stride, shift_stride),
-            **tile,
-            BLOCK_S=triton.next_power_of_2(p.splits),
-        ),
-        apply=launcher(device._apply_backward, grid, *numbers, **block),
-        parameters=parameters,
-    )
+    return Backward(False, _partial_size(p), _counters(p), run, parameters)
 
 
 @kernel_op("group_norm_silu_backward")
@@ -347,17 +293,18 @@ def _backward(
     bias: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
+    offset: Tensor | None,
     seed: Tensor | None,
     stats: Tensor,
     num_groups: int,
     silu: bool,
     dropout: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns dx, dskip, dweight, dbias, dscale, dsecond_bias, and sums [B, 3, C].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns dx, dskip, dweight, dbias, dscale, dsecond_bias, doffset, and sums [B, 3, C].
 
     dtotal is the gradient that x, if it is a sum, gets from its other readers; it is added to dx. dsecond_bias [C1] is
-    the sum of dx over pixels and images. sums: dshift, an intermediate, and the gradient of offset, the sum of
-    dx - dtotal.
+    the sum of dx over pixels and images. sums: dshift, an intermediate, and the gradient of an offset [B, C], the sum
+    of dx - dtotal. doffset is its sum over the images, for an `offset` [C]; an offset [B, C] is not passed.
     """
     given = (weight, bias, scale, shift, seed)
     options = (num_groups, silu, dropout)
@@ -368,34 +315,36 @@ def _backward(
         dtotal = channels_last(dtotal, "add_group_norm_silu", "the gradient of the sum")
         weight, bias, scale, shift, second_bias = _contiguous((weight, bias, scale, shift, second_bias))
         return IMPLEMENTATIONS["group_norm_silu_backward"](
-            dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, seed, stats, *options
+            dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, offset, seed, stats, *options
         )
-    gradients = _empty_gradients(x, second_bias, skip, weight, bias, scale)
-    dx, dskip, dweight, dbias, dscale, dsecond_bias, sums = gradients
-    out_skip = None if skip is None else dskip
-    total_sums = None
-    if run.total_sums:
-        total_sums = torch.empty(run.total_sums, dtype=torch.float32, device=x.device)
-    if run.slab:
-        run.slab(x, skip, *given, dy, dtotal, stats, dx, out_skip, sums, total_sums)
-    elif run.partial_sums and run.finalize and run.apply:
-        partial = torch.empty(run.partial, dtype=torch.float32, device=x.device)
-        line = torch.empty(len(x), 2, len(weight), dtype=torch.float32, device=x.device)
-        run.partial_sums(x, skip, *given, dy, stats, partial)
-        run.finalize(partial, weight, bias, scale, shift, stats, sums, line)
-        run.apply(x, skip, *given, dy, dtotal, stats, line, dx, out_skip, total_sums)
-    if run.parameters:
-        of_inputs = (None if scale is None else dscale, None if second_bias is None else dsecond_bias)
-        run.parameters(sums, total_sums, weight, bias, scale, dweight, dbias, *of_inputs)
-    else:  # there are no elements
+    gradients = _empty_gradients(x, second_bias, skip, weight, bias, scale, offset)
+    if not run.run or not run.parameters:
         for gradient in gradients:
             gradient.zero_()
+        return gradients
+    dx, dskip, dweight, dbias, *of_inputs, sums = gradients
+    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)
+    total_sums = None if dtotal is None or second_bias is None else make(*x.shape[:2])
+    out_skip, line = None if skip is None else dskip, make(len(x), 2, len(weight))
+    scratch = _scratch(run, x.device)
+    run.run(x, skip, *given, dy, dtotal, stats, dx, out_skip, sums, line, total_sums, *scratch)
+    wanted = [
+        gradient if value is not None else None
+        for gradient, value in zip(of_inputs, (scale, second_bias, offset), strict=True)
+    ]
+    run.parameters(sums, total_sums, weight, bias, scale, dweight, dbias, *wanted)
     return gradients
 
 
 def _empty_gradients(
-    x: Tensor, second_bias: Tensor | None, skip: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor,
+    second_bias: Tensor | None,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the backward op; those of absent inputs are empty."""
     C = weight.shape[0]
     return (
@@ -405,14 +354,15 @@ def _empty_gradients(
         torch.empty_like(bias),
         x.new_empty(0) if scale is None else torch.empty(x.shape[0], C, dtype=scale.dtype, device=x.device),
         x.new_empty(0) if second_bias is None else torch.empty_like(second_bias),
+        x.new_empty(0) if offset is None else torch.empty_like(offset),
         torch.empty(x.shape[0], 3, C, dtype=torch.float32, device=x.device),
     )
 
 
 @_backward.register_fake
 def _(dy: Tensor, dtotal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    x, second_bias, skip, weight, bias, scale = inputs[:6]
-    return _empty_gradients(x, second_bias, skip, weight, bias, scale)
+    x, second_bias, skip, weight, bias, scale, _shift, offset = inputs[:8]
+    return _empty_gradients(x, second_bias, skip, weight, bias, scale, offset)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -436,16 +386,19 @@ def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor, Ten
     if torch.is_grad_enabled():
         no_derivative("the backward pass of group_norm_silu")
     x, second_bias, skip, weight, bias, scale, shift, offset, seed, stats = ctx.saved_tensors
-    dx, dskip, dweight, dbias, dscale, dsecond_bias, sums = _backward(
-        dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, seed, stats, *ctx.settings
+    shared = offset if offset is not None and offset.dim() == 1 else None
+    dx, dskip, dweight, dbias, dscale, dsecond_bias, doffset, sums = _backward(
+        dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, shared, seed, stats, *ctx.settings
     )
+    if offset is not None and shared is None:
+        doffset = sums[:, 2].to(offset.dtype)
     rest = (
         None if skip is None else dskip,
         dweight,
         dbias,
         None if scale is None else dscale,
         None if shift is None else sums[:, 0].to(shift.dtype),
-        None if offset is None else sums[:, 2].to(offset.dtype),
+        None if offset is None else doffset,
     )
     return dx, None if second_bias is None else dsecond_bias, rest
 

@@ -2,74 +2,131 @@
 
 Maps are [B, L, C] channels-last, L = H * W pixels; with a second input, x [B, L, C1] and skip [B, L, C2] are read as
 if concatenated. With a second summand the norm's input is the sum of x, second [B, L, C1] and second_bias [C1], rounded
-as it is stored in total [B, L, C1]. Coefficients are fp32 [C] or [B, C]. There are two ways through memory:
+as it is stored in total [B, L, C1]. Coefficients are fp32 [C] or [B, C].
 
-slab    one program computes whole groups of an image: sums, coefficients and result in one launch. A slab of one block
-        stays in registers (one read); a longer one is read again while it is still in L2.
-split   many programs sum parts of an image, one per group merges them, many apply the result (two reads).
+A slab is an image's channels of one or more whole groups. It is divided into parts: ROWS pixels of `span` tiles, where
+a tile is BLOCK_C neighbouring channels of one map. Each pass takes three steps: every part is summed, the slab's sums
+are merged into coefficients, and every part is read again to write the result.
 
-stats [B, 3, C] holds what the backward pass needs: the value subtracted from x, 1 / std, and the channel's mean after
-the subtraction.
+WHOLE    A slab is one part. One program takes all three steps, and its second read comes from its own cache.
+else     A program takes tickets. With ticket i it sums part i, and then writes the result of part i - lag, which is
+         still in the L2 cache. The program that sums a slab's last part merges the slab; who writes a part waits for
+         that. Waiting always ends, however many programs run at once: the parts of a slab have lower numbers than any
+         ticket that waits for it, tickets are taken in order by programs that are running, and a program sums the part
+         of its ticket before it waits.
+
+Sums are merged in the order of the parts, whichever program merges, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 # Numbers for whose values Triton compiles no variants, as no alignment depends on them.
-SHAPES = ["slabs", "tiles", "splits", "parts", "L", "B", "drop_below"]
+SHAPES = [
+    *("parts", "lag", "L", "splits", "tiles", "span", "groups", "group"),
+    *("per_slab", "per_row", "chunks", "B", "drop_below"),
+]
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+POLLS = tl.constexpr(1 << 26)
+"""Polls after which a program that waits ends the launch with an error: more than half a minute."""
 
 # --- pieces ---
 
 
 @triton.jit
-def _load_pair(x_ptr, skip_ptr, i_row, o_c, m, C1, C2):
-    """x and skip side by side at pixels i_row [R, 1] (int64, over all images) and channels o_c [1, K], as fp32."""
+def _sigmoid(b_h):
+    """1 / (1 + exp(-h)) by the GPU's approximations: four instructions, and a relative error below 2^-21.
+
+    ex2.approx errs by 2^-22, rcp.approx by 2^-23 (PTX ISA, floating-point instructions). A division would check the
+    range of its operands, which takes three times as long.
+    """
+    if INTERPRETED:
+        b_sigmoid = tl.sigmoid(b_h)
+    else:
+        b_sigmoid = tl.inline_asm_elementwise(
+            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "  # the factor is -log2(e)
+            "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+            "=f,f",
+            [b_h],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return b_sigmoid
+
+
+@triton.jit
+def _activate(b_h, SILU: tl.constexpr):
+    if SILU:
+        b_h = b_h * _sigmoid(b_h)
+    return b_h
+
+
+@triton.jit
+def _through_activation(b_dy, b_h, SILU: tl.constexpr):
+    """The gradient before the activation: SiLU's derivative is s + y * (1 - s), with s = sigmoid(h) and y = h * s."""
+    if SILU:
+        b_sigmoid = _sigmoid(b_h)
+        b_y = b_h * b_sigmoid
+        b_dy = b_dy * (b_sigmoid + (b_y - b_y * b_sigmoid))
+    return b_dy
+
+
+@triton.jit
+def _quotient(n, reciprocal):
+    """n // d for 0 <= n < 2^22 and reciprocal = 1 / d; a division of integers takes six times as long."""
+    return ((n.to(tl.float32) + 0.5) * reciprocal).to(tl.int32)
+
+
+@triton.jit
+def _place(i_part, walk, WHOLE: tl.constexpr):
+    """A part's number → its slab, its image (int64), its first pixels' number among the splits, its first tile."""
+    splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks = walk
+    if WHOLE:
+        i_slab, i_split, i_tile = i_part, 0, 0
+    else:
+        i_slab = _quotient(i_part, r_slab)
+        i_in = i_part - i_slab * per_slab
+        i_split = _quotient(i_in, r_row)
+        i_tile = (i_in - i_split * per_row) * span
+    i_b = _quotient(i_slab, r_chunks)
+    i_chunk = i_slab - i_b * chunks
+    return i_slab, i_b.to(tl.int64), i_chunk, i_split, i_tile
+
+
+@triton.jit
+def _column(x_ptr, skip_ptr, i_c, C1, C2):
+    """The map that contains channel i_c of the concatenation, its width, and the channel's number in it."""
     if skip_ptr is None:
-        b_x = tl.load(x_ptr + i_row * C1 + o_c, mask=m, other=0.0).to(tl.float32)
+        p, width, i_in = x_ptr, C1, i_c
     else:
-        b_x = tl.load(x_ptr + i_row * C1 + o_c, mask=m & (o_c < C1), other=0.0).to(tl.float32)
-        b_x += tl.load(skip_ptr + i_row * C2 + (o_c - C1), mask=m & (o_c >= C1), other=0.0).to(tl.float32)
-    return b_x
+        p = tl.where(i_c < C1, x_ptr, skip_ptr)
+        width = tl.where(i_c < C1, C1, C2)
+        i_in = tl.where(i_c < C1, i_c, i_c - C1)
+    return p, width, i_in
 
 
 @triton.jit
-def _load_first(x_ptr, skip_ptr, i_row, o_c, m, C1):
-    """A map of C1 channels that is read only once, in its own dtype; 0 in the channels of a skip."""
-    if skip_ptr is not None:
-        m &= o_c < C1
-    return tl.load(x_ptr + i_row * C1 + o_c, mask=m, other=0.0, eviction_policy="evict_first")
+def _load(p, m, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    """A tile as fp32; 0 beyond the last pixel."""
+    b_x = tl.load(p, eviction_policy=POLICY) if EVEN else tl.load(p, mask=m, other=0.0, eviction_policy=POLICY)
+    if b_x.dtype == tl.bfloat16 and not INTERPRETED:  # two numbers by two instructions; a conversion takes three
+        b_x = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [b_x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return b_x.to(tl.float32)
 
 
 @triton.jit
-def _load_input(x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_row, o_c, m, C1, C2):
-    """As _load_pair; with a second summand x becomes the sum, which is stored."""
-    if second_ptr is None:
-        b_x = _load_pair(x_ptr, skip_ptr, i_row, o_c, m, C1, C2)
+def _store(p, b_x, m, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    b_x = b_x.to(p.dtype.element_ty)
+    if EVEN:
+        tl.store(p, b_x, eviction_policy=POLICY)
     else:
-        b_x = _load_first(second_ptr, skip_ptr, i_row, o_c, m, C1).to(tl.float32)
-        if second_bias_ptr is not None:  # loaded from L1 at every use, which saves registers
-            b_x = tl.where(m, b_x + tl.load(second_bias_ptr + o_c, mask=o_c < C1, other=0.0).to(tl.float32), 0.0)
-        b_x += _load_first(x_ptr, skip_ptr, i_row, o_c, m, C1).to(tl.float32)
-        b_total = b_x.to(total_ptr.dtype.element_ty)
-        b_x = b_total.to(tl.float32)
-        if skip_ptr is None:
-            tl.store(total_ptr + i_row * C1 + o_c, b_total, mask=m)
-        else:
-            tl.store(total_ptr + i_row * C1 + o_c, b_total, mask=m & (o_c < C1))
-            b_x += tl.load(skip_ptr + i_row * C2 + (o_c - C1), mask=m & (o_c >= C1), other=0.0).to(tl.float32)
-    return b_x
-
-
-@triton.jit
-def _store_pair(x_ptr, skip_ptr, i_row, o_c, m, C1, C2, b_x):
-    b_x = b_x.to(x_ptr.dtype.element_ty)
-    if skip_ptr is None:
-        tl.store(x_ptr + i_row * C1 + o_c, b_x, mask=m)
-    else:
-        tl.store(x_ptr + i_row * C1 + o_c, b_x, mask=m & (o_c < C1))
-        tl.store(skip_ptr + i_row * C2 + (o_c - C1), b_x, mask=m & (o_c >= C1))
+        tl.store(p, b_x, mask=m, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -85,32 +142,27 @@ def _merge(b_mean, b_m2, b_n, n):
 
 
 @triton.jit
-def _same_group(CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr):
-    """[K, K]: 1 where two channels of a tile are of one group. Whole groups lie in a tile of CT channels."""
-    o = tl.arange(0, CT_PAD)
-    return ((o[:, None] // CG == o[None, :] // CG) & (o[None, :] < CT)).to(tl.float32)
+def _over_group(b_x, NG: tl.constexpr, PADDED: tl.constexpr):
+    """Sums over the groups [NG, PADDED] that lie side by side in a vector, given back to every member of the group."""
+    b_sum = tl.sum(tl.reshape(b_x, (NG, PADDED)), axis=1)
+    return tl.reshape(tl.broadcast_to(b_sum[:, None], (NG, PADDED)), (NG * PADDED,))
 
 
 @triton.jit
-def _group_stats(b_mean, b_m2, L, eps, CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr):
-    """Channel means and squared deviations [K] → group mean and 1 / std of each channel's group."""
-    b_same = _same_group(CG, CT, CT_PAD)
-    b_group = tl.sum(b_same * b_mean[None, :], axis=1) / CG
-    b_off = b_mean[None, :] - b_group[:, None]
-    b_rest = tl.sum(b_same * b_off, axis=1) / CG
-    b_m2 = tl.sum(b_same * (b_m2[None, :] + L * b_off * b_off), axis=1) - (L * CG) * b_rest * b_rest
-    # A lane beyond the tile belongs to no group; its variance is 0.
-    return b_group + b_rest, 1.0 / tl.sqrt(tl.maximum(b_m2, 0.0) / (L * CG) + eps)
+def _fold(b_x, R: tl.constexpr, FOLDED: tl.constexpr, K: tl.constexpr):
+    """[R, K] → [FOLDED, K], sums of every FOLDED-th row: with 16 rows, as many as 4 warps hold, of a thread's own."""
+    return tl.sum(tl.reshape(b_x, (R // FOLDED, FOLDED, K)), axis=0)
 
 
 @triton.jit
-def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride):
-    """What follows the norm as gain and bias [K]: weight * (1 + scale), bias * (1 + scale) + shift."""
-    b_gain = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_bias = tl.load(bias_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)
+def _affine(affine, i_b, o_c, m):
+    """What follows the norm as gain and bias [K]: weight * (1 + scale), bias * (1 + scale) + shift; 0 outside m."""
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride = affine
+    b_gain = tl.load(weight_ptr + o_c, mask=m, other=0.0).to(tl.float32)
+    b_bias = tl.load(bias_ptr + o_c, mask=m, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        b_scale = 1.0 + tl.load(scale_ptr + i_b * scale_stride + o_c, mask=m_c, other=0.0).to(tl.float32)
-        b_shift = tl.load(shift_ptr + i_b * shift_stride + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_scale = 1.0 + tl.load(scale_ptr + i_b * scale_stride + o_c, mask=m, other=0.0).to(tl.float32)
+        b_shift = tl.load(shift_ptr + i_b * shift_stride + o_c, mask=m, other=0.0).to(tl.float32)
         b_gain *= b_scale
         b_bias = b_bias * b_scale + b_shift
     return b_gain, b_bias
@@ -118,13 +170,13 @@ def _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_str
 
 @triton.jit
 def _keep(seed_ptr, i_b, o_l, i_c, C, drop_below, R: tl.constexpr, K: tl.constexpr):
-    """[R, K] bool: which elements at pixels o_l [R] and channels i_c .. i_c + K - 1 dropout keeps.
+    """[R, K] bool: which elements at pixels o_l [R, 1] and channels i_c .. i_c + K - 1 dropout keeps.
 
     Eight neighbouring channels share one call of philox-4x32-7, 16 bits each; 7 rounds pass BigCrush (Salmon et al.
     2011). The element's place is the counter, so forward and backward agree and nothing is stored.
     """
     o_call = i_c // 8 + tl.arange(0, K // 8)
-    b_call = o_l[:, None] * (C // 8) + o_call[None, :]
+    b_call = o_l * (C // 8) + o_call[None, :]
     b_zero = b_call * 0
     w0, w1, w2, w3 = tl.philox(tl.load(seed_ptr), b_call, b_zero + i_b.to(tl.int32), b_zero, b_zero, 7)
     b_even = tl.join(tl.join(w0 & 0xFFFF, w0 >> 16), tl.join(w2 & 0xFFFF, w2 >> 16))
@@ -132,218 +184,208 @@ def _keep(seed_ptr, i_b, o_l, i_c, C, drop_below, R: tl.constexpr, K: tl.constex
     return tl.reshape(tl.join(b_even, b_odd), (R, K)).to(tl.int32) >= drop_below
 
 
-@triton.jit
-def _activate(b_h, SILU: tl.constexpr):
-    if SILU:
-        b_h = b_h * tl.sigmoid(b_h)
-    return b_h
+# --- the order of the programs ---
 
 
 @triton.jit
-def _through_activation(b_dy, b_h, SILU: tl.constexpr):
-    """The gradient before the activation."""
-    if SILU:
-        b_sigmoid = tl.sigmoid(b_h)
-        b_dy = b_dy * b_sigmoid * (1.0 + b_h * (1.0 - b_sigmoid))
-    return b_dy
+def _count(counter_ptr):
+    """Count this program's stores as made, which all its threads have finished; returns how many were before."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel")
 
 
 @triton.jit
-def _load_stats(stats_ptr, i_b, o_c, m_c, C):
-    p = stats_ptr + i_b * 3 * C + o_c
-    return tl.load(p, mask=m_c, other=0.0), tl.load(p + C, mask=m_c, other=0.0)
-
-
-@triton.jit
-def _finish_forward(
-    b_mean, b_m2, offset_ptr, offset_stride, stats_ptr, i_b, o_c, m_c, L, C, eps,
-    CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr,
-):  # fmt: skip
-    """Channel means and squared deviations → (the value to subtract, 1 / std) [K], which are also stored in stats."""
-    b_offset = tl.zeros_like(b_mean)
-    if offset_ptr is not None:
-        b_offset = tl.load(offset_ptr + i_b * offset_stride + o_c, mask=m_c, other=0.0).to(tl.float32)
-    b_mean += b_offset
-    b_group, b_rstd = _group_stats(b_mean, b_m2, L, eps, CG, CT, CT_PAD)
-    b_centre = b_group - b_offset
-    p_stats = stats_ptr + i_b * 3 * C + o_c
-    tl.store(p_stats, b_centre, mask=m_c)
-    tl.store(p_stats + C, b_rstd, mask=m_c)
-    tl.store(p_stats + 2 * C, b_mean - b_group, mask=m_c)
-    return b_centre, b_rstd
-
-
-@triton.jit
-def _finish_backward(
-    b_g, b_gd, b_gain, b_rstd, stats_ptr, sums_ptr, i_b, o_c, m_c, L, C,
-    CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr,
-):  # fmt: skip
-    """Sums of g and g * (x - centre) → slope and constant of dx = rstd * gain * g + slope * d + constant.
-
-    sums [B, 3, C] receives the sums of g, of g * xhat, and of dx, which is the gradient of the offset.
-    """
-    b_same = _same_group(CG, CT, CT_PAD)
-    b_gx = b_gd * b_rstd
-    b_constant = -b_rstd * (tl.sum(b_same * (b_gain * b_g)[None, :], axis=1) / (L * CG))
-    b_slope = -b_rstd * b_rstd * (tl.sum(b_same * (b_gain * b_gx)[None, :], axis=1) / (L * CG))
-    b_excess = tl.load(stats_ptr + i_b * 3 * C + 2 * C + o_c, mask=m_c, other=0.0)
-    p_sums = sums_ptr + i_b * 3 * C + o_c
-    tl.store(p_sums, b_g, mask=m_c)
-    tl.store(p_sums + C, b_gx, mask=m_c)
-    tl.store(p_sums + 2 * C, b_rstd * b_gain * b_g + L * (b_slope * b_excess + b_constant), mask=m_c)
-    return b_slope, b_constant
+def _wait(counter_ptr, count):
+    """Wait until a counter exceeds `count`; the stores that were counted are visible then."""
+    polls = 0
+    while tl.atomic_add(counter_ptr, 0, sem="acquire") <= count:
+        polls += 1
+        if not INTERPRETED and polls > POLLS:  # an error is better than a GPU that hangs
+            tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 # --- forward ---
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def _slab_forward(
-    x_ptr, second_ptr, second_bias_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, offset_ptr, seed_ptr,
-    total_ptr, y_ptr, stats_ptr,
-    slabs, tiles, L, C1, C2, scale_stride, shift_stride, offset_stride, eps, drop_below, keep_scale,
-    CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr, BLOCK_L: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    SILU: tl.constexpr,
+@triton.jit
+def _load_input(
+    maps, p, o, i_c, o_c, m, C1, EVEN: tl.constexpr, AGAIN: tl.constexpr, SAVE: tl.constexpr
 ):  # fmt: skip
-    C = C1 + C2
-    made_ptr = x_ptr if second_ptr is None else total_ptr
-    o_l = tl.arange(0, BLOCK_L)
-    for i_slab in range(tl.program_id(0), slabs, tl.num_programs(0)):
-        i_b = (i_slab // tiles).to(tl.int64)
-        i_c = i_slab % tiles * CT
-        o_c = i_c + tl.arange(0, CT_PAD)
-        m_c = (tl.arange(0, CT_PAD) < CT) & (o_c < C)
-        i_row = i_b * L
-        m = (o_l[:, None] < L) & m_c[None, :]
-        b_x = _load_input(
-            x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_row + o_l[:, None], o_c[None, :], m, C1, C2
-        )
-        if ONE_BLOCK:
-            b_mean, b_m2 = _merge(b_x, tl.zeros_like(b_x), (o_l[:, None] < L).to(tl.float32), L)
-        else:  # each lane sums around its first value
-            b_first, b_sum, b_sum2 = b_x, tl.zeros_like(b_x), tl.zeros_like(b_x)
-            for i_l in range(BLOCK_L, L, BLOCK_L):
-                m = (i_l + o_l[:, None] < L) & m_c[None, :]
-                b_x = _load_input(
-                    x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr,
-                    i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2,
-                )  # fmt: skip
-                b_d = tl.where(m, b_x - b_first, 0.0)
-                b_sum += b_d
-                b_sum2 += b_d * b_d
-            # A lane beyond the last pixel has read no value if the block is longer than the map; it divides by 1.
-            b_n = ((L - o_l + BLOCK_L - 1) // BLOCK_L).to(tl.float32)[:, None]
-            b_each = tl.maximum(b_n, 1.0)
-            b_mean, b_m2 = _merge(b_first + b_sum / b_each, b_sum2 - b_sum * b_sum / b_each, b_n, L)
-            if second_ptr is not None:
-                tl.debug_barrier()  # other threads may read what a thread has stored
-        b_centre, b_rstd = _finish_forward(
-            b_mean, b_m2, offset_ptr, offset_stride, stats_ptr, i_b, o_c, m_c, L, C, eps, CG, CT, CT_PAD
-        )
-        b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
-        b_gain *= b_rstd
-        for i_l in range(0, L, BLOCK_L):
-            m = (i_l + o_l[:, None] < L) & m_c[None, :]
-            if not ONE_BLOCK:
-                b_x = _load_pair(made_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2)
-            b_y = _activate((b_x - b_centre[None, :]) * b_gain[None, :] + b_bias[None, :], SILU)
-            if seed_ptr is not None:
-                b_keep = _keep(seed_ptr, i_b, i_l + o_l, i_c, C, drop_below, BLOCK_L, CT_PAD)
-                b_y = tl.where(b_keep, b_y * keep_scale, 0.0)
-            tl.store(y_ptr + (i_row + i_l + o_l[:, None]) * C + o_c[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m)
+    """The norm's input as fp32: a tile at offsets o of the map p that holds it, or of two summands, whose sum is saved.
+
+    AGAIN is the eviction policy of what will be read again.
+    """
+    x_ptr, second_ptr, second_bias_ptr, total_ptr = maps
+    if second_ptr is None:
+        b_x = _load(p + o, m, EVEN, AGAIN)
+    elif i_c < C1:
+        b_x = _load(second_ptr + o, m, EVEN, "evict_first")
+        if second_bias_ptr is not None:  # loaded from L1 at every use, which saves registers
+            b_x += tl.load(second_bias_ptr + i_c + o_c).to(tl.float32)
+        b_x += _load(x_ptr + o, m, EVEN, "evict_first")
+        b_total = b_x.to(total_ptr.dtype.element_ty)
+        if SAVE:
+            _store(total_ptr + o, b_total, m, EVEN, AGAIN)
+        b_x = b_total.to(tl.float32)
+    else:
+        b_x = _load(p + o, m, EVEN, AGAIN)
+    return b_x
 
 
 @triton.jit
-def _part_moments(
-    x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2,
-    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+def _sum_tile(
+    maps, skip_ptr, p_out, i_b, i_first, i_c, L, C1, C2,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """Mean and squared deviations of ROWS pixels, per channel → partial [B, splits, 2, C]."""
-    C = C1 + C2
-    i_part = tl.program_id(0).to(tl.int64)
-    i_b, i_first = i_part // splits, i_part % splits * ROWS
-    i_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    o_c = i_c[None, :]
-    o_l = (i_first + tl.arange(0, BLOCK_L))[:, None]
-    count = tl.minimum(L - i_first, ROWS)
-    m = (o_l < L) & (o_c < C)
-    b_first = _load_input(x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_b * L + o_l, o_c, m, C1, C2)
-    b_sum, b_sum2 = tl.zeros_like(b_first), tl.zeros_like(b_first)
-    for i_l in range(BLOCK_L, ROWS, BLOCK_L):
-        m = (i_l + o_l < L) & (o_c < C)
-        b_x = _load_input(x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, i_b * L + i_l + o_l, o_c, m, C1, C2)
-        b_d = tl.where(m, b_x - b_first, 0.0)
-        b_sum += b_d
-        b_sum2 += b_d * b_d
-    # The number of values that a lane has read: none if its first pixel lies beyond the image.
-    b_n = (tl.maximum(count - (o_l - i_first) + BLOCK_L - 1, 0) // BLOCK_L).to(tl.float32)
-    b_each = tl.maximum(b_n, 1.0)
-    b_mean, b_m2 = _merge(b_first + b_sum / b_each, b_sum2 - b_sum * b_sum / b_each, b_n, count.to(tl.float32))
-    p_out = partial_ptr + i_part * 2 * C + i_c
-    tl.store(p_out, b_mean)
-    tl.store(p_out + C, b_m2)
+    """Mean and squared deviations of ROWS pixels from i_first on, per channel of a tile → out [2, BLOCK_C].
 
-
-@triton.jit(do_not_specialize=SHAPES)
-def _moments(
-    x_ptr, skip_ptr, partial_ptr, splits, L, C1, C2,
-    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    _part_moments(x_ptr, None, None, skip_ptr, None, partial_ptr, splits, L, C1, C2, ROWS, BLOCK_L, BLOCK_C)
-
-
-@triton.jit(do_not_specialize=SHAPES)
-def _sum_moments(
-    x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2,
-    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """As _moments, for the sum of two maps, which it stores."""
-    _part_moments(
-        x_ptr, second_ptr, second_bias_ptr, skip_ptr, total_ptr, partial_ptr, splits, L, C1, C2, ROWS, BLOCK_L, BLOCK_C
-    )
-
-
-@triton.jit(do_not_specialize=SHAPES)
-def _finalize_forward(
-    partial_ptr, offset_ptr, stats_ptr, splits, tiles, L, C, offset_stride, eps,
-    ROWS: tl.constexpr, CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Merges an image's parts and its groups → stats."""
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_c = tl.program_id(0) % tiles * CT + tl.arange(0, CT_PAD)
-    m_c = (tl.arange(0, CT_PAD) < CT) & (o_c < C)
-    o_s = tl.arange(0, BLOCK_S)[:, None]
-    p_in = partial_ptr + (i_b * splits + o_s) * 2 * C + o_c[None, :]
-    m = (o_s < splits) & m_c[None, :]
-    b_n = tl.where(o_s < splits, tl.minimum(L - o_s * ROWS, ROWS), 0).to(tl.float32)
-    b_mean, b_m2 = _merge(tl.load(p_in, mask=m, other=0.0), tl.load(p_in + C, mask=m, other=0.0), b_n, L)
-    _finish_forward(b_mean, b_m2, offset_ptr, offset_stride, stats_ptr, i_b, o_c, m_c, L, C, eps, CG, CT, CT_PAD)
-
-
-@triton.jit(do_not_specialize=SHAPES)
-def _apply(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, y_ptr, stats_ptr,
-    splits, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
-    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    C = C1 + C2
-    i_b, i_first = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits * ROWS
-    i_c = tl.program_id(1) * BLOCK_C
-    o_c = i_c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    o_l = i_first + tl.arange(0, BLOCK_L)
-    b_centre, b_rstd = _load_stats(stats_ptr, i_b, o_c, m_c, C)
-    b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
-    b_gain *= b_rstd
+    They are computed from sums around the first pixel's value. No value of n can differ by more than sqrt(n) standard
+    deviations from their mean, so that an outlier there costs at most a factor n of float32's precision.
+    """
+    x_ptr, second_ptr, _, total_ptr = maps
+    AGAIN: tl.constexpr = "evict_last" if STREAM else ""
+    p, width, i_in = _column(x_ptr if second_ptr is None else total_ptr, skip_ptr, i_c, C1, C2)
+    o_c = tl.arange(0, BLOCK_C)[None, :]
+    o_l = tl.arange(0, BLOCK_L)[:, None]
+    start = (i_b * L + i_first) * width + i_in
+    b_pivot = _load_input(maps, p, start + o_c, i_c, o_c, True, C1, True, AGAIN, False)
+    FOLDED: tl.constexpr = min(BLOCK_L, 16)
+    b_sum = tl.zeros((FOLDED, BLOCK_C), tl.float32)
+    b_sum2 = tl.zeros((FOLDED, BLOCK_C), tl.float32)
     for i_l in range(0, ROWS, BLOCK_L):
-        i_row = i_b * L + i_l + o_l[:, None]
-        m = (i_l + o_l[:, None] < L) & m_c[None, :]
-        b_x = _load_pair(x_ptr, skip_ptr, i_row, o_c[None, :], m, C1, C2)
+        m = i_first + i_l + o_l < L
+        b_d = _load_input(maps, p, start + ((i_l + o_l) * width + o_c), i_c, o_c, m, C1, EVEN, AGAIN, True) - b_pivot
+        if not EVEN:
+            b_d = tl.where(m, b_d, 0.0)
+        b_sum += _fold(b_d, BLOCK_L, FOLDED, BLOCK_C)
+        b_sum2 += _fold(b_d * b_d, BLOCK_L, FOLDED, BLOCK_C)
+    b_off = tl.sum(b_sum, axis=0)
+    b_mean = b_off / tl.minimum(L - i_first, ROWS).to(tl.float32)
+    o_k = tl.arange(0, BLOCK_C)
+    tl.store(p_out + o_k, tl.sum(b_pivot, axis=0) + b_mean)
+    tl.store(p_out + BLOCK_C + o_k, tl.sum(b_sum2, axis=0) - b_off * b_mean)
+
+
+@triton.jit
+def _merge_slab(
+    p_partial, offset_ptr, offset_stride, stats_ptr, i_b, i_first, splits, tiles, groups, group, L, C, eps,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, NG: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """The sums of a slab's parts → stats of its channels from i_first on; NG groups at a time, each PADDED lanes."""
+    o = tl.arange(0, NG * PADDED)
+    for i_group in range(0, groups, NG):
+        o_k = (i_group + o // PADDED) * group + o % PADDED
+        m = (i_group + o // PADDED < groups) & (o % PADDED < group)
+        o_c = i_first + o_k
+        p_in = p_partial + o_k // BLOCK_C * (2 * BLOCK_C) + o_k % BLOCK_C
+        b_mean, b_m2 = tl.zeros((NG * PADDED,), tl.float32), tl.zeros((NG * PADDED,), tl.float32)
+        n = 0.0
+        for i_s in range(0, splits, BLOCK_S):
+            o_s = i_s + tl.arange(0, BLOCK_S)[:, None]
+            p = p_in[None, :] + o_s * tiles * (2 * BLOCK_C)
+            m_s = (o_s < splits) & m[None, :]
+            b_n = tl.maximum(tl.minimum(L - o_s * ROWS, ROWS), 0).to(tl.float32)
+            n_more = tl.minimum(L - i_s * ROWS, BLOCK_S * ROWS).to(tl.float32)
+            b_more, b_more2 = _merge(
+                tl.load(p, mask=m_s, other=0.0), tl.load(p + BLOCK_C, mask=m_s, other=0.0), b_n, n_more
+            )
+            b_off, share = b_more - b_mean, n_more / (n + n_more)
+            b_mean += b_off * share
+            b_m2 += b_more2 + b_off * b_off * (n * share)
+            n += n_more
+        b_offset = tl.zeros_like(b_mean)
+        if offset_ptr is not None:
+            b_offset = tl.load(offset_ptr + i_b * offset_stride + o_c, mask=m, other=0.0).to(tl.float32)
+        b_mean += b_offset
+        b_group = _over_group(b_mean, NG, PADDED) / group
+        b_off = tl.where(m, b_mean - b_group, 0.0)
+        b_rest = _over_group(b_off, NG, PADDED) / group
+        b_m2 = _over_group(b_m2 + L * b_off * b_off, NG, PADDED) - (L * group) * b_rest * b_rest
+        b_group += b_rest
+        p_stats = stats_ptr + i_b * 3 * C + o_c
+        tl.store(p_stats, b_group - b_offset, mask=m)
+        tl.store(p_stats + C, 1.0 / tl.sqrt(tl.maximum(b_m2, 0.0) / (L * group) + eps), mask=m)
+        tl.store(p_stats + 2 * C, b_mean - b_group, mask=m)
+
+
+@triton.jit
+def _apply_tile(
+    x_ptr, skip_ptr, affine, seed_ptr, y_ptr, stats_ptr, i_b, i_first, i_c, L, C1, C2, drop_below, keep_scale,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, STREAM: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """Read ROWS pixels of a tile again and write y."""
+    LAST: tl.constexpr = "evict_first" if STREAM else ""
+    C = C1 + C2
+    p, width, i_in = _column(x_ptr, skip_ptr, i_c, C1, C2)
+    o_c = tl.arange(0, BLOCK_C)
+    o_l = tl.arange(0, BLOCK_L)[:, None]
+    p_stats = stats_ptr + i_b * 3 * C + i_c + o_c
+    b_centre = tl.load(p_stats)
+    b_gain, b_bias = _affine(affine, i_b, i_c + o_c, i_c + o_c < C)
+    b_gain *= tl.load(p_stats + C)
+    p += (i_b * L + i_first) * width + i_in
+    y_ptr += (i_b * L + i_first) * C + i_c
+    for i_l in range(0, ROWS, BLOCK_L):
+        m = i_first + i_l + o_l < L
+        b_x = _load(p + ((i_l + o_l) * width + o_c[None, :]), m, EVEN, LAST).to(tl.float32)
         b_y = _activate((b_x - b_centre[None, :]) * b_gain[None, :] + b_bias[None, :], SILU)
         if seed_ptr is not None:
-            b_keep = _keep(seed_ptr, i_b, i_l + o_l, i_c, C, drop_below, BLOCK_L, BLOCK_C)
+            b_keep = _keep(seed_ptr, i_b, i_first + i_l + o_l, i_c, C, drop_below, BLOCK_L, BLOCK_C)
             b_y = tl.where(b_keep, b_y * keep_scale, 0.0)
-        tl.store(y_ptr + i_row * C + o_c[None, :], b_y.to(y_ptr.dtype.element_ty), mask=m)
+        _store(y_ptr + ((i_l + o_l) * C + o_c[None, :]), b_y, m, EVEN, LAST)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _norm_forward(
+    x_ptr, second_ptr, second_bias_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, offset_ptr, seed_ptr,
+    total_ptr, y_ptr, stats_ptr, partial_ptr, counters_ptr,
+    parts, lag, splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks, groups, group,
+    L, C1, C2, scale_stride, shift_stride, offset_stride, eps, drop_below, keep_scale,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, NG: tl.constexpr,
+    PADDED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    C = C1 + C2
+    maps = (x_ptr, second_ptr, second_bias_ptr, total_ptr)
+    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
+    walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
+    made_ptr = x_ptr if second_ptr is None else total_ptr
+    i_ticket = tl.program_id(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    while i_ticket < parts + lag:
+        i_next = i_ticket + tl.num_programs(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        if i_ticket < parts:
+            i_slab, i_b, i_chunk, i_split, i_tile = _place(i_ticket, walk, WHOLE)
+            p_partial = partial_ptr + i_slab.to(tl.int64) * splits * tiles * (2 * BLOCK_C)
+            for i_t in range(i_tile, i_tile + span):
+                _sum_tile(
+                    maps, skip_ptr, p_partial + (i_split * tiles + i_t) * (2 * BLOCK_C), i_b, i_split * ROWS,
+                    (i_chunk * tiles + i_t) * BLOCK_C, L, C1, C2, ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM,
+                )  # fmt: skip
+            last = True
+            if WHOLE:
+                tl.debug_barrier()
+            else:
+                last = _count(counters_ptr + 1 + i_slab) == per_slab - 1
+            if last:
+                _merge_slab(
+                    p_partial, offset_ptr, offset_stride, stats_ptr, i_b, i_chunk * tiles * BLOCK_C, splits, tiles,
+                    groups, group, L, C, eps, ROWS, BLOCK_C, BLOCK_S, NG, PADDED,
+                )  # fmt: skip
+                if WHOLE:
+                    tl.debug_barrier()
+                else:
+                    _count(counters_ptr + 1 + i_slab)
+        if i_ticket >= lag:
+            i_slab, i_b, i_chunk, i_split, i_tile = _place(i_ticket - lag, walk, WHOLE)
+            if not WHOLE:
+                _wait(counters_ptr + 1 + i_slab, per_slab)
+            for i_t in range(i_tile, i_tile + span):
+                _apply_tile(
+                    made_ptr, skip_ptr, affine, seed_ptr, y_ptr, stats_ptr, i_b, i_split * ROWS,
+                    (i_chunk * tiles + i_t) * BLOCK_C, L, C1, C2, drop_below, keep_scale,
+                    ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM, SILU,
+                )  # fmt: skip
+        i_ticket = i_next
 
 
 # --- backward ---
@@ -351,181 +393,214 @@ def _apply(
 
 @triton.jit
 def _load_gradient(
-    x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_gain, b_bias, i_b, i_row, o_l, i_c, o_c, m, C1, C2,
-    drop_below, keep_scale, R: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
+    p_x, p_dy, seed_ptr, b_centre, b_gain, b_bias, i_b, o_l, i_c, m, C, drop_below, keep_scale,
+    R: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, POLICY: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """(gradient before the activation, x - centre), [R, K]."""
-    b_d = _load_pair(x_ptr, skip_ptr, i_row + o_l[:, None], o_c[None, :], m, C1, C2) - b_centre[None, :]
-    b_g = tl.load(dy_ptr + (i_row + o_l[:, None]) * (C1 + C2) + o_c[None, :], mask=m, other=0.0).to(tl.float32)
+    """(gradient before the activation, x - centre), [R, K]; 0 beyond the last pixel is the gradient alone."""
+    b_d = _load(p_x, m, EVEN, POLICY) - b_centre[None, :]
+    b_g = _load(p_dy, m, EVEN, POLICY)
     if seed_ptr is not None:
-        b_keep = _keep(seed_ptr, i_b, o_l, i_c, C1 + C2, drop_below, R, K)
-        b_g = tl.where(b_keep, b_g * keep_scale, 0.0)
+        b_g = tl.where(_keep(seed_ptr, i_b, o_l, i_c, C, drop_below, R, K), b_g * keep_scale, 0.0)
     return _through_activation(b_g, b_d * b_gain[None, :] + b_bias[None, :], SILU), b_d
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def _slab_backward(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr,
-    dx_ptr, dskip_ptr, sums_ptr, total_sums_ptr,
-    slabs, tiles, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
-    CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr, BLOCK_L: tl.constexpr, ONE_BLOCK: tl.constexpr,
+@triton.jit
+def _sum_gradients(
+    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, stats_ptr, p_out, i_b, i_first, i_c, L, C1, C2, drop_below, keep_scale,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, STREAM: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
+    """Sums of g and g * (x - centre) over ROWS pixels of a tile → out [2, BLOCK_C]."""
+    AGAIN: tl.constexpr = "evict_last" if STREAM else ""
     C = C1 + C2
-    o_l = tl.arange(0, BLOCK_L)
-    for i_slab in range(tl.program_id(0), slabs, tl.num_programs(0)):
-        i_b = (i_slab // tiles).to(tl.int64)
-        i_c = i_slab % tiles * CT
-        o_c = i_c + tl.arange(0, CT_PAD)
-        m_c = (tl.arange(0, CT_PAD) < CT) & (o_c < C)
-        i_row = i_b * L
-        b_centre, b_rstd = _load_stats(stats_ptr, i_b, o_c, m_c, C)
-        b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
-        b_full = b_gain * b_rstd
-        m = (o_l[:, None] < L) & m_c[None, :]
-        b_total = tl.zeros((BLOCK_L, CT_PAD), tl.float32)
-        if ONE_BLOCK and dtotal_ptr is not None:
-            b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_row + o_l[:, None], o_c[None, :], m, C1)
-            if total_sums_ptr is not None:
-                p_total = total_sums_ptr + i_b * C1 + o_c
-                tl.store(p_total, tl.sum(b_dtotal.to(tl.float32), axis=0), mask=m_c & (o_c < C1))
-        b_g, b_d = _load_gradient(
-            x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_full, b_bias, i_b, i_row, o_l, i_c, o_c, m, C1, C2,
-            drop_below, keep_scale, BLOCK_L, CT_PAD, SILU,
-        )  # fmt: skip
-        b_sum, b_sumd = b_g, b_g * b_d
-        if not ONE_BLOCK:
-            for i_l in range(BLOCK_L, L, BLOCK_L):
-                m = (i_l + o_l[:, None] < L) & m_c[None, :]
-                b_g, b_d = _load_gradient(
-                    x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_full, b_bias, i_b, i_row, i_l + o_l, i_c, o_c, m,
-                    C1, C2, drop_below, keep_scale, BLOCK_L, CT_PAD, SILU,
-                )  # fmt: skip
-                b_sum += b_g
-                b_sumd += b_g * b_d
-        b_slope, b_constant = _finish_backward(
-            tl.sum(b_sum, axis=0), tl.sum(b_sumd, axis=0), b_gain, b_rstd, stats_ptr, sums_ptr, i_b, o_c, m_c, L, C,
-            CG, CT, CT_PAD,
-        )  # fmt: skip
-        for i_l in range(0, L, BLOCK_L):
-            m = (i_l + o_l[:, None] < L) & m_c[None, :]
-            if not ONE_BLOCK:
-                if dtotal_ptr is not None:
-                    b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1)
-                    b_total += b_dtotal.to(tl.float32)
-                b_g, b_d = _load_gradient(
-                    x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_full, b_bias, i_b, i_row, i_l + o_l, i_c, o_c, m,
-                    C1, C2, drop_below, keep_scale, BLOCK_L, CT_PAD, SILU,
-                )  # fmt: skip
-            b_dx = b_g * b_full[None, :] + (b_d * b_slope[None, :] + b_constant[None, :])
-            if dtotal_ptr is not None:
-                b_dx += b_dtotal.to(tl.float32)
-            _store_pair(dx_ptr, dskip_ptr, i_row + i_l + o_l[:, None], o_c[None, :], m, C1, C2, b_dx)
-        if total_sums_ptr is not None and not ONE_BLOCK:
-            tl.store(total_sums_ptr + i_b * C1 + o_c, tl.sum(b_total, axis=0), mask=m_c & (o_c < C1))
-
-
-@triton.jit(do_not_specialize=SHAPES)
-def _backward_sums(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, stats_ptr, partial_ptr,
-    splits, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
-    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """Sums of g and g * (x - centre) over ROWS pixels → partial [B, splits, 2, C]."""
-    C = C1 + C2
-    i_part = tl.program_id(0).to(tl.int64)
-    i_b, i_first = i_part // splits, tl.program_id(0) % splits * ROWS
-    i_c = tl.program_id(1) * BLOCK_C
-    o_c = i_c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    b_centre, b_rstd = _load_stats(stats_ptr, i_b, o_c, m_c, C)
-    b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
-    b_gain *= b_rstd
-    b_sum = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-    b_sumd = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    p, width, i_in = _column(x_ptr, skip_ptr, i_c, C1, C2)
+    o_c = tl.arange(0, BLOCK_C)
+    o_l = tl.arange(0, BLOCK_L)[:, None]
+    p_stats = stats_ptr + i_b * 3 * C + i_c + o_c
+    b_centre = tl.load(p_stats)
+    b_gain, b_bias = _affine(affine, i_b, i_c + o_c, i_c + o_c < C)
+    b_gain *= tl.load(p_stats + C)
+    p += (i_b * L + i_first) * width + i_in
+    dy_ptr += (i_b * L + i_first) * C + i_c
+    FOLDED: tl.constexpr = min(BLOCK_L, 16)
+    b_sum = tl.zeros((FOLDED, BLOCK_C), tl.float32)
+    b_sumd = tl.zeros((FOLDED, BLOCK_C), tl.float32)
     for i_l in range(0, ROWS, BLOCK_L):
-        o_l = i_first + i_l + tl.arange(0, BLOCK_L)
-        m = (o_l[:, None] < L) & m_c[None, :]
         b_g, b_d = _load_gradient(
-            x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_gain, b_bias, i_b, i_b * L, o_l, i_c, o_c, m, C1, C2,
-            drop_below, keep_scale, BLOCK_L, BLOCK_C, SILU,
+            p + ((i_l + o_l) * width + o_c[None, :]), dy_ptr + ((i_l + o_l) * C + o_c[None, :]), seed_ptr,
+            b_centre, b_gain, b_bias, i_b, i_first + i_l + o_l, i_c, i_first + i_l + o_l < L, C,
+            drop_below, keep_scale, BLOCK_L, BLOCK_C, EVEN, AGAIN, SILU,
         )  # fmt: skip
-        b_sum += b_g
-        b_sumd += b_g * b_d
-    p_out = partial_ptr + i_part * 2 * C + o_c
-    tl.store(p_out, tl.sum(b_sum, axis=0), mask=m_c)
-    tl.store(p_out + C, tl.sum(b_sumd, axis=0), mask=m_c)
+        b_sum += _fold(b_g, BLOCK_L, FOLDED, BLOCK_C)
+        b_sumd += _fold(b_g * b_d, BLOCK_L, FOLDED, BLOCK_C)
+    tl.store(p_out + o_c, tl.sum(b_sum, axis=0))
+    tl.store(p_out + BLOCK_C + o_c, tl.sum(b_sumd, axis=0))
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def _finalize_backward(
-    partial_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, stats_ptr, sums_ptr, line_ptr,
-    splits, tiles, L, C, scale_stride, shift_stride,
-    CG: tl.constexpr, CT: tl.constexpr, CT_PAD: tl.constexpr, BLOCK_S: tl.constexpr,
+@triton.jit
+def _sum_parts(p_in, m, splits, stride, BLOCK_S: tl.constexpr, K: tl.constexpr):
+    """The sum of `splits` values at p_in [K], each `stride` after the one before."""
+    b_sum = tl.zeros((K,), tl.float32)
+    for i_s in range(0, splits, BLOCK_S):
+        o_s = i_s + tl.arange(0, BLOCK_S)[:, None]
+        b_sum += tl.sum(tl.load(p_in[None, :] + o_s * stride, mask=(o_s < splits) & m[None, :], other=0.0), axis=0)
+    return b_sum
+
+
+@triton.jit
+def _merge_gradients(
+    p_partial, affine, stats_ptr, sums_ptr, line_ptr, i_b, i_first, splits, tiles, groups, group, L, C,
+    BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, NG: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Adds up an image's parts → sums, and line [B, 2, C]: slope and constant of dx."""
-    i_b = (tl.program_id(0) // tiles).to(tl.int64)
-    o_c = tl.program_id(0) % tiles * CT + tl.arange(0, CT_PAD)
-    m_c = (tl.arange(0, CT_PAD) < CT) & (o_c < C)
-    o_s = tl.arange(0, BLOCK_S)[:, None]
-    p_in = partial_ptr + (i_b * splits + o_s) * 2 * C + o_c[None, :]
-    m = (o_s < splits) & m_c[None, :]
-    b_g = tl.sum(tl.load(p_in, mask=m, other=0.0), axis=0)
-    b_gd = tl.sum(tl.load(p_in + C, mask=m, other=0.0), axis=0)
-    _, b_rstd = _load_stats(stats_ptr, i_b, o_c, m_c, C)
-    b_gain, _ = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
-    b_slope, b_constant = _finish_backward(
-        b_g, b_gd, b_gain, b_rstd, stats_ptr, sums_ptr, i_b, o_c, m_c, L, C, CG, CT, CT_PAD
-    )
-    tl.store(line_ptr + i_b * 2 * C + o_c, b_slope, mask=m_c)
-    tl.store(line_ptr + i_b * 2 * C + C + o_c, b_constant, mask=m_c)
+    """The sums of a slab's parts → line [B, 2, C], slope and constant of dx = rstd * gain * g + slope * d + constant.
+
+    sums [B, 3, C] receives the sums of g, of g * xhat, and of dx, which is the gradient of the offset.
+    """
+    o = tl.arange(0, NG * PADDED)
+    for i_group in range(0, groups, NG):
+        o_k = (i_group + o // PADDED) * group + o % PADDED
+        m = (i_group + o // PADDED < groups) & (o % PADDED < group)
+        o_c = i_first + o_k
+        p_in = p_partial + o_k // BLOCK_C * (2 * BLOCK_C) + o_k % BLOCK_C
+        p_stats = stats_ptr + i_b * 3 * C + o_c
+        b_rstd = tl.load(p_stats + C, mask=m, other=0.0)
+        b_gain, _ = _affine(affine, i_b, o_c, m)
+        b_g = _sum_parts(p_in, m, splits, tiles * (2 * BLOCK_C), BLOCK_S, NG * PADDED)
+        b_gx = _sum_parts(p_in + BLOCK_C, m, splits, tiles * (2 * BLOCK_C), BLOCK_S, NG * PADDED) * b_rstd
+        b_constant = -b_rstd * (_over_group(b_gain * b_g, NG, PADDED) / (L * group))
+        b_slope = -b_rstd * b_rstd * (_over_group(b_gain * b_gx, NG, PADDED) / (L * group))
+        b_excess = tl.load(p_stats + 2 * C, mask=m, other=0.0)
+        p_sums = sums_ptr + i_b * 3 * C + o_c
+        tl.store(p_sums, b_g, mask=m)
+        tl.store(p_sums + C, b_gx, mask=m)
+        tl.store(p_sums + 2 * C, b_rstd * b_gain * b_g + L * (b_slope * b_excess + b_constant), mask=m)
+        p_line = line_ptr + i_b * 2 * C + o_c
+        tl.store(p_line, b_slope, mask=m)
+        tl.store(p_line + C, b_constant, mask=m)
 
 
-@triton.jit(do_not_specialize=SHAPES)
-def _apply_backward(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr, line_ptr,
-    dx_ptr, dskip_ptr, total_sums_ptr,
-    splits, L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
-    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, SILU: tl.constexpr,
+@triton.jit
+def _apply_gradients(
+    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr, line_ptr, dx_ptr, dskip_ptr, p_out,
+    i_b, i_first, i_c, L, C1, C2, drop_below, keep_scale,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, STREAM: tl.constexpr,
+    SILU: tl.constexpr,
 ):  # fmt: skip
+    """Read ROWS pixels of a tile again and write dx or dskip; the sums of dtotal → out [BLOCK_C], unless it is None."""
+    LAST: tl.constexpr = "evict_first" if STREAM else ""
     C = C1 + C2
-    i_part = tl.program_id(0).to(tl.int64)
-    i_b, i_first = i_part // splits, tl.program_id(0) % splits * ROWS
-    i_c = tl.program_id(1) * BLOCK_C
-    o_c = i_c + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    b_centre, b_rstd = _load_stats(stats_ptr, i_b, o_c, m_c, C)
-    b_gain, b_bias = _affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, i_b, o_c, m_c, scale_stride, shift_stride)
-    b_gain *= b_rstd
-    b_slope = tl.load(line_ptr + i_b * 2 * C + o_c, mask=m_c, other=0.0)
-    b_constant = tl.load(line_ptr + i_b * 2 * C + C + o_c, mask=m_c, other=0.0)
-    b_total = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    p, width, i_in = _column(x_ptr, skip_ptr, i_c, C1, C2)
+    p_dx, _, _ = _column(dx_ptr, dskip_ptr, i_c, C1, C2)
+    o_c = tl.arange(0, BLOCK_C)
+    o_l = tl.arange(0, BLOCK_L)[:, None]
+    p_stats = stats_ptr + i_b * 3 * C + i_c + o_c
+    b_centre = tl.load(p_stats)
+    b_gain, b_bias = _affine(affine, i_b, i_c + o_c, i_c + o_c < C)
+    b_gain *= tl.load(p_stats + C)
+    p_line = line_ptr + i_b * 2 * C + i_c + o_c
+    b_slope, b_constant = tl.load(p_line), tl.load(p_line + C)
+    start = (i_b * L + i_first) * width + i_in
+    dy_ptr += (i_b * L + i_first) * C + i_c
+    in_total = i_c < C1
+    FOLDED: tl.constexpr = min(BLOCK_L, 16)
+    b_sum = tl.zeros((FOLDED, BLOCK_C), tl.float32)
     for i_l in range(0, ROWS, BLOCK_L):
-        o_l = i_first + i_l + tl.arange(0, BLOCK_L)
-        m = (o_l[:, None] < L) & m_c[None, :]
+        o = start + ((i_l + o_l) * width + o_c[None, :])
+        m = i_first + i_l + o_l < L
         b_g, b_d = _load_gradient(
-            x_ptr, skip_ptr, dy_ptr, seed_ptr, b_centre, b_gain, b_bias, i_b, i_b * L, o_l, i_c, o_c, m, C1, C2,
-            drop_below, keep_scale, BLOCK_L, BLOCK_C, SILU,
+            p + o, dy_ptr + ((i_l + o_l) * C + o_c[None, :]), seed_ptr, b_centre, b_gain, b_bias,
+            i_b, i_first + i_l + o_l, i_c, m, C, drop_below, keep_scale, BLOCK_L, BLOCK_C, EVEN, LAST, SILU,
         )  # fmt: skip
         b_dx = b_g * b_gain[None, :] + (b_d * b_slope[None, :] + b_constant[None, :])
-        if dtotal_ptr is not None:
-            b_dtotal = _load_first(dtotal_ptr, skip_ptr, i_b * L + o_l[:, None], o_c[None, :], m, C1).to(tl.float32)
+        if dtotal_ptr is not None and in_total:
+            b_dtotal = _load(dtotal_ptr + o, m, EVEN, "evict_first")
             b_dx += b_dtotal
-            if total_sums_ptr is not None:
-                b_total += b_dtotal
-        _store_pair(dx_ptr, dskip_ptr, i_b * L + o_l[:, None], o_c[None, :], m, C1, C2, b_dx)
-    if total_sums_ptr is not None:
-        tl.store(total_sums_ptr + i_part * C1 + o_c, tl.sum(b_total, axis=0), mask=m_c & (o_c < C1))
+            if p_out is not None:
+                b_sum += _fold(b_dtotal, BLOCK_L, FOLDED, BLOCK_C)
+        _store(p_dx + o, b_dx, m, EVEN, LAST)
+    if p_out is not None:
+        tl.store(p_out + o_c, tl.sum(b_sum, axis=0), mask=i_c + o_c < C1)
+
+
+@triton.jit(do_not_specialize=SHAPES)
+def _norm_backward(
+    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr,
+    dx_ptr, dskip_ptr, sums_ptr, line_ptr, total_sums_ptr, partial_ptr, counters_ptr,
+    parts, lag, splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks, groups, group,
+    L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, NG: tl.constexpr,
+    PADDED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """total_sums [B, C1] receives the sums of dtotal over an image's pixels."""
+    C = C1 + C2
+    affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
+    walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
+    i_ticket = tl.program_id(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    while i_ticket < parts + lag:
+        i_next = i_ticket + tl.num_programs(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
+        if i_ticket < parts:
+            i_slab, i_b, i_chunk, i_split, i_tile = _place(i_ticket, walk, WHOLE)
+            p_partial = partial_ptr + i_slab.to(tl.int64) * splits * tiles * (2 * BLOCK_C)
+            for i_t in range(i_tile, i_tile + span):
+                _sum_gradients(
+                    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, stats_ptr,
+                    p_partial + (i_split * tiles + i_t) * (2 * BLOCK_C), i_b, i_split * ROWS,
+                    (i_chunk * tiles + i_t) * BLOCK_C, L, C1, C2, drop_below, keep_scale,
+                    ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM, SILU,
+                )  # fmt: skip
+            last = True
+            if WHOLE:
+                tl.debug_barrier()
+            else:
+                last = _count(counters_ptr + 1 + i_slab) == per_slab - 1
+            if last:
+                _merge_gradients(
+                    p_partial, affine, stats_ptr, sums_ptr, line_ptr, i_b, i_chunk * tiles * BLOCK_C, splits, tiles,
+                    groups, group, L, C, BLOCK_C, BLOCK_S, NG, PADDED,
+                )  # fmt: skip
+                if WHOLE:
+                    tl.debug_barrier()
+                else:
+                    _count(counters_ptr + 1 + i_slab)
+        if i_ticket >= lag:
+            i_slab, i_b, i_chunk, i_split, i_tile = _place(i_ticket - lag, walk, WHOLE)
+            if not WHOLE:
+                _wait(counters_ptr + 1 + i_slab, per_slab)
+            p_partial = partial_ptr + i_slab.to(tl.int64) * splits * tiles * (2 * BLOCK_C)
+            for i_t in range(i_tile, i_tile + span):
+                i_c = (i_chunk * tiles + i_t) * BLOCK_C
+                p_out = None
+                if total_sums_ptr is not None:
+                    if WHOLE:
+                        p_out = total_sums_ptr + i_b * C1 + i_c
+                    else:  # where this part's sums were, which have been merged
+                        p_out = p_partial + (i_split * tiles + i_t) * (2 * BLOCK_C)
+                _apply_gradients(
+                    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr, line_ptr, dx_ptr, dskip_ptr,
+                    p_out, i_b, i_split * ROWS, i_c, L, C1, C2, drop_below, keep_scale,
+                    ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM, SILU,
+                )  # fmt: skip
+            # The count comes after those of all the slab's parts and of their merging.
+            if total_sums_ptr is not None and not WHOLE and _count(counters_ptr + 1 + i_slab) == 2 * per_slab:
+                o_c = tl.arange(0, BLOCK_C)
+                for i_t in range(0, tiles):
+                    i_c = (i_chunk * tiles + i_t) * BLOCK_C
+                    m = i_c + o_c < C1
+                    p_in = p_partial + i_t * (2 * BLOCK_C) + o_c
+                    b_sum = _sum_parts(p_in, m, splits, tiles * (2 * BLOCK_C), BLOCK_S, BLOCK_C)
+                    tl.store(total_sums_ptr + i_b * C1 + i_c + o_c, b_sum, mask=m)
+        i_ticket = i_next
 
 
 @triton.jit(do_not_specialize=SHAPES)
 def _parameter_gradients(
     sums_ptr, total_sums_ptr, weight_ptr, bias_ptr, scale_ptr, dweight_ptr, dbias_ptr, dscale_ptr, dsecond_bias_ptr,
-    B, parts, C, C1, scale_stride, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+    doffset_ptr, B, C, C1, scale_stride, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dweight, dbias [C] from sums over the batch in a fixed order, and dscale [B, C] on the way.
 
-    dsecond_bias [C1] likewise: the norm's share of dx is in sums, that of dtotal in total_sums [parts, C1].
+    doffset [C], if one offset serves all images, and dsecond_bias [C1] likewise. Both are sums of dx; to the second
+    belongs that of dtotal, which is in total_sums [B, C1].
     """
     o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -534,6 +609,7 @@ def _parameter_gradients(
     b_dweight = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     b_dbias = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     b_dx = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    b_dtotal = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
     for i_b in range(0, B, BLOCK_B):
         o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
         m = (o_b < B) & m_c[None, :]
@@ -548,15 +624,13 @@ def _parameter_gradients(
             b_gx *= 1.0 + b_scale
         b_dweight += b_gx
         b_dbias += b_g
-        if dsecond_bias_ptr is not None:
+        if dsecond_bias_ptr is not None or doffset_ptr is not None:
             b_dx += tl.load(p_sums + 2 * C, mask=m, other=0.0)
+        if total_sums_ptr is not None:
+            b_dtotal += tl.load(total_sums_ptr + o_b * C1 + o_c[None, :], mask=m & (o_c < C1)[None, :], other=0.0)
     tl.store(dweight_ptr + o_c, tl.sum(b_dweight, axis=0), mask=m_c)
     tl.store(dbias_ptr + o_c, tl.sum(b_dbias, axis=0), mask=m_c)
+    if doffset_ptr is not None:
+        tl.store(doffset_ptr + o_c, tl.sum(b_dx, axis=0), mask=m_c)
     if dsecond_bias_ptr is not None:
-        m_c = o_c < C1
-        if total_sums_ptr is not None:
-            for i_part in range(0, parts, BLOCK_B):
-                o_part = (i_part + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
-                m = (o_part < parts) & m_c[None, :]
-                b_dx += tl.load(total_sums_ptr + o_part * C1 + o_c[None, :], mask=m, other=0.0)
-        tl.store(dsecond_bias_ptr + o_c, tl.sum(b_dx, axis=0), mask=m_c)
+        tl.store(dsecond_bias_ptr + o_c, tl.sum(b_dx + b_dtotal, axis=0), mask=o_c < C1)

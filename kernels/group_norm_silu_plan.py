@@ -5,102 +5,136 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import triton
 from torch import Tensor
 
-L2_BYTES = 32 << 20  # of slabs, for all programs together, that an L2 of 40 to 60 MB keeps until they are read again
-ONE_BLOCK = {False: 16384, True: 8192}  # elements of a slab kept in registers, forward and backward
 MAX_GROUP = 128  # channels
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Whole groups of one image: `channels` of them, `padded` to a power of two."""
-
-    channels: int
-    padded: int
-
-    @staticmethod
-    def of(C: int, group: int, align: int, wanted: int, limit: int) -> Tile:
-        """Whole groups in multiples of `align`: the fewest channels from `wanted` on, or the most below `limit`."""
-        unit = math.lcm(group, align)
-        sizes = [size for size in range(unit, C + 1, unit) if C % size == 0] or [C]
-        fitting = [size for size in sizes if triton.next_power_of_2(size) <= limit] or sizes[:1]
-        size = next((size for size in fitting if size >= wanted), fitting[-1])
-        return Tile(size, triton.next_power_of_2(size))
+RESIDENT = {False: 5, True: 4}
+"""Programs of 4 warps that a multiprocessor's registers hold at once, forward and backward."""
+ROWS = 256
+"""Pixels of a part, where there are enough parts. More pixels spread what a part costs besides its elements over more
+of them; fewer keep less in the L2 cache between the two reads."""
+WHOLE_BYTES = 48 << 10
+"""Maps of a slab that one program reads twice, the second time from its L1 cache, of which there are 256 KB for a
+multiprocessor's programs together."""
+STREAM_BYTES = 24 << 20
+"""A larger map leaves the L2 cache before the next layer reads it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs: with `slab` in one launch, else in three, with ROWS pixels of BLOCK_C channels per program."""
+    """How one call runs; `group_norm_silu_kernels.py` explains slabs, parts, tiles, tickets and the lag.
 
-    slab: bool
-    tile: Tile
-    finish: Tile  # of the programs that merge partial statistics
-    block_l: int
-    one_block: bool
-    num_warps: int
-    programs: int
+    The numbers are those of one image's channels in a slab, or of the whole launch.
+    """
+
+    whole: bool
     rows: int
-    splits: int
+    block_l: int
     block_c: int
+    splits: int
+    """Parts of a slab above each other."""
+    tiles: int
+    """Tiles of a slab side by side, and `span` of them in a part."""
+    span: int
+    chunks: int
+    """Slabs of an image."""
+    slabs: int
+    parts: int
+    lag: int
+    programs: int
+    num_warps: int
+    group: int
+    """Channels of a group, `padded` to a power of two where a slab's sums are merged."""
+    padded: int
+    stream: bool
+    even: bool
+
+    @property
+    def per_row(self) -> int:
+        return self.tiles // self.span
+
+    @property
+    def per_slab(self) -> int:
+        return self.splits * self.per_row
+
+    @property
+    def groups(self) -> int:
+        """Groups of a slab."""
+        return self.tiles * self.block_c // self.group
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The first numbers that both kernels take."""
+        return (
+            *(self.parts, self.lag, self.splits, self.tiles, self.span, self.per_slab, self.per_row, self.chunks),
+            *(1 / self.per_slab, 1 / self.per_row, 1 / self.chunks, self.groups, self.group),
+        )
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        return {
+            "ROWS": self.rows,
+            "BLOCK_L": self.block_l,
+            "BLOCK_C": self.block_c,
+            "BLOCK_S": min(4, triton.next_power_of_2(self.splits)),
+            "NG": min(max(1, 128 // self.padded), triton.next_power_of_2(self.groups)),
+            "PADDED": self.padded,
+            "EVEN": self.even,
+            "WHOLE": self.whole,
+            "STREAM": self.stream,
+            "num_warps": self.num_warps,
+        }
 
 
 @functools.cache  # a step needs about a hundred plans of a few dozen shapes, each as costly as several launches
 def plan(
-    B: int,
-    L: int,
-    C1: int,
-    C2: int,
-    group: int,
-    itemsize: int,
-    backward: bool,
-    units: int,
-    dropout: bool,
-    summed: bool = False,
+    B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int, more: bool = False
 ) -> Plan:
-    """The launch configuration for a shape, on a GPU with `units` multiprocessors. `summed`: x is a sum of two maps."""
-    C = C1 + C2
-    maps = 2 if backward else 1
-    padded_l = triton.next_power_of_2(L)
-    limit = ONE_BLOCK[backward] // (2 if dropout or (summed and itemsize > 2) else 1)
-    # 64 bytes of a pixel fill a DRAM burst; 32 fill a sector, and the neighbouring program takes the other one.
-    tile = Tile.of(C, group, 8, 64 // itemsize, max(limit // padded_l, 1))
-    if tile.padded > 32 and padded_l * tile.padded > limit // 2:
-        tile = Tile.of(C, group, 8, 32 // itemsize, max(limit // padded_l, 1))
-    # The [K, K] table of groups needs registers, too.
-    room = limit if tile.padded <= 32 else limit // 2 if tile.padded <= 64 or not backward else 0
-    one_block = padded_l * tile.padded <= room and tile.channels >= min(32 // itemsize, C)
-    if not one_block:
-        tile = Tile.of(C, group, 8, 32 // itemsize, 64)
-    slabs = B * (C // tile.channels)
-    in_l2 = maps * L * tile.channels * itemsize * units <= L2_BYTES and slabs >= units
-    slab = (one_block or in_l2) and tile.padded <= 128
-    few = backward or (summed and tile.padded > 64)  # a second map and the table leave few registers
-    block_l = padded_l if one_block else (4096 if few else 8192) // tile.padded
-    # 32 values of 16 bits per thread, at least 8; the [K, K] table of groups needs threads, too.
-    size = block_l * tile.padded * itemsize
-    warps = min(16, max(1, size // 2048, min(tile.padded // 8, size // 512))) if one_block else 16
-    # If not a slab: enough programs to fill the GPU, and at most 128 parts to merge.
-    common = math.gcd(C1, C2) if C2 else C1
-    block_c = next(size for size in (128, 64, 32, 16, 8) if common % size == 0)
-    rows = max(64, triton.next_power_of_2(-(-L // 128)))
-    while rows < min(1024, L) and B * -(-L // (2 * rows)) * (C // block_c) >= 8 * units:
-        rows *= 2
+    """The launch configuration for a shape, on a GPU with `units` multiprocessors. `more`: with dropout or a sum."""
+    C, maps = C1 + C2, 2 if backward else 1
+    block_c = next(size for size in (64, 32, 16, 8) if math.gcd(C1, C2) % size == 0)
+    slab = math.lcm(group, block_c)
+    block_l = min(32 if backward or more else 64, triton.next_power_of_2(L))  # of 4 warps, with 128 registers or fewer
+    rows = triton.cdiv(L, block_l) * block_l
+    whole = rows * slab * itemsize * maps <= WHOLE_BYTES
+    while not whole and rows > block_l and (rows > ROWS or B * triton.cdiv(L, rows) * (C // block_c) < 4 * units):
+        rows = max(block_l, triton.next_power_of_2(rows) // 2)
+    return arranged(B, L, C, group, itemsize, RESIDENT[backward] * units, block_c, block_l, rows, whole)
+
+
+def arranged(
+    B: int, L: int, C: int, group: int, itemsize: int, resident: int, block_c: int, block_l: int, rows: int, whole: bool
+) -> Plan:
+    """The plan with these blocks, for a GPU that holds `resident` programs at once."""
+    slab = math.lcm(group, block_c)
+    tiles, chunks, splits = slab // block_c, C // slab, triton.cdiv(L, rows)
+    span = tiles if whole else 1
+    per_slab = splits * tiles // span
+    parts = B * chunks * per_slab
+    # By then all parts of the slab have been summed, even by programs that are one ticket behind the others.
+    lag = 0 if whole else min(parts, per_slab + resident + resident // 4)
     return Plan(
-        slab=slab,
-        tile=tile,
-        finish=Tile.of(C, group, 1, 16, 128),
-        block_l=block_l if slab else min(rows, 2048 // block_c),
-        one_block=one_block,
-        num_warps=warps if slab else 4,
-        programs=min(slabs, units) if slab and not one_block else slabs,
+        whole=whole,
         rows=rows,
-        splits=-(-L // rows),
+        block_l=block_l,
         block_c=block_c,
+        splits=splits,
+        tiles=tiles,
+        span=span,
+        chunks=chunks,
+        slabs=B * chunks,
+        parts=parts,
+        lag=lag,
+        programs=min(parts + lag, resident),
+        num_warps=max(1, min(4, block_l * block_c // 256)),
+        group=group,
+        padded=triton.next_power_of_2(group),
+        stream=B * L * C * itemsize > STREAM_BYTES,
+        even=L % rows == 0,
     )
 
 
@@ -162,7 +196,7 @@ def check_norm(
     if (scale is None) != (shift is None):
         refuse("scale and shift together", "only one; give zeros for the other")
     for what, given in (("scale", scale), ("shift", shift), ("offset", offset)):
-        if given is not None and given.shape != (B, C):
+        if given is not None and given.shape != (B, C) and (what != "offset" or given.shape != (C,)):
             refuse(
                 f"{what} of shape (B, C) = {(B, C)}",
                 f"{tuple(given.shape)}; a [B, C, 1, 1] embedding wants .flatten(1)",

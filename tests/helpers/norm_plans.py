@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 from fastdiff.kernels import group_norm_silu
-from fastdiff.kernels.group_norm_silu_plan import Plan, plan
+from fastdiff.kernels.group_norm_silu_plan import Plan, arranged, plan
 
-SPLIT = {"slab": False, "rows": 8, "block_l": 4, "block_c": 32}
-LOOPED = {"slab": True, "one_block": False, "block_l": 4, "programs": 3}
-WAYS: dict[str, dict[str, Any]] = {"one block": {}, "looped slab": LOOPED, "split": SPLIT}
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "parts": {"whole": False, "rows": 4, "block_l": 4, "block_c": 32},
+    "parts of several blocks": {"whole": False, "rows": 8, "block_l": 4, "block_c": 16},
+}
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Replace fields of every launch plan."""
+    """Replace blocks of every launch plan. Three programs at once are fewer than a slab's parts."""
 
-    def changed(B: int, L: int, *args: Any) -> Plan:
-        made = dataclasses.replace(plan(B, L, *args), **changes)
-        return dataclasses.replace(made, splits=-(-L // made.rows))
+    def changed(B: int, L: int, C1: int, C2: int, group: int, itemsize: int, *rest: Any) -> Plan:
+        made = plan(B, L, C1, C2, group, itemsize, *rest)
+        blocks = {name: getattr(made, name) for name in ("block_c", "block_l", "rows", "whole")}
+        return arranged(B, L, C1 + C2, group, itemsize, 3, **{**blocks, **changes})
 
     monkeypatch.setattr(group_norm_silu, "plan", changed)
