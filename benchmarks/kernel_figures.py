@@ -8,9 +8,9 @@ Shapes and counts per step are recorded from a training step on tensors without 
 sum per step ends each section. A row is printed and appended to --json as soon as it is known; the row of a call that
 fails gives the reason.
 
-norms         forward and backward of group_norm_silu by each way that it can run: "registers" and "loop" keep a slab
-              of an image in one program, "split" spreads an image over programs. Beside it a plain copy of the same
-              bytes, and the definition compiled by torch.compile, for the --compiled costliest.
+norms         forward and backward of group_norm_silu by each way that it can run: "whole" gives a slab of an image to
+              one program, the others spread it over programs in parts of so many rows (pixels). Beside it a plain copy
+              of the same bytes, and the definition compiled by torch.compile, for the --compiled costliest.
 convolutions  forward, dgrad and wgrad through cuDNN, and the matrix products that 1x1 convolutions are here.
 attention     ours against torch's backends, for the shapes of every configuration, forward and backward.
 

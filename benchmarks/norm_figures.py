@@ -20,7 +20,9 @@ from benchmarks.step_calls import realised, training_calls
 from fastdiff.config.load import Config
 from fastdiff.precompile import Call
 
-WAYS = ("registers", "loop", "split")
+WAYS = ("whole", "128 rows", "256 rows", "512 rows")
+MOST_WHOLE = 1 << 20
+"""Bytes of a slab beyond which no single program is timed on it."""
 
 
 class NoSuchWay(Exception):
@@ -31,7 +33,7 @@ class NoSuchWay(Exception):
 def forced(way: str) -> Iterator[None]:
     """Make group_norm_silu run one way; the op raises NoSuchWay if its shape does not allow it. "" forces nothing."""
     from fastdiff.kernels import group_norm_silu as norm
-    from fastdiff.kernels.group_norm_silu_plan import Tile
+    from fastdiff.kernels.group_norm_silu_plan import RESIDENT, arranged
 
     chosen_by = norm.plan
     if not way:
@@ -39,38 +41,26 @@ def forced(way: str) -> Iterator[None]:
         return
 
     def plan(
-        B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int, *rest: bool
+        B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int, more: bool = False
     ) -> Any:
-        usual = chosen_by(B, L, C1, C2, group, itemsize, backward, units, *rest)
+        usual = chosen_by(B, L, C1, C2, group, itemsize, backward, units, more)
         if way_of(usual) == way:
             return usual
-        if way == "split":
-            rows = min(usual.rows, 2048 // usual.block_c)
-            return dataclasses.replace(usual, slab=False, one_block=False, block_l=rows, num_warps=4)
-        tile = Tile.of(C1 + C2, group, 8, 32 // itemsize, 64)
-        if way != "loop" or tile.padded > 128:
+        whole = way == "whole"
+        rows = -(-L // usual.block_l) * usual.block_l if whole else int(way.split()[0])
+        slab = rows * usual.tiles * usual.block_c * itemsize
+        if (slab > MOST_WHOLE) if whole else (rows >= L):
             raise NoSuchWay(f"{way} on {L} pixels of {C1 + C2} channels")
-        slabs = B * ((C1 + C2) // tile.channels)
-        summed = len(rest) > 1 and rest[1]
-        few = backward or (summed and tile.padded > 64)
-        length = min((4096 if few else 8192) // tile.padded, 1 << (L - 1).bit_length())
-        return dataclasses.replace(
-            usual,
-            slab=True,
-            one_block=False,
-            tile=tile,
-            block_l=length,
-            num_warps=16,
-            programs=min(slabs, units),
-        )
+        blocks = {"block_c": usual.block_c, "block_l": usual.block_l, "rows": rows, "whole": whole}
+        return arranged(B, L, C1 + C2, group, itemsize, RESIDENT[backward] * units, **blocks)
 
     with mock.patch.object(norm, "plan", plan):
         yield
 
 
 def way_of(plan: Any) -> str:
-    """The way that a plan of group_norm_silu goes, one of WAYS."""
-    return "split" if not plan.slab else "registers" if plan.one_block else "loop"
+    """The way that a plan of group_norm_silu goes: a whole slab for each program, or parts of so many pixels."""
+    return "whole" if plan.whole else f"{plan.rows} rows"
 
 
 @contextmanager
@@ -93,7 +83,7 @@ _AFTER = "skip weight bias scale shift"
 NORM_ARGUMENTS = {
     "fastdiff::group_norm_silu": f"x {_AFTER} offset seed num_groups eps silu dropout".split(),
     "fastdiff::add_group_norm_silu": f"x b b_bias {_AFTER} offset seed num_groups eps silu dropout".split(),
-    "fastdiff::group_norm_silu_backward": f"dy dtotal x b_bias {_AFTER} seed stats num_groups silu dropout".split(),
+    "fastdiff::group_norm_silu_backward": f"dy dtotal x b_bias {_AFTER} offset seed stats num_groups silu dropout".split(),
 }
 
 

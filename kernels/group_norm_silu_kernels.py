@@ -22,46 +22,21 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
+from fastdiff.kernels.ptx import sigmoid, to_float, trap
 
 # Numbers for whose values Triton compiles no variants, as no alignment depends on them.
 SHAPES = [
     *("parts", "lag", "L", "splits", "tiles", "span", "groups", "group"),
     *("per_slab", "per_row", "chunks", "B", "drop_below"),
 ]
-INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
-POLLS = tl.constexpr(1 << 26)
-"""Polls after which a program that waits ends the launch with an error: more than half a minute."""
 
 # --- pieces ---
 
 
 @triton.jit
-def _sigmoid(b_h):
-    """1 / (1 + exp(-h)) by the GPU's approximations: four instructions, and a relative error below 2^-21.
-
-    ex2.approx errs by 2^-22, rcp.approx by 2^-23 (PTX ISA, floating-point instructions). A division would check the
-    range of its operands, which takes three times as long.
-    """
-    if INTERPRETED:
-        b_sigmoid = tl.sigmoid(b_h)
-    else:
-        b_sigmoid = tl.inline_asm_elementwise(
-            "{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "  # the factor is -log2(e)
-            "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
-            "=f,f",
-            [b_h],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return b_sigmoid
-
-
-@triton.jit
 def _activate(b_h, SILU: tl.constexpr):
     if SILU:
-        b_h = b_h * _sigmoid(b_h)
+        b_h = b_h * sigmoid(b_h)
     return b_h
 
 
@@ -69,7 +44,7 @@ def _activate(b_h, SILU: tl.constexpr):
 def _through_activation(b_dy, b_h, SILU: tl.constexpr):
     """The gradient before the activation: SiLU's derivative is s + y * (1 - s), with s = sigmoid(h) and y = h * s."""
     if SILU:
-        b_sigmoid = _sigmoid(b_h)
+        b_sigmoid = sigmoid(b_h)
         b_y = b_h * b_sigmoid
         b_dy = b_dy * (b_sigmoid + (b_y - b_y * b_sigmoid))
     return b_dy
@@ -113,11 +88,7 @@ def _column(x_ptr, skip_ptr, i_c, C1, C2):
 def _load(p, m, EVEN: tl.constexpr, POLICY: tl.constexpr):
     """A tile as fp32; 0 beyond the last pixel."""
     b_x = tl.load(p, eviction_policy=POLICY) if EVEN else tl.load(p, mask=m, other=0.0, eviction_policy=POLICY)
-    if b_x.dtype == tl.bfloat16 and not INTERPRETED:  # two numbers by two instructions; a conversion takes three
-        b_x = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [b_x], dtype=tl.float32, is_pure=True, pack=2
-        )
-    return b_x.to(tl.float32)
+    return to_float(b_x)
 
 
 @triton.jit
@@ -200,8 +171,8 @@ def _wait(counter_ptr, count):
     polls = 0
     while tl.atomic_add(counter_ptr, 0, sem="acquire") <= count:
         polls += 1
-        if not INTERPRETED and polls > POLLS:  # an error is better than a GPU that hangs
-            tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        if polls > 1 << 26:  # after half a minute or more, an error is better than a GPU that hangs
+            trap()
 
 
 # --- forward ---

@@ -29,7 +29,7 @@ def test_a_run_finds_what_was_compiled_ahead(triton: str, tmp_path: Path) -> Non
     assert not done.returncode, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["compiled"] == []
-    assert {"_q_sample", "_slab_backward", "_diffusion_loss", "_adamw_ema", "_sampler_step"} <= set(seen["found"])
+    assert {"_q_sample", "_norm_backward", "_diffusion_loss", "_adamw_ema", "_sampler_step"} <= set(seen["found"])
     assert seen["ahead"] > len(seen["found"])
 
 

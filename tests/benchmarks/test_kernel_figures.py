@@ -84,7 +84,7 @@ def norm_call(op: str, side: int) -> step_calls.Call:
     (x, skip, dy), C = (meta(1, channels, side, side // 2) for channels in (32, 32, 64)), meta(64)
     if op == "group_norm_silu":
         return step_calls.Call(f"fastdiff::{op}", (x, skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0), 1)
-    args = (dy, None, x, None, skip, C, C, None, None, None, meta(1, 3, 64), 32, True, 0.0)
+    args = (dy, None, x, None, skip, C, C, None, None, None, None, meta(1, 3, 64), 32, True, 0.0)
     return step_calls.Call(f"fastdiff::{op}", args, 1)
 
 
@@ -94,12 +94,13 @@ def test_every_way_computes_the_same(op: str) -> None:
     from fastdiff.kernels import group_norm_silu as norm
 
     before, rows = norm.plan, list[dict[str, Any]]()
-    call = norm_call(op, side=16)
+    call = norm_call(op, side=24)
     label = {"direction": norm_figures.Norm(call).direction}
     sums = figure_rows.Sums([(label["direction"], call)])
     norm_figures._rows_of_ways(bench(rows), label, call, 1000, sums)
-    assert sorted(row["way"] for row in rows) == sorted(norm_figures.WAYS)
-    assert [row["planned"] for row in rows] == [True, False, False]
+    planned = [] if label["direction"] == "forward" else ["32 rows"]
+    assert [row["way"] for row in rows] == [*planned, "whole", "128 rows", "256 rows"], "the map has 288 pixels"
+    assert [row["planned"] for row in rows] == [True] + [False] * (len(rows) - 1)
     assert rows[0]["difference"] == 0
     assert 0 < max(row["difference"] for row in rows) < 1e-5, "another order of sums, the same function"
     assert norm.plan is before
@@ -109,26 +110,23 @@ def test_every_way_computes_the_same(op: str) -> None:
 
 
 def test_ways_that_are_not_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A way that does not fit into registers has no row, and any other error has a row that names it."""
+    """Parts longer than the map have no row, and any other error has a row that names it."""
     from fastdiff.kernels import group_norm_silu as norm
-    from fastdiff.kernels import group_norm_silu_plan
 
     rows: list[dict[str, Any]] = []
-    monkeypatch.setattr(group_norm_silu_plan, "ONE_BLOCK", {False: 16, True: 16})
     launcher = norm.launcher
 
-    def without_moments(kernel: Any, *args: Any, **settings: Any) -> Any:
-        if kernel is norm.device._moments:
+    def without_parts(kernel: Any, *args: Any, **settings: Any) -> Any:
+        if not settings["WHOLE"]:
             raise RuntimeError("out of resources")
         return launcher(kernel, *args, **settings)
 
-    monkeypatch.setattr(norm, "launcher", without_moments)
-    monkeypatch.setattr(norm, "processors", lambda device: 1)  # otherwise one image is too small for slabs
-    call = norm_call("group_norm_silu", side=4)
+    monkeypatch.setattr(norm, "launcher", without_parts)
+    call = norm_call("group_norm_silu", side=20)
     norm_figures._rows_of_ways(bench(rows), {"direction": "forward"}, call, 1000, figure_rows.Sums([]))
     assert [(row["way"], row.get("left_out")) for row in rows] == [
-        ("loop", None),
-        ("split", "RuntimeError: out of resources"),
+        ("whole", None),
+        ("128 rows", "RuntimeError: out of resources"),
     ]
 
 

@@ -28,9 +28,9 @@ def test_compiled_code_and_images(tmp_path: Path, capsys: pytest.CaptureFixture[
         "inductor/aotautograd/cd/entry",
         "inductor/xy/choice.best_config",
         "inductor/xy/module.py",
-        "triton/K1/_slab_forward.cubin",
-        "triton/K1/__grp___slab_forward.json",
-        "triton/K1/_slab_forward.ptx",
+        "triton/K1/_norm_forward.cubin",
+        "triton/K1/__grp___norm_forward.json",
+        "triton/K1/_norm_forward.ptx",
         "triton/K2/triton_poi_fused_add.cubin",
     )
     images = made(tmp_path, "pictures.tar.xz") / "pictures.tar.xz"
@@ -41,8 +41,8 @@ def test_compiled_code_and_images(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert set(file.getnames()) == {
             "compiled/inductor/fxgraph/ab/graph",
             "compiled/inductor/aotautograd/cd/entry",
-            "compiled/triton/K1/_slab_forward.cubin",
-            "compiled/triton/K1/__grp___slab_forward.json",
+            "compiled/triton/K1/_norm_forward.cubin",
+            "compiled/triton/K1/__grp___norm_forward.json",
         }
     assert (folder / "images.tar.xz").read_text() == "pictures.tar.xz"
     assert "MiB in" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path:
     rows = json.loads(table.read_text())
     wrong = [f"{row['kernel']} [{row['variant']}]: {'; '.join(row['wrong'])}" for row in rows if row["wrong"]]
     assert not wrong, "\n".join(wrong)
-    assert {"slab_forward", "slab_backward", "q_sample", "diffusion_loss", "sampler_step"} <= {
+    assert {"norm_forward", "norm_backward", "q_sample", "diffusion_loss", "sampler_step"} <= {
         r["kernel"] for r in rows
     }
     if "imagenet64" in configs:
