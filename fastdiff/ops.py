@@ -195,22 +195,22 @@ class NormOptions(TypedDict, total=False):
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, **options: Unpack[NormOptions]) -> Tensor:
     """Group norm and what follows it, [B, C, H, W] → the same; see `reference.group_norm_silu`."""
-    options = _expanded(options, x)
-    return _norms(x, options).group_norm_silu(x, weight, bias, **options)
+    norms = _norms(x, options)
+    return norms.group_norm_silu(x, weight, bias, **_expanded(options, x, norms))
 
 
 def add_group_norm_silu(
     a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Unpack[NormOptions]
 ) -> tuple[Tensor, Tensor]:
     """(a + b + b_bias, `group_norm_silu` of it), [B, C, H, W] each; see `reference.add_group_norm_silu`."""
-    options = _expanded(options, a)
-    return _norms(a, options).add_group_norm_silu(a, b, weight, bias, b_bias=b_bias, **options)
+    norms = _norms(a, options)
+    return norms.add_group_norm_silu(a, b, weight, bias, b_bias=b_bias, **_expanded(options, a, norms))
 
 
-def _expanded(options: NormOptions, x: Tensor) -> NormOptions:
-    """The options with an offset [C] expanded to [B, C], the shape that the kernels take."""
+def _expanded(options: NormOptions, x: Tensor, norms: Any) -> NormOptions:
+    """The options, with an offset [C] expanded to [B, C] where PyTorch sums up its gradient: the kernel does both."""
     offset = options.get("offset")
-    if offset is None or offset.dim() == 2:
+    if offset is None or offset.dim() == 2 or norms is triton_norm:
         return options
     return {**options, "offset": offset.expand(x.shape[0], -1)}
 

@@ -4,14 +4,15 @@ A second op adds up a residual before it: x = a + b + b_bias, which it returns a
 norm's. The file holds both ops, their gradients and all launches, which share their arguments; hence its length.
 
 Shapes   x [B, C1, H, W], skip [B, C2, H, W] or None, in channels-last memory; C = C1 + C2, C1 and C2 multiples of 8.
-         weight, bias [C]; scale, shift, offset [B, C] or None. Arithmetic and statistics in float32.
-Traffic  forward: x and skip once, y once, for maps whose slab (a few groups of one image) stays on chip or in L2;
-         x twice for larger ones. backward: x and dy, dx, likewise. It needs 3 * B * C floats of the forward, no mask.
+         weight, bias [C]; scale, shift [B, C] or None; offset [B, C], [C] or None. Arithmetic and statistics in float32.
+Traffic  forward: x once, y once. backward: x and dy once, dx once. Each map is read a second time from a cache: see
+         `group_norm_silu_kernels.py`. The backward pass needs 3 * B * C floats of the forward, no mask.
          The gradient of offset is the sum of dx over the pixels, from sums that the backward computes anyway: with a
          convolution's bias as offset, the convolution needs neither an addition nor a reduction of its own.
-         With a sum: a and b read once, the sum and y written once (larger maps read the sum again); backward one more
-         read, of the sum's own gradient, and dx is the gradient of a and of b. b_bias's is a by-product.
-Numbers  mean and deviations by Chan et al. 1979, never E[x²] - E[x]²; no atomics, so equal inputs give equal bits.
+         With a sum: a and b read once, the sum and y written once; backward one more read, of the sum's own gradient,
+         and dx is the gradient of a and of b. b_bias's is a by-product.
+Numbers  sums around a value of the data, merged by Chan et al. 1979, never E[x²] - E[x]²; in a fixed order, so equal
+         inputs give equal bits. SiLU by the GPU's approximations: see `ptx.py`.
 Source   Wu & He 2018 (https://arxiv.org/abs/1803.08494); Nichol & Dhariwal 2021, appendix A, for scale and shift.
 """
 
@@ -445,7 +446,8 @@ def group_norm_silu(
 ) -> Tensor:
     """As `reference.group_norm_silu`, on channels-last maps.
 
-    offset   [B, C] added to x (and skip) before the norm; its gradient is the sum of dx over the pixels.
+    offset   [B, C] or [C], added to x (and skip) before the norm; its gradient is the sum of dx over the pixels, and
+             for [C] over the images.
     dropout  probability to the nearest 1 / 65536, by a counter from seed.
     seed     [1] int64 on x's device; drawn from torch's generator if dropout needs one and none is given.
     Raises ValueError for shapes, dtypes or devices that don't fit; a channels-first map is copied, with a warning.

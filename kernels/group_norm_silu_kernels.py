@@ -323,7 +323,6 @@ def _norm_forward(
     made_ptr = x_ptr if second_ptr is None else total_ptr
     i_ticket = tl.program_id(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while i_ticket < parts + lag:
-        i_next = i_ticket + tl.num_programs(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
         if i_ticket < parts:
             i_slab, i_b, i_chunk, i_split, i_tile = _place(i_ticket, walk, WHOLE)
             p_partial = partial_ptr + i_slab.to(tl.int64) * splits * tiles * (2 * BLOCK_C)
@@ -356,7 +355,7 @@ def _norm_forward(
                     (i_chunk * tiles + i_t) * BLOCK_C, L, C1, C2, drop_below, keep_scale,
                     ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM, SILU,
                 )  # fmt: skip
-        i_ticket = i_next
+        i_ticket = i_ticket + tl.num_programs(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
 
 # --- backward ---
@@ -508,7 +507,6 @@ def _norm_backward(
     walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
     i_ticket = tl.program_id(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while i_ticket < parts + lag:
-        i_next = i_ticket + tl.num_programs(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
         if i_ticket < parts:
             i_slab, i_b, i_chunk, i_split, i_tile = _place(i_ticket, walk, WHOLE)
             p_partial = partial_ptr + i_slab.to(tl.int64) * splits * tiles * (2 * BLOCK_C)
@@ -560,7 +558,7 @@ def _norm_backward(
                     p_in = p_partial + i_t * (2 * BLOCK_C) + o_c
                     b_sum = _sum_parts(p_in, m, splits, tiles * (2 * BLOCK_C), BLOCK_S, BLOCK_C)
                     tl.store(total_sums_ptr + i_b * C1 + i_c + o_c, b_sum, mask=m)
-        i_ticket = i_next
+        i_ticket = i_ticket + tl.num_programs(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=SHAPES)

@@ -128,6 +128,19 @@ def test_offset_gradient_is_the_sum_of_dx() -> None:
     assert error(ours["offset"], ours["x"].double().sum(dim=(2, 3))) < 1e-4
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_one_offset_for_all_images(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An offset [C] gives what its expansion gives, and a gradient [C]."""
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(3, 64, 0, 4, 3, torch.bfloat16)
+    given["offset"] = given["offset"][0].bfloat16()
+    ours = check(given, torch.bfloat16)
+    wide = group_norm_silu(**{**given, "offset": given["offset"].expand(3, -1)})
+    assert torch.equal(ours["y"], wide)
+    assert ours["offset"].shape == (64,)
+    assert ours["offset"].dtype == torch.bfloat16
+
+
 def exact_dropout(given: Inputs, p: float, seed: Tensor) -> Tensor:
     """Apply dropout by the published generator, philox-4x32-7, with 16 bits per element."""
     y = reference.group_norm_silu(**{name: value.double() for name, value in given.items()})
