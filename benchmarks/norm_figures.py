@@ -83,7 +83,9 @@ _AFTER = "skip weight bias scale shift"
 NORM_ARGUMENTS = {
     "fastdiff::group_norm_silu": f"x {_AFTER} offset seed num_groups eps silu dropout".split(),
     "fastdiff::add_group_norm_silu": f"x b b_bias {_AFTER} offset seed num_groups eps silu dropout".split(),
-    "fastdiff::group_norm_silu_backward": f"dy dtotal x b_bias {_AFTER} offset seed stats num_groups silu dropout".split(),
+    "fastdiff::group_norm_silu_backward": (
+        f"dy dtotal dskip_other x b_bias {_AFTER} offset seed stats num_groups silu dropout".split()
+    ),
 }
 
 

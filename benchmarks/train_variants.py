@@ -303,7 +303,10 @@ LEVERS: dict[str, Lever] = {
     "attention kernel": Lever(patches=((ops, "flash_is_better", _never),)),
     "noising and loss kernels": Lever(patches=((ops, "_map_unsupported", _never),)),
     "transposed upsampling": Lever(patches=((ops, "upsample_conv", reference.upsample_conv),)),
-    "virtual concat of skips": Lever(patches=((ops, "skip_conv1x1", reference.skip_conv1x1),)),
+    "virtual concat of skips": Lever(
+        patches=((ops, "skip_conv1x1", reference.skip_conv1x1), (ops, "fuses_shortcut", lambda *_: False))
+    ),
+    "shortcut with the norm": Lever(patches=((ops, "fuses_shortcut", lambda *_: False),)),
     "weights laid out once": Lever(patches=((ops, "conv_weight", _ordinary_weight),)),
     "one embedding product": Lever(patches=((unet, "project_embedding", _one_by_one),), gpu_only=False),
     "residual sum in the norm": Lever(patches=((blocks, "_leaves_sum", lambda *_: False),)),

@@ -44,6 +44,7 @@ if HAVE_TRITON:
     from fastdiff.kernels import diffusion_loss as triton_loss
     from fastdiff.kernels import group_norm_silu as triton_norm
     from fastdiff.kernels import noise as triton_noise
+    from fastdiff.kernels import norm_and_shortcut as triton_shortcut
     from fastdiff.kernels import q_sample as triton_q_sample
     from fastdiff.kernels import sampler_step as triton_step
     from fastdiff.kernels import timesteps as triton_timesteps
@@ -148,7 +149,11 @@ def choices(device: torch.device) -> list[Choice]:
     why = "kernels triton" if _mode == "triton" else "a GPU"
     attention = "everywhere" if _mode == "triton" else "head sizes that flash attention pads or refuses; else SDPA"
     return [
-        Choice("add_group_norm_silu, group_norm_silu, q_sample, diffusion_loss, sampler_step", "Triton", why),
+        Choice(
+            "add_group_norm_silu, group_norm_silu, norm_and_shortcut, q_sample, diffusion_loss, sampler_step",
+            "Triton",
+            why,
+        ),
         Choice("attention", "Triton", attention),
         *convolved,
     ]
@@ -205,6 +210,25 @@ def add_group_norm_silu(
     """(a + b + b_bias, `group_norm_silu` of it), [B, C, H, W] each; see `reference.add_group_norm_silu`."""
     norms = _norms(a, options)
     return norms.add_group_norm_silu(a, b, weight, bias, b_bias=b_bias, **_expanded(options, a, norms))
+
+
+def fuses_shortcut(x: Tensor, skip: Tensor | None) -> bool:
+    """Whether `norm_and_shortcut` can compute a block's first norm and the 1x1 convolution of its shortcut together."""
+    return uses_kernels(x, _norm_unsupported(x, skip, 32))
+
+
+def norm_and_shortcut(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    *,
+    b: Tensor | None = None,
+    b_bias: Tensor | None = None,
+    skip: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, its norm, the shortcut), where `fuses_shortcut` allows it; see `reference.norm_and_shortcut`."""
+    return triton_shortcut.norm_and_shortcut(a, weight, bias, conv_weight.to(a.dtype), b=b, b_bias=b_bias, skip=skip)
 
 
 def _expanded(options: NormOptions, x: Tensor, norms: Any) -> NormOptions:

@@ -4,7 +4,7 @@ A second op adds up a residual before it: x = a + b + b_bias, which it returns a
 norm's. The file holds both ops, their gradients and all launches, which share their arguments; hence its length.
 
 Shapes   x [B, C1, H, W], skip [B, C2, H, W] or None, in channels-last memory; C = C1 + C2, C1 and C2 multiples of 8.
-         weight, bias [C]; scale, shift [B, C] or None; offset [B, C], [C] or None. Arithmetic and statistics in float32.
+         weight, bias [C]; scale, shift [B, C] or None; offset [B, C], [C] or None. All arithmetic in float32.
 Traffic  forward: x once, y once. backward: x and dy once, dx once. Each map is read a second time from a cache: see
          `group_norm_silu_kernels.py`. The backward pass needs 3 * B * C floats of the forward, no mask.
          The gradient of offset is the sum of dx over the pixels, from sums that the backward computes anyway: with a
@@ -138,7 +138,7 @@ def _row_stride(value: Tensor | None) -> int:
     return 0 if value is None or value.dim() == 1 else value.stride(0)
 
 
-def _launch_forward(
+def launch_forward(
     op: str,
     x: Tensor,
     second: Tensor | None,
@@ -159,7 +159,7 @@ def _launch_forward(
         second, skip = channels_last(second, op, "b"), channels_last(skip, op, "skip")
         weight, bias, scale, shift, offset, second_bias = _contiguous((weight, bias, scale, shift, offset, second_bias))
         affine = (weight, bias, scale, shift, offset, seed)
-        return _launch_forward(op, x, second, second_bias, skip, affine, options)
+        return launch_forward(op, x, second, second_bias, skip, affine, options)
     total = None if second is None else empty_map(*x.shape, like=x)
     y = empty_map(*run.y, like=x)
     stats = torch.empty(len(x), 3, run.y[1], dtype=torch.float32, device=x.device)
@@ -187,7 +187,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns (y, stats)."""
     affine, options = (weight, bias, scale, shift, offset, seed), (num_groups, eps, silu, dropout)
-    return _launch_forward("group_norm_silu", x, None, None, skip, affine, options)[1:]
+    return launch_forward("group_norm_silu", x, None, None, skip, affine, options)[1:]
 
 
 @_forward.register_fake
@@ -216,7 +216,7 @@ def _add_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (the sum, y, stats)."""
     affine, options = (weight, bias, scale, shift, offset, seed), (num_groups, eps, silu, dropout)
-    return _launch_forward("add_group_norm_silu", a, b, b_bias, skip, affine, options)
+    return launch_forward("add_group_norm_silu", a, b, b_bias, skip, affine, options)
 
 
 @_add_forward.register_fake
@@ -244,6 +244,7 @@ def _backward_launches(
     units: int,
     dy: Tensor,
     dtotal: Tensor | None,
+    dskip_other: Tensor | None,
     x: Tensor,
     second_bias: Tensor | None,
     skip: Tensor | None,
@@ -261,7 +262,7 @@ def _backward_launches(
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
     C = C1 + C2
     rows = (scale, shift, weight, bias, second_bias)
-    as_they_are = all(map(is_channels_last, (dy, dtotal, x, skip))) and all(map(_has_rows, rows))
+    as_they_are = all(map(is_channels_last, (dy, dtotal, dskip_other, x, skip))) and all(map(_has_rows, rows))
     if not as_they_are or not x.numel():
         return Backward(not as_they_are)
     scale_stride, shift_stride = map(_row_stride, (scale, shift))
@@ -287,6 +288,7 @@ def _backward_launches(
 def _backward(
     dy: Tensor,
     dtotal: Tensor | None,
+    dskip_other: Tensor | None,
     x: Tensor,
     second_bias: Tensor | None,
     skip: Tensor | None,
@@ -303,20 +305,24 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dskip, dweight, dbias, dscale, dsecond_bias, doffset, and sums [B, 3, C].
 
-    dtotal is the gradient that x, if it is a sum, gets from its other readers; it is added to dx. dsecond_bias [C1] is
-    the sum of dx over pixels and images. sums: dshift, an intermediate, and the gradient of an offset [B, C], the sum
-    of dx - dtotal. doffset is its sum over the images, for an `offset` [C]; an offset [B, C] is not passed.
+    dtotal is the gradient that x gets from its other readers; it is added to dx. dskip_other is that of skip, and needs
+    dtotal beside it. dsecond_bias [C1] is the sum of dx over pixels and images. sums: dshift, an intermediate, and the
+    gradient of an offset [B, C], the sum of dx - dtotal. doffset is its sum over the images, for an `offset` [C]; an
+    offset [B, C] is not passed.
     """
     given = (weight, bias, scale, shift, seed)
     options = (num_groups, silu, dropout)
-    run = _backward_launches(plan, processors(x.device), dy, dtotal, x, second_bias, skip, *given, *options)
+    others = (dtotal, dskip_other)
+    run = _backward_launches(plan, processors(x.device), dy, *others, x, second_bias, skip, *given, *options)
     if run.converted:
         op = "group_norm_silu"
         dy, x, skip = channels_last(dy, op, "the gradient"), channels_last(x, op, "x"), channels_last(skip, op, "skip")
         dtotal = channels_last(dtotal, "add_group_norm_silu", "the gradient of the sum")
+        dskip_other = channels_last(dskip_other, op, "the other gradient of skip")
         weight, bias, scale, shift, second_bias = _contiguous((weight, bias, scale, shift, second_bias))
         return IMPLEMENTATIONS["group_norm_silu_backward"](
-            dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, offset, seed, stats, *options
+            *(dy, dtotal, dskip_other, x, second_bias, skip),
+            *(weight, bias, scale, shift, offset, seed, stats, *options),
         )
     gradients = _empty_gradients(x, second_bias, skip, weight, bias, scale, offset)
     if not run.run or not run.parameters:
@@ -328,7 +334,7 @@ def _backward(
     total_sums = None if dtotal is None or second_bias is None else make(*x.shape[:2])
     out_skip, line = None if skip is None else dskip, make(len(x), 2, len(weight))
     scratch = _scratch(run, x.device)
-    run.run(x, skip, *given, dy, dtotal, stats, dx, out_skip, sums, line, total_sums, *scratch)
+    run.run(x, skip, *given, dy, *others, stats, dx, out_skip, sums, line, total_sums, *scratch)
     wanted = [
         gradient if value is not None else None
         for gradient, value in zip(of_inputs, (scale, second_bias, offset), strict=True)
@@ -361,7 +367,7 @@ def _empty_gradients(
 
 
 @_backward.register_fake
-def _(dy: Tensor, dtotal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+def _(dy: Tensor, dtotal: Tensor | None, dskip_other: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     x, second_bias, skip, weight, bias, scale, _shift, offset = inputs[:8]
     return _empty_gradients(x, second_bias, skip, weight, bias, scale, offset)
 
@@ -389,7 +395,7 @@ def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor, Ten
     x, second_bias, skip, weight, bias, scale, shift, offset, seed, stats = ctx.saved_tensors
     shared = offset if offset is not None and offset.dim() == 1 else None
     dx, dskip, dweight, dbias, dscale, dsecond_bias, doffset, sums = _backward(
-        dy, dtotal, x, second_bias, skip, weight, bias, scale, shift, shared, seed, stats, *ctx.settings
+        dy, dtotal, None, x, second_bias, skip, weight, bias, scale, shift, shared, seed, stats, *ctx.settings
     )
     if offset is not None and shared is None:
         doffset = sums[:, 2].to(offset.dtype)

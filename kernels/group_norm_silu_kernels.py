@@ -451,12 +451,15 @@ def _merge_gradients(
 
 @triton.jit
 def _apply_gradients(
-    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr, line_ptr, dx_ptr, dskip_ptr, p_out,
-    i_b, i_first, i_c, L, C1, C2, drop_below, keep_scale,
+    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, others, stats_ptr, line_ptr, dx_ptr, dskip_ptr, p_out, i_b, i_first,
+    i_c, L, C1, C2, drop_below, keep_scale,
     ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, EVEN: tl.constexpr, STREAM: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """Read ROWS pixels of a tile again and write dx or dskip; the sums of dtotal → out [BLOCK_C], unless it is None."""
+    """Read ROWS pixels of a tile again and write dx or dskip; the sums of dtotal → out [BLOCK_C], unless it is None.
+
+    others: the gradients that x and skip get from their other readers, dtotal and dskip_other; both or the first alone.
+    """
     LAST: tl.constexpr = "evict_first" if STREAM else ""
     C = C1 + C2
     p, width, i_in = _column(x_ptr, skip_ptr, i_c, C1, C2)
@@ -471,7 +474,8 @@ def _apply_gradients(
     b_slope, b_constant = tl.load(p_line), tl.load(p_line + C)
     start = (i_b * L + i_first) * width + i_in
     dy_ptr += (i_b * L + i_first) * C + i_c
-    in_total = i_c < C1
+    dtotal_ptr, dskip_other_ptr = others
+    p_other, _, _ = _column(dtotal_ptr, dskip_other_ptr, i_c, C1, C2)
     FOLDED: tl.constexpr = min(BLOCK_L, 16)
     b_sum = tl.zeros((FOLDED, BLOCK_C), tl.float32)
     for i_l in range(0, ROWS, BLOCK_L):
@@ -482,11 +486,11 @@ def _apply_gradients(
             i_b, i_first + i_l + o_l, i_c, m, C, drop_below, keep_scale, BLOCK_L, BLOCK_C, EVEN, LAST, SILU,
         )  # fmt: skip
         b_dx = b_g * b_gain[None, :] + (b_d * b_slope[None, :] + b_constant[None, :])
-        if dtotal_ptr is not None and in_total:
-            b_dtotal = _load(dtotal_ptr + o, m, EVEN, "evict_first")
-            b_dx += b_dtotal
+        if dtotal_ptr is not None and (dskip_other_ptr is not None or i_c < C1):
+            b_other = _load(p_other + o, m, EVEN, "evict_first")
+            b_dx += b_other
             if p_out is not None:
-                b_sum += _fold(b_dtotal, BLOCK_L, FOLDED, BLOCK_C)
+                b_sum += _fold(b_other, BLOCK_L, FOLDED, BLOCK_C)
         _store(p_dx + o, b_dx, m, EVEN, LAST)
     if p_out is not None:
         tl.store(p_out + o_c, tl.sum(b_sum, axis=0), mask=i_c + o_c < C1)
@@ -494,8 +498,8 @@ def _apply_gradients(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _norm_backward(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr,
-    dx_ptr, dskip_ptr, sums_ptr, line_ptr, total_sums_ptr, partial_ptr, counters_ptr,
+    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, dskip_other_ptr,
+    stats_ptr, dx_ptr, dskip_ptr, sums_ptr, line_ptr, total_sums_ptr, partial_ptr, counters_ptr,
     parts, lag, splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks, groups, group,
     L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
     ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, NG: tl.constexpr,
@@ -545,8 +549,8 @@ def _norm_backward(
                     else:  # where this part's sums were, which have been merged
                         p_out = p_partial + (i_split * tiles + i_t) * (2 * BLOCK_C)
                 _apply_gradients(
-                    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, dtotal_ptr, stats_ptr, line_ptr, dx_ptr, dskip_ptr,
-                    p_out, i_b, i_split * ROWS, i_c, L, C1, C2, drop_below, keep_scale,
+                    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, (dtotal_ptr, dskip_other_ptr), stats_ptr, line_ptr,
+                    dx_ptr, dskip_ptr, p_out, i_b, i_split * ROWS, i_c, L, C1, C2, drop_below, keep_scale,
                     ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM, SILU,
                 )  # fmt: skip
             # The count comes after those of all the slab's parts and of their merging.

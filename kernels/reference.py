@@ -93,6 +93,28 @@ def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -
     return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype))
 
 
+def norm_and_shortcut(
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    *,
+    b: Tensor | None = None,
+    b_bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What enters a residual block whose shortcut is a 1x1 convolution: (x, its norm with SiLU, the shortcut).
+
+    x is a, or with b the sum of `add_group_norm_silu`. conv_weight [C_out, C1 + C2]; the convolution of cat(x, skip)
+    has no bias. The options are num_groups and eps.
+    """
+    x = a if b is None else residual_sum(a, b, b_bias)
+    seen = x if skip is None else torch.cat([x, skip], dim=1)
+    y = group_norm_silu(x, weight, bias, skip=skip, **options)
+    return x, y, F.conv2d(seen, conv_weight.to(seen.dtype)[:, :, None, None])
+
+
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Nearest-neighbour enlargement by 2, then a 3x3 convolution: [B, C, H, W] → [B, C_out, 2H, 2W]."""
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight.to(x.dtype), bias.to(x.dtype), padding=1)

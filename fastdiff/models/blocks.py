@@ -189,8 +189,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else SkipConv(channels, out_channels)
 
     def forward(self, x: Map, emb_out: Tensor, skip: Tensor | None = None) -> Map:
-        norm, conv = _norm_and_conv(self.in_layers)
-        x, h = norm.of(x, skip=skip)
+        _, conv = _norm_and_conv(self.in_layers)
+        x, h, residual = self._first_norm(x, skip)
         h, bias = _bias_for_norm(conv, h)
         dropout = self.dropout if self.training else 0.0
         norm, conv = _norm_and_conv(self.out_layers)
@@ -199,8 +199,23 @@ class ResBlock(nn.Module):
             h = norm(h, scale=scale, shift=shift, offset=bias, dropout=dropout)
         else:
             h = norm(h, offset=emb_out if bias is None else emb_out + bias, dropout=dropout)
-        residual = x if isinstance(self.skip_connection, nn.Identity) else self.skip_connection(x, skip)
+        shortcut = self.skip_connection
+        if residual is not None:
+            return Sum(residual, conv.without_bias(h), conv.bias + cast(SkipConv, shortcut).bias)
+        residual = x if isinstance(shortcut, nn.Identity) else shortcut(x, skip)
         return Sum(residual, conv.without_bias(h), conv.bias) if _leaves_sum(conv, h) else residual + conv(h)
+
+    def _first_norm(self, x: Map, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x as a tensor, its norm, the shortcut without its bias where one op computes all three)."""
+        norm, shortcut = _norm_and_conv(self.in_layers)[0], self.skip_connection
+        a, b, b_bias = x.parts if isinstance(x, Sum) and x.parts else (value(x), None, None)
+        if not isinstance(shortcut, SkipConv) or not _leaves_sum(shortcut, a) or not ops.fuses_shortcut(a, skip):
+            return *norm.of(x, skip=skip), None
+        weight = shortcut.weight[:, :, 0, 0]
+        total, h, made = ops.norm_and_shortcut(a, norm.weight, norm.bias, weight, b=b, b_bias=b_bias, skip=skip)
+        if isinstance(x, Sum):
+            x.keep(total)
+        return total, h, made
 
 
 def project_embedding(blocks: Sequence[ResBlock], emb: Tensor) -> list[Tensor]:
