@@ -450,6 +450,18 @@ def _merge_gradients(
 
 
 @triton.jit
+def _merge_totals(p_partial, p_out, i_first, splits, tiles, C1, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The sums of dtotal over a slab's parts, each where the part's other sums were → out [C1], from i_first on."""
+    o_c = tl.arange(0, BLOCK_C)
+    for i_t in range(0, tiles):
+        i_c = i_first + i_t * BLOCK_C + o_c
+        b_sum = _sum_parts(
+            p_partial + i_t * (2 * BLOCK_C) + o_c, i_c < C1, splits, tiles * (2 * BLOCK_C), BLOCK_S, BLOCK_C
+        )
+        tl.store(p_out + i_c, b_sum, mask=i_c < C1)
+
+
+@triton.jit
 def _apply_gradients(
     x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, others, stats_ptr, line_ptr, dx_ptr, dskip_ptr, p_out, i_b, i_first,
     i_c, L, C1, C2, drop_below, keep_scale,
@@ -555,13 +567,9 @@ def _norm_backward(
                 )  # fmt: skip
             # The count comes after those of all the slab's parts and of their merging.
             if total_sums_ptr is not None and not WHOLE and _count(counters_ptr + 1 + i_slab) == 2 * per_slab:
-                o_c = tl.arange(0, BLOCK_C)
-                for i_t in range(0, tiles):
-                    i_c = (i_chunk * tiles + i_t) * BLOCK_C
-                    m = i_c + o_c < C1
-                    p_in = p_partial + i_t * (2 * BLOCK_C) + o_c
-                    b_sum = _sum_parts(p_in, m, splits, tiles * (2 * BLOCK_C), BLOCK_S, BLOCK_C)
-                    tl.store(total_sums_ptr + i_b * C1 + i_c + o_c, b_sum, mask=m)
+                _merge_totals(
+                    p_partial, total_sums_ptr + i_b * C1, i_chunk * tiles * BLOCK_C, splits, tiles, C1, BLOCK_C, BLOCK_S
+                )
         i_ticket = i_ticket + tl.num_programs(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
 

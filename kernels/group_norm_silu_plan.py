@@ -15,8 +15,8 @@ MAX_GROUP = 128  # channels
 RESIDENT = {False: 5, True: 4}
 """Programs of 4 warps that a multiprocessor's registers hold at once, forward and backward."""
 ROWS = {False: 256, True: 128}
-"""Pixels of a part, where there are enough parts, forward and backward. With more, what a part costs besides its elements
-is shared by more of them; with fewer, less has to stay in the L2 cache between the two reads: here 20 to 25 MB."""
+"""Pixels of a part, where there are enough parts, forward and backward. With more, what a part costs besides its
+elements is shared by more of them; with fewer, less has to stay in the L2 cache between the two reads: 20 to 25 MB."""
 WHOLE_BYTES = 48 << 10
 """Maps of a slab that one program reads twice, the second time from its L1 cache, of which there are 256 KB for a
 multiprocessor's programs together."""
