@@ -431,6 +431,6 @@ def sampler_step(
 
 def squared_norm(tensors: list[Tensor]) -> Tensor:
     """The sum of squares over all tensors, a scalar on their device; not finite if an element isn't."""
-    if uses_kernels(tensors[0], "" if tensors[0].dtype == torch.float32 else "not float32"):
+    if uses_kernels(tensors[0], "float64" if tensors[0].dtype == torch.float64 else ""):
         return triton_squared_norm.implementation(tensors)  # dispatching hundreds of tensors takes half a millisecond
     return torch.nn.utils.get_total_norm(tensors).square()

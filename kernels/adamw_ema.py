@@ -4,9 +4,11 @@
     v       = beta2 * v + (1 - beta2) * g^2          half    = p, rounded
     p       = p - lr * weight_decay * p - lr / (1 - beta1^step) * m / (sqrt(v / (1 - beta2^step)) + eps)
 
-Shapes   lists of N float32 tensors, params, grads, exp_avgs, exp_avg_sqs [N]; averages [N * K], the K of a parameter
-         side by side; halves [N] bf16 or fp16, or none; steps [N] float32 scalars, already incremented.
-Traffic  per element 16 bytes read and 12 written, 8 for each average, 2 for the half; squared_norm reads 4.
+Shapes   lists of N float32 tensors, params, exp_avgs, exp_avg_sqs [N]; averages [N * K], the K of a parameter side by
+         side; grads [N], all float32, bf16 or fp16; halves [N] bf16 or fp16, or none; steps [N] float32 scalars,
+         already incremented.
+Traffic  per element 12 bytes and the gradient's (4 or 2) read and 12 written, 8 for each average, 2 for the half;
+         squared_norm reads the gradient.
 Source   Loshchilov & Hutter 2019, algorithm 2 (https://arxiv.org/abs/1711.05101), as torch.optim.AdamW writes it.
 
 Tables on the device hold the tensors' addresses and each program's range. `Lists` and the kernels share their layout,
@@ -33,7 +35,8 @@ NORM_BLOCK = 2048
 SUM_BLOCK = 4096
 """Partial sums that the single program of the second stage reads at a time."""
 
-_TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_GRADIENTS = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Columns of the table of addresses; the averages follow, then the half.
 _PARAM, _EXP_AVG, _EXP_AVG_SQ, _STEP, _AVERAGES = (tl.constexpr(i) for i in range(5))
@@ -70,7 +73,8 @@ def _mix(b_old, b_new, weight):
 
 @triton.jit
 def _update(
-    p_row, grad, shares_ptr, start, o, m, scalars, K: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr
+    p_row, grad, shares_ptr, start, o, m, scalars,
+    K: tl.constexpr, GRAD: tl.constexpr, HALF: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Update elements start + o of one parameter; returns their unscaled gradients.
 
@@ -80,7 +84,7 @@ def _update(
     p_param = _pointer(tl.load(p_row + _PARAM), tl.float32, ALIGNED) + start + o
     p_exp_avg = _pointer(tl.load(p_row + _EXP_AVG), tl.float32, ALIGNED) + start + o
     p_exp_avg_sq = _pointer(tl.load(p_row + _EXP_AVG_SQ), tl.float32, ALIGNED) + start + o
-    b_grad = tl.load(_pointer(grad, tl.float32, ALIGNED) + start + o, mask=m)
+    b_grad = tl.load(_pointer(grad, GRAD, ALIGNED) + start + o, mask=m).to(tl.float32)
     b_p = tl.load(p_param, mask=m)
     b_g = b_grad * grad_scale
     b_m = _mix(tl.load(p_exp_avg, mask=m), b_g, share1)
@@ -102,7 +106,7 @@ def _update(
 def _adamw_ema(
     chunks_ptr, numels_ptr, rows_ptr, grads_ptr, shares_ptr, lr_ptr, grad_scale_ptr, found_inf_ptr, squares_ptr,
     lr, decay, share1, share2, log_beta1, log_beta2, eps,
-    K: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, GRAD: tl.constexpr, HALF: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i_tensor, start, count = _stretch(chunks_ptr, numels_ptr, CHUNK)
     WIDTH: tl.constexpr = _AVERAGES + K + (0 if HALF is None else 1)
@@ -131,11 +135,11 @@ def _adamw_ema(
     o = tl.arange(0, BLOCK)
     b_squares = tl.zeros([BLOCK], tl.float32)
     for i in range(0, bulk, BLOCK):
-        b_grad = _update(p_row, grad, shares_ptr, start, i + o, None, scalars, K, HALF, True)
+        b_grad = _update(p_row, grad, shares_ptr, start, i + o, None, scalars, K, GRAD, HALF, True)
         b_squares += b_grad * b_grad
     for i in range(bulk, count, BLOCK):
         m = i + o < count
-        b_grad = _update(p_row, grad, shares_ptr, start, i + o, m, scalars, K, HALF, False)
+        b_grad = _update(p_row, grad, shares_ptr, start, i + o, m, scalars, K, GRAD, HALF, False)
         b_squares += tl.where(m, b_grad * b_grad, 0.0)
     if squares_ptr is not None:
         total = tl.sum(b_squares, axis=0)
@@ -145,7 +149,9 @@ def _adamw_ema(
 
 
 @triton.jit
-def _squares(chunks_ptr, numels_ptr, grads_ptr, squares_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def _squares(
+    chunks_ptr, numels_ptr, grads_ptr, squares_ptr, GRAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):
     """The sum of squares of a chunk."""
     i_tensor, start, count = _stretch(chunks_ptr, numels_ptr, CHUNK)
     grad = tl.load(grads_ptr + i_tensor)
@@ -153,10 +159,10 @@ def _squares(chunks_ptr, numels_ptr, grads_ptr, squares_ptr, CHUNK: tl.constexpr
     o = tl.arange(0, BLOCK)
     b_squares = tl.zeros([BLOCK], tl.float32)
     for i in range(0, bulk, BLOCK):
-        b_grad = tl.load(_pointer(grad, tl.float32, True) + start + i + o)
+        b_grad = tl.load(_pointer(grad, GRAD, True) + start + i + o).to(tl.float32)
         b_squares += b_grad * b_grad
     for i in range(bulk, count, BLOCK):
-        b_grad = tl.load(_pointer(grad, tl.float32, False) + start + i + o, mask=i + o < count, other=0.0)
+        b_grad = tl.load(_pointer(grad, GRAD, False) + start + i + o, mask=i + o < count, other=0.0).to(tl.float32)
         b_squares += b_grad * b_grad
     tl.store(squares_ptr + tl.program_id(0), tl.sum(b_squares, axis=0))
 
@@ -299,7 +305,7 @@ class Lists:
         if self._checked is None or self._checked != _addresses(self._rows):
             self._check()
             self._checked = _addresses(self._rows)
-        _check("adamw_ema_", "grads", grads, self.params, (torch.float32,))
+        _check("adamw_ema_", "grads", grads, self.params, _GRADIENTS)
         device = self.params[0].device
         stream = _stream(device)
         programs, chunks, numels = _chunks(self._numels, device, stream)
@@ -347,6 +353,7 @@ class Lists:
                 (programs,),
                 *(rate, decay, 1 - beta1, 1 - beta2, _log(beta1), _log(beta2), eps),
                 K=K,
+                GRAD=_TRITON_TYPES[grads[0].dtype],
                 HALF=_TRITON_TYPES[self.halves[0].dtype] if self.halves else None,
                 CHUNK=CHUNK,
                 BLOCK=BLOCK,
@@ -410,26 +417,30 @@ def _(params, grads, m, v, averages, halves, steps, rates, lr, b1, b2, eps, deca
 
 @kernel_op("squared_norm")
 def squared_norm(grads: list[Tensor]) -> Tensor:
-    """The sum of squares over float32 tensors, a float32 scalar. Not finite if any of them isn't, or if it overflows.
+    """The sum of squares over tensors, a float32 scalar. Not finite if any of them isn't, or if it overflows.
 
-    The order of summation is fixed: by chunk in float32, over the chunks in float64.
+    They are float32, bf16 or fp16, with one launch for each dtype. The order of summation is fixed: by chunk in
+    float32, over the chunks in float64.
     """
     if not grads:
         raise ValueError("squared_norm needs at least one of grads; got none")
-    _check("squared_norm", "grads", grads, grads, (torch.float32,))
-    device = grads[0].device
+    device, squares = grads[0].device, []
     stream = _stream(device)
-    programs, chunks, numels = _chunks(tuple(grad.numel() for grad in grads), device, stream)
-    squares = grads[0].new_empty(programs)
-    if programs:
-        addresses = _table(_addresses(grads), torch.int64, device, stream)
-        launcher(_squares, (programs,), CHUNK=CHUNK, BLOCK=NORM_BLOCK)(chunks, numels, addresses, squares)
-    return _total(squares)
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
+        same = [grad for grad in grads if grad.dtype == dtype]
+        _check("squared_norm", "grads", same, same, _GRADIENTS)
+        programs, chunks, numels = _chunks(tuple(grad.numel() for grad in same), device, stream)
+        squares.append(same[0].new_empty(programs, dtype=torch.float32))
+        if programs:
+            addresses = _table(_addresses(same), torch.int64, device, stream)
+            run = launcher(_squares, (programs,), GRAD=_TRITON_TYPES[dtype], CHUNK=CHUNK, BLOCK=NORM_BLOCK)
+            run(chunks, numels, addresses, squares[-1])
+    return _total(squares[0] if len(squares) == 1 else torch.cat(squares))
 
 
 @squared_norm.register_fake
 def _(grads: list[Tensor]) -> Tensor:
-    return grads[0].new_empty(())
+    return grads[0].new_empty((), dtype=torch.float32)
 
 
 squared_norm.register_no_derivative()

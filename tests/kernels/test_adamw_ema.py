@@ -197,6 +197,25 @@ def test_empty_tensors() -> None:
     assert run(nothing, norm=True).item() == 0
 
 
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_16_bit_gradients_are_as_their_float32_values(dtype: torch.dtype) -> None:
+    """To the last bit, also where addresses are no multiple of 16; a norm over both kinds is their norm."""
+    for off in (0, 1):
+        t = make([(2 * BLOCK + 5,), (3, 3)], K=1, half=dtype, off=off)
+        t.grads = make([(2 * BLOCK + 5,), (3, 3)], half=dtype, off=off).halves
+        wide = t.clone()
+        wide.grads = [g.float() for g in t.grads]
+        assert torch.equal(squared_norm(t.grads), squared_norm(wide.grads))
+        mixed = squared_norm([t.grads[0], *make([(7,)]).grads, t.grads[1]])
+        exact = sum(g.double().square().sum() for g in [*t.grads, *make([(7,)]).grads])
+        assert mixed.item() == pytest.approx(float(exact), rel=1e-6)
+        run(t)
+        run(wide)
+        wide.grads = t.grads
+        for a, b in zip(t.all(), wide.all(), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("step", [1, 2, 100_000])
 def test_bias_corrections(step: int) -> None:
     """At step 1 the moments were zero, so that the result depends on 1 - beta; at step 10^5 the corrections are 1."""
@@ -362,7 +381,7 @@ def _wrong() -> dict[str, tuple[str, Any, str]]:
         "too few": ("exp_avgs", [], "needs 1 exp_avgs"),
         "too few averages": ("averages", [], "needs 1 averages"),
         "steps missing": ("steps", [], "needs 1 steps"),
-        "half gradients": ("grads", [torch.zeros(4, 6, dtype=torch.bfloat16, device=DEVICE)], "all float32"),
+        "double gradients": ("grads", [torch.zeros(4, 6, dtype=torch.float64, device=DEVICE)], "float32 or bf"),
         "float halves": ("halves", [torch.zeros(4, 6, device=DEVICE)], "bfloat16 or float16"),
         "another shape": ("exp_avg_sqs", [torch.zeros(6, 4, device=DEVICE)], "doesn't fit"),
         "transposed": ("grads", [torch.zeros(6, 4, device=DEVICE).t()], "contiguous"),
@@ -431,7 +450,7 @@ def test_squared_norm_refusals() -> None:
     with pytest.raises(ValueError, match="at least one"):
         squared_norm([])
     with pytest.raises(ValueError, match="float32"):
-        squared_norm([torch.zeros(3, dtype=torch.float16, device=DEVICE)])
+        squared_norm([torch.zeros(3, dtype=torch.float64, device=DEVICE)])
     with pytest.raises(ValueError, match="contiguous"):
         squared_norm([torch.zeros(3, 4, device=DEVICE).t()])
 
