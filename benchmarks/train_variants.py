@@ -32,6 +32,7 @@ from fastdiff.models.unet import DTYPES
 from fastdiff.runtime import machine
 from fastdiff.runtime.machine import device_name, find
 from fastdiff.runtime.processes import Processes
+from fastdiff.training import optimizer
 from fastdiff.training.step_plan import plan_step
 from fastdiff.training.trainer import Trainer, low_res_of
 
@@ -283,12 +284,12 @@ class Lever:
                 patch.stop()
 
 
-def _one_by_one(blocks: Any, emb: Tensor) -> list[Tensor]:
-    return [block.emb_layers(emb) for block in blocks]
+def _one_by_one(model: unet.UNet, emb: Tensor) -> list[Tensor]:
+    return [block.emb_layers(emb) for block in model.res_blocks]
 
 
-def _ordinary_weight(weight: Tensor, x: Tensor) -> Tensor:
-    return weight.to(x.dtype)
+def _as_they_are(model: unet.UNet) -> list[nn.Parameter]:
+    return list(model.parameters())
 
 
 def _never(*_: Any) -> str:
@@ -307,10 +308,10 @@ LEVERS: dict[str, Lever] = {
         patches=((ops, "skip_conv1x1", reference.skip_conv1x1), (ops, "fuses_shortcut", lambda *_: False))
     ),
     "shortcut with the norm": Lever(patches=((ops, "fuses_shortcut", lambda *_: False),)),
-    "weights laid out once": Lever(patches=((ops, "conv_weight", _ordinary_weight),)),
-    "one embedding product": Lever(patches=((unet, "project_embedding", _one_by_one),), gpu_only=False),
+    "weights laid out once": Lever(patches=((optimizer, "arrange_weights", _as_they_are),)),
+    "one embedding product": Lever(patches=((unet.UNet, "project", _one_by_one),), gpu_only=False),
     "residual sum in the norm": Lever(patches=((blocks, "_leaves_sum", lambda *_: False),)),
-    "optimiser kernel": Lever(),
+    "optimiser kernel": Lever(patches=((optimizer, "arrange_weights", _as_they_are),)),
 }
 
 

@@ -31,8 +31,8 @@ class _ConvWeight(torch.autograd.Function):
 
 
 def conv_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C_out, C_in, kh, kw] → the same values in `dtype`, channels-last; the gradient comes back contiguous."""
-    if not weight.requires_grad and is_arranged(weight, dtype):
+    """[C_out, C_in, kh, kw] → the same values in `dtype`, channels-last; if converted, its gradient is contiguous."""
+    if is_arranged(weight, dtype):
         return weight
     if torch.compiler.is_compiling():  # which fuses these; flattening makes the gradient contiguous
         return weight.flatten().to(dtype).view(weight.shape).contiguous(memory_format=torch.channels_last)
@@ -65,9 +65,10 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, channels_last: boo
 
 def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
     """As `reference.skip_conv1x1`, on channels-last maps."""
-    weight, bias = weight[:, :, 0, 0].to(x.dtype), bias.to(x.dtype)
-    B, C1, H, W = x.shape
-    y = torch.addmm(bias, x.permute(0, 2, 3, 1).reshape(-1, C1), weight[:, :C1].t())
-    if skip is not None:
-        y = torch.addmm(y, skip.permute(0, 2, 3, 1).reshape(-1, skip.shape[1]), weight[:, C1:].t())
+    maps = [x] if skip is None else [x, skip]
+    parts = weight.flatten(1).to(x.dtype).split([each.shape[1] for each in maps], dim=1)  # joined once in backward
+    B, _, H, W = x.shape
+    y = bias.to(x.dtype)
+    for each, part in zip(maps, parts, strict=True):
+        y = torch.addmm(y, each.permute(0, 2, 3, 1).flatten(0, 2), part.t())
     return y.view(B, H, W, -1).permute(0, 3, 1, 2)

@@ -91,10 +91,10 @@ class PointwiseConv(nn.Conv1d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[:, :, 0].to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, self.weight.flatten(1).to(x.dtype), self.bias.to(x.dtype))
 
     def without_bias(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[:, :, 0].to(x.dtype))
+        return F.linear(x, self.weight.flatten(1).to(x.dtype))
 
 
 class Linear(nn.Linear):

@@ -118,10 +118,11 @@ class Operation:
 def optimiser_bytes(averages: int = 1, half_copy: bool = True) -> int:
     """Memory traffic of one AdamW update in bytes per parameter (see `kernels/adamw_ema.py`).
 
-    It reads weight, gradient and two moments and writes all but the gradient, in float32 (28 bytes), reads and writes
-    each average (8 bytes), and writes a 16-bit copy (2 bytes).
+    It reads the gradient for its norm (4 bytes), reads weight, gradient and two moments and writes all but the gradient
+    (28), in float32, and reads and writes each average (8). A weight with a 16-bit copy has a 16-bit gradient, which is
+    read twice, and the copy is written: 2 bytes less.
     """
-    return 28 + 8 * averages + (2 if half_copy else 0)
+    return 32 + 8 * averages - (2 if half_copy else 0)
 
 
 def on_meta(settings: BackboneSettings) -> UNet:

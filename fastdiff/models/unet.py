@@ -74,7 +74,7 @@ class UNet(nn.Module):
         super().__init__()
         self.settings = settings
         self.dtype = torch.float32
-        self.projection: tuple[Tensor, Tensor] | None = None  # weight and bias of `project`, if frozen
+        self.projection: tuple[Tensor, Tensor] | None = None  # weight and bias of `project`, once joined
         width, channels = settings.num_channels, settings.level_channels
         emb = 4 * width
         self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
 from fastdiff.runtime.processes import Processes, current, join
 from fastdiff.training.device_step import Losses, OptimizerStep, Record, poison_gradients
-from fastdiff.training.optimizer import AdamWEMA, laid_out_as, learning_rate
+from fastdiff.training.optimizer import AdamWEMA, learning_rate
 from fastdiff.training.step_plan import StepPlan
 
 _TIMEOUT_MARGIN = 2.0  # minutes
@@ -147,8 +146,7 @@ class EngineStep(OptimizerStep):
 
         Without ZeRO and in fp32, the parameters hold the gradients.
         """
-        gradients = [laid_out_as(p, p.grad) for p in self.model.parameters() if p.grad is not None]
-        norm = float(ops.squared_norm(gradients).sqrt())
+        norm = float(self.optimizer.squared_norm().sqrt())
         self.optimizer.overflow = not math.isfinite(norm)
         self.grad_norms.append(norm)
 

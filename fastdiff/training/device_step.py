@@ -66,11 +66,13 @@ class OptimizerStep:
 class DeviceStep(OptimizerStep):
     """A step for which the host never waits for the device, and which CUDA graphs replay unless cuda_graph is False.
 
-    Whether the step is skipped must be known before the update. That takes one more pass over the gradients: 4 bytes
-    per element, besides the 28 bytes of the update and 8 of each average.
+    Whether the step is skipped must be known before the update. That takes one more pass over the gradients, 2 or 4
+    bytes per element, besides the 28 bytes of the update and 8 of each average.
 
-    Parameters and gradients are float32 in every precision; the network casts weights where it uses them. A micro-batch
-    is one graph and the update another, so that any accumulation needs the memory of one micro-batch.
+    Master weights are float32 in every precision. With kernels, the network computes with 16-bit copies of most, which
+    the update writes (`arrange_weights`), and the update reads their 16-bit gradients; those of several micro-batches
+    are summed in float32. Otherwise the network casts weights where it uses them. A micro-batch is one graph and the
+    update another, so that any accumulation needs the memory of one micro-batch.
     """
 
     def __init__(self, losses: Losses, record: Record, optimizer: AdamWEMA, model: UNet, plan: StepPlan) -> None:
@@ -81,6 +83,11 @@ class DeviceStep(OptimizerStep):
             self.scale = LossScale(max(1, round(1 / self.train.fp16_scale_growth)), device)
         self._scales_gradients = plan.scales_gradients
         self._parameters = list(model.parameters())
+        self._sums: list[Tensor] = []  # over micro-batches, of the gradients of 16-bit copies
+        if self.accumulation > 1:
+            for master, _ in optimizer.copies:
+                master.grad = torch.zeros_like(master)
+                self._sums.append(master.grad)
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._grad_norm = torch.zeros((), device=device)
         self._inputs: Batch | None = None
@@ -132,14 +139,27 @@ class DeviceStep(OptimizerStep):
         self.record(result)
         loss = poison_gradients(result.loss) / self.accumulation
         (loss if self.scale is None else loss * self.scale.cur_scale).backward()
+        if self._sums:
+            self._sum_gradients(first)
+
+    @torch.no_grad()
+    def _sum_gradients(self, first: bool) -> None:
+        """Add the 16-bit gradients of a micro-batch to the float32 sums, and drop them, lest autograd add the next."""
+        gradients = [copy.grad for _, copy in self.optimizer.copies if copy.grad is not None]
+        if first:
+            torch._foreach_copy_(self._sums, gradients)
+        else:
+            torch._foreach_add_(self._sums, gradients)
+        for _, copy in self.optimizer.copies:
+            copy.grad = None
 
     def _drop_gradients(self) -> None:
-        for p in self._parameters:
+        for p in (*self._parameters, *(self.model.projection or ())):
             p.grad = None
 
     def _update(self) -> None:
         """Clip, AdamW, averages, loss scale; nothing but the scale changes where a gradient is not finite."""
-        squared = ops.squared_norm([p.grad for p in self._parameters if p.grad is not None])
+        squared = self.optimizer.squared_norm()
         loss_scale = self.scale.cur_scale if self.scale else 1.0
         grad_scale, found_inf = ops.grad_scale_and_overflow(squared, loss_scale, self.train.grad_clip)
         self._grad_norm.copy_(squared.sqrt() / loss_scale)

@@ -38,7 +38,8 @@ class Slice:
 class MasterWeights:
     """The fp32 weights that an optimiser steps: `shards` on this rank, laid out as `slices` says.
 
-    optimizer  that of a DeepSpeed engine; or an AdamW of the module's float32 parameters, which are then the shards
+    optimizer  that of a DeepSpeed engine; or an AdamW of the float32 master weights of all parameters, in their order,
+               which are then the shards
     """
 
     def __init__(self, optimizer: Any, module: nn.Module, rank: int, world_size: int) -> None:
@@ -88,8 +89,11 @@ class MasterWeights:
     def fill(self, tensors: list[Tensor], state: dict[str, Tensor]) -> None:
         """Copy this rank's slices of a state_dict into tensors laid out like the shards."""
         for s in self.slices:
-            part = state[s.name].reshape(-1)[s.start : s.start + s.numel]
-            tensors[s.shard].view(-1)[s.offset : s.offset + s.numel].copy_(part)
+            part, shard = state[s.name].reshape(-1)[s.start : s.start + s.numel], tensors[s.shard]
+            if s.numel == shard.numel():  # a whole shard, which may be channels-last
+                shard.copy_(part.view(shard.shape))
+            else:
+                shard.view(-1)[s.offset : s.offset + s.numel].copy_(part)
 
     @torch.no_grad()
     def load(self, module: nn.Module, state: dict[str, Tensor]) -> None:
@@ -127,8 +131,8 @@ def _layout(optimizer: Any, module: nn.Module, rank: int) -> tuple[list[Tensor],
                     shard = _private(mapping, "param_group_index")
                     slices.append(Slice(name, low.start, low.numel, shard, high.start))
             return list(getattr(optimizer, attribute)), slices, False
-    if isinstance(optimizer, torch.optim.Optimizer):  # the parameters are their own masters
-        shards = [parameter for _, parameter in parameters]
+    if isinstance(optimizer, torch.optim.Optimizer):  # it steps the masters of the parameters, or these themselves
+        shards = [master for group in optimizer.param_groups for master in group["params"]]
         names = [name for name, _ in parameters]
     else:  # 16 bits without ZeRO: one master for each parameter
         shards = [master for group in _private(optimizer, "fp32_groups") for master in group]

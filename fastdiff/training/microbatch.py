@@ -24,6 +24,7 @@ from fastdiff import ops
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.arrangement import arrange_weights
 from fastdiff.models.unet import body_dtype, dummy_batch
 from fastdiff.runtime.machine import best_seconds, free_memory, local_processes
 from fastdiff.runtime.processes import Processes
@@ -123,6 +124,8 @@ def fit(
         memory = estimate(
             settings, train, diffusion, plan.dtype, processes.device, plan.world_size, not plan.engine_reason
         )
+        if micro < share or memory.most(int(available * (1 - SPARE))) < share:
+            memory = memory.accumulating()
         most = memory.most(int(available * (1 - SPARE)))
         if most >= wanted:
             break
@@ -140,6 +143,8 @@ def fit(
             micro, rates = _fastest(settings, train, diffusion, processes, _divisors(share, most)[:TRIED])
             tried = ", ".join(f"{size}: {rate:.4g} images/s" for size, rate in rates.items())
             lines.append(f"microbatch auto: {micro} ({tried})")
+        if micro < share:
+            memory = memory.accumulating()
     elif micro > most:
         lines.append(f"this may not fit: try --microbatch auto{'' if recompute else ' or --use_checkpoint auto'}")
     return Fit(micro, recompute, [*lines, memory.describe(micro, available)])
@@ -243,7 +248,7 @@ class Memory:
     """Bytes on one device at the peak of a step."""
 
     weights: int
-    """Weights, in the precision that the step stores them in."""
+    """Weights, in the precision that the step stores them in, and the 16-bit copies that a `DeviceStep` keeps."""
     gradients: int
     optimizer: int
     """AdamW's moments and the float32 master weights of 16-bit weights."""
@@ -252,6 +257,8 @@ class Memory:
     """Activations and intermediate results at the peak of forward and backward pass."""
     fixed: int
     """Intermediate results that don't depend on the batch."""
+    sums: int = 0
+    """Float32 sums of 16-bit gradients, which a step over several micro-batches needs besides."""
 
     @property
     def states(self) -> int:
@@ -260,6 +267,10 @@ class Memory:
     def of(self, micro_batch: int) -> int:
         """Total bytes for micro-batches of `micro_batch` images."""
         return self.states + self.fixed + micro_batch * self.per_image
+
+    def accumulating(self) -> Memory:
+        """The memory of a step over several micro-batches: the sums are gradients."""
+        return replace(self, gradients=self.gradients + self.sums, sums=0)
 
     def describe(self, micro_batch: int, available: int) -> str:
         """One line for the log."""
@@ -284,45 +295,43 @@ def estimate(
 ) -> Memory:
     """Estimate the memory of a training step with the network's body in `dtype`, without touching `device`.
 
-    on_device: the step is a `DeviceStep`, without DeepSpeed, and its weights are float32.
+    on_device: the step is a `DeviceStep`, without DeepSpeed, and its master weights are the network's float32 ones.
     """
     halves = train.precision != "fp32" and not on_device
+    arranges = on_device and device.type == "cuda" and train.kernels != "reference"
     sizes = (2, 4)
     # Ops choose their implementation by device: fake tensors stand in for the CPU's, meta tensors for a GPU's.
     stand_in = FakeTensorMode() if device.type == "cpu" else torch.device("meta")
     with stand_in:
         network = build_model(model.model_copy(update={"use_checkpoint": model.use_checkpoint is True}))
         process = replace(diffusion)  # a copy, so that the caller's process caches no stand-in tables
-        peaks = [_peak(network, process, dtype, device, size, train.kernels, halves) for size in sizes]
+        network.train().set_precision(dtype)
+        if arranges:
+            arrange_weights(network)
+        elif halves:
+            network.to(dtype)
+        peaks = [_peak(network, process, device, size, train.kernels) for size in sizes]
     count = sum(p.numel() for p in network.parameters())
+    copied = sum(p.numel() for p in network.parameters() if arranges and p.dtype != torch.float32)
     per_image = (peaks[1] - peaks[0]) // (sizes[1] - sizes[0])
     shared = [world_size if train.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     master = 4 * count // shared[0] if halves else 0
     bucket = bucket_size(train.zero_stage, world_size, count) if train.zero_stage and not on_device else 0
     buckets = 2 if overlaps(train.zero_stage, world_size) else 1  # one is filled while the other is reduced
     return Memory(
-        weights=(2 if halves else 4) * count // shared[2],
-        gradients=(2 if halves else 4) * count // shared[1] + (4 * count // shared[0] if halves else 0),
+        weights=(2 if halves else 4) * count // shared[2] + 2 * copied,
+        gradients=(2 if halves else 4) * count // shared[1] + (4 * count // shared[0] if halves else 0) - 2 * copied,
         optimizer=8 * count // shared[0] + master,
         averages=4 * count // shared[0] * len(train.ema_rate),
         per_image=per_image,
         fixed=max(0, peaks[0] - sizes[0] * per_image) + (2 if halves else 4) * bucket * buckets,
+        sums=4 * copied,
     )
 
 
-def _peak(
-    network: UNet,
-    diffusion: GaussianDiffusion,
-    dtype: torch.dtype,
-    device: torch.device,
-    size: int,
-    kernels: str,
-    halves: bool,
-) -> int:
+def _peak(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int, kernels: str) -> int:
     """Peak bytes of a forward and backward pass on `size` images, without weights and their gradients."""
-    network.train().set_precision(dtype)
-    for p in network.parameters():
-        p.data = p.data.to(dtype if halves else torch.float32)
+    for p in (*network.parameters(), *(network.projection or ())):
         p.grad = torch.zeros_like(p)  # DeepSpeed keeps gradients in buffers of its own
     batch = dummy_batch(network.settings, size, next(network.parameters()).device)
     mode: ops.Kernels = "triton" if device.type == "cuda" and kernels != "reference" else "auto"

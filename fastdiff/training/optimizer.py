@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from fastdiff import ops
 from fastdiff.models import UNet
+from fastdiff.models.arrangement import arrange_weights
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import StepPlan
 
@@ -42,6 +43,7 @@ class AdamWEMA(torch.optim.AdamW):
     fused_kernel  update everything in one Triton launch; False: torch's fused AdamW, then `ops.update_ema`
     overflow      if True, `step` changes nothing; DeepSpeed's engine reads it to learn whether a step was skipped
     averages      rate → averages, in the order in which they were attached
+    copies        (master weight, its 16-bit copy), as they were attached
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class AdamWEMA(torch.optim.AdamW):
         self.fused_kernel = fused_kernel
         self.overflow = False
         self.averages: dict[float, list[Tensor]] = {}
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self._copy_of: dict[int, Tensor] = {}  # by the id of the master weight
         # id of a tensor → its averages, and the tensor itself, so that no other can get this id
         self._of: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self._lists: dict[tuple[int, ...], tuple[list[list[Tensor]], Any]] = {}
@@ -82,6 +86,34 @@ class AdamWEMA(torch.optim.AdamW):
         self._of = {id(p): (p, [column[i] for column in columns]) for i, p in enumerate(stepped)}
         self._lists.clear()
 
+    def attach_copies(self, masters: Iterable[Tensor], weights: Iterable[Tensor]) -> None:
+        """Write the 16-bit copies of master weights in every step from now on, and take their gradients.
+
+        masters  float32 tensors that `step` updates
+        weights  one for each, in its shape and memory layout, with which a network computes; a master that is its own
+                 weight has no copy
+
+        If the masters have gradients of their own, all of them, these are taken: float32 sums over micro-batches.
+        """
+        self.copies = [
+            (master, weight) for master, weight in zip(masters, weights, strict=True) if master is not weight
+        ]
+        if self.copies and not self.fused_kernel:
+            raise ValueError("AdamWEMA writes copies of master weights only with fused_kernel; got fused_kernel False")
+        self._copy_of = {id(master): weight for master, weight in self.copies}
+        self._lists.clear()
+
+    def squared_norm(self) -> Tensor:
+        """The sum of squares of the gradients that `step` will read, a scalar; not finite if one of them isn't."""
+        found = (self._gradient_of(p) for group in self.param_groups for p in group["params"])
+        return ops.squared_norm([grad for grad in found if grad is not None])
+
+    def _gradient_of(self, p: Tensor) -> Tensor | None:
+        """The gradient of a parameter, or of its 16-bit copy, in the parameter's memory layout."""
+        copy = self._copy_of.get(id(p))
+        grad = copy.grad if p.grad is None and copy is not None else p.grad
+        return None if grad is None else laid_out_as(p, grad)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient, and the averages of all parameters."""
@@ -100,20 +132,34 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _step_all(self, given: OnDevice | None) -> None:
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(group, params, given)
-            self._move_averages([p for p in group["params"] if p.grad is None], given)
+            updated: set[int] = set()
+            for params, grads in self._parts(group):
+                self._update(group, params, grads, given)
+                updated.update(map(id, params))
+            self._move_averages([p for p in group["params"] if id(p) not in updated], given)
+
+    def _parts(self, group: dict[str, Any]) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """[(parameters, their gradients)] of a group's parameters without a 16-bit copy, and of those with one.
+
+        Those without a gradient are left out. A part is updated in one launch.
+        """
+        parts: tuple[tuple[list[Tensor], list[Tensor]], ...] = (([], []), ([], []))
+        for p in group["params"]:
+            grad = self._gradient_of(p)
+            if grad is not None:
+                params, grads = parts[id(p) in self._copy_of]
+                params.append(p)
+                grads.append(grad)
+        return [part for part in parts if part[0]]
 
     def prepare(self) -> None:
-        """Copy to the device the tables that the kernel needs to find the current gradients."""
+        """Copy to the device the tables with which kernels find the current gradients, those of their norm, too."""
         if not self.fused_kernel:
             return
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                lists = self._kernel_lists(params, *self._states_of(params))
-                lists.prepare([laid_out_as(p, p.grad) for p in params])
+            for params, grads in self._parts(group):
+                self._kernel_lists(params, *self._states_of(params)).prepare(grads)
+        self.squared_norm()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of any AdamW, whichever of torch's implementations it used."""
@@ -121,13 +167,12 @@ class AdamWEMA(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._lists.clear()
 
-    def _update(self, group: dict[str, Any], params: list[Tensor], given: OnDevice | None) -> None:
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], given: OnDevice | None) -> None:
         """Update parameters that have gradients, and their averages."""
         if group["amsgrad"] or group["maximize"]:
             raise ValueError(
                 "AdamWEMA supports neither amsgrad nor maximize; got a group that sets one: set them to False"
             )
-        grads = [laid_out_as(p, p.grad) for p in params]
         beta1, beta2 = group["betas"]
         numbers: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
         numbers |= {"weight_decay": group["weight_decay"], "lr": given.lr if given else float(group["lr"])}
@@ -141,7 +186,7 @@ class AdamWEMA(torch.optim.AdamW):
             self._kernel_lists(params, exp_avgs, exp_avg_sqs, steps).step(
                 grads, **numbers, grad_scale=grad_scale, found_inf=found_inf
             )
-            torch.autograd.graph.increment_version(params)
+            torch.autograd.graph.increment_version([*params, *self._copies_of(params)])
             return
         if grad_scale is not None:
             grads = list(torch._foreach_mul(grads, grad_scale))
@@ -168,11 +213,15 @@ class AdamWEMA(torch.optim.AdamW):
         known, lists = self._lists.get(key, ([], None))
         if lists is None or not all(all(map(is_, a, b)) for a, b in zip(columns, known, strict=True)):
             averages = [average for p in columns[0] for average in self._averages_of(p)]
-            lists = ops.AdamWLists(*columns, averages=averages, rates=list(self.averages), halves=[])
+            halves = self._copies_of(columns[0])
+            lists = ops.AdamWLists(*columns, averages=averages, rates=list(self.averages), halves=halves)
             if len(self._lists) > 1000:  # every step has other tensors, so the cache is useless
                 self._lists.clear()
             self._lists[key] = (list(columns), lists)
         return lists
+
+    def _copies_of(self, params: list[Tensor]) -> list[Tensor]:
+        return [self._copy_of[id(p)] for p in params if id(p) in self._copy_of]
 
     def _averages_of(self, p: Tensor) -> list[Tensor]:
         if not self.averages:
@@ -198,15 +247,19 @@ def create_optimizer(model: UNet, plan: StepPlan) -> AdamWEMA:
     """The optimiser of a model that is on its device. It updates by the kernel where its tensors are on a GPU."""
     fused_kernel = ops.uses_kernels(next(model.parameters())) and not plan.offloads_optimizer
     train = plan.train
-    return AdamWEMA(model.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused_kernel=fused_kernel)
+    # DeepSpeed makes master weights of its own, in flat buffers of contiguous parameters.
+    arranges = fused_kernel and not plan.engine_reason
+    masters = arrange_weights(model) if arranges else list(model.parameters())
+    optimizer = AdamWEMA(masters, lr=train.lr, weight_decay=train.weight_decay, fused_kernel=fused_kernel)
+    optimizer.attach_copies(masters, model.parameters())
+    return optimizer
 
 
-def laid_out_as(p: Tensor, grad: Tensor | None) -> Tensor:
+def laid_out_as(p: Tensor, grad: Tensor) -> Tensor:
     """The gradient in its parameter's memory layout. Autograd's gradients have it; code that sets .grad may not."""
-    assert grad is not None
     if grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous()):
         return grad
-    return torch.empty_like(p).copy_(grad)
+    return torch.empty_like(p, dtype=grad.dtype).copy_(grad)
 
 
 def learning_rate(train: TrainSettings, updates: int) -> float:

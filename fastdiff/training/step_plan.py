@@ -19,6 +19,7 @@ from fastdiff.diffusion.noise_keys import NOISE, TIMESTEPS
 from fastdiff.diffusion.timesteps import UniformSampler
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.arrangement import arrange_weights
 from fastdiff.models.regions import Regions
 from fastdiff.models.unet import body_dtype, dummy_batch
 from fastdiff.precompile import META, Launch, launches_of
@@ -238,8 +239,8 @@ def training_launches(
     """
 
     def work() -> None:
-        parameters = forward_and_backward(settings, diffusion, micro, precision, more, through_engine, in_regions)
-        _update(parameters, rates, scaled, through_engine)
+        model = forward_and_backward(settings, diffusion, micro, precision, more, through_engine, in_regions)
+        _update(model, rates, scaled, through_engine, more)
 
     return launches_of(work)
 
@@ -252,12 +253,14 @@ def forward_and_backward(
     more: bool = False,
     through_engine: bool = False,
     in_regions: bool = False,
-) -> list[Tensor]:
-    """Run a training step up to its gradients on the meta device; returns the parameters. See `training_launches`."""
+) -> UNet:
+    """Run a training step up to its gradients on the meta device; returns the network. See `training_launches`."""
     with META:
         model = build_model(settings).train().set_precision(precision)
     if through_engine:
         model.to(precision)
+    else:
+        arrange_weights(model)
     if in_regions:
         model.forward = Regions(model)  # type: ignore[method-assign]
     process = create_diffusion(diffusion, settings.learn_sigma)
@@ -272,18 +275,27 @@ def forward_and_backward(
         terms = process.training_losses(model, *given)
         meter.add(t, weights, terms)
         terms["loss"].mean().backward()
-    return list(model.parameters())
+    return model
 
 
-def _update(parameters: list[Tensor], rates: Sequence[float], scaled: bool, through_engine: bool) -> None:
+def _update(model: UNet, rates: Sequence[float], scaled: bool, through_engine: bool, more: bool) -> None:
     """Launch the kernels of the optimiser's update."""
-    like = lambda count=1: [torch.empty_like(p, dtype=torch.float32) for p in parameters for _ in range(count)]
-    gradients, lists, averages = like(), [like() for _ in range(3)], like(len(rates))
-    squared = ops.squared_norm(gradients)
+    weights: list[Tensor] = list(model.parameters())
+    copies = [] if through_engine else [p for p in weights if p.dtype != torch.float32]
+    plain = [p for p in weights if through_engine or p.dtype == torch.float32]
+
+    def like(tensors: list[Tensor], dtype: torch.dtype | None = torch.float32, count: int = 1) -> list[Tensor]:
+        return [torch.empty_like(p, dtype=dtype) for p in tensors for _ in range(count)]
+
+    parts = [(plain, like(plain), []), (copies, like(copies, torch.float32 if more else None), copies)]
+    squared = ops.squared_norm([grad for _, gradients, _ in parts for grad in gradients])
     given: dict[str, Any] = {"lr": 1e-4}
     if not through_engine:
         grad_scale, found_inf = ops.grad_scale_and_overflow(squared)
         given = {"lr": squared, "grad_scale": grad_scale if scaled else None, "found_inf": found_inf}
-    steps = [squared] * len(parameters)
-    update = ops.AdamWLists(*lists, steps=steps, averages=averages, rates=list(rates), halves=[])
-    update.step(gradients, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, **given)
+    for part, gradients, halves in parts:
+        if part:
+            lists, averages = [like(part) for _ in range(3)], like(part, count=len(rates))
+            steps = [squared] * len(part)
+            update = ops.AdamWLists(*lists, steps=steps, averages=averages, rates=list(rates), halves=halves)
+            update.step(gradients, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, **given)

@@ -80,8 +80,8 @@ def compile_ahead(launches: list[Any]) -> int:
 
 
 def step(in_regions: bool = False, **given: Any) -> None:
-    trainer = small_trainer(model=WIDE if in_regions else MODEL, ema_rate=",".join(map(str, RATES)), **given)
-    trainer.model.set_precision(torch.bfloat16)
+    model, rates = WIDE if in_regions else MODEL, ",".join(map(str, RATES))
+    trainer = small_trainer(model=model, dtype=torch.bfloat16, ema_rate=rates, **given)
     draw_timesteps = trainer.draw_timesteps  # its kernel does nothing either, and leaves numbers that are no timesteps
     trainer.draw_timesteps = lambda batch: tuple(map(torch.zeros_like, draw_timesteps(batch)))
     if in_regions:

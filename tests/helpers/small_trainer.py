@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,11 +66,13 @@ def small_trainer(
     model: dict[str, Any] | None = None,
     deepspeed: dict[str, Any] | None = None,
     diffusion: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> Trainer:
     """Make a trainer with four images per step in two micro-batches by default; no weight starts at zero.
 
-    CUDA graphs are off by default, because a replayed step doesn't see what a test replaces.
+    CUDA graphs are off by default, because a replayed step doesn't see what a test replaces. `dtype` is that of the
+    network's body where it shall not follow from the precision.
     """
     given = {"batch_size": 4, "microbatch": 2, "lr": 1e-3, "ema_rate": "0.9,0.99", "seed": 3, "cuda_graph": False}
     given |= settings
@@ -87,6 +90,8 @@ def small_trainer(
     loader = MadeUp(train.batch_size, network_settings.size_hw[0], network_settings.in_channels)
     processes = start_processes()
     plan = plan_step(train, deepspeed or {}, processes)
+    if dtype is not None:
+        plan = replace(plan, dtype=dtype)
     return Trainer(plan, network, process, loader, processes, snapshot)  # type: ignore[arg-type]
 
 

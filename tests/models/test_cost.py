@@ -200,4 +200,4 @@ def test_float32_maps_are_twice_as_large() -> None:
 
 def test_bytes_of_the_optimiser() -> None:
     assert cost.optimiser_bytes() == 38
-    assert cost.optimiser_bytes(averages=2, half_copy=False) == 44
+    assert cost.optimiser_bytes(averages=2, half_copy=False) == 48

@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, build_model
+from fastdiff.models.arrangement import arrange_weights
 from fastdiff.models.unet import dummy_batch
 from fastdiff.runtime.processes import Processes
 from fastdiff.training import microbatch
@@ -70,10 +71,29 @@ def test_states() -> None:
 
     assert per_parameter() == 4 + 4 + 8 + 4
     assert per_parameter(ema_rate="0.9,0.99") == 4 + 4 + 8 + 8
-    assert per_parameter(precision="bf16", on_device=True) == 4 + 4 + 8 + 4
+    assert per_parameter(kernels="reference", on_device=True) == 4 + 4 + 8 + 4
     assert per_parameter(precision="bf16") == 2 + (2 + 4) + (4 + 8) + 4
     assert per_parameter(4, precision="bf16", zero_stage=1) == pytest.approx(2 + 2 + (4 + 4 + 8 + 4) / 4, rel=1e-3)
     assert per_parameter(4, precision="bf16", zero_stage=3) == pytest.approx((2 + 2 + 4 + 4 + 8 + 4) / 4, rel=1e-3)
+
+
+def test_states_of_a_lone_process() -> None:
+    """Beside its master weights it has 16-bit copies with 16-bit gradients, and sums them in float32."""
+    diffusion = create_diffusion(DiffusionSettings(diffusion_steps=50), learn_sigma=True)
+    model = build_model(NETWORK).set_precision(torch.bfloat16)
+    count = sum(p.numel() for p in model.parameters())
+    arrange_weights(model)
+    copied = sum(p.numel() for p in model.parameters() if p.dtype == torch.bfloat16)
+    assert copied > 0.5 * count
+    train = TrainSettings(precision="bf16")
+    memory = estimate(NETWORK, train, diffusion, torch.bfloat16, GPU, on_device=True)
+    assert memory.states == 20 * count + (2 - 2) * copied
+    assert memory.accumulating().states == memory.states + 4 * copied
+    assert memory.accumulating() == memory.accumulating().accumulating()
+    plain = TrainSettings(precision="bf16", kernels="reference")
+    casting = estimate(NETWORK, plain, diffusion, torch.bfloat16, GPU, on_device=True)
+    assert casting.states == 20 * count
+    assert casting.fixed - memory.fixed > 1.5 * copied, "a forward pass keeps no casts of the weights"
 
 
 def test_buckets() -> None:

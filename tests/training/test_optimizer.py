@@ -306,6 +306,39 @@ def test_gradients_in_another_layout(fused_kernel: bool) -> None:
     assert_close({"": p.detach()}, {"": twin.detach()}, ulps=2)
 
 
+def test_copies() -> None:
+    """Masters are updated by their copies' gradients or by their own, and copies follow; all else is as without."""
+    params, plain = alone(fused_kernel=True)
+    masters = [p.detach().clone().requires_grad_() for p in params]
+    weights = [masters[0], *(p.detach().half().requires_grad_() for p in masters[1:])]
+    ours = AdamWEMA(masters, fused_kernel=True)
+    ours.attach_copies(masters, weights)
+    for optimizer, stepped in ((plain, params), (ours, masters)):
+        optimizer.attach_averages(stepped, {0.5: [p.detach().clone() for p in stepped]})
+    for i in range(3):
+        for p, weight, x in zip(params, weights, inputs(i, torch.float16), strict=True):
+            weight.grad = x.to(weight.dtype)
+            p.grad = weight.grad.float()
+        if i == 1:  # sums over micro-batches
+            for p, master in zip(params[1:], masters[1:], strict=True):
+                master.grad = p.grad = 2 * p.grad
+        with ops.using("triton"):
+            norms = [optimizer.squared_norm() for optimizer in (plain, ours)]
+        assert norms[0].item() == pytest.approx(norms[1].item(), rel=1e-6)
+        versions = [weight._version for weight in weights]
+        plain.step()
+        ours.step()
+        assert all(weight._version > version for weight, version in zip(weights, versions, strict=True))
+        for master in masters:
+            master.grad = None
+        for p, master, weight in zip(params, masters, weights, strict=True):
+            assert torch.equal(p, master)
+            assert torch.equal(weight, master.to(weight.dtype))
+    assert all(map(torch.equal, plain.averages[0.5], ours.averages[0.5]))
+    with pytest.raises(ValueError, match="only with fused_kernel"):
+        alone(fused_kernel=False)[1].attach_copies(masters, weights)
+
+
 @pytest.mark.parametrize("fused_kernel", [True, False])
 def test_refusals(fused_kernel: bool) -> None:
     params, optimizer = alone(fused_kernel)

@@ -294,7 +294,7 @@ def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, devic
     dtype = torch.float32 if device.type == "cpu" else DTYPES[train.precision]
     rates = (find(name) if train.precision != "fp32" else None) or measure_rates(device, dtype=dtype)
     element = cost.SINGLE if train.precision == "fp32" or device.type == "cpu" else cost.HALF
-    updated = cost.optimiser_bytes(len(train.ema_rate), half_copy=False)
+    updated = cost.optimiser_bytes(len(train.ema_rate), half_copy=element == cost.HALF)
     ops = cost.operations(settings, element)
     shares = predict(ops, batch, rates, launch_us=0.0, optimiser_bytes=updated)
     return {name: share.ms for name, share in shares.items() if share.ms}
