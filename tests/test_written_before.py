@@ -18,6 +18,7 @@ import torch
 from helpers import TESTS
 
 from fastdiff import ops, sample, train
+from fastdiff.runtime.machine import device_name
 
 
 @pytest.fixture
@@ -31,8 +32,12 @@ def expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def same_machine(expected: dict[str, Any]) -> bool:
-    """Return whether sums have the same last bits here: the same PyTorch on a CPU with the same instructions."""
-    return expected["machine"] == {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    """Return whether sums have the same last bits here: the same PyTorch on a CPU with the same instructions.
+
+    The recording machine had an AMD EPYC; on another maker's CPU libraries choose other code for the same instructions.
+    """
+    here = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return expected["machine"] == here and device_name(torch.device("cpu")).startswith("AMD")
 
 
 def test_the_run_goes_on(expected: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,7 +211,7 @@ class ResBlock(nn.Module):
         a, b, b_bias = x.parts if isinstance(x, Sum) and x.parts else (value(x), None, None)
         if not isinstance(shortcut, SkipConv) or not _leaves_sum(shortcut, a) or not ops.fuses_shortcut(a, skip):
             return *norm.of(x, skip=skip), None
-        weight = shortcut.weight[:, :, 0, 0]
+        weight = shortcut.weight.flatten(1)
         total, h, made = ops.norm_and_shortcut(a, norm.weight, norm.bias, weight, b=b, b_bias=b_bias, skip=skip)
         if isinstance(x, Sum):
             x.keep(total)
