@@ -9,6 +9,11 @@ benchmarks; what its ops would launch is compiled and the machine code read. Exi
 or breaks a rule: at most one value spilled, at most 255 registers, shared memory within the GPU's limit, 128-bit
 loads and stores where a kernel moves maps, tensor-core instructions where it multiplies matrices.
 
+For sm_90 the cost of every launch at every shape is predicted from its machine code (`kernel_cost.py`) and printed
+below its code: instructions of a thread per valid element, resident warps and bytes in flight per multiprocessor, DRAM
+bytes over least bytes, microseconds on an H100, and the share of an H100's copy bandwidth. --cost FILE writes those of
+training steps, from which `roofline.py` predicts steps. A launch whose loops can't be counted breaks a rule, too.
+
 Launches of the kernels' tests, which are small and odd, must compile and fit on the GPU. The tests write them:
 
     python -m pytest tests/kernels --ignore=tests/kernels/test_aot.py --launches launches.jsonl
@@ -22,7 +27,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -41,11 +46,15 @@ from fastdiff.kernels import aot, launch
 from fastdiff.kernels.aot import Compiled
 from fastdiff.kernels.launch import Launch
 
+from benchmarks import kernel_cost
 from benchmarks.bench_train import CONFIGS, chosen
 from benchmarks.flag_types import at_least, existing_file
+from benchmarks.kernel_cost import Cost
+from benchmarks.machine_code import Code, Unknown
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.solvers import solver_table
+from fastdiff.errors import UserError
 from fastdiff.runtime.script import run_script
 from fastdiff.sampling.engine import sampling_launches
 from fastdiff.training.step_plan import split_batch, training_launches
@@ -54,6 +63,7 @@ from fastdiff.training.step_plan import split_batch, training_launches
 TRAINED = {"cifar10_uncond": (128, 256)}
 DRAWN = {"imagenet64_270M": (256, 16, 1), "cifar10_uncond": (512, 16)}
 PRECISIONS = {"imagenet64_270M": (torch.bfloat16, torch.float16)}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 SOLVERS = ("ddpm", "dpmpp_3m")
 
 # Kernels that move maps or flat buffers, and which of their accesses, loads (l) or stores (s), must be 128 bits wide.
@@ -76,7 +86,11 @@ FEW_SPILLS = {"norm_forward": 16, "norm_backward": 16}
 MATMUL = {name for name in BULK if name.endswith(("_short", "_long", "_whole"))}
 
 
-def recorded(name: str) -> Iterator[Launch]:
+Step = tuple[str, Launch]
+"""The name of a training step (`kernel_cost.step_name`), or an empty one, and a launch in it."""
+
+
+def recorded(name: str) -> Iterator[Step]:
     """Launches of a configuration's training and sampling steps."""
     content = json.loads((CONFIGS / f"{name}.json").read_text())
     kind = SuperResConfig if "large_size" in content.get("model", {}) else Config
@@ -84,19 +98,23 @@ def recorded(name: str) -> Iterator[Launch]:
     given, model = (config.model, config.diffusion), config.model
     for precision in PRECISIONS.get(name, (torch.bfloat16,)):
         for batch in TRAINED.get(name, (split_batch(config.train, 1),)):
-            yield from training_launches(*given, batch, precision, rates=config.train.ema_rate)
+            step = kernel_cost.step_name(name, batch, NAMES[precision])
+            for one in training_launches(*given, batch, precision, rates=config.train.ema_rate):
+                yield step, one
     process = create_diffusion(config.diffusion, model.learn_sigma)
     for batch in DRAWN.get(name, (16,)):
         for solver in SOLVERS:
-            yield from sampling_launches(model, process, solver_table(process, solver), batch, torch.bfloat16)
+            for one in sampling_launches(model, process, solver_table(process, solver), batch, torch.bfloat16):
+                yield "", one
 
 
-def optional() -> Iterator[Launch]:
+def optional() -> Iterator[Step]:
     """Launches that no configuration chooses: updates through DeepSpeed's engine."""
     with launch.record() as found:
         for name, args in optimiser_calls():
             launch.IMPLEMENTATIONS[name](*args)
-    yield from found
+    for one in found:
+        yield "", one
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -153,49 +171,94 @@ def row(made: Compiled, wrong: list[str]) -> str:
 
 
 class Job(NamedTuple):
-    """A launch to compile for a GPU."""
+    """Launches that compile to the same code, at all their shapes, to compile for a GPU."""
 
-    launch: Launch
+    launches: list[Launch]
     arch: int
     must_be_fast: bool
+
+
+class Result(NamedTuple):
+    """The code of a job's launches, the cost of each, and why costs are missing, if any are."""
+
+    made: Compiled
+    costs: list[Cost]
+    unknown: str
 
 
 _jobs: list[Job] = []  # forked processes see it; kernels can't be sent to them
 
 
-def compile_job(i: int) -> Compiled:
-    return aot.inspect_launch(_jobs[i].launch, _jobs[i].arch)
+def compile_job(i: int) -> Result:
+    job = _jobs[i]
+    made, text = aot.inspect_launch(job.launches[0], job.arch)
+    costs, unknown = [], ""
+    if job.must_be_fast and job.arch == kernel_cost.ARCH:
+        try:
+            code = Code(text, job.launches[0].kernel.fn)
+            for one in job.launches:
+                costs.append(kernel_cost.predict(kernel_cost.counts_of(code, one, made.registers, made.shared)))
+        except Unknown as error:
+            costs, unknown = [], f"cost unknown: {error}"
+    return Result(made, costs, unknown)
 
 
-def outcome(job: Job, future: Future[Compiled]) -> dict[str, Any]:
-    """Print the row of the table that a job gives, and return its values."""
+def outcome(job: Job, future: Future[Result]) -> dict[str, Any]:
+    """Print the rows of the table that a job gives, and return its values."""
     try:
-        made = future.result()
+        made, costs, unknown = future.result()
     except Exception as error:  # the compiler's, of any kind; BrokenProcessPool where it crashed
         wrong = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"]
-        failed = {"kernel": name_of(job.launch), "variant": aot.variant(job.launch)}
+        failed = {"kernel": name_of(job.launches[0]), "variant": aot.variant(job.launches[0]), "costs": []}
         print(f"sm_{job.arch:<4}{failed['kernel']:26}{wrong[0]}  {failed['variant']}", flush=True)
         return {**failed, "arch": job.arch, "wrong": wrong}
-    wrong = broken_rules(made, job.must_be_fast)
-    print(row(made, wrong), flush=True)
-    return {**asdict(made), "wrong": wrong}
+    wrong = [*broken_rules(made, job.must_be_fast), *([unknown] if unknown else [])]
+    shapes = [kernel_cost.shape_of(one) for one in job.launches[: len(costs)]]
+    lines = [kernel_cost.line(shape, cost) for shape, cost in zip(shapes, costs, strict=True)]
+    print("\n".join([row(made, wrong), *dict.fromkeys(lines)]), flush=True)
+    return {
+        **asdict(made),
+        "costs": [{"shape": s, **asdict(c)} for s, c in zip(shapes, costs, strict=True)],
+        "wrong": wrong,
+    }
 
 
 def name_of(one: Launch) -> str:
     return str(one.kernel.__name__.lstrip("_"))
 
 
-def selected(launches: list[Launch], kernels: list[str], each: int) -> list[Launch]:
-    """Launches that compile differently, each once; of each kernel at most `each` (0: all), evenly chosen."""
-    by_kernel: dict[str, list[Launch]] = {}
-    for one in aot.unique(launches):
-        by_kernel.setdefault(name_of(one), []).append(one)
+def selected(launches: Iterable[Launch], kernels: list[str], each: int) -> list[list[Launch]]:
+    """Launches by their code, each shape once; of each kernel at most `each` codes (0: all), evenly chosen."""
+    by_kernel: dict[str, dict[Any, dict[Any, Launch]]] = {}
+    for one in launches:
+        shapes = by_kernel.setdefault(name_of(one), {}).setdefault(aot.code_key(one), {})
+        shapes.setdefault(kernel_cost.work_key(one), one)
     found = []
-    for name, some in by_kernel.items():
+    for name, codes in by_kernel.items():
+        some = [list(shapes.values()) for shapes in codes.values()]
         if name in kernels:
             step = (len(some) - 1) / (each - 1) if 1 < each < len(some) else 1
             found += some if not each else [some[round(i * step)] for i in range(min(each, len(some)))]
     return found
+
+
+def steps_of(fast: list[Step], results: dict[Any, Cost]) -> dict[str, list[kernel_cost.Row]]:
+    """The rows of each training step; `results` has the cost of a launch by its code and its work."""
+    counts: dict[str, dict[Any, int]] = {}
+    launches: dict[Any, Launch] = {}
+    for step, one in fast:
+        key = (aot.code_key(one), kernel_cost.work_key(one))
+        if step and key in results:
+            counts.setdefault(step, {}).setdefault(key, 0)
+            counts[step][key] += 1
+            launches[key] = one
+    return {
+        step: [
+            kernel_cost.Row(name_of(launches[key]), kernel_cost.shape_of(launches[key]), count, results[key])
+            for key, count in by_key.items()
+        ]
+        for step, by_key in counts.items()
+    }
 
 
 def main() -> None:
@@ -207,13 +270,17 @@ def main() -> None:
     parser.add_argument("--launches", type=existing_file, help="a file of tests' launches to compile as well")
     parser.add_argument("--processes", type=at_least(1), default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="write the table here as well")
+    parser.add_argument("--cost", type=Path, help="write the predictions for training steps on sm_90 here")
     args = parser.parse_args()
     known = sorted(map(str, aot.SHARED_LIMIT), key=int)
     archs = [int(arch) for arch in chosen(args.archs, known, known, "--archs")]
+    if args.cost and (kernel_cost.ARCH not in archs or args.each or args.kernels != "all"):
+        raise UserError(f"--cost needs all kernels for sm_{kernel_cost.ARCH}; leave out --each and --kernels")
     names = chosen(args.configs, sorted(path.stem for path in CONFIGS.glob("*.json")), [], "--configs")
-    fast = [*(one for name in names for one in recorded(name)), *optional()]
-    kernels = sorted({name_of(one) for one in fast})
-    fast = selected(fast, chosen(args.kernels, kernels, kernels, "--kernels"), args.each)
+    steps = [*(step for name in names for step in recorded(name)), *optional()]
+    kernels = sorted({name_of(one) for _, one in steps})
+    groups = selected((one for _, one in steps), chosen(args.kernels, kernels, kernels, "--kernels"), args.each)
+    fast = [group[0] for group in groups]
     tests = [aot.from_json(line) for line in args.launches.read_text().splitlines()] if args.launches else []
     tests = aot.unique([*fast, *tests])[len(fast) :]
     print(
@@ -224,14 +291,21 @@ def main() -> None:
     print(
         f"{'GPU':7}{'kernel':26}{'regs':>5}{'spl':>4}{'shared':>8}{'wrp':>4}  {'loads x bits':26}{'stores x bits':18}"
     )
-    _jobs.extend(
-        Job(one, arch, must) for many, must in ((fast, True), (tests, False)) for one in many for arch in archs
-    )
+    _jobs.extend(Job(group, arch, True) for group in groups for arch in archs)
+    _jobs.extend(Job([one], arch, False) for one in tests for arch in archs)
     with ProcessPoolExecutor(args.processes, mp_context=get_context("fork")) as pool:
         futures = [pool.submit(compile_job, i) for i in range(len(_jobs))]
         table = [outcome(job, future) for job, future in zip(_jobs, futures, strict=True)]
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
+    if args.cost:
+        costs = {
+            (aot.code_key(one), kernel_cost.work_key(one)): cost
+            for job, future in zip(_jobs, futures, strict=True)
+            if not future.exception()
+            for one, cost in zip(job.launches, future.result().costs, strict=False)
+        }
+        kernel_cost.write(args.cost, triton.__version__, steps_of(steps, costs))
     broken = [made for made in table if made["wrong"]]
     print(f"{len(table)} compiled, {len(broken)} break a rule")
     for made in broken:

@@ -23,7 +23,7 @@ import math
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import kernel_op, launcher
+from fastdiff.kernels.launch import Launch, Work, kernel_op, launcher
 from torch import Tensor
 
 CHUNK = 8192
@@ -175,6 +175,17 @@ def _sum(squares_ptr, total_ptr, count, BLOCK: tl.constexpr):
     for i in range(0, count, BLOCK):
         b_total += tl.load(squares_ptr + i + o, mask=i + o < count, other=0.0).to(tl.float64)
     tl.store(total_ptr, tl.sum(b_total, axis=0).to(tl.float32))
+
+
+def _work(launch: Launch) -> Work:
+    """Tensors are taken for whole chunks at multiples of 16 bytes; the launch has only tables of their addresses."""
+    given = launch.named()
+    count = float(launch.grid[0] * CHUNK)
+    each = 28 + 8 * given["K"] + 2 * (given["HALF"] is not None) if "K" in given else 4
+    return Work(values={"bulk": CHUNK, "count": CHUNK}, elements=count, least_bytes=each * count)
+
+
+WORK = {"_adamw_ema": _work, "_squares": _work}
 
 
 # --- tables ---

@@ -115,13 +115,17 @@ def variant(launch: Launch) -> str:
     return f"{dtypes} {numbers}{''.join(notes)}"
 
 
+def code_key(launch: Launch) -> tuple[Any, ...]:
+    """Equal for launches that compile to the same code."""
+    kernel = launch.kernel
+    return (kernel.module, kernel.__name__, repr(specialisation(launch)), launch.num_warps, launch.num_stages)
+
+
 def unique(launches: Iterable[Launch]) -> list[Launch]:
     """Launches that compile to different code, each once."""
     found: dict[tuple[Any, ...], Launch] = {}
     for launch in launches:
-        kernel = launch.kernel
-        key = (kernel.module, kernel.__name__, repr(specialisation(launch)), launch.num_warps, launch.num_stages)
-        found.setdefault(key, launch)
+        found.setdefault(code_key(launch), launch)
     return list(found.values())
 
 
@@ -195,17 +199,20 @@ def _undescribed(value: Any) -> Any:
 # --- machine code ---
 
 
-def inspect_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile for compute capability arch / 10 and read the machine code."""
+def inspect_launch(launch: Launch, arch: int) -> tuple[Compiled, str]:
+    """Compile for compute capability arch / 10 and read the machine code, which is the second result.
+
+    Each instruction follows the lines of the source that it comes from, as nvdisasm's -gi prints them.
+    """
     built = compile_launch(launch, arch)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(built.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", cubin)
-        code = _tool("nvdisasm", "-c", cubin)
+        code = _tool("nvdisasm", "-c", "-gi", cubin)
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None
-    return Compiled(
+    made = Compiled(
         kernel=launch.kernel.__name__.lstrip("_"),
         variant=variant(launch),
         arch=arch,
@@ -218,6 +225,7 @@ def inspect_launch(launch: Launch, arch: int) -> Compiled:
         matmuls=_count(code, r"\b(HMMA|HGMMA|UTCHMMA|QGMMA|DMMA)\b"),
         others={f"LDGSTS.{bits}": n for bits, n in _widths(code, "LDGSTS").items()},
     )
+    return made, code
 
 
 def _tool(name: str, *args: object) -> str:

@@ -9,7 +9,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar, overload
 
 import torch
@@ -90,6 +90,35 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the kernel's call."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **OPTIONS, **self.constexprs}
+
+    def named(self) -> dict[str, Any]:
+        """The kernel's arguments and constexprs by the names of its parameters."""
+        return {**dict(zip(self.kernel.arg_names, self.args, strict=False)), **self.constexprs}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launch does that its machine code, its grid and its arguments don't tell.
+
+    `benchmarks/kernel_cost.py` predicts a kernel's time from it. A kernel's module may have a dict WORK: name of the
+    kernel → function from a `Launch` to its `Work`. Whatever a Work leaves out is taken from the launch.
+    """
+
+    executions: dict[str, float] = field(default_factory=dict)
+    """Device function → how often all programs of the launch together run it, where that is not once wherever they
+    call it: in a `while`, under an `if`. Functions that it calls run as often."""
+    turns: dict[str, float] = field(default_factory=dict)
+    """Kernel or device function → passes of its `while` loops, whenever a program enters it; 1 for one that waits."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Variable in the range of a `for` → its usual value, where it depends on data."""
+    elements: float | None = None
+    """Numbers that the launch is there to compute; None for those of its largest tensor."""
+    least_bytes: float | None = None
+    """Bytes that must be moved; None for those of its tensors, each read or written once."""
+    dram_bytes: float | None = None
+    """Bytes between memory and the L2 cache; None for least_bytes."""
+    l2_bytes: float | None = None
+    """Bytes between the L2 cache and the multiprocessors; None for what the loads and stores of all lanes ask for."""
 
 
 _recorded: list[Launch] | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import empty_map, kernel_op, launcher
+from fastdiff.kernels.launch import Work, empty_map, kernel_op, launcher
 from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import (
     QUADS,
@@ -78,6 +78,9 @@ def _q_sample(
         v3 = _channel(x_ptr, flip_ptr, noise_ptr, index_ptr, draw_ptr, seed, b_a, b_s, i_b, 3, o_p, m, HW, W,
                       x_channel, x_pixel, n_channel, n_pixel, C, Q, ALIGNED)  # fmt: skip
         store_padded(out_ptr, i_b, o_p, m, HW, v0, v1, v2, v3, PAD)
+
+
+WORK = {"_q_sample": lambda launch: Work(elements=launch.grid[0] * launch.named()["C"] * launch.named()["HW"])}
 
 
 @kernel_op("q_sample")

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels.launch import channels_last, empty_map, kernel_op, launcher
+from fastdiff.kernels.launch import Work, channels_last, empty_map, kernel_op, launcher
 from fastdiff.kernels.noise import UNALIGNED
 from fastdiff.kernels.pixels import (
     QUADS,
@@ -109,6 +109,9 @@ def _sampler_step(
                       C, OUT, EPSILON, CLIP, VARIANCE, NOISY, Q, ALIGNED)  # fmt: skip
     if input_ptr is not None:
         store_padded(input_ptr, i_b, o_p, m, HW, v0, v1, v2, v3, PAD)
+
+
+WORK = {"_sampler_step": lambda launch: Work(elements=launch.grid[0] * launch.named()["C"] * launch.named()["HW"])}
 
 
 @kernel_op("sampler_step")

@@ -34,6 +34,7 @@ def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path:
     rows = json.loads(table.read_text())
     wrong = [f"{row['kernel']} [{row['variant']}]: {'; '.join(row['wrong'])}" for row in rows if row["wrong"]]
     assert not wrong, "\n".join(wrong)
+    assert all(bool(row["costs"]) == (arch == 90) for row in rows)
     assert {"norm_forward", "norm_backward", "q_sample", "diffusion_loss", "sampler_step"} <= {
         r["kernel"] for r in rows
     }
@@ -46,6 +47,7 @@ def test_machine_code(triton: str, arch: int, configs: str, each: int, tmp_path:
     [
         (["--archs", "sm_90"], "--archs: 'sm_90' is not one of 80, 90, 100"),
         (["--configs", "demo", "--kernels", "nonsense"], "--kernels: 'nonsense' is not one of adamw_ema, "),
+        (["--configs", "demo", "--each", "1", "--cost", "x.json"], "--cost needs all kernels for sm_90"),
         (["--processes", "0"], "argument --processes: must be a whole number of at least 1, but is 0"),
         (["--launches", "/no/file"], "argument --launches: there is no file /no/file"),
     ],

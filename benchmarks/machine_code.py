@@ -1,0 +1,542 @@
+"""Reads a kernel's machine code: which instructions a launch executes, and how often.
+
+The text is what nvdisasm prints of a cubin with line numbers and inlining. Blocks that the entry does not reach, such
+as the slow paths of divisions, which are called, count as never executed. Straight code is executed once by every warp
+of every program, both sides of an `if` included. A loop of the machine code belongs to the Python loop that contains
+the line of its backward branch. The passes of a `for` follow from its range, evaluated with the launch's arguments and
+constants through the chain of inlined calls; those of a `while`, and whatever depends on data, from the kernel's
+`Work` (`kernels/launch.py`). Where the assembler has unrolled a loop, its counter tells how often.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fastdiff.kernels.launch import Launch, Work
+
+_LINE = re.compile(r'//## File "(.*?)", line (\d+)')
+_LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_TARGET = re.compile(r"(\.L_x_\d+)")
+RETURNING = ("LDG", "LD", "ATOMG", "ATOM")
+"""Instructions that read global memory into registers."""
+_WIDTH = {"128": 16, "64": 8, "256": 32, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+
+
+class Unknown(Exception):
+    """The passes of a loop can't be told from the launch."""
+
+
+Place = tuple[str, int]
+"""File and line."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction and where it comes from: a line, then the call that inlined it, up to the kernel."""
+
+    predicate: str
+    opcode: str
+    operands: str
+    places: tuple[Place, ...]
+
+    @property
+    def name(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that an access to memory moves for each thread; 0 for other instructions."""
+        if self.name not in (*RETURNING, "STG", "LDS", "STS", "LDGSTS") or self.predicate == "@!PT":
+            return 0
+        return next((_WIDTH[part] for part in self.opcode.split(".") if part in _WIDTH), 4)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Blocks of a loop, the first of them its header, and the branch back to that."""
+
+    header: int
+    blocks: frozenset[int]
+    branch: Instruction
+
+
+class Code:
+    """The instructions of one kernel in their order, its blocks and its loops.
+
+    text    what nvdisasm -c -gi prints
+    kernel  the Python function
+    """
+
+    def __init__(self, text: str, kernel: Callable[..., Any]) -> None:
+        calls = _calls(kernel.__code__.co_filename, kernel.__name__)
+        self.instructions: list[Instruction] = []
+        labels: dict[str, int] = {}
+        places: list[Place] = []
+        before: tuple[Place, ...] = ()
+        told = True  # whether an instruction has followed the last line numbers
+        for line in text.splitlines():
+            if found := _LINE.search(line):
+                places = [*([] if told else places), (found[1], int(found[2]))]
+                told = False
+            elif found := _LABEL.match(line):
+                labels[found[1]] = len(self.instructions)
+            elif found := _INSTRUCTION.search(line):
+                settled = _settled(tuple(places), kernel.__name__ if "inlined at" in text else "", found[2])
+                before = _chain(settled, kernel.__name__, calls) or (*settled, *before)
+                self.instructions.append(Instruction((found[1] or "").strip(), found[2], found[3], before))
+                told = True
+        self._split(labels)
+        self.loops = self._find_loops()
+
+    def _split(self, labels: dict[str, int]) -> None:
+        """Divide the instructions into blocks: `starts`, and the successors of each block."""
+        ends = ("BRA", "EXIT", "RET", "BRX", "JMP")
+        last = len(self.instructions)
+        after = {i + 1 for i, each in enumerate(self.instructions) if each.name in ends}
+        self.starts = sorted({0, *labels.values(), *after} - {last})
+        self.block_of = [0] * last
+        for block, (start, end) in enumerate(zip(self.starts, [*self.starts[1:], last], strict=True)):
+            self.block_of[start:end] = [block] * (end - start)
+        self.successors: list[list[int]] = [[] for _ in self.starts]
+        for block, end in enumerate([*self.starts[1:], last]):
+            branch = self.instructions[end - 1]
+            always = not branch.predicate and not branch.operands.startswith(("!", "P", "UP"))
+            target = _TARGET.search(branch.operands)
+            if branch.name == "BRA" and target:
+                self.successors[block].append(self.block_of[labels[target[1]]])
+            if not (branch.name in ends and always) and end < last:
+                self.successors[block].append(block + 1)
+
+    def _find_loops(self) -> list[Loop]:
+        """Natural loops: a branch to a block that dominates it, and whatever reaches the branch from there."""
+        reached, todo = {0}, [0]
+        while todo:
+            new = set(self.successors[todo.pop()]) - reached
+            reached |= new
+            todo += new
+        self.reached = reached
+        before: dict[int, list[int]] = defaultdict(list)
+        for block in reached:
+            for after in self.successors[block]:
+                before[after].append(block)
+        dominators = {block: set(reached) if block else {0} for block in reached}
+        changed = True
+        while changed:
+            changed = False
+            for block in sorted(reached - {0}):
+                new = {block} | set.intersection(*(dominators[each] for each in before[block]))
+                changed |= new != dominators[block]
+                dominators[block] = new
+        loops: dict[int, Loop] = {}
+        for block in sorted(reached):
+            for header in set(self.successors[block]) & dominators[block]:
+                inside, todo = {header, block}, [block] if block != header else []
+                while todo:
+                    todo += (new := set(before[todo.pop()]) - inside)
+                    inside |= new
+                inside |= loops[header].blocks if header in loops else set()
+                end = self.starts[block + 1] if block + 1 < len(self.starts) else len(self.instructions)
+                loops[header] = Loop(header, frozenset(inside), self.instructions[end - 1])
+        return [loops[header] for header in sorted(loops)]
+
+    def functions(self, instruction: Instruction) -> list[str]:
+        """The functions that an instruction comes from, the kernel last."""
+        return [function.name for function in map(_function, instruction.places) if function]
+
+    def inside(self, loop: Loop) -> list[Instruction]:
+        return [each for each, block in zip(self.instructions, self.block_of, strict=True) if block in loop.blocks]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """An instruction at which a warp waits for global loads that it issued before."""
+
+    at: int  # its index in the code
+    executions: float  # by a warp of an average program
+    bytes: int  # that it waits for, of 32 lanes
+    in_flight: int  # bytes issued and not waited for, these included
+    since: tuple[range, ...]  # instructions between the issue of the last of these loads and the wait
+
+
+def executions(code: Code, launch: Launch, work: Work) -> list[float]:
+    """How often a warp of an average program executes each instruction. Raises Unknown.
+
+    An instruction of a device function that `work` counts is executed as often as that says, times the passes of the
+    loops inside that function, but never more often than the loops around it allow.
+    """
+    programs = 1
+    for size in launch.grid:
+        programs *= size
+    passes = _passes(code, launch, work)
+    result = []
+    for instruction, block in zip(code.instructions, code.block_of, strict=True):
+        if block not in code.reached:
+            result.append(0.0)
+            continue
+        around = [loop for loop in code.loops if block in loop.blocks]
+        most = 1.0
+        for loop in around:
+            most *= passes[loop.header][0]
+        names = code.functions(instruction)
+        counted = [depth for depth, name in enumerate(names) if name in work.executions]
+        if counted:
+            outer = len(names) - counted[0]  # frames from the kernel down to the innermost counted function
+            times = work.executions[names[counted[0]]] / programs
+            for loop in around:
+                if passes[loop.header][1] >= outer:
+                    times *= passes[loop.header][0]
+            most = min(most, times)
+        result.append(most)
+    return result
+
+
+@dataclass(frozen=True)
+class _Load:
+    at: int  # of the last instruction that belongs to it
+    bytes: int
+    registers: frozenset[int]  # empty for a group of copies to shared memory
+
+
+def waits(code: Code, times: list[float]) -> list[Wait]:
+    """The waits for global loads, in the order of the code; `times` is the result of `executions`.
+
+    A warp waits at the first instruction that names a register of a load, which then has all loads issued before it,
+    and for asynchronous copies at DEPBAR.LE SB0, n, which leaves n groups of them under way. A load whose register the
+    same loop loads again is one of the pass before: it overlaps with the rest of the loop.
+    """
+    found: list[Wait] = []
+    pending: list[_Load] = []
+    copied = 0
+    for at, instruction in enumerate(code.instructions):
+        if not times[at]:
+            continue
+        groups = [load for load in pending if not load.registers]
+        if instruction.name == "DEPBAR" and (left := re.search(r"SB0, 0x(\w+)", instruction.operands)):
+            done = groups[: len(groups) - int(left[1], 16)]
+        else:
+            named = _registers(instruction.operands)
+            hit = max((i for i, load in enumerate(pending) if load.registers & named), default=-1)
+            done = [load for load in pending[: hit + 1] if load.registers]
+        if done:
+            since = _since(code, done[-1], at, len(groups) - len(done))
+            often = times[at] if len(since) > 1 else min(times[at], times[done[-1].at])
+            flying = sum(load.bytes for load in pending)
+            found.append(Wait(at, often, sum(load.bytes for load in done), flying, since))
+            pending = [load for load in pending if load not in done]
+        if instruction.name in RETURNING:
+            first = _destination(instruction)
+            registers = frozenset(range(first, first + max(1, instruction.bytes // 4)))
+            pending.append(_Load(at, 32 * instruction.bytes, registers))
+        elif instruction.name == "LDGSTS":
+            copied += 32 * instruction.bytes
+        elif instruction.name == "LDGDEPBAR":
+            pending.append(_Load(at, copied, frozenset()))
+            copied = 0
+    return found
+
+
+def _destination(load: Instruction) -> int:
+    """The first register that a load fills; -1 where it fills none."""
+    found = re.search(r"\bR(\d+)", load.operands.split("[")[0])
+    return int(found[1]) if found else -1
+
+
+def _registers(operands: str) -> set[int]:
+    pairs = {int(number) + 1 for number in re.findall(r"\bR(\d+)\.64", operands)}
+    return pairs | {int(number) for number in re.findall(r"\bR(\d+)", operands)}
+
+
+def _since(code: Code, load: _Load, at: int, left: int) -> tuple[range, ...]:
+    """The instructions between a load and the wait for it: where a loop around the wait issues the load again, the rest
+    of that loop's pass, more passes where `left` groups of copies stay under way, and the pass up to the wait.
+    """
+    block = code.block_of[at]
+    for loop in reversed(code.loops):
+        if block in loop.blocks and code.block_of[load.at] not in loop.blocks:
+            places = [i for i, each in enumerate(code.block_of) if each in loop.blocks]
+            if load.registers:
+                same = [
+                    i
+                    for i in places
+                    if code.instructions[i].name in RETURNING and _destination(code.instructions[i]) in load.registers
+                ]
+            else:
+                same = [i for i in places if code.instructions[i].name == "LDGDEPBAR"]
+            if same:
+                first, end = places[0], places[-1] + 1
+                passes = 0 if load.registers else left // len(same)
+                return range(same[-1] + 1, end), *[range(first, end)] * passes, range(first, at)
+    return (range(load.at + 1, at),)
+
+
+def stalls(found: list[Wait], latency: float, alone: float) -> float:
+    """Cycles that a warp of an average program waits for loads, where it needs `alone` for each other instruction."""
+    cycles: dict[int, float] = {}
+    for _ in range(3):  # stalls of a loop's pass shorten those of the next one
+        for wait in found:
+            passed = alone * sum(map(len, wait.since))
+            passed += sum(cycles.get(other.at, 0.0) for other in found for part in wait.since if other.at in part)
+            cycles[wait.at] = max(0.0, latency - passed)
+    return sum(wait.executions * cycles[wait.at] for wait in found)
+
+
+def started_early(code: Code, launch: Launch, work: Work) -> list[bool]:
+    """Whether each instruction stands in the body of a `for` but before its loop in the machine code.
+
+    There the compiler starts the accesses to memory of the first passes. Those of the last passes do nothing, so that
+    the loop's passes alone count them all.
+    """
+    loops: dict[tuple[Place, ...], set[int]] = defaultdict(set)
+    for loop in code.loops:
+        frame, node = _python_loop(loop.branch.places, launch, work)
+        loops[_key(frame, node)] |= loop.blocks
+    found = []
+    for instruction, block in zip(code.instructions, code.block_of, strict=True):
+        try:
+            key = _key(*_python_loop(instruction.places, launch, work))
+        except Unknown:  # it stands in no loop
+            key = ()
+        inside = loops.get(key, {block})
+        found.append(block not in inside and block < min(inside))
+    return found
+
+
+def _key(frame: _Frame, node: ast.For | ast.While) -> tuple[Place, ...]:
+    """Equal for a Python loop that is reached through the same calls."""
+    return ((frame.places[0][0], node.lineno), *frame.places[1:])
+
+
+def _passes(code: Code, launch: Launch, work: Work) -> dict[int, tuple[float, int]]:
+    """By a loop's header: its passes each time it is entered, and the frames from the kernel down to its function."""
+    result = {}
+    left: dict[tuple[Place, ...], float] = {}  # passes of a Python loop that its unrolled copies have not made
+    alike: dict[tuple[Place, ...], list[Loop]] = defaultdict(list)
+    for loop in code.loops:
+        alike[_key(*_python_loop(loop.branch.places, launch, work))].append(loop)
+    for loop in code.loops:
+        frame, node = _python_loop(loop.branch.places, launch, work)
+        depth = len(frame.places)
+        if isinstance(node, ast.While):
+            result[loop.header] = (work.turns.get(frame.function.name, 1.0), depth)
+            continue
+        count, step = frame.passes(node)
+        key = _key(frame, node)
+        copies = _counted(code, loop, step) or _repeated(code, loop, alike[key])
+        count = left.get(key, count)
+        result[loop.header] = (count // copies, depth)
+        if copies > 1:
+            left[key] = count % copies
+    return result
+
+
+_UNROLLED = (2, 4, 8, 16)
+
+
+def _repeated(code: Code, loop: Loop, alike: list[Loop]) -> int:
+    """How many passes of the Python loop one of this loop makes, if a smaller loop makes those left."""
+    work = [sum(bool(re.match("[FHD][AMF]|LDG|STG", each.name)) for each in code.inside(one)) for one in alike]
+    copies, rest = divmod(work[alike.index(loop)], max(1, min(work)))
+    return copies if not rest and copies in _UNROLLED else 1
+
+
+def _counted(code: Code, loop: Loop, step: int) -> int:
+    """The same by the loop's counter, which grows by so many steps, or counts the passes left down; 0 if unknown."""
+    predicate = loop.branch.predicate.strip("@!")
+    inside = code.inside(loop)
+    tests = [each.operands for each in inside if each.name in ("ISETP", "UISETP")]
+    tested = {name for text in tests if predicate in text.split(", ")[:2] for name in re.findall(r"U?R\d+", text)}
+    for each in inside:
+        found = re.match(r"(U?R\d+), (?:U?P\d, )?\1(?:\.reuse)?, (-?0x[0-9a-f]+)", each.operands)
+        if found and each.name in ("VIADD", "IADD3", "UIADD3") and found[1] in tested:
+            added = int(found[2], 16)
+            copies = -added if added < 0 and added % step else abs(added // step) if not added % step else 1
+            if copies in _UNROLLED:
+                return copies
+    return 0
+
+
+# --- the Python source ---
+
+
+@functools.cache
+def _lines(file: str) -> list[str]:
+    return Path(file).read_text().splitlines() if Path(file).is_file() else []
+
+
+@functools.cache
+def _functions(file: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse("\n".join(_lines(file)))) if isinstance(node, ast.FunctionDef)]
+
+
+@functools.cache
+def _function(place: Place) -> ast.FunctionDef | None:
+    """The innermost function that contains a line."""
+    file, line = place
+    around = [node for node in _functions(file) if node.lineno <= line <= (node.end_lineno or 0)]
+    return max(around, key=lambda node: node.lineno, default=None)
+
+
+@functools.cache
+def _calls(file: str, kernel: str) -> dict[str, Place]:
+    """Functions that a kernel calls, directly or not, by name: where that is done first."""
+    functions = {node.name: (file, node) for node in _functions(file)}
+    names = {alias.asname or alias.name: node for node in _imports(file) for alias in node.names}
+    found: dict[str, Place] = {}
+    todo = [kernel]
+    while todo:
+        known = functions.get(todo.pop())
+        for node in ast.walk(known[1]) if known else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in found:
+                assert known is not None
+                name = node.func.id
+                found[name] = (known[0], node.lineno)
+                todo.append(name)
+                if name in names:
+                    other = str(getattr(sys.modules.get(names[name].module or ""), "__file__", ""))
+                    functions.update(
+                        {each.name: (other, each) for each in _functions(other) if each.name not in functions}
+                    )
+    return found
+
+
+def _imports(file: str) -> list[ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse("\n".join(_lines(file)))) if isinstance(node, ast.ImportFrom)]
+
+
+@functools.cache
+def _settled(places: tuple[Place, ...], kernel: str, opcode: str) -> tuple[Place, ...]:
+    """The places with corrected lines.
+
+    A load is one of the last lines of a piece of assembly, for each of which newer versions of LLVM count one line of
+    the source, too, so that its line may be that of a function further down. `kernel` is the function of the last
+    place; empty if any could be.
+    """
+    found: list[Place] = []
+    for file, line in reversed(places):
+        allowed = _called(found[-1]) if found else {kernel} - {""}
+        function = _function((file, line))
+        if allowed and (function is None or function.name not in allowed):
+            ends = [node.end_lineno or 0 for node in _functions(file) if node.name in allowed]
+            line = max((end for end in ends if end < line), default=line)
+        found.append((file, line))
+    if opcode.startswith("LDG") and (function := _function(found[-1])):
+        file, line = found[-1]
+        words = max(1, Instruction("", opcode, "", ()).bytes // 4) if kernel else 0  # a line sets each of them to zero
+        above = [line - words, *range(line, line - 8, -1)]
+        loads = [each for each in above if each > function.lineno and "load(" in _lines(file)[each - 1]]
+        found[-1] = (file, loads[0] if loads else line)
+    return tuple(reversed(found))
+
+
+@functools.cache
+def _called(place: Place) -> set[str]:
+    """Names of the functions that are called in a line."""
+    function, line = _function(place), place[1]
+    nodes = ast.walk(function) if function else ()
+    calls = [n for n in nodes if isinstance(n, ast.Call) and n.lineno <= line <= (n.end_lineno or 0)]
+    return {n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", "") for n in calls}
+
+
+def _chain(places: tuple[Place, ...], kernel: str, calls: dict[str, Place]) -> tuple[Place, ...]:
+    """The places with the calls down from the kernel, which older versions of Triton don't tell; empty if unknown."""
+    while places and (function := _function(places[-1])) and function.name != kernel:
+        if function.name not in calls or len(places) > len(calls) + 1:
+            return ()
+        places = (*places, calls[function.name])
+    return places if places and _function(places[-1]) else ()
+
+
+def _python_loop(places: tuple[Place, ...], launch: Launch, work: Work) -> tuple[_Frame, ast.For | ast.While]:
+    for i, (file, line) in enumerate(places):
+        function = _function((file, line))
+        nodes = ast.walk(function) if function else ()
+        around = [n for n in nodes if isinstance(n, ast.For | ast.While) and n.lineno <= line <= (n.end_lineno or 0)]
+        if function and around:
+            return _Frame(places[i:], launch, work), max(around, key=lambda node: node.lineno)
+    raise Unknown(f"a loop at {' in '.join(f'{Path(file).name}:{line}' for file, line in places)} is none of Python's")
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+_LANGUAGE = {"cdiv": _cdiv, "minimum": min, "maximum": max, "min": min, "max": max, "program_id": lambda axis: 0}
+"""Functions of Triton's language that ranges use, on numbers; the passes are those of the first program."""
+
+
+class _Frame(dict[str, Any]):
+    """The variables of a function that was inlined at `places`, each computed when it is asked for."""
+
+    def __init__(self, places: tuple[Place, ...], launch: Launch, work: Work) -> None:
+        language = SimpleNamespace(**_LANGUAGE, num_programs=lambda axis: launch.grid[axis])
+        super().__init__(tl=language, min=min, max=max)
+        self.places, self.launch, self.work = places, launch, work
+        function = _function(places[0])
+        assert function is not None
+        self.function = function
+
+    def passes(self, node: ast.For) -> tuple[int, int]:
+        """Passes of a `for` over a range, and the range's step."""
+        try:
+            assert isinstance(node.iter, ast.Call)
+            bounds = range(*(int(self.value(each)) for each in node.iter.args))
+            return len(bounds), bounds.step
+        except Exception as error:  # of any kind: the expression may be anything
+            what = f"{self.function.name}, line {node.lineno}: {ast.unparse(node.iter)}"
+            raise Unknown(f"{what}: {type(error).__name__} {error}; Work.values may give the variables") from None
+
+    def value(self, node: ast.expr) -> Any:
+        found = eval(compile(ast.Expression(node), "", "eval"), {}, self)  # the kernels' own expressions
+        return getattr(found, "value", found)  # of a tl.constexpr
+
+    def __missing__(self, name: str) -> Any:
+        if name in self.work.values:
+            return self.work.values[name]
+        if len(self.places) == 1:
+            given = self.launch.named()
+            if name in given:
+                return given[name]
+        elif (argument := self._argument(name)) is not None:
+            return _Frame(self.places[1:], self.launch, self.work).value(argument)
+        nodes = [node for node in ast.walk(self.function) if isinstance(node, ast.Assign | ast.AnnAssign)]
+        assigned = [
+            node.value
+            for node in nodes
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name) and target.id == name
+        ]
+        if len(assigned) == 1 and assigned[0]:
+            return self.value(assigned[0])
+        module = next((m for m in list(sys.modules.values()) if getattr(m, "__file__", "") == self.places[0][0]), None)
+        if module is None or not hasattr(module, name):
+            raise KeyError(name)
+        return getattr(module, name)
+
+    def _argument(self, name: str) -> ast.expr | None:
+        """The expression that the caller gives for a parameter, or its default."""
+        parameters = [each.arg for each in self.function.args.args]
+        caller = _function(self.places[1])
+        if name not in parameters or caller is None:
+            return None
+        line, at = self.places[1][1], parameters.index(name)
+        for node in ast.walk(caller):
+            if isinstance(node, ast.Call) and node.lineno <= line <= (node.end_lineno or 0):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if called == self.function.name:
+                    named = {each.arg: each.value for each in node.keywords}
+                    if name in named:
+                        return named[name]
+                    if at < len(node.args):
+                        return node.args[at]
+        defaults = self.function.args.defaults
+        return defaults[at - len(parameters)] if at >= len(parameters) - len(defaults) else None
