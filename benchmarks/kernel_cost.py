@@ -172,7 +172,7 @@ def counts_of(code: Code, launch: Launch, registers: int, shared: int) -> Counts
     weighted = list(zip(code.instructions, times, strict=True))
     pipes: dict[str, float] = defaultdict(float)
     accessed = 0.0
-    early = started_early(code, launch, work)
+    early = started_early(code)
     for (instruction, often), is_early in zip(weighted, early, strict=True):
         if pipe := pipe_of(instruction):
             pipes[pipe] += often * 32 / PIPES[pipe][1]

@@ -290,30 +290,22 @@ def stalls(found: list[Wait], latency: float, alone: float) -> float:
     return sum(wait.executions * cycles[wait.at] for wait in found)
 
 
-def started_early(code: Code, launch: Launch, work: Work) -> list[bool]:
-    """Whether each instruction stands in the body of a `for` but before its loop in the machine code.
+def started_early(code: Code) -> list[bool]:
+    """Whether each instruction stands in the body of a loop but before it in the machine code.
 
     There the compiler starts the accesses to memory of the first passes. Those of the last passes do nothing, so that
     the loop's passes alone count them all.
     """
     loops: dict[tuple[Place, ...], set[int]] = defaultdict(set)
     for loop in code.loops:
-        frame, node = _python_loop(loop.branch.places, launch, work)
-        loops[_key(frame, node)] |= loop.blocks
-    found = []
+        if found := _python_loop(loop.branch.places):
+            loops[found[0]] |= loop.blocks
+    result = []
     for instruction, block in zip(code.instructions, code.block_of, strict=True):
-        try:
-            key = _key(*_python_loop(instruction.places, launch, work))
-        except Unknown:  # it stands in no loop
-            key = ()
-        inside = loops.get(key, {block})
-        found.append(block not in inside and block < min(inside))
-    return found
-
-
-def _key(frame: _Frame, node: ast.For | ast.While) -> tuple[Place, ...]:
-    """Equal for a Python loop that is reached through the same calls."""
-    return ((frame.places[0][0], node.lineno), *frame.places[1:])
+        found = _python_loop(instruction.places)
+        inside = loops.get(found[0], {block}) if found else {block}
+        result.append(block not in inside and block < min(inside))
+    return result
 
 
 def _passes(code: Code, launch: Launch, work: Work) -> dict[int, tuple[float, int]]:
@@ -322,20 +314,23 @@ def _passes(code: Code, launch: Launch, work: Work) -> dict[int, tuple[float, in
     left: dict[tuple[Place, ...], float] = {}  # passes of a Python loop that its unrolled copies have not made
     alike: dict[tuple[Place, ...], list[Loop]] = defaultdict(list)
     for loop in code.loops:
-        alike[_key(*_python_loop(loop.branch.places, launch, work))].append(loop)
+        if found := _python_loop(loop.branch.places):
+            alike[found[0]].append(loop)
     for loop in code.loops:
-        frame, node = _python_loop(loop.branch.places, launch, work)
-        depth = len(frame.places)
+        if (found := _python_loop(loop.branch.places)) is None:
+            where = " in ".join(f"{Path(file).name}:{line}" for file, line in loop.branch.places)
+            raise Unknown(f"a loop at {where} is none of Python's")
+        places, node = found
+        frame = _Frame(places, launch, work)
         if isinstance(node, ast.While):
-            result[loop.header] = (work.turns.get(frame.function.name, 1.0), depth)
+            result[loop.header] = (work.turns.get(frame.function.name, 1.0), len(places))
             continue
         count, step = frame.passes(node)
-        key = _key(frame, node)
-        copies = _counted(code, loop, step) or _repeated(code, loop, alike[key])
-        count = left.get(key, count)
-        result[loop.header] = (count // copies, depth)
+        copies = _counted(code, loop, step) or _repeated(code, loop, alike[places])
+        count = left.get(places, count)
+        result[loop.header] = (count // copies, len(places))
         if copies > 1:
-            left[key] = count % copies
+            left[places] = count % copies
     return result
 
 
@@ -456,14 +451,17 @@ def _chain(places: tuple[Place, ...], kernel: str, calls: dict[str, Place]) -> t
     return places if places and _function(places[-1]) else ()
 
 
-def _python_loop(places: tuple[Place, ...], launch: Launch, work: Work) -> tuple[_Frame, ast.For | ast.While]:
+@functools.cache
+def _python_loop(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], ast.For | ast.While] | None:
+    """The innermost Python loop around an instruction, and the places from its first line on; None if there is none."""
     for i, (file, line) in enumerate(places):
         function = _function((file, line))
         nodes = ast.walk(function) if function else ()
         around = [n for n in nodes if isinstance(n, ast.For | ast.While) and n.lineno <= line <= (n.end_lineno or 0)]
-        if function and around:
-            return _Frame(places[i:], launch, work), max(around, key=lambda node: node.lineno)
-    raise Unknown(f"a loop at {' in '.join(f'{Path(file).name}:{line}' for file, line in places)} is none of Python's")
+        if around:
+            node = max(around, key=lambda node: node.lineno)
+            return ((file, node.lineno), *places[i + 1 :]), node
+    return None
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -154,7 +154,7 @@ def moved(launch: Launch, code: Code) -> dict[str, float]:
     work = kernel_cost.work_of(launch)
     warps = math.prod(launch.grid) * launch.num_warps
     found: dict[str, float] = {}
-    rows = zip(code.instructions, executions(code, launch, work), started_early(code, launch, work), strict=True)
+    rows = zip(code.instructions, executions(code, launch, work), started_early(code), strict=True)
     for instruction, often, early in rows:
         if not early and instruction.name in (*RETURNING, "LDGSTS", "STG"):
             kind = "stored" if instruction.name == "STG" else "loaded"
