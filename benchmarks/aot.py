@@ -50,7 +50,8 @@ from benchmarks import kernel_cost
 from benchmarks.bench_train import CONFIGS, chosen
 from benchmarks.flag_types import at_least, existing_file
 from benchmarks.kernel_cost import Cost
-from benchmarks.machine_code import Code, Unknown
+from benchmarks.machine_code import Code
+from benchmarks.python_source import Unknown
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.solvers import solver_table

@@ -11,17 +11,16 @@ constants through the chain of inlined calls; those of a `while`, and whatever d
 from __future__ import annotations
 
 import ast
-import functools
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fastdiff.kernels.launch import Launch, Work
+
+from benchmarks.python_source import Frame, Place, Unknown, calls_of, full_chain, function_at, python_loop, settled
 
 _LINE = re.compile(r'//## File "(.*?)", line (\d+)')
 _LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
@@ -30,14 +29,6 @@ _TARGET = re.compile(r"(\.L_x_\d+)")
 RETURNING = ("LDG", "LD", "ATOMG", "ATOM")
 """Instructions that read global memory into registers."""
 _WIDTH = {"128": 16, "64": 8, "256": 32, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-
-
-class Unknown(Exception):
-    """The passes of a loop can't be told from the launch."""
-
-
-Place = tuple[str, int]
-"""File and line."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +69,7 @@ class Code:
     """
 
     def __init__(self, text: str, kernel: Callable[..., Any]) -> None:
-        calls = _calls(kernel.__code__.co_filename, kernel.__name__)
+        calls = calls_of(kernel.__code__.co_filename, kernel.__name__)
         self.instructions: list[Instruction] = []
         labels: dict[str, int] = {}
         places: list[Place] = []
@@ -91,9 +82,11 @@ class Code:
             elif found := _LABEL.match(line):
                 labels[found[1]] = len(self.instructions)
             elif found := _INSTRUCTION.search(line):
-                settled = _settled(tuple(places), kernel.__name__ if "inlined at" in text else "", found[2])
-                before = _chain(settled, kernel.__name__, calls) or (*settled, *before)
-                self.instructions.append(Instruction((found[1] or "").strip(), found[2], found[3], before))
+                made = Instruction((found[1] or "").strip(), found[2], found[3], ())
+                words = max(1, made.bytes // 4) if made.name in ("LDG", "LDGSTS") else 0
+                given = settled(tuple(places), kernel.__name__ if "inlined at" in text else "", words)
+                before = full_chain(given, kernel.__name__, calls) or (*given, *before)
+                self.instructions.append(replace(made, places=before))
                 told = True
         self._split(labels)
         self.loops = self._find_loops()
@@ -151,7 +144,7 @@ class Code:
 
     def functions(self, instruction: Instruction) -> list[str]:
         """The functions that an instruction comes from, the kernel last."""
-        return [function.name for function in map(_function, instruction.places) if function]
+        return [function.name for function in map(function_at, instruction.places) if function]
 
     def inside(self, loop: Loop) -> list[Instruction]:
         return [each for each, block in zip(self.instructions, self.block_of, strict=True) if block in loop.blocks]
@@ -298,11 +291,11 @@ def started_early(code: Code) -> list[bool]:
     """
     loops: dict[tuple[Place, ...], set[int]] = defaultdict(set)
     for loop in code.loops:
-        if found := _python_loop(loop.branch.places):
+        if found := python_loop(loop.branch.places):
             loops[found[0]] |= loop.blocks
     result = []
     for instruction, block in zip(code.instructions, code.block_of, strict=True):
-        found = _python_loop(instruction.places)
+        found = python_loop(instruction.places)
         inside = loops.get(found[0], {block}) if found else {block}
         result.append(block not in inside and block < min(inside))
     return result
@@ -314,14 +307,14 @@ def _passes(code: Code, launch: Launch, work: Work) -> dict[int, tuple[float, in
     left: dict[tuple[Place, ...], float] = {}  # passes of a Python loop that its unrolled copies have not made
     alike: dict[tuple[Place, ...], list[Loop]] = defaultdict(list)
     for loop in code.loops:
-        if found := _python_loop(loop.branch.places):
+        if found := python_loop(loop.branch.places):
             alike[found[0]].append(loop)
     for loop in code.loops:
-        if (found := _python_loop(loop.branch.places)) is None:
+        if (found := python_loop(loop.branch.places)) is None:
             where = " in ".join(f"{Path(file).name}:{line}" for file, line in loop.branch.places)
             raise Unknown(f"a loop at {where} is none of Python's")
         places, node = found
-        frame = _Frame(places, launch, work)
+        frame = Frame(places, launch, work)
         if isinstance(node, ast.While):
             result[loop.header] = (work.turns.get(frame.function.name, 1.0), len(places))
             continue
@@ -358,183 +351,3 @@ def _counted(code: Code, loop: Loop, step: int) -> int:
             if copies in _UNROLLED:
                 return copies
     return 0
-
-
-# --- the Python source ---
-
-
-@functools.cache
-def _lines(file: str) -> list[str]:
-    return Path(file).read_text().splitlines() if Path(file).is_file() else []
-
-
-@functools.cache
-def _functions(file: str) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(ast.parse("\n".join(_lines(file)))) if isinstance(node, ast.FunctionDef)]
-
-
-@functools.cache
-def _function(place: Place) -> ast.FunctionDef | None:
-    """The innermost function that contains a line."""
-    file, line = place
-    around = [node for node in _functions(file) if node.lineno <= line <= (node.end_lineno or 0)]
-    return max(around, key=lambda node: node.lineno, default=None)
-
-
-@functools.cache
-def _calls(file: str, kernel: str) -> dict[str, Place]:
-    """Functions that a kernel calls, directly or not, by name: where that is done first."""
-    functions = {node.name: (file, node) for node in _functions(file)}
-    names = {alias.asname or alias.name: node for node in _imports(file) for alias in node.names}
-    found: dict[str, Place] = {}
-    todo = [kernel]
-    while todo:
-        known = functions.get(todo.pop())
-        for node in ast.walk(known[1]) if known else ():
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in found:
-                assert known is not None
-                name = node.func.id
-                found[name] = (known[0], node.lineno)
-                todo.append(name)
-                if name in names:
-                    other = str(getattr(sys.modules.get(names[name].module or ""), "__file__", ""))
-                    functions.update(
-                        {each.name: (other, each) for each in _functions(other) if each.name not in functions}
-                    )
-    return found
-
-
-def _imports(file: str) -> list[ast.ImportFrom]:
-    return [node for node in ast.walk(ast.parse("\n".join(_lines(file)))) if isinstance(node, ast.ImportFrom)]
-
-
-@functools.cache
-def _settled(places: tuple[Place, ...], kernel: str, opcode: str) -> tuple[Place, ...]:
-    """The places with corrected lines.
-
-    A load is one of the last lines of a piece of assembly, for each of which newer versions of LLVM count one line of
-    the source, too, so that its line may be that of a function further down. `kernel` is the function of the last
-    place; empty if any could be.
-    """
-    found: list[Place] = []
-    for file, line in reversed(places):
-        allowed = _called(found[-1]) if found else {kernel} - {""}
-        function = _function((file, line))
-        if allowed and (function is None or function.name not in allowed):
-            ends = [node.end_lineno or 0 for node in _functions(file) if node.name in allowed]
-            line = max((end for end in ends if end < line), default=line)
-        found.append((file, line))
-    if opcode.startswith("LDG") and (function := _function(found[-1])):
-        file, line = found[-1]
-        words = max(1, Instruction("", opcode, "", ()).bytes // 4) if kernel else 0  # a line sets each of them to zero
-        above = [line - words, *range(line, line - 8, -1)]
-        loads = [each for each in above if each > function.lineno and "load(" in _lines(file)[each - 1]]
-        found[-1] = (file, loads[0] if loads else line)
-    return tuple(reversed(found))
-
-
-@functools.cache
-def _called(place: Place) -> set[str]:
-    """Names of the functions that are called in a line."""
-    function, line = _function(place), place[1]
-    nodes = ast.walk(function) if function else ()
-    calls = [n for n in nodes if isinstance(n, ast.Call) and n.lineno <= line <= (n.end_lineno or 0)]
-    return {n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", "") for n in calls}
-
-
-def _chain(places: tuple[Place, ...], kernel: str, calls: dict[str, Place]) -> tuple[Place, ...]:
-    """The places with the calls down from the kernel, which older versions of Triton don't tell; empty if unknown."""
-    while places and (function := _function(places[-1])) and function.name != kernel:
-        if function.name not in calls or len(places) > len(calls) + 1:
-            return ()
-        places = (*places, calls[function.name])
-    return places if places and _function(places[-1]) else ()
-
-
-@functools.cache
-def _python_loop(places: tuple[Place, ...]) -> tuple[tuple[Place, ...], ast.For | ast.While] | None:
-    """The innermost Python loop around an instruction, and the places from its first line on; None if there is none."""
-    for i, (file, line) in enumerate(places):
-        function = _function((file, line))
-        nodes = ast.walk(function) if function else ()
-        around = [n for n in nodes if isinstance(n, ast.For | ast.While) and n.lineno <= line <= (n.end_lineno or 0)]
-        if around:
-            node = max(around, key=lambda node: node.lineno)
-            return ((file, node.lineno), *places[i + 1 :]), node
-    return None
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-_LANGUAGE = {"cdiv": _cdiv, "minimum": min, "maximum": max, "min": min, "max": max, "program_id": lambda axis: 0}
-"""Functions of Triton's language that ranges use, on numbers; the passes are those of the first program."""
-
-
-class _Frame(dict[str, Any]):
-    """The variables of a function that was inlined at `places`, each computed when it is asked for."""
-
-    def __init__(self, places: tuple[Place, ...], launch: Launch, work: Work) -> None:
-        language = SimpleNamespace(**_LANGUAGE, num_programs=lambda axis: launch.grid[axis])
-        super().__init__(tl=language, min=min, max=max)
-        self.places, self.launch, self.work = places, launch, work
-        function = _function(places[0])
-        assert function is not None
-        self.function = function
-
-    def passes(self, node: ast.For) -> tuple[int, int]:
-        """Passes of a `for` over a range, and the range's step."""
-        try:
-            assert isinstance(node.iter, ast.Call)
-            bounds = range(*(int(self.value(each)) for each in node.iter.args))
-            return len(bounds), bounds.step
-        except Exception as error:  # of any kind: the expression may be anything
-            what = f"{self.function.name}, line {node.lineno}: {ast.unparse(node.iter)}"
-            raise Unknown(f"{what}: {type(error).__name__} {error}; Work.values may give the variables") from None
-
-    def value(self, node: ast.expr) -> Any:
-        found = eval(compile(ast.Expression(node), "", "eval"), {}, self)  # the kernels' own expressions
-        return getattr(found, "value", found)  # of a tl.constexpr
-
-    def __missing__(self, name: str) -> Any:
-        if name in self.work.values:
-            return self.work.values[name]
-        if len(self.places) == 1:
-            given = self.launch.named()
-            if name in given:
-                return given[name]
-        elif (argument := self._argument(name)) is not None:
-            return _Frame(self.places[1:], self.launch, self.work).value(argument)
-        nodes = [node for node in ast.walk(self.function) if isinstance(node, ast.Assign | ast.AnnAssign)]
-        assigned = [
-            node.value
-            for node in nodes
-            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-            if isinstance(target, ast.Name) and target.id == name
-        ]
-        if len(assigned) == 1 and assigned[0]:
-            return self.value(assigned[0])
-        module = next((m for m in list(sys.modules.values()) if getattr(m, "__file__", "") == self.places[0][0]), None)
-        if module is None or not hasattr(module, name):
-            raise KeyError(name)
-        return getattr(module, name)
-
-    def _argument(self, name: str) -> ast.expr | None:
-        """The expression that the caller gives for a parameter, or its default."""
-        parameters = [each.arg for each in self.function.args.args]
-        caller = _function(self.places[1])
-        if name not in parameters or caller is None:
-            return None
-        line, at = self.places[1][1], parameters.index(name)
-        for node in ast.walk(caller):
-            if isinstance(node, ast.Call) and node.lineno <= line <= (node.end_lineno or 0):
-                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                if called == self.function.name:
-                    named = {each.arg: each.value for each in node.keywords}
-                    if name in named:
-                        return named[name]
-                    if at < len(node.args):
-                        return node.args[at]
-        defaults = self.function.args.defaults
-        return defaults[at - len(parameters)] if at >= len(parameters) - len(defaults) else None

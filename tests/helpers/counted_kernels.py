@@ -21,7 +21,8 @@ from fastdiff.kernels import aot
 from fastdiff.kernels.launch import Launch, Work
 
 from benchmarks import kernel_cost
-from benchmarks.machine_code import RETURNING, Code, Unknown, executions, started_early
+from benchmarks.machine_code import RETURNING, Code, executions, started_early
+from benchmarks.python_source import Unknown
 
 PROGRAMS, PARTS, PER, LAG = 264, 4096, 32, 528
 ROWS, WIDTH = 128, 64
