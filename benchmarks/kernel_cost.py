@@ -34,7 +34,9 @@ from fastdiff.runtime.script import run_script
 ARCH = 90
 """The compute capability, times ten, whose limits this file has."""
 PROCESSORS, CLOCK = 132, 1.755e9
-WARPS, BLOCKS, REGISTERS, SHARED = 64, 32, 65536, 227 * 1024  # of one multiprocessor
+WARPS, BLOCKS, REGISTERS = 64, 32, 65536  # of one multiprocessor
+SHARED, RESERVED = 228 * 1024, 1024
+"""Bytes of shared memory of a multiprocessor, of which each block takes some that no program sees."""
 ISSUED = 4 * 0.85
 """Warp instructions that a multiprocessor issues per cycle: its four schedulers find a ready warp 85% of the time."""
 ALONE = 2.0
@@ -49,8 +51,9 @@ PIPES: dict[str, tuple[str, float]] = {
     "special functions": (r"MUFU|POPC|FLO|BREV", 16),
     "float64": (r"DFMA|DADD|DMUL|DSETP|DMNMX|(F2F|F2I|I2F).*64", 64),
     "shuffles": (r"SHFL|REDUX", 32),
+    "integer products": (r"U?IMAD(?!\.MOV)", 64),
     "integers": (
-        r"U?(IADD3|ISETP|LOP3|SHF|LEA|PRMT|SEL|SGXT|IABS|PLOP3|IMNMX)\b|V?IADD|VIMNMX|IMAD(?!\.MOV)|FSETP|FMNMX|FSEL"
+        r"U?(IADD3|ISETP|LOP3|SHF|LEA|PRMT|SEL|SGXT|IABS|PLOP3|IMNMX)\b|V?IADD|VIMNMX|FSETP|FMNMX|FSEL"
         r"|F2FP|F2F|F2I|I2F|I2I",
         64,
     ),
@@ -116,8 +119,9 @@ def predict(counts: Counts) -> Cost:
     memory      DRAM bytes / the rate of a copy (`fastdiff/runtime/machine.py`); applied by `Cost.seconds`
     L2          bytes that the multiprocessors load and store / 5.5 TB/s
     issue       warp instructions / (3.4 per cycle and multiprocessor)
-    pipes       special functions 16, float64 64, shuffles 32, integers, comparisons and conversions 64 lanes, accesses
-                to memory 128 bytes, tensor cores 4096 FLOPs per cycle and multiprocessor (63% of it by HMMA)
+    pipes       special functions 16, float64 64, shuffles 32, products of integers 64, their sums, comparisons and
+                conversions 64 lanes, accesses to memory 128 bytes, tensor cores 4096 FLOPs (63% of it by HMMA) per
+                cycle and multiprocessor
     program     rounds of programs * (instructions of a warp * 2 cycles, or its warps / 3.4 if that is more, + what the
                 waits for global loads take: the latency less the time since the load was issued). That is Little's law,
                 bytes loaded / bytes in flight * latency, and the time in which a program, whose warps are taken to be
@@ -129,11 +133,11 @@ def predict(counts: Counts) -> Cost:
     atomics, barriers.
 
     Sources: CUDA C++ Programming Guide, throughput of arithmetic instructions at compute capability 9.0, and its table
-    of limits; NVIDIA H100 white paper; Luo et al. 2024 (https://arxiv.org/abs/2402.13499) for latencies, the L2 cache
-    and HMMA on Hopper. The factors 0.85, 2 cycles, 1 us and the latency under load are assumptions.
+    of limits; NVIDIA's H100 white paper; for HMMA Luo et al. 2024 (https://arxiv.org/abs/2402.13499). Assumptions that
+    no measurement of ours supports yet: 85% and 2 cycles, 1 us, both latencies under load, 5.5 TB/s.
     """
     registers = math.ceil(counts.registers / 8) * 8 * 32 * counts.warps
-    fitting = min(BLOCKS, WARPS // counts.warps, REGISTERS // registers, SHARED // (counts.shared + 1024))
+    fitting = min(BLOCKS, WARPS // counts.warps, REGISTERS // registers, SHARED // (counts.shared + RESERVED))
     most = math.ceil(counts.programs / PROCESSORS)
     resident = max(1, min(fitting, most))
     rounds = math.ceil(most / resident)
@@ -177,7 +181,7 @@ def counts_of(code: Code, launch: Launch, registers: int, shared: int) -> Counts
         if pipe := pipe_of(instruction):
             pipes[pipe] += often * 32 / PIPES[pipe][1]
         if instruction.name in TENSOR:
-            pipes["tensor cores"] += often * _flops(instruction) / TENSOR[instruction.name]
+            pipes["tensor cores"] += often * flops_of(instruction) / TENSOR[instruction.name]
         pipes["memory pipe"] += often * 32 * instruction.bytes / MEMORY_PIPE
         if instruction.name in (*RETURNING, "STG", "LDGSTS") and not is_early:
             accessed += often * 32 * instruction.bytes
@@ -212,12 +216,13 @@ def pipe_of(instruction: Instruction) -> str | None:
     return next((name for name, (pattern, _) in PIPES.items() if re.match(pattern, instruction.opcode)), None)
 
 
-def _flops(instruction: Instruction) -> float:
+def flops_of(instruction: Instruction) -> float:
     """FLOPs of a warp's share of a tensor-core instruction, as HGMMA.64x128x16 of four warps or HMMA.16816 of one."""
-    if found := re.search(r"(\d+)x(\d+)x(\d+)", instruction.opcode):
+    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", instruction.opcode):
         return 2.0 * math.prod(map(int, found.groups())) / 4
-    shape = (re.search(r"\.(16|8)(8)(16|8|4|32)\b", instruction.opcode) or re.search("()", "")).groups()
-    return 2.0 * math.prod(map(int, shape)) if len(shape) == 3 else 0.0
+    if found := re.match(r"HMMA\.(16)(8)(16|8|4)\b", instruction.opcode):
+        return 2.0 * math.prod(map(int, found.groups()))
+    return 0.0
 
 
 # --- launches, steps and their file ---
@@ -299,36 +304,45 @@ HEADS = (
 
 
 def markdown(steps: dict[str, list[Row]], gpu: str) -> Iterator[str]:
-    """Tables in Markdown, one for each step: a line for each kernel and shape, those that take longest first."""
+    """Tables in Markdown, one for each step: a line for each kernel and shape, those that take longest first.
+
+    Those that take less than 1% of the time of all are added up in the last line.
+    """
     copy = GPUS[gpu].copy_bytes
     for step, rows in steps.items():
+        total = lambda some: sum(row.count * row.cost.seconds(copy) for row in some)
         alike: dict[tuple[str, str], list[Row]] = defaultdict(list)
         for row in rows:
             alike[row.kernel, row.shape].append(row)
-        yield from (f"`{step}` on an {gpu}, predicted:", "")
+        small = [key for key, some in alike.items() if total(some) < 0.01 * total(rows)]
+        others = [row for key in small for row in alike.pop(key)]
+        yield from (f"`{step}` on an {gpu}, predicted, {1e3 * total(rows):.2f} ms in all:", "")
         yield f"| {' | '.join(HEADS)} |"
         yield "|---" * len(HEADS) + "|"
-        total = lambda some: sum(row.count * row.cost.seconds(copy) for row in some)
-        for (kernel, shape), some in sorted(alike.items(), key=lambda item: -total(item[1])):
-            count = sum(row.count for row in some)
-            span = lambda values, form: "-".join(dict.fromkeys(format(f(values), form) for f in (min, max)))
-            costs = [row.cost for row in some]
-            least, moved = (sum(r.count * getattr(r.cost, n) for r in some) for n in ("least_bytes", "dram_bytes"))
-            cells = (
-                kernel,
-                shape,
-                count,
-                span([cost.instructions for cost in costs], ".0f"),
-                span([cost.registers for cost in costs], "d"),
-                span([cost.resident_warps for cost in costs], "d"),
-                span([cost.in_flight / 1024 for cost in costs], ".0f"),
-                f"{moved / least:.2f}",
-                f"{1e6 * total(some) / count:.0f}",
-                f"{least / copy / total(some):.2f}",
-                max(some, key=lambda row: row.count * row.cost.seconds(copy)).cost.limit_at(copy),
-            )
-            yield f"| {' | '.join(map(str, cells))} |"
+        ordered = sorted(alike.items(), key=lambda item: -total(item[1]))
+        for (kernel, shape), some in [*ordered, *([(("others", ""), others)] if others else [])]:
+            yield f"| {' | '.join(_cells(kernel, shape, some, copy))} |"
         yield ""
+
+
+def _cells(kernel: str, shape: str, rows: list[Row], copy: float) -> list[str]:
+    costs = [row.cost for row in rows]
+    count = sum(row.count for row in rows)
+    seconds = sum(row.count * row.cost.seconds(copy) for row in rows)
+    least, moved = (sum(row.count * getattr(row.cost, n) for row in rows) for n in ("least_bytes", "dram_bytes"))
+    span = lambda values: "-".join(dict.fromkeys(f"{edge(values):.0f}" for edge in (min, max)))
+    slowest = max(rows, key=lambda row: row.count * row.cost.seconds(copy))
+    return [
+        *(kernel, shape, str(count)),
+        span([cost.instructions for cost in costs]),
+        span([cost.registers for cost in costs]),
+        span([cost.resident_warps for cost in costs]),
+        span([cost.in_flight / 1024 for cost in costs]),
+        f"{moved / least:.2f}",
+        f"{1e6 * seconds / count:.0f}",
+        f"{least / copy / seconds:.2f}",
+        slowest.cost.limit_at(copy),
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,19 +9,25 @@ Each operation of `fastdiff/models/cost.py` takes, forward and again backward,
     max(run FLOPs / (matmul rate * convolution efficiency), bytes / (copy rate * copy efficiency))
 
 and each kernel takes --launch_us more, once per batch ("launch gaps"; --launch_us 0 is a step of CUDA graphs). The
-floor has both efficiencies at 1, the target has those given. MFU is a share of the datasheet's dense bf16 peak and
-counts the FLOPs of the network as improved-diffusion defines it. Input, communication and the host's own time are
-assumed to be hidden. --gpu here measures both rates on this machine; with precision fp32 the rates must be measured or
-given.
+floor has both efficiencies at 1, the target has those given. On an H100 or H200 the target takes the time of norms,
+attention, noising, losses and the update from --kernel_costs instead, which has a prediction for every launch of our
+kernels in the steps of shipped configurations (`kernel_cost.py`). Our norms compute the residual sums, so that these
+are not counted again. For another batch the times are scaled; where the file has no such configuration, the line below
+the table says that --copy_efficiency stands for our kernels.
+
+MFU is a share of the datasheet's dense bf16 peak and counts the FLOPs of the network as improved-diffusion defines it.
+Input, communication and the host's own time are assumed to be hidden. --gpu here measures both rates on this machine;
+with precision fp32 the rates must be measured or given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +36,19 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import torch
 
+from benchmarks import kernel_cost
 from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import cost
 from fastdiff.runtime.machine import GPUS, Rates, device_name, find, measure_rates
 from fastdiff.runtime.script import run_script
-from fastdiff.training.diagnostics.profile import FLOOR_CLASSES, Share
+from fastdiff.training.diagnostics.profile import CLASS_OF, FLOOR_CLASSES, GAPS, Share, classify
 from fastdiff.training.diagnostics.profile import predict as predict_classes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+KERNEL_COSTS = Path(__file__).with_name("results") / f"aot_cost_sm{kernel_cost.ARCH}.json"
+MODELLED = [GPUS[name].name for name in ("H100", "H200")]
+"""The GPUs whose multiprocessors `kernel_cost.py` describes."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,59 @@ def predict(ops: Sequence[cost.Operation], batch: int, machine: Machine, **assum
     """Predict a step; `assumed` are the efficiencies and costs that `predict_classes` takes."""
     shares = predict_classes(ops, batch, Rates(machine.matmul_flops, machine.copy_bytes), **assumed)
     return Prediction(batch, 3 * sum(op.flops for op in ops), shares)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Our kernels' launches in a step, of the batch for which they were predicted."""
+
+    rows: list[kernel_cost.Row]
+    batch: int
+    batch_asked: int
+
+    def classes(self) -> dict[str, list[kernel_cost.Row]]:
+        found: dict[str, list[kernel_cost.Row]] = {}
+        for row in self.rows:
+            found.setdefault(classify([f"_{row.kernel}"]), []).append(row)
+        return found
+
+
+def kernels_of(steps: dict[str, list[kernel_cost.Row]], config: str, batch: int, precision: str) -> Kernels | None:
+    """Our kernels in a step, of the nearest batch that the file has; None if it has no step of the configuration."""
+    names = {name: name.split() for name in steps}
+    batches = {int(words[1]): name for name, words in names.items() if (words[0], words[2]) == (config, precision)}
+    if not batches:
+        return None
+    nearest = min(batches, key=lambda each: abs(math.log(each / batch)))
+    return Kernels(steps[batches[nearest]], nearest, batch)
+
+
+def with_kernels(
+    general: Prediction, ops: Sequence[cost.Operation], kernels: Kernels, machine: Machine, launch_us: float
+) -> Prediction:
+    """A prediction in which the times of our kernels replace those of their classes.
+
+    Attention blocks for which the file has no launch, because flash attention takes them, keep their general share.
+    """
+    shares = dict(general.shares)
+    launches = 0.0
+    for name, rows in kernels.classes().items():
+        replaced = [op for op in ops if CLASS_OF[op.kind] == name]
+        left = 0.0
+        if name == "attention":
+            own = sum(row.count for row in rows if row.kernel.startswith("forward"))
+            left = max(0.0, 1 - own / len(replaced))
+        scale = 1.0 if name == "optimiser" else kernels.batch_asked / kernels.batch
+        costs = [(row.count, row.cost.scaled(scale)) for row in rows]
+        seconds = sum(count * each.seconds(machine.copy_bytes) for count, each in costs)
+        moved = sum(count * each.dram_bytes for count, each in costs) / kernels.batch_asked
+        before = shares[name]
+        shares[name] = Share(before.run_flops, moved + left * before.bytes, 1e3 * seconds + left * before.ms)
+        launches += sum(row.count for row in rows) - (1 - left) * sum(sum(op.launches) for op in replaced)
+        launches -= name == "optimiser"
+    gaps = shares[GAPS]
+    shares[GAPS] = Share(gaps.run_flops, gaps.bytes, gaps.ms + 1e-3 * launch_us * launches)
+    return Prediction(general.batch, general.train_flops, shares)
 
 
 def load_config(name: str) -> Config:
@@ -160,6 +223,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--conv_efficiency", type=float, default=0.8, help="of products in the target (default: 0.8)")
     parser.add_argument("--copy_efficiency", type=float, default=0.9, help="of copies in the target (default: 0.9)")
     parser.add_argument("--launch_us", type=float, default=2.0, help="between kernels (default: 2)")
+    parser.add_argument(
+        "--kernel_costs",
+        type=Path,
+        default=KERNEL_COSTS,
+        metavar="FILE",
+        help=f"predictions for our kernels, by aot.py --cost (default: {KERNEL_COSTS.name} in benchmarks/results)",
+    )
     parser.add_argument("--profile", type=Path, metavar="FILE", help="measured times to set beside the target")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
@@ -226,6 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         copy_efficiency=args.copy_efficiency,
         **common,
     )
+    target, note = refine(target, ops, args, machine, precision)
     forward = sum(op.flops for op in ops)
     print(f"{args.config}: {cost.parameters(ops) / 1e6:.1f}M parameters, {forward / 1e9:.1f} GFLOP forward per image")
     print(
@@ -234,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"batch {batch}, {precision}; floor and target are predictions")
     print("\n".join(table(floor, target, measured)))
+    print(note)
     seen = 1e3 * batch / measured["step_ms"] if measured else None
     for name, rate in (("floor", floor.images_per_second), ("target", target.images_per_second), ("measured", seen)):
         if rate is None:
@@ -255,6 +327,26 @@ def main(argv: list[str] | None = None) -> None:
             **({"measured": measured} if measured else {}),
         }
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def refine(
+    target: Prediction, ops: Sequence[cost.Operation], args: argparse.Namespace, machine: Machine, precision: str
+) -> tuple[Prediction, str]:
+    """The target with the predictions for our kernels, and a line that says where they are from. Raises UserError."""
+    path = Path(args.config)
+    config = path.stem if not path.is_file() or path.resolve().parent == CONFIGS else ""
+    kernels = None
+    if machine.name in MODELLED:
+        kernels = kernels_of(kernel_cost.read(args.kernel_costs), config, target.batch, precision)
+    if kernels is None:
+        return target, f"target: our kernels move their bytes at {args.copy_efficiency:.0%} of the copy rate"
+    ours = ", ".join(name for name in FLOOR_CLASSES if name in kernels.classes())
+    scaled = "" if kernels.batch == target.batch else f", scaled from batch {kernels.batch}"
+    without = [op for op in ops if op.kind != "residual"]
+    bare = predict_classes(without, target.batch, Rates(machine.matmul_flops, machine.copy_bytes))["pointwise"]
+    general = replace(target, shares={**target.shares, "pointwise": replace(bare, ms=bare.ms / args.copy_efficiency)})
+    made = with_kernels(general, ops, kernels, machine, args.launch_us)
+    return made, f"target: {ours} as predicted from the machine code of our kernels{scaled}"
 
 
 def _figures(prediction: Prediction, machine: Machine) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny import MODEL, refusal
 
-from benchmarks import roofline
+from benchmarks import kernel_cost, roofline
 from fastdiff.errors import UserError
 from fastdiff.models import UNetSettings, cost
 from fastdiff.training.diagnostics.profile import CLASS_OF
@@ -68,6 +68,57 @@ def test_predictions_by_hand(name: str) -> None:
         assert made.images_per_second == pytest.approx(images, rel=0.03)
 
 
+def _row(kernel: str, count: int, dram_bytes: float, busy_us: float) -> kernel_cost.Row:
+    cost = kernel_cost.Cost(10.0, 64, 32, 1e4, dram_bytes, dram_bytes, busy_us, "issue")
+    return kernel_cost.Row(kernel, "4x8x4x4", count, cost)
+
+
+def test_our_kernels_by_hand() -> None:
+    """Times of our kernels replace their classes', those of a batch grow with it, and all launches have a gap."""
+    norm = cost.Operation("n", "group norm", (8, 4, 4), forward_bytes=3e6, backward_bytes=5e6)
+    heads = [cost.Operation(f"a{i}", "attention", (1, 16, 8), forward_bytes=1e6) for i in range(2)]
+    general = roofline.predict([norm, *heads], 8, ROUND, launch_us=100, optimiser_bytes=0)
+    rows = [_row("norm_forward_group_norm", 2, 1e6, 500), _row("forward_short", 1, 1e6, 9000), _row("sum", 1, 0, 3)]
+    kernels = roofline.Kernels(rows, batch=4, batch_asked=8)
+    made = roofline.with_kernels(general, [norm, *heads], kernels, ROUND, launch_us=100)
+    ramp = 1e3 * kernel_cost.RAMP
+    assert made.shares["norms"].ms == pytest.approx(2 * (ramp + 2 * 1.0))
+    assert made.shares["norms"].bytes == pytest.approx(2 * 2e6 / 8)
+    assert made.shares["attention"].ms == pytest.approx(ramp + 2 * 9.0 + general.shares["attention"].ms / 2)
+    assert made.shares["optimiser"].ms == pytest.approx(ramp + 0.003)
+    # Launches of the norm 2, of our attention 1, of the other block 3, of the optimiser 1.
+    assert made.shares["launch gaps"].ms == pytest.approx(0.1 * (2 + 1 + 3 + 1))
+
+
+def test_steps_of_the_nearest_batch() -> None:
+    steps = {f"demo {batch} bf16": [_row("sum", batch, 0, 1)] for batch in (16, 128)}
+    found = roofline.kernels_of(steps, "demo", 40, "bf16")
+    assert found is not None
+    assert (found.batch, found.batch_asked, found.rows[0].count) == (16, 40, 16)
+    assert roofline.kernels_of(steps, "demo", 40, "fp16") is None
+
+
+def test_the_file_of_costs() -> None:
+    """Every kernel in it has a class that the roofline knows; its steps are those of the configurations."""
+    steps = kernel_cost.read(roofline.KERNEL_COSTS)
+    assert {"imagenet64_270M 128 bf16", "cifar10_uncond 256 bf16"} <= set(steps)
+    for step, rows in steps.items():
+        kernels = roofline.kernels_of(steps, *(int(word) if word.isdigit() else word for word in step.split()))
+        assert kernels is not None
+        assert kernels.rows == rows
+        assert set(kernels.classes()) <= set(roofline.FLOOR_CLASSES)
+
+
+def test_what_the_target_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        (["--gpu", "H100", "--batch", "256"], "as predicted from the machine code of our kernels\n"),
+        (["--gpu", "H200", "--batch", "200"], "of our kernels, scaled from batch 256"),
+        (["--gpu", "A100"], "target: our kernels move their bytes at 90% of the copy rate"),
+    ):
+        roofline.main(["--config", "cifar10_uncond", *words])
+        assert says in capsys.readouterr().out
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile, out = tmp_path / "profile.json", tmp_path / "out.json"
     classes = {"convolutions": 40.0, "norms": 20.0, "input wait": 3.0, "launch gaps": 0.0}
@@ -115,6 +166,7 @@ def test_batch_by_default_is_the_micro_batch() -> None:
         (["--config", "demo", "--conv_efficiency", "80"], "--conv_efficiency"),
         (["--config", "demo", "--launch_us", "-1"], "--launch_us"),
         (["--config", "demo", "--profile", "nowhere.json"], "--profile nowhere.json"),
+        (["--config", "demo", "--kernel_costs", "nowhere.json"], "nowhere.json is not what benchmarks/aot.py --cost"),
     ],
 )
 def test_refusals(words: list[str], says: str) -> None:

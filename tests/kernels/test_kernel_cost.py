@@ -12,7 +12,7 @@ from helpers import TESTS, tritons
 
 from benchmarks import kernel_cost
 from benchmarks.kernel_cost import CLOCK, RAMP, Cost, Counts, Row, predict
-from benchmarks.machine_code import Code, Wait, stalls, waits
+from benchmarks.machine_code import Code, Instruction, Wait, stalls, waits
 from fastdiff.errors import UserError
 
 # --- reading machine code ---
@@ -151,6 +151,28 @@ def test_limits(changes: dict[str, Any], limit: str, cycles: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("opcode", "pipe", "flops"),
+    [
+        ("MUFU.EX2", "special functions", 0),
+        ("DFMA", "float64", 0),
+        ("F2F.F64.F32", "float64", 0),
+        ("IMAD.WIDE.U32", "integer products", 0),
+        ("IMAD.MOV.U32", None, 0),
+        ("ISETP.GE.AND", "integers", 0),
+        ("F2FP.BF16.F32.PACK_AB", "integers", 0),
+        ("FFMA", None, 0),
+        ("HGMMA.64x128x16.F32.BF16", None, 2 * 64 * 128 * 16 / 4),
+        ("HMMA.16816.F32.BF16", None, 2 * 16 * 8 * 16),
+        ("HMMA.1688.F32.TF32", None, 2 * 16 * 8 * 8),
+    ],
+)
+def test_pipes(opcode: str, pipe: str | None, flops: float) -> None:
+    instruction = Instruction("", opcode, "", ())
+    assert kernel_cost.pipe_of(instruction) == pipe
+    assert kernel_cost.flops_of(instruction) == flops
+
+
+@pytest.mark.parametrize(
     ("changes", "resident"),
     [
         ({"registers": 255}, 8),
@@ -179,7 +201,7 @@ def test_file(tmp_path: Path) -> None:
     kernel_cost.write(path, "3.9.0", {"demo 64 bf16": [row]})
     assert kernel_cost.read(path) == {"demo 64 bf16": [row]}
     table = list(kernel_cost.markdown(kernel_cost.read(path), "H100"))
-    assert table[0] == "`demo 64 bf16` on an H100, predicted:"
+    assert table[0] == "`demo 64 bf16` on an H100, predicted, 0.01 ms in all:"
     assert table[4].startswith("| adamw_ema | 5x8 | 3 | 2 | 32 | 64 | 1 | 1.50 | 2 | 0.30 | issue |")
     path.write_text('{"steps": {"demo 64 bf16": [[1]]}}')
     with pytest.raises(UserError, match="is not what benchmarks/aot.py --cost writes"):
