@@ -60,6 +60,11 @@ class Loop:
     blocks: frozenset[int]
     branch: Instruction
 
+    @property
+    def python(self) -> tuple[tuple[Place, ...], ast.For | ast.While] | None:
+        """The Python loop, see `python_loop`."""
+        return python_loop(self.branch.places)
+
 
 class Code:
     """The instructions of one kernel in their order, its blocks and its loops.
@@ -170,13 +175,17 @@ def executions(code: Code, launch: Launch, work: Work) -> list[float]:
     programs = 1
     for size in launch.grid:
         programs *= size
-    passes = _passes(code, launch, work)
+    passes, left = _passes(code, launch, work)
     result = []
     for instruction, block in zip(code.instructions, code.block_of, strict=True):
         if block not in code.reached:
             result.append(0.0)
             continue
         around = [loop for loop in code.loops if block in loop.blocks]
+        python = python_loop(instruction.places)
+        if python and left.get(python[0]) == 0 and python[0] not in [loop.python and loop.python[0] for loop in around]:
+            result.append(0.0)  # a copy of the body for passes that the unrolled loop leaves over, which are none
+            continue
         most = 1.0
         for loop in around:
             most *= passes[loop.header][0]
@@ -291,7 +300,7 @@ def started_early(code: Code) -> list[bool]:
     """
     loops: dict[tuple[Place, ...], set[int]] = defaultdict(set)
     for loop in code.loops:
-        if found := python_loop(loop.branch.places):
+        if found := loop.python:
             loops[found[0]] |= loop.blocks
     result = []
     for instruction, block in zip(code.instructions, code.block_of, strict=True):
@@ -301,16 +310,22 @@ def started_early(code: Code) -> list[bool]:
     return result
 
 
-def _passes(code: Code, launch: Launch, work: Work) -> dict[int, tuple[float, int]]:
-    """By a loop's header: its passes each time it is entered, and the frames from the kernel down to its function."""
+Passes = tuple[dict[int, tuple[float, int]], dict[tuple[Place, ...], float]]
+
+
+def _passes(code: Code, launch: Launch, work: Work) -> Passes:
+    """By a loop's header: its passes each time it is entered, and the frames from the kernel down to its function.
+
+    The second result has, by the places of Python loops that are unrolled, the passes that are left over.
+    """
     result = {}
-    left: dict[tuple[Place, ...], float] = {}  # passes of a Python loop that its unrolled copies have not made
+    left: dict[tuple[Place, ...], float] = {}
     alike: dict[tuple[Place, ...], list[Loop]] = defaultdict(list)
     for loop in code.loops:
-        if found := python_loop(loop.branch.places):
+        if found := loop.python:
             alike[found[0]].append(loop)
     for loop in code.loops:
-        if (found := python_loop(loop.branch.places)) is None:
+        if (found := loop.python) is None:
             where = " in ".join(f"{Path(file).name}:{line}" for file, line in loop.branch.places)
             raise Unknown(f"a loop at {where} is none of Python's")
         places, node = found
@@ -324,7 +339,7 @@ def _passes(code: Code, launch: Launch, work: Work) -> dict[int, tuple[float, in
         result[loop.header] = (count // copies, len(places))
         if copies > 1:
             left[places] = count % copies
-    return result
+    return result, left
 
 
 _UNROLLED = (2, 4, 8, 16)

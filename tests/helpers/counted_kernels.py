@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 import triton
 import triton.language as tl
-from fastdiff.kernels import aot
-from fastdiff.kernels.launch import Launch, Work
+from fastdiff.kernels import aot, attention  # noqa: F401  (attention registers its ops)
+from fastdiff.kernels.launch import IMPLEMENTATIONS, Launch, Work, record
 
 from benchmarks import kernel_cost
 from benchmarks.machine_code import RETURNING, Code, executions, started_early
@@ -165,6 +165,22 @@ def moved(launch: Launch, code: Code) -> dict[str, float]:
     return found
 
 
+def tensor_flops() -> dict[str, float]:
+    """FLOPs on tensor cores in attention over 1024 positions with heads of 64 channels, over B * N * L^2 * D."""
+    qkv = meta(2, 1024, 3 * 4 * 64, dtype=torch.bfloat16)
+    with record() as launches:
+        out, lse = IMPLEMENTATIONS["attention"](qkv, 4)
+        IMPLEMENTATIONS["attention_backward"](out, qkv, out, lse, 4)
+    found = {}
+    for launch in launches:
+        made, text = aot.inspect_launch(launch, 90)
+        counts = kernel_cost.counts_of(Code(text, launch.kernel.fn), launch, made.registers, made.shared)
+        cycles = counts.programs * counts.warps * counts.pipes.get("tensor cores", 0.0)
+        name = f"{launch.kernel.__name__} {launch.constexprs.get('KEYS', '')}".strip()
+        found[name] = cycles * kernel_cost.TENSOR["HGMMA"] / (2 * 4 * 1024**2 * 64)
+    return found
+
+
 def main() -> None:
     result: dict[str, object] = {}
     for name, launch in LAUNCHES.items():
@@ -172,6 +188,7 @@ def main() -> None:
         code = Code(text, launch.kernel.fn)
         counts = kernel_cost.counts_of(code, launch, made.registers, made.shared)
         result[name] = {"moved": moved(launch, code), "cost": vars(kernel_cost.predict(counts))}
+    result["tensor flops"] = tensor_flops()
     by_data = Launch(_by_data, (1,), (meta(4096), meta(1, dtype=torch.int32)), {"BLOCK": 128}, 4, 3)
     code = Code(aot.inspect_launch(by_data, 90)[1], by_data.kernel.fn)
     try:

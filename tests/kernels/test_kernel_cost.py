@@ -25,19 +25,20 @@ def counted(request: pytest.FixtureRequest) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_passes_of_a_loop_within_a_loop(counted: dict[str, Any]) -> None:
     """The inner range has constants that the caller gives by name, the outer one an argument."""
     size = 10 * 7 * 8192 * 4
     assert counted["copy"]["moved"] == {"_copy_chunk loaded": size, "_copy_chunk stored": size}
 
 
+@pytest.mark.slow
 def test_an_unrolled_loop(counted: dict[str, Any]) -> None:
-    """A thousand passes over 512 bytes; the unrolled copies for a remainder, which is none, are counted once."""
-    moved = counted["sum_short"]["moved"]
-    assert moved["_sum_short loaded"] == pytest.approx(1000 * 512, rel=0.005)
-    assert moved["_sum_short stored"] == 512
+    """A thousand passes over 512 bytes; the copies of the loop for passes left over, which are none, don't count."""
+    assert counted["sum_short"]["moved"] == {"_sum_short loaded": 1000 * 512, "_sum_short stored": 512}
 
 
+@pytest.mark.slow
 def test_functions_under_conditions(counted: dict[str, Any]) -> None:
     """A loop over tickets, in which functions run as often as the kernel's WORK says, or its loops within them do."""
     parts, slabs, rows, width, lanes = 4096, 4096 // 32, 128, 64, 128
@@ -45,11 +46,19 @@ def test_functions_under_conditions(counted: dict[str, Any]) -> None:
     part = parts * rows * width * 2
     assert moved["_sum_part loaded"] == moved["_apply_part stored"] == part
     assert moved["_apply_part loaded"] == part + parts * lanes * 32  # each thread loads 8 of the totals
-    assert moved["_merge_slab loaded"] == pytest.approx(parts * lanes * 4, rel=0.1)
+    assert moved["_merge_slab loaded"] == parts * lanes * 4
     assert moved["_merge_slab stored"] == slabs * lanes * 4
     assert moved["_await loaded"] == parts * lanes * 4
 
 
+@pytest.mark.slow
+def test_products_on_tensor_cores(counted: dict[str, Any]) -> None:
+    """Forward two products of 2 L^2 D per head; backward three for dQ, and four for dK and dV."""
+    expected = {"_forward_long": 4, "_delta": 0, "_backward_long False": 6, "_backward_long True": 8}
+    assert counted["tensor flops"] == pytest.approx(expected)
+
+
+@pytest.mark.slow
 def test_ranges_that_depend_on_data(counted: dict[str, Any]) -> None:
     assert counted["unknown"].startswith("_by_data, line ")
     assert "range(0, length, BLOCK)" in counted["unknown"]
