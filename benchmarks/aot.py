@@ -267,6 +267,7 @@ def main() -> None:
     parser.add_argument("--configs", default="all", help="names of configurations (default: all)")
     parser.add_argument("--archs", default="all", help="compute capabilities times ten (default: all that are known)")
     parser.add_argument("--kernels", default="all", help="names of kernels (default: all)")
+    parser.add_argument("--training", action="store_true", help="leave out what is not a training step's")
     parser.add_argument("--each", type=at_least(0), default=0, metavar="N", help="at most N launches of each kernel")
     parser.add_argument("--launches", type=existing_file, help="a file of tests' launches to compile as well")
     parser.add_argument("--processes", type=at_least(1), default=os.cpu_count())
@@ -279,6 +280,7 @@ def main() -> None:
         raise UserError(f"--cost needs all kernels for sm_{kernel_cost.ARCH}; leave out --each and --kernels")
     names = chosen(args.configs, sorted(path.stem for path in CONFIGS.glob("*.json")), [], "--configs")
     steps = [*(step for name in names for step in recorded(name)), *optional()]
+    steps = [step for step in steps if step[0] or not args.training]
     kernels = sorted({name_of(one) for _, one in steps})
     groups = selected((one for _, one in steps), chosen(args.kernels, kernels, kernels, "--kernels"), args.each)
     fast = [group[0] for group in groups]

@@ -1,6 +1,6 @@
 """Predicts how long a launch takes on an H100 or H200 from its machine code, and writes the predictions as a table.
 
-    python benchmarks/aot.py --archs 90 --cost benchmarks/results/aot_cost_sm90.json
+    python benchmarks/aot.py --archs 90 --training --cost benchmarks/results/aot_cost_sm90.json
     python benchmarks/kernel_cost.py benchmarks/results/aot_cost_sm90.json --step 'cifar10_uncond 256 bf16'
 
 The first command compiles and predicts; the second prints its file as Markdown. `predict` states the model. No time in
