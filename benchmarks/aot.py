@@ -249,7 +249,7 @@ def steps_of(fast: list[Step], results: dict[Any, Cost]) -> dict[str, list[kerne
     launches: dict[Any, Launch] = {}
     for step, one in fast:
         key = (aot.code_key(one), kernel_cost.work_key(one))
-        if step and key in results:
+        if step:
             counts.setdefault(step, {}).setdefault(key, 0)
             counts[step][key] += 1
             launches[key] = one
@@ -302,13 +302,16 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
     if args.cost:
-        costs = {
-            (aot.code_key(one), kernel_cost.work_key(one)): cost
-            for job, future in zip(_jobs, futures, strict=True)
-            if not future.exception()
-            for one, cost in zip(job.launches, future.result().costs, strict=False)
-        }
-        kernel_cost.write(args.cost, triton.__version__, steps_of(steps, costs))
+        predicted = [i for i, job in enumerate(_jobs) if job.must_be_fast and job.arch == kernel_cost.ARCH]
+        if all(table[i]["costs"] for i in predicted):
+            costs = {
+                (aot.code_key(one), kernel_cost.work_key(one)): cost
+                for i in predicted
+                for one, cost in zip(_jobs[i].launches, futures[i].result().costs, strict=True)
+            }
+            kernel_cost.write(args.cost, triton.__version__, steps_of(steps, costs))
+        else:
+            print(f"{args.cost} is not written, because costs are missing")
     broken = [made for made in table if made["wrong"]]
     print(f"{len(table)} compiled, {len(broken)} break a rule")
     for made in broken:
