@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels.launch import channels_last, kernel_op, launcher, no_derivative
+from fastdiff.kernels.products import dot
 from torch import Tensor
 
 SHORT = 256
@@ -33,7 +34,6 @@ WHOLE = 128
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp two
 LN2 = tl.constexpr(0.6931471805599453)
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # read when kernels are defined, as Triton does
 
 
 # --- launch choices ---
@@ -110,13 +110,6 @@ def supported(qkv: Tensor, num_heads: int) -> str:
 
 
 @triton.jit
-def _dot(b_x, b_y, b_acc, INTERPRETED: tl.constexpr = _INTERPRETED):
-    if INTERPRETED:  # the interpreter stores bf16 as integers and would multiply those
-        b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
-    return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
-
-
-@triton.jit
 def _chunk(p_x, m_x, i_d, D: tl.constexpr, BLOCK: tl.constexpr):
     """Channels i_d .. i_d + BLOCK of some rows, [R, BLOCK]; zeros past their ends."""
     o_d = i_d + tl.arange(0, BLOCK)[None, :]
@@ -132,7 +125,7 @@ def _times_transposed(p_x, m_x, p_y, m_y, D: tl.constexpr, BLOCK_D: tl.constexpr
     for i_d in range(0, D, BLOCK_D):
         b_x = _chunk(p_x, m_x, i_d, D, BLOCK_D)
         b_y = _chunk(p_y, m_y, i_d, D, BLOCK_D)
-        b_s = _dot(b_x, tl.trans(b_y), b_s)
+        b_s = dot(b_x, tl.trans(b_y), b_s)
     return b_s
 
 
@@ -141,7 +134,7 @@ def _write_times(p_y, m_y, b_w, factor, p_x, m_x, D: tl.constexpr, BLOCK_D: tl.c
     """y [M, D] = factor * (w . x) for w [M, N] in float32, x [N, D]; each chunk of channels is written once done."""
     b_w = b_w.to(p_x.dtype.element_ty)
     for i_d in range(0, D, BLOCK_D):
-        b_y = _dot(b_w, _chunk(p_x, m_x, i_d, D, BLOCK_D), None) * factor
+        b_y = dot(b_w, _chunk(p_x, m_x, i_d, D, BLOCK_D), None) * factor
         o_d = i_d + tl.arange(0, BLOCK_D)[None, :]
         tl.store(p_y + o_d, b_y.to(p_y.dtype.element_ty), mask=m_y & (o_d < D))
 
@@ -276,7 +269,7 @@ def _forward_long(
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new
         b_v = _chunk(p_k + D, m_n, i_v, D, BLOCK_V)
-        b_out = _dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
+        b_out = dot(b_p.to(b_v.dtype), b_v, b_out * b_decay[:, None])
     if i_v == 0:
         tl.store(lse_ptr + i_bn * L + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < L)
     o_v = i_v + tl.arange(0, BLOCK_V)[None, :]
@@ -331,9 +324,9 @@ def _backward_long(
         b_p = tl.exp2(tl.where(m_m & (o_n < L)[None, :], b_p, float("-inf")) - b_lse * LOG2E)
         b_ds = b_p * (_times_transposed(p_dx, m_m, p_dy, m_n, D, BLOCK_D) - b_delta)
         b_y = _chunk(p_y, m_n, i_v, D, BLOCK_V)
-        b_dx = _dot(b_ds.to(b_y.dtype), b_y, b_dx)
+        b_dx = dot(b_ds.to(b_y.dtype), b_y, b_dx)
         if KEYS:
-            b_dv = _dot(b_p.to(b_y.dtype), _chunk(p_dy, m_n, i_v, D, BLOCK_V), b_dv)
+            b_dv = dot(b_p.to(b_y.dtype), _chunk(p_dy, m_n, i_v, D, BLOCK_V), b_dv)
     o_v = i_v + tl.arange(0, BLOCK_V)[None, :]
     m_v = m_m & (o_v < D)
     p_result = dqkv_ptr + i_qkv + o_row + o_v
