@@ -77,6 +77,11 @@ BULK = {
     "backward_whole": "ls",
     "backward_short": "ls",
     "backward_long": "ls",
+    "output_moments": "ls",
+    "output_products": "ls",
+    "output_patches": "s",
+    "output_backward_sums": "l",
+    "output_gradient": "ls",
     "adamw_ema": "ls",
     "squares": "l",
 }
@@ -85,6 +90,7 @@ BULK = {
 # all its elements share.
 FEW_SPILLS = {"norm_forward": 16, "norm_backward": 16}
 MATMUL = {name for name in BULK if name.endswith(("_short", "_long", "_whole"))}
+MATMUL |= {"output_products", "output_backward_sums", "output_gradient"}
 
 
 Step = tuple[str, Launch]

@@ -72,6 +72,29 @@ def add_group_norm_silu(
     return total, group_norm_silu(total, weight, bias, **options)
 
 
+def output_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    *,
+    second: Tensor | None = None,
+    second_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The network's last layer in float32: 3x3 convolution of silu(group_norm(x + second + second_bias)).
+
+    x, second    [B, C, H, W] in any dtype, to which their sum is rounded; second_bias [C].
+    weight, bias [C], of the norm, which has 32 groups. conv_weight [O, C, 3, 3], conv_bias [O].
+    Returns [B, O, H, W] float32 (float64 for float64).
+    """
+    if second is not None:
+        x = residual_sum(x, second, second_bias)
+    y = group_norm_silu(x.to(torch.promote_types(x.dtype, torch.float32)), weight, bias, eps=eps)
+    return F.conv2d(y, conv_weight.to(y.dtype), conv_bias.to(y.dtype), padding=1)
+
+
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Softmax attention over packed heads: [B, L, 3C] → [B, L, C].
 
