@@ -45,6 +45,7 @@ if HAVE_TRITON:
     from fastdiff.kernels import group_norm_silu as triton_norm
     from fastdiff.kernels import noise as triton_noise
     from fastdiff.kernels import norm_and_shortcut as triton_shortcut
+    from fastdiff.kernels import output_layer as triton_output
     from fastdiff.kernels import q_sample as triton_q_sample
     from fastdiff.kernels import sampler_step as triton_step
     from fastdiff.kernels import timesteps as triton_timesteps
@@ -154,6 +155,7 @@ def choices(device: torch.device) -> list[Choice]:
             "Triton",
             why,
         ),
+        Choice("output_layer", "Triton", f"{why}; in a bf16 or fp16 network"),
         Choice("attention", "Triton", attention),
         *convolved,
     ]
@@ -255,6 +257,26 @@ def _norm_unsupported(x: Tensor, skip: Tensor | None, num_groups: int) -> str:
     if x.shape[1] % 8 or channels % 8:
         return "channels not in multiples of 8"
     return "groups too large" if channels // num_groups > MAX_GROUP else ""
+
+
+def has_output_layer(x: Tensor, out_channels: int) -> bool:
+    """Whether `output_layer` takes maps like x; where it doesn't, the last norm and convolution are two ops."""
+    return HAVE_TRITON and not triton_output.unsupported(x, out_channels) and uses_kernels(x)
+
+
+def output_layer(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    *,
+    second: Tensor | None = None,
+    second_bias: Tensor | None = None,
+) -> Tensor:
+    """The last norm and convolution, [B, C, H, W] → [B, O, H, W] float32; see `reference.output_layer`."""
+    given = (x, weight, bias, conv_weight, conv_bias)
+    return triton_output.output_layer(*given, second=second, second_bias=second_bias)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -124,6 +124,24 @@ class GroupNorm(nn.GroupNorm):
         return total, y
 
 
+class OutputLayer(nn.Sequential):
+    """The network's last norm, SiLU and 3x3 convolution in float32: [B, C, H, W] → [B, out_channels, H, W] float32.
+
+    Where kernels run, one op computes it from a 16-bit map, with factors of 15 bits of mantissa, and adds up a residual
+    sum before.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(GroupNorm(channels), nn.Identity(), zeroed(Conv2d(channels, out_channels, 3, padding=1)))
+
+    def forward(self, x: Map) -> Tensor:
+        norm, conv = _norm_and_conv(self)
+        a, b, b_bias = x.parts if isinstance(x, Sum) and x.parts is not None else (value(x), None, None)
+        if hasattr(conv.weight, "ds_id") or not ops.has_output_layer(a, conv.out_channels):  # ZeRO-3 gathers by module
+            return conv(norm(value(x).float()))
+        return ops.output_layer(a, norm.weight, norm.bias, conv.weight, conv.bias, second=b, second_bias=b_bias)
+
+
 def zeroed(module: nn.Module) -> nn.Module:
     """Set a module's parameters to zero, so that its residual branch initially adds nothing. Returns the module."""
     for parameter in module.parameters():

@@ -8,10 +8,13 @@ flops           FLOPs of the products (2 * multiplications) in the forward pass,
 run_flops       FLOPs as computed here: upsampling is one transposed convolution with 4/9 of the operations
                 (`kernels/convolutions.py`).
 forward_bytes, backward_bytes
-                bytes read and written by fused ops on 16-bit maps (32-bit in the float32 last layer), x in, y out:
+                bytes read and written by fused ops on 16-bit maps, x in, y out:
 
                 convolution      forward x + y               backward x + 2 dy + dx (dx and dw each read dy)
                 group norm       forward 2 x + y             backward 2 (x + dy) + dx, statistics first
+                last layer       forward 2 x + 2 products of its taps + y, where the norm's share is x
+                                 backward 2 x + dx + dy + 3 patches of dy, where the norm's share is x + dx
+                                 (`kernels/output_layer.py`; with an fp32 body, a group norm and a convolution)
                 attention        forward qkv + y             backward qkv + y + dy + dqkv, no scores in memory
                 residual         forward x, read where the last convolution writes its y
                                  backward dx, read where the first norm writes its own
@@ -29,7 +32,7 @@ Not counted: recomputation under use_checkpoint, the enlargement of small images
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -69,6 +72,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 UPSAMPLE_SHARE = 4 / 9
 """Ratio of the operations of the transposed 4x4 convolution to those of the 3x3 one on the enlarged map."""
 HALF, SINGLE = 2, 4  # bytes per element
+TAPS, PATCH = 9, 64
+"""Products per pixel and output channel of the last layer's op, and numbers per pixel in its patches, in two parts."""
 
 # Kernel launches in a batch's forward and backward pass; the backward of a convolution has one for dx and one for dw.
 _LAUNCHES: dict[Kind, tuple[int, int]] = {
@@ -80,6 +85,9 @@ _LAUNCHES: dict[Kind, tuple[int, int]] = {
     "loss": (1, 0),
 }
 _CONVOLUTION_LAUNCHES = (1, 2)
+_LAST_LAUNCHES = (3, 5)
+"""Those of the last convolution with a 16-bit body: its weights, products and their sum; backward its patches, and
+three reductions and a copy by PyTorch. The sums and dx are counted as the norm's."""
 
 _RECOMPUTED: tuple[Kind, ...] = ("conv3x3", "conv1x1", "attention")
 _LAST = (".out_layers.3", ".proj_out")
@@ -107,6 +115,8 @@ class Operation:
     @property
     def launches(self) -> tuple[int, int]:
         """Launches forward and backward, for a batch of any size."""
+        if self.kind == "output conv" and self.element == HALF:
+            return _LAST_LAUNCHES
         return _LAUNCHES.get(self.kind, _CONVOLUTION_LAUNCHES)
 
     @property
@@ -184,7 +194,11 @@ def saved_bytes(ops: Sequence[Operation]) -> float:
             total += op.element * _volume(op.shape)
         elif op.kind == "attention":
             total += op.element * 4 * _volume(op.shape)
-        elif op.kind in ("conv3x3", "output conv") or (op.kind == "conv1x1" and "skip_connection" not in op.name):
+        elif (
+            op.kind == "conv3x3"
+            or (op.kind == "output conv" and op.element == SINGLE)  # else the norm's result exists in registers only
+            or (op.kind == "conv1x1" and "skip_connection" not in op.name)
+        ):
             c_in, _, height, width = op.shape
             total += op.element * c_in * height * width
     return total
@@ -225,8 +239,8 @@ class _Walk:
         for stage in self.model.output_blocks:
             yield from self._layers(stage, widths.pop())
         norm, _, conv = self.model.out
-        yield self._norm(norm, self.width, SINGLE)
-        yield self._conv(conv, "output conv", element=SINGLE)
+        last = self._norm(norm, self.width), self._conv(conv, "output conv")
+        yield from last if self.element == SINGLE else self._one_op(*last)
         made = self.settings.out_channels
         yield Operation("loss", "loss", (made, *self.size), forward_bytes=(2 * SINGLE * made + channels) * pixels)
 
@@ -286,11 +300,17 @@ class _Walk:
         shape = (made, *self.size)
         return Operation(name, "residual", shape, forward_bytes=channel * made, backward_bytes=channel * given)
 
-    def _norm(self, norm: nn.Module, channels: int, element: int = 0) -> Operation:
+    def _one_op(self, norm: Operation, conv: Operation) -> Iterator[Operation]:
+        """The last norm and convolution where one op computes them (`kernels/output_layer.py`)."""
+        x, y = self.element * _volume(norm.shape), SINGLE * _volume(conv.shape[1:])
+        products, patches = TAPS * y, 2 * self.element * PATCH * _volume(self.size)
+        yield replace(norm, forward_bytes=x, backward_bytes=2 * x)
+        yield replace(conv, forward_bytes=x + 2 * products + y, backward_bytes=x + y + 3 * patches)
+
+    def _norm(self, norm: nn.Module, channels: int) -> Operation:
         assert isinstance(norm, GroupNorm)
         assert norm.num_channels == channels, (self.names[norm], norm.num_channels, channels)
-        element = element or self.element
-        volume = element * channels * _volume(self.size)
+        volume = self.element * channels * _volume(self.size)
         return Operation(
             self.names[norm],
             "group norm",
@@ -298,30 +318,29 @@ class _Walk:
             forward_bytes=3 * volume,
             backward_bytes=5 * volume,
             parameters=_parameters(norm),
-            element=element,
+            element=self.element,
         )
 
-    def _conv(self, conv: nn.Module, kind: Kind, element: int = 0, advance: bool = True) -> Operation:
+    def _conv(self, conv: nn.Module, kind: Kind, advance: bool = True) -> Operation:
         """The cost of a 2-D convolution; with `advance` its result becomes the current map."""
         height, width = self.size
         sizes = {"upsample conv": (2 * height, 2 * width), "downsample conv": ((height + 1) // 2, (width + 1) // 2)}
         size = sizes.get(kind, self.size)
-        operation = self._convolution(conv, kind, size, element)
+        operation = self._convolution(conv, kind, size)
         if advance:
             self.size, self.width = size, operation.shape[1]
         return operation
 
-    def _convolution(self, conv: nn.Module, kind: Kind, size: tuple[int, int], element: int = 0) -> Operation:
+    def _convolution(self, conv: nn.Module, kind: Kind, size: tuple[int, int]) -> Operation:
         """The cost of a convolution from the current map to one of the given size."""
         assert isinstance(conv, (Conv2d, PointwiseConv))
         c_in, c_out, taps = conv.in_channels, conv.out_channels, _volume(conv.kernel_size)
         products = 2.0 * taps * c_in * c_out * _volume(size)
         run_products = products * (UPSAMPLE_SHARE if kind == "upsample conv" else 1)
-        element = element or self.element
-        x, y = element * c_in * _volume(self.size), element * c_out * _volume(size)
+        x, y = self.element * c_in * _volume(self.size), self.element * c_out * _volume(size)
         backward = x + 2 * y + (0 if kind == "input conv" else x)  # an image needs no gradient
         name, shape = self.names[conv], (c_in, c_out, *size)
-        return Operation(name, kind, shape, products, run_products, x + y, backward, _parameters(conv), element)
+        return Operation(name, kind, shape, products, run_products, x + y, backward, _parameters(conv), self.element)
 
     def _linear(self, linear: nn.Module) -> Operation:
         assert isinstance(linear, Linear)

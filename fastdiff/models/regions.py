@@ -72,7 +72,7 @@ class Regions:
     def _ascend_upper(self, h: Tensor, emb: Tensor, skips: list[Tensor]) -> Tensor:
         """Output of the network."""
         maps = self.model.run_stages(self.upper_outputs, h, _projections(self.upper_outputs, emb), skips)
-        return self.model.finish(maps[-1])
+        return self.model.out(maps[-1])
 
 
 def _projections(stages: Iterable[nn.Module], emb: Tensor) -> Iterator[Tensor]:

@@ -19,10 +19,10 @@ from fastdiff.models.blocks import (
     AttentionBlock,
     Conv2d,
     Downsample,
-    GroupNorm,
     InputConv,
     Linear,
     Map,
+    OutputLayer,
     PointwiseConv,
     ResBlock,
     Upsample,
@@ -31,7 +31,6 @@ from fastdiff.models.blocks import (
     project_embedding,
     timestep_embedding,
     value,
-    zeroed,
 )
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.ops import CounterNoise
@@ -67,7 +66,7 @@ class UNet(nn.Module):
 
     forward: x [B, in_channels, H, W] float32, timesteps [B] int64 or float32, y [B] int64 labels of a
     class-conditional model → [B, out_channels, H, W] float32. `dtype` is the dtype of the body; the time embedding, the
-    statistics of the norms and the last layer are always float32.
+    statistics of the norms and the last layer are always float32 (see `OutputLayer`).
     """
 
     def __init__(self, settings: BackboneSettings) -> None:
@@ -118,7 +117,7 @@ class UNet(nn.Module):
                     layers.append(Upsample(c))
                 self.output_blocks.append(Stage(*layers))
 
-        self.out = nn.Sequential(GroupNorm(c), nn.Identity(), zeroed(Conv2d(c, settings.out_channels, 3, padding=1)))
+        self.out = OutputLayer(c, settings.out_channels)
 
     @property
     def input_format(self) -> tuple[torch.dtype, int] | None:
@@ -175,11 +174,6 @@ class UNet(nn.Module):
             outputs.append(h)
         return outputs
 
-    def finish(self, h: Map) -> Tensor:
-        """The last norm and convolution in float32, [B, out_channels, H, W]."""
-        norm, _, conv = self.out
-        return conv(norm(value(h).float()))
-
     def _walk(self, h: Tensor, projected: Sequence[Tensor]) -> tuple[list[Map], Map, list[Map]]:
         """Outputs of the input blocks, the middle block and the output blocks."""
         emb_outs = iter(projected)
@@ -192,7 +186,7 @@ class UNet(nn.Module):
 
     def body(self, x: Tensor, projected: Sequence[Tensor], low_res: Tensor | None = None) -> Tensor:
         """The network after `project`, whose result is an argument so that samplers can compute it in advance."""
-        return self.finish(self._walk(self.start_map(x, low_res), projected)[2][-1])
+        return self.out(self._walk(self.start_map(x, low_res), projected)[2][-1])
 
     def _with_low_res(self, x: Tensor, low_res: Tensor | None) -> Tensor:
         if low_res is not None:

@@ -60,7 +60,7 @@ class DrawSettings(Settings):
     """The same as precision fp16."""
     allow_tf32: Annotated[bool, NETWORK] = False
     """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
-    products and convolutions at precision fp32, else of the time embedding and the last layer."""
+    products and convolutions at precision fp32, else of the time embedding, and without kernels of the last layer."""
     compile: Switch = "auto"
     """Compile the network with torch.compile. auto: on a GPU, and on a CPU for jobs long enough to win back the
     minutes it takes."""
@@ -183,6 +183,6 @@ class NllSettings(Settings):
     """The same as precision fp16."""
     allow_tf32: bool = False
     """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
-    products and convolutions at precision fp32, else of the time embedding and the last layer."""
+    products and convolutions at precision fp32, else of the time embedding, and without kernels of the last layer."""
     out_dir: str = ""
     """Output folder; empty: the folder in OPENAI_LOGDIR, else runs/nll."""

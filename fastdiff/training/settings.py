@@ -56,7 +56,7 @@ class TrainSettings(Settings):
     """The same as precision fp16."""
     allow_tf32: bool = False
     """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
-    products and convolutions at precision fp32, else of the time embedding and the last layer."""
+    products and convolutions at precision fp32, else of the time embedding, and without kernels of the last layer."""
     fp16_scale_growth: float = Field(1e-3, gt=0, le=1)
     """Growth of log2 of the fp16 loss scale per step."""
     zero_stage: Annotated[Literal[0, 1, 2, 3], RUN] = 0

@@ -134,7 +134,7 @@ def _watching(model: UNet, greatest: Numbers) -> Iterator[None]:
 
         return hook
 
-    blocks = {"time_embed": model.time_embed, "middle_block": model.middle_block, "out": model.out[2]}
+    blocks = {"time_embed": model.time_embed, "middle_block": model.middle_block, "out": model.out}
     for kind in ("input_blocks", "output_blocks"):
         blocks |= {f"{kind}.{i}": block for i, block in enumerate(getattr(model, kind))}
     with ExitStack() as hooks:
