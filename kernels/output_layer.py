@@ -269,7 +269,7 @@ def _output_backward_sums(
     b_dw = tl.zeros((COLUMNS, BLOCK_C), tl.float32)
     b_sum = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
     b_sum_x = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
-    # On sm_80 registers spill if the weights' fragments stay in them throughout the loop.
+    # On sm_80 registers spill if the weights' fragments stay in them throughout the loop, and with 3 stages.
     for i in tl.range(0, tl.minimum(rows, L - i_first), BLOCK_L, disable_licm=True):
         o_l = i_first + i + tl.arange(0, BLOCK_L)
         b_dy, b_dy_lo = _load_patches(patches_ptr, i_b, o_l, o_r, L, low, COLUMNS)
@@ -379,7 +379,7 @@ def _launches(units: int, x: Tensor, conv_weight: Tensor, eps: float) -> dict[st
             _output_products, (B * tiles,), tiles, L, C, OUT=out, COLUMNS=COLUMNS, BLOCK_L=BLOCK_L, BLOCK_C=32
         ),
         "sum": launcher(_output_sum, (B * pixels,), pixels, H, W, OUT=out, BLOCK_L=256),
-        "sums": launcher(_output_backward_sums, *backward, **block),
+        "sums": launcher(_output_backward_sums, *backward, **block, num_stages=2),
         "finish": launcher(_output_finish, (B,), splits, L, C, **groups),
         "gradient": launcher(_output_gradient, *backward, **block),
     }
