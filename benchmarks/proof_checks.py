@@ -85,6 +85,7 @@ KERNEL_TESTS = [
     for name in (
         "group_norm_silu",
         "add_group_norm_silu",
+        "output_layer",
         "attention",
         "diffusion_kernels",
         "adamw_ema",
