@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from fastdiff.kernels.launch import Launch, Work
 from fastdiff.kernels.ptx import sigmoid, to_float, trap
+from torch import Tensor
 
 # Numbers for whose values Triton compiles no variants, as no alignment depends on them.
 SHAPES = [
@@ -615,3 +617,27 @@ def _parameter_gradients(
         tl.store(doffset_ptr + o_c, tl.sum(b_dx, axis=0), mask=m_c)
     if dsecond_bias_ptr is not None:
         tl.store(dsecond_bias_ptr + o_c, tl.sum(b_dx + b_dtotal, axis=0), mask=o_c < C1)
+
+
+# --- costs ---
+
+
+def _work(launch: Launch) -> Work:
+    """How often each step is taken. The second read of a whole slab comes from the multiprocessor's own cache."""
+    given = launch.named()
+    parts, (programs,) = given["parts"], launch.grid
+    tiles, slabs = parts * given["span"], parts // given["per_slab"]
+    steps = {"_sum_tile": tiles, "_merge_slab": slabs, "_apply_tile": tiles}
+    if launch.kernel is _norm_backward:
+        steps = {"_sum_gradients": tiles, "_merge_gradients": slabs, "_apply_gradients": tiles, "_merge_totals": slabs}
+    maps = [value for value in launch.args if isinstance(value, Tensor) and value.dim() == 4]
+    return Work(
+        executions={**{name: float(often) for name, often in steps.items()}, "_wait": float(parts)},
+        turns={launch.kernel.fn.__name__: (parts + given["lag"]) / programs, "_wait": 1.0},
+        values={"i_tile": 0},
+        elements=float(given["L"] * (given["C1"] + given["C2"]) * len(maps[0])),
+        l2_bytes=float(sum(each.nbytes for each in maps)) if given["WHOLE"] else None,
+    )
+
+
+WORK = {"_norm_forward": _work, "_norm_backward": _work}

@@ -29,7 +29,8 @@ from fastdiff.kernels.launch import (
     once_per_layout,
     processors,
 )
-from fastdiff.kernels.products import INTERPRETED, dot
+from fastdiff.kernels.products import dot
+from fastdiff.kernels.ptx import sigmoid
 from torch import Tensor
 
 GROUPS = 32
@@ -50,18 +51,6 @@ def _two_parts(b_x):
     """float32 as the sum of two bf16 numbers, of which the first is truncated."""
     b_hi = (b_x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return b_hi.to(tl.bfloat16), (b_x - b_hi).to(tl.bfloat16)
-
-
-@triton.jit
-def _sigmoid(b_x, INTERPRETED: tl.constexpr = INTERPRETED):
-    """In four instructions, to 2^-21; exp and a division would check ranges in which nothing goes wrong here."""
-    if INTERPRETED:
-        return tl.sigmoid(b_x)
-    return tl.inline_asm_elementwise(
-        "{.reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"
-        " rcp.approx.ftz.f32 $0, t;}",
-        "=f,f", [b_x], dtype=tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -195,7 +184,7 @@ def _output_products(
         o_c = i_c + tl.arange(0, BLOCK_C)
         b_h = _load_map(x_ptr, i_b, o_l, o_c, L, C) * _load_row(stats_ptr, i_b * 5 + 3, o_c, C)
         b_h += _load_row(stats_ptr, i_b * 5 + 4, o_c, C)
-        b_hi, b_lo = _two_parts(b_h * _sigmoid(b_h))
+        b_hi, b_lo = _two_parts(b_h * sigmoid(b_h))
         b_w, b_w_lo = _load_two(packed_ptr + o_r[None, :] * C + o_c[:, None], COLUMNS * C, (o_c < C)[:, None])
         b_taps = _product(b_hi, b_lo, b_w, b_w_lo, b_taps)
     p = taps_ptr + i_b.to(tl.int64) * 9 * OUT * L + o_l[:, None] + o_r[None, :] * L
@@ -275,7 +264,7 @@ def _output_backward_sums(
         b_dy, b_dy_lo = _load_patches(patches_ptr, i_b, o_l, o_r, L, low, COLUMNS)
         b_x = _load_map(x_ptr, i_b, o_l, o_c, L, C)
         b_h = b_x * b_gain + b_bias
-        b_sigmoid = _sigmoid(b_h)
+        b_sigmoid = sigmoid(b_h)
         b_hi, b_lo = _two_parts(b_h * b_sigmoid)
         b_dw = _product(tl.trans(b_dy), tl.trans(b_dy_lo), b_hi, b_lo, b_dw)
         b_dh = _product(b_dy, b_dy_lo, b_w, b_w_lo, tl.zeros((BLOCK_L, BLOCK_C), tl.float32))
@@ -335,7 +324,7 @@ def _output_gradient(
         b_dh = _product(b_dy, b_dy_lo, b_w, b_w_lo, tl.zeros((BLOCK_L, BLOCK_C), tl.float32))
         b_x = _load_map(x_ptr, i_b, o_l, o_c, L, C)
         b_h = b_x * b_gain + b_bias
-        b_dx = _through_silu(b_dh, b_h, _sigmoid(b_h)) * b_gain + (b_x * b_slope + b_shift)
+        b_dx = _through_silu(b_dh, b_h, sigmoid(b_h)) * b_gain + (b_x * b_slope + b_shift)
         p_dx = dx_ptr + i_b.to(tl.int64) * L * C + o_l[:, None] * C + o_c[None, :]
         tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=(o_l < L)[:, None] & (o_c < C)[None, :])
 
