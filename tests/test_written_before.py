@@ -50,7 +50,8 @@ def test_the_run_goes_on(expected: dict[str, Any], capsys: pytest.CaptureFixture
             assert digest.hexdigest() == content["sha256"]
         assert list(state) == list(content["norms"])
         for key, value in state.items():  # other CPUs sum float32 numbers in another order in six steps
-            assert value.double().norm().item() == pytest.approx(content["norms"][key], rel=1e-4, abs=1e-6)
+            furthest = 6 * 1e-3 * value.numel() ** 0.5  # of AdamW at this learning rate
+            assert value.double().norm().item() == pytest.approx(content["norms"][key], rel=1e-4, abs=3e-3 * furthest)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
