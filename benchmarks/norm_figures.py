@@ -52,7 +52,7 @@ def forced(way: str) -> Iterator[None]:
         if (slab > MOST_WHOLE) if whole else (rows >= L):
             raise NoSuchWay(f"{way} on {L} pixels of {C1 + C2} channels")
         blocks = {"block_c": usual.block_c, "block_l": usual.block_l, "rows": rows, "whole": whole}
-        return arranged(B, L, C1 + C2, group, itemsize, RESIDENT[backward] * units, **blocks)
+        return arranged(B, L, C1 + C2, group, itemsize, RESIDENT * units, **blocks)
 
     with mock.patch.object(norm, "plan", plan):
         yield

@@ -489,7 +489,8 @@ def _apply_gradients(
     start = (i_b * L + i_first) * width + i_in
     dy_ptr += (i_b * L + i_first) * C + i_c
     dtotal_ptr, dskip_other_ptr = others
-    p_other, _, _ = _column(dtotal_ptr, dskip_other_ptr, i_c, C1, C2)
+    if dtotal_ptr is not None:
+        p_other, _, _ = _column(dtotal_ptr, dskip_other_ptr, i_c, C1, C2)
     FOLDED: tl.constexpr = min(BLOCK_L, 16)
     b_sum = tl.zeros((FOLDED, BLOCK_C), tl.float32)
     for i_l in range(0, ROWS, BLOCK_L):
@@ -623,20 +624,25 @@ def _parameter_gradients(
 
 
 def _work(launch: Launch) -> Work:
-    """How often each step is taken. The second read of a whole slab comes from the multiprocessor's own cache."""
+    """How often each step is taken, and what comes from the L2 cache: maps, and those again that are not whole slabs.
+
+    Coefficients come from the multiprocessor's own cache, as does the second read of a whole slab.
+    """
     given = launch.named()
     parts, (programs,) = given["parts"], launch.grid
     tiles, slabs = parts * given["span"], parts // given["per_slab"]
     steps = {"_sum_tile": tiles, "_merge_slab": slabs, "_apply_tile": tiles}
     if launch.kernel is _norm_backward:
         steps = {"_sum_gradients": tiles, "_merge_gradients": slabs, "_apply_gradients": tiles, "_merge_totals": slabs}
-    maps = [value for value in launch.args if isinstance(value, Tensor) and value.dim() == 4]
+    maps = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim() == 4}
+    summed = given.get("second_ptr") is not None
+    again = () if given["WHOLE"] else ("total_ptr" if summed else "x_ptr", "skip_ptr", "dy_ptr")
     return Work(
         executions={**{name: float(often) for name, often in steps.items()}, "_wait": float(parts)},
         turns={launch.kernel.fn.__name__: (parts + given["lag"]) / programs, "_wait": 1.0},
         values={"i_tile": 0},
-        elements=float(given["L"] * (given["C1"] + given["C2"]) * len(maps[0])),
-        l2_bytes=float(sum(each.nbytes for each in maps)) if given["WHOLE"] else None,
+        elements=float(given["L"] * (given["C1"] + given["C2"]) * len(maps["x_ptr"])),
+        l2_bytes=float(sum((1 + (name in again)) * value.nbytes for name, value in maps.items())),
     )
 
 

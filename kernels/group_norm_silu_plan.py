@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 MAX_GROUP = 128  # channels
-RESIDENT = {False: 5, True: 4}
-"""Programs of 4 warps that a multiprocessor's registers hold at once, forward and backward."""
+RESIDENT, REGISTERS = 4, 128
+"""Programs of 4 warps that a multiprocessor's 65,536 registers hold at once, and what each thread may then have."""
 ROWS = {False: 256, True: 128}
 """Pixels of a part, where there are enough parts, forward and backward. With more, what a part costs besides its
 elements is shared by more of them; with fewer, less has to stay in the L2 cache between the two reads: 20 to 25 MB."""
@@ -76,6 +76,7 @@ class Plan:
 
     @property
     def constexprs(self) -> dict[str, Any]:
+        """Both kernels' constexprs and compiler options."""
         return {
             "ROWS": self.rows,
             "BLOCK_L": self.block_l,
@@ -87,6 +88,7 @@ class Plan:
             "WHOLE": self.whole,
             "STREAM": self.stream,
             "num_warps": self.num_warps,
+            "maxnreg": REGISTERS,
         }
 
 
@@ -107,7 +109,7 @@ def plan(
         and (rows > ROWS[backward] or B * triton.cdiv(L, rows) * (C // block_c) < 4 * units)
     ):
         rows = max(block_l, triton.next_power_of_2(rows) // 2)
-    return arranged(B, L, C, group, itemsize, RESIDENT[backward] * units, block_c, block_l, rows, whole)
+    return arranged(B, L, C, group, itemsize, RESIDENT * units, block_c, block_l, rows, whole)
 
 
 def arranged(

@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from fastdiff.kernels.launch import (
+    Launch,
+    Work,
     channels_last,
     empty_map,
     kernel_op,
@@ -327,6 +329,15 @@ def _output_gradient(
         b_dx = _through_silu(b_dh, b_h, sigmoid(b_h)) * b_gain + (b_x * b_slope + b_shift)
         p_dx = dx_ptr + i_b.to(tl.int64) * L * C + o_l[:, None] * C + o_c[None, :]
         tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=(o_l < L)[:, None] & (o_c < C)[None, :])
+
+
+def _work(launch: Launch) -> Work:
+    """Every program has `rows` pixels, of which an image's last may lack some."""
+    given = launch.named()
+    return Work(values={"i_first": 0, "n": min(given["rows"], given["L"])})
+
+
+WORK = dict.fromkeys(("_output_moments", "_output_backward_sums", "_output_gradient"), _work)
 
 
 # --- launches ---
