@@ -11,9 +11,9 @@ Each operation of `fastdiff/models/cost.py` takes, forward and again backward,
 and each kernel takes --launch_us more, once per batch ("launch gaps"; --launch_us 0 is a step of CUDA graphs). The
 floor has both efficiencies at 1, the target has those given. On an H100 or H200 the target takes the time of norms,
 attention, noising, losses and the update from --kernel_costs instead, which has a prediction for every launch of our
-kernels in the steps of shipped configurations (`kernel_cost.py`). Our norms compute the residual sums, so that these
-are not counted again. For another batch the times are scaled; where the file has no such configuration, the line below
-the table says that --copy_efficiency stands for our kernels.
+kernels in the steps of shipped configurations (`kernel_cost.py`). Our norms compute the residual sums and the last
+layer, so that these are not counted again. For another batch the times are scaled; where the file has no such
+configuration, the line below the table says that --copy_efficiency stands for our kernels.
 
 MFU is a share of the datasheet's dense bf16 peak and counts the FLOPs of the network as improved-diffusion defines it.
 Input, communication and the host's own time are assumed to be hidden. --gpu here measures both rates on this machine;
@@ -288,15 +288,12 @@ def main(argv: list[str] | None = None) -> None:
         "optimiser_bytes": optimiser_bytes_of(settings, precision),
     }
     floor = predict(ops, batch, machine, **common)
-    target = predict(
-        ops,
-        batch,
-        machine,
-        convolution_efficiency=args.conv_efficiency,
-        copy_efficiency=args.copy_efficiency,
+    assumed = {
         **common,
-    )
-    target, note = refine(target, ops, args, machine, precision)
+        "convolution_efficiency": args.conv_efficiency,
+        "copy_efficiency": args.copy_efficiency,
+    }
+    target, note = refine(predict(ops, batch, machine, **assumed), ops, args, machine, precision, assumed)
     forward = sum(op.flops for op in ops)
     print(f"{args.config}: {cost.parameters(ops) / 1e6:.1f}M parameters, {forward / 1e9:.1f} GFLOP forward per image")
     print(
@@ -330,9 +327,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def refine(
-    target: Prediction, ops: Sequence[cost.Operation], args: argparse.Namespace, machine: Machine, precision: str
+    target: Prediction,
+    ops: Sequence[cost.Operation],
+    args: argparse.Namespace,
+    machine: Machine,
+    precision: str,
+    assumed: dict[str, Any],
 ) -> tuple[Prediction, str]:
-    """The target with the predictions for our kernels, and a line that says where they are from. Raises UserError."""
+    """The target with the predictions for our kernels, and a line that says where they are from. Raises UserError.
+
+    assumed  what `predict` took for the target
+    """
     path = Path(args.config)
     config = path.stem if not path.is_file() or path.resolve().parent == CONFIGS else ""
     kernels = None
@@ -342,10 +347,10 @@ def refine(
         return target, f"target: our kernels move their bytes at {args.copy_efficiency:.0%} of the copy rate"
     ours = ", ".join(name for name in FLOOR_CLASSES if name in kernels.classes())
     scaled = "" if kernels.batch == target.batch else f", scaled from batch {kernels.batch}"
-    without = [op for op in ops if op.kind != "residual"]
-    bare = predict_classes(without, target.batch, Rates(machine.matmul_flops, machine.copy_bytes))["pointwise"]
-    general = replace(target, shares={**target.shares, "pointwise": replace(bare, ms=bare.ms / args.copy_efficiency)})
-    made = with_kernels(general, ops, kernels, machine, args.launch_us)
+    computed = {"residual", *(("output conv",) if "norms" in kernels.classes() and precision != "fp32" else ())}
+    rest = [op for op in ops if op.kind not in computed]
+    general = replace(predict(rest, target.batch, machine, **assumed), train_flops=target.train_flops)
+    made = with_kernels(general, rest, kernels, machine, args.launch_us)
     return made, f"target: {ours} as predicted from the machine code of our kernels{scaled}"
 
 

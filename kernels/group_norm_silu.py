@@ -276,10 +276,12 @@ def _backward_launches(
     )
     parameters = launcher(
         device._parameter_gradients,
-        (triton.cdiv(C, 32),),
+        (
+            triton.cdiv(C, 8),
+        ),  # few channels for each program, because there are few programs: 8 fill a sector of memory
         *(B, C, C1, scale_stride),
-        BLOCK_B=min(64, triton.next_power_of_2(B)),
-        BLOCK_C=32,
+        BLOCK_B=min(128, triton.next_power_of_2(B)),
+        BLOCK_C=8,
     )
     return Backward(False, _partial_size(p), _counters(p), run, parameters)
 

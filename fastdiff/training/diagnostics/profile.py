@@ -31,8 +31,8 @@ CLASSES: dict[str, str] = {
     "optimiser": r"adamw|Optimizer\.|multi_tensor|foreach|^_squares$|^_sum$|update_ema|lerp|clip_grad|total_norm",
     "attention": r"flash|fmha|sdpa|attention|softmax|^_(forward|backward)_(short|long|whole)$|^_delta$",
     "norms": r"group_?norm|RowwiseMoments|FusedParams|InternalGradients|GammaBeta"
-    r"|^_norm_(forward|backward)$|^_parameter_gradients$",
-    "convolutions": r"conv(?!ert)|^_output_|cudnn|implicit_gemm|wgrad|dgrad|fprop|upsample|mkldnn_reorder",
+    r"|^_norm_(forward|backward)$|^_parameter_gradients$|^_output_",
+    "convolutions": r"conv(?!ert)|cudnn|implicit_gemm|wgrad|dgrad|fprop|upsample|mkldnn_reorder",
     "matrix products": r"addmm|\bmm\b|::mm|bmm|linear|gemm|nvjet|cutlass|matmul",
     "noising and loss": r"q_sample|diffusion_loss|^_combine$|sampler_step|image_(noise|uniform)|philox|searchsorted"
     r"|^_timesteps_at$|^_add_losses$",

@@ -37,7 +37,7 @@ CLASS_OF_FILE = {
     "group_norm_silu": "norms",
     "diffusion_loss": "noising and loss",
     "noise": "noising and loss",
-    "output_layer": "convolutions",
+    "output_layer": "norms",
     "q_sample": "noising and loss",
     "sampler_step": "noising and loss",
     "timesteps": "noising and loss",
