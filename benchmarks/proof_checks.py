@@ -85,6 +85,7 @@ KERNEL_TESTS = [
     for name in (
         "group_norm_silu",
         "add_group_norm_silu",
+        "norm_and_shortcut",
         "output_layer",
         "attention",
         "diffusion_kernels",
