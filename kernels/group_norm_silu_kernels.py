@@ -181,9 +181,7 @@ def _wait(counter_ptr, count):
 
 
 @triton.jit
-def _load_input(
-    maps, p, o, i_c, o_c, m, C1, EVEN: tl.constexpr, AGAIN: tl.constexpr, SAVE: tl.constexpr
-):  # fmt: skip
+def _load_input(maps, p, o, i_c, o_c, m, C1, EVEN: tl.constexpr, AGAIN: tl.constexpr, SAVE: tl.constexpr):
     """The norm's input as fp32: a tile at offsets o of the map p that holds it, or of two summands, whose sum is saved.
 
     AGAIN is the eviction policy of what will be read again.
@@ -301,7 +299,7 @@ def _apply_tile(
     y_ptr += (i_b * L + i_first) * C + i_c
     for i_l in range(0, ROWS, BLOCK_L):
         m = i_first + i_l + o_l < L
-        b_x = _load(p + ((i_l + o_l) * width + o_c[None, :]), m, EVEN, LAST).to(tl.float32)
+        b_x = _load(p + ((i_l + o_l) * width + o_c[None, :]), m, EVEN, LAST)
         b_y = _activate((b_x - b_centre[None, :]) * b_gain[None, :] + b_bias[None, :], SILU)
         if seed_ptr is not None:
             b_keep = _keep(seed_ptr, i_b, i_first + i_l + o_l, i_c, C, drop_below, BLOCK_L, BLOCK_C)
@@ -368,7 +366,7 @@ def _load_gradient(
     p_x, p_dy, seed_ptr, b_centre, b_gain, b_bias, i_b, o_l, i_c, m, C, drop_below, keep_scale,
     R: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, POLICY: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """(gradient before the activation, x - centre), [R, K]; 0 beyond the last pixel is the gradient alone."""
+    """(gradient before the activation, which is 0 beyond the last pixel; x - centre), [R, K]."""
     b_d = _load(p_x, m, EVEN, POLICY) - b_centre[None, :]
     b_g = _load(p_dy, m, EVEN, POLICY)
     if seed_ptr is not None:

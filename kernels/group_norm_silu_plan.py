@@ -20,6 +20,8 @@ elements is shared by more of them; with fewer, less has to stay in the L2 cache
 WHOLE_BYTES = 48 << 10
 """Maps of a slab that one program reads twice, the second time from its L1 cache, of which there are 256 KB for a
 multiprocessor's programs together."""
+MOST_PARTS = 1 << 21
+"""Parts that the kernels can number: `_quotient` divides numbers below 2^22, and there are fewer lags than parts."""
 STREAM_BYTES = 24 << 20
 """A larger map leaves the L2 cache before the next layer reads it."""
 
@@ -109,6 +111,8 @@ def plan(
         and (rows > ROWS[backward] or B * triton.cdiv(L, rows) * (C // block_c) < 4 * units)
     ):
         rows = max(block_l, triton.next_power_of_2(rows) // 2)
+    while not whole and rows < L and B * triton.cdiv(L, rows) * (C // block_c) > MOST_PARTS:
+        rows *= 2
     return arranged(B, L, C, group, itemsize, RESIDENT * units, block_c, block_l, rows, whole)
 
 

@@ -234,9 +234,19 @@ def test_plans(L: int, C: int, backward: bool) -> None:
         assert p.splits * p.rows == L
         assert p.rows % p.block_l == 0
         assert p.block_c == 64
-        assert p.parts < 2**22, "as many as _quotient can divide"
         assert p.whole or p.lag >= p.per_slab, "a ticket waits for parts of lower tickets only"
         assert p.programs >= min(132, B * L * C // 2**17)
+
+
+@pytest.mark.parametrize("B", [1, 2**12, 2**16])
+def test_parts_can_be_numbered(B: int) -> None:
+    """`_quotient` divides numbers below 2^22 exactly, and no plan has more."""
+    p = plan(B, 4096, 24, 0, 1, 2, False, 132)
+    assert p.parts + p.lag < 2**22
+    n = torch.arange(p.parts + p.lag, dtype=torch.float32)
+    for divisor in (p.per_slab, p.per_row, p.chunks, 3, 7, 513):
+        reciprocal = torch.tensor(1 / divisor, dtype=torch.float32)
+        assert torch.equal(((n + 0.5) * reciprocal).int(), n.int() // divisor), divisor
 
 
 def test_a_plan_is_made_once() -> None:
