@@ -17,7 +17,7 @@ setup(
     # fastdiff.configs.
     packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels", "fastdiff.configs"],
     package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.configs": "configs"},
-    package_data={"fastdiff.configs": ["*.json"]},
+    package_data={"fastdiff": ["attention_choices.json"], "fastdiff.configs": ["*.json"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",

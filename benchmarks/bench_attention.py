@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -73,11 +74,13 @@ def compiled_reference() -> Attention:
     return attend
 
 
-def sdpa(backend: SDPBackend) -> Attention:
+def sdpa(*backends: SDPBackend) -> Attention:
+    """scaled_dot_product_attention by one of the backends; without any, by the one that PyTorch chooses."""
+
     def attend(qkv: Tensor, num_heads: int) -> Tensor:
         B, L, width = qkv.shape
         q, k, v = qkv.view(B, L, num_heads, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
-        with sdpa_kernel(backend):
+        with sdpa_kernel(list(backends)) if backends else nullcontext():
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, width // 3)
 
     return attend
@@ -87,6 +90,7 @@ ROWS: dict[str, Callable[[], Attention]] = {
     "ours": lambda: triton_attention,
     "eager": lambda: reference.attention,
     "compile": compiled_reference,
+    "sdpa": sdpa,
     "flash": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "efficient": lambda: sdpa(SDPBackend.EFFICIENT_ATTENTION),

@@ -53,7 +53,7 @@ PARTS = (
     _train("cifar10 diffusers", 30, CIFAR10, [256], "diffusers"),
     _train("270M ours fp16", 40, IMAGENET64, [128], "ours", precision="fp16"),
     _train("cifar10 ours fp16", 25, CIFAR10, [256], "ours", precision="fp16"),
-    figures("attention", 40),
+    figures("attention", 50),
     Part("gpu tests", 100, gpu_tests, alone=False),
     Part("sanitizer", 90, sanitizer, alone=False),
     Part("chaos", 90, chaos, alone=False),

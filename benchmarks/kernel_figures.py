@@ -12,7 +12,8 @@ norms         forward and backward of group_norm_silu by each way that it can ru
               one program, the others spread it over programs in parts of so many rows (pixels). Beside it a plain copy
               of the same bytes, and the definition compiled by torch.compile, for the --compiled costliest.
 convolutions  forward, dgrad and wgrad through cuDNN, and the matrix products that 1x1 convolutions are here.
-attention     ours against torch's backends, for the shapes of every configuration, forward and backward.
+attention     ours against torch's own choice ("sdpa") and its backends, for the shapes of every configuration, forward
+              and backward; choose_attention.py makes fastdiff's choice of them.
 
 GB/s count the least traffic and TFLOP/s the products. Shares are of the rates of a large copy and of a large matrix
 product on the same GPU.
@@ -44,6 +45,7 @@ from benchmarks.gpu_timing import own_stream
 from benchmarks.norm_figures import norms
 from benchmarks.roofline import usual_batch
 from benchmarks.step_calls import realised, training_calls
+from fastdiff.attention_choices import WAYS
 from fastdiff.config.load import Config
 from fastdiff.errors import UserError
 from fastdiff.models.cost import operations
@@ -115,8 +117,6 @@ def flops_of(call: Call) -> float:
 
 # --- attention ---
 
-BACKENDS = ("ours", "cudnn", "flash", "efficient")
-
 
 def attention(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None:
     """Emit the rows of the section "attention". A shape that several configurations have is timed once."""
@@ -133,7 +133,7 @@ def attention(bench: Bench, cases: Sequence[tuple[str, Config, int]]) -> None:
         size = torch.empty((), dtype=bench.dtype).itemsize
         label: Row = {"section": "attention", "shape": str(shape), "dtype": dtype_name(bench.dtype)}
         for direction, maps, products in (("forward", 4, 4), ("backward", 7, 10)):
-            for backend in BACKENDS if bench.runs_kernels else BACKENDS[1:]:
+            for backend in WAYS if bench.runs_kernels else WAYS[1:]:
                 row = {**label, "direction": direction, "way": backend, "count": dict(counts)}
                 make = partial(_attention, bench, shape, backend, direction)
                 bench.row(row, make, moved=maps * elements * size, flops=products * shape.L * elements)

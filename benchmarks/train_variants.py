@@ -301,7 +301,7 @@ LEVERS: dict[str, Lever] = {
     "cuda graph": Lever(changes={"cuda_graph": False}),
     "kernels": Lever(patches=((ops, "_mode", "reference"),)),
     "group norm kernel": Lever(patches=((ops, "_norm_unsupported", _never),)),
-    "attention kernel": Lever(patches=((ops, "flash_is_better", _never),)),
+    "attention kernel": Lever(patches=((ops, "attention_way", lambda *_: "sdpa"),)),
     "noising and loss kernels": Lever(patches=((ops, "_map_unsupported", _never),)),
     "transposed upsampling": Lever(patches=((ops, "upsample_conv", reference.upsample_conv),)),
     "virtual concat of skips": Lever(

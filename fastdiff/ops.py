@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastdiff import attention_choices
 from fastdiff.errors import UserError
 from fastdiff.kernels import convolutions, group_norm_silu_eager, reference, reference_diffusion
 from fastdiff.kernels.convolutions import box_weight as upsample_taps  # noqa: F401
@@ -148,7 +150,6 @@ def choices(device: torch.device) -> list[Choice]:
             return [convolved[0], Choice("all others", "PyTorch", why)]
         return [*convolved, Choice("all others", "PyTorch", why)]
     why = "kernels triton" if _mode == "triton" else "a GPU"
-    attention = "everywhere" if _mode == "triton" else "head sizes that flash attention pads or refuses; else SDPA"
     return [
         Choice(
             "add_group_norm_silu, group_norm_silu, norm_and_shortcut, q_sample, diffusion_loss, sampler_step",
@@ -156,9 +157,19 @@ def choices(device: torch.device) -> list[Choice]:
             why,
         ),
         Choice("output_layer", "Triton", f"{why}; in a bf16 or fp16 network"),
-        Choice("attention", "Triton", attention),
+        _attention_choice(device),
         *convolved,
     ]
+
+
+def _attention_choice(device: torch.device) -> Choice:
+    if _mode == "triton":
+        return Choice("attention", "Triton", "everywhere")
+    rule = "head sizes that flash attention pads or refuses; else SDPA"
+    measured, problem = attention_choices.summary(device)
+    if measured:
+        return Choice("attention", "as measured", f"on this GPU ({measured}); at other sizes Triton for {rule}")
+    return Choice("attention", "Triton", rule + (f"; measured choices are not used: {problem}" if problem else ""))
 
 
 def choose_kernels(kernels: Kernels, device: torch.device, threads_before: int | None = None) -> list[str]:
@@ -279,6 +290,13 @@ def output_layer(
     return triton_output.output_layer(*given, second=second, second_bias=second_bias)
 
 
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
+
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Attention over packed heads, [B, L, 3C] → [B, L, C]; see `reference.attention`.
 
@@ -290,20 +308,38 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
         return attention(qkv.float(), num_heads).to(qkv.dtype)
     B, L, width = qkv.shape
     D = width // (3 * num_heads)
-    if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or flash_is_better(L, D)):
+    way = attention_way(qkv, L, D)
+    other = "" if way == "ours" else way
+    if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or other):
         return triton_attention.attention(qkv, num_heads)
-    if D > 256 and qkv.is_cuda:  # the fused kernels stop at 256
+    if D > 256 and qkv.is_cuda and not other:  # flash and cuDNN stop at 256
         return reference.attention(qkv, num_heads)
     q, k, v = qkv.view(B, L, num_heads, 3, D).permute(3, 0, 2, 1, 4).unbind(0)  # [B, N, L, D] each
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, width // 3)
+    if way in _BACKENDS:
+        # Nothing but the backend that was timed. An order of several (set_priority) would change PyTorch's own choice
+        # for later calls: it puts cuDNN first when it chooses for the first time, unless an order was set before.
+        with sdpa_kernel(_BACKENDS[way]):
+            out = F.scaled_dot_product_attention(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).reshape(B, L, width // 3)
 
 
-def flash_is_better(L: int, D: int) -> str:
-    """ "SDPA" where flash attention is expected to be faster, which has not been measured.
+def attention_way(qkv: Tensor, L: int, D: int) -> str:
+    """One of `attention_choices.WAYS`: by measurement where this GPU has one of this size, else `expected_way`."""
+    if _mode == "auto" and qkv.is_cuda:
+        way = attention_choices.measured(qkv.device, qkv.dtype, L, D, qkv.requires_grad)
+        if way:
+            return way
+    return expected_way(L, D)
+
+
+def expected_way(L: int, D: int) -> str:
+    """ "sdpa" where PyTorch's fused attention is expected to be faster than "ours", which has not been measured.
 
     It pads no heads of these sizes, and our kernel holds whole rows of scores only up to L = 256.
     """
-    return "SDPA" if D in (32, 64, 96, 128) or (D <= 256 and L > 256) else ""
+    return "sdpa" if D in (32, 64, 96, 128) or (D <= 256 and L > 256) else "ours"
 
 
 def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ def test_kernels_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert ops.uses_kernels(torch.zeros(1))
 
 
-@pytest.mark.parametrize(("L", "D", "flash"), [(64, 64, True), (256, 144, False), (64, 512, False), (1024, 192, True)])
-def test_attention_by_size(L: int, D: int, flash: bool) -> None:
-    assert bool(ops.flash_is_better(L, D)) == flash
+@pytest.mark.parametrize(
+    ("L", "D", "way"), [(64, 64, "sdpa"), (256, 144, "ours"), (64, 512, "ours"), (1024, 192, "sdpa")]
+)
+def test_attention_by_size(L: int, D: int, way: str) -> None:
+    assert ops.expected_way(L, D) == way

@@ -293,6 +293,11 @@ def missing_compiler(device: torch.device) -> str:
     return ""
 
 
+_CACHEABLE = {f"torch.nn.attention.{name}": "constants" for name in ("_sdpa_kernel", "_backend_from_string")}
+"""What torch.compile makes of sdpa_kernel. By itself it would not keep a graph with these calls, and trace the network
+anew at every start; their arguments are constants, which are part of the cache's key."""
+
+
 def compile_kwargs(device: torch.device, fullgraph: bool = True, frozen: bool = False) -> dict[str, Any]:
     """Arguments of torch.compile: one graph with fixed shapes, and on a GPU channels-last throughout.
 
@@ -300,7 +305,9 @@ def compile_kwargs(device: torch.device, fullgraph: bool = True, frozen: bool = 
     some convolutions have at most half as many output channels as input channels. On a CPU weights that no longer
     change (frozen) are stored in oneDNN's layout.
     """
-    options: dict[str, Any] = {"force_layout_optimization": True} if device.type == "cuda" else {}
+    options: dict[str, Any] = {}
+    if device.type == "cuda":
+        options = {"force_layout_optimization": True, "unsafe_marked_cacheable_functions": _CACHEABLE}
     if frozen and device.type == "cpu":
         options["freezing"] = True
     return {"fullgraph": fullgraph, "dynamic": False, **({"options": options} if options else {})}
