@@ -290,7 +290,12 @@ def read(path: Path) -> dict[str, list[Row]]:
     """What `write` wrote. Raises UserError."""
     try:
         rows = json.loads(path.read_text())["steps"]
-        return {step: [Row(*row[:3], Cost(*row[3:])) for row in some] for step, some in rows.items()}
+        steps = {step: [Row(*row[:3], Cost(*row[3:])) for row in some] for step, some in rows.items()}
+        for step, some in steps.items():
+            _, batch, _ = step.split()
+            if int(batch) < 1 or not some:
+                raise ValueError(f"step {step!r} has no batch or no rows")
+        return steps
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not what benchmarks/aot.py --cost writes: {type(error).__name__} {error}; write it again"

@@ -123,6 +123,11 @@ def with_kernels(
     shares = dict(general.shares)
     launches = 0.0
     for name, rows in kernels.classes().items():
+        if name not in shares:
+            raise UserError(
+                f"--kernel_costs has a kernel {rows[0].kernel}, which this version doesn't have; "
+                "write the file again with benchmarks/aot.py --cost"
+            )
         replaced = [op for op in ops if CLASS_OF[op.kind] == name]
         left = 0.0
         if name == "attention":

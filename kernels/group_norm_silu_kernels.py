@@ -271,11 +271,13 @@ def _merge_slab(
         b_group = _over_group(b_mean, NG, PADDED) / group
         b_off = tl.where(m, b_mean - b_group, 0.0)
         b_rest = _over_group(b_off, NG, PADDED) / group
-        b_m2 = _over_group(b_m2 + L * b_off * b_off, NG, PADDED) - (L * group) * b_rest * b_rest
+        count = L * (group * 1.0)
+        b_m2 = _over_group(b_m2 + L * b_off * b_off, NG, PADDED) - count * b_rest * b_rest
+        b_m2 = tl.maximum(b_m2, 0.0, propagate_nan=tl.PropagateNan.ALL)  # NaN if squares overflow, as in PyTorch
         b_group += b_rest
         p_stats = stats_ptr + i_b * 3 * C + o_c
         tl.store(p_stats, b_group - b_offset, mask=m)
-        tl.store(p_stats + C, 1.0 / tl.sqrt(tl.maximum(b_m2, 0.0) / (L * group) + eps), mask=m)
+        tl.store(p_stats + C, 1.0 / tl.sqrt(b_m2 / count + eps), mask=m)
         tl.store(p_stats + 2 * C, b_mean - b_group, mask=m)
 
 
@@ -437,8 +439,9 @@ def _merge_gradients(
         b_gain, _ = _affine(affine, i_b, o_c, m)
         b_g = _sum_parts(p_in, m, splits, tiles * (2 * BLOCK_C), BLOCK_S, NG * PADDED)
         b_gx = _sum_parts(p_in + BLOCK_C, m, splits, tiles * (2 * BLOCK_C), BLOCK_S, NG * PADDED) * b_rstd
-        b_constant = -b_rstd * (_over_group(b_gain * b_g, NG, PADDED) / (L * group))
-        b_slope = -b_rstd * b_rstd * (_over_group(b_gain * b_gx, NG, PADDED) / (L * group))
+        count = L * (group * 1.0)
+        b_constant = -b_rstd * (_over_group(b_gain * b_g, NG, PADDED) / count)
+        b_slope = -b_rstd * b_rstd * (_over_group(b_gain * b_gx, NG, PADDED) / count)
         b_excess = tl.load(p_stats + 2 * C, mask=m, other=0.0)
         p_sums = sums_ptr + i_b * 3 * C + o_c
         tl.store(p_sums, b_g, mask=m)

@@ -145,11 +145,13 @@ class DeviceStep(OptimizerStep):
     @torch.no_grad()
     def _sum_gradients(self, first: bool) -> None:
         """Add the 16-bit gradients of a micro-batch to the float32 sums, and drop them, lest autograd add the next."""
-        gradients = [copy.grad for _, copy in self.optimizer.copies if copy.grad is not None]
+        copies = [copy for _, copy in self.optimizer.copies]
+        given = [(total, p.grad) for total, p in zip(self._sums, copies, strict=True) if p.grad is not None]
+        sums, gradients = [total for total, _ in given], [gradient for _, gradient in given]
         if first:
-            torch._foreach_copy_(self._sums, gradients)
+            torch._foreach_copy_(sums, gradients)
         else:
-            torch._foreach_add_(self._sums, gradients)
+            torch._foreach_add_(sums, gradients)
         for _, copy in self.optimizer.copies:
             copy.grad = None
 

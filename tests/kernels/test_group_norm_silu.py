@@ -122,6 +122,13 @@ def test_an_outlier_in_the_first_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     check(given, torch.float32, silu=False)
 
 
+def test_squares_that_overflow() -> None:
+    """They give NaN, as PyTorch's do, which the guards of a run see, and no numbers that look like results."""
+    given = inputs(1, 32, 0, 4, 4, torch.float32, affine=False, offset=False)
+    given["x"] = given["x"] * 1e30
+    assert group_norm_silu(**given).isnan().all()
+
+
 def test_offset_gradient_is_the_sum_of_dx() -> None:
     """The gradient of the offset is that of a convolution's bias, from sums of the backward pass."""
     ours = check(inputs(2, 64, 0, 4, 4, torch.float32), torch.float32)
