@@ -77,7 +77,8 @@ def recorded_launches(config: Config, batch: int, precision: str) -> dict[str, i
     library products  convolutions and matrix products, which cuDNN and cuBLAS compute; a convolution's backward pass
                       has one for each gradient. What torch.compile makes of the rest isn't counted.
     """
-    with Recorder("fastdiff::|aten::(convolution|convolution_backward|mm|addmm|bmm)$") as seen:
+    products_of_ours = r"aten::(mm|addmm_?|bmm)$"
+    with Recorder(f"fastdiff::|aten::(convolution|convolution_backward)$|{products_of_ours}") as seen:
         launches = training_launches(
             config.model,
             config.diffusion,
@@ -89,9 +90,10 @@ def recorded_launches(config: Config, batch: int, precision: str) -> dict[str, i
     ours, more, products = len(launches), 0, 0
     for call in seen.calls.values():
         if call.op.startswith("fastdiff::"):  # `launches` has each kind of call once
-            with launch.record() as once:
+            with launch.record() as once, Recorder(products_of_ours) as inside:
                 launch.IMPLEMENTATIONS[call.op.removeprefix("fastdiff::")](*call.args)
             more += len(once) * (call.count - 1)
+            products += sum(each.count for each in inside.calls.values()) * (call.count - 1)
         elif call.op == "aten::convolution_backward":
             products += call.count * sum(call.args[-1][:2])
         else:

@@ -476,6 +476,7 @@ def _(dy: Tensor, x: Tensor, conv_weight: Tensor, *_: Any) -> tuple[Tensor, ...]
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, second, second_bias, weight, bias, conv_weight, conv_bias, eps = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # saves a map of zeros for the sum
     ctx.save_for_backward(x if second is None else output[1], conv_weight, *output[2:])
     ctx.dtypes = None if second_bias is None else second_bias.dtype, weight.dtype, bias.dtype
     ctx.conv_dtypes = conv_weight.dtype, conv_bias.dtype

@@ -17,6 +17,16 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
+def _mode_of_the_ops() -> Iterator[None]:
+    """Restore the choice of kernels, which scripts make for the whole process."""
+    from fastdiff import ops
+
+    before = ops._mode
+    yield
+    ops._mode = before
+
+
+@pytest.fixture(autouse=True)
 def _torchs_linear() -> Iterator[None]:
     """Restore F.linear, which DeepSpeed's ZeRO-3 replaces by a function that torch.compile traces with a warning."""
     linear = torch.nn.functional.linear

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,10 @@ import torch
 from helpers.pictures_folder import make_pictures
 from helpers.tiny import DIFFUSION, MODEL, flags, save, unet
 
-from fastdiff import ops, sample, train
+from fastdiff import sample, train
 from fastdiff.errors import UserError
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    """Restore the mode of the ops, which scripts set for the whole process."""
-    yield
-    ops.use("auto")
 
 
 SMALL = {**MODEL, "channel_mult": "1", "attention_resolutions": "8"}
@@ -42,7 +34,7 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         made[kernels] = [torch.load(step / file, weights_only=True) for file in files]
         rows = np.genfromtxt(folder / "progress.csv", delimiter=",", names=True)
         made[kernels].append({name: rows[name] for name in ("loss", "mse", "vb", "grad_norm")})
-    assert "group_norm_silu, q_sample, diffusion_loss, sampler_step: Triton (kernels triton)" in shown
+    assert "norm_and_shortcut, q_sample, diffusion_loss, sampler_step: Triton (kernels triton)" in shown
     for ours, plain in zip(made["triton"], made["reference"], strict=True):
         assert ours.keys() == plain.keys()
         for name, value in plain.items():
