@@ -274,11 +274,9 @@ def _backward_launches(
         **p.constexprs,
         SILU=silu,
     )
-    parameters = launcher(
+    parameters = launcher(  # 8 channels fill a sector of memory; more for a program would leave few programs
         device._parameter_gradients,
-        (
-            triton.cdiv(C, 8),
-        ),  # few channels for each program, because there are few programs: 8 fill a sector of memory
+        (triton.cdiv(C, 8),),
         *(B, C, C1, scale_stride),
         BLOCK_B=min(128, triton.next_power_of_2(B)),
         BLOCK_C=8,

@@ -142,6 +142,24 @@ def _affine(affine, i_b, o_c, m):
 
 
 @triton.jit
+def _coefficients(affine, stats_ptr, i_b, o_c, C):
+    """For channels o_c [K]: what is subtracted from x, and the gain and bias of (x - that) that give the result."""
+    p_stats = stats_ptr + i_b * 3 * C + o_c
+    b_gain, b_bias = _affine(affine, i_b, o_c, o_c < C)
+    return tl.load(p_stats), b_gain * tl.load(p_stats + C), b_bias
+
+
+@triton.jit
+def _members(p_partial, i_group, groups, group, BLOCK_C: tl.constexpr, NG: tl.constexpr, PADDED: tl.constexpr):
+    """Lanes [NG * PADDED] for the channels of NG groups: (number in the slab, whether it exists, its partial sums)."""
+    o = tl.arange(0, NG * PADDED)
+    o_group, o_member = i_group + o // PADDED, o % PADDED
+    o_k = o_group * group + o_member
+    p_in = p_partial + o_k // BLOCK_C * (2 * BLOCK_C) + o_k % BLOCK_C
+    return o_k, (o_group < groups) & (o_member < group), p_in
+
+
+@triton.jit
 def _keep(seed_ptr, i_b, o_l, i_c, C, drop_below, R: tl.constexpr, K: tl.constexpr):
     """[R, K] bool: which elements at pixels o_l [R, 1] and channels i_c .. i_c + K - 1 dropout keeps.
 
@@ -243,12 +261,9 @@ def _merge_slab(
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, NG: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """The sums of a slab's parts → stats of its channels from i_first on; NG groups at a time, each PADDED lanes."""
-    o = tl.arange(0, NG * PADDED)
     for i_group in range(0, groups, NG):
-        o_k = (i_group + o // PADDED) * group + o % PADDED
-        m = (i_group + o // PADDED < groups) & (o % PADDED < group)
+        o_k, m, p_in = _members(p_partial, i_group, groups, group, BLOCK_C, NG, PADDED)
         o_c = i_first + o_k
-        p_in = p_partial + o_k // BLOCK_C * (2 * BLOCK_C) + o_k % BLOCK_C
         b_mean, b_m2 = tl.zeros((NG * PADDED,), tl.float32), tl.zeros((NG * PADDED,), tl.float32)
         n = 0.0
         for i_s in range(0, splits, BLOCK_S):
@@ -293,10 +308,7 @@ def _apply_tile(
     p, width, i_in = _column(x_ptr, skip_ptr, i_c, C1, C2)
     o_c = tl.arange(0, BLOCK_C)
     o_l = tl.arange(0, BLOCK_L)[:, None]
-    p_stats = stats_ptr + i_b * 3 * C + i_c + o_c
-    b_centre = tl.load(p_stats)
-    b_gain, b_bias = _affine(affine, i_b, i_c + o_c, i_c + o_c < C)
-    b_gain *= tl.load(p_stats + C)
+    b_centre, b_gain, b_bias = _coefficients(affine, stats_ptr, i_b, i_c + o_c, C)
     p += (i_b * L + i_first) * width + i_in
     y_ptr += (i_b * L + i_first) * C + i_c
     for i_l in range(0, ROWS, BLOCK_L):
@@ -388,10 +400,7 @@ def _sum_gradients(
     p, width, i_in = _column(x_ptr, skip_ptr, i_c, C1, C2)
     o_c = tl.arange(0, BLOCK_C)
     o_l = tl.arange(0, BLOCK_L)[:, None]
-    p_stats = stats_ptr + i_b * 3 * C + i_c + o_c
-    b_centre = tl.load(p_stats)
-    b_gain, b_bias = _affine(affine, i_b, i_c + o_c, i_c + o_c < C)
-    b_gain *= tl.load(p_stats + C)
+    b_centre, b_gain, b_bias = _coefficients(affine, stats_ptr, i_b, i_c + o_c, C)
     p += (i_b * L + i_first) * width + i_in
     dy_ptr += (i_b * L + i_first) * C + i_c
     FOLDED: tl.constexpr = min(BLOCK_L, 16)
@@ -428,12 +437,9 @@ def _merge_gradients(
 
     sums [B, 3, C] receives the sums of g, of g * xhat, and of dx, which is the gradient of the offset.
     """
-    o = tl.arange(0, NG * PADDED)
     for i_group in range(0, groups, NG):
-        o_k = (i_group + o // PADDED) * group + o % PADDED
-        m = (i_group + o // PADDED < groups) & (o % PADDED < group)
+        o_k, m, p_in = _members(p_partial, i_group, groups, group, BLOCK_C, NG, PADDED)
         o_c = i_first + o_k
-        p_in = p_partial + o_k // BLOCK_C * (2 * BLOCK_C) + o_k % BLOCK_C
         p_stats = stats_ptr + i_b * 3 * C + o_c
         b_rstd = tl.load(p_stats + C, mask=m, other=0.0)
         b_gain, _ = _affine(affine, i_b, o_c, m)
@@ -481,10 +487,7 @@ def _apply_gradients(
     p_dx, _, _ = _column(dx_ptr, dskip_ptr, i_c, C1, C2)
     o_c = tl.arange(0, BLOCK_C)
     o_l = tl.arange(0, BLOCK_L)[:, None]
-    p_stats = stats_ptr + i_b * 3 * C + i_c + o_c
-    b_centre = tl.load(p_stats)
-    b_gain, b_bias = _affine(affine, i_b, i_c + o_c, i_c + o_c < C)
-    b_gain *= tl.load(p_stats + C)
+    b_centre, b_gain, b_bias = _coefficients(affine, stats_ptr, i_b, i_c + o_c, C)
     p_line = line_ptr + i_b * 2 * C + i_c + o_c
     b_slope, b_constant = tl.load(p_line), tl.load(p_line + C)
     start = (i_b * L + i_first) * width + i_in

@@ -21,22 +21,22 @@ WHOLE_BYTES = 48 << 10
 """Maps of a slab that one program reads twice, the second time from its L1 cache, of which there are 256 KB for a
 multiprocessor's programs together."""
 MOST_PARTS = 1 << 21
-"""Parts that the kernels can number: `_quotient` divides numbers below 2^22, and there are fewer lags than parts."""
+"""The most parts: tickets count parts and the lag, which is at most as great, and `_quotient` divides below 2^22."""
 STREAM_BYTES = 24 << 20
-"""A larger map leaves the L2 cache before the next layer reads it."""
+"""A larger map would not stay in the L2 cache until the next layer reads it."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one call runs; `group_norm_silu_kernels.py` explains slabs, parts, tiles, tickets and the lag.
-
-    The numbers are those of one image's channels in a slab, or of the whole launch.
-    """
+    """How one call runs; `group_norm_silu_kernels.py` explains slabs, parts, tiles, tickets and the lag."""
 
     whole: bool
+    """Whether a slab is one part, for which no program waits."""
     rows: int
+    """Pixels of a part, which a program reads in blocks of `block_l`."""
     block_l: int
     block_c: int
+    """Channels of a tile."""
     splits: int
     """Parts of a slab above each other."""
     tiles: int
@@ -45,6 +45,7 @@ class Plan:
     chunks: int
     """Slabs of an image."""
     slabs: int
+    """Slabs, parts and programs of the whole launch; `lag` is 0 if `whole`."""
     parts: int
     lag: int
     programs: int
@@ -53,7 +54,9 @@ class Plan:
     """Channels of a group, `padded` to a power of two where a slab's sums are merged."""
     padded: int
     stream: bool
+    """Whether the map is too large to stay in the L2 cache until the next layer reads it."""
     even: bool
+    """Whether no part has pixels beyond the image's last."""
 
     @property
     def per_row(self) -> int:

@@ -57,6 +57,11 @@ def value(x: Map) -> Tensor:
     return x.value() if isinstance(x, Sum) else x
 
 
+def summands(x: Map) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(a, b, bias) of a sum that is not computed yet; of any other map (the map, None, None)."""
+    return x.parts if isinstance(x, Sum) and x.parts is not None else (value(x), None, None)
+
+
 class Conv2d(nn.Conv2d):
     """A convolution that runs in the dtype of its input."""
 
@@ -136,7 +141,7 @@ class OutputLayer(nn.Sequential):
 
     def forward(self, x: Map) -> Tensor:
         norm, conv = _norm_and_conv(self)
-        a, b, b_bias = x.parts if isinstance(x, Sum) and x.parts is not None else (value(x), None, None)
+        a, b, b_bias = summands(x)
         if hasattr(conv.weight, "ds_id") or not ops.has_output_layer(a, conv.out_channels):  # ZeRO-3 gathers by module
             return conv(norm(value(x).float()))
         return ops.output_layer(a, norm.weight, norm.bias, conv.weight, conv.bias, second=b, second_bias=b_bias)
@@ -226,7 +231,7 @@ class ResBlock(nn.Module):
     def _first_norm(self, x: Map, skip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x as a tensor, its norm, the shortcut without its bias where one op computes all three)."""
         norm, shortcut = _norm_and_conv(self.in_layers)[0], self.skip_connection
-        a, b, b_bias = x.parts if isinstance(x, Sum) and x.parts else (value(x), None, None)
+        a, b, b_bias = summands(x)
         if not isinstance(shortcut, SkipConv) or not _leaves_sum(shortcut, a) or not ops.fuses_shortcut(a, skip):
             return *norm.of(x, skip=skip), None
         weight = shortcut.weight.flatten(1)
