@@ -231,17 +231,13 @@ def fuses_shortcut(x: Tensor, skip: Tensor | None) -> bool:
 
 
 def norm_and_shortcut(
-    a: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    conv_weight: Tensor,
-    *,
-    b: Tensor | None = None,
-    b_bias: Tensor | None = None,
-    skip: Tensor | None = None,
+    a: Tensor, weight: Tensor, bias: Tensor, conv_weight: Tensor, **others: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x, its norm, the shortcut), where `fuses_shortcut` allows it; see `reference.norm_and_shortcut`."""
-    return triton_shortcut.norm_and_shortcut(a, weight, bias, conv_weight.to(a.dtype), b=b, b_bias=b_bias, skip=skip)
+    """(x, its norm, the shortcut), where `fuses_shortcut` allows it; see `reference.norm_and_shortcut`.
+
+    others  b, b_bias and skip
+    """
+    return triton_shortcut.norm_and_shortcut(a, weight, bias, conv_weight.to(a.dtype), **others)
 
 
 def _expanded(options: NormOptions, x: Tensor, norms: Any) -> NormOptions:
@@ -275,19 +271,12 @@ def has_output_layer(x: Tensor, out_channels: int) -> bool:
     return HAVE_TRITON and not triton_output.unsupported(x, out_channels) and uses_kernels(x)
 
 
-def output_layer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    *,
-    second: Tensor | None = None,
-    second_bias: Tensor | None = None,
-) -> Tensor:
-    """The last norm and convolution, [B, C, H, W] → [B, O, H, W] float32; see `reference.output_layer`."""
-    given = (x, weight, bias, conv_weight, conv_bias)
-    return triton_output.output_layer(*given, second=second, second_bias=second_bias)
+def output_layer(x: Tensor, *parameters: Tensor, second: Tensor | None, second_bias: Tensor | None) -> Tensor:
+    """The last norm and convolution, [B, C, H, W] → [B, O, H, W] float32; see `reference.output_layer`.
+
+    parameters  weight and bias of the norm, then of the convolution
+    """
+    return triton_output.output_layer(x, *parameters, second=second, second_bias=second_bias)
 
 
 _BACKENDS = {

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from fastdiff.kernels import launch, reference
 from fastdiff.kernels.group_norm_silu import drop_below, group_norm_silu
+from fastdiff.kernels.group_norm_silu_kernels import _quotient
 from fastdiff.kernels.group_norm_silu_plan import plan
 from helpers.kernel_checks import DEVICE, DTYPES, LOW, assert_no_worse, channels_last, error, normal
 from helpers.norm_plans import WAYS, planned
@@ -245,15 +248,26 @@ def test_plans(L: int, C: int, backward: bool) -> None:
         assert p.programs >= min(132, B * L * C // 2**17)
 
 
+@triton.jit
+def _quotients(n_ptr, result_ptr, reciprocal, BLOCK: tl.constexpr):
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(result_ptr + o, _quotient(tl.load(n_ptr + o), reciprocal))
+
+
+@pytest.mark.parametrize("divisor", [1, 3, 7, 48, 64, 513])
+def test_quotient(divisor: int) -> None:
+    """It is exact for all numbers below 2^22, the greatest and those next to multiples among them."""
+    n = torch.arange(2**22, dtype=torch.int32, device=DEVICE)
+    result = torch.empty_like(n)
+    _quotients[(256,)](n, result, 1 / divisor, BLOCK=2**14)
+    assert torch.equal(result, n // divisor)
+
+
 @pytest.mark.parametrize("B", [1, 2**12, 2**16])
 def test_parts_can_be_numbered(B: int) -> None:
-    """`_quotient` divides numbers below 2^22 exactly, and no plan has more."""
+    """A plan has fewer than the 2^22 tickets that `_quotient` divides exactly."""
     p = plan(B, 4096, 24, 0, 1, 2, False, 132)
     assert p.parts + p.lag < 2**22
-    n = torch.arange(p.parts + p.lag, dtype=torch.float32)
-    for divisor in (p.per_slab, p.per_row, p.chunks, 3, 7, 513):
-        reciprocal = torch.tensor(1 / divisor, dtype=torch.float32)
-        assert torch.equal(((n + 0.5) * reciprocal).int(), n.int() // divisor), divisor
 
 
 def test_a_plan_is_made_once() -> None:
