@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.machine_code import RETURNING, Code, Instruction, Wait, executions, stalls, started_early, waits
 from fastdiff.errors import UserError
+from fastdiff.runtime.files import read_json
 from fastdiff.runtime.machine import GPUS
 from fastdiff.runtime.script import run_script
 
@@ -289,14 +290,14 @@ def _rounded(value: Any) -> Any:
 def read(path: Path) -> dict[str, list[Row]]:
     """What `write` wrote. Raises UserError."""
     try:
-        rows = json.loads(path.read_text())["steps"]
+        rows = read_json(path)["steps"]
         steps = {step: [Row(*row[:3], Cost(*row[3:])) for row in some] for step, some in rows.items()}
         for step, some in steps.items():
             _, batch, _ = step.split()
             if int(batch) < 1 or not some:
                 raise ValueError(f"step {step!r} has no batch or no rows")
         return steps
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not what benchmarks/aot.py --cost writes: {type(error).__name__} {error}; write it again"
         ) from None

@@ -166,7 +166,7 @@ def test_batch_by_default_is_the_micro_batch() -> None:
         (["--config", "demo", "--conv_efficiency", "80"], "--conv_efficiency"),
         (["--config", "demo", "--launch_us", "-1"], "--launch_us"),
         (["--config", "demo", "--profile", "nowhere.json"], "--profile nowhere.json"),
-        (["--config", "demo", "--kernel_costs", "nowhere.json"], "nowhere.json is not what benchmarks/aot.py --cost"),
+        (["--config", "demo", "--kernel_costs", "nowhere.json"], "nowhere.json: can't be read"),
     ],
 )
 def test_refusals(words: list[str], says: str) -> None:
