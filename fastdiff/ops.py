@@ -218,7 +218,13 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, **options: Unpack[N
 
 
 def add_group_norm_silu(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Unpack[NormOptions]
+    a: Tensor,
+    b: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    b_bias: Tensor | None = None,
+    **options: Unpack[NormOptions],
 ) -> tuple[Tensor, Tensor]:
     """(a + b + b_bias, `group_norm_silu` of it), [B, C, H, W] each; see `reference.add_group_norm_silu`."""
     norms = _norms(a, options)
@@ -342,7 +348,7 @@ def conv_weight(weight: Tensor, x: Tensor) -> Tensor:
     return convolutions.conv_weight(weight, x.dtype) if uses_kernels(x) else weight.to(x.dtype)
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Nearest-neighbour enlargement by 2 and a 3x3 convolution; see `reference.upsample_conv`.
 
     Outside mode "reference" the weight may be the result of `upsample_taps`, computed beforehand.

@@ -52,7 +52,7 @@ def box_weight(weight: Tensor) -> Tensor:
     return (rows[..., :-1] + rows[..., 1:]).to(weight.dtype)
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, channels_last: bool = True) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, *, channels_last: bool = True) -> Tensor:
     """As `reference.upsample_conv`; a float32 weight is rounded to x's dtype only after the sums of `box_weight`.
 
     A weight of 4x4 taps, as `box_weight` gives them, is taken as it is.
@@ -60,7 +60,7 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor, *, channels_last: boo
     """
     taps = weight if weight.shape[-1] == 4 else box_weight(weight)
     taps = conv_weight(taps, x.dtype) if channels_last else taps.to(x.dtype).contiguous()
-    return F.conv_transpose2d(x, taps, bias.to(x.dtype), stride=2, padding=1)
+    return F.conv_transpose2d(x, taps, None if bias is None else bias.to(x.dtype), stride=2, padding=1)
 
 
 def skip_conv1x1(x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:

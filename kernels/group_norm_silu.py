@@ -1,7 +1,8 @@
 """dropout(silu(group_norm(cat(x, skip) + offset) * (1 + scale) + shift)) on channels-last maps, forward and backward.
 
-A second op adds up a residual before it: x = a + b + b_bias, which it returns as well, and whose own gradient joins the
-norm's. The file holds both ops, their gradients and all launches, which share their arguments; hence its length.
+A second op adds up a residual before it: x = a + b + b_bias, where b or b_bias may be absent. It returns x as well,
+whose own gradient joins the norm's. The file holds both ops, their gradients and all launches, which share their
+arguments; hence its length.
 
 Shapes   x [B, C1, H, W], skip [B, C2, H, W] or None, in channels-last memory; C = C1 + C2, C1 and C2 multiples of 8.
          weight, bias [C]; scale, shift [B, C] or None; offset [B, C], [C] or None. All arithmetic in float32.
@@ -82,9 +83,10 @@ def _forward_launch(
     dropout: float,
 ) -> Forward:
     """Check the arguments and plan the launch on a GPU with `units` multiprocessors."""
-    if second is not None:
+    summed = second is not None or second_bias is not None
+    if summed:
         check_sum(op, x, second, second_bias)
-    check_norm(op, "x" if second is None else "a", x, skip, weight, bias, scale, shift, offset, num_groups)
+    check_norm(op, "a" if summed else "x", x, skip, weight, bias, scale, shift, offset, num_groups)
     B, C1, H, W = x.shape
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
     C = C1 + C2
@@ -92,7 +94,7 @@ def _forward_launch(
     as_they_are = all(map(is_channels_last, (x, second, skip))) and all(map(_has_rows, rows))
     if not as_they_are or not B * C * L:
         return Forward(not as_they_are, (B, C, H, W))
-    p = plan(B, L, C1, C2, C // num_groups, x.itemsize, False, units, second is not None or seed is not None)
+    p = plan(B, L, C1, C2, C // num_groups, x.itemsize, False, units, summed or seed is not None)
     strides = map(_row_stride, (scale, shift, offset))
     run = launcher(
         device._norm_forward,
@@ -147,20 +149,21 @@ def launch_forward(
     affine: tuple[Any, ...],
     options: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (the norm's input, which is x or its sum with `second`; y; stats [B, 3, C]).
+    """Returns (the norm's input, which is x or its sum with `second` and `second_bias`; y; stats [B, 3, C]).
 
     affine   weight, bias, scale, shift, offset, seed
     options  num_groups, eps, silu, dropout
     """
     run = _forward_launch(plan, processors(x.device), op, x, second, second_bias, skip, *affine, *options)
     weight, bias, scale, shift, offset, seed = affine
+    summed = second is not None or second_bias is not None
     if run.converted:
-        x = channels_last(x, op, "x" if second is None else "a")
+        x = channels_last(x, op, "a" if summed else "x")
         second, skip = channels_last(second, op, "b"), channels_last(skip, op, "skip")
         weight, bias, scale, shift, offset, second_bias = _contiguous((weight, bias, scale, shift, offset, second_bias))
         affine = (weight, bias, scale, shift, offset, seed)
         return launch_forward(op, x, second, second_bias, skip, affine, options)
-    total = None if second is None else empty_map(*x.shape, like=x)
+    total = empty_map(*x.shape, like=x) if summed else None
     y = empty_map(*run.y, like=x)
     stats = torch.empty(len(x), 3, run.y[1], dtype=torch.float32, device=x.device)
     if run.run:
@@ -200,7 +203,7 @@ def _(x: Tensor, skip: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
 @kernel_op("add_group_norm_silu")
 def _add_forward(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | None,
     b_bias: Tensor | None,
     skip: Tensor | None,
     weight: Tensor,
@@ -215,12 +218,16 @@ def _add_forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (the sum, y, stats)."""
+    if b is None and b_bias is None:
+        raise ValueError("add_group_norm_silu needs b or b_bias; group_norm_silu is the norm of a alone")
     affine, options = (weight, bias, scale, shift, offset, seed), (num_groups, eps, silu, dropout)
     return launch_forward("add_group_norm_silu", a, b, b_bias, skip, affine, options)
 
 
 @_add_forward.register_fake
-def _(a: Tensor, b: Tensor, b_bias: Tensor | None, skip: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    a: Tensor, b: Tensor | None, b_bias: Tensor | None, skip: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     B, C, H, W = a.shape
     total = empty_map(B, C, H, W, a)
     C += 0 if skip is None else skip.shape[1]
@@ -380,12 +387,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _add_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, _, b_bias, skip, weight, bias, scale, shift, offset, seed, num_groups, _, silu, dropout = inputs
+    _, b, b_bias, skip, weight, bias, scale, shift, offset, seed, num_groups, _, silu, dropout = inputs
     total, _, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)  # saves a map of zeros where only the norm reads the sum
     ctx.save_for_backward(total, b_bias, skip, weight, bias, scale, shift, offset, seed, stats)
-    ctx.settings = num_groups, silu, dropout
+    ctx.settings, ctx.has_b = (num_groups, silu, dropout), b is not None
 
 
 def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
@@ -421,7 +428,7 @@ def _add_differentiate(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, _: No
         B, C, H, W = total.shape
         dy = empty_map(B, C + (0 if skip is None else skip.shape[1]), H, W, total).zero_()
     dx, db_bias, rest = _gradients(ctx, dy, dtotal)
-    return (dx, dx, db_bias, *rest, *(None,) * 5)
+    return (dx, dx if ctx.has_b else None, db_bias, *rest, *(None,) * 5)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -464,7 +471,7 @@ def group_norm_silu(
 
 def add_group_norm_silu(
     a: Tensor,
-    b: Tensor,
+    b: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     *,

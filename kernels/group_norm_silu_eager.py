@@ -133,7 +133,7 @@ def group_norm_silu(
 
 
 def add_group_norm_silu(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Any
+    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """As `reference.add_group_norm_silu`; the options are those of `group_norm_silu`."""
     total = residual_sum(a, b, b_bias)

@@ -1,8 +1,8 @@
 """The Triton kernels of `group_norm_silu.py`, which describes what they compute. One file: all share its first part.
 
 Maps are [B, L, C] channels-last, L = H * W pixels; with a second input, x [B, L, C1] and skip [B, L, C2] are read as
-if concatenated. With a second summand the norm's input is the sum of x, second [B, L, C1] and second_bias [C1], rounded
-as it is stored in total [B, L, C1]. Coefficients are fp32 [C] or [B, C].
+if concatenated. With other summands the norm's input is the sum of x, second [B, L, C1] and second_bias [C1], or of two
+of them, rounded as it is stored in total [B, L, C1]. Coefficients are fp32 [C] or [B, C].
 
 A slab is an image's channels of one or more whole groups. It is divided into parts: ROWS pixels of `span` tiles, where
 a tile is BLOCK_C neighbouring channels of one map. Each pass takes three steps: every part is summed, the slab's sums
@@ -200,18 +200,19 @@ def _wait(counter_ptr, count):
 
 @triton.jit
 def _load_input(maps, p, o, i_c, o_c, m, C1, EVEN: tl.constexpr, AGAIN: tl.constexpr, SAVE: tl.constexpr):
-    """The norm's input as fp32: a tile at offsets o of the map p that holds it, or of two summands, whose sum is saved.
+    """The norm's input as fp32: a tile at offsets o of the map p that holds it, or of its summands, whose sum is saved.
 
     AGAIN is the eviction policy of what will be read again.
     """
     x_ptr, second_ptr, second_bias_ptr, total_ptr = maps
-    if second_ptr is None:
+    if total_ptr is None:
         b_x = _load(p + o, m, EVEN, AGAIN)
     elif i_c < C1:
-        b_x = _load(second_ptr + o, m, EVEN, "evict_first")
+        b_x = _load((x_ptr if second_ptr is None else second_ptr) + o, m, EVEN, "evict_first")
         if second_bias_ptr is not None:  # loaded from L1 at every use, which saves registers
             b_x += tl.load(second_bias_ptr + i_c + o_c).to(tl.float32)
-        b_x += _load(x_ptr + o, m, EVEN, "evict_first")
+        if second_ptr is not None:
+            b_x += _load(x_ptr + o, m, EVEN, "evict_first")
         b_total = b_x.to(total_ptr.dtype.element_ty)
         if SAVE:
             _store(total_ptr + o, b_total, m, EVEN, AGAIN)
@@ -231,9 +232,9 @@ def _sum_tile(
     They are computed from sums around the first pixel's value. No value of n can differ by more than sqrt(n) standard
     deviations from their mean, so that an outlier there costs at most a factor n of float32's precision.
     """
-    x_ptr, second_ptr, _, total_ptr = maps
+    x_ptr, _, _, total_ptr = maps
     AGAIN: tl.constexpr = "evict_last" if STREAM else ""
-    p, width, i_in = _column(x_ptr if second_ptr is None else total_ptr, skip_ptr, i_c, C1, C2)
+    p, width, i_in = _column(x_ptr if total_ptr is None else total_ptr, skip_ptr, i_c, C1, C2)
     o_c = tl.arange(0, BLOCK_C)[None, :]
     o_l = tl.arange(0, BLOCK_L)[:, None]
     start = (i_b * L + i_first) * width + i_in
@@ -334,7 +335,7 @@ def _norm_forward(
     maps = (x_ptr, second_ptr, second_bias_ptr, total_ptr)
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
-    made_ptr = x_ptr if second_ptr is None else total_ptr
+    made_ptr = x_ptr if total_ptr is None else total_ptr
     i_ticket = tl.program_id(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while i_ticket < parts + lag:
         if i_ticket < parts:
@@ -639,7 +640,7 @@ def _work(launch: Launch) -> Work:
     if launch.kernel is _norm_backward:
         steps = {"_sum_gradients": tiles, "_merge_gradients": slabs, "_apply_gradients": tiles, "_merge_totals": slabs}
     maps = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.dim() == 4}
-    summed = given.get("second_ptr") is not None
+    summed = given.get("total_ptr") is not None
     again = () if given["WHOLE"] else ("total_ptr" if summed else "x_ptr", "skip_ptr", "dy_ptr")
     return Work(
         executions={**{name: float(often) for name, often in steps.items()}, "_wait": float(parts)},

@@ -158,10 +158,10 @@ def _refuse(op: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{op} needs {expected}; got {got}")
 
 
-def check_sum(op: str, a: Tensor, b: Tensor, b_bias: Tensor | None) -> None:
-    if b.shape != a.shape:
+def check_sum(op: str, a: Tensor, b: Tensor | None, b_bias: Tensor | None) -> None:
+    if b is not None and b.shape != a.shape:
         _refuse(op, f"b of the shape of a, {tuple(a.shape)}", tuple(b.shape))
-    if b.dtype != a.dtype:
+    if b is not None and b.dtype != a.dtype:
         _refuse(op, f"b in the dtype of a, {a.dtype}", f"{b.dtype}; convert it with .to(a.dtype)")
     if b_bias is not None and b_bias.shape != a.shape[1:2]:
         _refuse(op, f"b_bias of shape ({a.shape[1]},), one per channel", tuple(b_bias.shape))

@@ -1,6 +1,7 @@
 """A residual block's first norm and the 1x1 convolution of its shortcut, which read the same maps, as one op.
 
-    y = silu(group_norm(cat(x, skip))), shortcut = conv1x1(cat(x, skip)) without bias, where x may be a + b + b_bias.
+    y = silu(group_norm(cat(x, skip))), shortcut = conv1x1(cat(x, skip)) without bias, where x may be a + b + b_bias,
+a + b or a + b_bias.
 
 Shapes   as in `group_norm_silu.py`; conv_weight [C_out, C] in x's dtype, shortcut [B, C_out, H, W].
 Traffic  The norm's, and that of matrix products. The second one adds its result to the first one's in place: out of
@@ -30,6 +31,10 @@ def _map(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(B, H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
 
+def _summed(b: Tensor | None, b_bias: Tensor | None) -> bool:
+    return b is not None or b_bias is not None
+
+
 @kernel_op(OP)
 def _forward(
     a: Tensor,
@@ -42,7 +47,7 @@ def _forward(
     num_groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (the sum, which is empty without b; y; stats [B, 3, C]; shortcut)."""
+    """Returns (the sum, which is empty without b and b_bias; y; stats [B, 3, C]; shortcut)."""
     a, skip = channels_last(a, OP, "a"), channels_last(skip, OP, "skip")
     affine = (weight, bias, None, None, None, None)
     total, y, stats = launch_forward(OP, a, b, b_bias, skip, affine, (num_groups, eps, True, 0.0))
@@ -50,7 +55,7 @@ def _forward(
     rows = torch.mm(_rows(total), conv_weight[:, :C1].t())
     if skip is not None:
         rows.addmm_(_rows(skip), conv_weight[:, C1:].t())
-    return a.new_empty(0) if b is None else total, y, stats, _map(rows, a)
+    return total if _summed(b, b_bias) else a.new_empty(0), y, stats, _map(rows, a)
 
 
 @_forward.register_fake
@@ -59,7 +64,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, C1, H, W = a.shape
     C = C1 + (0 if skip is None else skip.shape[1])
-    total = a.new_empty(0) if b is None else empty_map(B, C1, H, W, a)
+    total = empty_map(B, C1, H, W, a) if _summed(b, b_bias) else a.new_empty(0)
     stats, C_out = a.new_empty(B, 3, C, dtype=torch.float32), rest[2].shape[0]
     return total, empty_map(B, C, H, W, a), stats, empty_map(B, C_out, H, W, a)
 
@@ -111,10 +116,11 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     a, b, b_bias, skip, weight, bias, conv_weight, num_groups, _ = inputs
     total, _, stats, _ = output
-    ctx.mark_non_differentiable(*((stats, total) if b is None else (stats,)))
+    summed = _summed(b, b_bias)
+    ctx.mark_non_differentiable(*((stats,) if summed else (stats, total)))
     ctx.set_materialize_grads(False)  # saves a map of zeros where nothing else reads the sum
-    ctx.save_for_backward(a if b is None else total, b_bias, skip, weight, bias, conv_weight, stats)
-    ctx.num_groups, ctx.summed = num_groups, b is not None
+    ctx.save_for_backward(total if summed else a, b_bias, skip, weight, bias, conv_weight, stats)
+    ctx.num_groups, ctx.has_b = num_groups, b is not None
 
 
 def _differentiate(
@@ -132,7 +138,7 @@ def _differentiate(
         dy, dtotal, dshortcut, x, b_bias, skip, weight, bias, conv_weight, stats, ctx.num_groups
     )
     return (
-        *(dx, dx if ctx.summed else None, None if b_bias is None else db_bias, None if skip is None else dskip),
+        *(dx, dx if ctx.has_b else None, None if b_bias is None else db_bias, None if skip is None else dskip),
         *(dweight, dbias, dconv_weight, None, None),
     )
 
@@ -154,4 +160,4 @@ def norm_and_shortcut(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, y, shortcut) as `reference.norm_and_shortcut`, on channels-last maps."""
     total, y, _, shortcut = _forward(a, b, b_bias, skip, weight, bias, conv_weight, num_groups, eps)
-    return a if b is None else total, y, shortcut
+    return total if _summed(b, b_bias) else a, y, shortcut

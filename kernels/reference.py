@@ -51,21 +51,24 @@ def group_norm_silu(
     return h.to(x.dtype)
 
 
-def residual_sum(a: Tensor, b: Tensor, b_bias: Tensor | None = None) -> Tensor:
-    """a + b + b_bias, [B, C, H, W] twice and [C], in float32, rounded once to a's dtype."""
+def residual_sum(a: Tensor, b: Tensor | None, b_bias: Tensor | None = None) -> Tensor:
+    """a + b + b_bias, [B, C, H, W] twice and [C], in float32, rounded once to a's dtype; b or b_bias may be None."""
     if b_bias is not None:
-        wide = torch.promote_types(b.dtype, torch.float32)
-        b = b.to(wide) + b_bias.to(wide)[:, None, None]
+        wide = torch.promote_types(a.dtype, torch.float32)
+        bias = b_bias.to(wide)[:, None, None]
+        b = bias if b is None else b.to(wide) + bias
+    assert b is not None
     return (a + b).to(a.dtype)
 
 
 def add_group_norm_silu(
-    a: Tensor, b: Tensor, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Any
+    a: Tensor, b: Tensor | None, weight: Tensor, bias: Tensor, *, b_bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """A residual sum and the norm that follows it: (total, group_norm_silu(total, …)).
 
     a, b    [B, C1, H, W], of one dtype, which is also that of total and of the norm's result.
-    b_bias  [C1], the bias that the convolution which made b left out. total = a + b + b_bias.
+    b_bias  [C1], the bias that the convolution which made b left out. total = a + b + b_bias. Without b it is the bias
+            that the convolution which made a left out.
     The rest is `group_norm_silu`'s, with total as x.
     """
     total = residual_sum(a, b, b_bias)
@@ -129,18 +132,19 @@ def norm_and_shortcut(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What enters a residual block whose shortcut is a 1x1 convolution: (x, its norm with SiLU, the shortcut).
 
-    x is a, or with b the sum of `add_group_norm_silu`. conv_weight [C_out, C1 + C2]; the convolution of cat(x, skip)
-    has no bias. The options are num_groups and eps.
+    x is a, or with b or b_bias the sum of `add_group_norm_silu`. conv_weight [C_out, C1 + C2]; the convolution of
+    cat(x, skip) has no bias. The options are num_groups and eps.
     """
-    x = a if b is None else residual_sum(a, b, b_bias)
+    x = a if b is None and b_bias is None else residual_sum(a, b, b_bias)
     seen = x if skip is None else torch.cat([x, skip], dim=1)
     y = group_norm_silu(x, weight, bias, skip=skip, **options)
     return x, y, F.conv2d(seen, conv_weight.to(seen.dtype)[:, :, None, None])
 
 
-def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Nearest-neighbour enlargement by 2, then a 3x3 convolution: [B, C, H, W] → [B, C_out, 2H, 2W]."""
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight.to(x.dtype), bias.to(x.dtype), padding=1)
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)
 
 
 # Noise from a counter: philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").

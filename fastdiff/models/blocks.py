@@ -4,8 +4,8 @@ Weights are cast to the dtype of the input, so one module serves every precision
 improved-diffusion: norms and convolutions are therefore in `nn.Sequential`s whose other positions (SiLU, dropout) hold
 `nn.Identity`, because `group_norm_silu` computes those steps, too.
 
-Where kernels run, a residual block returns its result as a `Sum` that is not added up yet: the norm that follows adds
-it up and normalises it in one pass.
+Where kernels run, a residual block returns its result as a `Sum` that is not added up yet, and so does a convolution
+between blocks, with its bias: the norm that follows adds it up and normalises it in one pass.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ if TYPE_CHECKING:
 
 
 class Sum:
-    """A residual sum a + b + bias, [B, C, H, W] channels-last, that the first layer that needs it computes.
+    """A sum a + b + bias or a + bias, [B, C, H, W] channels-last, that the first layer that needs it computes.
 
-    bias [C] belongs to the convolution that computed b without it.
+    bias [C] belongs to the convolution that computed b, or a where there is no b, without it.
     """
 
-    def __init__(self, a: Tensor, b: Tensor, bias: Tensor) -> None:
-        self.parts: tuple[Tensor, Tensor, Tensor] | None = (a, b, bias)
+    def __init__(self, a: Tensor, b: Tensor | None, bias: Tensor) -> None:
+        self.parts: tuple[Tensor, Tensor | None, Tensor] | None = (a, b, bias)
         self.total: Tensor | None = None
 
     def value(self) -> Tensor:
         """The sum, which is computed here unless a norm has computed it."""
         if self.parts is not None:
             a, b, bias = self.parts
-            self.keep(a + (b + bias.to(b.dtype)[:, None, None]))
+            more = bias.to(a.dtype)[:, None, None]
+            self.keep(a + (more if b is None else b + more))
         assert self.total is not None
         return self.total
 
@@ -58,7 +59,7 @@ def value(x: Map) -> Tensor:
 
 
 def summands(x: Map) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(a, b, bias) of a sum that is not computed yet; of any other map (the map, None, None)."""
+    """(a, b or None, bias) of a sum that is not computed yet; of any other map (the map, None, None)."""
     return x.parts if isinstance(x, Sum) and x.parts is not None else (value(x), None, None)
 
 
@@ -68,23 +69,33 @@ class Conv2d(nn.Conv2d):
     bias: nn.Parameter  # never None, unlike in torch's class
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, ops.conv_weight(self.weight, x), self.bias.to(x.dtype))
+        return self.convolve(x, self.bias)
 
     def without_bias(self, x: Tensor) -> Tensor:
         """The convolution without its bias, which the next norm adds: this saves a pass, and a backward reduction."""
-        return self._conv_forward(x, ops.conv_weight(self.weight, x), None)
+        return self.convolve(x, None)
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, ops.conv_weight(self.weight, x), None if bias is None else bias.to(x.dtype))
 
 
-class InputConv(Conv2d):
+class BetweenConv(Conv2d):
+    """A convolution between blocks; with kernels its result is a `Sum`, whose bias the next block's norm adds."""
+
+    def forward(self, x: Tensor) -> Map:  # type: ignore[override]
+        return Sum(self.without_bias(x), None, self.bias) if _leaves_sum(self, x) else self.convolve(x, self.bias)
+
+
+class InputConv(BetweenConv):
     """The first convolution. It also accepts maps that are zero-padded to 8 channels (see `UNet.input_format`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight, missing = self.weight, x.shape[1] - self.weight.shape[1]
         if missing > 0:
             weight = F.pad(weight, (0, 0, 0, 0, 0, missing))
         elif missing < 0:  # frozen for padded maps
             weight = weight[:, : x.shape[1]]
-        return self._conv_forward(x, ops.conv_weight(weight, x), self.bias.to(x.dtype))
+        return self._conv_forward(x, ops.conv_weight(weight, x), None if bias is None else bias.to(x.dtype))
 
 
 class PointwiseConv(nn.Conv1d):
@@ -142,6 +153,8 @@ class OutputLayer(nn.Sequential):
     def forward(self, x: Map) -> Tensor:
         norm, conv = _norm_and_conv(self)
         a, b, b_bias = summands(x)
+        if b is None:
+            a, b_bias = value(x), None
         if hasattr(conv.weight, "ds_id") or not ops.has_output_layer(a, conv.out_channels):  # ZeRO-3 gathers by module
             return conv(norm(value(x).float()))
         return ops.output_layer(a, norm.weight, norm.bias, conv.weight, conv.bias, second=b, second_bias=b_bias)
@@ -295,17 +308,17 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.op = Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.op = BetweenConv(channels, channels, 3, stride=2, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Map:
         return self.op(x)
 
 
-class UpsampleConv(Conv2d):
+class UpsampleConv(BetweenConv):
     """Nearest-neighbour upsampling by 2 and a 3x3 convolution, in one op."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.upsample_conv(x, self.weight, self.bias)
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return ops.upsample_conv(x, self.weight, bias)
 
 
 class Upsample(nn.Module):
@@ -315,5 +328,5 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = UpsampleConv(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Map:
         return self.conv(x)

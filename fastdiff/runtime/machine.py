@@ -299,15 +299,15 @@ anew at every start; their arguments are constants, which are part of the cache'
 
 
 def compile_kwargs(device: torch.device, fullgraph: bool = True, frozen: bool = False) -> dict[str, Any]:
-    """Arguments of torch.compile: one graph with fixed shapes, and on a GPU channels-last throughout.
+    """Arguments of torch.compile: one graph with fixed shapes, and on a GPU tensors in the layouts that the code gives.
 
-    Inductor's own heuristic (`GraphLowering.decide_layout_opt`) would not use channels-last for this network, because
-    some convolutions have at most half as many output channels as input channels. On a CPU weights that no longer
-    change (frozen) are stored in oneDNN's layout.
+    The network's maps and weights are channels-last there. Inductor's layout optimization would make every tensor of
+    four dimensions channels-last, also attention's [B, N, L, D], which then is copied there and back. On a CPU weights
+    that no longer change (frozen) are stored in oneDNN's layout.
     """
     options: dict[str, Any] = {}
     if device.type == "cuda":
-        options = {"force_layout_optimization": True, "unsafe_marked_cacheable_functions": _CACHEABLE}
+        options = {"layout_optimization": False, "unsafe_marked_cacheable_functions": _CACHEABLE}
     if frozen and device.type == "cpu":
         options["freezing"] = True
     return {"fullgraph": fullgraph, "dynamic": False, **({"options": options} if options else {})}

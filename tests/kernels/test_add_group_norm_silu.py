@@ -62,7 +62,7 @@ def run(
 ) -> Inputs:  # fmt: skip
     """Return results and gradients by name; a result whose gradient is None takes no part in the backward pass."""
     leaves = {name: value.detach().to(dtype or value.dtype).requires_grad_() for name, value in given.items()}
-    total, y = function(**leaves, **settings)
+    total, y = function(**{"b": None, **leaves}, **settings)
     used = [(z, gradient) for z, gradient in zip((total, y), gradients, strict=True) if gradient is not None]
     upstream = [gradient.to(z.dtype) for z, gradient in used]
     made = torch.autograd.grad([z for z, _ in used], list(leaves.values()), upstream)
@@ -82,7 +82,7 @@ def check(given: Inputs, *, alone: bool = False, **settings: Any) -> Inputs:
     for name in exact:
         assert_no_worse(ours[name], theirs[name], exact[name], name)
     assert torch.equal(ours["total"], theirs["total"]), "one rounding of one sum"
-    assert torch.equal(ours["a"], ours["b"])
+    assert torch.equal(ours["a"], ours.get("b", ours["a"]))
     assert ours["total"].is_contiguous(memory_format=torch.channels_last)
     return ours
 
@@ -109,6 +109,16 @@ def test_a_block_longer_than_the_map(way: str, size: tuple[int, int], monkeypatc
 def test_bias_and_gradient_of_the_sum(way: str, b_bias: bool, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     planned(monkeypatch, **WAYS[way])
     check(inputs(2, 32, 0, 3, 3, torch.float32, affine=False, offset=False, b_bias=b_bias), alone=alone)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sum_of_a_map_and_a_bias(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what a convolution without its bias leaves to the norm that follows."""
+    planned(monkeypatch, **WAYS[way])
+    given = inputs(2, 64, 32, 5, 3, dtype)
+    del given["b"]
+    check({"a": given.pop("a"), "b_bias": given.pop("b_bias"), **given})
 
 
 SHAPES = {
@@ -154,7 +164,7 @@ def test_same_as_the_norm_of_the_sum(way: str, monkeypatch: pytest.MonkeyPatch) 
     ours = run(add_group_norm_silu, given, (dtotal, dy), **settings)
 
     rest = {name: given[name] for name in given if name not in ("a", "b", "b_bias")}
-    norm = lambda x, **rest: (x, group_norm_silu(x, **rest))
+    norm = lambda x, b, **rest: (x, group_norm_silu(x, **rest))
     alone = run(norm, {"x": ours["total"], **rest}, (None, dy), **settings)
     for name in ("y", *rest):
         assert torch.equal(ours[name], alone[name]), name
@@ -285,6 +295,7 @@ def test_no_map_of_zeros_in_a_compiled_graph() -> None:
 
 
 BAD: dict[str, tuple[Inputs, str]] = {
+    "no summand": ({"b": None}, "add_group_norm_silu needs b or b_bias; group_norm_silu is the norm of a alone"),
     "b's shape": ({"b": torch.zeros(1, 64, 2, 1)}, r"b of the shape of a, \(1, 64, 2, 2\); got \(1, 64, 2, 1\)"),
     "b's dtype": ({"b": torch.zeros(1, 64, 2, 2).half()}, "b in the dtype of a, torch.float32; got torch.float16"),
     "b_bias": ({"b_bias": torch.zeros(1, 64)}, r"b_bias of shape \(64,\), one per channel; got \(1, 64\)"),
@@ -302,7 +313,9 @@ def test_bad_input(what: str) -> None:
     given = {name: torch.zeros(1, 64, 2, 2, device=DEVICE) for name in "ab"}
     given |= {name: torch.ones(64, device=DEVICE) for name in ("weight", "bias")}
     with pytest.raises(ValueError, match=message):
-        add_group_norm_silu(**given | {name: value.to(DEVICE) for name, value in changes.items()})
+        add_group_norm_silu(
+            **given | {name: None if value is None else value.to(DEVICE) for name, value in changes.items()}
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
