@@ -84,7 +84,7 @@ NORM_ARGUMENTS = {
     "fastdiff::group_norm_silu": f"x {_AFTER} offset seed num_groups eps silu dropout".split(),
     "fastdiff::add_group_norm_silu": f"x b b_bias {_AFTER} offset seed num_groups eps silu dropout".split(),
     "fastdiff::group_norm_silu_backward": (
-        f"dy dtotal dskip_other x b_bias {_AFTER} offset seed stats num_groups silu dropout".split()
+        f"dy dtotal dtotal_more dskip_other x b_bias {_AFTER} offset seed stats num_groups silu dropout".split()
     ),
 }
 
@@ -223,7 +223,9 @@ def _definition(bench: Bench, norm: Norm) -> Callable[[int], tuple[Callable[...,
         with torch._functorch.config.patch(donated_buffer=False):  # the backward pass is timed again and again
             results = run(*leaves)
         given = norm.named(args)
-        upstream = [given["dtotal"], given["dy"]] if norm.summed else [given["dy"]]
+        upstream = [given[name] for name in ("dtotal", "dtotal_more", "dy") if given[name] is not None]
+        if len(upstream) == 3:  # the sum has two readers besides the norm
+            results = (results[0], *results)
         return partial(torch.autograd.grad, retain_graph=True), (results, leaves, upstream)
 
     return forward if norm.direction == "forward" else backward

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import torch
@@ -357,6 +357,20 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return reference.upsample_conv(x, weight, bias)
     channels_last = map_layout(x) is torch.channels_last
     return convolutions.upsample_conv(x, weight, bias, channels_last=channels_last)
+
+
+def sums_in_norms() -> Any:
+    """A pass for Inductor, by which a norm's backward kernel adds up gradients; see `kernels/gradient_sums.py`."""
+    from fastdiff.kernels import gradient_sums  # imports Inductor, which takes two seconds
+
+    return gradient_sums.SumsInNorms()
+
+
+def eager_sums() -> AbstractContextManager[Any]:
+    """A context in which that pass applies to eager code."""
+    from fastdiff.kernels import gradient_sums
+
+    return gradient_sums.EagerSums()
 
 
 # --- noise, and diffusion maths ---

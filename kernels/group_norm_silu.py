@@ -251,6 +251,7 @@ def _backward_launches(
     units: int,
     dy: Tensor,
     dtotal: Tensor | None,
+    dtotal_more: Tensor | None,
     dskip_other: Tensor | None,
     x: Tensor,
     second_bias: Tensor | None,
@@ -269,7 +270,9 @@ def _backward_launches(
     L, C2 = H * W, 0 if skip is None else skip.shape[1]
     C = C1 + C2
     rows = (scale, shift, weight, bias, second_bias)
-    as_they_are = all(map(is_channels_last, (dy, dtotal, dskip_other, x, skip))) and all(map(_has_rows, rows))
+    as_they_are = all(map(is_channels_last, (dy, dtotal, dtotal_more, dskip_other, x, skip))) and all(
+        map(_has_rows, rows)
+    )
     if not as_they_are or not x.numel():
         return Backward(not as_they_are)
     scale_stride, shift_stride = map(_row_stride, (scale, shift))
@@ -295,6 +298,7 @@ def _backward_launches(
 def _backward(
     dy: Tensor,
     dtotal: Tensor | None,
+    dtotal_more: Tensor | None,
     dskip_other: Tensor | None,
     x: Tensor,
     second_bias: Tensor | None,
@@ -312,23 +316,25 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns dx, dskip, dweight, dbias, dscale, dsecond_bias, doffset, and sums [B, 3, C].
 
-    dtotal is the gradient that x gets from its other readers; it is added to dx. dskip_other is that of skip, and needs
-    dtotal beside it. dsecond_bias [C1] is the sum of dx over pixels and images. sums: dshift, an intermediate, and the
-    gradient of an offset [B, C], the sum of dx - dtotal. doffset is its sum over the images, for an `offset` [C]; an
-    offset [B, C] is not passed.
+    dtotal is the gradient that x gets from its other readers, or with dtotal_more a part of it; it is added to dx.
+    dskip_other is that of skip. Both need dtotal beside them. dsecond_bias [C1] is the sum of dx over pixels and
+    images. sums: dshift, an intermediate, and the gradient of an offset [B, C], the sum of dx without the gradients
+    that are added. doffset is its sum over the images, for an `offset` [C]; an offset [B, C] is not passed.
     """
     given = (weight, bias, scale, shift, seed)
     options = (num_groups, silu, dropout)
-    others = (dtotal, dskip_other)
+    others = (dtotal, dtotal_more, dskip_other)
     run = _backward_launches(plan, processors(x.device), dy, *others, x, second_bias, skip, *given, *options)
     if run.converted:
         op = "group_norm_silu"
         dy, x, skip = channels_last(dy, op, "the gradient"), channels_last(x, op, "x"), channels_last(skip, op, "skip")
-        dtotal = channels_last(dtotal, "add_group_norm_silu", "the gradient of the sum")
+        dtotal, dtotal_more = (
+            channels_last(each, "add_group_norm_silu", "the gradient of the sum") for each in (dtotal, dtotal_more)
+        )
         dskip_other = channels_last(dskip_other, op, "the other gradient of skip")
         weight, bias, scale, shift, second_bias = _contiguous((weight, bias, scale, shift, second_bias))
         return IMPLEMENTATIONS["group_norm_silu_backward"](
-            *(dy, dtotal, dskip_other, x, second_bias, skip),
+            *(dy, dtotal, dtotal_more, dskip_other, x, second_bias, skip),
             *(weight, bias, scale, shift, offset, seed, stats, *options),
         )
     gradients = _empty_gradients(x, second_bias, skip, weight, bias, scale, offset)
@@ -374,8 +380,8 @@ def _empty_gradients(
 
 
 @_backward.register_fake
-def _(dy: Tensor, dtotal: Tensor | None, dskip_other: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    x, second_bias, skip, weight, bias, scale, _shift, offset = inputs[:8]
+def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    x, second_bias, skip, weight, bias, scale, _shift, offset = inputs[3:11]
     return _empty_gradients(x, second_bias, skip, weight, bias, scale, offset)
 
 
@@ -402,7 +408,7 @@ def _gradients(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor, Ten
     x, second_bias, skip, weight, bias, scale, shift, offset, seed, stats = ctx.saved_tensors
     shared = offset if offset is not None and offset.dim() == 1 else None
     dx, dskip, dweight, dbias, dscale, dsecond_bias, doffset, sums = _backward(
-        dy, dtotal, None, x, second_bias, skip, weight, bias, scale, shift, shared, seed, stats, *ctx.settings
+        dy, dtotal, None, None, x, second_bias, skip, weight, bias, scale, shift, shared, seed, stats, *ctx.settings
     )
     if offset is not None and shared is None:
         doffset = sums[:, 2].to(offset.dtype)

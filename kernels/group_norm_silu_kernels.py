@@ -480,7 +480,8 @@ def _apply_gradients(
 ):  # fmt: skip
     """Read ROWS pixels of a tile again and write dx or dskip; the sums of dtotal → out [BLOCK_C], unless it is None.
 
-    others: the gradients that x and skip get from their other readers, dtotal and dskip_other; both or the first alone.
+    others: the gradients that x and skip get from their other readers, dtotal, dtotal_more and dskip_other; the second
+    belongs to dtotal. No others without dtotal.
     """
     LAST: tl.constexpr = "evict_first" if STREAM else ""
     C = C1 + C2
@@ -493,7 +494,7 @@ def _apply_gradients(
     b_slope, b_constant = tl.load(p_line), tl.load(p_line + C)
     start = (i_b * L + i_first) * width + i_in
     dy_ptr += (i_b * L + i_first) * C + i_c
-    dtotal_ptr, dskip_other_ptr = others
+    dtotal_ptr, dtotal_more_ptr, dskip_other_ptr = others
     if dtotal_ptr is not None:
         p_other, _, _ = _column(dtotal_ptr, dskip_other_ptr, i_c, C1, C2)
     FOLDED: tl.constexpr = min(BLOCK_L, 16)
@@ -508,6 +509,8 @@ def _apply_gradients(
         b_dx = b_g * b_gain[None, :] + (b_d * b_slope[None, :] + b_constant[None, :])
         if dtotal_ptr is not None and (dskip_other_ptr is not None or i_c < C1):
             b_other = _load(p_other + o, m, EVEN, "evict_first")
+            if dtotal_more_ptr is not None and (dskip_other_ptr is None or i_c < C1):
+                b_other += _load(dtotal_more_ptr + o, m, EVEN, "evict_first")
             b_dx += b_other
             if p_out is not None:
                 b_sum += _fold(b_other, BLOCK_L, FOLDED, BLOCK_C)
@@ -518,14 +521,14 @@ def _apply_gradients(
 
 @triton.jit(do_not_specialize=SHAPES)
 def _norm_backward(
-    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, dskip_other_ptr,
-    stats_ptr, dx_ptr, dskip_ptr, sums_ptr, line_ptr, total_sums_ptr, partial_ptr, counters_ptr,
+    x_ptr, skip_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, seed_ptr, dy_ptr, dtotal_ptr, dtotal_more_ptr,
+    dskip_other_ptr, stats_ptr, dx_ptr, dskip_ptr, sums_ptr, line_ptr, total_sums_ptr, partial_ptr, counters_ptr,
     parts, lag, splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks, groups, group,
     L, C1, C2, scale_stride, shift_stride, drop_below, keep_scale,
     ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, NG: tl.constexpr,
     PADDED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """total_sums [B, C1] receives the sums of dtotal over an image's pixels."""
+    """total_sums [B, C1] receives the sums of dtotal, and of dtotal_more with it, over an image's pixels."""
     C = C1 + C2
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
@@ -569,9 +572,9 @@ def _norm_backward(
                     else:  # where this part's sums were, which have been merged
                         p_out = p_partial + (i_split * tiles + i_t) * (2 * BLOCK_C)
                 _apply_gradients(
-                    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, (dtotal_ptr, dskip_other_ptr), stats_ptr, line_ptr,
-                    dx_ptr, dskip_ptr, p_out, i_b, i_split * ROWS, i_c, L, C1, C2, drop_below, keep_scale,
-                    ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM, SILU,
+                    x_ptr, skip_ptr, affine, seed_ptr, dy_ptr, (dtotal_ptr, dtotal_more_ptr, dskip_other_ptr),
+                    stats_ptr, line_ptr, dx_ptr, dskip_ptr, p_out, i_b, i_split * ROWS, i_c, L, C1, C2, drop_below,
+                    keep_scale, ROWS, BLOCK_L, BLOCK_C, EVEN, STREAM, SILU,
                 )  # fmt: skip
             # The count comes after those of all the slab's parts and of their merging.
             if total_sums_ptr is not None and not WHOLE and _count(counters_ptr + 1 + i_slab) == 2 * per_slab:

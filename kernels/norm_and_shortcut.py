@@ -6,7 +6,7 @@ a + b or a + b_bias.
 Shapes   as in `group_norm_silu.py`; conv_weight [C_out, C] in x's dtype, shortcut [B, C_out, H, W].
 Traffic  The norm's, and that of matrix products. The second one adds its result to the first one's in place: out of
          place PyTorch would copy that first. The convolution's gradients of x and skip are read by the norm's backward
-         pass, which adds them to its own before it rounds and writes these.
+         pass, which adds them to its own before it rounds and writes these. So is the sum's from its other readers.
 """
 
 from __future__ import annotations
@@ -92,13 +92,11 @@ def _backward(
     dconv_weight = torch.empty_like(conv_weight)
     torch.mm(d_rows.t(), _rows(x), out=dconv_weight[:, :C1])
     dx_other, dskip_other = _map(torch.mm(d_rows, conv_weight[:, :C1]), x), None
-    if dtotal is not None:
-        dx_other += dtotal
     if skip is not None:
         torch.mm(d_rows.t(), _rows(skip), out=dconv_weight[:, C1:])
         dskip_other = _map(torch.mm(d_rows, conv_weight[:, C1:]), x)
     dx, dskip, dweight, dbias, _, db_bias, *_ = IMPLEMENTATIONS["group_norm_silu_backward"](
-        *(dy, dx_other, dskip_other, x, b_bias, skip, weight, bias),
+        *(dy, dx_other, dtotal, dskip_other, x, b_bias, skip, weight, bias),
         *(None, None, None, None, stats, num_groups, True, 0.0),
     )
     return dx, dskip, dweight, dbias, db_bias, dconv_weight

@@ -218,6 +218,7 @@ def _compile_kernels(config: Config, plan: StepPlan, device: torch.device) -> li
         scaled=plan.scales_gradients,
         through_engine=bool(plan.engine_reason),
         in_regions=plan.in_regions,
+        compiled=plan.train.compile is True,
     )
     return precompile.start(launches, device)
 

@@ -7,6 +7,7 @@ and `compile_network` deal with torch.compile, and `training_launches` lists the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -213,6 +214,8 @@ def compile_network(model: UNet, zero_stage: int, in_regions: bool = False) -> N
     would recompile them at every count.
     """
     kwargs = compile_kwargs(next(model.parameters()).device, fullgraph=zero_stage < 3)
+    if "options" in kwargs:  # on a GPU, where the norms are kernels
+        kwargs["options"]["post_grad_custom_pre_pass"] = ops.sums_in_norms()
     compiled = Regions(model).compile(**kwargs) if in_regions else torch.compile(model.forward, **kwargs)
     model.forward = compiled  # type: ignore[method-assign]
 
@@ -228,6 +231,7 @@ def training_launches(
     scaled: bool = False,
     through_engine: bool = False,
     in_regions: bool = False,
+    compiled: bool = True,
 ) -> list[Launch]:
     """The kernel launches of an optimiser step on micro-batches of `micro` images, with a body in `precision`.
 
@@ -236,10 +240,12 @@ def training_launches(
     scaled          Whether gradients are clipped or carry a loss scale.
     through_engine  Whether DeepSpeed takes the step instead of `DeviceStep`; then weights are in `precision`, too.
     in_regions      Whether the network is compiled in regions, at whose borders no norm adds up a residual sum.
+    compiled        Whether it is compiled at all, so that norms add up gradients (see `ops.sums_in_norms`).
     """
 
     def work() -> None:
-        model = forward_and_backward(settings, diffusion, micro, precision, more, through_engine, in_regions)
+        given = (settings, diffusion, micro, precision, more, through_engine, in_regions, compiled)
+        model = forward_and_backward(*given)
         _update(model, rates, scaled, through_engine, more)
 
     return launches_of(work)
@@ -253,6 +259,7 @@ def forward_and_backward(
     more: bool = False,
     through_engine: bool = False,
     in_regions: bool = False,
+    compiled: bool = True,
 ) -> UNet:
     """Run a training step up to its gradients on the meta device; returns the network. See `training_launches`."""
     with META:
@@ -274,7 +281,8 @@ def forward_and_backward(
         given = batch._replace(images=step.images[cut], noise=noise)
         terms = process.training_losses(model, *given)
         meter.add(t, weights, terms)
-        terms["loss"].mean().backward()
+        with ops.eager_sums() if compiled else nullcontext():
+            terms["loss"].mean().backward()
     return model
 
 

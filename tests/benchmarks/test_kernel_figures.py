@@ -85,7 +85,7 @@ def norm_call(op: str, side: int) -> step_calls.Call:
     (x, skip, dy), C = (meta(1, channels, side, side // 2) for channels in (32, 32, 64)), meta(64)
     if op == "group_norm_silu":
         return step_calls.Call(f"fastdiff::{op}", (x, skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0), 1)
-    args = (dy, None, None, x, None, skip, C, C, None, None, None, None, meta(1, 3, 64), 32, True, 0.0)
+    args = (dy, None, None, None, x, None, skip, C, C, None, None, None, None, meta(1, 3, 64), 32, True, 0.0)
     return step_calls.Call(f"fastdiff::{op}", args, 1)
 
 

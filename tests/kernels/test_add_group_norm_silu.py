@@ -247,7 +247,7 @@ def test_offsets_beyond_2_31(elements: int) -> None:
         norm = (one, one, None, None)
         launch.IMPLEMENTATIONS["add_group_norm_silu"](meta, meta, one, None, *norm, None, None, 32, 1e-5, True, 0.0)
         launch.IMPLEMENTATIONS["group_norm_silu_backward"](
-            meta, meta, None, meta, one, None, *norm, None, None, stats, 32, True, 0.0
+            meta, meta, meta, None, meta, one, None, *norm, None, None, stats, 32, True, 0.0
         )
     assert all(abs(arg) < 2**31 for each in launches for arg in each.args if isinstance(arg, int))
 
