@@ -292,6 +292,24 @@ _BACKENDS = {
 }
 
 
+def self_attention(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    """Attention of qkv = x @ weight.T + bias, [B, L, C] → [B, L, C], where `has_self_attention` allows it.
+
+    weight [3C, C] and bias [3C] of any dtype. The bias's gradient is a by-product of the attention's backward pass.
+    """
+    qkv = F.linear(x, weight.to(x.dtype), bias.detach().to(x.dtype))
+    return triton_attention.attention(qkv, num_heads, bias)
+
+
+def has_self_attention(x: Tensor, width: int, num_heads: int) -> bool:
+    """Whether our kernel computes the attention of qkv [B, L, width], where x [B, L, any] is like qkv in all else."""
+    if not HAVE_TRITON:
+        return False
+    way = attention_way(x, x.shape[1], width // (3 * num_heads))
+    problem = triton_attention.unsupported(x.dtype, x.shape[1], width, num_heads)
+    return uses_kernels(x, problem or ("" if way == "ours" else way))
+
+
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """Attention over packed heads, [B, L, 3C] → [B, L, C]; see `reference.attention`.
 
@@ -303,11 +321,10 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
         return attention(qkv.float(), num_heads).to(qkv.dtype)
     B, L, width = qkv.shape
     D = width // (3 * num_heads)
-    way = attention_way(qkv, L, D)
-    other = "" if way == "ours" else way
-    if HAVE_TRITON and uses_kernels(qkv, triton_attention.supported(qkv, num_heads) or other):
+    if has_self_attention(qkv, width, num_heads):
         return triton_attention.attention(qkv, num_heads)
-    if D > 256 and qkv.is_cuda and not other:  # flash and cuDNN stop at 256
+    way = attention_way(qkv, L, D)
+    if D > 256 and qkv.is_cuda and way == "ours":  # flash and cuDNN stop at 256
         return reference.attention(qkv, num_heads)
     q, k, v = qkv.view(B, L, num_heads, 3, D).permute(3, 0, 2, 1, 4).unbind(0)  # [B, N, L, D] each
     if way in _BACKENDS:

@@ -2,6 +2,7 @@
 
 Shapes   qkv [B, L, 3C], last axis [head][q, k, v][channel]; out [B, L, C]; lse [B, N, L] float32, the log of each
          query's softmax denominator. C = N * D, D a multiple of 8 up to 512. float32, float16, bfloat16.
+         qkv_bias [3C], for which qkv's own gradient stays on chip to be summed, up to 256 positions.
 FLOPs    forward 4 * B * N * L^2 * D, backward 10 * B * N * L^2 * D (two and five matrix products).
 Traffic  forward 4 * B * L * C elements, backward 7; it dominates for maps of up to a few hundred pixels.
 Source   Vaswani et al. 2017, eq. 1; for L > 256 the online softmax of Dao et al. 2022 (https://arxiv.org/abs/2205.14135).
@@ -91,17 +92,17 @@ def config_for(L: int, D: int, dtype: torch.dtype, backward: bool = False) -> Co
     return Config(128 if out == 128 else 64, 64, block, out, warps=8 if out > 64 else 4)
 
 
-def supported(qkv: Tensor, num_heads: int) -> str:
-    """The reason why the kernels don't support this input; empty if they do."""
-    if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads):
-        return f"shape {tuple(qkv.shape)} is not [B, L, 3 * {num_heads} heads * D]"
-    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype {qkv.dtype} is none of float32, float16, bfloat16"
-    D = qkv.shape[2] // (3 * num_heads)
+def unsupported(dtype: torch.dtype, L: int, width: int, num_heads: int) -> str:
+    """The reason why the kernels don't support qkv [B, L, width]; empty if they do."""
+    if num_heads < 1 or width % (3 * num_heads):
+        return f"{width} channels are not 3 * {num_heads} heads * D"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtype {dtype} is none of float32, float16, bfloat16"
+    D = width // (3 * num_heads)
     if D % 8 or not 8 <= D <= 512:
         return f"head size {D} is not a multiple of 8 from 8 to 512"
-    if qkv.shape[1] * qkv.shape[2] >= 2**31:  # offsets within an image are 32 bits
-        return f"one image has {qkv.shape[1] * qkv.shape[2]} numbers, 2^31 or more"
+    if L * width >= 2**31:  # offsets within an image are 32 bits
+        return f"one image has {L * width} numbers, 2^31 or more"
     return ""
 
 
@@ -130,13 +131,18 @@ def _times_transposed(p_x, m_x, p_y, m_y, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def _write_times(p_y, m_y, b_w, factor, p_x, m_x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """y [M, D] = factor * (w . x) for w [M, N] in float32, x [N, D]; each chunk of channels is written once done."""
+def _write_times(p_y, m_y, b_w, factor, p_x, m_x, p_sums, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """y [M, D] = factor * (w . x) for w [M, N] in float32, x [N, D]; each chunk of channels is written once done.
+
+    The sums of y's rows → sums [D] float32, unless it is None.
+    """
     b_w = b_w.to(p_x.dtype.element_ty)
     for i_d in range(0, D, BLOCK_D):
         b_y = dot(b_w, _chunk(p_x, m_x, i_d, D, BLOCK_D), None) * factor
-        o_d = i_d + tl.arange(0, BLOCK_D)[None, :]
-        tl.store(p_y + o_d, b_y.to(p_y.dtype.element_ty), mask=m_y & (o_d < D))
+        o_d = i_d + tl.arange(0, BLOCK_D)
+        tl.store(p_y + o_d[None, :], b_y.to(p_y.dtype.element_ty), mask=m_y & (o_d < D)[None, :])
+        if p_sums is not None:
+            tl.store(p_sums + o_d, tl.sum(tl.where(m_y, b_y, 0.0), 0), mask=o_d < D)
 
 
 @triton.jit
@@ -148,6 +154,12 @@ def _place(L, N, D: tl.constexpr, BLOCK_M: tl.constexpr):
     i_b = (i_bn // N).to(tl.int64)
     i_n = i_bn % N
     return i_m, i_bn.to(tl.int64), (i_b * L * N * 3 + i_n * 3) * D, (i_b * L * N + i_n) * D
+
+
+@triton.jit
+def _sums(sums_ptr, i_third: tl.constexpr, D: tl.constexpr):
+    """Where a program's sums of dQ (0), dK (1) or dV (2) are in sums [programs, 3, D]; None without sums."""
+    return None if sums_ptr is None else sums_ptr + (tl.program_id(0).to(tl.int64) * 3 + i_third) * D
 
 
 @triton.jit
@@ -170,12 +182,12 @@ def _forward_short(
     b_sum = tl.sum(b_p, 1)
     tl.store(lse_ptr + i_bn * L + o_m, (b_max + tl.log2(b_sum)) * LN2, mask=o_m < L)
     p_out = out_ptr + i_out + o_m[:, None] * (N * D)
-    _write_times(p_out, m_m, b_p, (1 / b_sum)[:, None], p_k + D, m_n, D, BLOCK_D)
+    _write_times(p_out, m_m, b_p, (1 / b_sum)[:, None], p_k + D, m_n, None, D, BLOCK_D)
 
 
 @triton.jit
 def _backward_whole(
-    qkv_ptr, dout_ptr, lse_ptr, dqkv_ptr, N, scale,
+    qkv_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, N, scale,
     L: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK and dV of all positions of a head: BLOCK_M = BLOCK_N, at least L."""
@@ -192,16 +204,16 @@ def _backward_whole(
         b_p = tl.where((o_l < L)[None, :], b_p, float("-inf"))
     b_p = tl.exp2(b_p - b_lse * LOG2E)  # [L, L]; rows past L are meaningless, but dO is 0 there
     b_p *= (1 / tl.sum(b_p, 1))[:, None]  # without lse's rounding: rows of dS must add up to 0
-    _write_times(p_dq + 2 * D, m_l, tl.trans(b_p), 1.0, p_do, m_l, D, BLOCK_D)
+    _write_times(p_dq + 2 * D, m_l, tl.trans(b_p), 1.0, p_do, m_l, _sums(sums_ptr, 2, D), D, BLOCK_D)
     b_dp = _times_transposed(p_do, m_l, p_q + 2 * D, m_l, D, BLOCK_D)
     b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
-    _write_times(p_dq + D, m_l, tl.trans(b_ds), scale, p_q, m_l, D, BLOCK_D)
-    _write_times(p_dq, m_l, b_ds, scale, p_q + D, m_l, D, BLOCK_D)
+    _write_times(p_dq + D, m_l, tl.trans(b_ds), scale, p_q, m_l, _sums(sums_ptr, 1, D), D, BLOCK_D)
+    _write_times(p_dq, m_l, b_ds, scale, p_q + D, m_l, _sums(sums_ptr, 0, D), D, BLOCK_D)
 
 
 @triton.jit
 def _backward_short(
-    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, N, scale,
+    qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sums_ptr, N, scale,
     KEYS: tl.constexpr,
     L: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -231,17 +243,18 @@ def _backward_short(
         b_p = tl.where(m_p, b_p, float("-inf"))
     b_p = tl.exp2(b_p - b_lse * LOG2E)  # [M, L]; with KEYS, rows of P^T
     if KEYS:  # dV before dP takes its registers
-        _write_times(p_result + 2 * D, m_m, b_p, 1.0, p_dy, m_n, D, BLOCK_D)
+        _write_times(p_result + 2 * D, m_m, b_p, 1.0, p_dy, m_n, _sums(sums_ptr, 2, D), D, BLOCK_D)
     else:
         b_p *= (1 / tl.sum(b_p, 1))[:, None]  # as in _backward_whole
     b_dp = _times_transposed(p_dx, m_m, p_dy, m_n, D, BLOCK_D)
     if KEYS:
         b_ds = b_p * (b_dp - tl.load(p_delta + o_n, mask=o_n < L, other=0.0)[None, :])
-        _write_times(p_result + D, m_m, b_ds, scale, p_y, m_n, D, BLOCK_D)
+        _write_times(p_result + D, m_m, b_ds, scale, p_y, m_n, _sums(sums_ptr, 1, D), D, BLOCK_D)
     else:
         b_delta = tl.sum(b_p * b_dp, 1)
         tl.store(p_delta + o_m, b_delta, mask=o_m < L)
-        _write_times(p_result, m_m, b_p * (b_dp - b_delta[:, None]), scale, p_y, m_n, D, BLOCK_D)
+        b_ds = b_p * (b_dp - b_delta[:, None])
+        _write_times(p_result, m_m, b_ds, scale, p_y, m_n, _sums(sums_ptr, 0, D), D, BLOCK_D)
 
 
 @triton.jit
@@ -357,8 +370,10 @@ def _options(c: Config, L: int, D: int) -> dict[str, Any]:
 
 
 @kernel_op("attention")
-def _attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    if reason := supported(qkv, num_heads):
+def _attention(qkv: Tensor, num_heads: int, qkv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Returns out and lse; qkv_bias is there for its gradient."""
+    shape = "" if qkv.dim() == 3 else f"shape {tuple(qkv.shape)} is not [B, L, 3C]"
+    if reason := shape or unsupported(qkv.dtype, qkv.shape[1], qkv.shape[2], num_heads):
         raise ValueError(f"the attention kernels can't take this input: {reason}; reference.attention takes any.")
     qkv = _rows(qkv, "qkv")
     BN, L, D = _sizes(qkv, num_heads)
@@ -377,65 +392,76 @@ def _attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 @_attention.register_fake
-def _(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, num_heads: int, qkv_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     B, L, width = qkv.shape
     return qkv.new_empty(B, L, width // 3), qkv.new_empty(B, num_heads, L, dtype=torch.float32)
 
 
 @kernel_op("attention_backward")
-def _attention_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> Tensor:
-    """dqkv [B, L, 3C], packed as qkv."""
+def _attention_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, qkv_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns dqkv [B, L, 3C], packed as qkv, and its sum over images and positions if qkv_bias is given, else [0]."""
     dout, qkv, out = _rows(dout, "the gradient"), _rows(qkv, "qkv"), _rows(out, "out")
     BN, L, D = _sizes(qkv, num_heads)
     dqkv = qkv.new_empty(qkv.shape)
     if not dqkv.numel():
-        return dqkv
+        return dqkv, qkv.new_empty(0) if qkv_bias is None else torch.zeros_like(qkv_bias)
     c = config_for(L, D, qkv.dtype, backward=True)
-    programs = BN * triton.cdiv(L, c.rows)
+    blocks = triton.cdiv(L, c.rows)
+    programs = BN * blocks
     options, scale = _options(c, L, D), D**-0.5
-    if c.rows >= L:
-        launcher(_backward_whole, (programs,), num_heads, scale, **options)(qkv, dout, lse, dqkv)
-        return dqkv
-    delta = torch.empty_like(lse)
     if L <= SHORT:
-        for keys in (False, True):  # the first launch writes delta, the second reads it
-            run = launcher(_backward_short, (programs,), num_heads, scale, KEYS=keys, **options)
-            run(qkv, dout, lse, delta, dqkv)
-        return dqkv
+        sums = None if qkv_bias is None else torch.empty(programs, 3, D, dtype=torch.float32, device=qkv.device)
+        if blocks == 1:
+            launcher(_backward_whole, (programs,), num_heads, scale, **options)(qkv, dout, lse, dqkv, sums)
+        else:
+            delta = torch.empty_like(lse)
+            for keys in (False, True):  # the first launch writes delta, the second reads it
+                run = launcher(_backward_short, (programs,), num_heads, scale, KEYS=keys, **options)
+                run(qkv, dout, lse, delta, dqkv, sums)
+        if qkv_bias is None or sums is None:
+            return dqkv, qkv.new_empty(0)
+        return dqkv, sums.view(-1, num_heads, blocks, 3 * D).sum(dim=(0, 2)).flatten().to(qkv_bias.dtype)
+    delta = torch.empty_like(lse)
     rows = 4096 // _power(D)
-    blocks = BN * triton.cdiv(L, rows)
-    launcher(_delta, (blocks,), L, num_heads, D=D, BLOCK_M=rows, BLOCK_D=_power(D))(out, dout, delta)
+    launcher(_delta, (BN * triton.cdiv(L, rows),), L, num_heads, D=D, BLOCK_M=rows, BLOCK_D=_power(D))(out, dout, delta)
     grid = (programs, triton.cdiv(D, c.block_out))
     for keys in (False, True):
         launcher(_backward_long, grid, L, num_heads, scale, KEYS=keys, **options)(qkv, dout, lse, delta, dqkv)
-    return dqkv
+    return dqkv, qkv.new_empty(0) if qkv_bias is None else dqkv.sum(dim=(0, 1), dtype=torch.float32).to(qkv_bias.dtype)
 
 
 @_attention_backward.register_fake
-def _(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int) -> Tensor:
-    return qkv.new_empty(qkv.shape)
+def _(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, qkv_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), qkv.new_empty(0) if qkv_bias is None else torch.empty_like(qkv_bias)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, int], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.num_heads = inputs
+def _save(ctx: Any, inputs: tuple[Tensor, int, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.num_heads, qkv_bias = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(qkv, out, lse)
+    ctx.save_for_backward(qkv, out, lse, qkv_bias)
 
 
-def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, None]:
+def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor, None, Tensor | None]:
     if torch.is_grad_enabled():
         no_derivative("the backward pass of attention")
-    qkv, out, lse = ctx.saved_tensors
-    return torch.ops.fastdiff.attention_backward(dout, qkv, out, lse, ctx.num_heads), None
+    qkv, out, lse, qkv_bias = ctx.saved_tensors
+    dqkv, dbias = torch.ops.fastdiff.attention_backward(dout, qkv, out, lse, ctx.num_heads, qkv_bias)
+    return dqkv, None, None if qkv_bias is None else dbias
 
 
 _attention.register_autograd(_backward, setup_context=_save)
 
 
-def attention(qkv: Tensor, num_heads: int) -> Tensor:
+def attention(qkv: Tensor, num_heads: int, qkv_bias: Tensor | None = None) -> Tensor:
     """Softmax attention over packed heads, [B, L, 3C] → [B, L, C]; see `reference.attention`.
 
     qkv must be contiguous (else it is copied, with one warning) and is kept for the backward, as is the result.
+    qkv_bias [3C]: the bias that was added to qkv as a constant. Its gradient is the sum of qkv's, which the kernels of
+    the backward have at hand, so that it needs no pass over memory.
     """
-    return _attention(qkv, num_heads)[0]
+    return _attention(qkv, num_heads, qkv_bias)[0]

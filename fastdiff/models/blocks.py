@@ -296,7 +296,12 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Map) -> Map:
         residual, h = self.norm.of(x, silu=False)
         h = h.permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, C], a view when channels-last
-        h, last = ops.attention(self.qkv(h), self.num_heads), cast(PointwiseConv, self.proj_out)
+        qkv, last = self.qkv, cast(PointwiseConv, self.proj_out)
+        by_module = hasattr(qkv.weight, "ds_id")  # ZeRO-3 gathers weights so
+        if by_module or not ops.has_self_attention(h, len(qkv.weight), self.num_heads):
+            h = ops.attention(qkv(h), self.num_heads)
+        else:
+            h = ops.self_attention(h, qkv.weight.flatten(1), qkv.bias, self.num_heads)
         as_map = lambda h: h.unflatten(1, residual.shape[2:]).permute(0, 3, 1, 2)
         if _leaves_sum(last, h):
             return Sum(residual, as_map(last.without_bias(h)), last.bias)

@@ -87,6 +87,27 @@ def test_result_in_chunks_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     check(*inputs(1, 257, 1, 24, torch.bfloat16), 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("L", [17, 64, 140, 257])
+def test_bias_of_the_projection(L: int, dtype: torch.dtype) -> None:
+    """Its gradient is the sum of dqkv, up to 256 positions before that is rounded; all else stays as it is.
+
+    That of k's bias would be 0 without rounding, because the softmax does not depend on it.
+    """
+    N, D = 2, 24
+    qkv, upstream = inputs(3, L, N, D, dtype, mean=0.5)
+    bias = normal(3 * N * D, seed=2).requires_grad_()
+    out, dqkv = results(lambda x: kernels.attention(x, N), [qkv], upstream)
+    _, exact = results(lambda x: reference.attention(x, N), [qkv], upstream, torch.float64)
+    x = qkv.detach().requires_grad_()
+    y = kernels.attention(x, N, bias)
+    dx, dbias = torch.autograd.grad(y, [x, bias], upstream)
+    assert torch.equal(y, out)
+    assert torch.equal(dx, dqkv)
+    of_map = dqkv.double().sum(dim=(0, 1)).float()
+    assert_no_worse(dbias, of_map, exact.sum(dim=(0, 1)), "dbias")
+
+
 @pytest.mark.parametrize("L", [20, 257])
 def test_log_sum_exp(L: int) -> None:
     N = 2 if L < 100 else 1
@@ -108,12 +129,14 @@ def test_equal_results_twice(L: int) -> None:
 
 
 def test_no_images() -> None:
-    qkv = normal(0, 16, 48).requires_grad_()
-    out = kernels.attention(qkv, 2)
+    qkv, bias = normal(0, 16, 48).requires_grad_(), normal(48).requires_grad_()
+    out = kernels.attention(qkv, 2, bias)
     out.backward(torch.empty_like(out))
     assert out.shape == (0, 16, 16)
     assert qkv.grad is not None
     assert qkv.grad.shape == qkv.shape
+    assert bias.grad is not None
+    assert not bias.grad.any()
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes 15 GB, and too long without a GPU")
@@ -146,7 +169,7 @@ def test_more_than_two_billion_numbers() -> None:
 )
 def test_refused(shape: tuple[int, ...], N: int, dtype: torch.dtype, reason: str) -> None:
     qkv = torch.empty(shape, dtype=dtype, device="meta")
-    assert kernels.supported(qkv, N)
+    assert len(shape) < 3 or kernels.unsupported(dtype, *shape[1:], N)
     with pytest.raises(ValueError, match=reason):
         launch.IMPLEMENTATIONS["attention"](qkv, N)
 
@@ -154,7 +177,7 @@ def test_refused(shape: tuple[int, ...], N: int, dtype: torch.dtype, reason: str
 @pytest.mark.parametrize("D", [8, 64, 96, 128, 144, 192, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_supported(D: int, dtype: torch.dtype) -> None:
-    assert kernels.supported(torch.empty(2, 64, 3 * 2 * D, dtype=dtype, device="meta"), 2) == ""
+    assert kernels.unsupported(dtype, 64, 3 * 2 * D, 2) == ""
 
 
 def test_other_layouts_are_copied_with_one_warning() -> None:
@@ -177,10 +200,12 @@ def test_other_layouts_are_copied_with_one_warning() -> None:
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
-    qkv, upstream = inputs(1, 16, 2, 8, dtype)
-    torch.library.opcheck(torch.ops.fastdiff.attention.default, (qkv.requires_grad_(), 2))
-    out, lse = torch.ops.fastdiff.attention(qkv.detach(), 2)
-    torch.library.opcheck(torch.ops.fastdiff.attention_backward.default, (upstream, qkv.detach(), out, lse, 2))
+    (qkv, upstream), bias = inputs(1, 16, 2, 8, dtype), normal(48).requires_grad_()
+    out, lse = torch.ops.fastdiff.attention(qkv, 2)
+    for more in ((), (bias,)):
+        torch.library.opcheck(torch.ops.fastdiff.attention.default, (qkv.detach().requires_grad_(), 2, *more))
+        given = (upstream, qkv, out, lse, 2, *(each.detach() for each in more))
+        torch.library.opcheck(torch.ops.fastdiff.attention_backward.default, given)
 
 
 def test_compiled() -> None:
