@@ -20,7 +20,17 @@ from typing import Any
 
 from fastdiff.kernels.launch import Launch, Work
 
-from benchmarks.python_source import Frame, Place, Unknown, calls_of, full_chain, function_at, python_loop, settled
+from benchmarks.python_source import (
+    Frame,
+    Place,
+    Unknown,
+    calls_of,
+    full_chain,
+    function_at,
+    in_this_checkout,
+    python_loop,
+    settled,
+)
 
 _LINE = re.compile(r'//## File "(.*?)", line (\d+)')
 _LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
@@ -82,7 +92,8 @@ class Code:
         told = True  # whether an instruction has followed the last line numbers
         for line in text.splitlines():
             if found := _LINE.search(line):
-                places = [*([] if told else places), (found[1], int(found[2]))]
+                file = in_this_checkout(found[1], kernel.__code__.co_filename)
+                places = [*([] if told else places), (file, int(found[2]))]
                 told = False
             elif found := _LABEL.match(line):
                 labels[found[1]] = len(self.instructions)

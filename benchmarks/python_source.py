@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import triton.language
 from fastdiff.kernels.launch import Launch, Work
 
 
@@ -21,6 +22,16 @@ class Unknown(Exception):
 
 Place = tuple[str, int]
 """File and line."""
+
+
+@functools.cache
+def in_this_checkout(file: str, kernel_file: str) -> str:
+    """The file of that name beside the kernel's, or in Triton's language, if there is one.
+
+    Triton's cache may hold equal code that was compiled in another folder, which is gone by now.
+    """
+    folders = (Path(kernel_file).parent, Path(str(triton.language.__file__)).parent)
+    return next((str(folder / Path(file).name) for folder in folders if (folder / Path(file).name).is_file()), file)
 
 
 @functools.cache

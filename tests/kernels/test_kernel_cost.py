@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
+from fastdiff.kernels import adamw_ema
 from helpers import TESTS, tritons
 
 from benchmarks import kernel_cost
 from benchmarks.kernel_cost import CLOCK, RAMP, Cost, Counts, Row, predict
 from benchmarks.machine_code import Code, Instruction, Wait, stalls, waits
+from benchmarks.python_source import in_this_checkout
 from fastdiff.errors import UserError
 
 # --- reading machine code ---
@@ -23,6 +26,15 @@ def counted(request: pytest.FixtureRequest) -> dict[str, Any]:
     done = tritons.run(request.param, TESTS / "helpers" / "counted_kernels.py")
     assert not done.returncode, done.stderr
     return json.loads(done.stdout)
+
+
+def test_code_that_was_compiled_in_another_folder() -> None:
+    """Triton's cache holds the paths of the folder where equal code was compiled first; lines are read from this one."""
+    assert in_this_checkout("/gone/kernels/adamw_ema.py", adamw_ema.__file__) == adamw_ema.__file__
+    assert (
+        in_this_checkout("/gone/triton/language/standard.py", adamw_ema.__file__) == triton.language.standard.__file__
+    )
+    assert in_this_checkout("/gone/other.py", adamw_ema.__file__) == "/gone/other.py"
 
 
 @pytest.mark.slow
