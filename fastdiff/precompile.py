@@ -85,15 +85,17 @@ def signature(value: Any) -> str:
 
 
 def launches_of(work: Callable[[], Any]) -> list[Launch]:
-    """The launches of fastdiff's ops in `work`, a function of tensors on the meta device."""
+    """All launches of fastdiff's ops in `work`, a function of tensors on the meta device; equal ones come together."""
     with warnings.catch_warnings(), ops.using("triton", anywhere=True):
         warnings.simplefilter("ignore")  # without memory there is no layout to keep
         with launch.record() as direct, Recorder("fastdiff::") as seen:  # the optimiser launches without an op
             work()
-        with launch.record() as recorded:
-            for call in seen.calls.values():
+        found: list[Launch] = []
+        for call in seen.calls.values():
+            with launch.record() as recorded:
                 launch.IMPLEMENTATIONS[call.op.removeprefix("fastdiff::")](*call.args)
-    return recorded + direct
+            found += recorded * call.count
+    return found + direct
 
 
 def start(launches: Callable[[], list[Launch]], device: torch.device) -> list[str]:

@@ -33,6 +33,14 @@ def test_a_run_finds_what_was_compiled_ahead(triton: str, tmp_path: Path) -> Non
     assert seen["ahead"] > len(seen["found"])
 
 
+def test_equal_launches_are_all_there() -> None:
+    """Predictions of a step's time count them."""
+    x = torch.empty(2, 64, 8, 8, device="meta").to(memory_format=torch.channels_last)
+    C = torch.empty(64, device="meta")
+    launches = precompile.launches_of(lambda: [ops.group_norm_silu(x, C, C) for _ in range(3)])
+    assert [each.kernel.__name__ for each in launches] == ["_norm_forward"] * 3
+
+
 @pytest.fixture
 def _named_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Simulate what `start` asks of a GPU."""

@@ -29,7 +29,7 @@ def counted(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def test_code_that_was_compiled_in_another_folder() -> None:
-    """Triton's cache holds the paths of the folder where equal code was compiled first; lines are read from this one."""
+    """Triton's cache holds the paths of the folder where equal code was compiled first."""
     assert in_this_checkout("/gone/kernels/adamw_ema.py", adamw_ema.__file__) == adamw_ema.__file__
     assert (
         in_this_checkout("/gone/triton/language/standard.py", adamw_ema.__file__) == triton.language.standard.__file__
