@@ -8,11 +8,13 @@ their datasheets; `measure_rates` measures.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
 import re
 import shutil
+import subprocess
 import tempfile
 import time
 import warnings
@@ -288,9 +290,30 @@ def share_compile_processes() -> int:
 
 def missing_compiler(device: torch.device) -> str:
     """The reason why nothing can be compiled for a device; empty if it can."""
-    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+    if device.type == "cpu" and shutil.which(_cpp_compiler()) is None:
         return "on a CPU it needs a C++ compiler (g++, or CXX), and there is none"
     return ""
+
+
+def _cpp_compiler() -> str:
+    """The compiler that Inductor uses for code on a CPU."""
+    return os.environ.get("CXX", "g++")
+
+
+KEEPS_STORES = "-fno-dse"
+"""The flag of g++ without which compiled bf16 networks have wrong gradients on CPUs with AVX-512.
+
+Inductor transposes maps in tiles of 32x32 bf16 numbers, through an array on the stack. At -O3 a pass of g++ 11 and 12,
+the elimination of dead stores in RTL, deletes the stores to that array and not the loads from it, so that the kernel
+reads what lay on the stack before. The flag leaves out this pass, which changes no arithmetic.
+"""
+
+
+@functools.cache
+def _accepts(compiler: str, flag: str) -> bool:
+    """Whether a C++ compiler is there and has this flag; clang, for one, refuses g++'s."""
+    command = [compiler, flag, "-fsyntax-only", "-x", "c++", os.devnull]
+    return shutil.which(compiler) is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 _CACHEABLE = {f"torch.nn.attention.{name}": "constants" for name in ("_sdpa_kernel", "_backend_from_string")}
@@ -303,13 +326,17 @@ def compile_kwargs(device: torch.device, fullgraph: bool = True, frozen: bool = 
 
     The network's maps and weights are channels-last there. Inductor's layout optimization would make every tensor of
     four dimensions channels-last, also attention's [B, N, L, D], which then is copied there and back. On a CPU weights
-    that no longer change (frozen) are stored in oneDNN's layout.
+    that no longer change (frozen) are stored in oneDNN's layout, and g++ gets `KEEPS_STORES`.
     """
     options: dict[str, Any] = {}
     if device.type == "cuda":
         options = {"layout_optimization": False, "unsafe_marked_cacheable_functions": _CACHEABLE}
     if frozen and device.type == "cpu":
         options["freezing"] = True
+    if device.type == "cpu" and _accepts(_cpp_compiler(), KEEPS_STORES):
+        # Inductor has no option for flags, but writes the value of this one behind "-ffp-contract=" as it is.
+        contract = torch._inductor.config.cpp.enable_floating_point_contract_flag  # type: ignore[attr-defined]
+        options["cpp.enable_floating_point_contract_flag"] = f"{contract} {KEEPS_STORES}"
     return {"fullgraph": fullgraph, "dynamic": False, **({"options": options} if options else {})}
 
 

@@ -213,8 +213,9 @@ def compile_network(model: UNet, zero_stage: int, in_regions: bool = False) -> N
     DeepSpeed's `engine.compile` would include the hooks that it adds to the module, which count micro-batches: Dynamo
     would recompile them at every count.
     """
-    kwargs = compile_kwargs(next(model.parameters()).device, fullgraph=zero_stage < 3)
-    if "options" in kwargs:  # on a GPU, where the norms are kernels
+    device = next(model.parameters()).device
+    kwargs = compile_kwargs(device, fullgraph=zero_stage < 3)
+    if device.type == "cuda":
         kwargs["options"]["post_grad_custom_pre_pass"] = ops.sums_in_norms()
     compiled = Regions(model).compile(**kwargs) if in_regions else torch.compile(model.forward, **kwargs)
     model.forward = compiled  # type: ignore[method-assign]

@@ -110,6 +110,21 @@ def test_inductor_knows_the_options(device: str) -> None:
     torch.compile(lambda x: x, **machine.compile_kwargs(torch.device(device), frozen=True))
 
 
+@pytest.mark.parametrize(("accepts", "given"), [(True, True), (False, False), (None, False)])
+def test_flag_for_compilers_that_have_it(
+    accepts: bool | None, given: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Code for a CPU is compiled with KEEPS_STORES, unless the compiler refuses that flag or is missing."""
+    compiler = tmp_path / "compiler"
+    if accepts is not None:
+        compiler.write_text(f"#!/bin/sh\ncase $* in *{machine.KEEPS_STORES}*) exit {int(not accepts)};; esac\n")
+        compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    options = machine.compile_kwargs(torch.device("cpu")).get("options", {})
+    assert any(str(value).endswith(f" {machine.KEEPS_STORES}") for value in options.values()) is given
+    assert machine.KEEPS_STORES not in str(machine.compile_kwargs(torch.device("cuda")))
+
+
 def test_ranks_share_the_cores_to_compile_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "allowed_cores", lambda: 24)
     for ranks, processes in (("1", 24), ("8", 3), ("48", 1)):
