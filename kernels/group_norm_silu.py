@@ -288,7 +288,7 @@ def _backward_launches(
         device._parameter_gradients,
         (triton.cdiv(C, 8),),
         *(B, C, C1, scale_stride),
-        BLOCK_B=min(128, triton.next_power_of_2(B)),
+        BLOCK_B=min(256, triton.next_power_of_2(B)),
         BLOCK_C=8,
     )
     return Backward(False, _partial_size(p), _counters(p), run, parameters)

@@ -606,8 +606,13 @@ def _parameter_gradients(
         o_b = (i_b + tl.arange(0, BLOCK_B)).to(tl.int64)[:, None]
         m = (o_b < B) & m_c[None, :]
         p_sums = sums_ptr + o_b * 3 * C + o_c[None, :]
+        # All loads come before the store: the compiler moves none across it, and each would be waited for.
         b_g = tl.load(p_sums, mask=m, other=0.0)
         b_gx = tl.load(p_sums + C, mask=m, other=0.0)
+        if dsecond_bias_ptr is not None or doffset_ptr is not None:
+            b_dx += tl.load(p_sums + 2 * C, mask=m, other=0.0)
+        if total_sums_ptr is not None:
+            b_dtotal += tl.load(total_sums_ptr + o_b * C1 + o_c[None, :], mask=m & (o_c < C1)[None, :], other=0.0)
         if scale_ptr is not None:
             b_scale = tl.load(scale_ptr + o_b * scale_stride + o_c[None, :], mask=m, other=0.0).to(tl.float32)
             b_dscale = b_weight * b_gx + b_bias * b_g
@@ -616,10 +621,6 @@ def _parameter_gradients(
             b_gx *= 1.0 + b_scale
         b_dweight += b_gx
         b_dbias += b_g
-        if dsecond_bias_ptr is not None or doffset_ptr is not None:
-            b_dx += tl.load(p_sums + 2 * C, mask=m, other=0.0)
-        if total_sums_ptr is not None:
-            b_dtotal += tl.load(total_sums_ptr + o_b * C1 + o_c[None, :], mask=m & (o_c < C1)[None, :], other=0.0)
     tl.store(dweight_ptr + o_c, tl.sum(b_dweight, axis=0), mask=m_c)
     tl.store(dbias_ptr + o_c, tl.sum(b_dbias, axis=0), mask=m_c)
     if doffset_ptr is not None:
