@@ -209,12 +209,21 @@ class NormOptions(TypedDict, total=False):
     offset: Tensor | None
     silu: bool
     dropout: float
+    seed: Tensor | None
+
+
+def dropout_seeds(x: Tensor, count: int) -> Sequence[Tensor | None]:
+    """Seeds [1] int64 for the dropouts of `count` norms of maps like x, drawn at once; None where PyTorch drops."""
+    if not uses_kernels(x):
+        return [None] * count
+    # Of each row the first, so that every seed is aligned to 16 bytes, as the kernels' code for one of them expects.
+    return [row[:1] for row in torch.randint(2**62, (count, 2), device=x.device)]
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, **options: Unpack[NormOptions]) -> Tensor:
     """Group norm and what follows it, [B, C, H, W] → the same; see `reference.group_norm_silu`."""
     norms = _norms(x, options)
-    return norms.group_norm_silu(x, weight, bias, **_expanded(options, x, norms))
+    return norms.group_norm_silu(x, weight, bias, **_fitting(options, x, norms))
 
 
 def add_group_norm_silu(
@@ -228,7 +237,7 @@ def add_group_norm_silu(
 ) -> tuple[Tensor, Tensor]:
     """(a + b + b_bias, `group_norm_silu` of it), [B, C, H, W] each; see `reference.add_group_norm_silu`."""
     norms = _norms(a, options)
-    return norms.add_group_norm_silu(a, b, weight, bias, b_bias=b_bias, **_expanded(options, a, norms))
+    return norms.add_group_norm_silu(a, b, weight, bias, b_bias=b_bias, **_fitting(options, a, norms))
 
 
 def fuses_shortcut(x: Tensor, skip: Tensor | None) -> bool:
@@ -246,12 +255,19 @@ def norm_and_shortcut(
     return triton_shortcut.norm_and_shortcut(a, weight, bias, conv_weight.to(a.dtype), **others)
 
 
-def _expanded(options: NormOptions, x: Tensor, norms: Any) -> NormOptions:
-    """The options, with an offset [C] expanded to [B, C] where PyTorch sums up its gradient: the kernel does both."""
-    offset = options.get("offset")
-    if offset is None or offset.dim() == 2 or norms is triton_norm:
+def _fitting(options: NormOptions, x: Tensor, norms: Any) -> NormOptions:
+    """The options for the module that computes the norm of x.
+
+    PyTorch has its own seed, and expands an offset [C] to [B, C], for which it sums up the gradient.
+    """
+    if HAVE_TRITON and norms is triton_norm:
         return options
-    return {**options, "offset": offset.expand(x.shape[0], -1)}
+    options = options.copy()
+    options.pop("seed", None)
+    offset = options.get("offset")
+    if offset is not None and offset.dim() == 1:
+        options["offset"] = offset.expand(x.shape[0], -1)
+    return options
 
 
 def _norms(x: Tensor, options: NormOptions) -> Any:

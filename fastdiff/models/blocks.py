@@ -203,8 +203,8 @@ def _leaves_sum(last: nn.Conv1d | nn.Conv2d, h: Tensor) -> bool:
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with a residual connection, conditioned on the time embedding.
 
-    forward: x [B, C1, H, W], emb_out [B, emb_width] float32 (the result of `emb_layers`), skip [B, C2, H, W] or None
-    → [B, out_channels, H, W]; with kernels, a `Sum`. `channels` = C1 + C2.
+    forward: x [B, C1, H, W], emb_out [B, emb_width] float32 (the result of `emb_layers`), skip [B, C2, H, W] or None,
+    seed [1] int64 of the dropout or None → [B, out_channels, H, W]; with kernels, a `Sum`. `channels` = C1 + C2.
     """
 
     def __init__(
@@ -224,17 +224,17 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if channels == out_channels else SkipConv(channels, out_channels)
 
-    def forward(self, x: Map, emb_out: Tensor, skip: Tensor | None = None) -> Map:
+    def forward(self, x: Map, emb_out: Tensor, skip: Tensor | None = None, seed: Tensor | None = None) -> Map:
         _, conv = _norm_and_conv(self.in_layers)
         x, h, residual = self._first_norm(x, skip)
         h, bias = _bias_for_norm(conv, h)
-        dropout = self.dropout if self.training else 0.0
+        dropped: NormOptions = {"dropout": self.dropout if self.training else 0.0, "seed": seed}
         norm, conv = _norm_and_conv(self.out_layers)
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = norm(h, scale=scale, shift=shift, offset=bias, dropout=dropout)
+            h = norm(h, scale=scale, shift=shift, offset=bias, **dropped)
         else:
-            h = norm(h, offset=emb_out if bias is None else emb_out + bias, dropout=dropout)
+            h = norm(h, offset=emb_out if bias is None else emb_out + bias, **dropped)
         shortcut = self.skip_connection
         if residual is not None:
             return Sum(residual, conv.without_bias(h), conv.bias + cast(SkipConv, shortcut).bias)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.models.blocks import ResBlock, project_embedding, value
-from fastdiff.models.unet import UNet
+from fastdiff.models.blocks import project_embedding, value
+from fastdiff.models.unet import UNet, res_blocks
 
 
 class Regions:
@@ -80,5 +80,5 @@ def _projections(stages: Iterable[nn.Module], emb: Tensor) -> Iterator[Tensor]:
 
     The network's single product for all blocks would belong to the first region, and so would all its gradients.
     """
-    blocks = [module for stage in stages for module in stage.modules() if isinstance(module, ResBlock)]
+    blocks = res_blocks(stages)
     return iter(project_embedding(blocks, emb) if blocks else [])

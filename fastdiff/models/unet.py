@@ -6,6 +6,7 @@ prepares a network for inference. `dummy_batch` makes inputs for measuring time 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from fastdiff.models.blocks import (
     UpsampleConv,
     embedding_weights,
     project_embedding,
+    summands,
     timestep_embedding,
     value,
 )
@@ -39,14 +41,22 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stage(nn.Sequential):
-    """Layers between two skip connections. The first residual block gets the skip, and each the next of emb_outs."""
+    """Layers between two skip connections. The first residual block gets the skip.
+
+    Each gets the next of emb_outs and of seeds.
+    """
 
     def forward(  # type: ignore[override]
-        self, x: Map, emb_outs: Iterator[Tensor], skip: Map | None = None, use_checkpoint: bool = False
+        self,
+        x: Map,
+        emb_outs: Iterator[Tensor],
+        seeds: Iterator[Tensor | None],
+        skip: Map | None = None,
+        use_checkpoint: bool = False,
     ) -> Map:
         for layer in self:
             if isinstance(layer, ResBlock):
-                inputs = next(emb_outs), None if skip is None else value(skip)
+                inputs = next(emb_outs), None if skip is None else value(skip), next(seeds)
                 x = _recomputed(layer, x, *inputs) if use_checkpoint else layer(x, *inputs)
                 skip = None
             elif isinstance(layer, AttentionBlock):
@@ -54,6 +64,11 @@ class Stage(nn.Sequential):
             else:
                 x = layer(value(x))
         return x
+
+
+def res_blocks(modules: Iterable[nn.Module]) -> list[ResBlock]:
+    """All residual blocks in these modules, in order."""
+    return [each for module in modules for each in module.modules() if isinstance(each, ResBlock)]
 
 
 def _recomputed(layer: nn.Module, x: Map, *inputs: Tensor | None) -> Tensor:
@@ -140,7 +155,7 @@ class UNet(nn.Module):
     @property
     def res_blocks(self) -> list[ResBlock]:
         """The residual blocks in order of execution."""
-        return [module for module in self.modules() if isinstance(module, ResBlock)]
+        return res_blocks([self])
 
     def project(self, emb: Tensor) -> list[Tensor]:
         """The projections of an embedding for all residual blocks, [B, emb_width of the block] float32 each."""
@@ -169,8 +184,12 @@ class UNet(nn.Module):
         """
         use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
         outputs: list[Map] = []
+        stages = list(stages)
+        seeds: Iterator[Tensor | None] = itertools.repeat(None)
+        if self.training and self.settings.dropout:
+            seeds = iter(ops.dropout_seeds(summands(h)[0], len(res_blocks(stages))))
         for i, stage in enumerate(stages):
-            h = stage(h, emb_outs, skips[-1 - i] if skips else None, use_checkpoint)
+            h = stage(h, emb_outs, seeds, skips[-1 - i] if skips else None, use_checkpoint)
             outputs.append(h)
         return outputs
 

@@ -159,6 +159,26 @@ def test_checkpointing_changes_no_gradient(dropout: float, changes: dict[str, An
     assert torch.equal(model(**given), out) == (dropout == 0)
 
 
+def test_seeds_of_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels run, each block gets a seed of its own, drawn with others, and all are aligned alike."""
+    seeds: list[Tensor] = []
+    model = unet(num_res_blocks=1, dropout=0.3).train()
+    norm, randint, drawn = ops.triton_norm.group_norm_silu, torch.randint, list[Any]()
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        seeds.extend([options["seed"]] if options.get("dropout") else [])
+        return norm(*args, **options)
+
+    monkeypatch.setattr(ops.triton_norm, "group_norm_silu", spy)
+    monkeypatch.setattr(torch, "randint", lambda *args, **options: drawn.append(args) or randint(*args, **options))
+    with ops.using("triton"):
+        model(**inputs(model))
+    assert len(seeds) == len(model.res_blocks)
+    assert len({int(seed) for seed in seeds}) == len(seeds)
+    assert all(seed.shape == (1,) and seed.data_ptr() % 16 == 0 for seed in seeds)
+    assert len(drawn) == 3
+
+
 def test_dropout_is_for_training() -> None:
     model = unet(dropout=0.5)
     given = inputs(model)
