@@ -388,6 +388,7 @@ def _(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, skip, weight, bias, scale, shift, offset, seed, num_groups, _, silu, dropout = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # saves a fill with zeros for stats
     ctx.save_for_backward(x, None, skip, weight, bias, scale, shift, offset, seed, output[1])
     ctx.settings = num_groups, silu, dropout
 
