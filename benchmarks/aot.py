@@ -37,9 +37,6 @@ from typing import Any, NamedTuple
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if os.environ.get("TRITON_INTERPRET") == "1":
-    sys.exit("benchmarks/aot.py compiles kernels, which TRITON_INTERPRET=1 replaces; unset it")
-
 import torch
 import triton
 from fastdiff.kernels import aot, launch
@@ -217,6 +214,13 @@ def compile_job(i: int) -> Result:
     return Result(made, costs, unknown)
 
 
+def results_of(jobs: list[Job], processes: int) -> Iterator[Future[Result]]:
+    """Compile the jobs in forked processes, and yield their results in the jobs' order."""
+    _jobs[:] = jobs
+    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
+        yield from [pool.submit(compile_job, i) for i in range(len(jobs))]
+
+
 def outcome(job: Job, future: Future[Result]) -> dict[str, Any]:
     """Print the rows of the table that a job gives, and return its values."""
     try:
@@ -287,6 +291,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here as well")
     parser.add_argument("--cost", type=Path, help="write the predictions for training steps on sm_90 here")
     args = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        raise UserError("TRITON_INTERPRET=1 replaces the kernels, which are to be compiled; unset it")
     known = sorted(map(str, aot.SHARED_LIMIT), key=int)
     archs = [int(arch) for arch in chosen(args.archs, known, known, "--archs")]
     if args.cost and (kernel_cost.ARCH not in archs or args.each or args.kernels != "all"):
@@ -307,20 +313,22 @@ def main() -> None:
     print(
         f"{'GPU':7}{'kernel':26}{'regs':>5}{'spl':>4}{'shared':>8}{'wrp':>4}  {'loads x bits':26}{'stores x bits':18}"
     )
-    _jobs.extend(Job(group, arch, True) for group in groups for arch in archs)
-    _jobs.extend(Job([one], arch, False) for one in tests for arch in archs)
-    with ProcessPoolExecutor(args.processes, mp_context=get_context("fork")) as pool:
-        futures = [pool.submit(compile_job, i) for i in range(len(_jobs))]
-        table = [outcome(job, future) for job, future in zip(_jobs, futures, strict=True)]
+    jobs = [Job(group, arch, True) for group in groups for arch in archs]
+    jobs += [Job([one], arch, False) for one in tests for arch in archs]
+    futures: list[Future[Result]] = []
+    table = []
+    for job, future in zip(jobs, results_of(jobs, args.processes), strict=True):
+        futures.append(future)
+        table.append(outcome(job, future))
     if args.json:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
     if args.cost:
-        predicted = [i for i, job in enumerate(_jobs) if job.must_be_fast and job.arch == kernel_cost.ARCH]
+        predicted = [i for i, job in enumerate(jobs) if job.must_be_fast and job.arch == kernel_cost.ARCH]
         if all(table[i]["costs"] for i in predicted):
             costs = {
                 (aot.code_key(one), kernel_cost.work_key(one)): cost
                 for i in predicted
-                for one, cost in zip(_jobs[i].launches, futures[i].result().costs, strict=True)
+                for one, cost in zip(jobs[i].launches, futures[i].result().costs, strict=True)
             }
             kernel_cost.write(args.cost, triton.__version__, steps_of(steps, costs))
         else:

@@ -86,24 +86,24 @@ def eager(state: State) -> Callable[[], Any]:
     return step
 
 
-def compiled(state: State) -> Callable[[], Any]:
+def plain(s: State) -> None:
     """The same as foreach operations for torch.compile to fuse; all tensors share one count of steps."""
+    torch._foreach_add_(s.steps, 1)
+    step_size = LR / (1 - BETA1 ** s.steps[0].double()).float()
+    root = (1 - BETA2 ** s.steps[0].double()).sqrt().float()
+    torch._foreach_lerp_(s.exp_avgs, s.grads, 1 - BETA1)
+    torch._foreach_mul_(s.exp_avg_sqs, BETA2)
+    torch._foreach_addcmul_(s.exp_avg_sqs, s.grads, s.grads, 1 - BETA2)
+    denominators = torch._foreach_add(torch._foreach_div(torch._foreach_sqrt(s.exp_avg_sqs), root), EPS)
+    changes = torch._foreach_mul(torch._foreach_div(s.exp_avgs, denominators), step_size)
+    torch._foreach_mul_(s.params, 1 - LR * DECAY)
+    torch._foreach_sub_(s.params, changes)
+    torch._foreach_lerp_(s.averages, s.params, 1 - RATE)
+    torch._foreach_copy_(s.halves, s.params)
 
-    @torch.compile(fullgraph=True, dynamic=False)
-    def step(s: State) -> None:
-        torch._foreach_add_(s.steps, 1)
-        step_size = LR / (1 - BETA1 ** s.steps[0].double()).float()
-        root = (1 - BETA2 ** s.steps[0].double()).sqrt().float()
-        torch._foreach_lerp_(s.exp_avgs, s.grads, 1 - BETA1)
-        torch._foreach_mul_(s.exp_avg_sqs, BETA2)
-        torch._foreach_addcmul_(s.exp_avg_sqs, s.grads, s.grads, 1 - BETA2)
-        denominators = torch._foreach_add(torch._foreach_div(torch._foreach_sqrt(s.exp_avg_sqs), root), EPS)
-        changes = torch._foreach_mul(torch._foreach_div(s.exp_avgs, denominators), step_size)
-        torch._foreach_mul_(s.params, 1 - LR * DECAY)
-        torch._foreach_sub_(s.params, changes)
-        torch._foreach_lerp_(s.averages, s.params, 1 - RATE)
-        torch._foreach_copy_(s.halves, s.params)
 
+def compiled(state: State) -> Callable[[], Any]:
+    step = torch.compile(plain, fullgraph=True, dynamic=False)
     return lambda: step(state)
 
 

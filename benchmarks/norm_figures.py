@@ -120,8 +120,8 @@ class Norm:
         names = ["x", "weight", "bias", "scale", "shift", "skip", "offset", *(["b", "b_bias"] if self.summed else [])]
         return {name: named[name] for name in names if named.get(name) is not None}
 
-    def definition(self) -> Callable[..., Any]:
-        """The op in PyTorch, of the values of `tensors`."""
+    def definition(self, norms: Any = reference) -> Callable[..., Any]:
+        """The op in PyTorch, or by another module's functions, of the values of `tensors`."""
         names = list(self.tensors(self.call.args))
         settings = {name: self.given[name] for name in ("num_groups", "silu", "dropout")}
 
@@ -129,8 +129,8 @@ class Norm:
             named = dict(zip(names, values, strict=True))
             x, weight, bias = named.pop("x"), named.pop("weight"), named.pop("bias")
             if "b" in named:
-                return reference.add_group_norm_silu(x, named.pop("b"), weight, bias, **named, **settings)
-            return reference.group_norm_silu(x, weight, bias, **named, **settings)
+                return norms.add_group_norm_silu(x, named.pop("b"), weight, bias, **named, **settings)
+            return norms.group_norm_silu(x, weight, bias, **named, **settings)
 
         return function
 
