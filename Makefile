@@ -8,7 +8,7 @@ GOLDEN ?= tests/golden
 OLDEST_TRITON := 3.6.0
 REHEARSAL := .rehearsal/venv
 
-.PHONY: help setup demo test test-fast stress chaos test-golden test-gpu lint bench bench-sampling gpu-proof rehearse bench-kernels aot
+.PHONY: help setup demo test test-fast stress chaos test-golden test-gpu lint bench bench-sampling gpu-proof rehearse bench-kernels aot compare-inductor
 .DEFAULT_GOAL := help
 
 help:  ## print these targets
@@ -109,3 +109,7 @@ aot: $(READY) $(if $(TRITON),.triton-$(TRITON)/.ready)  ## compile all kernels f
 	    --ignore=tests/kernels/test_aot.py --launches build/launches.jsonl
 	$(if $(TRITON),PYTHONPATH=.triton-$(TRITON)) $(BIN)/python benchmarks/aot.py --launches build/launches.jsonl \
 	    $(if $(ARCHS),--archs $(ARCHS)) --json benchmarks/results/aot$(if $(TRITON),-$(TRITON)).json
+
+compare-inductor: $(REHEARSAL)/.ready  ## predict the time of our kernels and of torch.compile's for the same ops, for an H100: half an hour; ARGS='--ops output_layer'
+	OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python benchmarks/rehearsal/run.py $(REHEARSAL)/bin/python benchmarks/compare_inductor.py \
+	    $(or $(ARGS),--json benchmarks/results/inductor_cost_sm90.json)
