@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 BACKWARD = "fastdiff::group_norm_silu_backward"
-_DTOTAL, _DTOTAL_MORE = 1, 2  # places among the op's arguments
+_DY, _DTOTAL, _DTOTAL_MORE = 0, 1, 2  # places among the op's arguments
 
 
 class SumsInNorms(CustomGraphPass):
@@ -29,7 +29,8 @@ class SumsInNorms(CustomGraphPass):
             total = node.args[_DTOTAL]
             if not isinstance(total, fx.Node) or not _is_sum(total.target, total.args, total.kwargs):
                 continue
-            if len(total.users) == 1 and _alike(*(each.meta["val"] for each in total.args)):  # type: ignore[union-attr]
+            only_here = len(total.users) == 1 and total is not node.args[_DY]
+            if only_here and _alike(*(each.meta["val"] for each in total.args)):  # type: ignore[union-attr]
                 node.args = (*node.args[:_DTOTAL], *total.args, *node.args[_DTOTAL_MORE + 1 :])
                 graph.erase_node(total)
 
@@ -39,15 +40,23 @@ class SumsInNorms(CustomGraphPass):
 
 
 class EagerSums(TorchDispatchMode):
-    """Within this context, `SumsInNorms` applies to operations as they run; sums are computed all the same."""
+    """Within this context, `SumsInNorms` applies to operations as they run; sums are computed all the same.
+
+    A sum's readers that run after the norm's backward pass are not seen. A network has none: whatever else reads the
+    sum is part of what the norm's dy is computed from.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.summands = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _name(op) == BACKWARD and args[_DTOTAL] in self.summands and args[_DTOTAL_MORE] is None:
-            args = (*args[:_DTOTAL], *self.summands[args[_DTOTAL]], *args[_DTOTAL_MORE + 1 :])
+        total = args[_DTOTAL] if _name(op) == BACKWARD and args[_DTOTAL_MORE] is None else None
+        if total in self.summands and total is not args[_DY]:
+            args = (*args[:_DTOTAL], *self.summands[total], *args[_DTOTAL_MORE + 1 :])
+        for each in args:
+            if isinstance(each, Tensor):  # compiled code computes a sum that has another reader
+                self.summands.pop(each, None)
         made = op(*args, **kwargs or {})
         if _is_sum(op, args, kwargs) and _alike(*args):
             self.summands[made] = args

@@ -114,5 +114,24 @@ def test_other_sums_stay() -> None:
     assert all(torch.allclose(ours[name], plain[name], atol=1e-4) for name in plain)
 
 
+@pytest.mark.parametrize("factor", [1, 3])
+def test_sums_with_other_readers_stay(factor: int) -> None:
+    """A sum that is also y's gradient, or that this is made of, is computed as before, in eager code too."""
+    given = {name: value for name, value in inputs(torch.float32).items() if name != "skip"}
+    given |= {name: given[name][:64] for name in ("weight", "bias")}
+
+    def function(**given: Tensor) -> tuple[Tensor, ...]:
+        total, y = add_group_norm_silu(**given)
+        added = total + (y if factor == 1 else y * factor)
+        return added * 2, added * 3
+
+    counts: list[int] = []
+    ours = gradients(compiled(function, counts), given)
+    with Summands() as seen, EagerSums():
+        plain = gradients(function, given)
+    assert counts == seen.counts == [1]
+    assert all(torch.equal(ours[name], plain[name]) for name in plain)
+
+
 def test_the_version_is_the_code() -> None:
     assert SumsInNorms().uuid() == SumsInNorms().uuid() != b""
