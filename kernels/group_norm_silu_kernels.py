@@ -320,11 +320,16 @@ def _apply_tile(
     b_centre, b_gain, b_bias = _coefficients(affine, stats_ptr, i_b, i_c + o_c, C)
     p += (i_b * L + i_first) * width + i_in
     y_ptr += (i_b * L + i_first) * C + i_c
-    b_next = _load_ahead(p, 0, o_l, o_c[None, :], width, L - i_first, ROWS, EVEN, LAST)
+    AHEAD: tl.constexpr = BLOCK_L < 64  # of a larger block enough is in flight, and its registers would spill
+    if AHEAD:
+        b_next = _load_ahead(p, 0, o_l, o_c[None, :], width, L - i_first, ROWS, EVEN, LAST)
     for i_l in range(0, ROWS, BLOCK_L):
         m = i_first + i_l + o_l < L
-        b_x = to_float(b_next)
-        b_next = _load_ahead(p, i_l + BLOCK_L, o_l, o_c[None, :], width, L - i_first, ROWS, EVEN, LAST)
+        if AHEAD:
+            b_x = to_float(b_next)
+            b_next = _load_ahead(p, i_l + BLOCK_L, o_l, o_c[None, :], width, L - i_first, ROWS, EVEN, LAST)
+        else:
+            b_x = _load(p + ((i_l + o_l) * width + o_c[None, :]), m, EVEN, LAST)
         b_y = _activate((b_x - b_centre[None, :]) * b_gain[None, :] + b_bias[None, :], SILU)
         if seed_ptr is not None:
             b_keep = _keep(seed_ptr, i_b, i_first + i_l + o_l, i_c, C, drop_below, BLOCK_L, BLOCK_C)
