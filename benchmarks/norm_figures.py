@@ -98,7 +98,8 @@ class Norm:
     def __post_init__(self) -> None:
         self.given = self.named(self.call.args)
         self.direction = "backward" if "dy" in self.given else "forward"
-        self.summed = self.given.get("b") is not None or self.given.get("dtotal") is not None
+        names = ("dtotal",) if self.direction == "backward" else ("b", "b_bias")
+        self.summed = any(self.given.get(name) is not None for name in names)
 
     def named(self, args: tuple[Any, ...]) -> dict[str, Any]:
         return dict(zip(NORM_ARGUMENTS[self.call.op], args, strict=True))
@@ -128,8 +129,8 @@ class Norm:
         def function(*values: Tensor) -> Any:
             named = dict(zip(names, values, strict=True))
             x, weight, bias = named.pop("x"), named.pop("weight"), named.pop("bias")
-            if "b" in named:
-                return norms.add_group_norm_silu(x, named.pop("b"), weight, bias, **named, **settings)
+            if self.summed:
+                return norms.add_group_norm_silu(x, named.pop("b", None), weight, bias, **named, **settings)
             return norms.group_norm_silu(x, weight, bias, **named, **settings)
 
         return function

@@ -38,9 +38,10 @@ def _realised(x: Tensor, generator: torch.Generator, device: torch.device) -> Te
 
 
 def training_calls(config: Config, batch: int, precision: torch.dtype, names: str) -> list[Call]:
-    """The calls of ops matching `names` in an eager step of `batch` images with all kernels, forward and backward.
+    """The calls of ops matching `names` in a step of `batch` images with all kernels, forward and backward.
 
-    A block's first norm and its shortcut are two calls here, so that each can be timed.
+    The step is recorded in eager code, but its norms add up gradients as in compiled code (`ops.eager_sums`). A block's
+    first norm and its shortcut are two calls here, so that each can be timed.
     """
     apart = mock.patch.object(ops, "fuses_shortcut", return_value=False)
     with apart, warnings.catch_warnings(), Recorder(names) as recorder, ops.using("triton", anywhere=True):

@@ -83,8 +83,11 @@ def norm_call(op: str, side: int) -> step_calls.Call:
     """Make a call on one image of 32 + 32 channels that is twice as high as wide."""
     meta = lambda *shape: torch.empty(*shape, device="meta")
     (x, skip, dy), C = (meta(1, channels, side, side // 2) for channels in (32, 32, 64)), meta(64)
+    after = (skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0)
     if op == "group_norm_silu":
-        return step_calls.Call(f"fastdiff::{op}", (x, skip, C, C, None, None, None, None, 32, 1e-5, True, 0.0), 1)
+        return step_calls.Call(f"fastdiff::{op}", (x, *after), 1)
+    if op == "add_group_norm_silu":  # as behind a convolution, whose bias it adds
+        return step_calls.Call(f"fastdiff::{op}", (x, None, meta(32), *after), 1)
     args = (dy, None, None, None, x, None, skip, C, C, None, None, None, None, meta(1, 3, 64), 32, True, 0.0)
     return step_calls.Call(f"fastdiff::{op}", args, 1)
 
@@ -139,14 +142,16 @@ def test_differences() -> None:
 
 def test_definitions_are_the_ops() -> None:
     """The definitions compute what the ops compute, forward and backward."""
-    for op in ("group_norm_silu", "group_norm_silu_backward"):
+    for op in ("group_norm_silu", "add_group_norm_silu", "group_norm_silu_backward"):
         call = norm_call(op, side=4)
         run, given = norm_figures._definition(bench([]), norm_figures.Norm(call))(0)
-        wanted = call.function()(*step_calls.realised(call, 0, CPU))[0]
+        wanted = call.function()(*step_calls.realised(call, 0, CPU))
         if op == "group_norm_silu":
-            torch.testing.assert_close(run(*given), wanted, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(run(*given), wanted[0], atol=1e-5, rtol=1e-5)
+        elif op == "add_group_norm_silu":
+            torch.testing.assert_close(run(*given), tuple(wanted[:2]), atol=1e-5, rtol=1e-5)
         else:  # the op gets random statistics, and the definition computes its own
-            assert run(*given)[0].shape == wanted.shape
+            assert run(*given)[0].shape == wanted[0].shape
 
 
 # --- the sections and the command ---
