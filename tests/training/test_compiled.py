@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastdiff.kernels import aot, launch
+from functorch.compile import make_boxed_func
 from helpers.small_trainer import MODEL, THROUGH_ENGINE, losses_of, small_trainer, weights_of
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from fastdiff import ops
+from fastdiff.diffusion import DiffusionSettings
 from fastdiff.models import UNetSettings, build_model
+from fastdiff.models.arrangement import arrange_weights
 from fastdiff.models.blocks import AttentionBlock, Conv2d, ResBlock
 from fastdiff.runtime.machine import compile_kwargs
 from fastdiff.training import step_plan
@@ -135,3 +141,36 @@ def test_kernels_stay_in_one_graph() -> None:
     attention = sum(isinstance(module, AttentionBlock) for module in network.modules())
     products = sum("linear" in name for name in names)
     assert products == 2 + 1 + 2 * attention, "two for the time embedding, one that projects it for all blocks"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of maps between regions, which Dynamo looks at
+@pytest.mark.parametrize("in_regions", [False, True], ids=["whole", "in regions"])
+def test_recorded_launches_are_those_of_compiled_code(in_regions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network's launches recorded in eager code equal those of its graphs, over which the pass for sums has gone.
+
+    The attention before the Downsample reads a map whose gradient is a sum that has other readers.
+    """
+
+    def backward(graph: torch.fx.GraphModule, _: Any) -> Any:
+        ops.sums_in_norms()(graph.graph)
+        graph.recompile()
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=backward)
+    monkeypatch.setattr(step_plan, "compile_kwargs", lambda *_, **__: {"backend": backend, "dynamic": False})
+    settings = UNetSettings(**{**MODEL, "attention_resolutions": "8,4"})
+    network = build_model(settings).train().set_precision(torch.bfloat16)
+    arrange_weights(network)
+    step_plan.compile_network(network, zero_stage=0, in_regions=in_regions)
+    x = torch.zeros(2, 8, 8, 8, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    with ops.using("triton", anywhere=True), launch.record() as made:
+        network(x, torch.zeros(2, dtype=torch.int64)).sum().backward()
+    given = (settings, DiffusionSettings(diffusion_steps=50), 2, torch.bfloat16)
+    recorded = step_plan.training_launches(*given, in_regions=in_regions)
+    ours, expected = (Counter(map(aot.to_json, filter(_of_the_network, each))) for each in (made, recorded))
+    assert ours == expected
+
+
+def _of_the_network(one: launch.Launch) -> bool:
+    """Return whether a launch computes a layer, and not the loss or the update."""
+    return one.kernel.fn.__module__.endswith((".attention", ".group_norm_silu_kernels", ".output_layer"))
