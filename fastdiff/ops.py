@@ -260,7 +260,7 @@ def _fitting(options: NormOptions, x: Tensor, norms: Any) -> NormOptions:
 
     PyTorch has its own seed, and expands an offset [C] to [B, C], for which it sums up the gradient.
     """
-    if HAVE_TRITON and norms is triton_norm:
+    if norms not in (reference, group_norm_silu_eager):
         return options
     options = options.copy()
     options.pop("seed", None)
