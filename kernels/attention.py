@@ -2,7 +2,7 @@
 
 Shapes   qkv [B, L, 3C], last axis [head][q, k, v][channel]; out [B, L, C]; lse [B, N, L] float32, the log of each
          query's softmax denominator. C = N * D, D a multiple of 8 up to 512. float32, float16, bfloat16.
-         qkv_bias [3C], for which qkv's own gradient stays on chip to be summed, up to 256 positions.
+         qkv_bias [3C], whose gradient is the sum of qkv's; up to 256 positions that is summed before it is written.
 FLOPs    forward 4 * B * N * L^2 * D, backward 10 * B * N * L^2 * D (two and five matrix products).
 Traffic  forward 4 * B * L * C elements, backward 7; it dominates for maps of up to a few hundred pixels.
 Source   Vaswani et al. 2017, eq. 1; for L > 256 the online softmax of Dao et al. 2022 (https://arxiv.org/abs/2205.14135).
