@@ -216,7 +216,8 @@ def dropout_seeds(x: Tensor, count: int) -> Sequence[Tensor | None]:
     """Seeds [1] int64 for the dropouts of `count` norms of maps like x, drawn at once; None where PyTorch drops."""
     if not uses_kernels(x):
         return [None] * count
-    # Of each row the first, so that every seed is aligned to 16 bytes, as the kernels' code for one of them expects.
+    # A seed has a row of two numbers, so that its address is a multiple of 16 bytes: Triton compiles another kernel for
+    # addresses that aren't.
     return [row[:1] for row in torch.randint(2**62, (count, 2), device=x.device)]
 
 

@@ -320,7 +320,7 @@ def _apply_tile(
     b_centre, b_gain, b_bias = _coefficients(affine, stats_ptr, i_b, i_c + o_c, C)
     p += (i_b * L + i_first) * width + i_in
     y_ptr += (i_b * L + i_first) * C + i_c
-    AHEAD: tl.constexpr = BLOCK_L < 64  # of a larger block enough is in flight, and its registers would spill
+    AHEAD: tl.constexpr = BLOCK_L < 64  # larger blocks have enough loads in flight, and no registers for one more
     if AHEAD:
         b_next = _load_ahead(p, 0, o_l, o_c[None, :], width, L - i_first, ROWS, EVEN, LAST)
     for i_l in range(0, ROWS, BLOCK_L):

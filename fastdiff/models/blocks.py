@@ -228,13 +228,13 @@ class ResBlock(nn.Module):
         _, conv = _norm_and_conv(self.in_layers)
         x, h, residual = self._first_norm(x, skip)
         h, bias = _bias_for_norm(conv, h)
-        dropped: NormOptions = {"dropout": self.dropout if self.training else 0.0, "seed": seed}
+        dropout: NormOptions = {"dropout": self.dropout if self.training else 0.0, "seed": seed}
         norm, conv = _norm_and_conv(self.out_layers)
         if self.use_scale_shift_norm:
             scale, shift = emb_out.chunk(2, dim=1)
-            h = norm(h, scale=scale, shift=shift, offset=bias, **dropped)
+            h = norm(h, scale=scale, shift=shift, offset=bias, **dropout)
         else:
-            h = norm(h, offset=emb_out if bias is None else emb_out + bias, **dropped)
+            h = norm(h, offset=emb_out if bias is None else emb_out + bias, **dropout)
         shortcut = self.skip_connection
         if residual is not None:
             return Sum(residual, conv.without_bias(h), conv.bias + cast(SkipConv, shortcut).bias)
@@ -297,7 +297,7 @@ class AttentionBlock(nn.Module):
         residual, h = self.norm.of(x, silu=False)
         h = h.permute(0, 2, 3, 1).flatten(1, 2)  # [B, L, C], a view when channels-last
         qkv, last = self.qkv, cast(PointwiseConv, self.proj_out)
-        by_module = hasattr(qkv.weight, "ds_id")  # ZeRO-3 gathers weights so
+        by_module = hasattr(qkv.weight, "ds_id")  # ZeRO-3 gathers a module's weights when the module is called
         if by_module or not ops.has_self_attention(h, len(qkv.weight), self.num_heads):
             h = ops.attention(qkv(h), self.num_heads)
         else:
