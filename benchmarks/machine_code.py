@@ -24,10 +24,10 @@ from benchmarks.python_source import (
     Frame,
     Place,
     Unknown,
-    calls_of,
-    full_chain,
+    chains,
     function_at,
     in_this_checkout,
+    likeliest,
     python_loop,
     settled,
 )
@@ -84,11 +84,9 @@ class Code:
     """
 
     def __init__(self, text: str, kernel: Callable[..., Any]) -> None:
-        calls = calls_of(kernel.__code__.co_filename, kernel.__name__)
         self.instructions: list[Instruction] = []
         labels: dict[str, int] = {}
         places: list[Place] = []
-        before: tuple[Place, ...] = ()
         told = True  # whether an instruction has followed the last line numbers
         for line in text.splitlines():
             if found := _LINE.search(line):
@@ -101,10 +99,10 @@ class Code:
                 made = Instruction((found[1] or "").strip(), found[2], found[3], ())
                 words = max(1, made.bytes // 4) if made.name in ("LDG", "LDGSTS") else 0
                 given = settled(tuple(places), kernel.__name__ if "inlined at" in text else "", words)
-                before = full_chain(given, kernel.__name__, calls) or (*given, *before)
-                self.instructions.append(replace(made, places=before))
+                self.instructions.append(replace(made, places=given))
                 told = True
         self._split(labels)
+        self._complete_places(kernel.__code__.co_filename, kernel.__name__)
         self.loops = self._find_loops()
 
     def _split(self, labels: dict[str, int]) -> None:
@@ -125,6 +123,23 @@ class Code:
                 self.successors[block].append(self.block_of[labels[target[1]]])
             if not (branch.name in ends and always) and end < last:
                 self.successors[block].append(block + 1)
+
+    def _complete_places(self, file: str, kernel: str) -> None:
+        """Lead each instruction's places up to the kernel; older versions of Triton tell only the first of them.
+
+        Where several calls could have led to an instruction, it gets those which are most like the calls of the nearest
+        instruction in its block to which only one way leads.
+        """
+        found = [chains(each.places, file, kernel) for each in self.instructions]
+        before: tuple[Place, ...] = ()
+        for start, end in zip(self.starts, [*self.starts[1:], len(found)], strict=True):
+            certain = [i for i in range(start, end) if len(found[i]) == 1]
+            for i in range(start, end):
+                nearest = min(certain, key=lambda other: abs(other - i), default=None)
+                near = before if nearest is None else found[nearest][0]
+                here = likeliest(found[i], near) if found[i] and near else next(iter(found[i]), ())
+                before = here or (*self.instructions[i].places[:1], *near)
+                self.instructions[i] = replace(self.instructions[i], places=before)
 
     def _find_loops(self) -> list[Loop]:
         """Natural loops: a branch to a block that dominates it, and whatever reaches the branch from there."""
@@ -164,6 +179,14 @@ class Code:
 
     def inside(self, loop: Loop) -> list[Instruction]:
         return [each for each, block in zip(self.instructions, self.block_of, strict=True) if block in loop.blocks]
+
+    def spills_in_loops(self) -> int:
+        """Loads and stores of local memory in `for` loops; a `while` loop is one over parts of a map, around those."""
+        loops = [loop for loop in self.loops if not (loop.python and isinstance(loop.python[1], ast.While))]
+        spilled = zip(self.instructions, self.block_of, strict=True)
+        return sum(
+            each.name in ("LDL", "STL") and any(block in loop.blocks for loop in loops) for each, block in spilled
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,25 +54,26 @@ def function_at(place: Place) -> ast.FunctionDef | None:
 
 
 @functools.cache
-def calls_of(file: str, kernel: str) -> dict[str, Place]:
-    """Functions that a kernel calls, directly or not, by name: where that is done first."""
+def calls_of(file: str, kernel: str) -> dict[str, tuple[Place, ...]]:
+    """The lines that call each function which a kernel calls, directly or not, by the function's name."""
     functions = {node.name: (file, node) for node in _functions(file)}
     names = {alias.asname or alias.name: node for node in _imports(file) for alias in node.names}
-    found: dict[str, Place] = {}
+    found: dict[str, tuple[Place, ...]] = {}
     todo = [kernel]
     while todo:
         known = functions.get(todo.pop())
         for node in ast.walk(known[1]) if known else ():
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in found:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert known is not None
                 name = node.func.id
-                found[name] = (known[0], node.lineno)
-                todo.append(name)
-                if name in names:
-                    other = str(getattr(sys.modules.get(names[name].module or ""), "__file__", ""))
-                    functions.update(
-                        {each.name: (other, each) for each in _functions(other) if each.name not in functions}
-                    )
+                if name not in found:
+                    todo.append(name)
+                    if name in names:
+                        other = str(getattr(sys.modules.get(names[name].module or ""), "__file__", ""))
+                        functions.update(
+                            {each.name: (other, each) for each in _functions(other) if each.name not in functions}
+                        )
+                found[name] = tuple(dict.fromkeys((*found.get(name, ()), (known[0], node.lineno))))
     return found
 
 
@@ -114,13 +116,28 @@ def _called(place: Place) -> dict[str, ast.Call]:
     return {n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", ""): n for n in calls}
 
 
-def full_chain(places: tuple[Place, ...], kernel: str, calls: dict[str, Place]) -> tuple[Place, ...]:
-    """The places with the calls down from the kernel, which older versions of Triton don't tell; empty if unknown."""
-    while places and (function := function_at(places[-1])) and function.name != kernel:
-        if function.name not in calls or len(places) > len(calls) + 1:
-            return ()
-        places = (*places, calls[function.name])
-    return places if places and function_at(places[-1]) else ()
+@functools.cache
+def chains(places: tuple[Place, ...], file: str, kernel: str) -> tuple[tuple[Place, ...], ...]:
+    """All chains that begin with `places` and end in the kernel; none if no call is known that leads there."""
+    function = function_at(places[-1]) if places else None
+    if function is None:
+        return ()
+    if function.name == kernel:
+        return (places,)
+    sites = calls_of(file, kernel).get(function.name, ())
+    return tuple(chain for site in sites for chain in chains((*places, site), file, kernel))
+
+
+def likeliest(found: tuple[tuple[Place, ...], ...], other: tuple[Place, ...]) -> tuple[Place, ...]:
+    """The chain that shares the most calls with `other`, from the kernel down, and then calls from the nearest line."""
+
+    def likeness(chain: tuple[Place, ...]) -> tuple[int, float]:
+        pairs = list(zip(reversed(chain), reversed(other), strict=False))
+        shared = next((i for i, (one, two) in enumerate(pairs) if one != two), len(pairs))
+        (file, line), (other_file, other_line) = pairs[min(shared, len(pairs) - 1)]
+        return shared, -abs(line - other_line) if file == other_file else -math.inf
+
+    return max(found, key=likeness)
 
 
 @functools.cache

@@ -60,11 +60,18 @@ def _by_data(x_ptr, n_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(x_ptr, i_row, WIDTH: tl.constexpr):
+    """Two functions call this one."""
+    o = (i_row + tl.arange(0, 16))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return o, tl.load(x_ptr + o).to(tl.float32)
+
+
+@triton.jit
 def _sum_part(x_ptr, sums_ptr, i_part, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     b_sum = tl.zeros([16, WIDTH], tl.float32)
     for i in range(0, ROWS, 16):
-        o = (i_part * ROWS + i + tl.arange(0, 16))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        b_sum += tl.load(x_ptr + o).to(tl.float32)
+        _, b_x = _load_rows(x_ptr, i_part * ROWS + i, WIDTH)
+        b_sum += b_x
     tl.store(sums_ptr + i_part * WIDTH + tl.arange(0, WIDTH), tl.sum(b_sum, axis=0))
 
 
@@ -86,8 +93,8 @@ def _await(done_ptr, i_slab):
 def _apply_part(x_ptr, y_ptr, total_ptr, i_part, i_slab, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     b_total = tl.load(total_ptr + i_slab * WIDTH + tl.arange(0, WIDTH), cache_modifier=".cg")
     for i in range(0, ROWS, 16):
-        o = (i_part * ROWS + i + tl.arange(0, 16))[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        b_x = tl.load(x_ptr + o).to(tl.float32) - b_total[None, :]
+        o, b_x = _load_rows(x_ptr, i_part * ROWS + i, WIDTH)
+        b_x -= b_total[None, :]
         tl.store(y_ptr + o, (b_x * tl.sigmoid(b_x)).to(y_ptr.dtype.element_ty))
 
 

@@ -115,6 +115,12 @@ def test_blocks_and_waits() -> None:
     assert stalls(found[:1], 100, 2) == 8 * (100 - 6)
 
 
+def test_spills_in_loops() -> None:
+    """One value is stored in the loop, and one read before it."""
+    before, inside = ("LDG.E.128 R4, desc[UR4][R2.64] ;", "LDL R4, [R1] ;"), ("FADD R0, R0, R8", "STL [R1], R8")
+    assert Code(LOOP.replace(*before).replace(*inside), test_spills_in_loops).spills_in_loops() == 1
+
+
 def test_loads_that_are_issued_together_take_one_latency() -> None:
     pair = [Wait(10, 1, 512, 1024, (range(9, 10),)), Wait(12, 1, 512, 512, (range(10, 12),))]
     assert stalls(pair, 100, 2) == 98 + 0
