@@ -6,8 +6,8 @@
 
 Each configuration takes a training step and a few sampling steps on tensors without memory, at the batch sizes of the
 benchmarks; what its ops would launch is compiled and the machine code read. Exit code 1 when a launch does not compile
-or breaks a rule: at most one value spilled, at most 255 registers, shared memory within the GPU's limit, 128-bit
-loads and stores where a kernel moves maps, tensor-core instructions where it multiplies matrices.
+or breaks a rule: at most one value spilled in a loop, at most 255 registers, shared memory within the GPU's limit,
+128-bit loads and stores where a kernel moves maps, tensor-core instructions where it multiplies matrices.
 
 For sm_90 the cost of every launch at every shape is predicted from its machine code (`kernel_cost.py`) and printed
 below its code: instructions of a thread per valid element, resident warps and bytes in flight per multiprocessor, DRAM
@@ -84,9 +84,9 @@ BULK = {
     "adamw_ema": "ls",
     "squares": "l",
 }
-# Loads and stores of local memory that a launch may have: where it lets another block onto a multiprocessor, the
-# assembler stores one value there and reads it once.
-FEW_SPILLS = 2
+# Loads and stores of local memory that a `for` loop may have, where it lets another block onto a multiprocessor, and
+# their share of all instructions: in a loop over parts of a map, the assembler stores values that a part uses once.
+FEW_SPILLS, SPILLED = 2, 0.02
 MATMUL = {name for name in BULK if name.endswith(("_short", "_long", "_whole"))}
 MATMUL |= {"output_products", "output_backward_sums", "output_gradient"}
 
@@ -149,7 +149,7 @@ def _multiplies(made: Compiled) -> bool:
     return aot.MATMUL[made.arch] in made.matmuls or (few and "HMMA" in made.matmuls)
 
 
-def broken_rules(made: Compiled, must_be_fast: bool) -> list[str]:
+def broken_rules(made: Compiled, code: Code, must_be_fast: bool) -> list[str]:
     """The rules that a compiled launch breaks; empty if it breaks none."""
     wrong = []
     if made.registers > 255:
@@ -158,8 +158,10 @@ def broken_rules(made: Compiled, must_be_fast: bool) -> list[str]:
         wrong.append(f"{made.shared} bytes of shared memory")
     if not must_be_fast:
         return wrong
-    if made.spills > FEW_SPILLS:
+    if made.spills > SPILLED * len(code.instructions):
         wrong.append(f"{made.spills} spills")
+    elif (inside := code.spills_in_loops()) > FEW_SPILLS:
+        wrong.append(f"{inside} of {made.spills} spills in a loop")
     bulk = BULK.get(made.kernel, "")
     if "l" in bulk and not made.wide_loads():
         wrong.append("no 128-bit loads")
@@ -190,11 +192,11 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The code of a job's launches, the cost of each, and why costs are missing, if any are."""
+    """The code of a job's launches, the cost of each, and the rules that are broken, missing costs among them."""
 
     made: Compiled
     costs: list[Cost]
-    unknown: str
+    wrong: list[str]
 
 
 _jobs: list[Job] = []  # forked processes see it; kernels can't be sent to them
@@ -203,15 +205,16 @@ _jobs: list[Job] = []  # forked processes see it; kernels can't be sent to them
 def compile_job(i: int) -> Result:
     job = _jobs[i]
     made, text = aot.inspect_launch(job.launches[0], job.arch)
-    costs, unknown = [], ""
+    code = Code(text, job.launches[0].kernel.fn)
+    costs, wrong = [], broken_rules(made, code, job.must_be_fast)
     if job.must_be_fast and job.arch == kernel_cost.ARCH:
         try:
-            code = Code(text, job.launches[0].kernel.fn)
             for one in job.launches:
                 costs.append(kernel_cost.predict(kernel_cost.counts_of(code, one, made.registers, made.shared)))
         except Unknown as error:
-            costs, unknown = [], f"cost unknown: {error}"
-    return Result(made, costs, unknown)
+            costs = []
+            wrong.append(f"cost unknown: {error}")
+    return Result(made, costs, wrong)
 
 
 def results_of(jobs: list[Job], processes: int) -> Iterator[Future[Result]]:
@@ -224,13 +227,12 @@ def results_of(jobs: list[Job], processes: int) -> Iterator[Future[Result]]:
 def outcome(job: Job, future: Future[Result]) -> dict[str, Any]:
     """Print the rows of the table that a job gives, and return its values."""
     try:
-        made, costs, unknown = future.result()
+        made, costs, wrong = future.result()
     except Exception as error:  # the compiler's, of any kind; BrokenProcessPool where it crashed
         wrong = [f"does not compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"]
         failed = {"kernel": name_of(job.launches[0]), "variant": aot.variant(job.launches[0]), "costs": []}
         print(f"sm_{job.arch:<4}{failed['kernel']:26}{wrong[0]}  {failed['variant']}", flush=True)
         return {**failed, "arch": job.arch, "wrong": wrong}
-    wrong = [*broken_rules(made, job.must_be_fast), *([unknown] if unknown else [])]
     shapes = [kernel_cost.shape_of(one) for one in job.launches[: len(costs)]]
     lines = [kernel_cost.line(shape, cost) for shape, cost in zip(shapes, costs, strict=True)]
     print("\n".join([row(made, wrong), *dict.fromkeys(lines)]), flush=True)
