@@ -94,7 +94,7 @@ def _forward_launch(
     as_they_are = all(map(is_channels_last, (x, second, skip))) and all(map(_has_rows, rows))
     if not as_they_are or not B * C * L:
         return Forward(not as_they_are, (B, C, H, W))
-    p = plan(B, L, C1, C2, C // num_groups, x.itemsize, False, units, summed or seed is not None)
+    p = plan(B, L, C1, C2, C // num_groups, x.itemsize, False, units)
     strides = map(_row_stride, (scale, shift, offset))
     run = launcher(
         device._norm_forward,

@@ -94,14 +94,6 @@ def _load(p, m, EVEN: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _load_ahead(p, i_l, o_l, o_c, width, L, ROWS: tl.constexpr, EVEN: tl.constexpr, POLICY: tl.constexpr):
-    """The block of pixels from i_l on, before it is needed; nothing is read beyond the part's last pixel."""
-    o = (i_l + o_l) * width + o_c
-    m = (i_l + o_l < ROWS) if EVEN else (i_l + o_l < ROWS) & (i_l + o_l < L)
-    return tl.load(p + o, mask=m, other=0.0, eviction_policy=POLICY)
-
-
-@triton.jit
 def _store(p, b_x, m, EVEN: tl.constexpr, POLICY: tl.constexpr):
     b_x = b_x.to(p.dtype.element_ty)
     if EVEN:
@@ -320,16 +312,9 @@ def _apply_tile(
     b_centre, b_gain, b_bias = _coefficients(affine, stats_ptr, i_b, i_c + o_c, C)
     p += (i_b * L + i_first) * width + i_in
     y_ptr += (i_b * L + i_first) * C + i_c
-    AHEAD: tl.constexpr = BLOCK_L < 64  # larger blocks have enough loads in flight, and no registers for one more
-    if AHEAD:
-        b_next = _load_ahead(p, 0, o_l, o_c[None, :], width, L - i_first, ROWS, EVEN, LAST)
     for i_l in range(0, ROWS, BLOCK_L):
         m = i_first + i_l + o_l < L
-        if AHEAD:
-            b_x = to_float(b_next)
-            b_next = _load_ahead(p, i_l + BLOCK_L, o_l, o_c[None, :], width, L - i_first, ROWS, EVEN, LAST)
-        else:
-            b_x = _load(p + ((i_l + o_l) * width + o_c[None, :]), m, EVEN, LAST)
+        b_x = _load(p + ((i_l + o_l) * width + o_c[None, :]), m, EVEN, LAST)
         b_y = _activate((b_x - b_centre[None, :]) * b_gain[None, :] + b_bias[None, :], SILU)
         if seed_ptr is not None:
             b_keep = _keep(seed_ptr, i_b, i_first + i_l + o_l, i_c, C, drop_below, BLOCK_L, BLOCK_C)
@@ -347,6 +332,8 @@ def _norm_forward(
     PADDED: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, STREAM: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     C = C1 + C2
+    if WHOLE:
+        splits = 1  # as a constant, for which no loop over splits is made
     maps = (x_ptr, second_ptr, second_bias_ptr, total_ptr)
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
@@ -545,6 +532,8 @@ def _norm_backward(
 ):  # fmt: skip
     """total_sums [B, C1] receives the sums of dtotal, and of dtotal_more with it, over an image's pixels."""
     C = C1 + C2
+    if WHOLE:
+        splits = 1  # as a constant, for which no loop over splits is made
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
     i_ticket = tl.program_id(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")

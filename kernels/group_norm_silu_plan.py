@@ -14,6 +14,8 @@ from torch import Tensor
 MAX_GROUP = 128  # channels
 RESIDENT, REGISTERS = 4, 128
 """Programs of 4 warps that a multiprocessor's 65,536 registers hold at once, and what each thread may then have."""
+BLOCK_L = {False: 64, True: 32}
+"""Pixels that 4 warps read at once, forward and backward: as many as their registers hold, for many bytes in flight."""
 ROWS = {False: 256, True: 128}
 """Pixels of a part, where there are enough parts, forward and backward. With more, what a part costs besides its
 elements is shared by more of them; with fewer, less has to stay in the L2 cache between the two reads: 20 to 25 MB."""
@@ -98,14 +100,12 @@ class Plan:
 
 
 @functools.cache  # a step needs about a hundred plans of a few dozen shapes, each as costly as several launches
-def plan(
-    B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int, more: bool = False
-) -> Plan:
-    """The launch configuration for a shape, on a GPU with `units` multiprocessors. `more`: with dropout or a sum."""
+def plan(B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int) -> Plan:
+    """The launch configuration for a shape, on a GPU with `units` multiprocessors."""
     C, maps = C1 + C2, 2 if backward else 1
     block_c = next(size for size in (64, 32, 16, 8) if math.gcd(C1, C2) % size == 0)
     slab = math.lcm(group, block_c)
-    block_l = min(32 if backward or more else 64, triton.next_power_of_2(L))  # of 4 warps, with 128 registers or fewer
+    block_l = min(BLOCK_L[backward], triton.next_power_of_2(L))
     rows = triton.cdiv(L, block_l) * block_l
     whole = rows * slab * itemsize * maps <= WHOLE_BYTES
     while (
