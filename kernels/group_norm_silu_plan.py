@@ -14,8 +14,6 @@ from torch import Tensor
 MAX_GROUP = 128  # channels
 RESIDENT, REGISTERS = 4, 128
 """Programs of 4 warps that a multiprocessor's 65,536 registers hold at once, and what each thread may then have."""
-BLOCK_L = {False: 64, True: 32}
-"""Pixels that 4 warps read at once, forward and backward: as many as their registers hold, for many bytes in flight."""
 ROWS = {False: 256, True: 128}
 """Pixels of a part, where there are enough parts, forward and backward. With more, what a part costs besides its
 elements is shared by more of them; with fewer, less has to stay in the L2 cache between the two reads: 20 to 25 MB."""
@@ -105,7 +103,7 @@ def plan(B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: 
     C, maps = C1 + C2, 2 if backward else 1
     block_c = next(size for size in (64, 32, 16, 8) if math.gcd(C1, C2) % size == 0)
     slab = math.lcm(group, block_c)
-    block_l = min(BLOCK_L[backward], triton.next_power_of_2(L))
+    block_l = min(32 if backward or itemsize == 4 else 64, triton.next_power_of_2(L))  # what 4 warps' registers hold
     rows = triton.cdiv(L, block_l) * block_l
     whole = rows * slab * itemsize * maps <= WHOLE_BYTES
     while (
