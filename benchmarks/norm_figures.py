@@ -40,10 +40,8 @@ def forced(way: str) -> Iterator[None]:
         yield
         return
 
-    def plan(
-        B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int, more: bool = False
-    ) -> Any:
-        usual = chosen_by(B, L, C1, C2, group, itemsize, backward, units, more)
+    def plan(B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: bool, units: int) -> Any:
+        usual = chosen_by(B, L, C1, C2, group, itemsize, backward, units)
         if way_of(usual) == way:
             return usual
         whole = way == "whole"
