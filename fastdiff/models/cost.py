@@ -11,7 +11,7 @@ forward_bytes, backward_bytes
                 bytes read and written by fused ops on 16-bit maps, x in, y out:
 
                 convolution      forward x + y               backward x + 2 dy + dx (dx and dw each read dy)
-                group norm       forward 2 x + y             backward 2 (x + dy) + dx, statistics first
+                group norm       forward x + y               backward x + dy + dx, what is read twice is in a cache
                 last layer       forward 2 x + 2 products of its taps + y, where the norm's share is x
                                  backward 2 x + dx + dy + 3 patches of dy, where the norm's share is x + dx
                                  (`kernels/output_layer.py`; with an fp32 body, a group norm and a convolution)
@@ -22,8 +22,6 @@ forward_bytes, backward_bytes
                 noising          forward 1 byte in, x_t out  backward 0
                 loss             forward y, 1 byte, dy       backward 0, as forward computes the gradient
                 embedding        0: vectors
-
-                A norm whose map stays on chip reads it once, so these numbers are upper bounds.
 weight_bytes    bytes per batch of weights read, forward and backward, and gradients written, in the maps' dtype.
 
 Not counted: recomputation under use_checkpoint, the enlargement of small images, metrics.
@@ -315,8 +313,8 @@ class _Walk:
             self.names[norm],
             "group norm",
             (channels, *self.size),
-            forward_bytes=3 * volume,
-            backward_bytes=5 * volume,
+            forward_bytes=2 * volume,
+            backward_bytes=3 * volume,
             parameters=_parameters(norm),
             element=self.element,
         )

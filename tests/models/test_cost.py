@@ -36,14 +36,18 @@ def published(name: str) -> BackboneSettings:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks(name: str) -> None:
-    """The published bytes were counted by hand, with a norm and a convolution on float32 maps as the last layer."""
+    """The published bytes were counted by hand, with a norm and a convolution on float32 maps as the last layer.
+
+    They have norms that read their maps twice.
+    """
     gigaflops, forward, training = PUBLISHED[name]
     half, single = (cost.operations(published(name), element) for element in (cost.HALF, cost.SINGLE))
     ops = [b if b.name.startswith("out.") else a for a, b in zip(half, single, strict=True)]
     assert cost.forward_flops(published(name)) == pytest.approx(gigaflops * 1e9, rel=0.005)
     assert cost.train_flops(published(name)) == pytest.approx(3 * gigaflops * 1e9, rel=0.005)
-    assert sum(op.forward_bytes for op in ops) == pytest.approx(forward * 1e6, rel=0.01)
-    assert sum(op.forward_bytes + op.backward_bytes for op in ops) == pytest.approx(training * 1e6, rel=0.03)
+    maps = sum(op.forward_bytes for op in ops if op.kind == "group norm") / 2
+    assert sum(op.forward_bytes for op in ops) + maps == pytest.approx(forward * 1e6, rel=0.01)
+    assert sum(op.forward_bytes + op.backward_bytes for op in ops) + 3 * maps == pytest.approx(training * 1e6, rel=0.03)
 
 
 NETWORKS: dict[str, BackboneSettings] = {
@@ -153,7 +157,7 @@ def test_formulae_of_one_block() -> None:
     assert (conv.forward_bytes, conv.backward_bytes) == (2 * volume, 4 * volume)
     assert conv.weight_bytes == (2 * (9 * 64 * 64 + 64), 4 * (9 * 64 * 64 + 64))
     norm = ops["middle_block.0.in_layers.0", "group norm"]
-    assert (norm.forward_bytes, norm.backward_bytes) == (3 * volume, 5 * volume)
+    assert (norm.forward_bytes, norm.backward_bytes) == (2 * volume, 3 * volume)
     attention = ops["middle_block.1", "attention"]
     assert attention.shape == (4, 16, 16)
     assert attention.flops == 4 * 16 * 16 * 64
@@ -202,7 +206,7 @@ def test_last_layer() -> None:
     assert tuple(map(sum, zip(norm.launches, conv.launches, strict=True))) == (5, 8)
     assert cost.saved_bytes([norm, conv]) == x
     norm, conv = single[-3:-1]
-    assert (norm.forward_bytes, norm.backward_bytes) == (6 * x, 10 * x)
+    assert (norm.forward_bytes, norm.backward_bytes) == (4 * x, 6 * x)
     assert (conv.forward_bytes, conv.backward_bytes) == (2 * x + y, 4 * x + 2 * y)
     assert cost.saved_bytes([norm, conv]) == 4 * x
 
