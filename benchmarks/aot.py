@@ -2,7 +2,7 @@
 
     python benchmarks/aot.py                                     all configurations, for sm_80, sm_90 and sm_100
     python benchmarks/aot.py --configs cifar10_uncond --archs 90
-    PYTHONPATH=.triton-3.6.0 python benchmarks/aot.py            with the Triton that make aot TRITON=3.6.0 installs
+    PYTHONPATH=.triton-3.6.0 python benchmarks/aot.py            with the oldest Triton that is supported
 
 Each configuration takes a training step and a few sampling steps on tensors without memory, at the batch sizes of the
 benchmarks; what its ops would launch is compiled and the machine code read. Exit code 1 when a launch does not compile
