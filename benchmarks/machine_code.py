@@ -138,8 +138,9 @@ class Code:
                 nearest = min(certain, key=lambda other: abs(other - i), default=None)
                 near = before if nearest is None else found[nearest][0]
                 here = likeliest(found[i], near) if found[i] and near else next(iter(found[i]), ())
-                before = here or (*self.instructions[i].places[:1], *near)
-                self.instructions[i] = replace(self.instructions[i], places=before)
+                before = here or near
+                places = here or (*self.instructions[i].places[:1], *near)
+                self.instructions[i] = replace(self.instructions[i], places=places)
 
     def _find_loops(self) -> list[Loop]:
         """Natural loops: a branch to a block that dominates it, and whatever reaches the branch from there."""
@@ -180,12 +181,18 @@ class Code:
     def inside(self, loop: Loop) -> list[Instruction]:
         return [each for each, block in zip(self.instructions, self.block_of, strict=True) if block in loop.blocks]
 
-    def spills_in_loops(self) -> int:
-        """Loads and stores of local memory in `for` loops; a `while` loop is one over parts of a map, around those."""
-        loops = [loop for loop in self.loops if not (loop.python and isinstance(loop.python[1], ast.While))]
-        spilled = zip(self.instructions, self.block_of, strict=True)
+    def spills(self) -> int:
+        """Loads and stores of local memory, without those that a kernel's `while` makes outside its other loops.
+
+        There it takes one part of a map after another, so that they are rare. A loop which is none of Python's may be
+        any; its spills count.
+        """
+        rare = [loop for loop in self.loops if loop.python and isinstance(loop.python[1], ast.While)]
+        frequent = [loop for loop in self.loops if loop not in rare]
         return sum(
-            each.name in ("LDL", "STL") and any(block in loop.blocks for loop in loops) for each, block in spilled
+            not rare or any(block in loop.blocks for loop in frequent)
+            for each, block in zip(self.instructions, self.block_of, strict=True)
+            if each.name in ("LDL", "STL")
         )
 
 
@@ -389,7 +396,7 @@ def _repeated(code: Code, loop: Loop, alike: list[Loop]) -> int:
 def _counted(code: Code, loop: Loop, step: int) -> int:
     """The same by the loop's counter, which grows by so many steps, or counts the passes left down; 0 if unknown."""
     predicate = loop.branch.predicate.strip("@!")
-    inside = code.inside(loop)
+    inside = [each for each in code.inside(loop) if python_loop(each.places) == loop.python]  # not of a loop within it
     tests = [each.operands for each in inside if each.name in ("ISETP", "UISETP")]
     tested = {name for text in tests if predicate in text.split(", ")[:2] for name in re.findall(r"U?R\d+", text)}
     for each in inside:

@@ -125,11 +125,14 @@ def chains(places: tuple[Place, ...], file: str, kernel: str) -> tuple[tuple[Pla
     if function.name == kernel:
         return (places,)
     sites = calls_of(file, kernel).get(function.name, ())
-    return tuple(chain for site in sites for chain in chains((*places, site), file, kernel))
+    return tuple(chain for site in sites if site not in places for chain in chains((*places, site), file, kernel))
 
 
 def likeliest(found: tuple[tuple[Place, ...], ...], other: tuple[Place, ...]) -> tuple[Place, ...]:
-    """The chain that shares the most calls with `other`, from the kernel down, and then calls from the nearest line."""
+    """The chain that shares the most calls with `other`, from the kernel down.
+
+    Among those that share equally many it is the one whose next call is on the nearest line.
+    """
 
     def likeness(chain: tuple[Place, ...]) -> tuple[int, float]:
         pairs = list(zip(reversed(chain), reversed(other), strict=False))

@@ -53,6 +53,16 @@ def _sum_short(x_ptr, y_ptr, count):
 
 
 @triton.jit
+def _sum_groups(x_ptr, y_ptr, groups, count):
+    """The same within another loop."""
+    b_sum = tl.zeros([128], tl.float32)
+    for i_group in range(0, groups, 8):
+        for i in range(0, count):
+            b_sum += tl.load(x_ptr + (i_group * count + i) * 128 + tl.arange(0, 128))
+    tl.store(y_ptr + tl.arange(0, 128), b_sum)
+
+
+@triton.jit
 def _by_data(x_ptr, n_ptr, BLOCK: tl.constexpr):
     length = tl.load(n_ptr)
     for i in range(0, length, BLOCK):
@@ -141,6 +151,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 LAUNCHES = {
     "copy": Launch(_copy, (10,), (meta(10 * 7 * 8192), meta(10 * 7 * 8192), 7), {"CHUNK": 8192, "BLOCK": 1024}, 4, 3),
     "sum_short": Launch(_sum_short, (1,), (meta(1000 * 128), meta(128), 1000), {}, 4, 3),
+    "sum_groups": Launch(_sum_groups, (1,), (meta(8 * 1000 * 128), meta(128), 8, 1000), {}, 4, 3),
     "tickets": Launch(
         _tickets,
         (PROGRAMS,),

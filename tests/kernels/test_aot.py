@@ -1,4 +1,4 @@
-"""Kernels of shipped configurations, compiled ahead, have no spills, wide memory accesses and tensor cores."""
+"""Kernels of shipped configurations, compiled ahead, keep the rules of aot.py: spills, wide accesses, tensor cores."""
 
 from __future__ import annotations
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import triton
 from fastdiff.kernels import adamw_ema
+from fastdiff.kernels.aot import Compiled
 from helpers import TESTS, tritons
 
 from benchmarks import kernel_cost
+from benchmarks.aot import broken_rules
 from benchmarks.kernel_cost import CLOCK, RAMP, Cost, Counts, Row, predict
 from benchmarks.machine_code import Code, Instruction, Wait, stalls, waits
 from benchmarks.python_source import in_this_checkout
@@ -47,7 +49,8 @@ def test_passes_of_a_loop_within_a_loop(counted: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_an_unrolled_loop(counted: dict[str, Any]) -> None:
     """A thousand passes over 512 bytes; the copies of the loop for passes left over, which are none, don't count."""
-    assert counted["sum_short"]["moved"] == {"_sum_short loaded": 1000 * 512, "_sum_short stored": 512}
+    for name in ("_sum_short", "_sum_groups"):
+        assert counted[name[1:]]["moved"] == {f"{name} loaded": 1000 * 512, f"{name} stored": 512}
 
 
 @pytest.mark.slow
@@ -115,10 +118,39 @@ def test_blocks_and_waits() -> None:
     assert stalls(found[:1], 100, 2) == 8 * (100 - 6)
 
 
-def test_spills_in_loops() -> None:
-    """One value is stored in the loop, and one read before it."""
-    before, inside = ("LDG.E.128 R4, desc[UR4][R2.64] ;", "LDL R4, [R1] ;"), ("FADD R0, R0, R8", "STL [R1], R8")
-    assert Code(LOOP.replace(*before).replace(*inside), test_spills_in_loops).spills_in_loops() == 1
+PARTS = """
+def parts(n):
+    while n:
+        n = before(n)
+        for i in range(3):
+            inside(i)
+"""
+SPILLS = """
+parts:
+	//## File "{0}", line 4
+.L_x_1:
+        /*0000*/                   LDL R4, [R1] ;
+	//## File "{0}", line 6
+.L_x_2:
+        /*0010*/                   STL [R1], R8 ;
+        /*0020*/              @!P0 BRA `(.L_x_2) ;
+	//## File "{0}", line 4
+        /*0030*/              @!P1 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+"""
+
+
+def test_spills_once_per_part_are_rare(tmp_path: Path) -> None:
+    """What a `while` loop around others spills does not count, but it does where there is no such loop."""
+    file, made = tmp_path / "parts.py", dict[str, Any]()
+    file.write_text(PARTS)
+    exec(compile(PARTS, file, "exec"), made)
+    assert Code(SPILLS.format(file), made["parts"]).spills() == 1
+    unknown = Code(SPILLS.format("/f.py"), made["parts"])
+    assert unknown.spills() == 2
+    launch = Compiled("sampler_step", "", 90, 64, 3, 0, 4, {}, {}, {}, {})
+    assert broken_rules(launch, unknown) == ["3 spills"]
+    assert broken_rules(launch, None) == []
 
 
 def test_loads_that_are_issued_together_take_one_latency() -> None:
