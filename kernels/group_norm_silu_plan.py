@@ -103,9 +103,8 @@ def plan(B: int, L: int, C1: int, C2: int, group: int, itemsize: int, backward: 
     C, maps = C1 + C2, 2 if backward else 1
     block_c = next(size for size in (64, 32, 16, 8) if math.gcd(C1, C2) % size == 0)
     slab = math.lcm(group, block_c)
-    block_l = min(
-        32 if backward or itemsize == 4 else 64, triton.next_power_of_2(L)
-    )  # 4 warps hold no more in registers
+    # As many pixels as the registers of 4 warps hold.
+    block_l = min(32 if backward or itemsize == 4 else 64, triton.next_power_of_2(L))
     rows = triton.cdiv(L, block_l) * block_l
     whole = rows * slab * itemsize * maps <= WHOLE_BYTES
     while (
