@@ -6,7 +6,7 @@
 
 Each configuration takes a training step and a few sampling steps on tensors without memory, at the batch sizes of the
 benchmarks; what its ops would launch is compiled and the machine code read. Exit code 1 when a launch does not compile
-or breaks a rule: at most one value spilled, but for those that are used once per part of a map, at most 255
+or breaks a rule: at most one value spilled (not counting those that it uses once per part of a map), at most 255
 registers, shared memory within the GPU's limit, 128-bit loads and stores where a kernel moves maps, tensor-core
 instructions where it multiplies matrices.
 

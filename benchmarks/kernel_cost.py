@@ -26,7 +26,8 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 from fastdiff.kernels.launch import Launch, Work
 from torch import Tensor
 
-from benchmarks.machine_code import RETURNING, Code, Instruction, Wait, executions, stalls, started_early, waits
+from benchmarks.load_waits import Wait, stalls, waits
+from benchmarks.machine_code import RETURNING, Code, Instruction, executions, started_early
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import read_json
 from fastdiff.runtime.machine import GPUS

@@ -137,7 +137,9 @@ def likeliest(found: tuple[tuple[Place, ...], ...], other: tuple[Place, ...]) ->
     def likeness(chain: tuple[Place, ...]) -> tuple[int, float]:
         pairs = list(zip(reversed(chain), reversed(other), strict=False))
         shared = next((i for i, (one, two) in enumerate(pairs) if one != two), len(pairs))
-        (file, line), (other_file, other_line) = pairs[min(shared, len(pairs) - 1)]
+        if shared == len(pairs):
+            return shared, 0
+        (file, line), (other_file, other_line) = pairs[shared]
         return shared, -abs(line - other_line) if file == other_file else -math.inf
 
     return max(found, key=likeness)

@@ -333,7 +333,7 @@ def _norm_forward(
 ):  # fmt: skip
     C = C1 + C2
     if WHOLE:
-        splits = 1  # as a constant, for which no loop over splits is made
+        splits = 1  # a constant, so that the compiler makes no loop over splits
     maps = (x_ptr, second_ptr, second_bias_ptr, total_ptr)
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
@@ -533,7 +533,7 @@ def _norm_backward(
     """total_sums [B, C1] receives the sums of dtotal, and of dtotal_more with it, over an image's pixels."""
     C = C1 + C2
     if WHOLE:
-        splits = 1  # as a constant, for which no loop over splits is made
+        splits = 1  # a constant, so that the compiler makes no loop over splits
     affine = (weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride)
     walk = (splits, tiles, span, per_slab, per_row, chunks, r_slab, r_row, r_chunks)
     i_ticket = tl.program_id(0) if WHOLE else tl.atomic_add(counters_ptr, 1, sem="relaxed")

@@ -11,7 +11,7 @@ forward_bytes, backward_bytes
                 bytes read and written by fused ops on 16-bit maps, x in, y out:
 
                 convolution      forward x + y               backward x + 2 dy + dx (dx and dw each read dy)
-                group norm       forward x + y               backward x + dy + dx, what is read twice is in a cache
+                group norm       forward x + y               backward x + dy + dx (second reads come from a cache)
                 last layer       forward 2 x + 2 products of its taps + y, where the norm's share is x
                                  backward 2 x + dx + dy + 3 patches of dy, where the norm's share is x + dx
                                  (`kernels/output_layer.py`; with an fp32 body, a group norm and a convolution)

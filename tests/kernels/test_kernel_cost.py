@@ -16,7 +16,8 @@ from helpers import TESTS, tritons
 from benchmarks import kernel_cost
 from benchmarks.aot import broken_rules
 from benchmarks.kernel_cost import CLOCK, RAMP, Cost, Counts, Row, predict
-from benchmarks.machine_code import Code, Instruction, Wait, stalls, waits
+from benchmarks.load_waits import Wait, stalls, waits
+from benchmarks.machine_code import Code, Instruction
 from benchmarks.python_source import in_this_checkout
 from fastdiff.errors import UserError
 
