@@ -127,8 +127,8 @@ class Code:
     def _complete_places(self, file: str, kernel: str) -> None:
         """Lead each instruction's places up to the kernel; older versions of Triton tell only the first of them.
 
-        Where several chains of calls lead to an instruction, it gets the likeliest beside the nearest instruction in the
-        block that has only one.
+        Where several chains of calls lead to an instruction, it gets the likeliest beside the nearest instruction in
+        its block that has only one.
         """
         found = [chains(each.places, file, kernel) for each in self.instructions]
         before: tuple[Place, ...] = ()
