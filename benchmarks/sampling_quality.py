@@ -44,7 +44,7 @@ from benchmarks.image_features import (
 from fastdiff.config.checkpoint import Network, open_checkpoint, open_network
 from fastdiff.config.load import describe
 from fastdiff.errors import UserError, blaming
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.pixels import MODES, load_image
 from fastdiff.runtime.machine import device_name, use_free_cores
 from fastdiff.runtime.processes import current

@@ -21,24 +21,30 @@ from image_preparation import SAVE_OPTIONS, Target, Task, check_prefixes, prefix
 from preparation_cli import add_size, parser, run
 
 from fastdiff.errors import UserError
-from fastdiff.images.listing import Listing, index_images
+from fastdiff.images.labels import NoClasses, describe_classes, index_images
+from fastdiff.images.listing import Listing
 
 UNLABELLED = "image"
 
 
-def class_prefixes(listing: Listing, labels_mode: str) -> list[str]:
+def list_source(source: Path, rule: str) -> Listing:
+    """The images of the source with their classes; without any where nothing distinguishes classes."""
+    try:
+        return index_images(source, rule)
+    except NoClasses:
+        if rule != "auto":
+            raise
+        return index_images(source, "none")
+
+
+def class_prefixes(listing: Listing) -> list[str]:
     """The prefix of the names of each class, in the order of listing.class_names."""
-    by_name = labels_mode == "prefix" or (labels_mode == "auto" and set(listing.class_names) <= _file_names(listing))
-    if by_name and not any("_" in name for name in _file_names(listing)):
-        return [UNLABELLED] * len(listing.class_names)  # by the rule each image would be a class of its own
-    # Images beside the class folders are of class ".", which would begin a hidden file's name.
+    if not listing.class_names:
+        return [UNLABELLED]
+    # Images that lie in no folder below the source are of class ".", which would begin a hidden file's name.
     names = [listing.root.resolve().name if name == "." else name for name in listing.class_names]
     check_prefixes(names)
     return [prefix_of(name) for name in names]
-
-
-def _file_names(listing: Listing) -> set[str]:
-    return {name.rsplit("/", 1)[-1] for name in listing.names}
 
 
 def tasks(listing: Listing, prefixes: list[str], suffix: str) -> Iterator[Task]:
@@ -59,21 +65,20 @@ def main() -> None:
     )
     flags.add_argument(
         "--labels",
-        choices=["auto", "prefix", "folder"],
         default="auto",
-        help="class of an image: prefix (of its name, before the first underscore), folder (that holds it), or auto: "
-        "folder if all images lie in at least two subfolders and no name has an underscore, else prefix "
-        "(default: auto)",
+        metavar="auto|prefix|folder|none|FILE",
+        help="class of an image, as the trainer's --labels finds it (default: auto)",
     )
     add_size(flags, 64)
     args = flags.parse_args()
 
     if args.out.resolve().is_relative_to(args.source.resolve()):
         raise UserError(f"{args.out} lies in {args.source}, where its images would be taken for new ones")
-    listing = index_images(args.source, args.labels)
-    prefixes = class_prefixes(listing, args.labels)
+    listing = list_source(args.source, args.labels)
+    prefixes = class_prefixes(listing)
     target = Target(args.out, args.size, args.format)
     target.claim(len(listing.names), "folder.py", labels=args.labels, listing=listing.fingerprint)
+    print(describe_classes(listing), flush=True)
     summary = prepare(tasks(listing, prefixes, args.format), len(listing.names), target, args.workers)
     summary.check()
     print(summary.with_training())

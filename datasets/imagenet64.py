@@ -25,7 +25,7 @@ from preparation_cli import add_size, parser, run
 from tqdm import tqdm
 
 from fastdiff.errors import UserError
-from fastdiff.images.listing import EXTENSIONS, list_images
+from fastdiff.images.listing import is_data, is_image, list_images
 
 Listing = dict[str, list[tuple[str, Path | Slice]]]
 """Class → its pictures' names, sorted, and where each one lies."""
@@ -99,8 +99,8 @@ def _list_validation(source: Path, members: list[tarfile.TarInfo], val_labels: P
 
 
 def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix[1:].lower() in EXTENSIONS and not path.name.startswith(".")
+    *folders, file = PurePosixPath(name).parts
+    return is_image(file) and all(map(is_data, folders))
 
 
 def tasks(listing: Listing) -> Iterator[Task]:

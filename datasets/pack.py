@@ -22,8 +22,20 @@ from preparation_cli import add_size, parser, run
 from fastdiff.errors import UserError, blaming
 from fastdiff.images.cache.format import is_packed
 from fastdiff.images.cache.sharing import default_place, open_or_pack
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import describe_classes, index_images
+from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import MODES
+
+
+def labelled(data_dir: Path, rule: str) -> tuple[Listing, str]:
+    """The images with their classes, and the line that says which. What auto can't decide is packed without classes."""
+    try:
+        listing = index_images(data_dir, rule)
+    except UserError as error:
+        if rule != "auto":
+            raise
+        return index_images(data_dir, "none"), f"labels: none: {error}"
+    return listing, describe_classes(listing)
 
 
 def main() -> None:
@@ -38,11 +50,17 @@ def main() -> None:
         "--channels", type=int, choices=sorted(MODES), default=3, help="1 gray, 3 RGB, 4 RGBA (default: 3)"
     )
     add_size(flags, 64)
+    flags.add_argument(
+        "--labels",
+        default="auto",
+        metavar="auto|prefix|folder|none|FILE",
+        help="class of an image, as the trainer's --labels finds it (default: auto)",
+    )
     args = flags.parse_args()
 
     if is_packed(args.data_dir):
         raise UserError(f"--data_dir: {args.data_dir} is packed already; give the folder of images that it came from")
-    listing = index_images(args.data_dir)
+    listing, note = labelled(args.data_dir, args.labels)
     target = args.out or default_place(args.data_dir, args.size, args.channels)
     with blaming("--out"):
         if target.exists() and not is_packed(target) and (not target.is_dir() or any(target.iterdir())):
@@ -52,10 +70,11 @@ def main() -> None:
     height, width = args.size
     command = f"--data_dir {shlex.quote(str(target))} --image_size {height if height == width else f'{height}x{width}'}"
     command += f" --in_channels {args.channels}" if args.channels != 3 else ""
-    if 1 < len(listing.class_names) < len(listing.names):
+    if len(listing.class_names) > 1:
         command += f" --class_cond True --num_classes {len(listing.class_names)}"
     bad = len(packed.unreadable)
     notes = f" ({bad:,} unreadable, each replaced by the next one)" if bad else ""
+    print(note)
     print(
         f"{len(listing.names):,} images in {target}, {packed.pixels.nbytes / 1e9:.3g} GB{notes}; "
         f"to train on them: deepspeed fastdiff/train.py {command}"

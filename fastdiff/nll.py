@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         rank=processes.rank,
         world_size=processes.world_size,
         device=processes.device,
-        class_names=network.class_names or None if config.model.class_cond else None,
+        class_cond=config.model.class_cond,
+        class_names=network.class_names or None,
         limit=settings.num_samples,
     )
     if config.model.class_cond and len(loader.class_names) > config.model.num_classes:

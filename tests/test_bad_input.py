@@ -34,7 +34,7 @@ from helpers.tiny import (
 from fastdiff import nll, sample, super_res_sample, super_res_train, train
 from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.models import weights
 from fastdiff.sampling.settings import NllSettings
 from fastdiff.training.checkpoints.format import adam_state_dict

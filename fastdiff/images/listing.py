@@ -1,20 +1,22 @@
-"""Lists the images of a folder in a fixed order, with their classes."""
+"""Lists the images of a folder in a fixed order."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from fastdiff.errors import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
+NO_DATA = ("__MACOSX", "@eaDir")
+"""Folders that macOS (in archives) and Synology's servers make beside a user's files."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +29,31 @@ class Listing:
     labels: np.ndarray
     """Class of each image, int64 [N]."""
     class_names: list[str]
+    """Name of each class; empty where the images have none, whose labels are 0 then."""
+    labels_from: str = ""
+    """Where the classes were found, for messages: "folders", "prefixes", or the path of a file."""
 
     def path(self, index: int) -> Path:
         return self.root / self.names[index]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the names, 16 hex digits."""
+        """A hash of the names in their composed form, 16 hex digits."""
         digest = hashlib.sha256()
         for name in self.names:
-            digest.update(os.fsencode(name) + b"\0")
+            digest.update(os.fsencode(same_to_readers(name)) + b"\0")
         return digest.hexdigest()[:16]
 
     def first(self, count: int) -> Listing:
         """The first `count` images, with the class names of all."""
-        return Listing(self.root, self.names[:count], self.labels[:count], self.class_names)
+        return replace(self, names=self.names[:count], labels=self.labels[:count])
 
 
 def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
-    """All images below data_dir, depth first, with the files and folders of a folder in code-point order together."""
+    """All images below data_dir, depth first, with the files and folders of a folder in code-point order together.
+
+    Names are ordered in their composed form, so that a copy of the folder from another system has the same order.
+    """
     root = Path(data_dir)
     if not str(data_dir):
         raise UserError("no image folder is given: name one with --data_dir")
@@ -57,10 +65,28 @@ def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
         paths = list(_walk(root, frozenset()))
         if not paths:
             found = "holds no images" if any(root.iterdir()) else "is empty"
-            raise UserError(f"the image folder {root} {found}; files that end in {', '.join(EXTENSIONS)} count")
+            raise UserError(
+                f"the image folder {root} {found}; files that end in {', '.join(EXTENSIONS)} count, and no names that "
+                f"begin with a dot and no folders {' or '.join(NO_DATA)}"
+            )
     except OSError as error:
         raise UserError(f"the image folder {error.filename or root} can't be listed: {error.strerror}") from error
     return paths
+
+
+def is_data(name: str) -> bool:
+    """Whether a file or folder of that name may be part of a data set: hidden ones and those of NO_DATA are not."""
+    return not name.startswith(".") and name not in NO_DATA
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of that name counts as an image."""
+    return is_data(name) and "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS
+
+
+def same_to_readers(name: str) -> str:
+    """The name in Unicode's composed form (NFC). macOS decomposes names (NFD), which then look the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
@@ -68,57 +94,9 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     if identity in above:  # a link to a folder that contains it
         return
     with os.scandir(folder) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries)
-    for name, is_folder in found:
-        if is_folder:
+        found = sorted((same_to_readers(entry.name), entry.name, entry.is_dir()) for entry in entries)
+    for _, name, is_folder in found:
+        if is_folder and is_data(name):
             yield from _walk(folder / name, above | {identity})
-        elif "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
+        elif not is_folder and is_image(name):
             yield folder / name
-
-
-def label_images(
-    paths: Sequence[Path],
-    data_dir: str | os.PathLike[str],
-    labels_mode: Literal["auto", "prefix", "folder"] = "auto",
-    class_names: Sequence[str] | None = None,
-) -> tuple[np.ndarray, list[str]]:
-    """The class of each image, int64 [N], and the names of the classes, which are numbered in sorted order.
-
-    prefix: the file name up to its first underscore, or all of it if there is none.
-    folder: the folder that holds the image, relative to data_dir.
-    auto: folder if all images lie in at least two subfolders and no file name has an underscore, else prefix.
-    class_names are the classes of an earlier run, whose numbers are kept. Raises UserError for images of other classes.
-    """
-    if labels_mode == "auto":
-        folders = {path.parent for path in paths} if not any("_" in path.name for path in paths) else set()
-        by_folder = len(folders) > 1 and Path(data_dir) not in folders
-        labels_mode = "folder" if by_folder else "prefix"
-    if labels_mode == "folder":
-        parents = [path.parent for path in paths]
-        folder_class = {parent: parent.relative_to(data_dir).as_posix() for parent in set(parents)}
-        classes = [folder_class[parent] for parent in parents]
-    else:
-        classes = [path.name.split("_", 1)[0] for path in paths]
-    names = sorted(set(classes)) if class_names is None else list(class_names)
-    number = {name: i for i, name in enumerate(names)}
-    for path, name in zip(paths, classes, strict=True):
-        if name not in number:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            raise UserError(
-                f"{path} is of class {name!r} (labels by {labels_mode}), which is none of the {len(names)} classes "
-                f"that this run or checkpoint knows: {shown}"
-            )
-    return np.array([number[name] for name in classes], dtype=np.int64), names
-
-
-def index_images(
-    data_dir: str | os.PathLike[str],
-    labels_mode: Literal["auto", "prefix", "folder"] = "auto",
-    class_names: Sequence[str] | None = None,
-) -> Listing:
-    """List and label the images below data_dir."""
-    paths = list_images(data_dir)
-    labels, names = label_images(paths, data_dir, labels_mode, class_names)
-    root = Path(data_dir)
-    above = 0 if root == Path() else len(root.as_posix().rstrip("/")) + 1  # relative_to is slow for millions
-    return Listing(root, [path.as_posix()[above:] for path in paths], labels, names)

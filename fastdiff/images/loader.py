@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.images.listing import Listing
 from fastdiff.images.order import Order, share
 from fastdiff.images.reader import Reader
 
@@ -102,6 +103,10 @@ class Loader(ABC):
     @property
     def class_names(self) -> list[str]:
         return self._reader.listing.class_names
+
+    @property
+    def listing(self) -> Listing:
+        return self._reader.listing
 
     @property
     def labels(self) -> np.ndarray:

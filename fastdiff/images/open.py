@@ -14,7 +14,8 @@ from fastdiff.images.cache.format import Packed, is_packed, open_packed
 from fastdiff.images.cache.loader import PackedLoader
 from fastdiff.images.cache.sharing import default_place, open_or_pack
 from fastdiff.images.dali import DaliLoader
-from fastdiff.images.listing import Listing, index_images
+from fastdiff.images.labels import index_images
+from fastdiff.images.listing import Listing
 from fastdiff.images.loader import Loader, PillowLoader
 from fastdiff.images.order import Order
 from fastdiff.images.pixels import MODES
@@ -35,6 +36,7 @@ def open_images(
     world_size: int = 1,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    class_cond: bool = False,
     class_names: Sequence[str] | None = None,
     limit: int | None = None,
     build_cache: bool = True,
@@ -42,6 +44,7 @@ def open_images(
     """Open the images of settings.data_dir as batches for one rank. Raises UserError if the settings don't allow it.
 
     batch_size   The global batch size, over all ranks.
+    class_cond   Whether the images need classes, by settings.labels; without, all labels are 0.
     class_names  The classes of an earlier run, which determine the class numbers.
     limit        Use only the first images of the listing. Classes are still numbered over all images.
     build_cache  False: an existing cache is used, but none is built. The same holds with a limit.
@@ -54,7 +57,10 @@ def open_images(
         raise UserError(f"rank {rank} is not one of the {world_size} ranks, which count from 0")
     if limit is not None and limit < 1:
         raise UserError(f"at least one image must be read, not {limit}")
-    listing, packed = _find(settings, size_hw, channels, class_names, rank, build_cache and limit is None)
+    if class_cond and settings.labels == "none":
+        raise UserError("--labels none contradicts class_cond True; leave one of them out")
+    rule = settings.labels if class_cond else "none"
+    listing, packed = _find(settings, size_hw, channels, rule, class_names, rank, build_cache and limit is None)
     if limit is not None:
         listing = listing.first(limit)
     order = Order(len(listing.names), batch_size, seed, settings.shuffle, settings.drop_last)
@@ -78,6 +84,7 @@ def _find(
     settings: DataSettings,
     size_hw: tuple[int, int],
     channels: int,
+    rule: str,
     class_names: Sequence[str] | None,
     rank: int,
     build_cache: bool,
@@ -93,8 +100,8 @@ def _find(
     if packs:
         with blaming("--data_dir"):
             packed = open_packed(Path(settings.data_dir), size_hw, channels)
-        return packed.listing(settings.labels, class_names), packed
-    listing = index_images(settings.data_dir, settings.labels, class_names)
+        return packed.listing(rule, class_names), packed
+    listing = index_images(settings.data_dir, rule, class_names)
     if settings.cache == "none":
         return listing, None
     with blaming("--cache_dir"):

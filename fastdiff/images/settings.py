@@ -22,9 +22,10 @@ class DataSettings(Settings):
     and read at memory speed from then on. gpu: that file's content lies on the GPU (without one, in memory)."""
     cache_dir: str = ""
     """Folder for the cache of decoded images; empty for the one that holds data_dir."""
-    labels: Literal["auto", "prefix", "folder"] = "auto"
-    """Class of an image: prefix (of the file name, before the first underscore), folder (that holds it), or auto:
-    folder when every image lies in one of at least two subfolders and no file name has an underscore, else prefix."""
+    labels: str = "auto"
+    """Class of an image: prefix (of the file name, before the first underscore), folder (that holds it), none, or a
+    file that lists the classes (dataset.json as EDM has it, or a CSV of file and class); auto: the folder's
+    dataset.json, else folder or prefix, whichever tells classes apart; where both do differently, it refuses."""
     random_flip: bool = False
     """Mirror each image left to right with probability 1/2."""
     shuffle: bool = True

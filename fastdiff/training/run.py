@@ -16,6 +16,7 @@ from fastdiff import errors, precompile
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.errors import StopWith, UserError, blaming
+from fastdiff.images.labels import describe_classes
 from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
 from fastdiff.models import UNet, build_model
@@ -70,7 +71,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         processes = start_processes(settings.stall_minutes, early=packs)
         watchdog.progress("starting", LONG)
         snapshot, source = resume.agree_on_snapshot(processes, config, folder, snapshot, source)
-        notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
+        notes = [describe_classes(loader.listing)] if config.model.class_cond else []
+        notes += choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
         keep_channels_last(_was_channels_last(snapshot))
         open_things.enter_context(tf32(settings.allow_tf32))
         searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)
@@ -255,19 +257,22 @@ def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None
         world_size=processes.world_size,
         seed=config.train.seed,
         device=processes.device,
-        class_names=known if config.model.class_cond else None,
+        class_cond=config.model.class_cond,
+        class_names=known or None,
         build_cache=build_cache,
     )
     if config.model.class_cond:
         count = len(loader.class_names)
         if count < 2:
             raise UserError(
-                f"--class_cond: {config.data.data_dir} has one class only ({loader.class_names[0]}); name files "
-                "CLASS_anything, or sort them into class folders"
+                f"--class_cond: {config.data.data_dir} has one class only ({loader.class_names[0]}, from "
+                f"{loader.listing.labels_from}); name files CLASS_anything, sort them into class folders, or give "
+                "--labels"
             )
         if count > config.model.num_classes:
             raise UserError(
-                f"--class_cond: {config.data.data_dir} has {count} classes, the model {config.model.num_classes}; "
-                f"give --num_classes {count}"
+                f"--num_classes {config.model.num_classes}: {config.data.data_dir} has {count} classes "
+                f"({describe_classes(loader.listing)}); give --num_classes {count} if these are the right ones, "
+                "else --labels"
             )
     return loader

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers.preparation_scripts import call_script, fail, images, last_line, only_line, pixels, run_script, succeed
 
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.runtime.files import ProcessId
 
 NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -104,7 +104,7 @@ def test_archive(archive: Path, tmp_path: Path):
         f"100 images of 10 classes in {tmp_path}/cifar_train; to train on them: deepspeed fastdiff/train.py "
         f"--data_dir {tmp_path}/cifar_train --image_size 32 --class_cond True --num_classes 10"
     )
-    assert index_images(tmp_path / "cifar_train").class_names == NAMES
+    assert index_images(tmp_path / "cifar_train", "auto").class_names == NAMES
 
 
 def test_extracted_folder_and_python3_pickles(tmp_path: Path):

@@ -16,7 +16,7 @@ from helpers.preparation_scripts import (
 )
 from PIL import Image
 
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.pixels import load_image
 
 
@@ -33,7 +33,7 @@ def test_class_folders(tmp_path: Path):
     for i, path in enumerate(sorted(paths)):
         label = "dog" if i == 20 else "big-cats-lion"
         np.testing.assert_array_equal(pixels(out / f"{label}_{i:08d}.png"), load_image(path, (16, 16), "RGB"))
-    assert index_images(out).class_names == ["big-cats-lion", "dog"]
+    assert index_images(out, "auto").class_names == ["big-cats-lion", "dog"]
 
     (out / "dog_00000020.png").unlink()
     assert "(20 were there already)" in succeed(*command)

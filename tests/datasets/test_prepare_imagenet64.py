@@ -19,7 +19,7 @@ from helpers.preparation_scripts import (
 )
 from PIL import Image
 
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.pixels import load_image
 from fastdiff.runtime.files import ProcessId
 
@@ -61,7 +61,7 @@ def assert_whole(out: Path, size: tuple[int, int] = (64, 64)) -> None:
     assert images(out) == sorted(expected())
     for name, data in expected().items():
         np.testing.assert_array_equal(pixels(out / name), load_image(data, size, "RGB"))
-    assert index_images(out).class_names == sorted(CLASSES)
+    assert index_images(out, "auto").class_names == sorted(CLASSES)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from helpers.preparation_scripts import (
 )
 from PIL import Image
 
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.pixels import load_image
 
 lmdb = pytest.importorskip("lmdb")
@@ -60,7 +60,7 @@ def test_pixels_names_and_labels(database: Path, values: list[bytes], tmp_path: 
         np.testing.assert_array_equal(pixels(out / f"bedroom_{number:07d}.png"), load_image(value, (16, 16), "RGB"))
     assert last.startswith(f"{COUNT} images of 1 class in {out}; to train on them: ")
     assert last.endswith(f"--data_dir {out} --image_size 16")
-    assert index_images(out).class_names == ["bedroom"]
+    assert index_images(out, "auto").class_names == ["bedroom"]
 
 
 def test_picture_of_the_right_size_is_copied_exactly(database: Path, tmp_path: Path):

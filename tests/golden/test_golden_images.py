@@ -11,7 +11,7 @@ import torch
 from helpers.golden_cases import Case, cases
 from PIL import Image
 
-from fastdiff.images.listing import label_images, list_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.open import open_images
 from fastdiff.images.pixels import load_image
 from fastdiff.images.settings import DataSettings
@@ -20,11 +20,10 @@ from fastdiff.images.settings import DataSettings
 @cases("images")
 def test_listing_labels_and_shards(case: Case) -> None:
     folder = case.folder / "files"
-    paths = list_images(folder)
-    listing = [path.relative_to(folder).as_posix() for path in paths]
+    found = index_images(folder, "prefix")
+    listing = found.names
     assert listing == case.expected["listing"]
-    labels, _ = label_images(paths, folder, "prefix")
-    assert labels.tolist() == case.expected["labels"]
+    assert found.labels.tolist() == case.expected["labels"]
     for key, shard in case.expected["shards"].items():
         rank, size = map(int, key.split("/"))
         assert listing[rank::size] == shard
@@ -58,7 +57,7 @@ def test_loader(case: Case) -> None:
     settings = DataSettings(
         data_dir=str(case.folder / "files"), loader="pillow", labels="prefix", shuffle=False, drop_last=True
     )
-    with open_images(settings, size_hw=(size, size), channels=3, batch_size=batch) as loader:
+    with open_images(settings, size_hw=(size, size), channels=3, batch_size=batch, class_cond=True) as loader:
         count = len(case.data["out_loader_y"])
         batches = list(itertools.islice(loader, count))
         assert count == 2 * case.expected["loader_batches_per_epoch"]

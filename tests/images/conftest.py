@@ -72,11 +72,12 @@ def open_loader() -> Iterator[Callable[..., Loader]]:
         *,
         size_hw: tuple[int, int] = (32, 32),
         channels: int = 3,
+        class_cond: bool = False,
         **given: object,
     ) -> Loader:
         chosen = {name: given.pop(name) for name in list(given) if name in DataSettings.model_fields}
         settings = DataSettings(data_dir=str(data_dir), loader=loader, **chosen)
-        opened.append(open_images(settings, size_hw=size_hw, channels=channels, **given))
+        opened.append(open_images(settings, size_hw=size_hw, channels=channels, class_cond=class_cond, **given))
         return opened[-1]
 
     yield open_it

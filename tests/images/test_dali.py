@@ -134,7 +134,7 @@ def test_a_file_that_dali_refuses_does_not_affect_its_batch(tmp_path, photo, ope
     root = save_all(tmp_path / "one_bad", {f"{i}_.jpg": photo(60, 40 + i, i) for i in range(9)})
     whole = torch.cat([b.images for b in open_loader(root, "dali", batch_size=9, shuffle=False).once()])
     (root / "4_.jpg").write_bytes(broken_inside(photo(60, 40)))
-    loader = open_loader(root, "dali", batch_size=6, shuffle=False)
+    loader = open_loader(root, "dali", batch_size=6, shuffle=False, class_cond=True)
     batches = list(itertools.islice(loader, 6))
     expected = whole[[0, 1, 2, 3, 5, 5, 6, 7, 8]]
     assert torch.equal(torch.cat([b.images for b in batches]), torch.cat([expected] * 4))

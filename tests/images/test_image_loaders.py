@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from fastdiff.errors import UserError
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.loader import PillowLoader, to_device
 from fastdiff.images.open import open_images
 from fastdiff.images.pixels import load_image
@@ -47,7 +47,7 @@ def indices(root):
 
 
 def test_batches_are_bytes_with_labels_and_positions(loader_name, folder, open_loader):
-    loader = open_loader(folder, loader_name, size_hw=(24, 32), batch_size=5)
+    loader = open_loader(folder, loader_name, size_hw=(24, 32), batch_size=5, class_cond=True)
     assert loader.loader_name == loader_name
     assert loader.num_images == 12
     assert loader.class_names == ["a", "b", "c"]
@@ -147,14 +147,14 @@ def test_a_changed_folder_is_reported_at_a_resume(loader_name, many, open_loader
 
 def test_folders_smaller_than_a_batch_work(loader_name, folder, open_loader):
     for drop_last in (False, True):
-        loader = open_loader(folder, loader_name, batch_size=30, shuffle=False, drop_last=drop_last)
+        loader = open_loader(folder, loader_name, batch_size=30, shuffle=False, drop_last=drop_last, class_cond=True)
         images, labels, _ = take(loader, 2)
         assert labels.tolist() == (loader.labels.tolist() * 5)[:60]
         assert torch.equal(images[:12], images[48:])
 
 
 def test_dropping_the_last(loader_name, folder, open_loader):
-    loader = open_loader(folder, loader_name, batch_size=5, shuffle=False, drop_last=True)
+    loader = open_loader(folder, loader_name, batch_size=5, shuffle=False, drop_last=True, class_cond=True)
     assert take(loader, 4)[1].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0, 1] * 2
 
 
@@ -164,7 +164,14 @@ def test_once_shows_every_image_once(loader_name, many, open_loader):
         seen = []
         for rank in range(world_size):
             loader = open_loader(
-                many, loader_name, size_hw=(8, 8), batch_size=48, rank=rank, world_size=world_size, random_flip=True
+                many,
+                loader_name,
+                size_hw=(8, 8),
+                batch_size=48,
+                rank=rank,
+                world_size=world_size,
+                random_flip=True,
+                class_cond=True,
             )
             next(loader)
             batches = list(loader.once())
@@ -179,7 +186,7 @@ def test_once_shows_every_image_once(loader_name, many, open_loader):
 
 
 def test_a_limit_keeps_the_first_images_and_all_classes(loader_name, many, open_loader):
-    loader = open_loader(many, loader_name, size_hw=(8, 8), batch_size=4, limit=6)
+    loader = open_loader(many, loader_name, size_hw=(8, 8), batch_size=4, limit=6, class_cond=True)
     assert loader.num_images == 6
     assert len(loader.class_names) == 7
     assert [len(b.images) for b in loader.once()] == [4, 2]
@@ -281,10 +288,12 @@ def test_requests_that_can_not_be_met_are_refused(folder):
         ({"batch_size": 0}, "batch size 0"),
         ({"rank": 1}, "rank 1"),
         ({"limit": 0}, "at least one image"),
-        ({"class_names": ["a", "b"]}, "'c'.*none of the 2 classes"),
+        ({"class_names": ["a", "b"], "class_cond": True}, "'c'.*none of the 2 classes"),
     ]:
         with pytest.raises(UserError, match=words):
             open_images(settings, **(good | wrong))
+    with pytest.raises(UserError, match="--labels none contradicts class_cond True"):
+        open_images(settings.model_copy(update={"labels": "none"}), class_cond=True, **good)
     with pytest.raises(UserError, match="no image folder is given"):
         open_images(DataSettings(), **good)
 

@@ -1,14 +1,15 @@
-"""The images of a folder, their order and their classes."""
+"""The images of a folder and their order."""
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fastdiff.errors import UserError
-from fastdiff.images.listing import index_images, label_images, list_images
+from fastdiff.images.labels import index_images
+from fastdiff.images.listing import list_images
 
 
 def touch(root: Path, *names: str) -> list[Path]:
@@ -51,56 +52,42 @@ def test_errors_name_the_folder_and_what_is_wrong(tmp_path):
             list_images(given)
 
 
-def test_prefix_labels_end_at_the_first_underscore(tmp_path):
-    paths = touch(tmp_path, "cat_1_2.png", "plain.png", "bird_x.jpg", "sub_dir/cat_9.png", "_odd.png", "Zebra_1.png")
-    labels, names = label_images(paths, tmp_path, "prefix")
-    assert names == ["", "Zebra", "bird", "cat", "plain.png"]
-    assert labels.dtype == np.int64
-    assert labels.tolist() == [3, 4, 2, 3, 0, 1]
+def test_hidden_files_and_folders_and_those_of_other_systems_are_no_data(tmp_path):
+    touch(
+        tmp_path, "cat/1.jpg", "cat/._1.jpg", ".ipynb_checkpoints/1-checkpoint.jpg", "cat/.cache/2.jpg", ".hidden.png"
+    )
+    touch(tmp_path, "__MACOSX/cat/._1.jpg", "__MACOSX/cat/1.jpg", "cat/@eaDir/1.jpg/THUMB_M.jpg", "dog/__MACOSX/2.jpg")
+    assert [path.relative_to(tmp_path).as_posix() for path in list_images(tmp_path)] == ["cat/1.jpg"]
+    with pytest.raises(UserError, match="holds no images.*begin with a dot.*__MACOSX"):
+        list_images(tmp_path / "dog")
+    assert list_images(tmp_path / ".ipynb_checkpoints")  # the folder that was asked for may have any name
 
 
-def test_folder_labels_are_the_relative_folder(tmp_path):
-    paths = touch(tmp_path, "dogs/1.png", "cats/big/1.png", "cats/2.png", "3.png")
-    labels, names = label_images(paths, tmp_path, "folder")
-    assert names == [".", "cats", "cats/big", "dogs"]
-    assert labels.tolist() == [3, 2, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        (("dogs/1.png", "cats/1.png"), ["cats", "dogs"]),
-        (("dogs/1.png", "cats/1.png", "2.png"), ["1.png", "2.png"]),  # one lies in no subfolder
-        (("dogs/1.png", "cats/a_1.png"), ["1.png", "a"]),  # a name with an underscore
-        (("dogs/1.png", "dogs/2.png"), ["1.png", "2.png"]),  # a single folder
-        (("my_dogs/1.png", "my_cats/1.png"), ["my_cats", "my_dogs"]),  # underscores of folders don't count
-    ],
-)
-def test_auto_labels(tmp_path, files, expected):
-    assert label_images(touch(tmp_path, *files), tmp_path, "auto")[1] == expected
-
-
-def test_given_classes_fix_the_numbers(tmp_path):
-    paths = touch(tmp_path, "b_1.png", "d_1.png")
-    labels, names = label_images(paths, tmp_path, "prefix", ["a", "b", "c", "d"])
-    assert labels.tolist() == [1, 3]
-    assert names == ["a", "b", "c", "d"]
-    with pytest.raises(UserError, match="d_1.png is of class 'd'.*none of the 2 classes.*a, b"):
-        label_images(paths, tmp_path, "prefix", ["a", "b"])
+def test_composed_and_decomposed_names_have_one_order_and_fingerprint(tmp_path):
+    """macOS writes é as two characters, of which the first sorts before f."""
+    listings = []
+    for form in ("NFC", "NFD"):
+        touch(tmp_path / form, *(unicodedata.normalize(form, name) for name in ("éa_1.png", "f_1.png", "zoé_2.png")))
+        listings.append(index_images(tmp_path / form, "auto"))
+    composed, decomposed = listings
+    assert composed.names != decomposed.names
+    assert composed.fingerprint == decomposed.fingerprint
+    assert composed.class_names == decomposed.class_names == ["f", "zoé", "éa"]
+    assert composed.labels.tolist() == decomposed.labels.tolist()
 
 
 def test_names_are_relative_however_the_folder_is_given(tmp_path, monkeypatch):
-    touch(tmp_path, "data/a.png", "data/x/b.png")
+    touch(tmp_path, "data/a_1.png", "data/x/b_1.png")
     monkeypatch.chdir(tmp_path / "data")
     for given in (".", "../data", "../data/", tmp_path / "data"):
         listing = index_images(given)
-        assert listing.names == ["a.png", "x/b.png"]
-        assert listing.path(1).samefile(tmp_path / "data/x/b.png")
+        assert listing.names == ["a_1.png", "x/b_1.png"]
+        assert listing.path(1).samefile(tmp_path / "data/x/b_1.png")
 
 
 def test_a_part_of_a_listing_keeps_the_classes_of_the_whole(tmp_path):
     touch(tmp_path, "a_1.png", "z_1.png", "zz_1.png")
-    whole = index_images(tmp_path)
+    whole = index_images(tmp_path, "auto")
     part = whole.first(2)
     assert part.names == ["a_1.png", "z_1.png"]
     assert part.class_names == ["a", "z", "zz"]

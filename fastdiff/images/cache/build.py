@@ -10,6 +10,7 @@ request is a line of JSON with names of images, the answer a line of JSON with t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -33,7 +34,8 @@ from tqdm import tqdm
 import fastdiff
 from fastdiff.errors import UserError
 from fastdiff.images.cache.format import LABELS, NAMES, PIXELS, RECORD, describe, replacements, whole_record
-from fastdiff.images.listing import Listing, label_images
+from fastdiff.images.labels import label_images
+from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import MODES, load_image
 from fastdiff.images.reader import Reader, what_is_wrong
 from fastdiff.runtime.files import write_json
@@ -219,13 +221,26 @@ class _Build:
     def _finish(self) -> None:
         """Write the small files, and rename the folder to the target."""
         names, reasons = self.listing.names, self.reader.reasons
-        labels, class_names = label_images([self.listing.path(i) for i in range(len(names))], self.listing.root)
-        np.save(self.partial / LABELS, labels[replacements(len(names), reasons)])
+        listing = self._labelled()
+        if listing.labels_from:
+            np.save(self.partial / LABELS, listing.labels[replacements(len(names), reasons)])
         write_json(self.partial / NAMES, names)
         unreadable = [{"index": i, "name": names[i], "reason": reasons[i]} for i in sorted(reasons)]
-        write_json(self.partial / RECORD, whole_record(self.made_of, class_names, unreadable))
+        write_json(self.partial / RECORD, whole_record(self.made_of, listing, unreadable))
         self.partial.rename(self.target)
         (self.target / STATE).unlink()
+
+    def _labelled(self) -> Listing:
+        """The listing with its classes; a run that needs none packs those that the rule auto finds."""
+        if self.listing.labels_from:
+            return self.listing
+        try:
+            found = label_images(self.listing.names, self.listing.root)
+        except UserError:
+            return self.listing
+        return dataclasses.replace(
+            self.listing, labels=found.labels, class_names=found.names, labels_from=found.found_in
+        )
 
 
 class Decoder:

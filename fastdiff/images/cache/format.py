@@ -1,9 +1,10 @@
 """The format of a packed folder: the images of a data set, decoded once at one size, to be read at memory speed.
 
     pixels.npy   uint8 [N, H, W, C]: np.load("pixels.npy", mmap_mode="r")
-    labels.npy   int64 [N], classes by the rule `auto`
+    labels.npy   int64 [N], where the images have classes
     names.json   path of each image below the folder that it came from
-    packed.json  size, channels, recipe, class names, unreadable images, and hashes that identify the original folder
+    packed.json  size, channels, recipe, class names and where they were found, unreadable images, and hashes that
+                 identify the original folder
 
 Row i is image i of the listing; an unreadable image has the row and the label of its replacement, the next readable
 one. The folder is written under another name and renamed at the end, so a folder that holds packed.json is complete.
@@ -15,15 +16,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import PIL
 
 from fastdiff.errors import UserError
-from fastdiff.images.listing import Listing, label_images
+from fastdiff.images.labels import label_images, number_classes
+from fastdiff.images.listing import Listing
 
 PIXELS, LABELS, NAMES, RECORD = "pixels.npy", "labels.npy", "names.json", "packed.json"
 FORMAT = 1
@@ -83,18 +85,36 @@ class Packed:
         """Index of each image that couldn't be read, and the reason."""
         return {int(entry["index"]): str(entry["reason"]) for entry in self.record["unreadable"]}
 
-    def listing(
-        self, labels_mode: Literal["auto", "prefix", "folder"] = "auto", class_names: Sequence[str] | None = None
-    ) -> Listing:
-        """The listing that `index_images` returned for the original folder, with paths below this folder."""
+    def listing(self, rule: str = "auto", class_names: Sequence[str] | None = None) -> Listing:
+        """The listing that `index_images` returned for the original folder, with paths below this folder.
+
+        The rule auto takes the classes with which the folder was packed, if it has any.
+        """
         names = _read_json(self.folder, NAMES)
         if not isinstance(names, list) or not all(isinstance(name, str) and _is_path(name) for name in names):
             raise _damaged(self.folder, f"{NAMES} is no list of names")
-        labels, classes = label_images([self.folder / name for name in names], self.folder, labels_mode, class_names)
-        listing = Listing(self.folder, names, labels, classes)
-        if listing.fingerprint != self.record["listing"]:
+        unlabelled = Listing(self.folder, names, np.zeros(len(names), dtype=np.int64), [])
+        if unlabelled.fingerprint != self.record["listing"]:
             raise _damaged(self.folder, f"{NAMES} lists other images than {RECORD}")
-        return listing
+        found_in = self.record.get("labels_from")  # in folders of version 0.1 there is none
+        if rule == "auto" and found_in:
+            order = self.record["class_names"]
+            classes = number_classes(self._classes(), names, self.folder, str(found_in), class_names, order)
+        else:
+            classes = label_images(names, self.folder, rule, class_names)
+        return replace(unlabelled, labels=classes.labels, class_names=classes.names, labels_from=classes.found_in)
+
+    def _classes(self) -> list[str]:
+        """The name of each image's class as it was packed."""
+        names = self.record["class_names"]
+        try:
+            labels = np.load(self.folder / LABELS)
+        except Exception as error:  # numpy and Python's tokenizer, which reads the header, raise many types
+            raise _damaged(self.folder, f"{LABELS}: {error}") from None
+        whole = labels.dtype == np.int64 and labels.shape == (len(self.pixels),)
+        if not whole or not ((labels >= 0) & (labels < len(names))).all() or not all(isinstance(n, str) for n in names):
+            raise _damaged(self.folder, f"{LABELS} doesn't hold the classes of {len(self.pixels)} images")
+        return [names[label] for label in labels.tolist()]
 
     def check_same(self, listing: Listing) -> None:
         """Raise UserError unless the folder was packed from the listing's images."""
@@ -152,10 +172,10 @@ def _check(record: dict[str, Any]) -> None:
             raise ValueError("no image")
 
 
-def whole_record(described: dict[str, Any], class_names: list[str], unreadable: list[dict[str, Any]]) -> dict[str, Any]:
+def whole_record(described: dict[str, Any], listing: Listing, unreadable: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of packed.json."""
-    more = {"recipe": RECIPE, "pillow": PIL.__version__, "class_names": class_names, "unreadable": unreadable}
-    return {**described, **more}
+    classes = {"class_names": listing.class_names, "labels_from": listing.labels_from}
+    return {**described, "recipe": RECIPE, "pillow": PIL.__version__, **classes, "unreadable": unreadable}
 
 
 def _shape(height: int, width: int, channels: int) -> str:

@@ -25,7 +25,7 @@ from fastdiff.images.cache.build import Decoder, pack, partial_of, read_state
 from fastdiff.images.cache.format import is_packed, replacements
 from fastdiff.images.cache.loader import PackedLoader, mirror
 from fastdiff.images.cache.sharing import default_place, open_or_pack, together
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.open import open_images
 from fastdiff.images.pixels import load_image
 from fastdiff.images.settings import DataSettings
@@ -287,7 +287,7 @@ def test_others_can_read_it(folder):
     assert names == index_images(folder).names
     for name, row in zip(names, pixels, strict=True):
         np.testing.assert_array_equal(row, load_image(folder / name, (16, 24), "RGB"))
-    assert np.load(place / "labels.npy").tolist() == index_images(folder).labels.tolist()
+    assert np.load(place / "labels.npy").tolist() == index_images(folder, "auto").labels.tolist()
     record = json.loads((place / "packed.json").read_text())
     assert (record["num_images"], record["size"], record["channels"]) == (12, [16, 24], 3)
     assert record["class_names"] == ["a", "b", "c"]
@@ -297,14 +297,41 @@ def test_a_packed_folder_is_a_data_set(folder, open_loader):
     place = pack_folder(folder)
     pillow = take(open_loader(folder, "pillow", batch_size=5, random_flip=True), 6)
     state = open_loader(folder, "pillow", batch_size=5).state_dict()
+    labelled = take(open_loader(folder, "pillow", batch_size=5, random_flip=True, class_cond=True), 6)
     moved = place.rename(folder.parent / "elsewhere")
     shutil.rmtree(folder)
     for cache in ("none", "disk", "gpu"):
         loader = open_loader(moved, "auto", cache=cache, batch_size=5, random_flip=True)
         assert loader.state_dict() == state
         assert_same(take(loader, 6), pillow)
-    by_folder = open_loader(moved, "auto", labels="folder", batch_size=5)
+        loader = open_loader(moved, "auto", cache=cache, batch_size=5, random_flip=True, class_cond=True)
+        assert_same(take(loader, 6), labelled)
+    by_folder = open_loader(moved, "auto", labels="folder", batch_size=5, class_cond=True)
     assert by_folder.class_names == [".", "deep"]
+
+
+def test_a_packed_folder_keeps_the_classes_of_a_file(folder, open_loader):
+    """The file is not needed any more, and neither are the images."""
+    names = index_images(folder).names
+    words = ["dog" if i % 3 else "ape" for i in range(len(names))]
+    file = folder / "dataset.json"
+    file.write_text(json.dumps({"labels": [list(pair) for pair in zip(names, words, strict=True)]}))
+    place = pack_folder(folder)
+    shutil.rmtree(folder)
+    loader = open_loader(place, "auto", batch_size=5, class_cond=True)
+    assert loader.listing.labels_from == str(file)
+    assert loader.class_names == ["ape", "dog"]
+    assert [loader.class_names[label] for label in loader.labels] == words
+    known = open_loader(place, "auto", batch_size=5, class_cond=True, class_names=["dog", "eel", "ape"])
+    assert [known.class_names[label] for label in known.labels] == words
+    assert open_loader(place, "auto", labels="prefix", batch_size=5, class_cond=True).class_names == ["a", "b", "c"]
+    np.save(place / "labels.npy", np.arange(12))
+    with pytest.raises(UserError, match="labels.npy doesn't hold the classes of 12 images"):
+        open_loader(place, "auto", batch_size=5, class_cond=True)
+    record = json.loads((place / "packed.json").read_text())
+    del record["labels_from"]  # as version 0.1 wrote it
+    (place / "packed.json").write_text(json.dumps(record))
+    assert open_loader(place, "auto", batch_size=5, class_cond=True).class_names == ["a", "b", "c"]
 
 
 def test_the_second_start_packs_nothing(folder, open_loader, monkeypatch):
@@ -417,7 +444,7 @@ def test_another_process_goes_on_when_the_builder_dies(damaged):
     script = f"""
 import sys, time
 from fastdiff.images.cache import build, sharing
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 reference = build.Reader.reference
 def slow(self, index, data):
     if index >= 64: time.sleep(60)

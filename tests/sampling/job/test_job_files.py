@@ -21,7 +21,7 @@ from helpers.tiny import files, nothing_written
 from PIL import Image
 
 from fastdiff.errors import UserError
-from fastdiff.images.listing import label_images, list_images
+from fastdiff.images.labels import index_images
 from fastdiff.sampling.job import outputs, progress
 from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, split
 from fastdiff.sampling.job.claims import Claims
@@ -97,11 +97,11 @@ def test_returned_files(folder: Path) -> None:
 
 def test_pngs_are_a_folder_to_train_on(folder: Path) -> None:
     run(folder, job(23, save_as=("png",)))
-    found = list_images(folder / "images")
-    assert len(found) == 23
-    numbers, classes = label_images(found, folder / "images")
+    found = index_images(folder / "images", "auto")
+    assert len(found.names) == 23
+    classes = found.class_names
     assert sorted(classes) == sorted(["ape", "big-bee", "cat-2", "dog", "ünd"])
-    for path, number in zip(found, numbers, strict=True):
+    for path, number in zip(map(found.path, range(23)), found.labels, strict=True):
         index = index_in(path.name)
         assert index is not None
         assert path.name == file_name(index, int(labels(np.array([index]))[0]), class_words(CLASSES))

@@ -22,7 +22,7 @@ import torch
 from helpers.tiny import SUPER_RES, pictures
 
 from fastdiff.images.cache.build import pack
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.images.open import open_images
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import SuperResSettings

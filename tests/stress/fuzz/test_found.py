@@ -19,7 +19,7 @@ from fastdiff.config.load import describe
 from fastdiff.errors import UserError
 from fastdiff.images.cache.build import pack
 from fastdiff.images.cache.format import open_packed
-from fastdiff.images.listing import index_images
+from fastdiff.images.labels import index_images
 from fastdiff.models import UNetSettings, weights
 from fastdiff.runtime.files import read_json
 from fastdiff.sampling.job.chunks import DamagedFile, Store
