@@ -49,7 +49,7 @@ from fastdiff.images.pixels import MODES, load_image
 from fastdiff.runtime.machine import device_name, use_free_cores
 from fastdiff.runtime.processes import current
 from fastdiff.runtime.script import run_script
-from fastdiff.sampling.conditioning import Labels
+from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import SampleSettings
 

@@ -30,8 +30,8 @@ from fastdiff.models import BackboneSettings, SuperResSettings
 from fastdiff.ops import Kernels, choose_kernels
 from fastdiff.runtime.machine import tf32
 from fastdiff.runtime.processes import current
-from fastdiff.sampling.build import labels_of
-from fastdiff.sampling.conditioning import as_low_res
+from fastdiff.sampling.labels import Labels, label_numbers, labels_in_python
+from fastdiff.sampling.low_res import as_low_res
 from fastdiff.sampling.pictures import grid, non_finite, save_grid
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import SampleSettings
@@ -50,12 +50,13 @@ _BAR = "{l_bar}{bar}| {n:.1f}/{total} images [{elapsed}<{remaining}, {rate_fmt}]
 @dataclass(frozen=True)
 class Samples:
     """Images [n, H, W, C] uint8, their labels [n] int64 (None without classes), and the seed and numbers [n] that
-    identify them."""
+    identify them. class_names are the names of the classes by label, empty where the checkpoint stores none."""
 
     images: np.ndarray
     labels: np.ndarray | None
     seed: int
     index: np.ndarray
+    class_names: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,7 +72,8 @@ class Samples:
             save_grid(path, self.images, columns)
             return
         labels = {} if self.labels is None else {"arr_1": self.labels}
-        arrays = {"arr_0": self.images, **labels, "seed": np.int64(self.seed), "index": self.index}
+        names = {"class_names": np.array(self.class_names, dtype=np.str_)} if labels and self.class_names else {}
+        arrays = {"arr_0": self.images, **labels, **names, "seed": np.int64(self.seed), "index": self.index}
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
 
@@ -138,7 +140,7 @@ class Model:
         self,
         n: int = 16,
         *,
-        classes: str | int | Sequence[str | int] = "",
+        classes: str | int | Sequence[str | int] | np.ndarray = "",
         solver: str = SOLVER,
         steps: int = STEPS,
         seed: int = 0,
@@ -149,7 +151,8 @@ class Model:
     ) -> Samples:
         """Draw images start to start + n - 1 of the job that the settings describe, the same ones as sample.py.
 
-        classes   names or numbers that are used in turn, or any text that --classes accepts.
+        classes   a class, or a list or array of them that is used in turn: whole numbers are labels, texts are names.
+                  A single text may be anything that --classes accepts.
         steps     0: every step that the checkpoint's timestep_respacing keeps.
         guide     a weaker model, for autoguidance.
         settings  further settings named in `DRAWING`: spacing, eta, guidance, batch_size, …
@@ -157,16 +160,14 @@ class Model:
         """
         if isinstance(self.settings, SuperResSettings):
             raise UserError("sample: this model enlarges images; call enlarge")
-        if isinstance(classes, Sequence) and not isinstance(classes, str):
-            classes = ",".join(map(str, classes))
-        given = {"solver": solver, "steps": steps, "seed": seed, "classes": str(classes), **settings}
-        sampler = self._sampler_of(given, guide, n)
+        given = {"solver": solver, "steps": steps, "seed": seed, **settings}
+        sampler = self._sampler_of(given, guide, n, labels=self._labels(classes))
         return self._draw(sampler, seed, start, n, progress)
 
     def enlarge(
         self,
         images: np.ndarray,
-        labels: np.ndarray | None = None,
+        labels: Sequence[str | int] | np.ndarray | None = None,
         *,
         solver: str = SOLVER,
         steps: int = STEPS,
@@ -176,34 +177,36 @@ class Model:
     ) -> Samples:
         """Enlarge small images [n, h, w, C] uint8 with a super-resolution model.
 
-        labels [n] are the classes of the images, for a class-conditional model.
+        labels [n] are the classes of the images, by number or name, for a class-conditional model.
         Raises UserError for images of another size and for settings that are not allowed.
         """
         wanted = self.settings
         if not isinstance(wanted, SuperResSettings):
             raise UserError("enlarge: this model draws images; call sample")
         with blaming("enlarge"):
-            classes = _checked_labels(wanted, wanted.small_size, images, labels)
+            classes = self._checked_labels(wanted.small_size, images, labels)
 
         def inputs(index: Tensor) -> dict[str, Tensor]:
             given = {"low_res": as_low_res(images[index.cpu().numpy()], index.device)}
             return given if classes is None else {**given, "y": classes.to(index.device)[index]}
 
         chosen = {"solver": solver, "steps": steps, "seed": seed, **settings}
-        sampler = self._sampler_of(chosen, None, len(images), inputs)
+        sampler = self._sampler_of(chosen, None, len(images), inputs=inputs)
         return self._draw(sampler, seed, 0, len(images), progress)
 
-    def encode(self, images: np.ndarray, labels: np.ndarray | None = None, *, steps: int = 100) -> Tensor:
+    def encode(
+        self, images: np.ndarray, labels: Sequence[str | int] | np.ndarray | None = None, *, steps: int = 100
+    ) -> Tensor:
         """Encode images [n, H, W, C] uint8 into the noise [n, C, H, W] float32 from which DDIM draws them again.
 
-        labels [n] are the classes of the images, for a class-conditional model. Raises UserError for images and steps
-        that don't fit the model.
+        labels [n] are the classes of the images, by number or name, for a class-conditional model. Raises UserError
+        for images and steps that don't fit the model.
         """
         process, settings = self.network.diffusion, self.settings
         if isinstance(settings, SuperResSettings):
             raise UserError("encode: this model enlarges images; give one that draws them")
         with blaming("encode"):
-            classes = _checked_labels(settings, settings.size_hw, images, labels)
+            classes = self._checked_labels(settings.size_hw, images, labels)
         try:
             kept = keep_steps(process, steps, "uniform", float("inf")) if steps else None
         except ValueError as error:
@@ -219,7 +222,13 @@ class Model:
         return x
 
     def _sampler_of(
-        self, given: dict[str, Any], guide: Model | None, count: int, inputs: Inputs | None = None
+        self,
+        given: dict[str, Any],
+        guide: Model | None,
+        count: int,
+        *,
+        labels: Labels | None = None,
+        inputs: Inputs | None = None,
     ) -> Sampler:
         """The sampler for these settings. It is kept for the next call with the same: it holds compiled code."""
         for name in given:
@@ -228,11 +237,9 @@ class Model:
         settings = validated(SampleSettings, {**self._defaults, **given})
         if guide is not None and settings.guidance == 1:
             raise UserError("guide needs a guidance other than 1")
-        key = (settings, guide, count)
+        key = (settings, guide, count, labels)
         if inputs is None and self._sampler is not None and self._sampler[0] == key:
             return self._sampler[1]
-        with blaming("classes"):
-            labels = None if inputs else labels_of(self.network, settings.classes)
         sampler = Sampler(
             self.network,
             settings,
@@ -251,21 +258,29 @@ class Model:
         with tqdm(total=n, unit="image", disable=not progress, bar_format=_BAR) as bar:
             on_progress: Callable[[float], Any] = bar.update
             drawn = sampler.draw(index, on_progress)
-        return Samples(drawn.images, drawn.labels, seed, index)
+        return Samples(drawn.images, drawn.labels, seed, index, tuple(self.class_names))
 
-
-def _checked_labels(
-    settings: BackboneSettings, size_hw: tuple[int, int], images: np.ndarray, labels: np.ndarray | None
-) -> Tensor | None:
-    """The labels as [n] int64, or None. UserError unless images are [n, *size_hw, C] uint8 and labels fit the model."""
-    shape, count = (*size_hw, settings.in_channels), len(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not count:
-        raise UserError(f"images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
-    if (labels is not None) != settings.class_cond:
-        says = "needs labels, one for each image" if settings.class_cond else "has no classes; leave labels out"
-        raise UserError(f"the model {says}")
-    if labels is None:
+    def _labels(self, classes: Any) -> Labels | None:
+        """The classes to draw; None for a model without classes."""
+        with blaming("classes"):
+            if self.settings.class_cond:
+                return labels_in_python(classes, self.class_names, self.network.known_classes)
+            if np.size(classes) and not (isinstance(classes, str) and not classes):
+                raise UserError("the model is not class-conditional")
         return None
-    if np.shape(labels) != (count,) or not all(0 <= label < settings.num_labels for label in labels):
-        raise UserError(f"labels must be {count} numbers from 0 to {settings.num_labels - 1}")
-    return torch.from_numpy(np.asarray(labels, dtype=np.int64))
+
+    def _checked_labels(self, size_hw: tuple[int, int], images: np.ndarray, labels: Any) -> Tensor | None:
+        """The labels as [n] int64, or None. UserError unless images are [n, *size_hw, C] uint8 and labels fit."""
+        settings = self.settings
+        shape, count = (*size_hw, settings.in_channels), len(images)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not count:
+            raise UserError(f"images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
+        if (labels is not None) != settings.class_cond:
+            says = "needs labels, one for each image" if settings.class_cond else "has no classes; leave labels out"
+            raise UserError(f"the model {says}")
+        if labels is None:
+            return None
+        numbers = label_numbers(labels, self.class_names, settings.num_labels)
+        if np.shape(labels) != (count,):
+            raise UserError(f"labels must be {count} numbers or names, one for each image, not {len(numbers)}")
+        return torch.tensor(numbers, dtype=torch.int64)

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.config.checkpoint import named, open_network
     from fastdiff.diffusion import create_diffusion
     from fastdiff.errors import UserError, blaming
+    from fastdiff.images.labels import check_classes, describe_classes
     from fastdiff.images.open import open_images
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.machine import tf32
@@ -56,11 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         class_names=network.class_names or None,
         limit=settings.num_samples,
     )
-    if config.model.class_cond and len(loader.class_names) > config.model.num_classes:
-        raise UserError(
-            f"--data_dir: {config.data.data_dir} has {len(loader.class_names)} classes, the model "
-            f"{config.model.num_classes}"
-        )
+    if config.model.class_cond:
+        check_classes(loader.listing, network.class_names, config.model.num_classes)
+        chosen = [describe_classes(loader.listing), *chosen]
     with blaming("--out_dir"):
         folder = make_writable(output_folder(settings.out_dir, "runs/nll"))
     diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)

@@ -2,8 +2,9 @@
 
     python fastdiff/super_res_sample.py --model_path runs/super_res --base_samples samples_64x64x64x3.npz
 
-The small images come from an npz as sample.py writes it, or from a folder of pictures. Writes samples_NxHxWxC.npz and
-a PNG grid. The same command again goes on where it was stopped.
+The small images come from an npz as sample.py writes it, a folder of pictures, whose names the results keep with
+--save_as png, or a single picture. Writes samples_NxHxWxC.npz and a PNG grid. The same command again goes on where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -38,8 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     del checkpoint  # its weights are in the network
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)
     identity = {"base_samples": base.digest}
-    note = f", enlarged from {len(base)}"
-    run(sampler, settings, join(group=False), notes=kernels, count=count, identity=identity, note=note)
+    note = f", enlarged from the {len(base)} in {base.path}"
+    run(
+        sampler, settings, join(group=False), notes=kernels, count=count, identity=identity, names=base.names, note=note
+    )
 
 
 if __name__ == "__main__":

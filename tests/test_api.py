@@ -50,9 +50,43 @@ def test_saving(checkpoint: Path, tmp_path: Path) -> None:
     samples.save(tmp_path / "a.png")
     with np.load(tmp_path / "a.npz") as content:
         np.testing.assert_array_equal(content["arr_0"], samples.images)
-        assert set(content) == {"arr_0", "arr_1", "seed", "index"}
+        assert set(content) == {"arr_0", "arr_1", "class_names", "seed", "index"}
+        assert content["class_names"].tolist() == CLASSES
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == samples.grid().size
+
+
+def test_whole_numbers_are_labels_and_texts_are_names(tmp_path: Path) -> None:
+    """Also where the names are numbers, of which "2" is class 1 here."""
+    names = ["1", "2", "3", "10"]
+    model = fastdiff.load(save(unet(class_cond=True, num_classes=4), tmp_path / "model.pt", names))
+    numbers = np.array([2, 0, 3])
+    for classes in ([2, 0, 3], (2, 0, 3), numbers, numbers.astype(np.uint8), torch.tensor(numbers), range(2, 3)):
+        want = numbers if len(classes) == 3 else [2, 2, 2]
+        np.testing.assert_array_equal(model.sample(3, classes=classes, steps=2).labels, want)
+    for named in (["3", "1", "10"], "3,1,10", ["3", 0, "10"], np.array(["3", "1", "10"])):
+        np.testing.assert_array_equal(model.sample(3, classes=named, steps=2).labels, numbers)
+    assert model.sample(2, classes=1, steps=2).labels.tolist() == model.sample(2, classes="2", steps=2).labels.tolist()
+    samples = model.sample(3, classes=np.int64(3), steps=2)
+    assert samples.labels.tolist() == [3, 3, 3]
+    assert samples.class_names == tuple(names)
+    again = model.sample(3, classes=samples.labels, steps=2)
+    np.testing.assert_array_equal(again.images, samples.images)
+    assert set(model.sample(9, classes=[], steps=2).labels) <= {0, 1, 2, 3}
+    for wrong in ([4], -1, [0.5], 1.0, True, [None], np.array([0.0]), {"1": 2}, ["4"]):
+        with pytest.raises(UserError, match="^classes: "):
+            model.sample(1, classes=wrong)
+
+
+def test_labels_of_images_may_be_names(checkpoint: Path) -> None:
+    model = fastdiff.load(checkpoint, device="cpu")
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    want = model.encode(images, np.array([2, 0, 1]), steps=2)
+    for labels in ([2, 0, 1], ["cat", "ape", "bee"], torch.tensor([2, 0, 1])):
+        torch.testing.assert_close(model.encode(images, labels, steps=2), want)
+    for wrong in (["cat", "ape", "cow"], [2, 0], "cat", [0.0, 1.0, 2.0]):
+        with pytest.raises(UserError, match="^encode: "):
+            model.encode(images, wrong, steps=2)
 
 
 def test_a_sampler_is_kept_for_the_same_settings(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

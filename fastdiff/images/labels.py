@@ -107,7 +107,8 @@ def class_counts(names: Sequence[str], labels: np.ndarray) -> str:
     listed = ", ".join(f"{name} {count}" for name, count in zip(names[:NAMED], counts, strict=False))
     if len(names) <= NAMED:
         return listed
-    return f"{listed} and {len(names) - NAMED:,} more ({len(names):,} classes of {min(counts):,} to {max(counts):,} images)"
+    sizes = f"{len(names):,} classes of {min(counts):,} to {max(counts):,} images"
+    return f"{listed} and {len(names) - NAMED:,} more ({sizes})"
 
 
 def describe_classes(listing: Listing) -> str:
@@ -115,6 +116,23 @@ def describe_classes(listing: Listing) -> str:
     if not listing.labels_from:
         return "labels: none"
     return f"labels: from {listing.labels_from}: {class_counts(listing.class_names, listing.labels)}"
+
+
+def check_classes(listing: Listing, known: Sequence[str], num_classes: int) -> None:
+    """UserError where the classes can't be those of a checkpoint with num_classes, whose names are `known`.
+
+    Without names only the numbers count: those that a dataset.json gives, or names that are these numbers, or as many
+    classes as the checkpoint has. Of any other number it is unknown which ones they are.
+    """
+    found, where = len(listing.class_names), listing.root
+    numbers = [str(number) for number in range(num_classes)]
+    if known or found == num_classes or listing.class_names == numbers[:found]:
+        return
+    raise UserError(
+        f"--data_dir: {where} has {found} classes ({class_counts(listing.class_names, listing.labels)}), the model "
+        f"{num_classes} without names, so that it is unknown which ones they are; give --labels FILE, a dataset.json "
+        "of the model's numbers"
+    )
 
 
 # --- the rules ---
@@ -154,7 +172,7 @@ def _by_names(names: Sequence[str], root: Path, known: list[str] | None) -> Clas
         return number_classes(folders, names, root, "folders", None)
     if len(plain) == len(names):
         raise NoClasses(
-            f"nothing in {root} says what class an image is of: sort the images into class folders, name them "
+            f"nothing in {root} says what class an image is of; sort the images into class folders, name them "
             "CLASS_anything, or give --labels FILE, which lists their classes (dataset.json or CSV)"
         )
     if plain:
@@ -177,7 +195,9 @@ def _as_known(folders: list[str], prefixes: list[str], names: Sequence[str], roo
     fitting = [where for where, found in rules.items() if set(known).issuperset(found)]
     if not fitting:
         _check_beside(names, root, folders, ())
-        fitting = [max(rules, key=lambda where: sum(name in known for name in set(rules[where])))]  # to say what lacks
+        near = {where: sum(name in known for name in set(found)) for where, found in rules.items()}
+        nearest = max(near, key=near.__getitem__)  # of whose images those of other classes are named
+        fitting = [nearest if near[nearest] else _by_names(names, root, None).found_in]
     numbered = [number_classes(rules[where], names, root, where, known) for where in fitting]
     if not np.array_equal(numbered[0].labels, numbered[-1].labels):
         raise _disagree(root, folders, prefixes)

@@ -8,7 +8,7 @@ the output folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from fastdiff.diffusion.noise_keys import ENLARGED
 from fastdiff.errors import UserError, blaming
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.processes import Processes, make_writable, output_folder
-from fastdiff.sampling.conditioning import BaseImages, Labels, as_low_res, parse_labels
 from fastdiff.sampling.job.chunks import disk
 from fastdiff.sampling.job.job import run_job
 from fastdiff.sampling.job.manifest import NAME, Job, digest
+from fastdiff.sampling.labels import Labels, describe_labels, parse_labels, renumbered
+from fastdiff.sampling.low_res import BaseImages, as_low_res
 from fastdiff.sampling.pictures import Images
 from fastdiff.sampling.sampler import Inputs, Sampler
 from fastdiff.sampling.settings import DrawSettings
@@ -62,7 +63,7 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
             diffusion = validated(type(large.diffusion), {**large.diffusion.model_dump(), **respacing})
         large = large.model_copy(update={"diffusion": diffusion})
         upsampler = _network(large, sr_checkpoint, settings, device)
-        check_fit(network, upsampler)
+        numbers = check_fit(network, upsampler)
     unguided = {"guidance": 1.0, "guidance_interval": (), "guide_model_path": ""}
     own = {"steps": settings.sr_steps, "batch_size": settings.sr_batch_size}
     enlarging = settings.model_copy(update={**unguided, **own})
@@ -72,7 +73,7 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
             most = min(count, base.batch_size)
             return Sampler(upsampler, enlarging, device, inputs=inputs, noise_key=ENLARGED, count=most)
 
-    return Cascade(base, make)
+    return Cascade(base, make, numbers)
 
 
 def build_upsampler(
@@ -83,12 +84,17 @@ def build_upsampler(
     with blaming("--model_path"):
         network = _network(config, checkpoint, settings, device)
     assert isinstance(config.model, SuperResSettings)
+    with blaming("--classes"):
+        labels = labels_of(network, settings.classes) if settings.classes else None
     with blaming("--base_samples"):
-        base = BaseImages(settings.base_samples, config.model, network.class_names)
+        base = BaseImages(settings.base_samples, config.model, network.class_names, None if labels is None else False)
     count = settings.num_samples if "num_samples" in settings.model_fields_set else len(base)
     guide, share = _guide(config, settings, device), -(-count // world_size)
     with _naming_flags():
-        return Sampler(network, settings, device, inputs=base, guide=guide, noise_key=ENLARGED, count=share), base
+        sampler = Sampler(
+            network, settings, device, labels=labels, inputs=base, guide=guide, noise_key=ENLARGED, count=share
+        )
+    return sampler, base
 
 
 def _network(config: Config, checkpoint: Checkpoint, settings: DrawSettings, device: torch.device) -> Network:
@@ -138,8 +144,11 @@ class Cascade:
     The result equals a job of the base model followed by a super-resolution job on its npz.
     """
 
-    def __init__(self, base: Sampler, make_upsampler: Callable[[Inputs], Sampler]) -> None:
-        self.base = base
+    def __init__(
+        self, base: Sampler, make_upsampler: Callable[[Inputs], Sampler], numbers: np.ndarray | None = None
+    ) -> None:
+        """numbers [K] are the second network's numbers of the first one's classes, None where they are the same."""
+        self.base, self.numbers = base, numbers
         self._index = np.zeros(0, dtype=np.int64)
         self._small = Images(np.zeros(0, dtype=np.uint8), None)
         self.upsampler = make_upsampler(self._inputs)
@@ -171,12 +180,16 @@ class Cascade:
         given = {"low_res": as_low_res(self._small.images[rows], index.device)}
         if self.upsampler.network.settings.class_cond:
             assert self._small.labels is not None
-            given["y"] = torch.from_numpy(self._small.labels[rows]).to(index.device)
+            labels = self._small.labels[rows]
+            given["y"] = torch.from_numpy(labels if self.numbers is None else self.numbers[labels]).to(index.device)
         return given
 
 
-def check_fit(base: Network, upsampler: Network) -> None:
-    """UserError unless the second network can enlarge what the first one draws."""
+def check_fit(base: Network, upsampler: Network) -> np.ndarray | None:
+    """UserError unless the second network can enlarge what the first one draws.
+
+    Returns the second network's number of each class of the first one, int64 [K]; None where they are the same.
+    """
     small, large = base.settings, upsampler.settings
     assert isinstance(large, SuperResSettings)
     who = upsampler.file
@@ -187,8 +200,17 @@ def check_fit(base: Network, upsampler: Network) -> None:
         raise UserError(f"{who} takes images of {large.in_channels} channels, the model draws {small.in_channels}")
     if large.class_cond and not small.class_cond:
         raise UserError(f"{who} needs classes, which the model doesn't have")
-    if large.class_cond and upsampler.known_classes != base.known_classes:
+    if not large.class_cond:
+        return None
+    if upsampler.class_names and base.class_names:
+        numbers = renumbered(upsampler.class_names, base.class_names)
+        if (numbers < 0).any():
+            lacking = [name for name, number in zip(base.class_names, numbers, strict=True) if number < 0]
+            raise UserError(f"{who} doesn't know the model's class {lacking[0]!r}; its classes are other ones")
+        return numbers
+    if upsampler.known_classes != base.known_classes:
         raise UserError(f"{who} knows {upsampler.known_classes} classes, the model {base.known_classes}")
+    return None
 
 
 def run(
@@ -199,22 +221,25 @@ def run(
     notes: list[str],
     count: int,
     identity: dict[str, Any] | None = None,
+    names: Sequence[str] = (),
     note: str = "",
 ) -> list[Path]:
     """Draw images 0 to count - 1 into the settings' output folder. Returns the paths of the files.
 
     identity  Values besides the sampler's that the images depend on.
+    names     Names for the picture files, of the small images in turn; empty for names by class and number.
     note      Text at the end of the last line printed.
     """
     identity = {**sampler.identity(), **(identity or {})}
     first, last = (sampler.base, sampler.upsampler) if isinstance(sampler, Cascade) else (sampler, sampler)
-    folder = _folder(settings, first, identity)
+    labels, folder = first.labels, _folder(settings, first, identity)
     with disk(folder), blaming("--out_dir"):
         if not (folder / NAME).is_file():
             make_writable(folder)
     if processes.is_main:
-        print("\n".join([*notes, *sampler.notes]), flush=True)
-    labels, shape = first.labels, last.network.settings
+        classes = [line] if labels is not None and (line := describe_labels(labels, first.network.class_names)) else []
+        print("\n".join([*classes, *notes, *sampler.notes]), flush=True)
+    shape = last.network.settings
     job = Job(
         identity=identity,
         count=count,
@@ -226,6 +251,7 @@ def run(
         grid_images=settings.grid_images,
         grid_classes=len(set(labels.chosen)) if labels is not None and labels.in_turn else 0,
         class_names=first.network.class_names,
+        names=tuple(names),
         trajectory=min(settings.trajectory, count),
         note=note,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -112,15 +112,44 @@ def class_words(class_names: list[str]) -> list[str]:
     return words
 
 
-def file_name(index: int, label: int | None, words: list[str]) -> str:
-    """The name of an image's file: cat_000012.png, 5_000012.png without class names, 000012.png without labels."""
-    if label is None:
-        return f"{index:06d}.png"
-    return f"{words[label] if 0 <= label < len(words) else label}_{index:06d}.png"
+class FileNames:
+    """The names of the files of a job's images: cat_000012.png, 5_000012.png without names, 000012.png without labels.
+
+    names  Paths of the pictures that the images were made from, in turn, without endings. Their files keep these
+           names, with - for slashes: alps.png. Later rounds have the number too.
+    """
+
+    def __init__(self, class_names: Sequence[str] = (), names: Sequence[str] = ()) -> None:
+        self.words = class_words(list(class_names))
+        self._names: dict[str, int] = {}
+        for index, name in enumerate(names):
+            plain = name.replace("/", "-")
+            while plain in self._names:  # a.png beside a.jpg
+                plain += f"-{index}"
+            self._names[plain] = index
+        self._listed = list(self._names)
+
+    def __call__(self, index: int, label: int | None) -> str:
+        """The name of image `index`'s file."""
+        if self._listed:
+            name = self._listed[index % len(self._listed)]
+            while index >= len(self._listed) and (name := f"{name}_{index:06d}") in self._names:
+                continue
+            return f"{name}.png"
+        if label is None:
+            return f"{index:06d}.png"
+        return f"{self.words[label] if 0 <= label < len(self.words) else label}_{index:06d}.png"
+
+    def index_of(self, file_name: str) -> int | None:
+        """The number of the image in a file of that name; None for other names."""
+        stem = file_name.removesuffix(".png")
+        if stem in self._names and file_name.endswith(".png"):
+            return self._names[stem]
+        return index_in(file_name)
 
 
 def index_in(name: str) -> int | None:
-    """The image's number in a name that `file_name` made; None for other names."""
+    """The image's number at the end of a picture file's name; None for other names."""
     stem = name.removesuffix(".png").rpartition("_")[2]
     return int(stem) if name.endswith(".png") and len(stem) >= 6 and stem.isascii() and stem.isdecimal() else None
 

@@ -17,7 +17,7 @@ from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, quoted
 from fastdiff.models import BackboneSettings
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import dummy_batch
@@ -33,9 +33,9 @@ from fastdiff.runtime.machine import (
     tf32,
 )
 from fastdiff.sampling.batch_size import best_batch_size
-from fastdiff.sampling.conditioning import Labels
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
+from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.pictures import Images, non_finite, to_uint8
 from fastdiff.sampling.settings import DrawSettings
 from fastdiff.settings import affecting
@@ -313,6 +313,12 @@ def _check_guide(network: Network, guide: Network) -> None:
     model = ["class_cond", "learn_sigma", "in_channels", "image_size", "large_size", "small_size"]
     if network.settings.class_cond:
         model.insert(1, "num_classes")
+    named = network.class_names and guide.class_names
+    if network.settings.class_cond and named and network.class_names != guide.class_names:
+        raise UserError(
+            f"--guide_model_path: {guide.file} has the classes {quoted(guide.class_names)}, the model "
+            f"{quoted(network.class_names)}; a guide needs the same classes in the same order"
+        )
     process = ["diffusion_steps", "noise_schedule", "predict_xstart", "rescale_timesteps"]
     for section, names in (("settings", model), ("diffusion", process)):
         for name in names:

@@ -156,7 +156,10 @@ class SuperResSampleSettings(DrawSettings):
     num_samples: int = Field(10000, ge=1)
     """Images to draw; not given: as many as there are small images. More begin with the first small image again."""
     base_samples: str = ""
-    """The small images: an .npz as sample.py writes it (arr_0 images, arr_1 labels), or a folder of images."""
+    """The small images: an .npz as sample.py writes it (arr_0 images, arr_1 labels), a job's folder, which has one, a
+    folder of images, or an image."""
+    classes: Annotated[str, IMAGES] = ""
+    """Classes to take for the images in turn, by number or name, e.g. 0,5,7, instead of those in base_samples."""
 
 
 class NllSettings(Settings):

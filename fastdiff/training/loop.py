@@ -19,6 +19,7 @@ from fastdiff import errors
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import StopWith, blaming
+from fastdiff.images.labels import describe_classes
 from fastdiff.runtime.files import write_json
 from fastdiff.runtime.processes import Consensus
 from fastdiff.runtime.script import StopSignals
@@ -155,7 +156,7 @@ class Loop:
             f"batch {batch_of(trainer)}, {self.train.precision} on {self.processes.device}, in {self.folder}"
         )
         resuming_from = [f"resuming from {source} at step {trainer.step}"] if source else []
-        for line in (summary, *self.notes, *resuming_from, *notes):
+        for line in (*_classes(self.config, trainer), summary, *self.notes, *resuming_from, *notes):
             self.reporter.log(line)
 
     def _open_saver(self) -> Saver:
@@ -363,7 +364,7 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
         return
     names = ("config.json", "log.txt", "progress.csv", "status.json", "samples/", "checkpoints/")
     print(
-        "\n".join(notes) + "\n"
+        "\n".join([*_classes(config, trainer), *notes]) + "\n"
         f"parameters     {millions(trainer)}\n"
         f"images         {trainer.loader.num_images} ({trainer.loader.loader_name})\n"
         f"batch          {batch_of(trainer)}\n"
@@ -374,6 +375,11 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
         f"would write    {', '.join(str(folder / name) for name in names)}\n"
         "nothing was written"
     )
+
+
+def _classes(config: Config, trainer: Trainer) -> list[str]:
+    """The line that lists the classes, for a class-conditional model."""
+    return [describe_classes(trainer.loader.listing)] if config.model.class_cond else []
 
 
 def millions(trainer: Trainer) -> str:

@@ -71,8 +71,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         processes = start_processes(settings.stall_minutes, early=packs)
         watchdog.progress("starting", LONG)
         snapshot, source = resume.agree_on_snapshot(processes, config, folder, snapshot, source)
-        notes = [describe_classes(loader.listing)] if config.model.class_cond else []
-        notes += choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
+        notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
         keep_channels_last(_was_channels_last(snapshot))
         open_things.enter_context(tf32(settings.allow_tf32))
         searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)

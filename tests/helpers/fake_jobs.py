@@ -92,7 +92,7 @@ def check_npz(folder: Path, count: int, labelled: bool = True, seed: int = 0) ->
     """Assert that the npz is exactly what one undisturbed process would make."""
     index = np.arange(count)
     with np.load(folder / f"samples_{count}x4x6x3.npz", allow_pickle=False) as content:
-        assert set(content) == {"arr_0", "seed", "index"} | ({"arr_1"} if labelled else set())
+        assert set(content) == {"arr_0", "seed", "index"} | ({"arr_1", "class_names"} if labelled else set())
         np.testing.assert_array_equal(content["arr_0"], images(index), strict=True)
         np.testing.assert_array_equal(content["index"], index, strict=True)
         np.testing.assert_array_equal(content["seed"], np.array(seed), strict=True)

@@ -59,6 +59,39 @@ def test_cascade_is_one_job_after_another(
     assert got["arr_0"].std() > 5
 
 
+def test_cascade_finds_classes_by_name(tmp_path: Path, base: Path) -> None:
+    """The second network's numbers are others. The labels in the npz are those of the first one."""
+    same = super_res(**CLASS_COND)
+    given = {"model_path": base, "classes": "0,1,2", "solver": "ddim", "sr_steps": 2}
+    want = run(tmp_path / "same", sr_model_path=save(same, tmp_path / "same.pt", CLASSES, predict_xstart=True), **given)
+    moved = super_res(class_cond=True, num_classes=4)
+    order = ["cat", "eel", "ape", "bee"]
+    table = same.label_emb.weight.data
+    moved.load_state_dict({**same.state_dict(), "label_emb.weight": table[[2, 0, 0, 1]]})
+    path = save(moved, tmp_path / "moved.pt", order, predict_xstart=True)
+    got = run(tmp_path / "moved", sr_model_path=path, **given)
+    np.testing.assert_array_equal(got["arr_1"], [0, 1, 2, 0, 1])
+    assert np.abs(got["arr_0"].astype(int) - want["arr_0"]).max() <= 1
+    assert got["class_names"].tolist() == CLASSES
+    small = run(tmp_path / "small", model_path=base, classes="0,1,2", solver="ddim")
+    assert small["class_names"].tolist() == CLASSES
+    from_npz = {"model_path": path, "base_samples": tmp_path / "small", "solver": "ddim", "steps": 2}
+    alone = run(tmp_path / "alone", super_res_sample.main, **from_npz)
+    np.testing.assert_array_equal(alone["arr_1"], [2, 3, 0, 2, 3])
+    assert np.abs(alone["arr_0"].astype(int) - want["arr_0"]).max() <= 1
+    unknown = save(moved, tmp_path / "unknown.pt", ["cat", "eel", "ape", "fox"])
+    words = ["doesn't know the model's class 'bee'"]
+    assert words[0] in refusal(sample.main, flags({**given, "sr_model_path": unknown, "out_dir": tmp_path / "x"}))
+    npz = flags({**from_npz, "model_path": unknown, "out_dir": tmp_path / "y"})
+    assert "has images of class 'bee', which the model doesn't know" in refusal(super_res_sample.main, npz)
+
+
+def test_a_guide_of_other_classes_is_refused(base: Path, tmp_path: Path) -> None:
+    guide = save(unet(null_class=True, **CLASS_COND), tmp_path / "guide.pt", CLASSES[::-1], predict_xstart=True)
+    given = {"model_path": base, "guide_model_path": guide, "guidance": 2, "out_dir": tmp_path / "out"}
+    assert "needs the same classes in the same order" in refusal(sample.main, flags(given))
+
+
 def test_cascade_without_classes(tmp_path: Path) -> None:
     base = save(unet(), tmp_path / "base.pt")
     enlarger = save(super_res(), tmp_path / "large.pt")
@@ -72,7 +105,7 @@ def test_cascades_that_do_not_fit(base: Path, enlarger: Path, tmp_path: Path) ->
     plain = save(unet(), tmp_path / "plain.pt")
     wide = save(unet(image_size=16), tmp_path / "wide.pt")
     gray = save(unet(in_channels=1, **CLASS_COND), tmp_path / "gray.pt", CLASSES)
-    other = save(unet(**CLASS_COND), tmp_path / "other.pt", CLASSES[:2])
+    other = save(unet(class_cond=True, num_classes=2), tmp_path / "other.pt")
     for model, words in [
         (wide, ["enlarges images of 8x8 pixels", "draws 16x16"]),
         (plain, ["needs classes"]),

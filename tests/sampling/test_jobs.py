@@ -397,7 +397,7 @@ def test_nll_of_every_image(batch_size: int, tmp_path: Path) -> None:
     settings = DataSettings(data_dir=str(images), loader="pillow")
     exact = direct(model, images, seed=5)["total_bpd"]
     diffusion = create_diffusion(DiffusionSettings(**DIFFUSION), True)
-    with open_images(settings, size_hw=(8, 8), channels=3, batch_size=batch_size, limit=5) as loader:
+    with open_images(settings, size_hw=(8, 8), channels=3, batch_size=batch_size, class_cond=True, limit=5) as loader:
         totals, _ = score(
             *(model, diffusion, loader, current()),
             class_cond=True,

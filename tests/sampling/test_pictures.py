@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.fake_jobs import images
 
-from fastdiff.sampling.pictures import class_words, file_name, index_in, non_finite, steps_shown, strip, to_uint8
+from fastdiff.sampling.pictures import FileNames, class_words, index_in, non_finite, steps_shown, strip, to_uint8
 
 
 def test_to_uint8() -> None:
@@ -30,8 +30,24 @@ def test_to_uint8() -> None:
     ids=str,
 )
 def test_file_names(name: tuple[int, int | None, list[str]], want: str) -> None:
-    assert file_name(*name) == want
-    assert index_in(want) == name[0]
+    index, label, classes = name
+    assert FileNames(classes)(index, label) == want
+    assert FileNames(classes).index_of(want) == index_in(want) == index
+
+
+def test_files_keep_the_names_of_their_sources() -> None:
+    names = FileNames(["cat"], ["alps", "trip/beach", "alps", "x_000001", "alps_000005"])
+    made = [names(index, 0) for index in range(10)]
+    assert made[:5] == ["alps.png", "trip-beach.png", "alps-2.png", "x_000001.png", "alps_000005.png"]
+    assert made[5:] == [
+        "alps_000005_000005.png",
+        "trip-beach_000006.png",
+        "alps-2_000007.png",
+        "x_000001_000008.png",
+        "alps_000005_000009.png",
+    ]
+    assert [names.index_of(name) for name in made] == list(range(10))
+    assert names.index_of("other.png") is None
 
 
 def test_class_words() -> None:

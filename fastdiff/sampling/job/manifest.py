@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+from typing_extensions import NotRequired
+
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import PARTIAL, files_in, partial_path, sync_path, write_json
 from fastdiff.sampling.job.claims import Claims
-from fastdiff.sampling.pictures import index_in
+from fastdiff.sampling.pictures import FileNames
 
 NAME = "job.json"
 _OURS = re.compile(r"samples_\d+x\d+x\d+x\d+(\.npz|\.png|\.zip|-\d+\.tar|_steps\.png|_steps\.gif)")
@@ -44,6 +46,8 @@ class Job:
     grid_classes: int = 0
     """More than 0: the grid has rows by class, for this many classes."""
     class_names: tuple[str, ...] | list[str] = ()
+    names: tuple[str, ...] = ()
+    """Names for the picture files (see `pictures.FileNames`)."""
     trajectory: int = 0
     """Images whose x_0 predictions become a strip and a GIF."""
     note: str = ""
@@ -59,12 +63,17 @@ class Manifest(TypedDict):
     seed: int
     part_size: int
     """Images per chunk."""
+    class_names: NotRequired[list[str]]
+    names: NotRequired[list[str]]
+    """Only where the picture files have names of their own."""
 
 
 def manifest_of(job: Job) -> Manifest:
     """The job's manifest as it is after a round trip through JSON."""
     given = {"identity": job.identity, "shape": job.shape, "labelled": job.labelled, "seed": job.seed}
-    manifest: Manifest = json.loads(json.dumps({**given, "part_size": job.chunk_size}))
+    more = {"class_names": job.class_names, "names": job.names}
+    used = {key: value for key, value in more.items() if value}
+    manifest: Manifest = json.loads(json.dumps({**given, "part_size": job.chunk_size, **used}))
     return manifest
 
 
@@ -175,13 +184,22 @@ def _clear(folder: Path, manifest: Manifest) -> None:
     shutil.rmtree(turns.folder, ignore_errors=True)
 
 
+def _names(folder: Path) -> list[str]:
+    """The names of the picture files in the manifest; empty where it has none."""
+    found = None
+    with suppress(ValueError):
+        found = _read(folder)
+    names = found.get("names") if found else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def _remove(folder: Path) -> None:
     """Remove a job's files, the manifest last, and nothing else."""
     for name in ("parts", "claims"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    images = folder / "images"
+    images, file_names = folder / "images", FileNames(names=_names(folder))
     for name in files_in(images):
-        if index_in(name) is not None or (name.startswith(".") and name.endswith(PARTIAL)):
+        if file_names.index_of(name) is not None or (name.startswith(".") and name.endswith(PARTIAL)):
             (images / name).unlink(missing_ok=True)
     with suppress(OSError):
         images.rmdir()

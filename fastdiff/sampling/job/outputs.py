@@ -9,12 +9,12 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from fastdiff.runtime.files import atomic_write, files_in, remove_partial_files
 from fastdiff.sampling.job.chunks import Store
 from fastdiff.sampling.job.manifest import Job
-from fastdiff.sampling.pictures import CHANNELS, class_words, encode, file_name, grid, index_in, save_animation, strip
+from fastdiff.sampling.pictures import CHANNELS, FileNames, encode, grid, save_animation, strip
 
 Trace: TypeAlias = Callable[[np.ndarray], tuple[list[np.ndarray], np.ndarray]]
 """trace(index [n] int64) → (predictions of x_0 over the steps, noisy first, final images); each [n, H, W, C] uint8."""
@@ -42,7 +42,7 @@ class Outputs:
         self.store, self.job, self.trace = store, job, trace
         self.base = store.folder / (f"samples_{job.count}x" + "x".join(map(str, job.shape)))
         self.images = store.folder / "images"
-        self.words = class_words(list(job.class_names))
+        self.names = FileNames(job.class_names, job.names)
         pictures = job.shape[2] in CHANNELS
         self.grid = min(job.grid_images, job.count) if pictures else 0
         self.trajectory = min(job.trajectory, job.count) if pictures and trace is not None else 0
@@ -83,13 +83,13 @@ class Outputs:
         """Make the missing outputs. Returns lines to print about the pictures."""
         lines = []
         if "npz" in missing:
-            write_npz(self.path(".npz"), self.store)
+            write_npz(self.path(".npz"), self.store, self.job.class_names)
         if "png" in missing:
-            write_pngs(self.images, self.store, self.words, self._written())
+            write_pngs(self.images, self.store, self.names, self._written())
         if "zip" in missing:
-            write_zip(self.path(".zip"), self.store, self.words)
+            write_zip(self.path(".zip"), self.store, self.names, self.job.class_names)
         if "tar" in missing:
-            write_tars(self.base, self.store)
+            write_tars(self.base, self.store, self.job.class_names)
         if "grid" in missing:
             self._save_grid()
             lines.append(f"a grid of the first {self.grid} images in {self.path('.png')}")
@@ -117,7 +117,7 @@ class Outputs:
 
     def _written(self) -> set[int]:
         """Numbers of the images that have a PNG file."""
-        return {index for name in files_in(self.images) if (index := index_in(name)) is not None}
+        return {index for name in files_in(self.images) if (index := self.names.index_of(name)) is not None}
 
     def _save_grid(self) -> None:
         """Save the first images, sorted by class; each class has rows of its own if they come out even."""
@@ -165,14 +165,18 @@ def _label(path: Path) -> str | None:
 # --- formats ---
 
 
-def write_npz(path: Path, store: Store) -> None:
+def write_npz(path: Path, store: Store, class_names: Sequence[str] = ()) -> None:
     """Write improved-diffusion's arrays, arr_0 [N, H, W, C] uint8 and, with classes, arr_1 [N] int64, and seed [] int64
-    and index [N] int64, from which the images can be drawn again."""
+    and index [N] int64, from which the images can be drawn again. class_names [K] are texts, where classes have names.
+    """
     with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         pixels = (drawn.images for _, drawn in store.images())
         _write_array(archive, "arr_0", np.uint8, (store.count, *store.shape), pixels)
         if store.labelled:
             _write_array(archive, "arr_1", np.int64, (store.count,), store.labels())
+            if class_names:
+                names = np.array(class_names, dtype=np.str_)
+                _write_array(archive, "class_names", names.dtype, names.shape, [names])
         _write_array(archive, "seed", np.int64, (), [np.array(store.seed)])
         starts = range(0, store.count, _ROWS)
         index = (np.arange(start, min(start + _ROWS, store.count)) for start in starts)
@@ -180,7 +184,7 @@ def write_npz(path: Path, store: Store) -> None:
 
 
 def _write_array(
-    archive: zipfile.ZipFile, name: str, dtype: type, shape: tuple[int, ...], chunks: Iterable[np.ndarray]
+    archive: zipfile.ZipFile, name: str, dtype: type | np.dtype, shape: tuple[int, ...], chunks: Iterable[np.ndarray]
 ) -> None:
     with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
@@ -189,13 +193,13 @@ def _write_array(
             file.write(np.ascontiguousarray(chunk, dtype).tobytes())
 
 
-def write_pngs(folder: Path, store: Store, words: list[str], there: set[int]) -> None:
+def write_pngs(folder: Path, store: Store, names: FileNames, there: set[int]) -> None:
     """Write a PNG file for each image except those in `there`."""
     folder.mkdir(exist_ok=True)
 
     def write(item: tuple[int, int | None, np.ndarray]) -> None:
         index, label, pixels = item
-        with atomic_write(folder / file_name(index, label, words), sync=False) as file:
+        with atomic_write(folder / names(index, label), sync=False) as file:
             file.write(encode(pixels))
 
     first = next((index for index in range(store.count) if index not in there), store.count)
@@ -214,19 +218,23 @@ def _encoded(store: Store, first: int) -> Generator[tuple[int, int | None, bytes
                 yield start + row, None if drawn.labels is None else int(drawn.labels[row]), png
 
 
-def write_zip(path: Path, store: Store, words: list[str]) -> None:
-    """Write a zip of the PNGs and of dataset.json: {"labels": [[name, label], …]}, or null without classes."""
+def write_zip(path: Path, store: Store, names: FileNames, class_names: Sequence[str] = ()) -> None:
+    """Write a zip of the PNGs and of dataset.json: {"class_names": […], "labels": [[name, label], …]}.
+
+    Without classes labels is null; without their names class_names is left out.
+    """
     with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for index, label, png in _encoded(store, 0):
-            archive.writestr(zipfile.ZipInfo(file_name(index, label, words)), png)
+            archive.writestr(zipfile.ZipInfo(names(index, label)), png)
         with archive.open(zipfile.ZipInfo("dataset.json"), "w", force_zip64=True) as listing:
             if not store.labelled:
                 listing.write(b'{"labels": null}')
                 return
-            index, between = 0, '{"labels": ['
+            named = f'"class_names": {json.dumps(list(class_names))}, ' if class_names else ""
+            index, between = 0, f'{{{named}"labels": ['
             for labels in store.labels():
                 for label in labels.tolist():
-                    entry = json.dumps([file_name(index, label, words), label])
+                    entry = json.dumps([names(index, label), label])
                     listing.write(f"{between}{entry}".encode())
                     index, between = index + 1, ",\n"
             listing.write(b"]}")
@@ -237,8 +245,10 @@ def shard_paths(base: Path, count: int) -> list[Path]:
     return [base.with_name(f"{base.name}-{shard:06d}.tar") for shard in range(-(-count // SHARD))]
 
 
-def write_tars(base: Path, store: Store) -> None:
+def write_tars(base: Path, store: Store, class_names: Sequence[str] = ()) -> None:
     """Write WebDataset shards of KEY.png, KEY.cls (with classes) and KEY.json, where KEY is the image's number.
+
+    KEY.cls is the label, KEY.json has also the name of the class where it has one.
 
     Shards are written in order. Those before the first missing one are complete and stay unchanged.
     """
@@ -251,7 +261,9 @@ def write_tars(base: Path, store: Store) -> None:
                 tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive,
             ):
                 for index, label, png in islice(images, SHARD):
-                    about = {"seed": store.seed, "index": index, "label": label}
+                    about: dict[str, Any] = {"seed": store.seed, "index": index, "label": label}
+                    if label is not None and label < len(class_names):
+                        about["class_name"] = class_names[label]
                     _add(archive, f"{index:06d}.png", png)
                     if label is not None:
                         _add(archive, f"{index:06d}.cls", str(label).encode())

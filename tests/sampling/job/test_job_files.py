@@ -27,7 +27,7 @@ from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, split
 from fastdiff.sampling.job.claims import Claims
 from fastdiff.sampling.job.job import run_job
 from fastdiff.sampling.job.manifest import Job, digest, manifest_of
-from fastdiff.sampling.pictures import Images, class_words, file_name, index_in
+from fastdiff.sampling.pictures import FileNames, Images, index_in
 
 ALL = ("npz", "png", "zip", "tar")
 
@@ -70,7 +70,7 @@ def test_npz_is_not_compressed(folder: Path) -> None:
     assert labels(np.arange(23)).tobytes() in raw
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        assert archive.namelist() == ["arr_0.npy", "arr_1.npy", "seed.npy", "index.npy"]
+        assert archive.namelist() == ["arr_0.npy", "arr_1.npy", "class_names.npy", "seed.npy", "index.npy"]
 
 
 def test_messages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,7 +104,7 @@ def test_pngs_are_a_folder_to_train_on(folder: Path) -> None:
     for path, number in zip(map(found.path, range(23)), found.labels, strict=True):
         index = index_in(path.name)
         assert index is not None
-        assert path.name == file_name(index, int(labels(np.array([index]))[0]), class_words(CLASSES))
+        assert path.name == FileNames(CLASSES)(index, int(labels(np.array([index]))[0]))
         assert classes[number] == path.name.split("_")[0]
         with Image.open(path) as image:
             np.testing.assert_array_equal(np.asarray(image), images(np.array([index]))[0])
@@ -116,8 +116,9 @@ def test_zip(labelled: bool, folder: Path) -> None:
     with zipfile.ZipFile(folder / "samples_23x4x6x3.zip") as archive:
         assert archive.testzip() is None
         listing = json.loads(archive.read("dataset.json"))
-        want = [file_name(i, i * 7 // 3 % 5 if labelled else None, class_words(CLASSES)) for i in range(23)]
-        assert listing == {"labels": [[name, i * 7 // 3 % 5] for i, name in enumerate(want)] if labelled else None}
+        want = [FileNames(CLASSES)(i, i * 7 // 3 % 5 if labelled else None) for i in range(23)]
+        entries = [[name, i * 7 // 3 % 5] for i, name in enumerate(want)]
+        assert listing == ({"class_names": CLASSES, "labels": entries} if labelled else {"labels": None})
         assert sorted(archive.namelist()) == sorted([*want, "dataset.json"])
         assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
         for i, name in enumerate(want):
@@ -137,7 +138,9 @@ def test_tar(labelled: bool, folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
             label = index * 7 // 3 % 5 if labelled else None
             pixels = np.asarray(Image.open(io.BytesIO(members.pop(f"{index:06d}.png"))))
             np.testing.assert_array_equal(pixels, images(np.array([index]))[0])
-            assert json.loads(members.pop(f"{index:06d}.json")) == {"seed": 0, "index": index, "label": label}
+            about = {"seed": 0, "index": index, "label": label}
+            about |= {"class_name": CLASSES[label]} if label is not None else {}
+            assert json.loads(members.pop(f"{index:06d}.json")) == about
             if labelled:
                 assert members.pop(f"{index:06d}.cls") == str(label).encode()
             seen += 1
@@ -162,6 +165,32 @@ def test_channels_that_make_no_picture(folder: Path) -> None:
     assert message == "--save_as: no png can be made of 2 channels; npz takes any number"
     run(folder, job(3, shape=(4, 6, 2), grid_images=3, trajectory=1))
     assert names(folder) == ["job.json", "samples_3x4x6x2.npz"]
+
+
+def test_names_of_classes_travel_with_the_images(folder: Path) -> None:
+    run(folder, job(23))
+    assert json.loads((folder / "job.json").read_text())["class_names"] == CLASSES
+    with np.load(folder / "samples_23x4x6x3.npz", allow_pickle=False) as content:
+        assert content["class_names"].tolist() == CLASSES
+    run(folder.with_name("bare"), job(23, class_names=()))
+    assert "class_names" not in json.loads((folder.with_name("bare") / "job.json").read_text())
+    with np.load(folder.with_name("bare") / "samples_23x4x6x3.npz") as content:
+        assert "class_names" not in content
+
+
+def test_pictures_keep_the_names_of_their_sources(folder: Path) -> None:
+    """So do those of a larger job; --overwrite removes them, and nothing else."""
+    sources = ("alps", "trip/beach", "x_000009")
+    run(folder, job(2, names=sources, save_as=("png",)))
+    run(folder, job(4, names=sources, save_as=("png",)))
+    pictures = ["alps.png", "alps_000003.png", "trip-beach.png", "x_000009.png"]
+    assert names(folder / "images") == pictures
+    for index, name in enumerate(("alps.png", "trip-beach.png", "x_000009.png", "alps_000003.png")):
+        with Image.open(folder / "images" / name) as image:
+            np.testing.assert_array_equal(np.asarray(image), images(np.array([index]))[0])
+    (folder / "images" / "mine.png").touch()
+    run(folder, job(1, identity={"seed": 1}, save_as=("png",)), overwrite=True)
+    assert names(folder / "images") == ["ape_000000.png", "mine.png"]
 
 
 def test_grid_and_its_change(folder: Path) -> None:

@@ -26,9 +26,9 @@ from fastdiff.images.labels import index_images
 from fastdiff.images.open import open_images
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import SuperResSettings
-from fastdiff.sampling.conditioning import BaseImages
 from fastdiff.sampling.job.chunks import DamagedFile, Range, Store
 from fastdiff.sampling.job.manifest import Manifest, digest
+from fastdiff.sampling.low_res import BaseImages
 from fuzz.cases import READ, REFUSED, Case, generator
 from fuzz.checkpoints import code
 from fuzz.damage import damage
