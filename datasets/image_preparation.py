@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,6 +28,9 @@ from tqdm import tqdm
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import atomic_write, remove_partial_files, write_text
+
+if TYPE_CHECKING:
+    from fastdiff.images.unreadable import Unreadable
 
 RECORD = ".preparation.json"
 CHUNK = 16
@@ -64,6 +67,15 @@ class Task:
     """A picture's file, or finished pixels [H, W, 3] uint8, which are written as they are."""
     origin: str
     """The picture's name in messages."""
+
+
+class Problem(NamedTuple):
+    """Why a picture can't be made."""
+
+    text: str
+    """The picture's name and the reason."""
+    source: Unreadable | None
+    """None for a picture that has no file of its own."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,7 @@ class Summary:
     images: int = 0
     kept: int = 0
     skipped: int = 0
+    unreadable: list[Unreadable] = field(default_factory=list)
     classes: set[str] = field(default_factory=set)
 
     def add(self, name: str) -> None:
@@ -142,13 +155,20 @@ class Summary:
         return f"{self}; to train on them: deepspeed fastdiff/train.py {flags}"
 
     def check(self) -> None:
-        """UserError if too many pictures were unreadable."""
+        """UserError if too many pictures were unreadable, which are then listed in files beside the folder."""
         total = self.images + self.skipped
-        if self.skipped > TOLERATED * total:
-            raise UserError(
-                f"{self.skipped:,} of {total:,} images are unreadable, more than {TOLERATED:.0%}; "
-                f"{self.target.folder} holds the others, but the source looks damaged"
-            )
+        if self.skipped <= TOLERATED * total:
+            return
+        text = (
+            f"{self.skipped:,} of {total:,} images are unreadable, more than {TOLERATED:.0%}; "
+            f"{self.target.folder} holds the others, but the source looks damaged"
+        )
+        if self.unreadable:
+            from fastdiff.images.unreadable import STEM, write_lists
+
+            folder = self.target.folder.absolute()
+            text += f"; {write_lists(folder.with_name(f'{folder.name}.{STEM}'), self.unreadable, total)}"
+        raise UserError(text)
 
 
 def prefix_of(class_name: str) -> str:
@@ -188,12 +208,13 @@ def prepare(tasks: Iterable[Task], total: int, target: Target, workers: int) -> 
                 summary.add(task)
             else:
                 summary.skipped += 1
-                bar.write(f"left out, unreadable: {problem}", file=sys.stderr)
+                summary.unreadable += [problem.source] if problem.source else []
+                bar.write(f"left out, unreadable: {problem.text}", file=sys.stderr)
             bar.update()
     return summary
 
 
-def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[tuple[str, str | None]]:
+def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[tuple[str, Problem | None]]:
     """Yield (file name, why the picture can't be read or None) for every task, in order."""
     chunks = iter(lambda: list(itertools.islice(tasks, CHUNK)), [])
     if workers == 1:
@@ -202,7 +223,7 @@ def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[t
         return
     # Spawned, not forked: tqdm runs a thread, and only a spawned worker sees its parent die.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    pending: deque[Future[list[tuple[str, str | None]]]] = deque()
+    pending: deque[Future[list[tuple[str, Problem | None]]]] = deque()
     try:
         for chunk in chunks:
             pending.append(pool.submit(_make_chunk, chunk, target))
@@ -231,12 +252,12 @@ def _start_worker() -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _make_chunk(tasks: list[Task], target: Target) -> list[tuple[str, str | None]]:
+def _make_chunk(tasks: list[Task], target: Target) -> list[tuple[str, Problem | None]]:
     return [(task.name, _make(task, target)) for task in tasks]
 
 
-def _make(task: Task, target: Target) -> str | None:
-    """Write one picture; returns the reason if it can't be read."""
+def _make(task: Task, target: Target) -> Problem | None:
+    """Write one picture; returns the problem if it can't be read."""
     source = task.source
     assert not isinstance(source, memoryview)  # prepare copies these
     try:
@@ -246,10 +267,8 @@ def _make(task: Task, target: Target) -> str | None:
             from fastdiff.images.pixels import load_image  # imported here: scripts with finished pixels don't need it
 
             pixels = load_image(source.read() if isinstance(source, Slice) else source, target.size, "RGB")
-    except UnidentifiedImageError:
-        return f"{task.origin}: not a picture, or of an unknown kind"
     except Exception as error:  # Pillow's decoders raise many kinds of errors
-        return f"{task.origin}: {' '.join(str(error).split()) or type(error).__name__}"
+        return _problem(task, error)
 
     path = target.folder / task.name
     try:
@@ -258,3 +277,12 @@ def _make(task: Task, target: Target) -> str | None:
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from None
     return None
+
+
+def _problem(task: Task, error: Exception) -> Problem:
+    from fastdiff.images.unreadable import Unreadable, is_to_blame, what_is_wrong
+
+    unknown = isinstance(error, UnidentifiedImageError)
+    reason, path = "not a picture, or of an unknown kind" if unknown else what_is_wrong(error), task.source
+    own = Unreadable(path, reason, is_to_blame(error, path)) if isinstance(path, Path) else None
+    return Problem(f"{task.origin}: {reason}", own)

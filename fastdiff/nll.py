@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.errors import UserError, blaming
     from fastdiff.images.labels import check_classes, describe_classes
     from fastdiff.images.open import open_images
+    from fastdiff.images.unreadable import STEM, naming_all
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.machine import tf32
     from fastdiff.runtime.processes import current, join, make_writable, output_folder
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.is_main:
         print("\n".join(chosen))
     try:
-        with tf32(settings.allow_tf32):
+        with tf32(settings.allow_tf32), naming_all(folder / STEM):
             totals, terms = score(
                 network.model,
                 diffusion,

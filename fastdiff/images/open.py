@@ -61,6 +61,7 @@ def open_images(
         raise UserError("--labels none contradicts class_cond True; leave one of them out")
     rule = settings.labels if class_cond else "none"
     listing, packed = _find(settings, size_hw, channels, rule, class_names, rank, build_cache and limit is None)
+    whole = None if packed is not None and packed.folder == Path(settings.data_dir) else listing
     if limit is not None:
         listing = listing.first(limit)
     order = Order(len(listing.names), batch_size, seed, settings.shuffle, settings.drop_last)
@@ -70,7 +71,7 @@ def open_images(
         else _loader_class(settings.loader)
     )
     return make(
-        Reader(listing, size_hw, channels),
+        Reader(listing, size_hw, channels, whole),
         order,
         random_flip=settings.random_flip,
         num_workers=settings.num_workers,

@@ -2,7 +2,7 @@
 
 An unreadable image is logged once and replaced by the next readable one of the listing, together with its label, so
 every loader and every resumed run sees the same samples. If more than 1% of a data set or all of it is unreadable, the
-cause is probably not the individual images, and the run stops.
+cause is probably not the individual images, and the run stops; `unreadable.naming_all` then lists all of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from fastdiff.errors import UserError, one_line
+from fastdiff.errors import one_line
 from fastdiff.images.image_files import read_file
 from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import MODES, load_image
+from fastdiff.images.unreadable import GaveUp, ImageFiles, what_is_wrong
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,20 +28,16 @@ TOLERATED = 0.01
 """Fraction of the data set that may be unreadable. A single unreadable image is always tolerated."""
 
 
-def what_is_wrong(error: Exception) -> str:
-    """A short reason, on one line, why an image can't be read."""
-    if isinstance(error, UnidentifiedImageError):
-        return "no picture"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror  # str(error) would name the file again
-    return one_line(str(error))[:200] or type(error).__name__
-
-
 class Reader:
-    """Reads images of a listing at one size. Threads may share it."""
+    """Reads images of a listing at one size. Threads may share it.
 
-    def __init__(self, listing: Listing, size_hw: tuple[int, int], channels: int) -> None:
+    whole  the images to try when too many can't be read, where `listing` is only the first of them; None: don't try
+           any, because their files aren't there.
+    """
+
+    def __init__(self, listing: Listing, size_hw: tuple[int, int], channels: int, whole: Listing | None = None) -> None:
         self.listing, self.size_hw, self.channels = listing, size_hw, channels
+        self._whole = whole
         self._unreadable: dict[int, str] = {}
         self._lock = threading.Lock()
 
@@ -63,8 +59,8 @@ class Reader:
     def read(self, index: int, decode: Callable[[int, bytes], T]) -> tuple[int, T]:
         """Call decode(index, bytes of the file) for image `index`, or for the first readable one after it.
 
-        Returns the index of the image that was read, and the result of `decode`. UserError if too many images are
-        unreadable.
+        Returns the index of the image that was read, and the result of `decode`. GaveUp, which is a UserError, if too
+        many images are unreadable.
         """
         self.stop_if_too_many()
         count = len(self.listing.names)
@@ -76,7 +72,7 @@ class Reader:
             if found is not None:
                 return candidate, found
             self.stop_if_too_many()
-        raise UserError(f"--data_dir: none of the {count} images below {self.listing.root} can be read")
+        raise self._give_up(f"none of the {count} images below {self.listing.root} can be read")
 
     def attempt(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
         """Call decode(index, bytes of the file). If the image can't be read, it is rejected and None is returned."""
@@ -101,11 +97,16 @@ class Reader:
             self._unreadable.pop(index, None)
 
     def stop_if_too_many(self) -> None:
-        """Raise UserError, with the first three images, if more are unreadable than tolerated."""
+        """Raise GaveUp, with the first three images, if more are unreadable than tolerated."""
         reasons, count = self.reasons, len(self.listing.names)
         if len(reasons) > max(1, TOLERATED * count) or len(reasons) == count:
             named = "; ".join(f"{self.listing.path(i)} ({why})" for i, why in list(reasons.items())[:3])
             more = "; ..." if len(reasons) > 3 else ""
-            raise UserError(
-                f"--data_dir: {len(reasons)} of {count} images can't be read, which is too many to go on: {named}{more}"
+            raise self._give_up(
+                f"{len(reasons)} of {count} images can't be read, which is too many to go on: {named}{more}"
             )
+
+    def _give_up(self, message: str) -> GaveUp:
+        whole = self._whole
+        files = ImageFiles(len(whole.names), whole.path, self.size_hw, MODES[self.channels]) if whole else None
+        return GaveUp(message, "--data_dir", files)

@@ -22,6 +22,7 @@ from fastdiff.config.load import Config, SuperResConfig, describe
 from fastdiff.config.presets import download
 from fastdiff.diffusion.noise_keys import ENLARGED
 from fastdiff.errors import UserError, blaming
+from fastdiff.images.unreadable import STEM, naming_all
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.processes import Processes, make_writable, output_folder
 from fastdiff.sampling.job.chunks import disk
@@ -265,7 +266,8 @@ def run(
         try_threads()  # only now, because nothing may be missing
         return sampler.draw(*args, **kwargs)
 
-    return run_job(draw, job, processes, folder, overwrite=settings.overwrite, trace=sampler.trace)
+    with naming_all(folder / STEM):
+        return run_job(draw, job, processes, folder, overwrite=settings.overwrite, trace=sampler.trace)
 
 
 def _folder(settings: DrawSettings, sampler: Sampler, identity: dict[str, Any]) -> Path:

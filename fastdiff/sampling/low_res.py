@@ -19,7 +19,7 @@ from fastdiff.errors import UserError, one_line, quoted
 from fastdiff.images.labels import label_images
 from fastdiff.images.listing import is_image, list_images
 from fastdiff.images.pixels import MODES, load_image
-from fastdiff.images.reader import what_is_wrong
+from fastdiff.images.unreadable import GaveUp, ImageFiles, what_is_wrong
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.files import files_in
 from fastdiff.runtime.untrusted import npz_header, read_npz_array
@@ -147,9 +147,12 @@ class BaseImages:
         try:
             return load_image(file, self.settings.small_size, mode)
         except Exception as error:  # Pillow's decoders raise many types
+            assert self._files is not None
             # The flag is named here because callers can't tell it from other errors while the job draws.
-            raise UserError(
-                f"--base_samples: {file} can't be read ({what_is_wrong(error)}); repair it or remove it from the folder"
+            raise GaveUp(
+                f"{file} can't be read ({what_is_wrong(error)}); repair it or remove it from the folder",
+                "--base_samples",
+                ImageFiles(len(self._files), self._files.__getitem__, self.settings.small_size, mode),
             ) from error
 
 

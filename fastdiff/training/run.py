@@ -19,6 +19,7 @@ from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images.labels import describe_classes
 from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
+from fastdiff.images.unreadable import STEM, naming_all
 from fastdiff.models import UNet, build_model
 from fastdiff.ops import choose_kernels, keep_channels_last
 from fastdiff.runtime.machine import choose_threads, keep_compiled_code, prepare_cudnn, share_compile_processes, tf32
@@ -97,7 +98,14 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             open_things.enter_context(resume.lock_new(folder))
         if settings.detect_anomaly:
             open_things.enter_context(detect_anomaly(model))
-        with report_outcome(folder, trainer, writes=writes):
+
+        def alive() -> None:
+            watchdog.progress("trying every image", LONG)
+
+        with (
+            report_outcome(folder, trainer, writes=writes),
+            naming_all(None if dry_run else folder / STEM, alive),
+        ):
             if dry_run:
                 loop.dry_run(config, folder, trainer, notes)
             else:

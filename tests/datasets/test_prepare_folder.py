@@ -100,6 +100,13 @@ def test_unreadable_images(tmp_path: Path):
     assert f"unreadable: {tmp_path}/source/a_2.png: not a picture, or of an unknown kind" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("folder.py: error: 2 of 4 images are unreadable")
     assert images(tmp_path / "out") == ["a_00000000.png", "a_00000003.png"]
+    listed = tmp_path / "out.unreadable_images.txt"
+    assert listed.read_text().splitlines() == [str(broken), str(tmp_path / "source" / "a_2.png")]
+    assert done.stderr.rstrip().endswith(f"xargs -d '\\n' rm < {listed}")
+    broken.unlink()
+    (tmp_path / "source" / "a_2.png").unlink()
+    again = ["--source", tmp_path / "source", "--out", tmp_path / "again", "--size", 8]
+    assert succeed("folder.py", *again).startswith("2 images")
 
 
 def test_bad_input(tmp_path: Path):

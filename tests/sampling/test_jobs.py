@@ -19,6 +19,7 @@ from PIL import Image
 from fastdiff import nll, ops, sample, super_res_sample
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.noise_keys import BOUND
+from fastdiff.errors import UserError
 from fastdiff.images.open import open_images
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import UNet
@@ -440,3 +441,25 @@ def test_two_processes(tmp_path: Path, run: Callable[..., Arrays]) -> None:
         np.testing.assert_array_equal(two["arr_1"], one["arr_1"])
     found = re.findall(r"^7 images: ([0-9.]+) bits/dim", out, re.MULTILINE)
     assert len(found) == 1
+
+
+def test_unreadable_images_of_scoring_are_all_listed(tmp_path: Path) -> None:
+    pictures(tmp_path / "data", [f"a_{i}" for i in range(9)])
+    for i in (1, 4, 8):
+        (tmp_path / "data" / f"a_{i}.png").write_bytes(b"no picture")
+    given = {"data_dir": tmp_path / "data", "out_dir": tmp_path / "out", "num_samples": 6, "loader": "pillow"}
+    with pytest.raises(UserError, match="--data_dir: 3 of 9 images can't be read"):
+        nll.main(flags({"model_path": save(unet(), tmp_path / "model000001.pt"), **given}))
+    listed = (tmp_path / "out" / "unreadable_images.txt").read_text().splitlines()
+    assert listed == [str(tmp_path / "data" / f"a_{i}.png") for i in (1, 4, 8)]
+
+
+def test_unreadable_small_images_are_all_listed(tmp_path: Path) -> None:
+    pictures(tmp_path / "small", ["a", "b", "c", "d"])
+    for name in "bd":
+        (tmp_path / "small" / f"{name}.png").write_bytes(b"")
+    given = {"base_samples": tmp_path / "small", "out_dir": tmp_path / "out"}
+    with pytest.raises(UserError, match="--base_samples: 2 of 4 images can't be read.*b.png.*d.png.*rm <"):
+        super_res_sample.main(flags({"model_path": save(super_res(), tmp_path / "model000001.pt"), **given}))
+    listed = (tmp_path / "out" / "unreadable_images.txt").read_text().splitlines()
+    assert listed == [str(tmp_path / "small" / f"{name}.png") for name in "bd"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -283,8 +284,17 @@ def test_unreadable_images_are_skipped_until_too_many(
     assert "1 unreadable" in capsys.readouterr().out
     for i in range(3):
         (data / f"class1_bad{i}.png").write_bytes(b"")
-    with pytest.raises(UserError, match="unreadable"):
+    with pytest.raises(UserError, match="4 of 16 images can't be read"):
         train.main(flags(data, tmp_path / "many", "--max_steps", "40"))
+    listed = (tmp_path / "many" / "unreadable_images.txt").read_text().splitlines()
+    assert listed == sorted(map(str, data.glob("*bad*")))
+    assert listed[0] in json.loads((tmp_path / "many" / "status.json").read_text())["reason"]
+    with pytest.raises(UserError, match="4 of 16 images") as found:
+        train.main([*flags(data, tmp_path / "dry", "--batch_size", "16"), "--dry_run"])
+    assert not (tmp_path / "dry").exists()
+    elsewhere = Path(str(found.value).partition("rm < ")[2])
+    assert elsewhere.read_text().splitlines() == listed
+    shutil.rmtree(elsewhere.parent)
 
 
 @pytest.mark.parametrize("small_size", [8, 4])

@@ -37,7 +37,8 @@ from fastdiff.images.cache.format import LABELS, NAMES, PIXELS, RECORD, describe
 from fastdiff.images.labels import label_images
 from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import MODES, load_image
-from fastdiff.images.reader import Reader, what_is_wrong
+from fastdiff.images.reader import Reader
+from fastdiff.images.unreadable import STEM, naming_all, what_is_wrong
 from fastdiff.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,12 @@ def pack(listing: Listing, size_hw: tuple[int, int], channels: int, target: Path
     """Decode the listing's images into the packed folder `target`, which must be absent or empty.
 
     Only one process at a time may do that. Raises UserError if the disk is too small, writing fails, or too many images
-    can't be read.
+    can't be read, which are then listed in files beside the target.
     """
+    build = _Build(listing, size_hw, channels, target)
     try:
-        _Build(listing, size_hw, channels, target).run(workers)
+        with naming_all(target.with_name(f"{target.name}.{STEM}"), alive=build.record_progress):
+            build.run(workers)
     except OSError as error:
         raise UserError(f"can't write {target}: {error.strerror or error}") from error
 
@@ -79,7 +82,7 @@ class _Build:
 
     def __init__(self, listing: Listing, size_hw: tuple[int, int], channels: int, target: Path) -> None:
         self.listing, self.target, self.partial = listing, target, partial_of(target)
-        self.reader = Reader(listing, size_hw, channels)
+        self.reader = Reader(listing, size_hw, channels, whole=listing)
         self.shape = (len(listing.names), *size_hw, channels)
         self.row_bytes = math.prod(self.shape[1:])
         self.made_of = describe(listing, size_hw, channels)
@@ -209,6 +212,10 @@ class _Build:
         """Flush the rows written so far to the disk, and record their number in state.json."""
         file.flush()
         os.fsync(file.fileno())
+        self.record_progress()
+
+    def record_progress(self) -> None:
+        """Write state.json, by which other processes see that this one is alive."""
         state = {
             "made_of": self.made_of,
             "rows": self.rows,
