@@ -1,7 +1,7 @@
 """Reads checkpoint files: the state_dict, the settings stored in it, and settings inferred from keys and shapes.
 
-A file holds a `state_dict` with improved-diffusion's parameter names. fastdiff also stores the settings of the training
-run in the state_dict's metadata, which other programs ignore.
+A file holds a `state_dict` with improved-diffusion's parameter names, written by torch.save or safetensors. fastdiff
+also stores the settings of the training run in the state_dict's metadata, which other programs ignore.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError, quoted
+from fastdiff.models.foreign import check_name, describe_folder, network_weights
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.models.unet import UNet, build_model
 from fastdiff.runtime.untrusted import is_there, read
@@ -25,14 +26,15 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_state_dict(path: Path) -> OrderedDict[str, Tensor]:
-    """Read the state_dict in a file. Raises UserError for other content and for invalid stored settings."""
-    state = read(path)
-    named = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
-    if not named or not state:
-        raise UserError(f"{path} holds no state_dict; give a model or ema .pt file")
+    """Read the state_dict in a file. Raises UserError for other content and for invalid stored settings.
+
+    The weights may be wrapped as other programs do (`foreign`).
+    """
+    check_name(path)
+    state = network_weights(read(path), path)
     if problem := _find_problem(_stored_text(state)):
         raise UserError(f"the settings in {path} are damaged ({problem}); give another checkpoint")
-    return state if isinstance(state, OrderedDict) else OrderedDict(state)
+    return state
 
 
 def with_info(state: dict[str, Tensor], info: dict[str, Any]) -> OrderedDict[str, Tensor]:
@@ -238,5 +240,5 @@ def find(path: str) -> Path:
         if (match := _CHECKPOINT.search(file.name))
     ]
     if not ranked:
-        raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt)")
+        raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt){describe_folder(place)}")
     return max(ranked)[-1]

@@ -1,4 +1,4 @@
-"""Reading files from unknown sources: those of torch.save, and npz.
+"""Reading files from unknown sources: those of torch.save and safetensors, and npz.
 
 Nothing in a file is executed, its checksums are compared, and reading a checkpoint takes at most about twice its size
 in memory: it is memory-mapped, and tensors that claim more bytes than the file has are refused.
@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastdiff.errors import UserError, quoted
+from fastdiff.errors import UserError, quoted, shortened
+from fastdiff.runtime.file_kinds import AGAIN, HEAD, OTHER_PROGRAM, ZIP, is_safetensors, other_kind
 
-_ZIP = b"PK\3\4"
+_EDM = ("torch_utils.", "dnnlib.")
+_OF_EDM = f"EDM's program wrote it, as network-snapshot-*.pkl; {OTHER_PROGRAM}"
+_SAVE = "if you trust it, save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
 _PICKLES = 5
 _MAX_DEPTH = 50
 _NEEDED = {
@@ -35,7 +39,7 @@ _NEEDED = {
 
 
 def read(path: Path) -> Any:
-    """Read a file of torch.save without running code from it: tensors on the CPU, in plain containers.
+    """Read a file of torch.save or safetensors without running code from it: tensors on the CPU, in plain containers.
 
     Raises UserError for a file that is missing or damaged, would run code, or would take far more memory than it has
     bytes.
@@ -45,22 +49,34 @@ def read(path: Path) -> Any:
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols and the like; unreadable files raise
-            is_zip = file.read(len(_ZIP)) == _ZIP
+            head = file.read(HEAD)
+            if not head:
+                raise UserError(f"{path} is not a checkpoint, or is damaged: it is empty; {AGAIN}")
+            if is_safetensors(head, os.fstat(file.fileno()).st_size):
+                return safetensors.torch.load_file(path)
+            if kind := other_kind(file, path):
+                raise UserError(f"{path} is not a checkpoint but {kind}")
+            is_zip = head.startswith(ZIP)
             (_check_archive if is_zip else _check_pickles)(file)
             # A mapped storage ends where the file does; otherwise torch allocates the length that the pickle states.
             file.seek(0)
             source = str(path) if is_zip else file  # torch maps files only by name
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=is_zip)
             return _PlainCopy(2 * os.fstat(file.fileno()).st_size + (1 << 20)).copy(content)
+    except UserError:
+        raise
     except _Refused as error:
         raise UserError(f"{path} is refused: {error}") from None
     except _NamesObjects as error:
+        advice = _OF_EDM if str(error).startswith(_EDM) else _SAVE
         raise UserError(
             f"{path} holds Python objects ({error}) that would run code when loaded, or take any amount of "
-            "memory; it is refused, a checkpoint holds tensors only"
+            f"memory; it is refused, a checkpoint holds tensors only; {advice}"
         ) from None
     except PermissionError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); give a file that can") from None
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is not a checkpoint, or is damaged: the zip is incomplete; {AGAIN}") from None
     except Exception:  # zipfile, pickle and torch raise many kinds of errors for a damaged file
         raise UserError(f"{path} is not a checkpoint, or is damaged") from None
 
@@ -98,14 +114,17 @@ def _check_names(pickle: Any) -> None:
 
     torch's weights_only admits more, such as bytearray and copies to a device, which turn a number into gigabytes.
     """
+    words: list[str] = []
     for opcode, argument, _ in pickletools.genops(pickle):
         if opcode.name not in ("GLOBAL", "INST", "STACK_GLOBAL"):
+            words = [*words[-1:], argument] if isinstance(argument, str) else words
             continue
         module, _, name = str(argument).partition(" ")
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         is_storage = module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier()
         if not (is_dtype or is_storage or (module, name) in _NEEDED):
-            raise _NamesObjects(f"{module}.{name}" if argument else "by computed names")
+            # STACK_GLOBAL takes its names from the stack, where the last strings are likely to be.
+            raise _NamesObjects(f"{module}.{name}" if argument else shortened(".".join(words)) or "by computed names")
 
 
 class _PlainCopy:

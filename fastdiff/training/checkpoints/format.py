@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdiff.errors import UserError
 from fastdiff.models import weights
+from fastdiff.models.foreign import describe_folder
 from fastdiff.runtime.untrusted import is_there
 from fastdiff.training.checkpoints.folder import newest_whole
 from fastdiff.training.checkpoints.manifest import MANIFEST, find_damage
@@ -116,7 +117,7 @@ def _find_model(place: Path) -> tuple[Path, list[str]]:
         raise UserError(f"{place} is damaged ({wrong}); take another checkpoint")
     models = sorted(folder.glob("model*.pt"))
     if not models:
-        raise UserError(f"{place} holds no modelNNNNNN.pt")
+        raise UserError(f"{place} holds no modelNNNNNN.pt{describe_folder(place)}")
     return models[-1], notes
 
 
