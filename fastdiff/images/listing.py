@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastdiff.errors import UserError
+from fastdiff.images.other_data import describe_file, describe_folder
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
 NO_DATA = ("__MACOSX", "@eaDir")
@@ -61,8 +62,10 @@ def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
         if not root.exists():
             raise UserError(f"the image folder {root} does not exist; give one that does (--data_dir)")
         if not root.is_dir():
-            raise UserError(f"{root} is not a folder of images but a file; give the folder that holds it")
+            raise UserError(f"{root} is not a folder of images but {describe_file(root)}")
         paths = list(_walk(root, frozenset()))
+        if not paths and (other := describe_folder(root)):
+            raise UserError(f"the image folder {root} holds no images but {other}")
         if not paths:
             found = "holds no images" if any(root.iterdir()) else "is empty"
             raise UserError(

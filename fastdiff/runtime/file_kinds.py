@@ -13,25 +13,44 @@ from typing import BinaryIO
 HEAD = 512
 """Bytes from which a kind is recognised; a tar archive's signature ends at byte 262."""
 WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl")
-ZIP = b"PK\3\4"
 OTHER_PROGRAM = "fastdiff reads weights of improved-diffusion's network, from .pt and .safetensors files"
 AGAIN = "copy or download it again"
-# Offset, signature, what the file is and what to do; {} is the file's name, quoted for a shell.
-_KINDS = (
-    (0, b"version https://git-lfs", "a pointer of Git LFS to the file; fetch the file itself: git lfs pull"),
-    (0, b"\x89HDF\r\n\x1a\n", f"an HDF5 file, as Keras writes; {OTHER_PROGRAM}"),
-    (0, b"GGUF", f"a GGUF file; {OTHER_PROGRAM}"),
-    (0, b"\x93NUMPY", f"an array of NumPy's; {OTHER_PROGRAM}"),
-    (0, b"\x1f\x8b", "compressed by gzip; unpack it (gunzip {}, or tar -xf {} for a .tar.gz) and name what is inside"),
-    (0, b"BZh", "compressed by bzip2; unpack it (bunzip2 {}, or tar -xf {}) and name what is inside"),
-    (0, b"\xfd7zXZ\0", "compressed by xz; unpack it (unxz {}, or tar -xf {}) and name what is inside"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it (unzstd {}) and name what is inside"),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it (7z x {}) and name the checkpoint in it"),
-    (0, b"Rar!", "a rar archive; unpack it and name the checkpoint in it"),
-    (257, b"ustar", "a tar archive; unpack it (tar -xf {}) and name the checkpoint in it"),
-    (0, b"\x89PNG", "a picture; name a checkpoint"),
-    (0, b"\xff\xd8\xff", "a picture; name a checkpoint"),
+# Offset, signature, kind.
+_SIGNATURES = (
+    (0, b"PK\3\4", "zip"),
+    (0, b"version https://git-lfs", "Git LFS"),
+    (0, b"\x89HDF\r\n\x1a\n", "HDF5"),
+    (0, b"GGUF", "GGUF"),
+    (0, b"\x93NUMPY", "npy"),
+    (0, b"\x1f\x8b", "gzip"),
+    (0, b"BZh", "bzip2"),
+    (0, b"\xfd7zXZ\0", "xz"),
+    (0, b"\x28\xb5\x2f\xfd", "zstd"),
+    (0, b"7z\xbc\xaf\x27\x1c", "7z"),
+    (0, b"Rar!", "rar"),
+    (257, b"ustar", "tar"),
+    (0, b"\x89PNG", "picture"),
+    (0, b"\xff\xd8\xff", "picture"),
+    (0, b"GIF8", "picture"),
+    (8, b"WEBP", "picture"),
+    (0, b"SQLite format 3", "sqlite"),
 )
+# Kind → what a checkpoint of that kind is, and what to do; {} is its path, quoted for a shell.
+_ADVICE = {
+    "Git LFS": "a pointer of Git LFS to the file; fetch the file itself: git lfs pull",
+    "HDF5": f"an HDF5 file, as Keras writes; {OTHER_PROGRAM}",
+    "npy": f"an array of NumPy's; {OTHER_PROGRAM}",
+    "gzip": "compressed by gzip; unpack it (gunzip {}, or tar -xf {} for a .tar.gz) and name what is inside",
+    "tar": "a tar archive; unpack it (tar -xf {}) and name the checkpoint in it",
+    "picture": "a picture; name a checkpoint",
+    "GGUF": f"a GGUF file; {OTHER_PROGRAM}",
+    "sqlite": f"an SQLite database; {OTHER_PROGRAM}",
+    **{
+        kind: f"compressed by {kind}; unpack it (tar -xf {{}}) and name what is inside"
+        for kind in ("bzip2", "xz", "zstd")
+    },
+    **{kind: f"a {kind} archive; unpack it and name the checkpoint in it" for kind in ("7z", "rar")},
+}
 _SUFFIXES = {
     ".onnx": "an ONNX graph",
     ".pb": "a TensorFlow graph",
@@ -49,15 +68,27 @@ def other_kind(file: BinaryIO, path: Path) -> str:
     file.seek(0)
     head = file.read(HEAD)
     name = shlex.quote(str(path))
-    if head.startswith(ZIP):
+    kind = signature(head)
+    if kind == "zip":
         return _kind_of_zip(file, name)
-    for at, start, kind in _KINDS:
-        if head[at : at + len(start)] == start:
-            return kind.format(*[name] * kind.count("{}"))
+    if kind == "text":
+        text = _text(head)
+        what = "a web page or XML" if text.startswith("<") else "text"
+        return f"{what} ({text.splitlines()[0][:60]!r}), perhaps a server's message in place of the file; {AGAIN}"
+    if kind:
+        return _ADVICE[kind].format(*[name] * _ADVICE[kind].count("{}"))
     onnx = head[0] == 8 and head[1:2] < b"\x20" and any(word in head for word in (b"pytorch", b"onnx", b"tf2onnx"))
     if onnx or (path.suffix in _SUFFIXES and head[0] != 0x80):
         return f"{'an ONNX graph' if onnx else _SUFFIXES[path.suffix]}; {OTHER_PROGRAM}"
-    return _kind_of_text(head)
+    return ""
+
+
+def signature(head: bytes) -> str:
+    """The kind of a file by its first HEAD bytes: a kind of _SIGNATURES, "text", or "" where that is unknown."""
+    for at, start, kind in _SIGNATURES:
+        if head[at : at + len(start)] == start:
+            return kind
+    return "text" if _text(head) else ""
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
@@ -84,14 +115,12 @@ def _kind_of_zip(file: BinaryIO, name: str) -> str:
     return f"a zip archive{inside}; unpack it (unzip {name} -d FOLDER) and name the checkpoint in it"
 
 
-def _kind_of_text(head: bytes) -> str:
+def _text(head: bytes) -> str:
+    """The first HEAD bytes of a file as text; empty if they are none."""
     try:
         text = head.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         if error.end < len(head) or len(head) < HEAD:  # else a character was cut at the end
             return ""
         text = head[: error.start].decode("utf-8-sig").strip()
-    if not text or not all(letter.isprintable() or letter.isspace() for letter in text):
-        return ""
-    what = "a web page or XML" if text.startswith("<") else "text"
-    return f"{what} ({text.splitlines()[0][:60]!r}), perhaps a server's message in place of the file; {AGAIN}"
+    return text if all(letter.isprintable() or letter.isspace() for letter in text) else ""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError, quoted, shortened
-from fastdiff.runtime.file_kinds import AGAIN, HEAD, OTHER_PROGRAM, ZIP, is_safetensors, other_kind
+from fastdiff.runtime.file_kinds import AGAIN, HEAD, OTHER_PROGRAM, is_safetensors, other_kind, signature
 
 _EDM = ("torch_utils.", "dnnlib.")
 _OF_EDM = f"EDM's program wrote it, as network-snapshot-*.pkl; {OTHER_PROGRAM}"
@@ -56,7 +56,7 @@ def read(path: Path) -> Any:
                 return safetensors.torch.load_file(path)
             if kind := other_kind(file, path):
                 raise UserError(f"{path} is not a checkpoint but {kind}")
-            is_zip = head.startswith(ZIP)
+            is_zip = signature(head) == "zip"
             (_check_archive if is_zip else _check_pickles)(file)
             # A mapped storage ends where the file does; otherwise torch allocates the length that the pickle states.
             file.seek(0)

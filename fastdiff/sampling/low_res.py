@@ -18,6 +18,7 @@ from torch import Tensor
 from fastdiff.errors import UserError, one_line, quoted
 from fastdiff.images.labels import label_images
 from fastdiff.images.listing import is_image, list_images
+from fastdiff.images.other_data import describe_file, kind_of_file
 from fastdiff.images.pixels import MODES, load_image
 from fastdiff.images.unreadable import GaveUp, ImageFiles, what_is_wrong
 from fastdiff.models import SuperResSettings
@@ -184,6 +185,8 @@ def read_npz(path: Path, settings: SuperResSettings) -> SmallImages:
         with path.open("rb") as file:
             if file.read(6) == np.lib.format.MAGIC_PREFIX:  # an .npy file holds a single array
                 raise no_arr_0
+        if kind_of_file(path) in ("zip", "tar", "gzip"):
+            raise UserError(f"{path} is {describe_file(path)}")
         with zipfile.ZipFile(path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 raise no_arr_0

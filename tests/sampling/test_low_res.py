@@ -108,3 +108,15 @@ def test_models_without_classes_need_none(tmp_path: Path) -> None:
     assert "arr_1" not in run(tmp_path / "out", model_path=large, base_samples=tmp_path / "photos")
     given = flags({"model_path": large, "base_samples": tmp_path / "photos", "classes": "1", "out_dir": "x"})
     assert "--classes: the model is not class-conditional" in refusal(super_res_sample.main, given)
+
+
+@pytest.mark.parametrize("name", ["small.zip", "small.tar", "small.tar.gz"])
+def test_archives_are_named(name: str, tmp_path: Path) -> None:
+    large = save(super_res(), tmp_path / "large.pt")
+    pictures(tmp_path / "photos", ["beach", "alps"])
+    kind = {"small.zip": "zip", "small.tar": "tar", "small.tar.gz": "gztar"}[name]
+    shutil.make_archive(str(tmp_path / "small"), kind, tmp_path / "photos")
+    given = flags({"model_path": large, "base_samples": tmp_path / name, "out_dir": tmp_path / "x"})
+    message = refusal(super_res_sample.main, given)
+    assert f"--base_samples: {tmp_path / name} is " in message
+    assert "unpack it (" in message
