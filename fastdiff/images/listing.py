@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from fastdiff.errors import UserError
 from fastdiff.images.other_data import describe_file, describe_folder
+from fastdiff.images.outputs import IMAGES, check_root, is_grid, kind_of_output, say_what_is_read
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
 NO_DATA = ("__MACOSX", "@eaDir")
@@ -53,7 +54,8 @@ class Listing:
 def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
     """All images below data_dir, depth first, with the files and folders of a folder in code-point order together.
 
-    Names are ordered in their composed form, so that a copy of the folder from another system has the same order.
+    Names are ordered in their composed form, so that a copy of the folder from another system has the same order. What
+    runs and sampling jobs wrote is left out (`outputs`), which is logged.
     """
     root = Path(data_dir)
     if not str(data_dir):
@@ -63,7 +65,10 @@ def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
             raise UserError(f"the image folder {root} does not exist; give one that does (--data_dir)")
         if not root.is_dir():
             raise UserError(f"{root} is not a folder of images but {describe_file(root)}")
-        paths = list(_walk(root, frozenset()))
+        kind = check_root(root)
+        left_out: list[Path] = []
+        paths = list(_walk(root, frozenset(), left_out))
+        say_what_is_read(root, kind, len(paths), left_out)
         if not paths and (other := describe_folder(root)):
             raise UserError(f"the image folder {root} holds no images but {other}")
         if not paths:
@@ -92,14 +97,31 @@ def same_to_readers(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _walk(folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+def has_own_images(names: Collection[str]) -> bool:
+    """Whether a folder with these files holds images besides grids of samples."""
+    return any(is_image(name) and not is_grid(name, names) for name in names)
+
+
+def _walk(folder: Path, above: frozenset[tuple[int, int]], left_out: list[Path]) -> Iterator[Path]:
+    """Yield the images below a folder; adds what runs and sampling jobs wrote to left_out.
+
+    A job's images are read if its folder is the root of the walk, unless it was drawn into a folder of images.
+    """
     identity = (folder.stat().st_dev, folder.stat().st_ino)
     if identity in above:  # a link to a folder that contains it
         return
     with os.scandir(folder) as entries:
         found = sorted((same_to_readers(entry.name), entry.name, entry.is_dir()) for entry in entries)
+    names = {name for _, name, _ in found}
+    kind = kind_of_output(folder, names)
+    mixed = kind == "job" and has_own_images(names)
+    if kind == "run" or (kind == "job" and above and not mixed):
+        left_out.append(folder)
+        return
     for _, name, is_folder in found:
-        if is_folder and is_data(name):
-            yield from _walk(folder / name, above | {identity})
+        if (is_folder and mixed and name == IMAGES) or (not is_folder and is_grid(name, names)):
+            left_out.append(folder / name)
+        elif is_folder and is_data(name):
+            yield from _walk(folder / name, above | {identity}, left_out)
         elif not is_folder and is_image(name):
             yield folder / name

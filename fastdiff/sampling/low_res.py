@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.errors import UserError, one_line, quoted
 from fastdiff.images.labels import label_images
-from fastdiff.images.listing import is_image, list_images
+from fastdiff.images.listing import has_own_images, is_image, list_images
 from fastdiff.images.other_data import describe_file, kind_of_file
 from fastdiff.images.pixels import MODES, load_image
 from fastdiff.images.unreadable import GaveUp, ImageFiles, what_is_wrong
@@ -37,14 +37,15 @@ _MERGED = re.compile(r"samples_([1-9][0-9]*)x\d+x\d+x\d+\.npz")
 def _place(source: str) -> Path:
     """The npz, folder of pictures or picture that `source` names; of a sampling job's folder its npz or its pictures.
 
-    A job's folder also holds a grid of its images, which is none of them.
+    A job's folder also holds a grid of its images, which is none of them. A job may also have been drawn into a folder
+    of pictures.
     """
     if not source:
         raise UserError("--base_samples is missing: give an .npz of small images, or a folder of them")
     path = Path(source)
     try:
         exists = path.exists()
-        if not (path / NAME).is_file():
+        if not (path / NAME).is_file() or has_own_images(files_in(path)):
             if not exists:
                 raise UserError(f"{path} does not exist; give an .npz of small images, or a folder of them")
             return path

@@ -19,6 +19,7 @@ from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images.labels import describe_classes
 from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
+from fastdiff.images.outputs import refuse_as_run
 from fastdiff.images.unreadable import STEM, naming_all
 from fastdiff.models import UNet, build_model
 from fastdiff.ops import choose_kernels, keep_channels_last
@@ -52,6 +53,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     _check(config)
     plan = plan_step(settings, config.deepspeed, current())  # contradictions raise before anything is written
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
+    refuse_as_run(folder, Path(config.data.data_dir))
     keep_compiled_code()
     share_compile_processes()
     with ExitStack() as open_things:
