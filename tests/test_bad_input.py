@@ -408,10 +408,10 @@ def test_classes_of_a_folder(world: World) -> None:
     three = world.folder / "three_classes"
     pictures(three, ["ape_1", "cat_1", "dog_1"])
     message = world.train(data_dir=three, class_cond=True, num_classes=2)
-    says(message, "--class_cond", "3 classes, the model 2", "--num_classes 3")
+    says(message, "--num_classes 2", "3 classes (labels: from prefixes: ape 1, cat 1, dog 1)", "--num_classes 3")
     says(world.nll(data_dir=three, model_path=world.class_cond), "class 'ape'", "cat, dog")
     nameless = save(unet(class_cond=True, num_classes=2), world.folder / "model000009.pt")
-    says(world.nll(data_dir=three, model_path=nameless), "--data_dir", "3 classes, the model 2")
+    says(world.nll(data_dir=three, model_path=nameless), "--data_dir", "3 classes (ape 1, cat 1, dog 1), the model 2")
 
 
 def test_caches(world: World) -> None:
@@ -621,7 +621,7 @@ def test_resume_with_another_network(world: World) -> None:
 
 def test_classes(world: World) -> None:
     says(world.sample(classes="0"), "--classes", "not class-conditional")
-    says(world.super_res_sample(classes="0"), "--classes is not a flag of this script")
+    says(world.super_res_sample(classes="0"), "--classes: the model is not class-conditional")
     for word in ("zebra", "2", "-1", "1.5", "²"):
         message = world.sample(model_path=world.class_cond, classes=f"cat,{word}")
         says(message, f"--classes: {word} is not a class", "0 to 1", "cat, dog")
@@ -662,7 +662,7 @@ def test_base_samples_of_a_class_conditional_model(world: World) -> None:
         np.savez(world.folder / "labels.npz", np.zeros((2, 8, 8, 3), np.uint8), np.array([0, label]))
         message = world.super_res_sample(model_path=model, base_samples="labels.npz")
         says(message, f"labels.npz has label {label}", "0 to 1")
-    says(world.super_res_sample(model_path=model, base_samples="small"), "a.png", "cat, dog")
+    says(world.super_res_sample(model_path=model, base_samples="small"), "nothing in small says", "--classes: cat, dog")
 
 
 def test_unwritable_output(world: World) -> None:

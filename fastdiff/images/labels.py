@@ -17,9 +17,8 @@ import numpy as np
 from fastdiff.errors import UserError, did_you_mean
 from fastdiff.images.label_files import DATASET_JSON, read_label_file
 from fastdiff.images.listing import Listing, list_images, same_to_readers
+from fastdiff.images.settings import LABEL_RULES
 
-RULES = ("auto", "prefix", "folder", "none")
-"""Values of the setting `labels` that name no file."""
 NAMED = 20
 """The most classes that a message lists."""
 TRIAL = 10
@@ -72,8 +71,8 @@ def label_images(
         return number_classes(found, names, root, "folders" if rule == "folder" else "prefixes", known)
     file = root / DATASET_JSON if rule == "auto" else Path(rule)
     if rule != "auto" and not file.is_file():
-        near = did_you_mean(rule, RULES) or ", and no file of that name exists"
-        raise UserError(f"--labels {rule} is none of {', '.join(RULES)}{near}")
+        near = did_you_mean(rule, LABEL_RULES) or ", and no file of that name exists"
+        raise UserError(f"--labels {rule} is none of {', '.join(LABEL_RULES)}{near}")
     if file.is_file():
         return _by_file(file, names, root, known)
     return _by_names(names, root, known)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from fastdiff.errors import did_you_mean
 from fastdiff.settings import Settings
+
+LABEL_RULES = ("auto", "prefix", "folder", "none")
+"""Values of `labels` that name no file."""
 
 
 class DataSettings(Settings):
@@ -34,3 +39,11 @@ class DataSettings(Settings):
     """Leave out the last images of an epoch that don't fill a batch (improved-diffusion always did)."""
     num_workers: int = Field(2, ge=1)
     """Threads per process that read and decode images."""
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, value: str) -> str:
+        if value not in LABEL_RULES and not Path(value).is_file():
+            near = did_you_mean(value, LABEL_RULES)
+            raise ValueError(f"must be {', '.join(LABEL_RULES)} or a file that lists classes, not {value!r}{near}")
+        return value

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError, one_line, quoted
-from fastdiff.images.labels import label_images
+from fastdiff.images.labels import NAMED, label_images
 from fastdiff.images.listing import has_own_images, is_image, list_images
 from fastdiff.images.other_data import describe_file, kind_of_file
 from fastdiff.images.pixels import MODES, load_image
@@ -96,9 +96,10 @@ class BaseImages:
             self.labels = label_images(paths, root, "auto", known).labels
         except UserError as error:
             reason = str(error).partition("; ")[0]  # the remedies are the trainer's
+            classes = f"{', '.join(class_names[:NAMED])} by name or number" if class_names else "numbers such as 0,5"
             raise UserError(
-                f"{self.path} doesn't say which of the model's classes its pictures are of ({reason}); give --classes, "
-                "such as --classes 0"
+                f"{self.path} doesn't say which of the model's classes its pictures are of ({reason}); give --classes: "
+                f"{classes}"
             ) from None
 
     def _checked(self, content: SmallImages, class_names: list[str]) -> np.ndarray:
@@ -213,7 +214,7 @@ def read_npz(path: Path, settings: SuperResSettings) -> SmallImages:
         raise
     except Exception as error:  # zipfile, numpy and the operating system raise many types
         reason = one_line(str(error))[:200]
-        raise UserError(f"{path} is not an .npz of arrays, a folder or a picture, or is damaged ({reason})") from error
+        raise UserError(f"{path} is not an .npz of arrays, or is damaged ({reason})") from error
 
 
 def _class_names(archive: zipfile.ZipFile, path: Path, most: int) -> list[str]:

@@ -274,9 +274,8 @@ def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None
         count = len(loader.class_names)
         if count < 2:
             raise UserError(
-                f"--class_cond: {config.data.data_dir} has one class only ({loader.class_names[0]}, from "
-                f"{loader.listing.labels_from}); name files CLASS_anything, sort them into class folders, or give "
-                "--labels"
+                f"--class_cond: {config.data.data_dir} has one class only ({loader.class_names[0]}); name files "
+                "CLASS_anything, sort them into class folders, or give --labels"
             )
         if count > config.model.num_classes:
             raise UserError(

@@ -44,7 +44,7 @@ def test_photos_have_no_classes(bare: dict[str, Any], tmp_path: Path) -> None:
         given = flags({**bare, "base_samples": place, "out_dir": out})
         message = refusal(super_res_sample.main, given)
         assert message.startswith(f"--base_samples: {place} doesn't say which of the model's classes")
-        assert "give --classes, such as --classes 0" in message
+        assert "give --classes: numbers such as 0,5" in message
     assert not out.exists()
     got = run(out, **bare, base_samples=photos, classes="4,7", save_as="npz,png")
     np.testing.assert_array_equal(got["arr_1"], [4, 7, 4])
