@@ -187,7 +187,7 @@ def read_npz(path: Path, settings: SuperResSettings) -> SmallImages:
         with path.open("rb") as file:
             if file.read(6) == np.lib.format.MAGIC_PREFIX:  # an .npy file holds a single array
                 raise no_arr_0
-        if kind_of_file(path) in ("zip", "tar", "gzip"):
+        if path.suffix != ".npz" and kind_of_file(path) in ("zip", "tar", "gzip"):
             raise UserError(f"{path} is {describe_file(path)}")
         with zipfile.ZipFile(path) as archive:
             if "arr_0.npy" not in archive.namelist():
