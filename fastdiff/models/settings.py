@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -30,7 +31,8 @@ class BackboneSettings(Settings):
     num_head_channels: int = -1
     """Channels per attention head; -1: num_heads decides."""
     attention_resolutions: Ints = (16, 8)
-    """Image sizes at which attention blocks stand, e.g. 16,8."""
+    """Sizes of levels at which attention blocks stand, e.g. 16,8: a level's shorter side in pixels; empty: only in the
+    middle."""
     channel_mult: Floats = ()
     """Width multiple of each level, e.g. 1,2,3,4; empty: the standard one for 256, 64 or 32 pixels."""
     dropout: Annotated[float, TRAINING] = Field(0.0, ge=0, lt=1)
@@ -79,9 +81,23 @@ class BackboneSettings(Settings):
         return tuple(int(mult * self.num_channels) for mult in self.level_mult)
 
     @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """The shorter side of each level's maps in pixels, by which attention_resolutions name a level."""
+        return tuple(min(self.size_hw) >> level for level in range(len(self.level_mult)))
+
+    @property
     def attention_factors(self) -> tuple[int, ...]:
-        """Downsampling factors at which there are attention blocks."""
+        """Downsampling factors at which there are attention blocks.
+
+        The quotient is rounded down, as in improved-diffusion, so that a resolution that is no level's size may name a
+        level nevertheless, or none. `misplaced_attention` finds these.
+        """
         return tuple(min(self.size_hw) // resolution for resolution in self.attention_resolutions)
+
+    @property
+    def attending_levels(self) -> tuple[int, ...]:
+        """The levels with attention blocks, of which 0 has the full size of the images."""
+        return tuple(level for level in range(len(self.level_mult)) if 2**level in self.attention_factors)
 
     @model_validator(mode="after")
     def _consistent(self) -> BackboneSettings:
@@ -112,16 +128,14 @@ class BackboneSettings(Settings):
                 "levels (channel_mult) need"
             )
         for resolution in self.attention_resolutions:
-            if not 1 <= resolution <= min(self.size_hw):
-                raise ValueError(
-                    f"attention_resolutions {resolution} is not between 1 and the image size {min(self.size_hw)}"
-                )
+            if resolution < 1:
+                raise ValueError(f"attention_resolutions {resolution} is no size; give the sizes of levels, e.g. 16,8")
         self._check_heads()
         return self
 
     def _check_heads(self) -> None:
         attending = {self.level_channels[-1]}  # the middle block always attends
-        attending |= {c for i, c in enumerate(self.level_channels) if 2**i in self.attention_factors}
+        attending |= {self.level_channels[level] for level in self.attending_levels}
         for name in ("num_heads", "num_heads_upsample", "num_head_channels"):
             value = getattr(self, name)
             if value == -1 and name != "num_heads":
@@ -168,3 +182,47 @@ class SuperResSettings(BackboneSettings):
                 f"{'x'.join(map(str, self.large_size))}"
             )
         return self
+
+
+def misplaced_attention(settings: BackboneSettings) -> str:
+    """An error message if attention_resolutions name a size that no level has; else empty."""
+    sizes = settings.level_sizes
+    if not (nowhere := [str(size) for size in settings.attention_resolutions if size not in sizes]):
+        return ""
+    return (
+        f"attention_resolutions {','.join(nowhere)}: a network for the {_image_size(settings)} has no level of that "
+        f"size; {_levels(settings)}"
+    )
+
+
+def default_attention_warning(settings: BackboneSettings) -> str:
+    """A warning if the default attention_resolutions put attention at no level, or at the full size; else empty."""
+    default = f"the default attention_resolutions {','.join(map(str, settings.attention_resolutions))}"
+    if not settings.attending_levels:
+        return (
+            f"warning: {default} name no level of a network for the {_image_size(settings)}, so that it has attention "
+            f"in its middle block only; {_levels(settings)}, or '' to have it so without this warning"
+        )
+    if 0 in settings.attending_levels:
+        return (
+            f"warning: {default} put attention at the full size of the images, where it costs most, in a network for "
+            f"the {_image_size(settings)}; {_levels(settings)}"
+        )
+    return ""
+
+
+def _image_size(settings: BackboneSettings) -> str:
+    name = "large size" if isinstance(settings, SuperResSettings) else "image size"
+    return f"{name} {'x'.join(map(str, settings.size_hw))}"
+
+
+def _levels(settings: BackboneSettings) -> str:
+    """The sizes of all levels, and the sizes below the full one that are nearest to the default's."""
+    H, W = settings.size_hw
+    levels = ", ".join(f"{H >> level}x{W >> level}" for level in range(len(settings.level_mult)))
+    smaller = settings.level_sizes[1:] or settings.level_sizes
+    default = BackboneSettings.model_fields["attention_resolutions"].default
+    near = {min(smaller, key=lambda size: abs(math.log(size / wanted))) for wanted in default}
+    named = ", named by their shorter side" if H != W else ""
+    advice = ",".join(map(str, sorted(near, reverse=True)))
+    return f"its levels are {levels}{named}: give e.g. --attention_resolutions {advice}"

@@ -102,7 +102,7 @@ class UNet(nn.Module):
             return AttentionBlock(c, heads if settings.num_head_channels == -1 else c // settings.num_head_channels)
 
         heads_up = settings.num_heads if settings.num_heads_upsample == -1 else settings.num_heads_upsample
-        attends = [2**level in settings.attention_factors for level in range(len(channels))]
+        attends = [level in settings.attending_levels for level in range(len(channels))]
 
         c = width
         self.input_blocks = nn.ModuleList([Stage(InputConv(settings.network_in_channels, c, 3, padding=1))])

@@ -21,7 +21,8 @@ from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
 from fastdiff.images.outputs import refuse_as_run
 from fastdiff.images.unreadable import STEM, naming_all
-from fastdiff.models import UNet, build_model
+from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.settings import default_attention_warning, misplaced_attention
 from fastdiff.ops import choose_kernels, keep_channels_last
 from fastdiff.runtime.machine import choose_threads, keep_compiled_code, prepare_cudnn, share_compile_processes, tf32
 from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
@@ -65,6 +66,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         if writes and known:
             open_things.enter_context(resume.lock(folder))
         snapshot, source = resume.find_snapshot(config, folder)
+        advice = [] if snapshot else _check_attention(config.model)
         preview = preview_diffusion(config)
         packs = config.data.cache != "none"
         watchdog.progress("opening the images", math.inf if packs else LONG)  # packing reports its own progress
@@ -74,7 +76,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         processes = start_processes(settings.stall_minutes, early=packs)
         watchdog.progress("starting", LONG)
         snapshot, source = resume.agree_on_snapshot(processes, config, folder, snapshot, source)
-        notes = choose_kernels(settings.kernels, processes.device, threads_before=_threads_of(snapshot, processes))
+        threads = _threads_of(snapshot, processes)
+        notes = advice + choose_kernels(settings.kernels, processes.device, threads_before=threads)
         keep_channels_last(_was_channels_last(snapshot))
         open_things.enter_context(tf32(settings.allow_tf32))
         searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)
@@ -252,6 +255,19 @@ def _check(config: Config) -> None:
         raise UserError("--precision bf16: this GPU has no bf16 arithmetic; use fp16 or fp32")
     if model.in_channels not in (1, 3, 4):
         raise UserError(f"--in_channels {model.in_channels}: image files have 1 (gray), 3 (RGB) or 4 (RGBA) channels")
+
+
+def _check_attention(model: BackboneSettings) -> list[str]:
+    """Lines for the log on the default attention_resolutions of a new run; UserError for given ones of no level.
+
+    Checkpoints keep theirs: their networks have attention where the resolutions, rounded down, put it.
+    """
+    if "attention_resolutions" not in model.model_fields_set:
+        warning = default_attention_warning(model)
+        return [warning] if warning else []
+    if message := misplaced_attention(model):
+        raise UserError(f"--{message}")
+    return []
 
 
 def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None, build_cache: bool) -> Loader:

@@ -201,6 +201,44 @@ def test_another_model_in_the_same_folder_is_refused(data: Path, tmp_path: Path)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
+def test_attention_at_no_level(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given resolutions of no level are refused in a new run; a default of none is warned about."""
+    for main, size, more in (
+        (train.main, "image size 24x24", ("--image_size", "24")),
+        (super_res_train.main, "large size 24x24", ("--large_size", "24", "--small_size", "12")),
+    ):
+        small = {**tiny.MODEL, **PROCESS, "data_dir": data, "batch_size": 4, "max_steps": 1}
+        del small["image_size"], small["attention_resolutions"]
+        words = [*tiny.flags(small), *more]
+        message = tiny.refusal(main, [*words, "--run_dir", tmp_path / "refused", "--attention_resolutions", "8"])
+        assert message.startswith(f"--attention_resolutions 8: a network for the {size} has no level of that size;")
+        assert message.endswith("its levels are 24x24, 12x12: give e.g. --attention_resolutions 12")
+        assert not (tmp_path / "refused").exists()
+        capsys.readouterr()
+        main([*words, "--run_dir", str(tmp_path / size)])
+        assert "warning: the default attention_resolutions 16,8 put attention at the full" in capsys.readouterr().out
+        assert "warning: the default attention_resolutions" in (tmp_path / size / "log.txt").read_text()
+        main([*words, "--run_dir", str(tmp_path / f"{size} none"), "--attention_resolutions", ""])
+        assert "attention_resolutions" not in capsys.readouterr().out
+
+
+def test_stored_attention_at_no_level_stays(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that was begun with such resolutions goes on without a word, also where the command names them."""
+    begun = {**tiny.MODEL, **PROCESS, "image_size": 12, "data_dir": data, "batch_size": 4}
+    del begun["attention_resolutions"]
+    train.main(tiny.flags({**begun, "max_steps": 1, "run_dir": tmp_path / "run"}))
+    assert "warning: the default attention_resolutions 16,8" in capsys.readouterr().out
+    step = tmp_path / "run" / "checkpoints" / "step_000001"
+    kept = {"max_steps": 2, "attention_resolutions": "16,8"}  # 12 // 8 is 1, the factor of the full size
+    for name, more in {"run": {}, "new": {"resume_checkpoint": step}}.items():
+        train.main(tiny.flags({**begun, **kept, **more, "run_dir": tmp_path / name}))
+    bare = {"data_dir": data, "batch_size": 4, "max_steps": 2, "resume_checkpoint": step}
+    train.main(tiny.flags({**bare, "run_dir": tmp_path / "bare"}))
+    out = capsys.readouterr().out
+    assert out.count("at step 1") == 3
+    assert "attention_resolutions" not in out
+
+
 def test_starting_from_other_checkpoints(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model is resumed with the files beside it; for a bare model or an average the log says what is missing."""
     first = tmp_path / "first"
