@@ -429,7 +429,9 @@ def test_caches(world: World) -> None:
         says(call(cache="disk", cache_dir=packed), "packed is a packed folder itself", "as --data_dir")
     (packed / "pixels.npy").write_bytes(b"")
     says(
-        world.train(data_dir=packed, in_channels=1, image_size=16), "packed are damaged (pixels.npy", "pack them again"
+        world.train(data_dir=packed, in_channels=1, image_size=16, attention_resolutions=8),
+        "packed are damaged (pixels.npy",
+        "pack them again",
     )
 
 

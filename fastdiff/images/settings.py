@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from fastdiff.errors import did_you_mean
-from fastdiff.settings import Settings
+from fastdiff.settings import Affects, Settings
+
+RUN = Affects("run")
+"""Marks settings that say how images are read, not which pixels a step sees."""
 
 LABEL_RULES = ("auto", "prefix", "folder", "none")
 """Values of `labels` that name no file."""
@@ -25,7 +28,7 @@ class DataSettings(Settings):
     cache: Literal["none", "disk", "gpu"] = "none"
     """Decode all images once, to the reference pixels at the model's size. disk: into one file, made at the first start
     and read at memory speed from then on. gpu: that file's content lies on the GPU (without one, in memory)."""
-    cache_dir: str = ""
+    cache_dir: Annotated[str, RUN] = ""
     """Folder for the cache of decoded images; empty for the one that holds data_dir."""
     labels: str = "auto"
     """Class of an image: prefix (of the file name, before the first underscore), folder (that holds it), none, or a
@@ -37,7 +40,7 @@ class DataSettings(Settings):
     """A new random order every epoch; False keeps the listing's order."""
     drop_last: bool = False
     """Leave out the last images of an epoch that don't fill a batch (improved-diffusion always did)."""
-    num_workers: int = Field(2, ge=1)
+    num_workers: Annotated[int, RUN] = Field(2, ge=1)
     """Threads per process that read and decode images."""
 
     @field_validator("labels")

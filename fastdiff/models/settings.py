@@ -11,6 +11,8 @@ from fastdiff.settings import Affects, Floats, Ints, Settings, Size, Switch
 
 TRAINING = Affects("training")
 """Marks settings that only training uses: they don't change the function that a network computes."""
+SHAPES = Affects("shapes")
+"""Marks settings that decide which weights a network has, and their shapes."""
 GROUPS = 32  # of every group norm (Ho et al. 2020)
 
 # Image size → channel_mult, as in improved-diffusion.
@@ -20,9 +22,9 @@ _DEFAULT_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
 class BackboneSettings(Settings):
     """What the UNet and the super-resolution UNet have in common."""
 
-    num_channels: int = Field(128, ge=32)
+    num_channels: Annotated[int, SHAPES] = Field(128, ge=32)
     """Width of the first level; a multiple of 32."""
-    num_res_blocks: int = Field(2, ge=1)
+    num_res_blocks: Annotated[int, SHAPES] = Field(2, ge=1)
     """Residual blocks per level on the way down (one more on the way up)."""
     num_heads: int = Field(4, ge=1)
     """Attention heads on the way down and in the middle."""
@@ -33,24 +35,24 @@ class BackboneSettings(Settings):
     attention_resolutions: Ints = (16, 8)
     """Sizes of levels at which attention blocks stand, e.g. 16,8: a level's shorter side in pixels; empty: only in the
     middle."""
-    channel_mult: Floats = ()
+    channel_mult: Annotated[Floats, SHAPES] = ()
     """Width multiple of each level, e.g. 1,2,3,4; empty: the standard one for 256, 64 or 32 pixels."""
     dropout: Annotated[float, TRAINING] = Field(0.0, ge=0, lt=1)
     """Dropout probability inside residual blocks."""
-    learn_sigma: bool = False
+    learn_sigma: Annotated[bool, SHAPES] = False
     """Predict the variances too (Nichol & Dhariwal 2021, section 3.1)."""
-    class_cond: bool = False
+    class_cond: Annotated[bool, SHAPES] = False
     """Condition on class labels."""
-    num_classes: int = Field(1000, ge=2)
+    num_classes: Annotated[int, SHAPES] = Field(1000, ge=2)
     """Classes of a class-conditional model."""
-    null_class: bool = False
+    null_class: Annotated[bool, SHAPES] = False
     """An extra label, number num_classes, that stands for no class: for classifier-free guidance."""
-    in_channels: int = Field(3, ge=1)
+    in_channels: Annotated[int, SHAPES] = Field(3, ge=1)
     """Image channels: 1 gray, 3 RGB, 4 RGBA."""
     use_checkpoint: Annotated[Switch, TRAINING] = False
     """Recompute the activations of each block in the backward pass: about a third more work, far less memory. auto:
     only where the micro-batch would not fit otherwise."""
-    use_scale_shift_norm: bool = True
+    use_scale_shift_norm: Annotated[bool, SHAPES] = True
     """The time embedding scales and shifts the norms; otherwise it is added."""
 
     @property

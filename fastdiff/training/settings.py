@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from fastdiff.errors import UserError
+from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.errors import UserError, did_you_mean
+from fastdiff.models.settings import BackboneSettings, SuperResSettings, UNetSettings
 from fastdiff.ops import Kernels
 from fastdiff.settings import Affects, Count, Floats, Interval, Settings, Switch, Words, affecting, what_is_wrong
 
@@ -88,7 +90,8 @@ class TrainSettings(Settings):
     save_in_background: Annotated[Switch, RUN] = "auto"
     """Write checkpoints while training goes on, from a copy in memory. auto: if the copy fits."""
     allow_change: Annotated[Words, RUN] = ()
-    """Settings that may differ from those of the checkpoint that the run continues from: batch_size, seed, or both."""
+    """Settings that may differ from those of the checkpoint that the run continues from: batch_size, seed, and those of
+    model and diffusion that leave the shapes of the weights alone, such as noise_schedule."""
     deterministic: Annotated[bool, RUN] = False
     """Compute the same numbers, bit for bit, in every run on the same GPUs: with slower algorithms where necessary, and
     none chosen by timing. On a CPU that is always so."""
@@ -135,7 +138,8 @@ class TrainSettings(Settings):
     @classmethod
     def _changes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [name for name in names if name not in CHANGES]:
-            raise ValueError(f"must be of {', '.join(CHANGES)}, not {unknown[0]!r}")
+            near = did_you_mean(unknown[0], CHANGES)
+            raise ValueError(f"must be of {', '.join(CHANGES)}, not {unknown[0]!r}{near}")
         return names
 
     @model_validator(mode="after")
@@ -149,8 +153,14 @@ class TrainSettings(Settings):
         return self
 
 
-CHANGES = tuple(sorted(affecting(TrainSettings, "stream")))
-"""The settings that allow_change may name."""
+ALWAYS_FREE = "use_checkpoint"
+"""The one setting of a model that decides only how it is computed."""
+STREAM_SETTINGS = tuple(sorted(affecting(TrainSettings, "stream")))
+_SECTIONS = (UNetSettings, SuperResSettings, DiffusionSettings)
+_PROCESS = {name for section in _SECTIONS for name in section.model_fields} - affecting(BackboneSettings, "shapes")
+CHANGES = (*STREAM_SETTINGS, *sorted(_PROCESS - {ALWAYS_FREE}))
+"""The settings that allow_change may name: those of the stream, and of the network and the diffusion process those that
+don't decide the shapes of the weights."""
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
 _OURS = {
     "optimizer": "the optimiser is AdamW by train.lr and train.weight_decay",

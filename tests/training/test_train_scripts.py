@@ -298,8 +298,9 @@ def test_another_scripts_run_and_another_chains_history_are_refused(data: Path, 
     with pytest.raises(UserError, match=r"holds a run of super_res_train\.py"):
         train.main(flags(data, tmp_path / "run", *aware, "2"))
     resume = ("--resume_checkpoint", str(tmp_path / "run" / "checkpoints" / "step_000001"))
+    changed = ("--diffusion_steps", "60", "--allow_change", "diffusion_steps")
     with pytest.raises(UserError, match="--schedule_sampler: the timestep sampler's history"):
-        train.main(flags(data, tmp_path / "other", *aware, "2", "--diffusion_steps", "60", *resume))
+        train.main(flags(data, tmp_path / "other", *aware, "2", *changed, *resume))
     assert not (tmp_path / "other").exists()
 
 

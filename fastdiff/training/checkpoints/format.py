@@ -25,10 +25,16 @@ _STEP = re.compile(r"(?:ema_[0-9.]+_|model|opt)(\d+)\.pt$")
 
 @dataclass
 class Snapshot:
-    """A training state on the CPU, with tensors by parameter name. The moments are empty where they are unknown."""
+    """A training state on the CPU, with tensors by parameter name. The moments are empty where they are unknown.
+
+    info   the metadata of the model's file (`weights.info_of`); empty for a file of another program
+    state  the content of state.pt
+    notes  sentences for the log
+    """
 
     step: int
     model: dict[str, Tensor]
+    info: dict[str, Any] = field(default_factory=dict)
     ema: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     exp_avg: dict[str, Tensor] = field(default_factory=dict)
     exp_avg_sq: dict[str, Tensor] = field(default_factory=dict)
@@ -76,7 +82,8 @@ def read_snapshot(place: Path, rates: list[str]) -> Snapshot:
     file, notes = _find_model(place)
     match = _STEP.search(file.name)
     step = match[1] if match else ""
-    snapshot = Snapshot(step=int(step or 0), model=dict(weights.read_state_dict(file)), notes=notes)
+    model = weights.read_state_dict(file)
+    snapshot = Snapshot(step=int(step or 0), model=dict(model), info=weights.info_of(model), notes=notes)
     snapshot.state = _read_state(file.with_name("state.pt"))
     if not file.name.startswith("model"):
         snapshot.step, snapshot.state = 0, {}

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,24 @@ import torch
 import torch.distributed as dist
 
 from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.config.presets import preset_for_file
 from fastdiff.errors import UserError, blaming, quoted
 from fastdiff.models import build_model, weights
 from fastdiff.runtime.files import FileLock, LocksUnsupported, read_json, write_json
 from fastdiff.runtime.processes import Processes
-from fastdiff.settings import affecting
+from fastdiff.training.checkpoints.changes import (
+    Change,
+    changes_in,
+    check_allowed,
+    lines_for_log,
+    need_permission,
+    of_equal_shapes,
+    permission,
+    process_changes,
+)
 from fastdiff.training.checkpoints.folder import newest_whole, step_of
 from fastdiff.training.checkpoints.format import LABELS, Snapshot, add_null_class, read_snapshot
-from fastdiff.training.settings import CHANGES, TrainSettings
+from fastdiff.training.settings import STREAM_SETTINGS
 
 LOCK = ".lock"
 FILE_SYSTEM_LAG = 60.0
@@ -39,17 +49,18 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
     """Read the state to resume from; returns it and its path, or (None, "") for a new run.
 
     It is the newest undamaged checkpoint of the run in `folder`, or else the one named by resume_checkpoint. UserError
-    where the run in `folder` was started with settings that contradict these.
+    where it is of a run with settings that contradict these, and allow_change doesn't name them.
     """
     train = config.train
     with blaming("--run_dir"):
         previous, notes = newest_whole(folder / "checkpoints")
     if previous:
-        _check_same_model(folder, config)
         flag, source, file = "--run_dir", previous, previous / f"model{step_of(previous):06d}.pt"
+        stored = _settings_of_run(folder)
+        changes = _check_same_process(folder, stored, config)
     elif train.resume_checkpoint:
         source = file = Path(train.resume_checkpoint)
-        flag = "--resume_checkpoint"
+        flag, stored, changes = "--resume_checkpoint", _settings_around(source), []
     else:
         return None, ""
     with torch.device("meta"):
@@ -59,51 +70,56 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
         snapshot.notes[:0] = notes
         labels = snapshot.model.get(LABELS)
         lacks_null_class = labels is not None and tuple(labels.shape[:1]) == (config.model.num_classes,)
-        if config.model.null_class and lacks_null_class and not previous:
+        adds_null_class = config.model.null_class and lacks_null_class and not previous
+        if adds_null_class:
             add_null_class(snapshot)
         own = {name: value.shape for name, value in model.state_dict().items()}
         if own != {name: value.shape for name, value in snapshot.model.items()}:
             weights.load_into(model, snapshot.model, source)  # raises an error that says what differs
-    snapshot.notes += _changes(snapshot.state, train, source)
+    if not previous or "model" not in stored:
+        preset = preset_for_file(source)
+        trained = snapshot.info or (preset.layer if preset else {})
+        changes = of_equal_shapes(process_changes(trained, config), config)
+        changes = [change for change in changes if not (adds_null_class and change.name == "null_class")]
+    state = snapshot.state
+    settings = state.get("settings") or {name: state[name] for name in STREAM_SETTINGS if name in state}
+    changes += changes_in("train", {"train": settings}, config)
+    check_allowed(changes, train.allow_change, source)
+    snapshot.notes += lines_for_log([*changes, *changes_in("data", stored, config)])
     return snapshot, str(source)
 
 
-def _changes(state: dict[str, Any], train: TrainSettings, source: Path) -> list[str]:
-    """Sentences on settings that differ from the checkpoint's; UserError for one that needs allow_change."""
-    stored = state.get("settings") or {name: state[name] for name in CHANGES if name in state}
-    lines, quiet = [], affecting(TrainSettings, "run")
-    for name, now in train.model_dump(mode="json").items():
-        if name not in stored or stored[name] == now:
-            continue
-        if name in CHANGES and name not in train.allow_change:
-            raise UserError(
-                f"--{name} {now}: {source} is of a run with {name} {stored[name]}; keep that, or "
-                f"give --allow_change {name} to change it"
-            )
-        if name not in quiet:
-            lines.append(f"{name} is {now} from here on; it was {stored[name]}")
-    return lines
-
-
-def _check_same_model(folder: Path, config: Config) -> None:
-    """UserError where config.json says that the run in `folder` trains another model or diffusion process."""
+def _settings_of_run(folder: Path) -> dict[str, Any]:
+    """The sections in the config.json of a run; empty where there is none."""
     file = folder / "config.json"
-    if not file.is_file():
-        return
-    stored = _read_object(file)
+    return _read_object(file) if file.is_file() else {}
+
+
+def _settings_around(source: Path) -> dict[str, Any]:
+    """The sections in the config.json of the run that a checkpoint lies in; empty for one that lies elsewhere."""
+    for folder in (source, *source.absolute().parents)[:4]:
+        if (folder / "checkpoints").is_dir():
+            with suppress(UserError):  # the checkpoint itself is read nevertheless
+                return _settings_of_run(folder)
+    return {}
+
+
+def _check_same_process(folder: Path, stored: dict[str, Any], config: Config) -> list[Change]:
+    """The settings of model and diffusion that differ from those of the run in `folder`, as allow_change permits.
+
+    UserError where it doesn't permit one, and where the run is of another script.
+    """
     if stored.get("kind", kind_of(config)) != kind_of(config):
         script = "super_res_train.py" if stored["kind"] == "super_res" else "train.py"
         raise UserError(f"--run_dir: {folder} holds a run of {script}; give another --run_dir, or use that script")
-    for section in ("model", "diffusion"):
-        now = getattr(config, section).model_dump(mode="json")
-        absent = {"null_class": False} if section == "model" else {}  # in runs from before that setting existed
-        then = stored.get(section)
-        for name, value in {**absent, **(then if isinstance(then, dict) else {})}.items():
-            if name in now and name != "use_checkpoint" and now[name] != value:
-                raise UserError(
-                    f"--run_dir: {folder} holds a run with {section}.{name} {value}, now it is {now[name]}; "
-                    "give another --run_dir, or the run's own settings"
-                )
+    changes = process_changes(stored, config)
+    if refused := need_permission(changes, config.train.allow_change):
+        differences = ", ".join(f"{c.section}.{c.name} {c.then}, now it is {c.now}" for c in refused)
+        raise UserError(
+            f"--run_dir: {folder} holds a run with {differences}; give another --run_dir, or the run's own settings"
+            f"{permission(refused, 'to go on with other ones')}"
+        )
+    return changes
 
 
 def agree_on_snapshot(
