@@ -33,6 +33,7 @@ from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
+from fastdiff.training.effect import check_effect, effect_warnings
 from fastdiff.training.loop import LONG
 from fastdiff.training.microbatch import dummy_step, fit
 from fastdiff.training.previews import preview_diffusion
@@ -67,6 +68,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             open_things.enter_context(resume.lock(folder))
         snapshot, source = resume.find_snapshot(config, folder)
         advice = [] if snapshot else _check_attention(config.model)
+        advice += effect_warnings(settings, snapshot.step if snapshot else 0)
         preview = preview_diffusion(config)
         packs = config.data.cache != "none"
         watchdog.progress("opening the images", math.inf if packs else LONG)  # packing reports its own progress
@@ -242,6 +244,7 @@ def _check(config: Config) -> None:
     train, model = config.train, config.model
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to train on")
+    check_effect(train)
     if train.label_dropout and not model.null_class:
         raise UserError(f"--label_dropout {train.label_dropout:g} needs class_cond True and null_class True")
     if train.detect_anomaly and (train.compile is True or train.cuda_graph is True):

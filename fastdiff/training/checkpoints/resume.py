@@ -31,6 +31,7 @@ from fastdiff.training.checkpoints.changes import (
 )
 from fastdiff.training.checkpoints.folder import newest_whole, step_of
 from fastdiff.training.checkpoints.format import LABELS, Snapshot, add_null_class, read_snapshot
+from fastdiff.training.effect import check_steps_left
 from fastdiff.training.settings import STREAM_SETTINGS
 
 LOCK = ".lock"
@@ -76,6 +77,8 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
         own = {name: value.shape for name, value in model.state_dict().items()}
         if own != {name: value.shape for name, value in snapshot.model.items()}:
             weights.load_into(model, snapshot.model, source)  # raises an error that says what differs
+    if not previous:
+        check_steps_left(train, snapshot.step, str(source))
     if not previous or "model" not in stored:
         preset = preset_for_file(source)
         trained = snapshot.info or (preset.layer if preset else {})
