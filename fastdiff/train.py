@@ -14,20 +14,20 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fastdiff.config.load import load
+from fastdiff.config.load import Config, default_name, load
 from fastdiff.runtime.script import run_script
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, args, _ = load(
+    config, args = load(  # the checkpoint's weights, if it read one, are dropped
         argv,
         description=__doc__ or "",
         sections=("model", "diffusion", "data", "train"),
         checkpoint=("train", "resume_checkpoint"),
-    )
+    )[:2]
     from fastdiff.training.run import train
 
-    train(config, default_name=Path(args.config).stem if args.config else "train", dry_run=args.dry_run)
+    train(config, default_name=default_name(args.config, Config), dry_run=args.dry_run)
 
 
 if __name__ == "__main__":

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from fastdiff.config.presets import Preset, find_preset, preset_for_file
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, UNet, build_model, weights
+from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
 from fastdiff.models.unet import body_dtype, freeze
 from fastdiff.runtime.files import checksum
-from fastdiff.settings import affecting, is_true
+from fastdiff.settings import Size, affecting, is_true
 
 Layer = dict[str, dict[str, Any]]
 
@@ -113,13 +115,39 @@ def settings_of(
         raise UserError(f"{file} can't be used: {error}") from None
 
 
+def at_size(layer: Layer, given: Layer, kind: type[BackboneSettings]) -> Layer:
+    """A checkpoint's settings for a network of the size that is given instead, whose weights have the same shapes.
+
+    channel_mult and attention_resolutions depend on the size: they are replaced by those of the same levels. The null
+    class is left out if class_cond False is given.
+    """
+    model, wanted = dict(layer["model"]), given.get("model", {})
+    if "class_cond" in wanted and not is_true(wanted["class_cond"]):
+        model.pop("null_class", None)
+    name = kind.size_name
+    if name in wanted:
+        try:
+            trained = kind.model_validate(layer["model"])
+            size_hw = TypeAdapter(Size).validate_python(wanted[name])
+        except ValidationError:
+            return layer  # the error is found again, with its source, where all layers are validated
+        if size_hw != trained.size_hw:
+            model["channel_mult"] = trained.level_mult
+            model["attention_resolutions"] = [min(size_hw) >> level for level in trained.attending_levels]
+    return {**layer, "model": model}
+
+
 def _inferred(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) -> dict[str, Any]:
     """The model settings that the shapes of the weights show. Logs a warning about those that they don't show."""
     model = weights.infer_settings(state, super_res, is_true(given.get("model", {}).get("null_class")))
-    del model["attention_factors"]  # the flag gives image sizes, which shapes don't show
     known = {**given.get("model", {}), **given.get("diffusion", {})}
+    kind = SuperResSettings if super_res else UNetSettings
+    factors = model.pop("attention_factors")
+    with suppress(ValidationError):  # which is raised again, with its source, where all layers are validated
+        size = TypeAdapter(Size).validate_python(known.get(kind.size_name, kind.model_fields[kind.size_name].default))
+        model |= {kind.size_name: size, "attention_resolutions": [min(size) // factor for factor in factors]}
     sizes = ("large_size", "small_size") if super_res else ("image_size",)
-    unseen = ("num_heads", "attention_resolutions", "diffusion_steps", "noise_schedule", "rescale_timesteps")
+    unseen = ("num_heads", "diffusion_steps", "noise_schedule", "rescale_timesteps")
     if assumed := [name for name in (*sizes, *unseen) if name not in known]:
         logging.getLogger(__name__).warning(
             "%s carries no settings; taken at their defaults, give them if it was trained otherwise: %s",

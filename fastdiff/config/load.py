@@ -6,15 +6,16 @@ Later sources override earlier ones: defaults, the checkpoint's settings or a pr
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from fastdiff.config.checkpoint import Checkpoint, Layer, open_checkpoint, preset_of, settings_of
+from fastdiff.config.checkpoint import Checkpoint, Layer, at_size, open_checkpoint, preset_of, settings_of
 from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
@@ -22,8 +23,9 @@ from fastdiff.errors import UserError, blaming, did_you_mean, quoted, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
+from fastdiff.runtime.processes import output_folder
 from fastdiff.sampling.settings import NllSettings, SampleSettings, SuperResSampleSettings
-from fastdiff.settings import Settings, is_true, merge, what_is_wrong
+from fastdiff.settings import Settings, is_true, merge, validated, what_is_wrong
 from fastdiff.training.settings import TrainSettings, adopt
 
 _SWITCHES = {"use_fp16": ("precision", "fp16"), "use_ddim": ("solver", "ddim")}  # improved-diffusion's → ours
@@ -70,7 +72,8 @@ def load(
     """Read settings from the command line and the files that it names.
 
     sections    The sections whose settings are flags of this script.
-    checkpoint  (section, name) of the setting that names a checkpoint. All other sources override its settings.
+    checkpoint  (section, name) of the setting that names a checkpoint. All other sources override its settings. In
+                training init_from may name it as well.
     Raises UserError with one sentence that names the flag, or the file and the key.
     """
     args, flag_layer = read_flags(argv, description, {section: _section_class(kind, section) for section in sections})
@@ -80,7 +83,8 @@ def load(
     layers = [(args.config or "", file_layer), ("", flag_layer)]
     opened = None
     if checkpoint:
-        opened, below = _checkpoint_layer(checkpoint, layers, kind)
+        find = _training_layer if checkpoint[0] == "train" else _checkpoint_layer
+        opened, below = find(checkpoint, layers, kind)
         layers = [*below, *layers]
     config = _resolve(kind, layers)
     if "train" in sections:
@@ -148,15 +152,58 @@ def _checkpoint_layer(
     """The checkpoint that the layers name, and the layer with its settings, or with those of a named preset."""
     section, name = setting
     preset = _preset(section, layers, kind)
-    given: Layer = {}
-    for _, layer in layers:
-        given = merge(given, layer)
+    given = _merged(layers)
     path = given.get(section, {}).get(name)
     if path:
         with blaming(f"--{name}"):
             opened = open_checkpoint(str(path))
             return opened, [settings_of(opened, kind is SuperResConfig, preset, given)]
     return None, [(f"preset {preset.name}", preset.layer)] if preset else []
+
+
+def _merged(layers: list[tuple[str, Layer]]) -> Layer:
+    return functools.reduce(merge, (layer for _, layer in layers), {})
+
+
+def _training_layer(
+    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
+) -> tuple[Checkpoint | None, list[tuple[str, Layer]]]:
+    """The checkpoint from which a run starts, and the layer with its settings, at the image size that the layers give.
+
+    A run that has checkpoints of its own continues from these with its own settings, and the other one is not read.
+    """
+    given = _merged(layers)
+    names = [name for name in (setting[1], "init_from") if given.get("train", {}).get(name)]
+    if not names:
+        return None, []
+    if own := _settings_of_run(_run_folder(given.get("train", {}), layers[0][0], kind)):
+        return None, [own]
+    with blaming(f"--{names[0]}"):
+        opened = open_checkpoint(str(given["train"][names[0]]))
+        source, layer = settings_of(opened, kind is SuperResConfig, None, given)
+        return opened, [(source, at_size(layer, given, SuperResSettings if kind is SuperResConfig else UNetSettings))]
+
+
+def default_name(config_file: str | None, kind: type[Config]) -> str:
+    """NAME in runs/NAME for a run without the setting `name`: the JSON file's name, else the script's."""
+    return Path(config_file).stem if config_file else "super_res" if kind is SuperResConfig else "train"
+
+
+def _run_folder(train: Mapping[str, Any], config_file: str, kind: type[Config]) -> Path:
+    """The folder of the run with these settings of the section train."""
+    settings = validated(TrainSettings, {name: train[name] for name in ("run_dir", "name") if name in train})
+    return output_folder(settings.run_dir, f"runs/{settings.name or default_name(config_file, kind)}")
+
+
+def _settings_of_run(folder: Path) -> tuple[str, Layer] | None:
+    """The layer of a run that has checkpoints, from its config.json; None where there is no such run."""
+    file = folder / "config.json"
+    if not file.is_file() or not any(folder.glob("checkpoints/step_*")):
+        return None
+    content = _read_object(str(file))
+    return f"the settings in {file}", {
+        section: content[section] for section in ("model", "diffusion") if isinstance(content.get(section), dict)
+    }
 
 
 def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,9 @@ class BackboneSettings(Settings):
     only where the micro-batch would not fit otherwise."""
     use_scale_shift_norm: Annotated[bool, SHAPES] = True
     """The time embedding scales and shifts the norms; otherwise it is added."""
+
+    size_name: ClassVar[str]
+    """Name of the setting with the size of the images that the network draws."""
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -124,10 +127,9 @@ class BackboneSettings(Settings):
                 )
         factor = 2 ** (len(self.level_mult) - 1)
         if any(side % factor for side in self.size_hw):
-            name = "large_size" if "large_size" in type(self).model_fields else "image_size"
             raise ValueError(
-                f"{name} {'x'.join(map(str, self.size_hw))} is not divisible by {factor}, which {len(self.level_mult)} "
-                "levels (channel_mult) need"
+                f"{self.size_name} {'x'.join(map(str, self.size_hw))} is not divisible by {factor}, which "
+                f"{len(self.level_mult)} levels (channel_mult) need"
             )
         for resolution in self.attention_resolutions:
             if resolution < 1:
@@ -152,6 +154,7 @@ class BackboneSettings(Settings):
 class UNetSettings(BackboneSettings):
     """A UNet that draws images of `image_size` pixels."""
 
+    size_name: ClassVar[str] = "image_size"
     image_size: Size = (64, 64)
     """Pixels of the images: 64, or height x width such as 64x96."""
 
@@ -163,6 +166,7 @@ class UNetSettings(BackboneSettings):
 class SuperResSettings(BackboneSettings):
     """A UNet that enlarges images from `small_size` to `large_size` pixels."""
 
+    size_name: ClassVar[str] = "large_size"
     large_size: Size = (256, 256)
     """Pixels of the images that come out: 256, or height x width."""
     small_size: Size = (64, 64)
@@ -214,8 +218,7 @@ def default_attention_warning(settings: BackboneSettings) -> str:
 
 
 def _image_size(settings: BackboneSettings) -> str:
-    name = "large size" if isinstance(settings, SuperResSettings) else "image size"
-    return f"{name} {'x'.join(map(str, settings.size_hw))}"
+    return f"{settings.size_name.replace('_', ' ')} {'x'.join(map(str, settings.size_hw))}"
 
 
 def _levels(settings: BackboneSettings) -> str:

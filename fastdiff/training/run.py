@@ -34,6 +34,7 @@ from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.effect import check_effect, effect_warnings
+from fastdiff.training.initial_weights import open_initial, take_weights
 from fastdiff.training.loop import LONG
 from fastdiff.training.microbatch import dummy_step, fit
 from fastdiff.training.previews import preview_diffusion
@@ -67,6 +68,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         if writes and known:
             open_things.enter_context(resume.lock(folder))
         snapshot, source = resume.find_snapshot(config, folder)
+        initial = None if snapshot or not settings.init_from else open_initial(config)
         advice = [] if snapshot else _check_attention(config.model)
         advice += effect_warnings(settings, snapshot.step if snapshot else 0)
         preview = preview_diffusion(config)
@@ -92,6 +94,9 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             notes += _compile_kernels(config, plan, processes.device)
         torch.manual_seed(settings.seed)
         model = build_model(config.model)
+        if initial and not snapshot:
+            notes += take_weights(initial, model, config, loader.class_names)
+        initial = None
         alone_on_cpu = processes.device.type == "cpu" and processes.world_size == 1
         if alone_on_cpu and not dry_run and not _threads_of(snapshot, processes):
             notes += _try_threads(plan, model, diffusion, processes.device, snapshot.step if snapshot else 0)

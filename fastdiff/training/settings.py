@@ -29,6 +29,9 @@ class TrainSettings(Settings):
     """NAME in runs/NAME; empty: the JSON file's name, else the script's."""
     resume_checkpoint: Annotated[str, RUN] = ""
     """A checkpoint to start from: a step folder, or a .pt file with its ema_ and opt files beside it."""
+    init_from: Annotated[str, RUN] = ""
+    """Weights to start a new run from: a .pt file, or a run's folder, whose newest average is taken. The classes, the
+    image size and the diffusion process may be others."""
     max_steps: Annotated[int, RUN] = Field(0, ge=0)
     """Optimiser steps of the whole run; 0: lr_anneal_steps if that is set, else 1,000,000."""
     batch_size: Annotated[int, STREAM] = Field(1, ge=1)
@@ -148,6 +151,11 @@ class TrainSettings(Settings):
             raise ValueError(f"keep_every {self.keep_every} needs keep_last, without which all checkpoints stay")
         if self.use_fp16 and self.precision != "fp16":
             raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
+        if self.init_from and self.resume_checkpoint:
+            raise ValueError(
+                f"init_from {self.init_from} starts a new run from weights, resume_checkpoint {self.resume_checkpoint} "
+                "goes on with a run; give one of them"
+            )
         if self.cuda_graph is True and self.zero_stage > 1:
             raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")
         return self

@@ -164,7 +164,9 @@ def test_without_a_preset_shapes_are_read(tmp_path: Path, caplog: pytest.LogCapt
     assert config.model.num_channels == 32
     message = caplog.records[0].getMessage()
     assert "carries no settings" in message
-    assert "num_heads, attention_resolutions" in message
+    assert "num_heads, diffusion_steps" in message
+    assert "attention_resolutions" not in message  # with the image size, the weights show them
+    assert config.model.attention_resolutions == (8,)
     assert "image_size" not in message  # it was given as a flag
 
 

@@ -45,10 +45,10 @@ def process_changes(stored: Mapping[str, Any], config: Config) -> list[Change]:
     return [*changes_in("model", stored, config), *changes_in("diffusion", stored, config)]
 
 
-def of_equal_shapes(changes: Sequence[Change], config: Config) -> list[Change]:
+def of_equal_shapes(changes: Sequence[Change], class_cond: bool) -> list[Change]:
     """The changes without those that mean the same, given that the weights have the same shapes."""
     shown_by_shapes = affecting(BackboneSettings, "shapes") | {"attention_resolutions"}
-    if config.model.class_cond:
+    if class_cond:
         shown_by_shapes -= {"num_classes", "null_class"}  # only their sum
     return [change for change in changes if change.name not in shown_by_shapes]
 
@@ -67,8 +67,8 @@ def check_allowed(changes: Sequence[Change], allowed: Collection[str], source: o
     refused = need_permission(changes, allowed)
     if not refused:
         return
-    now = ", ".join(f"--{change.name} {_shown(change.now)}" for change in refused)
-    then = ", ".join(f"{change.name} {_shown(change.then)}" for change in refused)
+    now = ", ".join(f"--{change.name} {shown(change.now)}" for change in refused)
+    then = ", ".join(f"{change.name} {shown(change.then)}" for change in refused)
     it = "it" if len(refused) == 1 else "them"
     raise UserError(f"{now}: {source} is of a run with {then}; keep that{permission(refused, f'to change {it}')}")
 
@@ -82,12 +82,12 @@ def permission(refused: Sequence[Change], purpose: str) -> str:
 def lines_for_log(changes: Sequence[Change]) -> list[str]:
     """A sentence for each change, except for settings that only say how the work is done."""
     return [
-        f"{name} is {_shown(now)} from here on; it was {_shown(then)}"
+        f"{name} is {shown(now)} from here on; it was {shown(then)}"
         for section, name, then, now in changes
         if name not in _QUIET.get(section, ())
     ]
 
 
-def _shown(value: Any) -> Any:
+def shown(value: Any) -> Any:
     """The value as one would write it in a command."""
     return "''" if value == "" else value

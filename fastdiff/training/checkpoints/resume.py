@@ -32,7 +32,7 @@ from fastdiff.training.checkpoints.changes import (
 from fastdiff.training.checkpoints.folder import newest_whole, step_of
 from fastdiff.training.checkpoints.format import LABELS, Snapshot, add_null_class, read_snapshot
 from fastdiff.training.effect import check_steps_left
-from fastdiff.training.settings import STREAM_SETTINGS
+from fastdiff.training.settings import STREAM_SETTINGS, TrainSettings
 
 LOCK = ".lock"
 FILE_SYSTEM_LAG = 60.0
@@ -82,7 +82,7 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
     if not previous or "model" not in stored:
         preset = preset_for_file(source)
         trained = snapshot.info or (preset.layer if preset else {})
-        changes = of_equal_shapes(process_changes(trained, config), config)
+        changes = of_equal_shapes(process_changes(trained, config), config.model.class_cond)
         changes = [change for change in changes if not (adds_null_class and change.name == "null_class")]
     state = snapshot.state
     settings = state.get("settings") or {name: state[name] for name in STREAM_SETTINGS if name in state}
@@ -115,6 +115,8 @@ def _check_same_process(folder: Path, stored: dict[str, Any], config: Config) ->
     if stored.get("kind", kind_of(config)) != kind_of(config):
         script = "super_res_train.py" if stored["kind"] == "super_res" else "train.py"
         raise UserError(f"--run_dir: {folder} holds a run of {script}; give another --run_dir, or use that script")
+    begun = stored.get("train")
+    _check_same_beginning(folder, begun if isinstance(begun, dict) else {}, config.train)
     changes = process_changes(stored, config)
     if refused := need_permission(changes, config.train.allow_change):
         differences = ", ".join(f"{c.section}.{c.name} {c.then}, now it is {c.now}" for c in refused)
@@ -123,6 +125,16 @@ def _check_same_process(folder: Path, stored: dict[str, Any], config: Config) ->
             f"{permission(refused, 'to go on with other ones')}"
         )
     return changes
+
+
+def _check_same_beginning(folder: Path, stored: dict[str, Any], train: TrainSettings) -> None:
+    """UserError if init_from is given for a run that began otherwise, which would go on without reading it."""
+    before = stored.get("init_from", "")
+    if train.init_from and Path(train.init_from).absolute() != Path(str(before)).absolute():
+        raise UserError(
+            f"--init_from: {folder} holds a run that {f'began from {before}' if before else 'did not begin from it'}; "
+            "give another --run_dir to start a new run, or leave --init_from out to go on with that one"
+        )
 
 
 def agree_on_snapshot(
