@@ -23,6 +23,8 @@ from fastdiff.runtime.files import checksum
 from fastdiff.settings import Size, affecting, is_true
 
 Layer = dict[str, dict[str, Any]]
+_FREE = affecting(BackboneSettings, "training") | affecting(DiffusionSettings, "training", "steps")
+"""Settings of model and diffusion that drawing and scoring may choose, because weights don't depend on them."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +162,35 @@ def _inferred(state: dict[str, Tensor], file: Path, super_res: bool, given: Laye
 def _check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -> None:
     """Raise UserError if the settings stored in a checkpoint differ from the preset's."""
     carried = {**info["model"], **info["diffusion"]}
-    free = affecting(BackboneSettings, "training") | affecting(DiffusionSettings, "training", "steps")
     for name, value in {**preset.model, **preset.diffusion}.items():
-        if name not in free and carried.get(name, value) != value:
+        if name not in _FREE and carried.get(name, value) != value:
             raise UserError(
                 f"{flag}: {preset.name} has {name} {value}, but {file} carries its own settings, with {name} "
                 f"{carried[name]}; leave {flag} out"
             )
+
+
+def warn_of_another_process(
+    checkpoint: Checkpoint, model: BackboneSettings, diffusion: DiffusionSettings, trained: Layer
+) -> None:
+    """Log a warning if settings differ from `trained`, those that the weights of the checkpoint were trained with.
+
+    Those that decide the shapes of the weights are left out: a network of other ones can't be loaded. Nothing is known
+    where `trained` has no section diffusion, because shapes don't show it.
+    """
+    if "diffusion" not in trained:
+        return
+    free = _FREE | affecting(BackboneSettings, "shapes") | {"attention_resolutions", "sigma_small"}
+    before = {**trained["model"], **trained["diffusion"]}
+    now = {**model.model_dump(mode="json"), **diffusion.model_dump(mode="json")}
+    differing = [name for name in now if name in before and name not in free and before[name] != now[name]]
+    if differing:
+        logging.getLogger(__name__).warning(
+            "%s was trained with %s, not with %s; leave that out to take its own settings",
+            checkpoint.file,
+            ", ".join(f"{name} {before[name]}" for name in differing),
+            ", ".join(f"--{name} {now[name]}" for name in differing),
+        )
 
 
 # --- its network ---

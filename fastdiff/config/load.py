@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from fastdiff.config.checkpoint import Checkpoint, Layer, at_size, open_checkpoint, preset_of, settings_of
+from fastdiff.config.checkpoint import (
+    Checkpoint,
+    Layer,
+    at_size,
+    open_checkpoint,
+    preset_of,
+    settings_of,
+    warn_of_another_process,
+)
 from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
@@ -81,7 +89,7 @@ def load(
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
-    opened = None
+    opened, below = None, []
     if checkpoint:
         find = _training_layer if checkpoint[0] == "train" else _checkpoint_layer
         opened, below = find(checkpoint, layers, kind)
@@ -99,6 +107,8 @@ def load(
         sys.exit(0)
     if checkpoint and opened is None:
         config, opened = _with_released_file(config, checkpoint)
+    if opened and below and "train" not in sections:  # training compares them itself, with more to say
+        warn_of_another_process(opened, config.model, config.diffusion, below[0][1])
     return Loaded(config, args, opened)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny import flags, save, super_res, unet
+from helpers.tiny import flags, save, save_bare, super_res, unet
 
 import fastdiff
 from fastdiff import nll, sample, super_res_sample
+from fastdiff.config.load import Config, SuperResConfig, load
 
 OPENS = 3
 """How often Python opens a file that is read once: to check it, to load it, and to hash it."""
@@ -82,3 +83,32 @@ def test_start(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with opened_files(monkeypatch) as (opens, loads), pytest.raises(fastdiff.errors.UserError):
         script.main(argv)
     check(opens, loads, f"{name}.pt")
+
+
+def test_settings_that_the_weights_were_not_trained_with(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Drawing and scoring warn of them, unless the weights don't depend on them."""
+    file = save(unet(), tmp_path / "model.pt")
+    large = save(super_res(), tmp_path / "large.pt")
+    bare = save_bare(unet(), tmp_path / "bare.pt")
+    other = {"num_heads": 2, "predict_xstart": True, "diffusion_steps": 60}
+    free = {"timestep_respacing": 3, "sigma_small": True, "dropout": 0.5, "use_kl": True, "num_heads": 4}
+    for section, kind, path in (
+        ("sample", Config, file),
+        ("nll", Config, file),
+        ("sample", SuperResConfig, large),
+        ("sample", Config, bare),
+    ):
+        sections = ("model", "diffusion", section)
+        given: dict[str, Any] = {"description": "", "sections": sections, "kind": kind}
+        given["checkpoint"] = (section, "model_path")
+        for changed in (other, free):
+            caplog.clear()
+            load(flags({"model_path": path, **changed}), **given)
+            said = [record.getMessage() for record in caplog.records if "was trained with" in record.getMessage()]
+            warned = changed is other and path != bare
+            assert len(said) == warned
+            if warned:
+                assert said[0].startswith(
+                    f"{path} was trained with num_heads 4, diffusion_steps 6, predict_xstart False, not with "
+                    "--num_heads 2, --diffusion_steps 60, --predict_xstart True; leave that out"
+                )
