@@ -89,7 +89,8 @@ def load(
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
-    opened, below = None, []
+    opened: Checkpoint | None = None
+    below: list[tuple[str, Layer]] = []
     if checkpoint:
         find = _training_layer if checkpoint[0] == "train" else _checkpoint_layer
         opened, below = find(checkpoint, layers, kind)

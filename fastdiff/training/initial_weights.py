@@ -6,7 +6,6 @@ classes are others, and the last layer, if only one of the two networks predicts
 
 from __future__ import annotations
 
-import unicodedata
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
 from fastdiff.config.load import Config
 from fastdiff.config.presets import preset_for_file
 from fastdiff.errors import blaming
+from fastdiff.images.listing import same_to_readers
 from fastdiff.models import BackboneSettings, UNet, build_model, weights
 from fastdiff.training.checkpoints.changes import of_equal_shapes, process_changes, shown
 from fastdiff.training.checkpoints.format import LABELS
@@ -150,20 +150,15 @@ def _match_table(
 
 def _take_by_name(new: Tensor, rows: Tensor, before: Sequence[str], now: Sequence[str]) -> str:
     """Copy into `new` the rows of the classes that both have, by their names; returns which."""
-    row_of = {_reader_form(name): row for name, row in zip(before, rows, strict=False)}
-    shared = [name for name in now if _reader_form(name) in row_of]
+    row_of = {same_to_readers(name): row for name, row in zip(before, rows, strict=False)}
+    shared = [name for name in now if same_to_readers(name) in row_of]
     for number, name in enumerate(now[: len(new)]):
-        if (row := row_of.get(_reader_form(name))) is not None:
+        if (row := row_of.get(same_to_readers(name))) is not None:
             new[number] = row.to(new)
     added = [name for name in now if name not in shared]
     parts = [f"the rows of {_list(shared)} are taken by name" if shared else "no class has the name of one before"]
     parts += [f"those of {_list(added)} begin anew"] if added else []
     return ", ".join(parts)
-
-
-def _reader_form(name: str) -> str:
-    """The name with composed accents, so that names that read alike are equal."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _list(names: Sequence[str]) -> str:
