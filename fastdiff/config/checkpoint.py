@@ -18,6 +18,7 @@ from fastdiff.config.presets import Preset, find_preset, preset_for_file
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
+from fastdiff.models.settings import misplaced_attention
 from fastdiff.models.unet import body_dtype, freeze
 from fastdiff.runtime.files import checksum
 from fastdiff.settings import Size, affecting, is_true
@@ -118,24 +119,22 @@ def settings_of(
 
 
 def at_size(layer: Layer, given: Layer, kind: type[BackboneSettings]) -> Layer:
-    """A checkpoint's settings for a network of the size that is given instead, whose weights have the same shapes.
+    """A checkpoint's settings for training its network on, at the size that is given instead of its own.
 
-    channel_mult and attention_resolutions depend on the size: they are replaced by those of the same levels. The null
-    class is left out if class_cond False is given.
+    channel_mult and attention_resolutions depend on the size: they are replaced by those of the same levels, as are
+    attention_resolutions of no level. The null class is left out if class_cond False is given.
     """
     model, wanted = dict(layer["model"]), given.get("model", {})
     if "class_cond" in wanted and not is_true(wanted["class_cond"]):
         model.pop("null_class", None)
-    name = kind.size_name
-    if name in wanted:
-        try:
-            trained = kind.model_validate(layer["model"])
-            size_hw = TypeAdapter(Size).validate_python(wanted[name])
-        except ValidationError:
-            return layer  # the error is found again, with its source, where all layers are validated
-        if size_hw != trained.size_hw:
-            model["channel_mult"] = trained.level_mult
-            model["attention_resolutions"] = [min(size_hw) >> level for level in trained.attending_levels]
+    try:
+        trained = kind.model_validate(layer["model"])
+        size_hw = TypeAdapter(Size).validate_python(wanted.get(kind.size_name, trained.size_hw))
+    except ValidationError:
+        return layer  # the error is found again, with its source, where all layers are validated
+    if size_hw != trained.size_hw or misplaced_attention(trained):
+        model["channel_mult"] = trained.level_mult
+        model["attention_resolutions"] = [min(size_hw) >> level for level in trained.attending_levels]
     return {**layer, "model": model}
 
 

@@ -209,7 +209,10 @@ def _run_folder(train: Mapping[str, Any], config_file: str, kind: type[Config]) 
 def _settings_of_run(folder: Path) -> tuple[str, Layer] | None:
     """The layer of a run that has checkpoints, from its config.json; None where there is no such run."""
     file = folder / "config.json"
-    if not file.is_file() or not any(folder.glob("checkpoints/step_*")):
+    try:
+        if not file.is_file() or not any(folder.glob("checkpoints/step_*")):
+            return None
+    except OSError:  # the name is too long, for example, which the run says when it looks for its checkpoints
         return None
     content = _read_object(str(file))
     return f"the settings in {file}", {

@@ -242,6 +242,18 @@ def test_levels_stay_when_the_size_changes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_network_with_attention_at_no_level(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the user did not give is not refused: the network has attention where the checkpoint's has it."""
+    for size, stored in ((8, "8,5"), (24, "16,10"), (8, "5")):
+        old = unet(image_size=size, attention_resolutions=stored)
+        new = tmp_path / f"{size} {stored}"
+        train.main(words(data, new, init_from=save(old, tmp_path / "old.pt")))
+        attending = [str(size >> level) for level in old.settings.attending_levels]
+        assert weights.info_of(weights_of(new))["model"]["attention_resolutions"] == ",".join(attending)
+    assert "attention_resolutions" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_same_command_resumes(
     data: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,6 +300,7 @@ def test_what_is_refused(data: Path, pretrained: Path, tmp_path: Path) -> None:
         "give one of them"
     )
     assert "does not exist" in message(init_from=tmp_path / "nowhere.pt")
+    assert message(init_from=pretrained, run_dir="r" * 300).startswith("--run_dir: 'rrr")
     assert "holds no checkpoint" in message(init_from=data)
     for name, value, hint in (
         ("num_channels", 64, "--num_channels 32"),
