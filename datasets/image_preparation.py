@@ -129,11 +129,11 @@ class Summary:
     kept: int = 0
     skipped: int = 0
     unreadable: list[Unreadable] = field(default_factory=list)
-    classes: set[str] = field(default_factory=set)
+    classes: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str) -> None:
         self.images += 1
-        self.classes.add(class_of(name))
+        self.classes[class_of(name)] += 1
 
     def __str__(self) -> str:
         n = len(self.classes)
@@ -146,13 +146,16 @@ class Summary:
         return f"{text} ({', '.join(notes)})" if notes else text
 
     def with_training(self) -> str:
-        """The summary and the command that trains on the folder, which scripts print last."""
+        """The classes, and the summary with the command that trains on the folder, which scripts print last."""
+        from fastdiff.images.labels import class_order, counted
+
         height, width = self.target.size
         flags = f"--data_dir {shlex.quote(str(self.target.folder))} --image_size "
         flags += str(height) if height == width else f"{height}x{width}"
         if len(self.classes) > 1:
             flags += f" --class_cond True --num_classes {len(self.classes)}"
-        return f"{self}; to train on them: deepspeed fastdiff/train.py {flags}"
+        classes = counted((name, self.classes[name]) for name in class_order(self.classes))
+        return f"labels: from prefixes: {classes}\n{self}; to train on them: deepspeed fastdiff/train.py {flags}"
 
     def check(self) -> None:
         """UserError if too many pictures were unreadable, which are then listed in files beside the folder."""

@@ -100,21 +100,27 @@ def class_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=key)
 
 
-def class_counts(names: Sequence[str], labels: np.ndarray) -> str:
-    """'cat 20, dog 20': the classes and their numbers of images, of many classes the first ones and the extremes."""
-    counts = np.bincount(labels, minlength=len(names)).tolist()
-    listed = ", ".join(f"{name} {count}" for name, count in zip(names[:NAMED], counts, strict=False))
-    if len(names) <= NAMED:
+def counted(classes: Iterable[tuple[str, int]]) -> str:
+    """'cat 20, dog 20': classes with their numbers of images, of many classes the first ones and the extremes."""
+    pairs = list(classes)
+    listed = ", ".join(f"{name} {count}" for name, count in pairs[:NAMED])
+    if len(pairs) <= NAMED:
         return listed
-    sizes = f"{len(names):,} classes of {min(counts):,} to {max(counts):,} images"
-    return f"{listed} and {len(names) - NAMED:,} more ({sizes})"
+    counts = [count for _, count in pairs]
+    sizes = f"{len(pairs):,} classes of {min(counts):,} to {max(counts):,} images"
+    return f"{listed} and {len(pairs) - NAMED:,} more ({sizes})"
 
 
 def describe_classes(listing: Listing) -> str:
     """The line that says what the classes of a data set are and where they were found."""
     if not listing.labels_from:
         return "labels: none"
-    return f"labels: from {listing.labels_from}: {class_counts(listing.class_names, listing.labels)}"
+    return f"labels: from {listing.labels_from}: {_counts(listing)}"
+
+
+def _counts(listing: Listing) -> str:
+    counts = np.bincount(listing.labels, minlength=len(listing.class_names))
+    return counted(zip(listing.class_names, counts.tolist(), strict=True))
 
 
 def check_classes(listing: Listing, known: Sequence[str], num_classes: int) -> None:
@@ -128,7 +134,7 @@ def check_classes(listing: Listing, known: Sequence[str], num_classes: int) -> N
     if known or found == num_classes or listing.class_names == numbers[:found]:
         return
     raise UserError(
-        f"--data_dir: {where} has {found} classes ({class_counts(listing.class_names, listing.labels)}), the model "
+        f"--data_dir: {where} has {found} classes ({_counts(listing)}), the model "
         f"{num_classes} without names, so that it is unknown which ones they are; give --labels FILE, a dataset.json "
         "of the model's numbers"
     )
@@ -159,7 +165,9 @@ def _by_names(names: Sequence[str], root: Path, known: list[str] | None) -> Clas
         return _as_known(folders, prefixes, names, root, known)
     _check_beside(names, root, folders, ())
     plain = [name for name in names if "_" not in name.rpartition("/")[2]]
-    by_folder, by_prefix = len(set(folders) - {"."}) > 1, not plain and len(set(prefixes)) > 1
+    each_its_own = len(names) > TRIAL and len(set(prefixes)) == len(names)
+    by_folder = len(set(folders) - {"."}) > 1
+    by_prefix = not plain and not each_its_own and len(set(prefixes)) > 1
     if by_folder and by_prefix:
         order = [class_order(found) for found in (folders, prefixes)]
         if len(set(zip(folders, prefixes, strict=True))) != len(order[0]) or len(order[0]) != len(order[1]):
@@ -180,7 +188,7 @@ def _by_names(names: Sequence[str], root: Path, known: list[str] | None) -> Clas
             f"{len(plain)} of the {len(names)} images in {root} have no class before an underscore in their names "
             f"({shown}), the others do; rename or remove them, or {_HELP}"
         )
-    if len(names) > TRIAL and len(set(prefixes)) == len(names):
+    if each_its_own:
         raise NoClasses(
             f"by prefix each of the {len(names)} images in {root} would be a class of its own "
             f"({', '.join(prefixes[:3])}, ...); {_HELP}"
@@ -226,8 +234,7 @@ def _disagree(root: Path, folders: Sequence[str], prefixes: Sequence[str]) -> Us
 
 def _counted(classes: Iterable[str]) -> str:
     counts = Counter(classes)
-    order = class_order(counts)
-    return class_counts(order, np.repeat(np.arange(len(order)), [counts[name] for name in order]))
+    return counted((name, counts[name]) for name in class_order(counts))
 
 
 def number_classes(

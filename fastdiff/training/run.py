@@ -280,7 +280,7 @@ def _check_attention(model: BackboneSettings) -> list[str]:
 
 def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None, build_cache: bool) -> Loader:
     """This rank's images, with the classes of the checkpoint. UserError for classes that don't fit the model."""
-    known = snapshot.state.get("class_names") if snapshot else None
+    known = (snapshot.state.get("class_names") or snapshot.info.get("class_names")) if snapshot else None
     loader = open_images(
         config.data,
         size_hw=config.model.size_hw,

@@ -59,6 +59,8 @@ def test_without_labels_all_are_zero():
         ([*numbered("train/a/a_", 2), *numbered("train/b/b_", 2)], {"a": 2, "b": 2}, "prefixes"),
         # They agree on which images belong together, and the folders have the words.
         ([*numbered("cat/A_", 2), *numbered("dog/B_", 2)], {"cat": 2, "dog": 2}, "folders"),
+        # Neither do numbers before the underscore, one for each image.
+        ([f"{'cat' if i % 2 else 'dog'}/{i}_photo.jpg" for i in range(12)], {"cat": 6, "dog": 6}, "folders"),
         # A single folder says nothing.
         ([*numbered("all/cat_", 2), *numbered("all/dog_", 2)], {"cat": 2, "dog": 2}, "prefixes"),
         (numbered("all/cat_", 2), {"cat": 2}, "prefixes"),
