@@ -16,6 +16,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import numpy as np
 from PIL import Image
+from preparation_cli import run
 
 from fastdiff.runtime.files import atomic_write
 
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -229,7 +230,8 @@ def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[t
     pending: deque[Future[list[tuple[str, Problem | None]]]] = deque()
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_make_chunk, chunk, target))
+            with _ctrl_c_held_back():  # a worker that is being started can't handle it
+                pending.append(pool.submit(_make_chunk, chunk, target))
             if len(pending) > 4 * workers:  # bounds the memory that undecoded pictures take
                 yield from pending.popleft().result()
         while pending:
@@ -240,6 +242,19 @@ def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[t
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Deliver SIGINT only after the block, and never to processes that are started in it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:

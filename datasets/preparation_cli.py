@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from fastdiff.errors import UserError
+from fastdiff.errors import DONE, INTERRUPTED, USER_ERROR, StopWith, UserError
 from fastdiff.settings import Size
 
 
@@ -46,17 +46,18 @@ def add_size(to: Parser, default: int) -> None:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main: a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main: a UserError becomes one line on stderr and exit code 2, Ctrl-C one and exit code 130."""
     script = Path(sys.argv[0]).name
     try:
         main()
     except UserError as error:
         print(f"{script}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted; the same command again goes on from here", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        sys.exit(USER_ERROR)
+    except (KeyboardInterrupt, StopWith) as stop:
+        reason = str(stop) or "stopped by Ctrl-C; what is done is kept, and the same command goes on from there"
+        print(f"{script}: {reason}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(DONE)
 
 
 def positive(text: str) -> int:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 DONE = 0
@@ -19,7 +23,7 @@ PEER_LOST = 76
 DIVERGED = 77
 """Losses or gradients stayed non-finite; a diagnosis was printed."""
 INTERRUPTED = 130
-"""Ctrl-C, or a second signal."""
+"""Ctrl-C, after everything was saved; or a second signal, without that. The same command resumes."""
 
 _WORD = re.compile(r"\S{600,}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -43,6 +47,21 @@ class StopWith(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+def leave_quietly_on_ctrl_c() -> None:
+    """Let Ctrl-C end the process with one line and its exit code where nothing catches it, as in slow imports."""
+    before = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            return before(kind, error, trace)
+        print(
+            f"{Path(sys.argv[0]).name}: stopped by Ctrl-C; the same command starts again", file=sys.stderr, flush=True
+        )
+        os._exit(INTERRUPTED)
+
+    sys.excepthook = report
 
 
 def one_line(text: str) -> str:

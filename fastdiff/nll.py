@@ -2,7 +2,8 @@
 
     python fastdiff/nll.py --model_path runs/NAME --data_dir DIR --num_samples 1000 --batch_size 16
 
-Writes vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz (means per timestep, the largest first).
+Writes vb_terms.npz, mse_terms.npz and xstart_mse_terms.npz (means per timestep, the largest first). The same command
+again goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from pathlib import Path
 
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastdiff.errors import leave_quietly_on_ctrl_c
+
+if __name__ == "__main__":
+    leave_quietly_on_ctrl_c()  # before the slow imports
 
 from fastdiff.config.load import load
 from fastdiff.runtime.script import run_script
@@ -26,14 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     from fastdiff.config.checkpoint import named, open_network
     from fastdiff.diffusion import create_diffusion
-    from fastdiff.errors import UserError, blaming
+    from fastdiff.errors import INTERRUPTED, StopWith, UserError, blaming
     from fastdiff.images.labels import check_classes, describe_classes
     from fastdiff.images.open import open_images
     from fastdiff.images.unreadable import STEM, naming_all
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.machine import tf32
     from fastdiff.runtime.processes import current, join, make_writable, output_folder
-    from fastdiff.scoring import NonFiniteBound, save_terms, score
+    from fastdiff.scoring import Kept, NonFiniteBound, save_terms, score
 
     settings = config.nll
     processes = current()
@@ -67,6 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     processes = join()
     if processes.is_main:
         print("\n".join(chosen))
+    describes = config.model_dump(mode="json", include={"model", "diffusion", "data", "nll"})
+    describes |= {"checkpoint": network.digest, "listing": loader.state_dict()["fingerprint"]}
+    kept = Kept(folder, processes, describes)
     try:
         with tf32(settings.allow_tf32), naming_all(folder / STEM):
             totals, terms = score(
@@ -77,16 +86,24 @@ def main(argv: list[str] | None = None) -> None:
                 class_cond=config.model.class_cond,
                 clip_denoised=settings.clip_denoised,
                 seed=settings.seed,
+                kept=kept,
             )
     except NonFiniteBound as error:
+        kept.path.unlink(missing_ok=True)
         advice = "" if settings.precision == "fp32" else ", or --precision fp32"
         raise UserError(
             f"--model_path: {error}, and nothing is written; try another checkpoint or average of its weights{advice}"
         ) from None
+    except KeyboardInterrupt:
+        share = f"{-(-loader.num_images // processes.world_size)} images{' of rank 0' * (processes.world_size > 1)}"
+        rest = f"{kept.done} of {share} are scored, and the same command goes on with the others"
+        reason = f"stopped by Ctrl-C; {rest if kept.done else 'the same command starts again'}"
+        raise StopWith(INTERRUPTED, reason) from None
     if processes.is_main:
         files = save_terms(folder, terms)
         print(f"{len(totals)} images: {totals.mean():.4f} bits/dim (standard error {_standard_error(totals):.4f})")
         print(f"terms per timestep in {', '.join(map(str, files))}")
+    kept.path.unlink(missing_ok=True)
     loader.close()
 
 

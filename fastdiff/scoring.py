@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,43 @@ from fastdiff.diffusion.noise_keys import BOUND
 from fastdiff.images.loader import Loader
 from fastdiff.runtime.files import atomic_write, remove_partial_files
 from fastdiff.runtime.processes import Processes
+from fastdiff.runtime.untrusted import read_npz_array
 
 TERMS = ("vb", "mse", "xstart_mse")
+
+
+class Kept:
+    """What a rank has scored so far, in a file of the output folder, from which the same command goes on.
+
+    describes is JSON of everything that the bounds depend on: the file of another command is not read.
+    """
+
+    def __init__(self, folder: Path, processes: Processes, describes: dict[str, Any]) -> None:
+        self.path = folder / f".scored_{processes.rank}_of_{processes.world_size}.npz"
+        self.digest = hashlib.sha256(json.dumps(describes, sort_keys=True).encode()).hexdigest()
+        self.done = 0
+
+    def read_into(self, *arrays: Tensor) -> None:
+        """Fill float64 arrays with the file's, and set `done` to the number of images that they count."""
+        try:
+            most = self.path.stat().st_size + (1 << 20)
+            with zipfile.ZipFile(self.path) as archive:
+                names = ("digest", "done", *map(str, range(len(arrays))))
+                digest, done, *found = (read_npz_array(archive, name, most) for name in names)
+            fits = all(each.shape == array.shape for each, array in zip(found, arrays, strict=True))
+            if str(digest) == self.digest and fits:
+                self.done = int(done)
+                for each, array in zip(found, arrays, strict=True):
+                    array.copy_(torch.from_numpy(each))
+        except Exception:  # there is none, or it is damaged; numpy, zipfile and zlib raise many types
+            self.done = 0
+
+    def write(self, done: int, *arrays: Tensor) -> None:
+        """Write the arrays, which count `done` images."""
+        with atomic_write(self.path, sync=False) as file:
+            named = {str(i): array.numpy() for i, array in enumerate(arrays)}
+            np.savez(file, digest=np.array(self.digest), done=np.array(done), **named)  # type: ignore[arg-type]
+        self.done = done
 
 
 class NonFiniteBound(ValueError):
@@ -36,26 +74,36 @@ def score(
     class_cond: bool,
     clip_denoised: bool,
     seed: int,
+    kept: Kept | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Compute the bound of every image in bits per dimension, [N] in the listing's order, and its mean terms.
 
     The terms vb, mse and xstart_mse are [T] means over the images, with the largest timestep at index 0. They don't
-    depend on the batch size and the number of processes. Collective. Raises NonFiniteBound for the first image whose
-    bound, or a network output that contributes to it, is not finite.
+    depend on the batch size and the number of processes. Images that `kept` counts are left out, and it is written
+    after each batch. Collective. Raises NonFiniteBound for the first image whose bound, or a network output that
+    contributes to it, is not finite.
     """
     count, steps = loader.num_images, diffusion.num_timesteps
     share = -(-count // processes.world_size)  # images of rank 0
     totals = torch.zeros(count, dtype=torch.float64)
     sums = {name: torch.zeros(steps, dtype=torch.float64) for name in TERMS}
-    done = 0
+    if kept:
+        kept.read_into(totals, *sums.values())
+        if kept.done:
+            say(f"{kept.done} of {share} images were scored before")
+    done, passed = 0, kept.done if kept else 0
     bar = tqdm(
         total=share * steps,
+        initial=passed * steps,
         unit="evaluation",
         dynamic_ncols=True,
         disable=not processes.is_main or not sys.stderr.isatty(),
     )
     for batch in loader.once():
+        if done < passed:
+            done += len(batch.positions)
+            continue
         x_start = (batch.images.float() / 127.5 - 1).permute(0, 3, 1, 2)
         positions = batch.positions.to(x_start.device)
 
@@ -79,6 +127,8 @@ def score(
         for name in TERMS:
             sums[name] += result[name].double().sum(dim=0).cpu()
         done += len(positions)
+        if kept:
+            kept.write(done, totals, *sums.values())
         if processes.is_main:
             scored = totals[batch.positions[-1] % processes.world_size :: processes.world_size][:done]
             say(f"{done} of {share} images: {scored.mean():.4f} bits/dim so far")

@@ -14,6 +14,11 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fastdiff.errors import leave_quietly_on_ctrl_c
+
+if __name__ == "__main__":
+    leave_quietly_on_ctrl_c()  # before the slow imports
+
 from fastdiff.config.load import SuperResConfig, default_name, load
 from fastdiff.runtime.script import run_script
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def test_from_a_bare_checkout(script: str, tmp_path: Path) -> None:
     """The script finds the package beside it, and the package's modules aren't importable by their bare names."""
     package = tmp_path / "fastdiff"
     package.mkdir()
-    for name in ("__init__.py", script):
+    for name in ("__init__.py", "errors.py", script):
         shutil.copy(ROOT / "fastdiff" / name, package)
     (package / "config.py").write_text(LOADED)
     command = [sys.executable, "-S", "-E", str(package / script)]  # without installed packages
@@ -46,3 +47,14 @@ def test_each_finds_the_package(script: Path) -> None:
     assert text.count(head) == 1
     before = [line.split() for line in text[: text.index(head)].splitlines() if line.startswith(("from ", "import "))]
     assert {words[1].split(".")[0] for words in before} <= sys.stdlib_module_names
+
+
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.parent.name == "fastdiff"], ids=lambda path: path.name
+)
+def test_ctrl_c_during_the_imports(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    sentence = f"{script.name}: stopped by Ctrl-C; the same command starts again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", sentence)

@@ -22,7 +22,7 @@ from fastdiff.errors import StopWith, blaming
 from fastdiff.images.labels import describe_classes
 from fastdiff.runtime.files import write_json
 from fastdiff.runtime.processes import Consensus
-from fastdiff.runtime.script import StopSignals
+from fastdiff.runtime.script import CTRL_C, StopSignals
 from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training.checkpoints.folder import (
     list_checkpoints,
@@ -183,6 +183,7 @@ class Loop:
 
     def _first_step_done(self) -> None:
         """Log how long starting took, and leave the first step, which compiles, out of images/s."""
+        self.signals.defer_ctrl_c()  # from here on there are steps to save
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -277,11 +278,13 @@ class Loop:
             continue
 
     def _stop(self) -> None:
-        """End the run because of SIGTERM or SIGUSR1, after the step has been saved. Collective."""
+        """End the run because of a signal, after the step has been saved. Collective."""
+        # The signals of launchers differ from rank to rank; the terminal sends Ctrl-C to all of them.
+        interrupted = self.consensus.any(self.signals.requested == CTRL_C)
         self._finish_saving()
-        name = self.signals.requested or "a signal to another rank"
+        name = CTRL_C if interrupted else self.signals.requested or "a signal to another rank"
         raise StopWith(
-            errors.PREEMPTED,
+            errors.INTERRUPTED if interrupted else errors.PREEMPTED,
             f"stopped by {name} after step {self.trainer.step}; everything is saved in {self.folder}, and the same "
             "command resumes from there",
         )

@@ -26,7 +26,7 @@ from fastdiff.models.settings import default_attention_warning, misplaced_attent
 from fastdiff.ops import choose_kernels, keep_channels_last
 from fastdiff.runtime.machine import choose_threads, keep_compiled_code, prepare_cudnn, share_compile_processes, tf32
 from fastdiff.runtime.processes import Processes, current, make_writable, output_folder
-from fastdiff.runtime.script import StopSignals, is_broken_collective
+from fastdiff.runtime.script import CTRL_C, StopSignals, is_broken_collective
 from fastdiff.runtime.watchdog import Watchdog
 from fastdiff.training import loop
 from fastdiff.training.checkpoints import resume
@@ -115,7 +115,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             watchdog.progress("trying every image", LONG)
 
         with (
-            report_outcome(folder, trainer, writes=writes),
+            report_outcome(folder, trainer, writes, signals),
             naming_all(None if dry_run else folder / STEM, alive),
         ):
             if dry_run:
@@ -152,21 +152,23 @@ def _was_channels_last(snapshot: Snapshot | None) -> bool:
 
 
 @contextmanager
-def report_outcome(folder: Path, trainer: Trainer, writes: bool) -> Iterator[None]:
+def report_outcome(folder: Path, trainer: Trainer, writes: bool, signals: StopSignals) -> Iterator[None]:
     """Keep status.json up to date while a run runs and when it ends; turn errors that users can fix into UserErrors.
 
     writes  whether this process writes status.json
     """
+    first = trainer.step
 
     def report(state: str, code: int | None = None, reason: str = "") -> None:
         if writes:
             resume.write_status(folder, state, trainer.step, code, reason)
 
     report("running")
+    signals.on_abort = functools.partial(report, "interrupted", errors.INTERRUPTED)
     try:
         yield
     except StopWith as stop:
-        report("preempted" if stop.code == errors.PREEMPTED else "diverged", stop.code, str(stop))
+        report(_STATES[stop.code], stop.code, str(stop))
         raise
     except NonFinite as found:
         report("diverged", errors.DIVERGED, str(found))
@@ -178,14 +180,17 @@ def report_outcome(folder: Path, trainer: Trainer, writes: bool) -> Iterator[Non
         )
         report("failed", errors.USER_ERROR, reason)
         raise UserError(reason) from error
-    except KeyboardInterrupt:
-        reason = (
-            f"stopped by Ctrl-C after step {trainer.step}; the same command resumes from the last checkpoint (SIGTERM "
-            "saves one first)"
-        )
-        report("interrupted", errors.INTERRUPTED, reason)
-        raise StopWith(errors.INTERRUPTED, reason) from None
     except BaseException as error:
+        broken = is_broken_collective(error)
+        # A collective fails after Ctrl-C where another rank ended at once, as ranks do in their first step.
+        if isinstance(error, KeyboardInterrupt) or (broken and signals.requested == CTRL_C):
+            place = "before the first step was finished"
+            if trainer.step > first:
+                place = f"after step {trainer.step}, which was not saved because another rank had ended"
+            then = "resumes from the last checkpoint" if first or trainer.step else "starts again"
+            reason = f"stopped by Ctrl-C {place}; the same command {then}"
+            report("interrupted", errors.INTERRUPTED, reason)
+            raise StopWith(errors.INTERRUPTED, reason) from None
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             file = Path(error.filename or folder).absolute()  # of a compiler's cache, perhaps
             where = f"--run_dir: {folder}" if file.is_relative_to(folder.absolute()) else str(file)
@@ -193,12 +198,15 @@ def report_outcome(folder: Path, trainer: Trainer, writes: bool) -> Iterator[Non
             with suppress(OSError, UserError):
                 report("failed", errors.USER_ERROR, reason)
             raise UserError(reason) from error
-        lost = is_broken_collective(error)
-        code = errors.PEER_LOST if lost else errors.USER_ERROR if isinstance(error, UserError) else 1
+        code = errors.PEER_LOST if broken else errors.USER_ERROR if isinstance(error, UserError) else 1
         with suppress(OSError, UserError):  # the disk may be what failed
             report("failed", code, f"{error}" or type(error).__name__)
         raise
     report("done", errors.DONE)
+
+
+_STATES = {errors.PREEMPTED: "preempted", errors.INTERRUPTED: "interrupted", errors.DIVERGED: "diverged"}
+"""States of status.json by exit code, for runs that end themselves."""
 
 
 def resolve_auto(

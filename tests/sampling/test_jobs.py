@@ -17,9 +17,9 @@ from helpers.tiny import DIFFUSION, MODEL, flags, pictures, save, save_bare, sup
 from PIL import Image
 
 from fastdiff import nll, ops, sample, super_res_sample
-from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import BOUND
-from fastdiff.errors import UserError
+from fastdiff.errors import StopWith, UserError
 from fastdiff.images.open import open_images
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import UNet
@@ -407,6 +407,47 @@ def test_nll_of_every_image(batch_size: int, tmp_path: Path) -> None:
             say=lambda text: None,
         )
     np.testing.assert_allclose(totals, exact[:5], rtol=1e-5)
+
+
+def test_an_interrupted_nll_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is scored is kept, and the results are those of an undisturbed run, bit for bit."""
+    _, checkpoint, images = save_for_nll(tmp_path)
+    given = {"model_path": checkpoint, "data_dir": images, "batch_size": 2, "loader": "pillow", "out_dir": "out"}
+    monkeypatch.chdir(tmp_path)
+    nll.main(flags({**given, "out_dir": "straight"}))
+    straight = capsys.readouterr().out.splitlines()
+    calculate = GaussianDiffusion.calc_bpd_loop
+    for interrupted, kept in ((1, 0), (3, 4), (2, 6)):  # the batch, counted from where the run goes on
+        calls = []
+
+        def interrupt(*args: Any, at: int = interrupted, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                raise KeyboardInterrupt
+            return calculate(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GaussianDiffusion, "calc_bpd_loop", interrupt)
+            with pytest.raises(StopWith, match="stopped by Ctrl-C") as stop:
+                nll.main(flags(given))
+        assert stop.value.code == 130
+        goes_on = f"{kept} of 7 images are scored, and the same command goes on"
+        assert (goes_on if kept else "the same command starts again") in str(stop.value)
+    left = (tmp_path / "out" / ".scored_0_of_1.npz").read_bytes()
+    nll.main(flags(given))
+    out = capsys.readouterr().out
+    assert "6 of 7 images were scored before" in out
+    assert straight[-2] in out
+    for name, values in terms_in(tmp_path / "straight").items():
+        np.testing.assert_array_equal(terms_in(tmp_path / "out")[name], values)
+    for name, content in (("another seed", left), ("damaged", left[:-9]), ("no npz", b"PK")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".scored_0_of_1.npz").write_bytes(content)
+        nll.main(flags({**given, "out_dir": name, "seed": 4}))
+        assert "were scored before" not in capsys.readouterr().out
+        terms_in(tmp_path / name)  # asserts that nothing else is left
 
 
 # --- several processes ---

@@ -1,4 +1,4 @@
-"""torchrun restarts a run whose rank died, and deepspeed passes on the exit code of a stopped one."""
+"""torchrun restarts a run whose rank died, deepspeed passes on the code of a stopped one, and Ctrl-C saves once."""
 
 from __future__ import annotations
 
@@ -78,3 +78,19 @@ def test_deepspeed_exits_with_75_after_a_signal_to_a_rank(tmp_path: Path) -> Non
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "preempted"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ctrl_c_in_the_terminal(launcher: str, tmp_path: Path) -> None:
+    """Launcher and ranks get SIGINT together, and the launcher sends more signals after it: all ranks save one step."""
+    process = start(launcher, tmp_path, 4000)
+    pid_of(1, process, tmp_path, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=300)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("interrupted", 130), said
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert saved[-1] == f"step_{status['step']:06d}"
+    assert said.count("a second Ctrl-C ends the run at once") == 1
+    assert said.count(f"stopped by Ctrl-C after step {status['step']}; everything is saved") == 1
+    assert "ended at once" not in said

@@ -27,6 +27,7 @@ from fastdiff.sampling.engine import Engine
 from fastdiff.training.checkpoints import resume
 from fastdiff.training.checkpoints.folder import list_checkpoints, step_of
 from fastdiff.training.checkpoints.manifest import find_damage
+from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.trainer import Trainer
 
@@ -73,30 +74,74 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) 
     monkeypatch.setattr(Trainer, "take_step", take_step)
 
 
-def test_ctrl_c(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """status.json says so, and the same command resumes from the last checkpoint."""
+def test_ctrl_c_in_the_first_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to save: the run ends at once, whether it is new or resumed."""
     argv = flags(data, tmp_path / "run", "--max_steps", "5", "--save_interval", "2")
-    with monkeypatch.context() as patched:
-        at_step(patched, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(StopWith, match=r"stopped by Ctrl-C after step 3; the same command resumes") as stop:
-            train.main(argv)
-    assert stop.value.code == errors.INTERRUPTED == 130
-    assert status_of(tmp_path / "run") == ("interrupted", 3, 130)
+    for first, then in ((1, "starts again"), (3, "resumes from the last checkpoint")):
+        with monkeypatch.context() as patched:
+            at_step(patched, first, lambda: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(StopWith, match=f"before the first step was finished; the same command {then}") as stop:
+                train.main(argv)
+        assert stop.value.code == errors.INTERRUPTED == 130
+        assert status_of(tmp_path / "run") == ("interrupted", first - 1, 130)
+        if first == 1:
+            with monkeypatch.context() as patched:
+                at_step(patched, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                with pytest.raises(StopWith, match="stopped by SIGTERM after step 2"):
+                    train.main(argv)
     train.main(argv)
     assert status_of(tmp_path / "run") == ("done", 5, 0)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_asked_to_stop(name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_during_a_save(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That checkpoint becomes whole, a further step is taken and saved, and two signals at once count as one."""
+    save = Saver.save
+
+    def interrupted_save(self: Saver, step: int, *args: Any) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        save(self, step, *args)
+
+    monkeypatch.setattr(Saver, "save", interrupted_save)
+    with pytest.raises(StopWith, match="stopped by Ctrl-C after step 3; everything is saved"):
+        train.main(flags(data, tmp_path / "run", "--max_steps", "5", "--save_interval", "2"))
+    assert steps_of(tmp_path / "run") == [2, 3]
+    assert status_of(tmp_path / "run") == ("interrupted", 3, 130)
+    assert capsys.readouterr().err.count("a second Ctrl-C ends the run at once") == 1
+
+
+def test_ctrl_c_in_a_dry_run(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(StopWith, match="stopped by Ctrl-C before the first step") as stop:
+        train.main(flags(data, tmp_path / "run", "--dry_run"))
+    assert stop.value.code == 130
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "end"),
+    [
+        (signal.SIGTERM, "SIGTERM", ("preempted", 75)),
+        (signal.SIGUSR1, "SIGUSR1", ("preempted", 75)),
+        (signal.SIGINT, "Ctrl-C", ("interrupted", 130)),
+    ],
+)
+def test_asked_to_stop(
+    number: int, name: str, end: tuple[str, int], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The step is finished and saved, and the same command then reaches the results of an undisturbed run."""
     argv = flags(data, tmp_path / "run", "--max_steps", "7", "--log_interval", "3")
     with monkeypatch.context() as patched:
-        at_step(patched, 4, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        at_step(patched, 4, lambda: os.kill(os.getpid(), number))
         with pytest.raises(StopWith, match=f"stopped by {name} after step 4; everything is saved") as stop:
             train.main(argv)
-    assert stop.value.code == errors.PREEMPTED == 75
+    state, code = end
+    assert stop.value.code == code
     assert steps_of(tmp_path / "run") == [4]
-    assert status_of(tmp_path / "run") == ("preempted", 4, 75)
+    assert status_of(tmp_path / "run") == (state, 4, code)
     train.main(argv)
     assert status_of(tmp_path / "run") == ("done", 7, 0)
     train.main(flags(data, tmp_path / "straight", "--max_steps", "7", "--log_interval", "3"))

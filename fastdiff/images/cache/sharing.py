@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastdiff.errors import UserError
+from fastdiff import errors
+from fastdiff.errors import StopWith, UserError
 from fastdiff.images.cache.build import pack, partial_of, read_state
 from fastdiff.images.cache.format import RECORD, Packed, is_packed, open_packed
 from fastdiff.images.listing import Listing
@@ -47,11 +48,18 @@ def open_or_pack(
 ) -> Packed:
     """Open the packed folder `place` of the listing's images; one of the run's processes builds it if it is missing.
 
-    Every process of the run calls this. Raises UserError if the folder can't be built or holds other images.
+    Every process of the run calls this. Raises UserError if the folder can't be built or holds other images, StopWith
+    after Ctrl-C.
     """
     if not is_packed(place):
         make_writable(place.parent)
-        together(place, lambda: pack(listing, size_hw, channels, place, workers=workers), rank=rank)
+        try:
+            together(place, lambda: pack(listing, size_hw, channels, place, workers=workers), rank=rank)
+        except KeyboardInterrupt:
+            rows = (read_state(partial_of(place)) or {}).get("rows", 0)
+            then = f"{rows} of {len(listing.names)} images are packed, and the same command goes on from there"
+            reason = f"stopped by Ctrl-C; {then if rows else 'the same command starts again'}"
+            raise StopWith(errors.INTERRUPTED, reason) from None
     packed = open_packed(place, size_hw, channels)
     packed.check_same(listing)
     return packed

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastdiff.errors import UserError, blaming
+from fastdiff import errors
+from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.runtime.files import files_in, remove_partial_files
 from fastdiff.runtime.processes import Processes
 from fastdiff.sampling.job.chunks import DamagedFile, Range, Store, Writer, disk, range_of, split
@@ -40,7 +41,7 @@ def run_job(
     from the folder instead of refusing it. trace draws the trajectories of job.trajectory images.
 
     Returns the job's files (a folder for png), which another process may still be writing. Raises UserError if the
-    folder holds another job or can't be written to.
+    folder holds another job or can't be written to, StopWith after Ctrl-C.
     """
     if job.shape[2] not in CHANNELS:
         for kind in job.save_as:
@@ -49,7 +50,11 @@ def run_job(
     with disk(folder), blaming("--out_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         manifest = agree(folder, manifest_of(job), overwrite)
-    return _Run(draw, job, processes, folder, manifest, trace).run()
+    work = _Run(draw, job, processes, folder, manifest, trace)
+    try:
+        return work.run()
+    except KeyboardInterrupt:
+        raise StopWith(errors.INTERRUPTED, work.interrupted()) from None
 
 
 class _DrawnElsewhere(Exception):
@@ -87,6 +92,12 @@ class _Run:
             except DamagedFile as damaged:
                 self.store.discard(damaged)
                 print(damaged, flush=True)
+
+    def interrupted(self) -> str:
+        """The sentence on what Ctrl-C has left."""
+        there = self.job.count - self._missing()
+        kept = f"{there} of {self.job.count} images are kept in {self.folder}" if there else "no images were drawn yet"
+        return f"stopped by Ctrl-C; {kept}, and the same command {'goes on from there' if there else 'starts again'}"
 
     def _missing(self) -> int:
         """How many images are not on disk."""

@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastdiff.errors import UserError
+from fastdiff.errors import StopWith, UserError
 from fastdiff.images.cache import build, sharing
 from fastdiff.images.cache import loader as packed_loader
 from fastdiff.images.cache.build import Decoder, pack, partial_of, read_state
@@ -382,6 +382,24 @@ def test_an_interrupted_packing_goes_on(damaged, monkeypatch):
     for name in os.listdir(whole):
         assert (place / name).read_bytes() == (whole / name).read_bytes(), name
     assert not partial_of(place).exists()
+
+
+@pytest.mark.parametrize(("at", "kept"), [(3, 0), (100, 64)])
+def test_ctrl_c_says_what_is_packed(damaged, monkeypatch, at, kept):
+    reference, decoded = build.Reader.reference, []
+
+    def interrupt(self, index, data):
+        decoded.append(index)
+        if len(decoded) == at:
+            raise KeyboardInterrupt
+        return reference(self, index, data)
+
+    monkeypatch.setattr(build.Reader, "reference", interrupt)
+    settings = DataSettings(data_dir=str(damaged), cache="disk", num_workers=1)
+    with pytest.raises(StopWith, match="stopped by Ctrl-C") as stop:
+        open_images(settings, size_hw=(8, 8), channels=3, batch_size=4)
+    assert stop.value.code == 130
+    assert (f"{kept} of 150 images are packed, and the same command goes on" in str(stop.value)) == bool(kept)
 
 
 def test_a_packing_of_other_images_starts_anew(damaged, monkeypatch):

@@ -20,7 +20,7 @@ from helpers.fake_jobs import CLASSES, check_npz, drawing, images, job, labels, 
 from helpers.tiny import files, nothing_written
 from PIL import Image
 
-from fastdiff.errors import UserError
+from fastdiff.errors import StopWith, UserError
 from fastdiff.images.labels import index_images
 from fastdiff.sampling.job import outputs, progress
 from fastdiff.sampling.job.chunks import Piece, Range, Store, cover, split
@@ -86,6 +86,38 @@ def test_messages(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert shown.out == f"23 images in {folder / 'samples_23x4x6x3.npz'}: complete already\n"
     assert shown.err == ""
+
+
+@pytest.mark.parametrize(("chunk", "kept"), [(0, 0), (2, 10), (4, 20)])
+def test_ctrl_c(chunk: int, kept: int, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Chunks that are drawn are kept, and the same command draws the others."""
+
+    def interrupt(index: np.ndarray) -> None:
+        if index[0] == chunk * 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(StopWith) as stop:
+        run_job(drawing(told=interrupt), job(), place(), folder)
+    assert stop.value.code == 130
+    goes_on = f"{kept} of 23 images are kept in {folder}, and the same command goes on from there"
+    assert (
+        str(stop.value)
+        == f"stopped by Ctrl-C; {goes_on if kept else 'no images were drawn yet, and the same command starts again'}"
+    )
+    assert [drawn.start for drawn in run(folder, job())] == [5 * i for i in range(chunk, 5)]
+    check_npz(folder, 23)
+
+
+def test_ctrl_c_while_files_are_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "write_npz", interrupt)
+        with pytest.raises(StopWith, match="stopped by Ctrl-C; 23 of 23 images are kept"):
+            run_job(drawing(), job(), place(), folder)
+    assert run(folder, job()) == []
+    check_npz(folder, 23)
 
 
 def test_returned_files(folder: Path) -> None:
