@@ -23,7 +23,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 import array_pickle
 import numpy as np
 from image_preparation import Target, Task, prefix_of, prepare
-from preparation_cli import parser, run
+from preparation_cli import given_path, parser, run
 
 from fastdiff.errors import UserError
 
@@ -104,8 +104,10 @@ def tasks(batches: list[Batch], class_names: list[str]) -> Iterator[Task]:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--archive", type=Path, required=True, help="cifar-10-python.tar.gz, or its extracted folder")
-    flags.add_argument("--out", type=Path, required=True, help="folder to make cifar_train and cifar_test in")
+    flags.add_argument(
+        "--archive", type=given_path, required=True, help="cifar-10-python.tar.gz, or its extracted folder"
+    )
+    flags.add_argument("--out", type=given_path, required=True, help="folder to make cifar_train and cifar_test in")
     args = flags.parse_args()
 
     files = read_files(args.archive)

@@ -18,7 +18,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from image_preparation import SAVE_OPTIONS, Target, Task, check_prefixes, prefix_of, prepare
-from preparation_cli import add_size, parser, run
+from preparation_cli import add_size, given_path, parser, run
 
 from fastdiff.errors import UserError
 from fastdiff.images.labels import NoClasses, describe_classes, index_images
@@ -55,8 +55,12 @@ def tasks(listing: Listing, prefixes: list[str], suffix: str) -> Iterator[Task]:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--source", type=Path, required=True, help="folder with images (jpg, jpeg, png, gif, webp)")
-    flags.add_argument("--out", type=Path, required=True, help="folder to write the images to, outside the source")
+    flags.add_argument(
+        "--source", type=given_path, required=True, help="folder with images (jpg, jpeg, png, gif, webp)"
+    )
+    flags.add_argument(
+        "--out", type=given_path, required=True, help="folder to write the images to, outside the source"
+    )
     flags.add_argument(
         "--format",
         choices=sorted(SAVE_OPTIONS),

@@ -21,7 +21,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from image_preparation import Slice, Target, Task, check_prefixes, prefix_of, prepare
-from preparation_cli import add_size, parser, run
+from preparation_cli import add_size, given_path, parser, run
 from tqdm import tqdm
 
 from fastdiff.errors import UserError
@@ -122,14 +122,14 @@ def main() -> None:
     flags = parser(__doc__)
     flags.add_argument(
         "--source",
-        type=Path,
+        type=given_path,
         required=True,
         help="the tar of training or validation images, or a folder of class folders",
     )
-    flags.add_argument("--out", type=Path, required=True, help="folder to write the images to")
+    flags.add_argument("--out", type=given_path, required=True, help="folder to write the images to")
     flags.add_argument(
         "--val_labels",
-        type=Path,
+        type=given_path,
         metavar="FILE",
         help="for the validation images: a text file with one class name (n01440764) per line, in the order of the "
         "sorted file names",

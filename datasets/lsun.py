@@ -20,7 +20,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from image_preparation import Target, Task, prefix_of, prepare
-from preparation_cli import add_size, parser, positive, run
+from preparation_cli import add_size, given_path, parser, positive, run
 
 from fastdiff.errors import UserError
 
@@ -65,8 +65,8 @@ def default_name(folder: Path) -> str:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--lmdb", type=Path, required=True, help="folder with the category's data.mdb")
-    flags.add_argument("--out", type=Path, required=True, help="folder to write the images to")
+    flags.add_argument("--lmdb", type=given_path, required=True, help="folder with the category's data.mdb")
+    flags.add_argument("--out", type=given_path, required=True, help="folder to write the images to")
     flags.add_argument("--name", help="class that names begin with (default: from the LMDB's name, e.g. bedroom)")
     flags.add_argument("--limit", type=positive, metavar="N", help="stop after the first N images (default: all)")
     add_size(flags, 256)

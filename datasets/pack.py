@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preparation_cli import add_size, parser, run
+from preparation_cli import add_size, given_path, parser, run
 
 from fastdiff.errors import UserError, blaming
 from fastdiff.images.cache.format import is_packed
@@ -40,10 +40,12 @@ def labelled(data_dir: Path, rule: str) -> tuple[Listing, str]:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--data_dir", type=Path, required=True, help="folder with images (jpg, jpeg, png, gif, webp)")
+    flags.add_argument(
+        "--data_dir", type=given_path, required=True, help="folder with images (jpg, jpeg, png, gif, webp)"
+    )
     flags.add_argument(
         "--out",
-        type=Path,
+        type=given_path,
         help="folder to make (default: beside the images, where --cache disk looks, as NAME.packed_HxWxC)",
     )
     flags.add_argument(

@@ -12,6 +12,7 @@ from typing import NoReturn
 from pydantic import TypeAdapter, ValidationError
 
 from fastdiff.errors import DONE, INTERRUPTED, USER_ERROR, StopWith, UserError
+from fastdiff.runtime.paths import expand_path
 from fastdiff.settings import Size
 
 
@@ -58,6 +59,14 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"{script}: {reason}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     sys.exit(DONE)
+
+
+def given_path(text: str) -> Path:
+    """A path as a user writes it, with ~ and environment variables."""
+    try:
+        return Path(expand_path(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> int:

@@ -29,6 +29,7 @@ from fastdiff.errors import UserError, blaming
 from fastdiff.models import BackboneSettings, SuperResSettings
 from fastdiff.ops import Kernels, choose_kernels
 from fastdiff.runtime.machine import tf32
+from fastdiff.runtime.paths import expand_path
 from fastdiff.runtime.processes import current
 from fastdiff.sampling.labels import Labels, label_numbers, labels_in_python
 from fastdiff.sampling.low_res import as_low_res
@@ -67,7 +68,8 @@ class Samples:
 
     def save(self, path: str | Path, columns: int | None = None) -> None:
         """Write an .npz with the arrays of sample.py's, or the grid as a picture (any other suffix, such as .png)."""
-        path = Path(path)
+        with blaming("save"):
+            path = Path(expand_path(str(path)))
         if path.suffix != ".npz":
             save_grid(path, self.images, columns)
             return
@@ -99,7 +101,8 @@ def load(
     Raises UserError for a checkpoint that can't be read or doesn't fit the settings.
     """
     place = torch.device(device) if device is not None else current().device
-    path = str(path_or_preset)
+    with blaming("load"):
+        path = expand_path(str(path_or_preset))
     if not Path(path).exists() and is_preset(path):
         preset, path = path, str(download(find_preset(path)))
     if not precision:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,6 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fastdiff.errors import UserError, quoted, shortened
+from fastdiff.runtime.paths import expand_path
 
 # Characters that no file name can contain. U+DC80 to U+DCFF are allowed: they stand for bytes that aren't Unicode.
 _NO_TEXT = re.compile(r"[\x00\ud800-\udc7f\udd00-\udfff]")
@@ -115,6 +117,17 @@ Floats = Annotated[tuple[float, ...], BeforeValidator(_split), PlainSerializer(_
 """Numbers, written '0.9999,0.999' or as a JSON list."""
 Words = Annotated[tuple[str, ...], BeforeValidator(_split), PlainSerializer(_join)]
 """Words, written 'npz,png' or as a JSON list."""
+
+
+def _expanded(path: str) -> str:
+    try:
+        return expand_path(path)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+FilePath = Annotated[str, AfterValidator(_expanded)]
+"""A path of a file or folder, in which ~, ~USER, $NAME and ${NAME} are expanded."""
 
 
 def _switch(value: Any) -> Any:

@@ -44,6 +44,17 @@ def test_the_same_images_as_the_script(checkpoint: Path, tmp_path: Path) -> None
     np.testing.assert_array_equal(later.index, [4, 5])
 
 
+def test_paths_are_expanded(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    monkeypatch.chdir(tmp_path)
+    samples = fastdiff.load("~/model.pt").sample(2, steps=2)
+    samples.save("$HOME/a.npz")
+    samples.save(Path("~/a.png"))
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "a.npz", "a.png"}
+    with pytest.raises(UserError, match=r"^load: \$FD_NONE: the environment variable FD_NONE is not set"):
+        fastdiff.load("$FD_NONE")
+
+
 def test_saving(checkpoint: Path, tmp_path: Path) -> None:
     samples = fastdiff.load(checkpoint).sample(4, steps=2)
     samples.save(tmp_path / "a.npz")

@@ -23,7 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "runtime": {"errors"},
     "attention_choices": {"errors", "runtime"},
     "ops": {"attention_choices", "errors", "kernels", "runtime"},
-    "settings": {"diffusion", "errors", "ops"},
+    "settings": {"diffusion", "errors", "ops", "runtime"},
     "diffusion": {"ops", *BELOW},
     "models": {"ops", *BELOW},
     "images": BELOW,

@@ -31,6 +31,7 @@ from fastdiff.errors import UserError, blaming, did_you_mean, quoted, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
+from fastdiff.runtime.paths import expand_path
 from fastdiff.runtime.processes import output_folder
 from fastdiff.sampling.settings import NllSettings, SampleSettings, SuperResSampleSettings
 from fastdiff.settings import Settings, is_true, merge, validated, what_is_wrong
@@ -85,6 +86,10 @@ def load(
     Raises UserError with one sentence that names the flag, or the file and the key.
     """
     args, flag_layer = read_flags(argv, description, {section: _section_class(kind, section) for section in sections})
+    for name in ("config", "deepspeed"):
+        if path := getattr(args, name, None):
+            with blaming(f"--{name}"):
+                setattr(args, name, expand_path(path))
     file_layer = _read_json(args.config, kind) if args.config else {}
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
@@ -167,7 +172,7 @@ def _checkpoint_layer(
     path = given.get(section, {}).get(name)
     if path:
         with blaming(f"--{name}"):
-            opened = open_checkpoint(str(path))
+            opened = open_checkpoint(expand_path(str(path)))
             return opened, [settings_of(opened, kind is SuperResConfig, preset, given)]
     return None, [(f"preset {preset.name}", preset.layer)] if preset else []
 

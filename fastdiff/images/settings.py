@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from fastdiff.errors import did_you_mean
-from fastdiff.settings import Affects, Settings
+from fastdiff.settings import Affects, FilePath, Settings
 
 RUN = Affects("run")
 """Marks settings that say how images are read, not which pixels a step sees."""
@@ -20,7 +20,7 @@ LABEL_RULES = ("auto", "prefix", "folder", "none")
 class DataSettings(Settings):
     """Where the images are and how they become batches."""
 
-    data_dir: str = ""
+    data_dir: FilePath = ""
     """Folder with images (jpg, jpeg, png, gif, webp, in any depth), or one that datasets/pack.py made of such a
     folder."""
     loader: Literal["auto", "dali", "pillow"] = "auto"
@@ -28,9 +28,9 @@ class DataSettings(Settings):
     cache: Literal["none", "disk", "gpu"] = "none"
     """Decode all images once, to the reference pixels at the model's size. disk: into one file, made at the first start
     and read at memory speed from then on. gpu: that file's content lies on the GPU (without one, in memory)."""
-    cache_dir: Annotated[str, RUN] = ""
+    cache_dir: Annotated[FilePath, RUN] = ""
     """Folder for the cache of decoded images; empty for the one that holds data_dir."""
-    labels: str = "auto"
+    labels: FilePath = "auto"
     """Class of an image: prefix (of the file name, before the first underscore), folder (that holds it), none, or a
     file that lists the classes (dataset.json as EDM has it, or a CSV of file and class); auto: the folder's
     dataset.json, else folder or prefix, whichever tells classes apart; where both do differently, it refuses."""

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, blaming
 from fastdiff.runtime.machine import number_from_environment
+from fastdiff.runtime.paths import expand_path
 
 _POLL = 0.05  # seconds
 _joined = False
@@ -79,7 +80,8 @@ def has_joined() -> bool:
 
 def output_folder(setting: str, default: str) -> Path:
     """The folder that a setting names, else that of OPENAI_LOGDIR (improved-diffusion's variable), else the default."""
-    return Path(setting or os.environ.get("OPENAI_LOGDIR", "") or default)
+    with blaming("OPENAI_LOGDIR"):
+        return Path(setting or expand_path(os.environ.get("OPENAI_LOGDIR", "")) or default)
 
 
 def make_writable(folder: Path) -> Path:

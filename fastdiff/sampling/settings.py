@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from fastdiff.diffusion.schedules import Spacing
 from fastdiff.diffusion.solvers import SOLVERS, Solver
 from fastdiff.ops import Kernels
-from fastdiff.settings import Affects, Count, Floats, Settings, Switch, Words
+from fastdiff.settings import Affects, Count, FilePath, Floats, Settings, Switch, Words
 
 IMAGES, NETWORK, BATCH = Affects("images"), Affects("network"), Affects("batch")
 """Marks of settings by what they affect: the images that are drawn, the networks and their arithmetic, the batch size.
@@ -21,7 +21,7 @@ FORMATS = ("npz", "png", "zip", "tar")
 class DrawSettings(Settings):
     """What all sampling jobs have in common."""
 
-    model_path: Annotated[str, NETWORK] = ""
+    model_path: Annotated[FilePath, NETWORK] = ""
     """The checkpoint: a .pt file, or a folder of checkpoints (its newest EMA is taken)."""
     preset: str = ""
     """Settings of a published checkpoint by its name, for a .pt file that carries none, e.g. cifar10_uncond; without
@@ -50,7 +50,7 @@ class DrawSettings(Settings):
     """Weight of classifier-free guidance, or of guide_model_path; 1: none."""
     guidance_interval: Annotated[Floats, IMAGES] = ()
     """Guide only at these noise levels, LOW,HIGH in units of the image, e.g. 0.2,5; empty: at all of them."""
-    guide_model_path: Annotated[str, NETWORK] = ""
+    guide_model_path: Annotated[FilePath, NETWORK] = ""
     """Autoguidance: a weaker checkpoint to steer away from, instead of the null class."""
     seed: Annotated[int, IMAGES] = Field(0, ge=0, lt=2**32)
     """Seed of the noise; image i of a job depends on it and on i, not on the batch size or the number of processes."""
@@ -72,7 +72,7 @@ class DrawSettings(Settings):
     kernels: Kernels = "auto"
     """What computes the ops: auto takes Triton kernels on a GPU where they are fast, triton takes them wherever they
     run, reference keeps to PyTorch."""
-    out_dir: str = ""
+    out_dir: FilePath = ""
     """Output folder, in which the same job continues. Empty: the folder in OPENAI_LOGDIR, else one of its own in
     runs/samples."""
     overwrite: bool = False
@@ -129,7 +129,7 @@ class SampleSettings(DrawSettings):
     classes: Annotated[str, IMAGES] = ""
     """Classes to draw in turn, by number or name, e.g. 0,5,7; with weights at random, e.g. cat:3,dog:1; balanced: all
     in turn; empty: each image's class at random."""
-    sr_model_path: str = ""
+    sr_model_path: FilePath = ""
     """A super-resolution checkpoint that enlarges the images as they come."""
     sr_preset: str = ""
     """Settings of a published super-resolution checkpoint by its name, e.g. upsample_256; without sr_model_path that
@@ -155,7 +155,7 @@ class SuperResSampleSettings(DrawSettings):
 
     num_samples: int = Field(10000, ge=1)
     """Images to draw; not given: as many as there are small images. More begin with the first small image again."""
-    base_samples: str = ""
+    base_samples: FilePath = ""
     """The small images: an .npz as sample.py writes it (arr_0 images, arr_1 labels), a job's folder, which has one, a
     folder of images, or an image."""
     classes: Annotated[str, IMAGES] = ""
@@ -165,7 +165,7 @@ class SuperResSampleSettings(DrawSettings):
 class NllSettings(Settings):
     """Bits per dimension of images under a checkpoint."""
 
-    model_path: str = ""
+    model_path: FilePath = ""
     """The checkpoint: a .pt file, or a folder of checkpoints (its newest EMA is taken)."""
     preset: str = ""
     """Settings of a published checkpoint by its name, for a .pt file that carries none, e.g. cifar10_uncond."""
@@ -187,5 +187,5 @@ class NllSettings(Settings):
     allow_tf32: bool = False
     """On a GPU, round the factors of float32 products to TF32 (10 bits of mantissa), which is faster: of all matrix
     products and convolutions at precision fp32, else of the time embedding, and without kernels of the last layer."""
-    out_dir: str = ""
+    out_dir: FilePath = ""
     """Output folder; empty: the folder in OPENAI_LOGDIR, else runs/nll."""

@@ -10,7 +10,18 @@ from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models.settings import BackboneSettings, SuperResSettings, UNetSettings
 from fastdiff.ops import Kernels
-from fastdiff.settings import Affects, Count, Floats, Interval, Settings, Switch, Words, affecting, what_is_wrong
+from fastdiff.settings import (
+    Affects,
+    Count,
+    FilePath,
+    Floats,
+    Interval,
+    Settings,
+    Switch,
+    Words,
+    affecting,
+    what_is_wrong,
+)
 
 RUN = Affects("run")
 """Marks settings that say where and how to run. Changing them doesn't change a run's results, except for rounding."""
@@ -23,11 +34,11 @@ FOREVER = 1_000_000  # steps of a run that names no end
 class TrainSettings(Settings):
     """The optimiser, the batch, and what is written when."""
 
-    run_dir: Annotated[str, RUN] = ""
+    run_dir: Annotated[FilePath, RUN] = ""
     """Folder of the run; empty: the folder in OPENAI_LOGDIR, else runs/NAME. The same folder again resumes."""
     name: Annotated[str, RUN] = ""
     """NAME in runs/NAME; empty: the JSON file's name, else the script's."""
-    resume_checkpoint: Annotated[str, RUN] = ""
+    resume_checkpoint: Annotated[FilePath, RUN] = ""
     """A checkpoint to start from: a step folder, or a .pt file with its ema_ and opt files beside it."""
     init_from: Annotated[str, RUN] = ""
     """Weights to start a new run from: a .pt file, or a run's folder, whose newest average is taken. The classes, the

@@ -47,6 +47,48 @@ def json_file(folder: Path, content: Any) -> Path:
     return path
 
 
+# --- paths ---
+
+PATHS = re.compile(r".*(_dir|_path|_from|_file)|resume_checkpoint|base_samples")
+
+
+@by_script
+def test_paths_are_expanded(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In flags and in JSON files, and in the names of those files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("FD_PLACE", str(tmp_path / "place"))
+    save(super_res() if "super_res" in script else unet(), tmp_path / "model000001.pt")
+    _, sections, kind = SCRIPTS[script]
+    for section in sections:
+        for name in section_class(kind, section).model_fields:
+            if not PATHS.fullmatch(name):
+                continue
+            is_checkpoint = name == CHECKPOINTS.get(section)
+            more = {"guidance": 2.0} if name == "guide_model_path" else {}
+            for given in ("~/model000001.pt", "$HOME/model000001.pt", "${FD_PLACE}/../model000001.pt"):
+                want = given.replace("~", str(tmp_path)).replace("$HOME", str(tmp_path))
+                want = want.replace("${FD_PLACE}", str(tmp_path / "place"))
+                if is_checkpoint and "PLACE" in given:
+                    (tmp_path / "place").mkdir(exist_ok=True)
+                json_file(tmp_path, {section: {name: given, **more}})
+                for words in (flags({name: given, **more}), ["--config", "~/settings.json"]):
+                    assert getattr(getattr(read(script, *words), section), name) == want
+            message = refusal(SCRIPTS[script][0], flags({name: "$FD_NONE/x"}))
+            assert message.startswith(f"--{name}: $FD_NONE/x: the environment variable FD_NONE is not set")
+
+
+@by_script
+def test_paths_of_json_files(script: str, tmp_path: Path) -> None:
+    message = refusal(SCRIPTS[script][0], ["--config", "$FD_NONE/x.json"])
+    assert message.startswith("--config: $FD_NONE/x.json: the environment variable FD_NONE is not set")
+
+
+def test_paths_of_deepspeeds_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "d.json").write_text('{"gradient_clipping": 2.0}')
+    assert read("train", "--deepspeed", "~/d.json").train.grad_clip == 2
+
+
 # --- layers ---
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers.preparation_scripts import (
     call_script,
     fail,
@@ -107,6 +108,34 @@ def test_unreadable_images(tmp_path: Path):
     (tmp_path / "source" / "a_2.png").unlink()
     again = ["--source", tmp_path / "source", "--out", tmp_path / "again", "--size", 8]
     assert succeed("folder.py", *again).startswith("2 images")
+
+
+def test_paths_are_expanded(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "in" / "1.png", random_pixels(1, 9, 9))
+    summary = succeed("folder.py", "--source=~/in", "--out", "${HOME}/out", "--size", 8)
+    assert images(tmp_path / "out") == ["image_00000000.png"]
+    assert f"--data_dir {tmp_path}/out" in summary
+    assert succeed("pack.py", "--data_dir=~/in", "--out", "~/packed", "--size", 8)
+    assert (tmp_path / "packed" / "pixels.npy").is_file()
+    message = fail("folder.py", "--source", "$FD_NONE/in", "--out", tmp_path / "other")
+    assert "argument --source: $FD_NONE/in: the environment variable FD_NONE is not set" in message
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("cifar10", "archive"),
+        ("lsun", "lmdb"),
+        ("imagenet64", "source"),
+        ("imagenet64", "val_labels"),
+        ("digits", "out"),
+    ],
+)
+def test_every_script_expands_paths(script: str, flag: str):
+    done = call_script(f"{script}.py", f"--{flag}", "$FD_NONE/x")
+    assert done.returncode == 2
+    assert f"argument --{flag}: $FD_NONE/x: the environment variable FD_NONE is not set" in done.stderr
 
 
 def test_bad_input(tmp_path: Path):
