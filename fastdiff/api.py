@@ -7,7 +7,9 @@ samples.save("grid.png")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,11 @@ from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.noise_keys import ENLARGED, SAMPLES
 from fastdiff.diffusion.samplers import ddim_reverse_loop
 from fastdiff.diffusion.schedules import keep_steps
-from fastdiff.errors import UserError, blaming
+from fastdiff.errors import UserError, blaming, quoted
 from fastdiff.models import BackboneSettings, SuperResSettings
-from fastdiff.ops import Kernels, choose_kernels
-from fastdiff.runtime.machine import tf32
+from fastdiff.ops import Kernels, using
+from fastdiff.runtime.caller import default_device, undisturbed
 from fastdiff.runtime.paths import expand_path
-from fastdiff.runtime.processes import current
 from fastdiff.sampling.labels import Labels, label_numbers, labels_in_python
 from fastdiff.sampling.low_res import as_low_res
 from fastdiff.sampling.pictures import grid, non_finite, save_grid
@@ -68,7 +69,7 @@ class Samples:
 
     def save(self, path: str | Path, columns: int | None = None) -> None:
         """Write an .npz with the arrays of sample.py's, or the grid as a picture (any other suffix, such as .png)."""
-        with blaming("save"):
+        with _blaming("save"):
             path = Path(expand_path(str(path)))
         if path.suffix != ".npz":
             save_grid(path, self.images, columns)
@@ -96,26 +97,64 @@ def load(
                     which is downloaded once.
     preset          settings for a .pt file that carries none.
     precision       fp32, bf16 or fp16; the default is bf16 on a GPU that has it, else fp32.
+    device          cpu, cuda or cuda:N; the default is the current CUDA GPU, or the CPU where there is none. Other
+                    accelerators, such as Apple's (mps), are not used.
     allow_tf32      on a GPU, whether float32 products may round their factors to TF32. By default they are exact,
                     whatever the process has set for other networks.
+    Neither this nor the model's methods change settings of the calling process (`fastdiff.runtime.caller`).
     Raises UserError for a checkpoint that can't be read or doesn't fit the settings.
     """
-    place = torch.device(device) if device is not None else current().device
-    with blaming("load"):
+    with _blaming("load"):
+        place = _device(device)
         path = expand_path(str(path_or_preset))
-    if not Path(path).exists() and is_preset(path):
-        preset, path = path, str(download(find_preset(path)))
-    if not precision:
-        precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    choose_kernels(kernels, place)
-    with blaming("load"):
-        checkpoint = open_checkpoint(path)
-        config = describe(checkpoint, preset)
-        network = open_network(
-            config.model, config.diffusion, checkpoint, precision, place, frozen=kernels != "reference"
-        )
-    shared = {"precision": precision, "kernels": kernels, "compile": compile, "cuda_graph": cuda_graph}
-    return Model(network, place, {**shared, "allow_tf32": allow_tf32})
+        if not Path(path).exists() and is_preset(path):
+            preset, path = path, str(download(find_preset(path)))
+        if not precision:
+            precision = "bf16" if place.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        given = {"precision": precision, "kernels": kernels, "compile": compile, "cuda_graph": cuda_graph}
+        settings = validated(SampleSettings, {**given, "allow_tf32": allow_tf32})
+        with _undisturbed(place, kernels, settings.allow_tf32):
+            checkpoint = open_checkpoint(path)
+            config = describe(checkpoint, preset)
+            network = open_network(
+                config.model, config.diffusion, checkpoint, precision, place, frozen=kernels != "reference"
+            )
+    return Model(network, place, {name: getattr(settings, name) for name in (*given, "allow_tf32")})
+
+
+def _device(given: torch.device | str | int | None) -> torch.device:
+    """The device that a caller names, or the default one. UserError for one that this machine doesn't have."""
+    if given is None:
+        return default_device()
+    try:
+        device = torch.device(given)
+        if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+            return device
+    except (RuntimeError, TypeError):
+        pass
+    gpus = torch.cuda.device_count()
+    here = "cpu or cuda:0" + f" to cuda:{gpus - 1}" * (gpus > 1) if gpus else "cpu, as no CUDA GPU is to be found"
+    raise UserError(f"device must be {here}, not {quoted(given)}")
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Put the method's name before the message of a UserError, and name settings as in Python, without dashes."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {str(error).removeprefix('--')}") from error
+
+
+@contextmanager
+def _undisturbed(device: torch.device, kernels: Kernels, allow_tf32: bool) -> Iterator[None]:
+    """Compute on `device` with these kernels, and leave the settings of the calling program as they were."""
+    with undisturbed(device, allow_tf32), ExitStack() as chosen:
+        try:
+            chosen.enter_context(using(kernels))
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        yield
 
 
 class Model:
@@ -163,9 +202,10 @@ class Model:
         """
         if isinstance(self.settings, SuperResSettings):
             raise UserError("sample: this model enlarges images; call enlarge")
-        given = {"solver": solver, "steps": steps, "seed": seed, **settings}
-        sampler = self._sampler_of(given, guide, n, labels=self._labels(classes))
-        return self._draw(sampler, seed, start, n, progress)
+        with _blaming("sample"), self._undisturbed():
+            n, start = _whole("n", n, 1), _whole("start", start, 0)
+            given = {"solver": solver, "steps": steps, "seed": seed, **settings}
+            return self._draw(self._sampler_of(given, guide, n, labels=self._labels(classes)), start, n, progress)
 
     def enlarge(
         self,
@@ -186,16 +226,16 @@ class Model:
         wanted = self.settings
         if not isinstance(wanted, SuperResSettings):
             raise UserError("enlarge: this model draws images; call sample")
-        with blaming("enlarge"):
-            classes = self._checked_labels(wanted.small_size, images, labels)
 
         def inputs(index: Tensor) -> dict[str, Tensor]:
             given = {"low_res": as_low_res(images[index.cpu().numpy()], index.device)}
             return given if classes is None else {**given, "y": classes.to(index.device)[index]}
 
-        chosen = {"solver": solver, "steps": steps, "seed": seed, **settings}
-        sampler = self._sampler_of(chosen, None, len(images), inputs=inputs)
-        return self._draw(sampler, seed, 0, len(images), progress)
+        with _blaming("enlarge"), self._undisturbed():
+            images = np.asarray(images)
+            classes = self._checked_labels(wanted.small_size, images, labels)
+            given = {"solver": solver, "steps": steps, "seed": seed, **settings}
+            return self._draw(self._sampler_of(given, None, len(images), inputs=inputs), 0, len(images), progress)
 
     def encode(
         self, images: np.ndarray, labels: Sequence[str | int] | np.ndarray | None = None, *, steps: int = 100
@@ -208,21 +248,25 @@ class Model:
         process, settings = self.network.diffusion, self.settings
         if isinstance(settings, SuperResSettings):
             raise UserError("encode: this model enlarges images; give one that draws them")
-        with blaming("encode"):
+        with _blaming("encode"), self._undisturbed():
+            images = np.asarray(images)
             classes = self._checked_labels(settings.size_hw, images, labels)
-        try:
-            kept = keep_steps(process, steps, "uniform", float("inf")) if steps else None
-        except ValueError as error:
-            raise UserError(f"encode: {error}") from None
-        diffusion = create_diffusion(process, settings.learn_sigma, kept)
-        x = as_low_res(images, self.device)
-        kwargs = {} if classes is None else {"y": classes.to(self.device)}
-        with tf32(self._defaults["allow_tf32"]):
+            steps = _whole("steps", steps, 0)
+            try:
+                kept = keep_steps(process, steps, "uniform", float("inf")) if steps else None
+            except ValueError as error:
+                raise UserError(str(error)) from None
+            diffusion = create_diffusion(process, settings.learn_sigma, kept)
+            x = as_low_res(images, self.device)
+            kwargs = {} if classes is None else {"y": classes.to(self.device)}
             for step in ddim_reverse_loop(diffusion, self.network.model, x, model_kwargs=kwargs):
                 x = step.sample
-        if bad := (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
-            raise UserError(f"encode: {non_finite(bad)}; try another checkpoint, or load this one with precision fp32")
-        return x
+            if bad := (~x.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist():
+                raise UserError(f"{non_finite(bad)}; try another checkpoint, or load this one with precision fp32")
+            return x
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return _undisturbed(self.device, self._defaults["kernels"], self._defaults["allow_tf32"])
 
     def _sampler_of(
         self,
@@ -235,9 +279,13 @@ class Model:
     ) -> Sampler:
         """The sampler for these settings. It is kept for the next call with the same: it holds compiled code."""
         for name in given:
-            if name in SampleSettings.model_fields and name not in DRAWING:
+            if name not in DRAWING:
                 raise UserError(f"{name} is not a setting of a model's images; those are {', '.join(sorted(DRAWING))}")
+        given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+        given |= {name: _whole(name, given[name], 0) for name in ("seed", "steps")}
         settings = validated(SampleSettings, {**self._defaults, **given})
+        if guide is not None and not isinstance(guide, Model):
+            raise UserError(f"guide must be a model that load has returned, not {quoted(guide)}")
         if guide is not None and settings.guidance == 1:
             raise UserError("guide needs a guidance other than 1")
         key = (settings, guide, count, labels)
@@ -256,12 +304,12 @@ class Model:
         self._sampler = None if inputs else (key, sampler)
         return sampler
 
-    def _draw(self, sampler: Sampler, seed: int, start: int, n: int, progress: bool) -> Samples:
+    def _draw(self, sampler: Sampler, start: int, n: int, progress: bool) -> Samples:
         index = np.arange(start, start + n)
         with tqdm(total=n, unit="image", disable=not progress, bar_format=_BAR) as bar:
             on_progress: Callable[[float], Any] = bar.update
             drawn = sampler.draw(index, on_progress)
-        return Samples(drawn.images, drawn.labels, seed, index, tuple(self.class_names))
+        return Samples(drawn.images, drawn.labels, sampler.settings.seed, index, tuple(self.class_names))
 
     def _labels(self, classes: Any) -> Labels | None:
         """The classes to draw; None for a model without classes."""
@@ -287,3 +335,14 @@ class Model:
         if np.shape(labels) != (count,):
             raise UserError(f"labels must be {count} numbers or names, one for each image, not {len(numbers)}")
         return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """The value as an int. UserError for anything but a whole number of at least `least`, such as True or 2.0."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not least <= number < 2**62:
+        raise UserError(f"{name} must be a whole number of at least {least}, not {quoted(value)}")
+    return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +54,72 @@ def test_paths_are_expanded(checkpoint: Path, tmp_path: Path, monkeypatch: pytes
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "a.npz", "a.png"}
     with pytest.raises(UserError, match=r"^load: \$FD_NONE: the environment variable FD_NONE is not set"):
         fastdiff.load("$FD_NONE")
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, 2.0, True, "3", None, np.float64(2), np.bool_(True), [2], 2**70])
+def test_numbers_of_images_that_are_none(n: Any, checkpoint: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        fastdiff.load(checkpoint).sample(n, steps=2)
+    assert str(caught.value).startswith("sample: n must be a whole number of at least 1, not ")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"start": -1}, "start must be a whole number of at least 0, not -1"),
+        ({"start": 0.5}, "start must be a whole number of at least 0, not 0.5"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, not -1"),
+        ({"seed": True}, "seed must be a whole number of at least 0, not True"),
+        ({"seed": 2**32}, "seed: must be less than 4294967296, not 4294967296"),
+        ({"steps": -3}, "steps must be a whole number of at least 0, not -3"),
+        ({"steps": "many"}, "steps must be a whole number of at least 0, not 'many'"),
+        ({"steps": 7}, "steps 7"),
+        ({"guide": 3, "guidance": 2}, "guide must be a model that load has returned, not 3"),
+        ({"foo": 1}, "foo is not a setting of a model's images; those are batch_size, classes, "),
+        ({"out_dir": "x"}, "out_dir is not a setting of a model's images"),
+    ],
+)
+def test_settings_that_are_none(given: dict[str, Any], sentence: str, checkpoint: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        fastdiff.load(checkpoint).sample(2, **{"steps": 2, **given})
+    assert str(caught.value).startswith(f"sample: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"device": "mps"}, "device must be "),
+        ({"device": 99}, "device must be "),
+        ({"device": "cuda:99"}, "device must be "),
+        ({"device": "no such"}, "device must be "),
+        ({"precision": "bf17"}, "precision: must be 'fp32', 'bf16' or 'fp16', not 'bf17'"),
+        ({"precision": "fp16", "device": "cpu"}, "precision fp16 needs a GPU"),
+        ({"kernels": "cuda"}, "kernels: must be "),
+        ({"compile": "maybe"}, "compile: must be auto, True or False, not 'maybe'"),
+        ({"allow_tf32": "perhaps"}, "allow_tf32: must be True or False"),
+        ({"preset": "nonsense"}, "preset: nonsense is not a preset"),
+    ],
+)
+def test_loading_that_is_refused(given: dict[str, Any], sentence: str, checkpoint: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        fastdiff.load(checkpoint, **given)
+    assert str(caught.value).startswith(f"load: {sentence}")
+
+
+def test_numpys_numbers(checkpoint: Path) -> None:
+    model = fastdiff.load(checkpoint)
+    given = {"steps": 3, "seed": 5, "start": 1, "batch_size": 2, "eta": 0.5, "solver": "ddim"}
+    want = model.sample(3, **given)
+    of_numpy = {name: np.array(value)[()] if name != "solver" else value for name, value in given.items()}
+    got = model.sample(np.uint8(3), **of_numpy)
+    np.testing.assert_array_equal(got.images, want.images)
+    np.testing.assert_array_equal(got.index, [1, 2, 3])
+    assert got.seed == 5
+
+
+def test_lists_are_no_images(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"^encode: images are int64 \(1,\), the model takes uint8"):
+        fastdiff.load(checkpoint).encode([1], [0])
 
 
 def test_saving(checkpoint: Path, tmp_path: Path) -> None:

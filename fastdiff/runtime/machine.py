@@ -371,24 +371,28 @@ def tf32(allowed: bool) -> Iterator[None]:
     the two disagree, reading an older one raises an error, and parts of Inductor read it. So every switch is set, also
     oneDNN's, which `torch.set_float32_matmul_precision` sets together with cuBLAS's.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
-    general = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    backends: Any = torch.backends
+    matmul, cudnn, onednn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    outer = [backends, cudnn, onednn]
+    before = []
+    for switch in [*outer, matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]:
+        before.append((switch, switch.fp32_precision))
+        if switch in outer:
+            switch.fp32_precision = "none"  # inner switches would show and follow an outer one's value
+    older = matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
     try:
         products = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the older and the newer switches disagree already, so there is nothing to restore
-        products = ""
-    if not allowed:  # Inductor recommends TF32 whenever it compiles a float32 product for a GPU
-        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-    try:
-        torch.backends.fp32_precision = "none"  # type: ignore[attr-defined]  # convolutions would inherit it
-        torch.set_float32_matmul_precision("highest")
-        matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-        yield
-    finally:
-        torch.backends.fp32_precision = general  # type: ignore[attr-defined]
-        if products:
+    except RuntimeError:  # the older and the newer switches disagree already
+        products = "high" if older[0] else "highest"
+    with warnings.catch_warnings():
+        if not allowed:  # Inductor recommends TF32 whenever it compiles a float32 product for a GPU
+            warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
+        try:
+            torch.set_float32_matmul_precision("highest")
+            matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = older
             torch.set_float32_matmul_precision(products)
-        matmul.allow_tf32, cudnn.allow_tf32 = before
-        if products == "medium":  # allow_tf32 has changed it to "high"
-            torch.set_float32_matmul_precision(products)
+            for switch, value in reversed(before):  # the general one last, because setting oneDNN's resets it
+                switch.fp32_precision = value
