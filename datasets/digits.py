@@ -16,13 +16,13 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 
 import numpy as np
 from PIL import Image
-from preparation_cli import given_path, run
+from preparation_cli import Parser, given_path, run
 
 from fastdiff.runtime.files import atomic_write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=given_path, help="folder for train/ and test/")
     out = parser.parse_args().out
     from sklearn.datasets import load_digits

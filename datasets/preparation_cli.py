@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
+from fastdiff.config.aliases import advice
 from fastdiff.errors import DONE, INTERRUPTED, USER_ERROR, StopWith, UserError
 from fastdiff.runtime.paths import expand_path
 from fastdiff.settings import Size
@@ -18,6 +19,14 @@ from fastdiff.settings import Size
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the usage above them."""
+
+    def parse_args(self) -> argparse.Namespace:  # type: ignore[override]
+        args, unknown = self.parse_known_args()
+        if unknown:
+            options = [option.removeprefix("--") for action in self._actions for option in action.option_strings]
+            name = unknown[0].split("=")[0]
+            self.error(f"{name} is not a flag of this script{advice(name, options, lambda known: f'--{known}')}")
+        return args
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

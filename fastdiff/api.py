@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from fastdiff.config.aliases import advice
 from fastdiff.config.checkpoint import Network, open_checkpoint, open_network
 from fastdiff.config.load import describe
 from fastdiff.config.presets import download, find_preset, is_preset
@@ -280,7 +281,10 @@ class Model:
         """The sampler for these settings. It is kept for the next call with the same: it holds compiled code."""
         for name in given:
             if name not in DRAWING:
-                raise UserError(f"{name} is not a setting of a model's images; those are {', '.join(sorted(DRAWING))}")
+                of_load = name in (load.__kwdefaults__ or {})
+                hint = "; give it to load" if of_load else advice(name, {*DRAWING, "n"}, str)
+                names = ", ".join(sorted(DRAWING))
+                raise UserError(f"{name} is not a setting of a model's images{hint or f'; those are {names}'}")
         given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         given |= {name: _whole(name, given[name], 0) for name in ("seed", "steps")}
         settings = validated(SampleSettings, {**self._defaults, **given})

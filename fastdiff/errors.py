@@ -7,7 +7,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -83,10 +83,10 @@ def quoted(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the known name nearest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+def did_you_mean(name: str, known: Iterable[str], show: Callable[[str], str] = str) -> str:
+    """'; did you mean X?' for the known name that is spelled like `name`, as `show` writes it, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {show(close[0])}?" if close else ""
 
 
 def shortened(text: str, length: int = 500) -> str:

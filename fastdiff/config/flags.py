@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
+from fastdiff.config.aliases import advice
 from fastdiff.config.checkpoint import Layer
-from fastdiff.errors import UserError, did_you_mean
+from fastdiff.errors import UserError
 from fastdiff.settings import Settings
 
 _SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
@@ -31,7 +32,7 @@ def read_flags(
         name = unknown[0].split("=")[0]
         options = [option for action in parser._actions for option in action.option_strings]
         known = [option.removeprefix("--") for option in options if option.startswith("--")]
-        near = did_you_mean(name.lstrip("-"), known).replace("mean ", "mean --")
+        near = advice(name, known, lambda known: f"--{known}")
         raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
     layer: Layer = {section: {} for section in sections}
     for key, value in vars(args).items():
@@ -50,7 +51,8 @@ def _parser(description: str, sections: dict[str, type[Settings]]) -> _Parser:
     )
     parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with settings, section by section")
     parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    # DeepSpeed's launcher and torch.distributed.launch add one of these.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     if "train" in sections:
         parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
         dry_run = "build everything, run one step on real data, report, and write nothing"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from fastdiff.config.aliases import advice
 from fastdiff.config.checkpoint import (
     Checkpoint,
     Layer,
@@ -27,7 +28,7 @@ from fastdiff.config.checkpoint import (
 from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
-from fastdiff.errors import UserError, blaming, did_you_mean, quoted, shortened
+from fastdiff.errors import UserError, blaming, quoted, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
@@ -245,7 +246,9 @@ def _read_json(path: str, kind: type[Config]) -> Layer:
     content = _read_object(path)
     for section, value in content.items():
         if section not in kind.model_fields:
-            hint = _owner(kind, section) or did_you_mean(section, kind.model_fields)
+            hint = (
+                _owner(kind, section) or advice(section, kind.model_fields, str) or _elsewhere(kind, "train", section)
+            )
             raise UserError(f"{path}: {shortened(section)} is not a section{hint}")
         if not isinstance(value, dict):
             raise UserError(f"{path}: section {section} must be a JSON object, not {quoted(value)}")
@@ -294,7 +297,15 @@ def _hint(kind: type[Config], section: str, name: str) -> str:
         return "; super-resolution models are for super_res_train.py and super_res_sample.py"
     if kind is SuperResConfig and section == "model" and name == "image_size":
         return "; a super-resolution model has large_size and small_size"
-    return did_you_mean(name, _section_class(kind, section).model_fields) or _owner(kind, name)
+    here = advice(name, _section_class(kind, section).model_fields, str)
+    return _owner(kind, name) or here or _elsewhere(kind, section, name)
+
+
+def _elsewhere(kind: type[Config], section: str, word: str) -> str:
+    """Advice on another program's word by the settings of the other sections that are used with this one."""
+    used = ("model", "diffusion", *(("data", "train") if section not in ("sample", "nll") else (section,)))
+    owners = {name: each for each in used for name in _section_class(kind, each).model_fields}
+    return advice(word, owners, lambda name: f"{owners[name]}.{name}")
 
 
 def _owner(kind: type[Config], name: str) -> str:
