@@ -317,10 +317,25 @@ def test_network_that_cannot_be(world: World) -> None:
         says(refusal(super_res_train.main, flags(given)), "small_size", "smaller than large_size 16x16")
 
 
+def test_another_size_than_the_checkpoints(world: World) -> None:
+    """The advice is to leave it out, not to move the attention: the user only wanted a larger picture."""
+    says(world.sample(image_size=16), "--image_size 16: ", "trained with image_size 8, so leave it out")
+    says(world.sample(image_size="8x16"), "--image_size 8x16: ", "image_size 8")
+    says(world.nll(image_size=16), "--image_size 16: ", "trained with image_size 8")
+    says(world.super_res_sample(large_size=32), "--large_size 32: ", "trained with large_size 16")
+    says(world.super_res_sample(small_size=4), "--small_size 4: ", "trained with small_size 8")
+    file = world.json({"model": {"image_size": 16}})
+    says(world.sample("--config", file), f"{file}: model.image_size 16: ")
+
+
 def test_respacing_that_cannot_be(world: World) -> None:
     says(world.sample(timestep_respacing="ddim5"), "timestep_respacing ddim5", "6 steps", "ddim6 would work")
     says(world.sample(timestep_respacing="9"), "timestep_respacing 9", "6 steps, fewer than 9")
-    says(world.sample(timestep_respacing="quick"), "timestep_respacing 'quick'", "ddim50")
+    says(world.sample(timestep_respacing="quick"), "--timestep_respacing 'quick'", "ddim50")
+    file = world.json({"diffusion": {"timestep_respacing": "quick"}})
+    says(world.sample("--config", file), f"{file}", "timestep_respacing 'quick'")
+    says(world.nll(timestep_respacing="ddim5"), "--timestep_respacing ddim5", "ddim6 would work")
+    says(world.super_res_sample(timestep_respacing="1.5"), "--timestep_respacing '1.5'")
     says(world.sample(noise_schedule="linear"), "diffusion_steps 6", "at least 21", "cosine")
     says(world.train(sample_interval=5, sample_respacing="ddim5"), "--sample_respacing", "ddim6 would work")
     says(world.train(sample_interval=5), "--sample_respacing", "ddim25")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -102,6 +103,8 @@ def load(
         opened, below = find(checkpoint, layers, kind)
         layers = [*below, *layers]
     config = _resolve(kind, layers)
+    if opened and "train" not in sections:
+        _check_size(opened, config, layers)
     if "train" in sections:
         config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
         given = any("null_class" in layer.get("model", {}) for layer in (file_layer, flag_layer))
@@ -226,6 +229,26 @@ def _settings_of_run(folder: Path) -> tuple[str, Layer] | None:
     }
 
 
+def _check_size(checkpoint: Checkpoint, config: Config, layers: list[tuple[str, Layer]]) -> None:
+    """UserError if a flag or a JSON file changes the size of a checkpoint's images.
+
+    The attention would then stand at other levels, which `attention_resolutions` can only want if it is given as well.
+    """
+    stored = checkpoint.info.get("model", {}) if checkpoint.info else {}
+    given = [(source, layer.get("model", {})) for source, layer in layers[1:]]
+    if any("attention_resolutions" in layer for _, layer in given):
+        return
+    now = config.model.model_dump(mode="json")
+    for source, layer in given:
+        for name in ("image_size", "large_size", "small_size"):
+            if name in layer and name in stored and now[name] != stored[name]:
+                where = f"{source}: model.{name}" if source else f"--{name}"
+                raise UserError(
+                    f"{where} {now[name]}: {checkpoint.file} was trained with {name} {stored[name]}, so leave it out; "
+                    "other sizes need a training of their own, larger images a super-resolution model"
+                )
+
+
 def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:
     """The preset that the last layer with a preset names."""
     named = [(source, layer[section]["preset"]) for source, layer in layers if "preset" in layer.get(section, {})]
@@ -320,7 +343,15 @@ def _sentence(error: ValidationError, sources: dict[tuple[str, str], str], giver
     location = [str(part) for part in first["loc"]]
     message = what_is_wrong(error)
     if len(location) < 2:  # an error about several settings of a section
+        if flag := _flag_named(message, location, sources):
+            return f"--{message}" if message.startswith(f"{flag} ") else f"--{flag}: {message}"
         named = " with ".join(givers.get(location[0], [])) if location else ""
         return f"{named}: {message}" if named else message
     section, name = location[0], location[1]
     return f"{sources.get((section, name), f'{section}.{name}')}: {message}"
+
+
+def _flag_named(message: str, location: list[str], sources: dict[tuple[str, str], str]) -> str:
+    """The first setting in an error's message that a flag gave, in the error's section; empty if there is none."""
+    flags = {name for (section, name), source in sources.items() if section in location and source == f"--{name}"}
+    return next((word for word in re.findall(r"\w+", message) if word in flags), "")

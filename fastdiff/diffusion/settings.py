@@ -19,7 +19,7 @@ class DiffusionSettings(Settings):
     """linear: Ho et al. 2020, section 4. cosine: Nichol & Dhariwal 2021, eq. 17."""
     timestep_respacing: Annotated[str, Affects("steps")] = ""
     """Which steps to keep: empty: all; 250: that many, evenly; 10,15,20: so many in each of three equal parts; ddim50:
-    50 at a fixed whole stride."""
+    50 at a fixed whole stride, whatever the solver."""
     sigma_small: bool = False
     """Without learn_sigma: use the posterior variance instead of beta."""
     predict_xstart: bool = False

@@ -90,7 +90,7 @@ class Sampler:
         self.cuda_graph = settings.cuda_graph if device.type == "cuda" else False
         self.compiled, why = self._compiles(count)
         self.notes = [
-            f"{settings.solver}: {self.table.num_evaluations} evaluations of the network per image",
+            f"{settings.solver}: {self.table.num_evaluations} evaluations of the network per image{self._not_ddim}",
             f"torch.compile: {'yes' if self.compiled else 'no'} ({why}), CUDA graphs: "
             f"{'yes' if self.cuda_graph else 'no'}",
         ]
@@ -162,6 +162,14 @@ class Sampler:
     def _spacing(self) -> str:
         settings = self.settings
         return SOLVERS[settings.solver].spacing if settings.spacing == "auto" else settings.spacing
+
+    @property
+    def _not_ddim(self) -> str:
+        """A remark for a respacing named after DDIM. As in improved-diffusion, it keeps steps and chooses no solver."""
+        respacing, solver = self.network.diffusion.timestep_respacing, self.settings.solver
+        if not respacing.startswith("ddim") or solver == "ddim":
+            return ""
+        return f" (timestep_respacing {respacing} only keeps steps, and {solver} draws with them: solver ddim is DDIM)"
 
     def _diffusion(self) -> GaussianDiffusion:
         settings, diffusion = self.settings, self.network.diffusion

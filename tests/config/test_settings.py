@@ -348,7 +348,7 @@ def test_label_dropout_that_cannot_be(tmp_path: Path) -> None:
     assert "contradicts null_class False" in refusal(train.main, ["--config", file, "--label_dropout", "0.1"])
     for script in ("train", "sample"):
         message = refusal(SCRIPTS[script][0], ["--null_class", "True"])
-        assert message == "null_class True needs class_cond True"
+        assert message == "--null_class True needs class_cond True"
 
 
 # --- --print_config and --help ---

@@ -450,6 +450,27 @@ def test_an_interrupted_nll_goes_on(
         terms_in(tmp_path / name)  # asserts that nothing else is left
 
 
+@pytest.mark.parametrize(
+    ("flags_given", "says"),
+    [
+        (
+            ["--timestep_respacing", "ddim3"],
+            "ddpm: 3 evaluations of the network per image (timestep_respacing ddim3",
+        ),
+        (["--timestep_respacing", "ddim3", "--solver", "dpmpp_2m"], "dpmpp_2m draws with them: solver ddim is DDIM)"),
+        (["--timestep_respacing", "ddim3", "--use_ddim", "True"], "ddim: 3 evaluations of the network per image\n"),
+        (["--timestep_respacing", "3"], "ddpm: 3 evaluations of the network per image\n"),
+    ],
+)
+def test_a_respacing_named_after_ddim(
+    flags_given: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps the same steps for every solver, and a line says so where the solver isn't DDIM."""
+    checkpoint = save(unet(), tmp_path / "model000001.pt")
+    sample.main([*flags({"model_path": checkpoint, "num_samples": 1, "out_dir": tmp_path / "out"}), *flags_given])
+    assert says in capsys.readouterr().out
+
+
 # --- several processes ---
 
 
