@@ -78,7 +78,7 @@ def say_what_is_read(root: Path, kind: str, count: int, left_out: list[Path]) ->
         names = [one_line(path.relative_to(root).as_posix()) for path in left_out]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         logger.warning(
-            "%s: left out, because runs and sampling jobs wrote them: %d (%s%s)",
+            "%s: what runs and sampling jobs wrote is left out, %d in all: %s%s",
             root,
             len(names),
             ", ".join(names[:_NAMED]),

@@ -75,7 +75,7 @@ def network_weights(content: Any, path: Path) -> OrderedDict[str, Tensor]:
         if len(states) > 1 or states[0][0] or len(whole) < len(content):
             raise UserError(
                 f"{path} holds no state_dict of improved-diffusion's network (no {FIRST}) but tensors such as "
-                f"{', '.join(quoted(key) for key in keys[:3])}"
+                f"{', '.join(quoted(key) for key in keys[:3])}; give a file of its weights"
             )
         return whole if isinstance(whole, OrderedDict) else OrderedDict(whole)
     chosen = _choose(found, path)
@@ -125,6 +125,8 @@ def _refuse_states(content: Any, path: Path) -> None:
         raise UserError(
             f"{path} holds no state_dict but an optimizer's state; give the model or ema .pt file beside it"
         )
+    if content.keys() >= {"updates", "loader"}:
+        raise UserError(f"{path} holds no state_dict but the state of a run; give the model or ema .pt file beside it")
     if "ds_version" in content or "ds_config" in content:
         raise UserError(f"{path} is a part of a DeepSpeed checkpoint; {_GATHER}")
 

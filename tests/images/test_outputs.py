@@ -62,7 +62,7 @@ def test_they_are_left_out_and_named(made: Path, caplog: pytest.LogCaptureFixtur
     assert list(data.glob("runs/*/samples/*.png"))  # the run's previews
     with caplog.at_level(logging.WARNING):
         assert names(data) == ["cat/1.png", "cat/2.png", "dog/1.png"]
-    assert "wrote them: 3 (dog/drawn, runs/first, runs/samples/ddpm)" in caplog.text
+    assert "wrote is left out, 3 in all: dog/drawn, runs/first, runs/samples/ddpm" in caplog.text
     assert index_images(data, "folder").class_names == ["cat", "dog"]
 
 

@@ -292,6 +292,8 @@ def test_states_of_training(state: State, tmp_path: Path) -> None:
     contents = {
         "opt000004.pt": (optimizer.state_dict(), "holds no state_dict but an optimizer's state"),
         "deepspeed.pt": ({"module": state, "ds_version": "0.19", "ds_config": {}}, "DeepSpeed.*zero_to_fp32"),
+        "state.pt": ({"updates": 3, "loader": {}, "meter": {"sums": torch.zeros(3)}}, "but the state of a run; give"),
+        "gradients.pt": ({"means": {"a": torch.zeros(3)}}, "but tensors such as 'a'; give a file of its weights"),
         "lists.pt": ({"shadow_params": list(state.values())}, "holds no state_dict"),
         "text.pt": ({"model": {"input_blocks.0.0.weight": "none"}}, "holds no state_dict"),
     }
