@@ -85,10 +85,11 @@ def _adapted(
         lines.append(line)
     else:
         has_null = _has_null_class(checkpoint)
-        typical = table[-1] if has_null else table.float().mean(0)
+        known = table[: len(checkpoint.class_names) or None]  # rows without a class were never trained
+        typical = table[-1] if has_null else known.float().mean(0)
         state[_EMBEDDING_BIAS] = bias.float() + typical.float()
         del state[LABELS]
-        which = "the row of the null class" if has_null else "the mean of its rows"
+        which = "the row of the null class" if has_null else "the mean of its classes' rows"
         lines.append(f"{LABELS} is left out, and {which} added to {_EMBEDDING_BIAS} in its place")
     return state, lines
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastdiff.config.load import Config
-from fastdiff.errors import UserError
+from fastdiff.errors import UserError, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import BackboneSettings
 from fastdiff.settings import affecting
@@ -88,6 +88,6 @@ def lines_for_log(changes: Sequence[Change]) -> list[str]:
     ]
 
 
-def shown(value: Any) -> Any:
+def shown(value: Any) -> str:
     """The value as one would write it in a command."""
-    return "''" if value == "" else value
+    return shortened(str(value), 200) or "''"

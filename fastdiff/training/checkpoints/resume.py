@@ -28,6 +28,7 @@ from fastdiff.training.checkpoints.changes import (
     of_equal_shapes,
     permission,
     process_changes,
+    shown,
 )
 from fastdiff.training.checkpoints.folder import newest_whole, step_of
 from fastdiff.training.checkpoints.format import LABELS, Snapshot, add_null_class, read_snapshot
@@ -119,7 +120,7 @@ def _check_same_process(folder: Path, stored: dict[str, Any], config: Config) ->
     _check_same_beginning(folder, begun if isinstance(begun, dict) else {}, config.train)
     changes = process_changes(stored, config)
     if refused := need_permission(changes, config.train.allow_change):
-        differences = ", ".join(f"{c.section}.{c.name} {c.then}, now it is {c.now}" for c in refused)
+        differences = ", ".join(f"{c.section}.{c.name} {shown(c.then)}, now it is {shown(c.now)}" for c in refused)
         raise UserError(
             f"--run_dir: {folder} holds a run with {differences}; give another --run_dir, or the run's own settings"
             f"{permission(refused, 'to go on with other ones')}"
