@@ -350,6 +350,10 @@ def test_batch_that_cannot_be_shared(world: World, monkeypatch: pytest.MonkeyPat
     says(world.train(batch_size=4), "batch_size 4", "shared by 3", "3 can")
 
 
+def zero(stage: int, **section: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **section}}
+
+
 @pytest.mark.parametrize(
     ("section", "settings", "parts"),
     [
@@ -377,6 +381,15 @@ def test_batch_that_cannot_be_shared(world: World, monkeypatch: pytest.MonkeyPat
         ({"optimizer": {"type": "Adam"}}, {}, ["deepspeed.optimizer", "AdamW", "train.lr"]),
         ({"scheduler": {"type": "WarmupLR"}}, {}, ["deepspeed.scheduler", "lr_warmup_steps"]),
         ({"amp": {"enabled": True}}, {}, ["deepspeed.amp", "train.precision"]),
+        ({"zero_force_ds_cpu_optimizer": True}, {}, ["deepspeed.zero_force_ds_cpu_optimizer true", "leave it out"]),
+        ({"zero_allow_untested_optimizer": False}, {}, ["zero_allow_untested_optimizer false", "leave it out"]),
+        (zero(2, offload_optimizer={"device": "nvme", "nvme_path": "/x"}), {}, ["device nvme is not possible; cpu is"]),
+        (zero(3, offload_param={"device": "nvme"}), {}, ["zero_optimization.offload_param.device nvme"]),
+        (zero(0, offload_optimizer={"device": "cpu"}), {}, ["offload_optimizer needs", "stage 1 or 2 or 3, not 0"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {}, ["stage 1 or 2 or 3, not 0"]),
+        (zero(2, offload_param={"device": "cpu"}), {}, ["offload_param needs zero_optimization.stage 3, not 2"]),
+        (zero(2, offload_optimizer="cpu"), {}, ["offload_optimizer must be a JSON object", "'cpu'"]),
+        (zero(2, cpu_offload=True), {}, ["cpu_offload has another name now", '"offload_optimizer": {"device": "cpu"}']),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

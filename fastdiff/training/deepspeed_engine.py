@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch
 from fastdiff.models import UNet
 from fastdiff.runtime.processes import Processes, current, join
+from fastdiff.settings import what_is_wrong
 from fastdiff.training.device_step import Losses, OptimizerStep, Record, poison_gradients
 from fastdiff.training.optimizer import AdamWEMA, learning_rate
 from fastdiff.training.step_plan import StepPlan
@@ -105,6 +107,8 @@ def create_engine(model: UNet, optimizer: AdamWEMA, plan: StepPlan) -> Any:
         if not plan.deepspeed:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, ValidationError):
+            reason = f"{'.'.join(map(str, error.errors()[0]['loc']))}: {what_is_wrong(error)}"
         raise UserError(f"deepspeed: DeepSpeed refuses these settings: {reason}") from error
     return engine
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastdiff.diffusion.settings import DiffusionSettings
-from fastdiff.errors import UserError, did_you_mean
+from fastdiff.errors import UserError, did_you_mean, quoted
 from fastdiff.models.settings import BackboneSettings, SuperResSettings, UNetSettings
 from fastdiff.ops import Kernels
 from fastdiff.settings import (
@@ -182,13 +183,17 @@ CHANGES = (*STREAM_SETTINGS, *sorted(_PROCESS - {ALWAYS_FREE}))
 don't decide the shapes of the weights."""
 # Sections of DeepSpeed's JSON that would replace what the trainer itself does.
 _OURS = {
-    "optimizer": "the optimiser is AdamW by train.lr and train.weight_decay",
+    "optimizer": "the optimiser is AdamW by train.lr and train.weight_decay, also where it is offloaded",
     "scheduler": "the learning rate follows train.lr_warmup_steps and train.lr_anneal_steps",
     "amp": "use train.precision",
     "torch_autocast": "use train.precision",
 }
 # Section → the switch that makes DeepSpeed detect non-finite gradients.
 _CHECKS = {"bf16": "check_grad_overflow", "zero_optimization": "compute_grad_norm"}
+# Switch → the value without which DeepSpeed refuses our optimiser.
+_NEEDED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+# Sections of zero_optimization → the stages that DeepSpeed has them for.
+_OFFLOADS = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 # Our settings → DeepSpeed's names for them.
 _NAMES = {
     "batch_size": "train_batch_size",
@@ -201,7 +206,7 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
     """Take over the settings that only DeepSpeed's JSON gives. UserError where the two contradict each other."""
     for section, instead in _OURS.items():
         if section in deepspeed:
-            raise UserError(f"deepspeed.{section} can't be given: {instead}")
+            raise UserError(f"deepspeed.{section} can't be given: {instead}; leave it out")
     for section in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(deepspeed.get(section, {}), dict):
             raise UserError(f"deepspeed.{section} must be a JSON object, not {deepspeed[section]!r}")
@@ -210,6 +215,10 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
     for section, switch in _CHECKS.items():
         if deepspeed.get(section, {}).get(switch) is False:
             raise UserError(f"deepspeed.{section}.{switch} false can't be given: it is needed to skip bad steps")
+    for switch, needed in _NEEDED.items():
+        if deepspeed.get(switch, needed) is not needed:
+            value = json.dumps(deepspeed[switch])
+            raise UserError(f"deepspeed.{switch} {value} can't be given: {_OURS['optimizer']}; leave it out")
     zero = deepspeed.get("zero_optimization", {})
     given = {"zero_stage": ("zero_optimization.stage", zero.get("stage", "auto"))}
     given |= {ours: (theirs, deepspeed.get(theirs, "auto")) for ours, theirs in _NAMES.items()}
@@ -221,7 +230,29 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
         if ours in train.model_fields_set and getattr(train, ours) != value:
             raise UserError(f"deepspeed.{theirs} {value} contradicts train.{ours} {getattr(train, ours)}; give one")
     try:
-        return TrainSettings.model_validate({**train.model_dump(), **{ours: v for ours, (_, v) in named.items()}})
+        adopted = TrainSettings.model_validate({**train.model_dump(), **{ours: v for ours, (_, v) in named.items()}})
     except ValidationError as error:
         theirs = next((named[ours][0] for ours in named if ours in error.errors()[0]["loc"]), "fp16")
         raise UserError(f"deepspeed.{theirs}: {what_is_wrong(error)}") from None
+    _check_offloading(zero, adopted.zero_stage)
+    return adopted
+
+
+def _check_offloading(zero: dict[str, Any], stage: int) -> None:
+    """UserError for what can't be moved out of the GPU's memory. The message says what can."""
+    for old, section in (("cpu_offload", "offload_optimizer"), ("cpu_offload_params", "offload_param")):
+        if zero.get(old):
+            now = f'"{section}": {{"device": "cpu"}}'
+            raise UserError(f"deepspeed.zero_optimization.{old} has another name now: write {now}")
+    for section, stages in _OFFLOADS.items():
+        place = f"deepspeed.zero_optimization.{section}"
+        if not (given := zero.get(section)):
+            continue
+        if not isinstance(given, dict):
+            raise UserError(f'{place} must be a JSON object such as {{"device": "cpu"}}, not {quoted(given)}')
+        device = given.get("device", "none")
+        if device not in ("cpu", "none"):
+            raise UserError(f"{place}.device {device} is not possible; cpu is")
+        if device == "cpu" and stage not in stages:
+            those = " or ".join(map(str, stages))
+            raise UserError(f"{place} needs zero_optimization.stage {those}, not {stage}")

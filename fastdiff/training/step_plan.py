@@ -127,6 +127,7 @@ class StepPlan:
                 **({"overlap_comm": True} if self.overlaps else {}),
             },
             "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # else optimisers other than DeepSpeed's can't be offloaded
             "steps_per_print": None,
         }
         if train.precision == "bf16":

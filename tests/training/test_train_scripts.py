@@ -391,3 +391,20 @@ def test_from_another_folder(data: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "nothing was written" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("stage", "sections"),
+    [(1, ["offload_optimizer"]), (2, ["offload_optimizer"]), (3, ["offload_optimizer", "offload_param"])],
+)
+def test_offloading_to_the_cpu(stage: int, sections: list[str], data: Path, tmp_path: Path) -> None:
+    """DeepSpeed's JSON needs nothing besides, and the averages are those of a run that offloads nothing."""
+    given = {"zero_optimization": {"stage": stage, **{section: {"device": "cpu"} for section in sections}}}
+    (tmp_path / "offload.json").write_text(json.dumps(given))
+    more = ("--max_steps", "3", "--save_interval", "2")
+    train.main(flags(data, tmp_path / "kept", *more, "--zero_stage", str(stage)))
+    train.main(flags(data, tmp_path / "moved", *more, "--deepspeed", str(tmp_path / "offload.json")))
+    files = [tmp_path / run / "checkpoints/step_000003/ema_0.9999_000003.pt" for run in ("kept", "moved")]
+    kept, moved = (torch.load(file, weights_only=True) for file in files)
+    assert kept.keys() == moved.keys()
+    assert all(torch.equal(kept[name], moved[name]) for name in kept)
