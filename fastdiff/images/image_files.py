@@ -47,7 +47,8 @@ _OTHERS = (
 
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """Read a regular file. Raises ValueError for other or too large files, OSError if it can't be read."""
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)), "rb") as file:
+    flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # Windows has the last one only
+    with open(os.open(path, sum(flags, os.O_RDONLY)), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):  # a pipe or a device would never end
             raise ValueError("it is not a regular file")

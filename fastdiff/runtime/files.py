@@ -5,7 +5,7 @@ This module imports no PyTorch, so that small scripts start fast.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import math
@@ -170,6 +170,10 @@ class FileLock:
         self.release()
 
     def _try(self) -> bool:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            raise LocksUnsupported(errno.ENOTSUP, "this system has no flock", str(self.path)) from None
         with ExitStack() as closing:
             file = closing.enter_context(self.path.open("a"))
             try:
@@ -299,6 +303,8 @@ def _start_time(pid: int) -> int | None:
         pass
     if Path("/proc/self/stat").exists():
         return None
+    if os.name == "nt":  # os.kill would send a Ctrl-C there
+        return 0
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from fastdiff.errors import UserError
@@ -130,6 +129,8 @@ def free_memory(device: torch.device) -> int:
     """Free bytes of the GPU, or of this machine or the part of it that a container may use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
     free = psutil.virtual_memory().available
     try:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
@@ -211,10 +212,12 @@ def free_cores() -> int:
     if local_processes() > 1:
         return _share()
     try:
+        import psutil
+
         busy = psutil.cpu_percent(interval=0.25) / 100  # of all cores; waiting for disks counts as idle
-    except OSError:  # the system doesn't tell
-        busy = 0.0
-    return max(1, min(allowed_cores(), math.floor((1 - busy) * psutil.cpu_count() + 0.5)))
+        return max(1, min(allowed_cores(), math.floor((1 - busy) * psutil.cpu_count() + 0.5)))
+    except (ImportError, OSError):  # the system doesn't tell
+        return allowed_cores()
 
 
 def _share() -> int:
@@ -261,7 +264,9 @@ def keep_compiled_code() -> Path:
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = cache_folder() / "inductor"
         if " " in str(folder) or not _can_be_written(folder):
-            folder = Path(tempfile.gettempdir()) / f"fastdiff_{os.getuid()}" / "inductor"
+            folder = (
+                Path(tempfile.gettempdir()) / f"fastdiff_{os.getuid() if hasattr(os, 'getuid') else ''}" / "inductor"
+            )
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

@@ -22,7 +22,7 @@ from fastdiff.errors import INTERRUPTED, StopWith, UserError, first_line
 from fastdiff.runtime.machine import number_from_environment
 from fastdiff.runtime.processes import has_joined
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # not on Windows
 CTRL_C = "Ctrl-C"
 """What messages and `StopSignals.requested` call SIGINT."""
 SAME = 1.0

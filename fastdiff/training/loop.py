@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections import deque
@@ -192,8 +191,7 @@ class Loop:
             f"first step after {now - self.started:.1f} s: {begun - self.started:.1f} s to start, {now - begun:.1f} s "
             "for the step"
         )
-        if self.train.log_interval > 1 and self.trainer.step % self.train.log_interval:
-            self._start_interval(now)
+        self._start_interval(now)
 
     # --- reporting ---
 
@@ -213,7 +211,7 @@ class Loop:
         now = time.perf_counter()
         seconds = max(now - self.interval_start, 1e-9)
         steps = trainer.step - self.interval_step
-        if steps:  # none in an interval of which only the first step, which compiles, was taken
+        if steps:  # none in an interval of the first step alone, which compiles
             metrics["images_per_second"] = steps * self.train.batch_size / seconds
         metrics["data_wait"] = (trainer.waited - self.interval_waited) / seconds
         metrics["memory_gb"] = memory_gb(self.processes.device)
@@ -401,5 +399,7 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory so far in GB: of the GPU, or on a CPU of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # Windows, where only drawing is possible, has no such module
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6)
