@@ -199,7 +199,7 @@ def _training_layer(
     if own := _settings_of_run(_run_folder(given.get("train", {}), layers[0][0], kind)):
         return None, [own]
     with blaming(f"--{names[0]}"):
-        opened = open_checkpoint(str(given["train"][names[0]]))
+        opened = open_checkpoint(expand_path(str(given["train"][names[0]])))
         source, layer = settings_of(opened, kind is SuperResConfig, None, given)
         return opened, [(source, at_size(layer, given, SuperResSettings if kind is SuperResConfig else UNetSettings))]
 

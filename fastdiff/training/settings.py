@@ -41,7 +41,7 @@ class TrainSettings(Settings):
     """NAME in runs/NAME; empty: the JSON file's name, else the script's."""
     resume_checkpoint: Annotated[FilePath, RUN] = ""
     """A checkpoint to start from: a step folder, or a .pt file with its ema_ and opt files beside it."""
-    init_from: Annotated[str, RUN] = ""
+    init_from: Annotated[FilePath, RUN] = ""
     """Weights to start a new run from: a .pt file, or a run's folder, whose newest average is taken. The classes, the
     image size and the diffusion process may be others."""
     max_steps: Annotated[int, RUN] = Field(0, ge=0)
