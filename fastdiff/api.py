@@ -91,6 +91,7 @@ def load(
     compile: bool | str = "auto",
     cuda_graph: bool | str = "auto",
     allow_tf32: bool = False,
+    **unknown: Any,
 ) -> Model:
     """Load a checkpoint for drawing.
 
@@ -106,6 +107,7 @@ def load(
     Raises UserError for a checkpoint that can't be read or doesn't fit the settings.
     """
     with _blaming("load"):
+        _refuse(unknown, load)
         place = _device(device)
         path = expand_path(str(path_or_preset))
         if not Path(path).exists() and is_preset(path):
@@ -239,7 +241,12 @@ class Model:
             return self._draw(self._sampler_of(given, None, len(images), inputs=inputs), 0, len(images), progress)
 
     def encode(
-        self, images: np.ndarray, labels: Sequence[str | int] | np.ndarray | None = None, *, steps: int = 100
+        self,
+        images: np.ndarray,
+        labels: Sequence[str | int] | np.ndarray | None = None,
+        *,
+        steps: int = 100,
+        **unknown: Any,
     ) -> Tensor:
         """Encode images [n, H, W, C] uint8 into the noise [n, C, H, W] float32 from which DDIM draws them again.
 
@@ -250,6 +257,7 @@ class Model:
         if isinstance(settings, SuperResSettings):
             raise UserError("encode: this model enlarges images; give one that draws them")
         with _blaming("encode"), self._undisturbed():
+            _refuse(unknown, Model.encode)
             images = np.asarray(images)
             classes = self._checked_labels(settings.size_hw, images, labels)
             steps = _whole("steps", steps, 0)
@@ -339,6 +347,14 @@ class Model:
         if np.shape(labels) != (count,):
             raise UserError(f"labels must be {count} numbers or names, one for each image, not {len(numbers)}")
         return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _refuse(unknown: dict[str, Any], method: Callable[..., Any]) -> None:
+    """UserError for a keyword that a function doesn't have, with those that it has."""
+    for name in unknown:
+        known = sorted(method.__kwdefaults__ or {})
+        hint = advice(name, known, str)
+        raise UserError(f"{name} is not a setting here{hint or '; those are ' + ', '.join(known)}")
 
 
 def _whole(name: str, value: Any, least: int) -> int:

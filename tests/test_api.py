@@ -243,6 +243,16 @@ def test_refusals(settings: dict[str, object], words: list[str], checkpoint: Pat
         fastdiff.load("no/such/file.pt")
 
 
+def test_unknown_keywords_of_load_and_encode(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="^load: dtype is not a setting here; did you mean precision"):
+        fastdiff.load(checkpoint, dtype="fp16")
+    with pytest.raises(UserError, match="^load: colour is not a setting here; those are allow_tf32, compile"):
+        fastdiff.load(checkpoint, colour=1)
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match="^encode: num_inference_steps is not a setting here; those are steps"):
+        fastdiff.load(checkpoint).encode(images, [0], num_inference_steps=4)
+
+
 def test_importing_is_cheap() -> None:
     """`import fastdiff` alone does not import torch."""
     code = "import fastdiff, sys; assert 'torch' not in sys.modules; assert not hasattr(fastdiff, 'nothing')"
