@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,14 +41,19 @@ class Listing:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the names in their composed form, 16 hex digits."""
-        digest = hashlib.sha256()
-        for name in self.names:
-            digest.update(os.fsencode(same_to_readers(name)) + b"\0")
-        return digest.hexdigest()[:16]
+        return hash_of_names(map(same_to_readers, self.names))
 
     def first(self, count: int) -> Listing:
         """The first `count` images, with the class names of all."""
         return replace(self, names=self.names[:count], labels=self.labels[:count])
+
+
+def hash_of_names(names: Iterable[str]) -> str:
+    """A hash of the names in their order, 16 hex digits."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.fsencode(name) + b"\0")
+    return digest.hexdigest()[:16]
 
 
 def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:

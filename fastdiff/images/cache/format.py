@@ -25,7 +25,7 @@ import PIL
 
 from fastdiff.errors import UserError
 from fastdiff.images.labels import label_images, number_classes
-from fastdiff.images.listing import Listing
+from fastdiff.images.listing import Listing, hash_of_names
 
 PIXELS, LABELS, NAMES, RECORD = "pixels.npy", "labels.npy", "names.json", "packed.json"
 FORMAT = 1
@@ -94,7 +94,8 @@ class Packed:
         if not isinstance(names, list) or not all(isinstance(name, str) and _is_path(name) for name in names):
             raise _damaged(self.folder, f"{NAMES} is no list of names")
         unlabelled = Listing(self.folder, names, np.zeros(len(names), dtype=np.int64), [])
-        if unlabelled.fingerprint != self.record["listing"]:
+        # Version 0.1 hashed the names as they are.
+        if self.record["listing"] not in (unlabelled.fingerprint, hash_of_names(names)):
             raise _damaged(self.folder, f"{NAMES} lists other images than {RECORD}")
         found_in = self.record.get("labels_from")  # in folders of version 0.1 there is none
         if rule == "auto" and found_in:
