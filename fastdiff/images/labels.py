@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -176,6 +176,7 @@ def _by_names(names: Sequence[str], root: Path, known: list[str] | None) -> Clas
             raise _disagree(root, folders, prefixes)
         by_folder = any(folder.rpartition("/")[2] != prefix for folder, prefix in zip(*order, strict=True))
     if by_folder:
+        _check_nested(root, folders)
         return number_classes(folders, names, root, "folders", None)
     if len(plain) == len(names):
         raise NoClasses(
@@ -202,7 +203,7 @@ def _as_known(folders: list[str], prefixes: list[str], names: Sequence[str], roo
     fitting = [where for where, found in rules.items() if set(known).issuperset(found)]
     if not fitting:
         _check_beside(names, root, folders, ())
-        near = {where: sum(name in known for name in set(found)) for where, found in rules.items()}
+        near = {where: len(set(known).intersection(found)) for where, found in rules.items()}
         nearest = max(near, key=near.__getitem__)  # of whose images those of other classes are named
         fitting = [nearest if near[nearest] else _by_names(names, root, None).found_in]
     numbered = [number_classes(rules[where], names, root, where, known) for where in fitting]
@@ -223,6 +224,19 @@ def _check_beside(names: Sequence[str], root: Path, folders: Sequence[str], know
         "folder says; move them into a folder or remove them, or give --labels prefix or none, or a file that lists "
         "the classes (dataset.json or CSV)"
     )
+
+
+def _check_nested(root: Path, folders: Sequence[str]) -> None:
+    """UserError where a folder with images lies in another one: it may be a class or a part of one."""
+    holding = set(folders)
+    for folder in sorted(holding):
+        above = next((str(parent) for parent in PurePosixPath(folder).parents if str(parent) in holding), None)
+        if above is not None:
+            raise UserError(
+                f"{root} has images in {above} and in {folder} below it, so that it is unknown whether these are "
+                f"one class or two; move one of them, or give --labels folder, by which each folder is a class, or a "
+                "file that lists the classes (dataset.json or CSV)"
+            )
 
 
 def _disagree(root: Path, folders: Sequence[str], prefixes: Sequence[str]) -> UserError:

@@ -86,6 +86,11 @@ def test_auto_takes_what_distinguishes_classes(names, expected, found_in):
             r"1 beside them \(all_preview.jpg\)",
         ),
         (
+            [*numbered("cat/", 3), *numbered("cat/raw/", 2), *numbered("dog/", 3)],
+            UserError,
+            r"images in cat and in cat/raw below it.*or give --labels folder, by which each folder is a class",
+        ),
+        (
             [*numbered("train/cat_", 3), *numbered("train/dog_", 2), *numbered("val/cat_", 1)],
             UserError,
             r"by folder train 5, val 1; by prefix cat 4, dog 2; give --labels folder, prefix or none, or a file",
@@ -111,6 +116,11 @@ def test_auto_takes_what_distinguishes_classes(names, expected, found_in):
 def test_auto_refuses_to_guess(names, kind, words):
     with pytest.raises(kind, match=words):
         label_images(sorted(names), ROOT)
+
+
+def test_auto_takes_folders_at_any_depth():
+    names = [*numbered("animals/cat/", 2), *numbered("animals/dog/", 2), *numbered("car/", 2)]
+    assert counts(label_images(names, ROOT)) == {"animals/cat": 2, "animals/dog": 2, "car": 2}
 
 
 def test_images_beside_class_folders_are_refused_by_folder_too_except_in_a_run_that_has_that_class():
