@@ -153,7 +153,7 @@ def read_network(model_path: str, precision: str, device: torch.device, flag: st
 
 def read_images(folder: Path, network: Network) -> tuple[np.ndarray, np.ndarray, int]:
     """(images [N, H, W, C] uint8, labels [N], how many classes) of a folder, as the network is trained on them."""
-    listing = index_images(folder, class_names=network.class_names or None)
+    listing = index_images(folder, "auto", network.class_names or None)
     settings = network.settings
     mode = MODES[settings.in_channels]
     images = [load_image(listing.path(i), settings.size_hw, mode) for i in range(len(listing.names))]
