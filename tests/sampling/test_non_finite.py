@@ -87,7 +87,8 @@ def test_enlarging_and_cascades(tmp_path: Path) -> None:
 def test_the_api(tmp_path: Path) -> None:
     model = fastdiff.load(overflowing(tmp_path / "model.pt"), device="cpu")
     with pytest.raises(
-        UserError, match="^images 0 and 1 came out.*; try another checkpoint or average of its weights as model_path$"
+        UserError,
+        match="^sample: images 0 and 1 came out.*; try another checkpoint or average of its weights as model_path$",
     ):
         model.sample(2, steps=2)
     other = fastdiff.load(save(unet(), tmp_path / "noise.pt"), device="cpu")

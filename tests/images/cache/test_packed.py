@@ -395,6 +395,7 @@ def test_ctrl_c_says_what_is_packed(damaged, monkeypatch, at, kept):
         return reference(self, index, data)
 
     monkeypatch.setattr(build.Reader, "reference", interrupt)
+    monkeypatch.setattr("fastdiff.images.open.allowed_cores", lambda: 1)  # in order
     settings = DataSettings(data_dir=str(damaged), cache="disk", num_workers=1)
     with pytest.raises(StopWith, match="stopped by Ctrl-C") as stop:
         open_images(settings, size_hw=(8, 8), channels=3, batch_size=4)
