@@ -1,7 +1,7 @@
 """The classes of a sampling job's images: read from --classes or from Python, and assigned to image numbers.
 
 In Python, whole numbers are labels and texts are names. In a command line's text a word is a name if the model has a
-class of that name, else a number.
+class of that name, else a number, but for models with names that are numbers: there 0,1,2 would mix both.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ class Labels:
 def parse_labels(classes: str, class_names: list[str], num_classes: int) -> Labels:
     """Read '0,5,cat' (in turn), 'cat:3,dog:1' (at random with weights), 'balanced' (all in turn) or '' (all at random).
 
-    A class is a number below num_classes or one of class_names. Raises UserError for anything else.
+    A class is a number below num_classes or one of class_names; where some names are numbers themselves, it is a name.
+    Raises UserError for anything else.
     """
     classes, class_names = same_to_readers(classes), [same_to_readers(name) for name in class_names]
     if classes.strip() == "balanced" and "balanced" not in class_names:
         return Labels(tuple(range(num_classes)))
+    if classes.strip() in class_names:  # a name may have commas
+        return Labels((class_names.index(classes.strip()),))
     words = [word.strip() for word in classes.split(",") if word.strip()]
     if not words:
         return Labels(tuple(range(num_classes)), (1.0,) * num_classes)
@@ -72,16 +75,23 @@ def parse_labels(classes: str, class_names: list[str], num_classes: int) -> Labe
 def _number(word: str, class_names: list[str], num_classes: int) -> int:
     if word in class_names:
         return class_names.index(word)
+    near = did_you_mean(word, class_names)
+    if word.isdecimal() and any(name.isdecimal() for name in class_names):
+        names = f"{_first(class_names)}{near}"
+        raise UserError(f"{word} is not a class; give names, some of which are numbers themselves: {names}")
     if word.isdecimal() and int(word) < num_classes:
         return int(word)
-    near = did_you_mean(word, class_names)
     raise UserError(f"{word} is not a class; give numbers from 0 to {num_classes - 1}{_known(class_names)}{near}")
 
 
 def _known(class_names: list[str]) -> str:
     if not class_names:
         return ""
-    return f" or one of {', '.join(class_names[:NAMED])}{', ...' if len(class_names) > NAMED else ''}"
+    return f" or one of {_first(class_names)}"
+
+
+def _first(class_names: list[str]) -> str:
+    return f"{', '.join(class_names[:NAMED])}{', ...' if len(class_names) > NAMED else ''}"
 
 
 def _weight(text: str, word: str) -> float:

@@ -19,9 +19,8 @@ NAMES = ["1", "2", "10", "café"]
     ("text", "want"),
     [
         ("2", Labels((1,))),  # a name
-        ("0,3", Labels((0, 3))),  # numbers: no class has such a name
         ("10, café", Labels((2, 3))),
-        ("10:3,0:1", Labels((2, 0), (3.0, 1.0))),
+        ("10:3,2:1", Labels((2, 1), (3.0, 1.0))),
         ("balanced", Labels((0, 1, 2, 3))),
         ("", Labels((0, 1, 2, 3), (1.0,) * 4)),
         (unicodedata.normalize("NFD", "café"), Labels((3,))),
@@ -32,10 +31,24 @@ def test_words_are_names_before_they_are_numbers(text: str, want: Labels) -> Non
     assert labels_in_python(text, [unicodedata.normalize("NFD", name) for name in NAMES], 4) == want
 
 
-@pytest.mark.parametrize(("text", "words"), [("cafe", "1, 2, 10, café; did you mean café?"), ("7", "from 0 to 3")])
+def test_words_are_numbers_where_no_name_is_one() -> None:
+    assert parse_labels("0,dog,1:2", ["cat", "dog", "1:2"], 3) == Labels((0, 1, 2))
+    assert parse_labels("cat, big", ["cat", "big", "cat, big"], 3) == Labels((2,))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cafe", "1, 2, 10, café; did you mean café?"),
+        ("7", "give names, some of which are numbers themselves: 1, 2, 10, café"),
+        ("0,1,2", "0 is not a class; give names"),  # would be the classes 1, 1 and 2
+    ],
+)
 def test_other_words_are_refused(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_labels(text, NAMES, 4)
+    with pytest.raises(UserError, match=words):
+        labels_in_python(text.split(","), NAMES, 4)
 
 
 def test_renumbering_is_by_name() -> None:
