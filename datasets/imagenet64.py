@@ -39,7 +39,7 @@ def list_source(source: Path, val_labels: Path | None) -> Listing:
     try:
         with tarfile.open(source, "r:") as tar:  # compressed archives can't be read in place
             members = _files(tar)
-            class_tars = [member for member in members if member.name.endswith(".tar")]
+            class_tars = [member for member in members if member.name.endswith(".tar") and _is_data(member.name)]
             if not class_tars:
                 return _list_validation(source, members, val_labels)
             if val_labels is not None:
@@ -98,9 +98,12 @@ def _list_validation(source: Path, members: list[tarfile.TarInfo], val_labels: P
     return listing
 
 
+def _is_data(name: str) -> bool:
+    return all(map(is_data, PurePosixPath(name).parts))
+
+
 def _is_image(name: str) -> bool:
-    *folders, file = PurePosixPath(name).parts
-    return is_image(file) and all(map(is_data, folders))
+    return _is_data(name) and is_image(PurePosixPath(name).name)
 
 
 def tasks(listing: Listing) -> Iterator[Task]:

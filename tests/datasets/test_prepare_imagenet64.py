@@ -88,6 +88,16 @@ def test_train_archive_and_restart(train_tar: Path, tmp_path: Path):
     assert "another size" in fail(*command, "--size", 32)
 
 
+def test_files_that_macos_adds_to_an_archive_are_no_classes(train_tar: Path, tmp_path: Path):
+    with tarfile.open(train_tar, "a") as tar:
+        for name in ("._n01440764.tar", "__MACOSX/._n01443537.tar", "__MACOSX/n01443537.tar"):
+            member = tarfile.TarInfo(name)
+            member.size = 8
+            tar.addfile(member, io.BytesIO(b"\0\5\x16\7\0\2\0\0"))
+    run_script("imagenet64.py", "--source", train_tar, "--out", tmp_path / "out")
+    assert_whole(tmp_path / "out")
+
+
 def test_validation_archive(tmp_path: Path):
     files = {f"ILSVRC2012_val_{i + 1:08d}.JPEG": jpeg(i) for i in reversed(range(6))}
     (tmp_path / "val.tar").write_bytes(tar_of(files))
