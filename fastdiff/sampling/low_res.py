@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError, one_line, quoted
+from fastdiff.images.label_files import DATASET_JSON
 from fastdiff.images.labels import NAMED, label_images
 from fastdiff.images.listing import has_own_images, is_image, list_images
 from fastdiff.images.other_data import describe_file, kind_of_file
@@ -72,6 +73,7 @@ class BaseImages:
         self.settings, self.path = settings, _place(source)
         self._files: list[Path] | None = None
         self.labels: np.ndarray | None = None
+        self._listed = False  # whether other labels may come with the same images and names
         self.names: list[str] = []
         """The pictures' paths below the folder without their endings; empty for an npz."""
         needs_labels = settings.class_cond if with_labels is None else with_labels
@@ -82,6 +84,7 @@ class BaseImages:
         self._images = content.images
         if needs_labels:
             self.labels = self._checked(content, class_names)
+            self._listed = bool(content.class_names)
 
     def _list(self, class_names: list[str], needs_labels: bool) -> None:
         """List a folder's pictures, or the only one, and find their classes if they are needed."""
@@ -93,13 +96,14 @@ class BaseImages:
             return
         known = class_names or [str(number) for number in range(self.settings.num_classes)]
         try:
-            self.labels = label_images(paths, root, "auto", known).labels
+            classes = label_images(paths, root, "auto", known)
+            self.labels, self._listed = classes.labels, classes.found_in == str(root / DATASET_JSON)
         except UserError as error:
             reason = str(error).partition("; ")[0]  # the remedies are the trainer's
-            classes = f"{', '.join(class_names[:NAMED])} by name or number" if class_names else "numbers such as 0,5"
+            remedy = f"{', '.join(class_names[:NAMED])} by name or number" if class_names else "numbers such as 0,5"
             raise UserError(
                 f"{self.path} doesn't say which of the model's classes its pictures are of ({reason}); give --classes: "
-                f"{classes}"
+                f"{remedy}"
             ) from None
 
     def _checked(self, content: SmallImages, class_names: list[str]) -> np.ndarray:
@@ -121,13 +125,16 @@ class BaseImages:
 
     @property
     def digest(self) -> str:
-        """A hash of the small images, or of the names and sizes of a folder's files."""
+        """A hash of the small images, or of the names and sizes of a folder's files, and of labels that could change
+        while these stay the same: a dataset.json's, and those of an npz with class_names."""
         found = hashlib.sha256()
         if self._files is None:
             found.update(self._images.tobytes())
         for file in self._files or ():
             name = file.relative_to(self.path) if file != self.path else file.name
             found.update(f"{name} {file.stat().st_size}\n".encode())
+        if self._listed and self.labels is not None:
+            found.update(self.labels.tobytes())
         return f"sha256:{found.hexdigest()[:16]}"
 
     def __len__(self) -> int:

@@ -102,6 +102,24 @@ def test_classes_by_folder_and_by_dataset_json(tmp_path: Path) -> None:
     np.testing.assert_array_equal(got["arr_1"], [0, 2])
 
 
+def test_labels_of_a_file_are_part_of_the_job(tmp_path: Path) -> None:
+    """They can change while the pictures stay the same, and a finished job would keep those of other classes."""
+    large = save(super_res(class_cond=True, num_classes=3), tmp_path / "large.pt", CLASSES)
+    small, npz = tmp_path / "small", tmp_path / "small.npz"
+    pictures(small, ["1", "2"])
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    for number, classes in enumerate((["ape", "cat"], ["cat", "dog"])):
+        (small / "dataset.json").write_text(json.dumps({"labels": {f"{i + 1}.png": classes[i] for i in range(2)}}))
+        np.savez(npz, arr_0=images, arr_1=[0, 1], class_names=classes)
+        for source in (small, npz):
+            out = tmp_path / f"of_{source.suffix}"
+            if number:
+                given = {"model_path": large, "base_samples": source, "out_dir": out, "steps": 2}
+                assert "holds another job: its base_samples" in refusal(super_res_sample.main, flags(given))
+            else:
+                assert run(out, model_path=large, base_samples=source)["arr_1"].tolist() == [0, 1]
+
+
 def test_models_without_classes_need_none(tmp_path: Path) -> None:
     large = save(super_res(), tmp_path / "large.pt")
     pictures(tmp_path / "photos", ["beach", "my_alps"])
