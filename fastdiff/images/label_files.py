@@ -92,7 +92,7 @@ def _as_listed(entries: Mapping[str, str], paths: Sequence[str], root: Path) -> 
 def _read_json(text: str, file: Path) -> tuple[dict[str, str], list[str] | None] | None:
     """Path → class name, and the classes in the order of their numbers (None if they have names only)."""
     try:
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"--labels: {file} is not JSON ({error})") from None
     if not isinstance(content, dict) or "labels" not in content:
@@ -117,19 +117,34 @@ def _read_json(text: str, file: Path) -> tuple[dict[str, str], list[str] | None]
                 f"--labels: {file} has the entry {quoted(pair)}; each must be a path and its class, a whole number "
                 "from 0 or a name"
             )
+    order = [same_to_readers(name) for name in named] if named else None
+    if order and len(set(order)) < len(order):
+        twice = next(name for i, name in enumerate(order) if name in order[:i])
+        raise UserError(
+            f"--labels: class_names in {file} has {quoted(twice)} twice; give every class a name of its own"
+        )
     kinds = {type(label) for _, label in pairs}
     if len(kinds) > 1:
         raise UserError(f"--labels: {file} has both numbers and names for classes; give one of them")
     if kinds == {str}:
         entries = _entries(((path, label) for path, label in pairs), file)
-        return entries, [same_to_readers(name) for name in named] if named else None
+        return entries, order
     count = max(label for _, label in pairs) + 1
     if count > len(pairs) + 100_000:
         raise UserError(f"--labels: {file} has the class number {count - 1}, which is no count of classes")
     if named is not None and len(named) < count:
         raise UserError(f"--labels: {file} has the class number {count - 1}, but only {len(named)} class_names")
-    order = [same_to_readers(name) for name in named] if named else [str(number) for number in range(count)]
+    order = order or [str(number) for number in range(count)]
     return _entries(((path, order[label]) for path, label in pairs), file), order
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict. ValueError for a key with two values, of which Python would take the last."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"{quoted(key)} has two values")
+    return found
 
 
 def _is_class(label: Any) -> bool:

@@ -164,7 +164,7 @@ def _by_names(names: Sequence[str], root: Path, known: list[str] | None) -> Clas
     if known is not None:
         return _as_known(folders, prefixes, names, root, known)
     _check_beside(names, root, folders, ())
-    plain = [name for name in names if "_" not in name.rpartition("/")[2]]
+    plain = [name for name in names if name.rpartition("/")[2].find("_") < 1]
     each_its_own = len(names) > TRIAL and len(set(prefixes)) == len(names)
     by_folder = len(set(folders) - {"."}) > 1
     by_prefix = not plain and not each_its_own and len(set(prefixes)) > 1
