@@ -46,7 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     identity = {"base_samples": base.digest}
     note = f", enlarged from the {len(base)} in {base.path}"
     run(
-        sampler, settings, join(group=False), notes=kernels, count=count, identity=identity, names=base.names, note=note
+        sampler,
+        settings,
+        join(group=False),
+        notes=[*base.notes, *kernels],
+        count=count,
+        identity=identity,
+        names=base.names,
+        note=note,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.errors import UserError, one_line, quoted
 from fastdiff.images.label_files import DATASET_JSON
-from fastdiff.images.labels import NAMED, label_images
+from fastdiff.images.labels import NAMED, counted, label_images
 from fastdiff.images.listing import has_own_images, is_image, list_images
 from fastdiff.images.other_data import describe_file, kind_of_file
 from fastdiff.images.pixels import MODES, load_image
@@ -74,6 +74,8 @@ class BaseImages:
         self._files: list[Path] | None = None
         self.labels: np.ndarray | None = None
         self._listed = False  # whether other labels may come with the same images and names
+        self.notes: list[str] = []
+        """The line that says which classes the pictures are of, and by which rule; empty for an npz."""
         self.names: list[str] = []
         """The pictures' paths below the folder without their endings; empty for an npz."""
         needs_labels = settings.class_cond if with_labels is None else with_labels
@@ -98,6 +100,9 @@ class BaseImages:
         try:
             classes = label_images(paths, root, "auto", known)
             self.labels, self._listed = classes.labels, classes.found_in == str(root / DATASET_JSON)
+            counts = enumerate(np.bincount(classes.labels).tolist())
+            found = counted((classes.names[label], count) for label, count in counts if count)
+            self.notes = [f"labels: from {classes.found_in}: {found}"]
         except UserError as error:
             reason = str(error).partition("; ")[0]  # the remedies are the trainer's
             remedy = f"{', '.join(class_names[:NAMED])} by name or number" if class_names else "numbers such as 0,5"

@@ -64,11 +64,14 @@ def test_classes_are_part_of_the_job(bare: dict[str, Any], tmp_path: Path) -> No
     assert "holds another job: its classes" in refusal(super_res_sample.main, again)
 
 
-def test_names_that_are_numbers_are_labels(bare: dict[str, Any], tmp_path: Path) -> None:
+def test_names_that_are_numbers_are_labels(
+    bare: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As in the pictures of a job whose checkpoint has no names."""
     pictures(tmp_path / "small", ["7_000000", "2_000001", "7_000002"])
     got = run(tmp_path / "out", **bare, base_samples=tmp_path / "small")
     np.testing.assert_array_equal(got["arr_1"], [2, 7, 7])
+    assert "labels: from prefixes: 2 1, 7 2\n" in capsys.readouterr().out
     pictures(tmp_path / "many", ["7_000000", "9_000001"])
     given = flags({**bare, "base_samples": tmp_path / "many", "out_dir": tmp_path / "x"})
     assert "'9'" in refusal(super_res_sample.main, given)
