@@ -69,9 +69,11 @@ class Samples:
         return grid(self.images, columns)
 
     def save(self, path: str | Path, columns: int | None = None) -> None:
-        """Write an .npz with the arrays of sample.py's, or the grid as a picture (any other suffix, such as .png)."""
+        """Write an .npz with the arrays of sample.py's, or the grid as a PNG picture."""
         with _blaming("save"):
             path = Path(expand_path(str(path)))
+            if path.suffix.lower() not in (".npz", ".png", ""):
+                raise UserError(f"{path.name} must end in .npz or .png")
         if path.suffix != ".npz":
             save_grid(path, self.images, columns)
             return
@@ -136,8 +138,8 @@ def _device(given: torch.device | str | int | None) -> torch.device:
     except (RuntimeError, TypeError):
         pass
     gpus = torch.cuda.device_count()
-    here = "cpu or cuda:0" + f" to cuda:{gpus - 1}" * (gpus > 1) if gpus else "cpu, as no CUDA GPU is to be found"
-    raise UserError(f"device must be {here}, not {quoted(given)}")
+    here = "cpu or cuda:0" + f" to cuda:{gpus - 1}" * (gpus > 1) if gpus else "cpu"
+    raise UserError(f"device must be {here}, not {quoted(given)}{'' if gpus else '; there is no CUDA GPU here'}")
 
 
 @contextmanager
@@ -292,7 +294,7 @@ class Model:
                 of_load = name in (load.__kwdefaults__ or {})
                 hint = "; give it to load" if of_load else advice(name, {*DRAWING, "n"}, str)
                 names = ", ".join(sorted(DRAWING))
-                raise UserError(f"{name} is not a setting of a model's images{hint or f'; those are {names}'}")
+                raise UserError(f"{name} is not a setting here{hint or f'; those are {names}'}")
         given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         given |= {name: _whole(name, given[name], 0) for name in ("seed", "steps")}
         settings = validated(SampleSettings, {**self._defaults, **given})
@@ -337,7 +339,7 @@ class Model:
         settings = self.settings
         shape, count = (*size_hw, settings.in_channels), len(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or not count:
-            raise UserError(f"images are {images.dtype} {images.shape}, the model takes uint8 (n, *{shape})")
+            raise UserError(f"images are {images.dtype} {images.shape}, the model takes uint8 (n, {str(shape)[1:]}")
         if (labels is not None) != settings.class_cond:
             says = "needs labels, one for each image" if settings.class_cond else "has no classes; leave labels out"
             raise UserError(f"the model {says}")

@@ -51,6 +51,8 @@ def test_paths_are_expanded(checkpoint: Path, tmp_path: Path, monkeypatch: pytes
     samples = fastdiff.load("~/model.pt").sample(2, steps=2)
     samples.save("$HOME/a.npz")
     samples.save(Path("~/a.png"))
+    with pytest.raises(UserError, match=r"^save: a\.jpg must end in \.npz or \.png$"):
+        samples.save("~/a.jpg")
     assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "a.npz", "a.png"}
     with pytest.raises(UserError, match=r"^load: \$FD_NONE: the environment variable FD_NONE is not set"):
         fastdiff.load("$FD_NONE")
@@ -75,8 +77,8 @@ def test_numbers_of_images_that_are_none(n: Any, checkpoint: Path) -> None:
         ({"steps": "many"}, "steps must be a whole number of at least 0, not 'many'"),
         ({"steps": 7}, "steps 7"),
         ({"guide": 3, "guidance": 2}, "guide must be a model that load has returned, not 3"),
-        ({"foo": 1}, "foo is not a setting of a model's images; those are batch_size, classes, "),
-        ({"out_dir": "x"}, "out_dir is not a setting of a model's images"),
+        ({"foo": 1}, "foo is not a setting here; those are batch_size, classes, "),
+        ({"out_dir": "x"}, "out_dir is not a setting here"),
     ],
 )
 def test_settings_that_are_none(given: dict[str, Any], sentence: str, checkpoint: Path) -> None:
@@ -118,7 +120,7 @@ def test_numpys_numbers(checkpoint: Path) -> None:
 
 
 def test_lists_are_no_images(checkpoint: Path) -> None:
-    with pytest.raises(UserError, match=r"^encode: images are int64 \(1,\), the model takes uint8"):
+    with pytest.raises(UserError, match=r"^encode: images are int64 \(1,\), the model takes uint8 \(n, \d+, \d+, 3\)$"):
         fastdiff.load(checkpoint).encode([1], [0])
 
 

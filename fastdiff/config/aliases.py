@@ -299,7 +299,7 @@ _TABLE: tuple[tuple[str, ...], ...] = (
     (
         "cfg cfg_scale guidance_scale guidance_weight guidance_strength cond_scale unconditional_guidance_scale "
         "classifier_free_guidance w cfg_w",
-        "did you mean {guidance}? 1 is none; a weight w that is 0 for none is 1 + w here",
+        "did you mean {guidance}? 1 means none; add 1 to a weight for which 0 means none",
         "{config}",
     ),
     (

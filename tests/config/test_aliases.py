@@ -78,9 +78,9 @@ def flags_of(script: str) -> set[str]:
         (
             "sample",
             "--guidance_scale",
-            "did you mean --guidance? 1 is none; a weight w that is 0 for none is 1 + w here",
+            "did you mean --guidance? 1 means none; add 1 to a weight for which 0 means none",
         ),
-        ("sample", "--cfg", "did you mean --guidance? 1 is none"),
+        ("sample", "--cfg", "did you mean --guidance? 1 means none"),
         ("train", "--cfg", "did you mean --config?"),
         ("sample", "--num_inference_steps", "did you mean --steps, with a --solver?"),
         ("train", "--num_inference_steps", "grids of samples take --sample_respacing, such as ddim25"),
@@ -153,7 +153,7 @@ def test_json_keys(script: str, content: dict[str, Any], sentence: str, tmp_path
 @pytest.mark.parametrize(
     ("word", "end"),
     [
-        ("guidance_scale", "did you mean guidance? 1 is none"),
+        ("guidance_scale", "did you mean guidance? 1 means none"),
         ("num_inference_steps", "did you mean steps, with a solver?"),
         ("timestep_respacing", "did you mean steps, with a solver?"),
         ("num_samples", "did you mean n, the first argument?"),
@@ -167,7 +167,7 @@ def test_arguments_in_python(word: str, end: str, tmp_path: Path) -> None:
     model = fastdiff.load(save(unet(), tmp_path / "model.pt"))
     with pytest.raises(UserError) as caught:
         model.sample(1, **{word: 1})
-    assert str(caught.value).startswith(f"sample: {word} is not a setting of a model's images; {end}")
+    assert str(caught.value).startswith(f"sample: {word} is not a setting here; {end}")
 
 
 @pytest.mark.parametrize(
