@@ -126,7 +126,8 @@ def label_numbers(classes: Any, class_names: list[str], num_classes: int) -> lis
         if isinstance(each, str):
             chosen.append(_number(same_to_readers(each.strip()), class_names, num_classes))
         elif not isinstance(each, (int, np.integer)) or isinstance(each, bool):
-            raise UserError(f"{quoted(each)} is not a class; give numbers from 0 to {num_classes - 1}{_known(class_names)}")
+            known = f"{num_classes - 1}{_known(class_names)}"
+            raise UserError(f"{quoted(each)} is not a class; give numbers from 0 to {known}")
         elif not 0 <= each < num_classes:
             raise UserError(f"{each} is not a class; give numbers from 0 to {num_classes - 1}")
         else:
