@@ -137,7 +137,8 @@ class BaseImages:
             found.update(self._images.tobytes())
         for file in self._files or ():
             name = file.relative_to(self.path) if file != self.path else file.name
-            found.update(f"{name} {file.stat().st_size}\n".encode())
+            size = file.stat().st_size if file.exists() else -1  # reading tells of a link to nowhere, in a sentence
+            found.update(f"{name} {size}\n".encode())
         if self._listed and self.labels is not None:
             found.update(self.labels.tobytes())
         return f"sha256:{found.hexdigest()[:16]}"

@@ -131,6 +131,16 @@ def test_models_without_classes_need_none(tmp_path: Path) -> None:
     assert "--classes: the model is not class-conditional" in refusal(super_res_sample.main, given)
 
 
+def test_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    large = save(super_res(), tmp_path / "large.pt")
+    pictures(tmp_path / "photos", ["beach"])
+    (tmp_path / "photos" / "alps.png").symlink_to("nowhere.png")
+    given = flags({"model_path": large, "base_samples": tmp_path / "photos", "out_dir": tmp_path / "x", "steps": 2})
+    message = refusal(super_res_sample.main, given)
+    assert message.startswith("--base_samples: 1 of 2 images can't be read")
+    assert "alps.png (No such file or directory)" in message
+
+
 @pytest.mark.parametrize("name", ["small.zip", "small.tar", "small.tar.gz"])
 def test_archives_are_named(name: str, tmp_path: Path) -> None:
     large = save(super_res(), tmp_path / "large.pt")
