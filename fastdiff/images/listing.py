@@ -14,7 +14,7 @@ import numpy as np
 
 from fastdiff.errors import UserError
 from fastdiff.images.other_data import describe_file, describe_folder
-from fastdiff.images.outputs import IMAGES, check_root, is_grid, kind_of_output, say_what_is_read
+from fastdiff.images.outputs import IMAGES, check_root, is_grid, is_linked_previews, kind_of_output, say_what_is_read
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
 NO_DATA = ("__MACOSX", "@eaDir")
@@ -120,7 +120,7 @@ def _walk(folder: Path, above: frozenset[tuple[int, int]], left_out: list[Path])
     names = {name for _, name, _ in found}
     kind = kind_of_output(folder, names)
     mixed = kind == "job" and has_own_images(names)
-    if kind == "run" or (kind == "job" and above and not mixed):
+    if kind == "run" or (kind == "job" and above and not mixed) or (above and is_linked_previews(folder)):
         left_out.append(folder)
         return
     for _, name, is_folder in found:

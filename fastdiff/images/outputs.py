@@ -60,6 +60,12 @@ def _kind_of_folder(folder: Path) -> Literal["run", "job", ""]:
     return kind_of_output(folder, [name for name in _MARKS if (folder / name).exists()])
 
 
+def is_linked_previews(folder: Path) -> bool:
+    """Whether the folder is a link to a run's previews."""
+    place = folder.resolve() if folder.is_symlink() else folder
+    return place != folder and place.name == PREVIEWS and _kind_of_folder(place.parent) == "run"
+
+
 def refuse_as_run(folder: Path, data_dir: Path) -> None:
     """Raise UserError if a run in `folder` would write its files among the images that it is trained on."""
     if data_dir.resolve() in (folder.resolve(), (folder / PREVIEWS).resolve()):

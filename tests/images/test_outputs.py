@@ -66,6 +66,13 @@ def test_they_are_left_out_and_named(made: Path, caplog: pytest.LogCaptureFixtur
     assert index_images(data, "folder").class_names == ["cat", "dog"]
 
 
+def test_links_to_previews_are_left_out(made: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "data", ["cat/1", "samples/2"])
+    (tmp_path / "data" / "drawn").symlink_to(made / "data" / "runs" / "first" / "samples")
+    (tmp_path / "data" / "dog").symlink_to(made / "data" / "cat")
+    assert names(tmp_path / "data") == ["cat/1.png", "dog/1.png", "dog/2.png", "samples/2.png"]
+
+
 def test_only_one_rank_says_so(made: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with caplog.at_level(logging.WARNING):
