@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fastdiff.config.aliases import advice
@@ -33,6 +34,9 @@ def read_flags(
         options = [option for action in parser._actions for option in action.option_strings]
         known = [option.removeprefix("--") for option in options if option.startswith("--")]
         near = advice(name, known, lambda known: f"--{known}")
+        if not name.startswith("-") and not near:
+            words = sys.argv[1:] if argv is None else argv
+            raise UserError(_stray(unknown[0], words, parser))
         raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
     layer: Layer = {section: {} for section in sections}
     for key, value in vars(args).items():
@@ -40,6 +44,14 @@ def read_flags(
         if name:
             layer[section][name] = value
     return args, layer
+
+
+def _stray(word: str, words: list[str], parser: _Parser) -> str:
+    """The message about a word that is neither a flag nor the value of one."""
+    before = words[max(words.index(word) - 1, 0)]
+    if any(before in action.option_strings and action.nargs == 0 for action in parser._actions):
+        return f"{before} takes no value; leave {word} out"
+    return f"{word} belongs to no flag; each takes one value, in quotes if it contains spaces"
 
 
 def _parser(description: str, sections: dict[str, type[Settings]]) -> _Parser:

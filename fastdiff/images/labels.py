@@ -25,6 +25,7 @@ TRIAL = 10
 """Most images that may each have a prefix of their own: a set for a trial can have one image per class, a data set of
 more has numbers, not classes, before the first underscore."""
 _HELP = "give --labels folder, prefix or none, or a file that lists the classes (dataset.json or CSV)"
+_OTHER_CLASSES = "; give --labels if others are meant, or train on these classes in a new run, with --init_from"
 
 
 class NoClasses(UserError):
@@ -271,7 +272,8 @@ def number_classes(
         shown = ", ".join(order[:NAMED]) + (", ..." if len(order) > NAMED else "")
         raise UserError(
             f"{root / names[at]} is of class {classes[at]!r} (labels from {found_in}), which is none of the "
-            f"{len(order)} classes that this run or checkpoint knows: {shown}{did_you_mean(classes[at], order)}"
+            f"{len(order)} classes that this run or checkpoint knows: {shown}"
+            f"{did_you_mean(classes[at], order) or _OTHER_CLASSES}"
         )
     labels = np.fromiter((number[name] for name in classes), dtype=np.int64, count=len(classes))
     return Classes(labels, order, found_in)

@@ -97,6 +97,8 @@ def describe_folder(folder: Path) -> str:
     """What a folder without checkpoints of ours is, and what to do, as the end of a message; empty if unknown."""
     names = files_in(folder)
     weights = sorted(name for name in names if name.endswith(WEIGHTS))
+    if runs := sorted(name for name in names if (folder / name / "checkpoints").is_dir()):
+        return f"; name one of its runs: {one_line(', '.join(runs[:3]))}{', ...' if len(runs) > 3 else ''}"
     diffusers = "model_index.json" in names or any(name.startswith("diffusion_pytorch_model.") for name in names)
     if diffusers or ("unet" in names and (folder / "unet" / "config.json").is_file()):
         return f"; it is a folder of diffusers, whose networks have other layers; {OTHER_PROGRAM}"

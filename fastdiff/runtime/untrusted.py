@@ -45,7 +45,7 @@ def read(path: Path) -> Any:
     bytes.
     """
     if not is_there(path, "file"):
-        raise UserError(f"{path} does not exist; give the path of a .pt checkpoint")
+        raise UserError(f"{path} does not exist; give a .pt file or a run's folder")
     try:
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols and the like; unreadable files raise

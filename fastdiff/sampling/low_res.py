@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff.errors import UserError, one_line, quoted
+from fastdiff.errors import UserError, one_line, quoted, shortened
 from fastdiff.images.label_files import DATASET_JSON
 from fastdiff.images.labels import NAMED, counted, label_images
 from fastdiff.images.listing import has_own_images, is_image, list_images
@@ -42,13 +42,13 @@ def _place(source: str) -> Path:
     of pictures.
     """
     if not source:
-        raise UserError("--base_samples is missing: give an .npz of small images, or a folder of them")
+        raise UserError("--base_samples is missing: give an .npz or a folder of small images, or one image")
     path = Path(source)
     try:
         exists = path.exists()
         if not (path / NAME).is_file() or has_own_images(files_in(path)):
             if not exists:
-                raise UserError(f"{path} does not exist; give an .npz of small images, or a folder of them")
+                raise UserError(f"{path} does not exist; give an .npz or a folder of small images, or one image")
             return path
     except OSError as error:
         raise UserError(f"{quoted(source)} can't be opened ({error.strerror})") from error
@@ -209,7 +209,7 @@ def read_npz(path: Path, settings: SuperResSettings) -> SmallImages:
             shape, dtype = npz_header(archive, "arr_0", most)
             if dtype != np.uint8 or len(shape) != 4 or shape[1:] != wanted or not shape[0]:
                 raise UserError(
-                    f"arr_0 of {path} is {quoted(dtype)} {quoted(list(shape))}, the model takes uint8 "
+                    f"arr_0 of {path} is {shortened(str(dtype))} {quoted(list(shape))}, the model takes uint8 "
                     f"[N, {', '.join(map(str, wanted))}]"
                 )
             images = read_npz_array(archive, "arr_0", most)
@@ -235,6 +235,6 @@ def _class_names(archive: zipfile.ZipFile, path: Path, most: int) -> list[str]:
         return []
     shape, dtype = npz_header(archive, "class_names", most)
     if dtype.kind != "U" or len(shape) != 1:
-        raise UserError(f"class_names of {path} is {quoted(dtype)} {quoted(list(shape))}, not a list of names")
+        raise UserError(f"class_names of {path} is {shortened(str(dtype))} {quoted(list(shape))}, not a list of names")
     names: list[str] = read_npz_array(archive, "class_names", most).tolist()
     return names

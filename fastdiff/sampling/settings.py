@@ -96,7 +96,7 @@ class DrawSettings(Settings):
     def _formats(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         for value in values:
             if value not in FORMATS:
-                raise ValueError(f"must be of {', '.join(FORMATS)}, not {value!r}")
+                raise ValueError(f"must be among {', '.join(FORMATS)}, not {value!r}")
         if not values:
             raise ValueError(f"is empty; give one or more of {', '.join(FORMATS)}")
         return tuple(dict.fromkeys(values))

@@ -41,7 +41,10 @@ def effect_warnings(train: TrainSettings, step: int = 0) -> list[str]:
     """Warnings for the log of a run that begins or continues at `step`."""
     lines, last = [], train.last_step
     if step >= last:
-        return [f"nothing is left to do: the run is at step {step} and ends after step {_end(train)}"]
+        return [
+            f"nothing is left to do: the run is at step {step} and ends after step {_end(train)}; give a larger one to "
+            "train on"
+        ]
     if train.lr < LEAST_LR:
         lines.append(f"warning: lr {train.lr:g} is so small that float32 weights hardly change")
     if train.lr_warmup_steps >= last:
@@ -64,7 +67,7 @@ def _average_warning(rate: float, last: int) -> str:
         return ""
     return (
         f"warning: after {last} steps {100 * left:.0f}% of the average with ema_rate {rate:g}, from which images are "
-        f"drawn, are still the weights that the run began with; give e.g. --ema_rate {better:g}"
+        f"drawn, is still the weights that the run began with; give e.g. --ema_rate {better:g}"
     )
 
 

@@ -98,7 +98,7 @@ class Loop:
                     self.saver.close()
             self.consensus.wait()
             unreadable = len(trainer.loader.unreadable)
-            skipped = f" ({unreadable} unreadable files left out, named in the log)" if unreadable else ""
+            skipped = f" (unreadable files left out: {unreadable}, named in the log)" if unreadable else ""
             reporter.log(f"done: {trainer.step} steps, {trainer.samples} images{skipped}, in {self.folder}")
 
     def _take_steps(self, source: str) -> None:

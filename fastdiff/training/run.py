@@ -307,7 +307,7 @@ def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None
         if count < 2:
             raise UserError(
                 f"--class_cond: {config.data.data_dir} has one class only ({loader.class_names[0]}); name files "
-                "CLASS_anything, sort them into class folders, or give --labels"
+                "CLASS_anything, sort them into class folders, give --labels, or train with --class_cond False"
             )
         if count > config.model.num_classes:
             raise UserError(

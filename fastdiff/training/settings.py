@@ -154,7 +154,7 @@ class TrainSettings(Settings):
     def _changes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if unknown := [name for name in names if name not in CHANGES]:
             near = did_you_mean(unknown[0], CHANGES)
-            raise ValueError(f"must be of {', '.join(CHANGES)}, not {unknown[0]!r}{near}")
+            raise ValueError(f"must be among {', '.join(CHANGES)}, not {unknown[0]!r}{near}")
         return names
 
     @model_validator(mode="after")
@@ -165,8 +165,8 @@ class TrainSettings(Settings):
             raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
         if self.init_from and self.resume_checkpoint:
             raise ValueError(
-                f"init_from {self.init_from} starts a new run from weights, resume_checkpoint {self.resume_checkpoint} "
-                "goes on with a run; give one of them"
+                f"init_from {self.init_from} starts a new run from weights, but resume_checkpoint "
+                f"{self.resume_checkpoint} goes on with a run; give only one of them"
             )
         if self.cuda_graph is True and self.zero_stage > 1:
             raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")

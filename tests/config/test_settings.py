@@ -311,6 +311,9 @@ def test_second_names_of_flags() -> None:
         assert read(script, "--out_dir", "here", "--grid_images=9").sample == settings
     assert read("nll", "--out", "here").nll.out_dir == "here"
     assert refusal(sample.main, ["--h"]) == "--h is not a flag of this script; --help lists them"
+    assert refusal(train.main, ["--dry_run", "True"]) == "--dry_run takes no value; leave True out"
+    message = "pictures belongs to no flag; each takes one value, in quotes if it contains spaces"
+    assert refusal(train.main, ["--data_dir", "my", "pictures"]) == message
     assert "did you mean --grid?" in refusal(sample.main, ["--gridd", "3"])
     assert "--out is not a flag" in refusal(train.main, ["--out", "here"])
 

@@ -148,7 +148,7 @@ def test_auto_keeps_to_the_rule_of_an_earlier_run():
     assert label_images(names, ROOT, "auto", ["cat", "dog", "plain.jpg"]).labels.tolist() == [0, 1, 0, 2]
     with pytest.raises(UserError, match="by folder train 2, val 1; by prefix cat 2, dog 1"):
         label_images(names[:3], ROOT, "auto", ["cat", "dog", "train", "val"])
-    with pytest.raises(UserError, match="plain.jpg is of class 'plain.jpg'.*knows: cat, dog$"):
+    with pytest.raises(UserError, match="plain.jpg is of class 'plain.jpg'.*knows: cat, dog; "):
         label_images(names, ROOT, "auto", ["cat", "dog"])
     with pytest.raises(UserError, match=r"1 beside them \(preview.jpg\)"):
         label_images(["cat/1.jpg", "dog/1.jpg", "preview.jpg"], ROOT, "auto", ["cat", "dog"])

@@ -340,6 +340,7 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "job": (("job.json", "samples_4x8x8x3.npz"), "sampling job"),
     "TensorFlow": (("checkpoint", "model.ckpt-9.index", "model.ckpt-9.data-00000-of-00001"), "TensorFlow"),
     "others": (("epoch=3.ckpt", "pytorch_model.bin"), "name one of its files: epoch=3.ckpt, pytorch_model.bin"),
+    "folder of runs": (("a/checkpoints/log", "b/checkpoints/log"), "name one of its runs: a, b"),
     "nothing": (("readme",), "holds no checkpoint"),
 }
 
@@ -348,7 +349,7 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
 def test_folders_of_other_programs(kind: str, tmp_path: Path) -> None:
     names, words = FOLDERS[kind]
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({}))
     with pytest.raises(UserError, match="holds no checkpoint") as found:
         weights.find(str(tmp_path))

@@ -296,8 +296,8 @@ def test_what_is_refused(data: Path, pretrained: Path, tmp_path: Path) -> None:
 
     both = message(init_from=pretrained, resume_checkpoint=pretrained)
     assert both == (
-        f"--init_from {pretrained} starts a new run from weights, resume_checkpoint {pretrained} goes on with a run; "
-        "give one of them"
+        f"--init_from {pretrained} starts a new run from weights, but resume_checkpoint {pretrained} goes on with a "
+        "run; give only one of them"
     )
     assert "does not exist" in message(init_from=tmp_path / "nowhere.pt")
     assert message(init_from=pretrained, run_dir="r" * 300).startswith("--run_dir: 'rrr")

@@ -202,7 +202,7 @@ def test_a_run_from_an_old_checkpoint(folder: Path) -> None:
     train.main([*new, "--max_steps", "3"])
     assert (folder / "new" / "checkpoints" / "step_000003").is_dir()
     message = refusal(train.main, words("old", max_steps=2, label_dropout=0.5))
-    assert "--run_dir: old holds a run with model.null_class False, now it is True" in message
+    assert "--run_dir: old holds a run with model.null_class False (now it is True)" in message
 
 
 def test_an_old_runs_folder_knows_no_null_class(folder: Path) -> None:
@@ -214,7 +214,7 @@ def test_an_old_runs_folder_knows_no_null_class(folder: Path) -> None:
     write_json(file, content)
     train.main(words("old", max_steps=2))
     message = refusal(train.main, words("old", max_steps=3, label_dropout=0.5))
-    assert "model.null_class False, now it is True" in message
+    assert "model.null_class False (now it is True)" in message
 
 
 def test_super_resolution(folder: Path) -> None:

@@ -196,7 +196,7 @@ class _Run:
         return self.outputs.paths()
 
     def _summary(self) -> str:
-        return f"{self.job.count} images in {self.outputs.places()}"
+        return f"{self.job.count} image{'s' * (self.job.count != 1)} in {self.outputs.places()}"
 
     def _tidy(self) -> None:
         """Remove files that the job no longer needs: merged chunks, claims on drawn images, partial files."""

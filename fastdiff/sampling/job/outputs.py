@@ -67,7 +67,8 @@ class Outputs:
     def places(self) -> str:
         """Where the images are, for a message."""
         files = [self._paths_of(kind) for kind in self.job.save_as]
-        return " and ".join(f"{first} to {rest[-1].name}" if rest else str(first) for first, *rest in files)
+        *others, last = [f"{first} to {rest[-1].name}" if rest else str(first) for first, *rest in files]
+        return f"{', '.join(others)} and {last}" if others else last
 
     def missing(self) -> list[str]:
         """The outputs that are still to be made: formats, "grid", "trajectory"."""
@@ -92,7 +93,8 @@ class Outputs:
             write_tars(self.base, self.store, self.job.class_names)
         if "grid" in missing:
             self._save_grid()
-            lines.append(f"a grid of the first {self.grid} images in {self.path('.png')}")
+            first = f"first {self.grid} images" if self.grid > 1 else "first image"
+            lines.append(f"a grid of the {first} in {self.path('.png')}")
         if "trajectory" in missing:
             self._save_trajectory()
             lines.append(f"trajectories of the first {self.trajectory} images in {self.path('_steps.png')} and .gif")

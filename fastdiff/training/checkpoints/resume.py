@@ -120,7 +120,7 @@ def _check_same_process(folder: Path, stored: dict[str, Any], config: Config) ->
     _check_same_beginning(folder, begun if isinstance(begun, dict) else {}, config.train)
     changes = process_changes(stored, config)
     if refused := need_permission(changes, config.train.allow_change):
-        differences = ", ".join(f"{c.section}.{c.name} {shown(c.then)}, now it is {shown(c.now)}" for c in refused)
+        differences = ", ".join(f"{c.section}.{c.name} {shown(c.then)} (now it is {shown(c.now)})" for c in refused)
         raise UserError(
             f"--run_dir: {folder} holds a run with {differences}; give another --run_dir, or the run's own settings"
             f"{permission(refused, 'to go on with other ones')}"

@@ -113,7 +113,7 @@ def test_another_size_where_the_shapes_allow_it(data: Path, trained: Path, tmp_p
 
 def test_changed_shapes_are_not_offered(data: Path, trained: Path) -> None:
     message = refusal(train.main, words(data, trained, num_channels=64, num_heads=2))
-    assert "model.num_channels 32, now it is 64" in message
+    assert "model.num_channels 32 (now it is 64)" in message
     assert "allow_change" not in message
 
 
@@ -148,5 +148,5 @@ def test_super_resolution(data: Path, tmp_path: Path) -> None:
     message = refusal(super_res_train.main, tiny.flags(resumed))
     assert message.startswith("--num_heads 2, --small_size 4: ")
     message = refusal(super_res_train.main, tiny.flags({**other, "run_dir": tmp_path / "run"}))
-    assert "model.small_size 8, now it is 4" in message
+    assert "model.small_size 8 (now it is 4)" in message
     super_res_train.main(tiny.flags({**resumed, "allow_change": "small_size,num_heads"}))
