@@ -187,7 +187,7 @@ class Model:
         self,
         n: int = 16,
         *,
-        classes: str | int | Sequence[str | int] | np.ndarray = "",
+        classes: str | int | Sequence[str | int] | np.ndarray | None = None,
         solver: str = SOLVER,
         steps: int = STEPS,
         seed: int = 0,
@@ -199,7 +199,7 @@ class Model:
         """Draw images start to start + n - 1 of the job that the settings describe, the same ones as sample.py.
 
         classes   a class, or a list or array of them that is used in turn: whole numbers are labels, texts are names.
-                  A single text may be anything that --classes accepts.
+                  A single text may be anything that --classes accepts; None draws them at random.
         steps     0: every step that the checkpoint's timestep_respacing keeps.
         guide     a weaker model, for autoguidance.
         settings  further settings named in `DRAWING`: spacing, eta, guidance, batch_size, …
@@ -327,6 +327,7 @@ class Model:
 
     def _labels(self, classes: Any) -> Labels | None:
         """The classes to draw; None for a model without classes."""
+        classes = "" if classes is None else classes
         with blaming("classes"):
             if self.settings.class_cond:
                 return labels_in_python(classes, self.class_names, self.network.known_classes)

@@ -152,7 +152,8 @@ def test_whole_numbers_are_labels_and_texts_are_names(tmp_path: Path) -> None:
     assert samples.class_names == tuple(names)
     again = model.sample(3, classes=samples.labels, steps=2)
     np.testing.assert_array_equal(again.images, samples.images)
-    assert set(model.sample(9, classes=[], steps=2).labels) <= {0, 1, 2, 3}
+    for every in ([], None, ""):
+        assert set(model.sample(9, classes=every, steps=2).labels) <= {0, 1, 2, 3}
     for wrong in ([4], -1, [0.5], 1.0, True, [None], np.array([0.0]), {"1": 2}, ["4"]):
         with pytest.raises(UserError, match="^sample: classes: "):
             model.sample(1, classes=wrong)

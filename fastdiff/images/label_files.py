@@ -30,6 +30,8 @@ class LabelFile:
 
     classes: list[str]
     order: list[str] | None
+    numbered: bool = False
+    """Whether the file gives numbers without names: `classes` are these numbers as texts."""
 
 
 def read_label_file(file: Path, names: Sequence[str], root: Path) -> LabelFile | None:
@@ -44,15 +46,15 @@ def read_label_file(file: Path, names: Sequence[str], root: Path) -> LabelFile |
         raise UserError(f"--labels: {file} can't be read ({error.strerror}); give a dataset.json or a CSV") from error
     except ValueError:
         raise UserError(f"--labels: {file} is no text; give a dataset.json or a CSV of file and class") from None
-    order = None
+    order, numbered = None, False
     if file.suffix.lower() == ".json":
         found = _read_json(text, file)
         if found is None:
             return None
-        entries, order = found
+        entries, order, numbered = found
     else:
         entries = _read_csv(text, file)
-    return LabelFile(_of_images(entries, names, root, file), order)
+    return LabelFile(_of_images(entries, names, root, file), order, numbered)
 
 
 def _of_images(entries: Mapping[str, str], names: Sequence[str], root: Path, file: Path) -> list[str]:
@@ -89,8 +91,9 @@ def _as_listed(entries: Mapping[str, str], paths: Sequence[str], root: Path) -> 
     ]
 
 
-def _read_json(text: str, file: Path) -> tuple[dict[str, str], list[str] | None] | None:
-    """Path → class name, and the classes in the order of their numbers (None if they have names only)."""
+def _read_json(text: str, file: Path) -> tuple[dict[str, str], list[str] | None, bool] | None:
+    """Path → class name, the classes in the order of their numbers (None if they have names only), and whether they
+    are numbers without names."""
     try:
         content = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -128,14 +131,14 @@ def _read_json(text: str, file: Path) -> tuple[dict[str, str], list[str] | None]
         raise UserError(f"--labels: {file} has both numbers and names for classes; give one of them")
     if kinds == {str}:
         entries = _entries(((path, label) for path, label in pairs), file)
-        return entries, order
+        return entries, order, False
     count = max(label for _, label in pairs) + 1
     if count > len(pairs) + 100_000:
         raise UserError(f"--labels: {file} has the class number {count - 1}, which is no count of classes")
     if named is not None and len(named) < count:
         raise UserError(f"--labels: {file} has the class number {count - 1}, but only {len(named)} class_names")
-    order = order or [str(number) for number in range(count)]
-    return _entries(((path, order[label]) for path, label in pairs), file), order
+    shown = order or [str(number) for number in range(count)]
+    return _entries(((path, shown[label]) for path, label in pairs), file), shown, order is None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from fastdiff.images.other_data import describe_file, describe_folder
 from fastdiff.images.outputs import IMAGES, check_root, is_grid, is_linked_previews, kind_of_output, say_what_is_read
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp")
-NO_DATA = ("__MACOSX", "@eaDir")
-"""Folders that macOS (in archives) and Synology's servers make beside a user's files."""
+NO_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+"""Folders that macOS (in archives), Synology's servers and Windows make beside a user's files."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ class Listing:
     def fingerprint(self) -> str:
         """A hash of the names in their composed form, 16 hex digits."""
         return hash_of_names(map(same_to_readers, self.names))
+
+    @cached_property
+    def hash_of_labels(self) -> str:
+        """A hash of the labels, 16 hex digits."""
+        return hashlib.sha256(self.labels.astype("<i8").tobytes()).hexdigest()[:16]
 
     def first(self, count: int) -> Listing:
         """The first `count` images, with the class names of all."""
@@ -80,7 +85,7 @@ def list_images(data_dir: str | os.PathLike[str]) -> list[Path]:
             found = "holds no images" if any(root.iterdir()) else "is empty"
             raise UserError(
                 f"the image folder {root} {found}; files that end in {', '.join(EXTENSIONS)} count, and no names that "
-                f"begin with a dot and no folders {' or '.join(NO_DATA)}"
+                f"begin with a dot and nothing in folders such as {NO_DATA[0]}"
             )
     except OSError as error:
         raise UserError(f"the image folder {error.filename or root} can't be listed: {error.strerror}") from error

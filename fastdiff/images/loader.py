@@ -147,10 +147,11 @@ class Loader(ABC):
             "position": self._position,
             "num_images": self.num_images,
             "fingerprint": self._reader.listing.fingerprint,
+            "labels": self._reader.listing.hash_of_labels,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the position of `state`. Logs a warning if the folder's images have changed since."""
+        """Continue at the position of `state`. Logs a warning if the folder's images or their classes have changed."""
         if state["fingerprint"] != self._reader.listing.fingerprint:
             logger.warning(
                 "the images below %s are not those that the run began with (%d then, %d now): "
@@ -158,6 +159,10 @@ class Loader(ABC):
                 self._reader.listing.root,
                 state["num_images"],
                 self.num_images,
+            )
+        elif state.get("labels") not in (None, self._reader.listing.hash_of_labels):  # version 0.1 has none
+            logger.warning(
+                "the images below %s have other classes than those that the run began with", self._reader.listing.root
             )
         self._position = int(state["position"])
         self._stream = None

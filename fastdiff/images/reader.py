@@ -100,7 +100,7 @@ class Reader:
         """Raise GaveUp, with the first three images, if more are unreadable than tolerated."""
         reasons, count = self.reasons, len(self.listing.names)
         if len(reasons) > max(1, TOLERATED * count) or len(reasons) == count:
-            named = "; ".join(f"{self.listing.path(i)} ({why})" for i, why in list(reasons.items())[:3])
+            named = "; ".join(f"{self.listing.path(i)} ({why})" for i, why in sorted(reasons.items())[:3])
             more = "; ..." if len(reasons) > 3 else ""
             raise self._give_up(
                 f"{len(reasons)} of {count} images can't be read, which is too many to go on: {named}{more}"

@@ -42,6 +42,7 @@ from fastdiff.training.previews import draw_preview
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.trainer import Trainer
 
+
 LONG = 3600.0
 """Seconds that compiling, drawing or writing may take, before the watchdog regards it as a hang."""
 POLL = 20.0
@@ -379,8 +380,11 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
 
 
 def _classes(config: Config, trainer: Trainer) -> list[str]:
-    """The line that lists the classes, for a class-conditional model."""
-    return [describe_classes(trainer.loader.listing)] if config.model.class_cond else []
+    """The line that lists the classes, or says that labels are given to a model without classes."""
+    rule = config.data.labels
+    if config.model.class_cond:
+        return [describe_classes(trainer.loader.listing)]
+    return [] if rule in ("auto", "none") else [f"labels {rule} is not used: the network has no classes (class_cond)"]
 
 
 def millions(trainer: Trainer) -> str:

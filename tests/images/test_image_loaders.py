@@ -279,6 +279,20 @@ def test_close_ends_the_threads(loader_name, folder, open_loader):
     assert not set(threading.enumerate()) - before
 
 
+def test_other_classes_of_the_same_images_are_warned_about(folder, tmp_path, open_loader, caplog):
+    names = index_images(folder).names
+    states = []
+    for classes in ("ab", "ab", "ba"):
+        (tmp_path / "classes.csv").write_text("".join(f"{name},{classes[i % 2]}\n" for i, name in enumerate(names)))
+        loader = open_loader(folder, labels=str(tmp_path / "classes.csv"), class_cond=True, batch_size=4)
+        caplog.clear()
+        for state in states:
+            loader.load_state_dict(state)
+        states.append(loader.state_dict())
+        assert ("have other classes" in caplog.text) == (classes == "ba")
+    loader.load_state_dict({name: value for name, value in states[0].items() if name != "labels"})  # of version 0.1
+
+
 def test_requests_that_can_not_be_met_are_refused(folder):
     settings = DataSettings(data_dir=str(folder), loader="pillow")
     good = {"size_hw": (32, 32), "channels": 3, "batch_size": 4}

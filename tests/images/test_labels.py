@@ -206,6 +206,18 @@ def test_dataset_json_in_the_folder_is_the_rule(folder: Path):
         index_images(folder, "auto")
 
 
+def test_numbers_in_dataset_json_are_the_labels_of_known_classes(folder: Path):
+    """Also where names of classes are other numbers."""
+    file = folder / "dataset.json"
+    file.write_text(json.dumps({"labels": [[name, label] for name, label in zip(NAMES, (2, 0, 1), strict=True)]}))
+    for known in (["ape", "cat", "dog"], ["1", "2", "10"], ["0", "1", "2", "3"]):
+        found = index_images(folder, "auto", known)
+        assert (found.labels.tolist(), found.class_names) == ([2, 0, 1], known)
+        assert found.labels.dtype == np.int64
+    with pytest.raises(UserError, match="has the class number 2, the model 2"):
+        index_images(folder, "auto", ["ape", "cat"])
+
+
 def test_names_of_numbers_and_names_instead_of_numbers(folder: Path):
     file = folder / "dataset.json"
     numbers = dict(zip(NAMES, (1, 0, 1), strict=True))
