@@ -42,7 +42,6 @@ from fastdiff.training.previews import draw_preview
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.trainer import Trainer
 
-
 LONG = 3600.0
 """Seconds that compiling, drawing or writing may take, before the watchdog regards it as a hang."""
 POLL = 20.0
