@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 from fastdiff.errors import UserError, quoted
 from fastdiff.images.listing import same_to_readers
+
+logger = logging.getLogger(__name__)
 
 DATASET_JSON = "dataset.json"
 _FILES = ("file", "file_name", "filename", "image", "image_id", "image_name", "img", "path", "filepath", "name", "id")
@@ -69,6 +72,8 @@ def _of_images(entries: Mapping[str, str], names: Sequence[str], root: Path, fil
             f"--labels: {file} has no class for {len(missing)} of the {len(names)} images in {root} ({shown}); list "
             "every image by its path below that folder, or remove those images"
         )
+    if unused := len(entries) - len(set(paths)):
+        logger.warning("%s also lists images that are not in %s: %d", file, root, unused)
     return [entries[path] for path in paths]
 
 

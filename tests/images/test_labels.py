@@ -240,12 +240,13 @@ def test_names_of_numbers_and_names_instead_of_numbers(folder: Path):
         '00000/img0.png,"cat"\n\n00000/img1.png, dog\n00001/img2.png,cat',
     ],
 )
-def test_csv(folder: Path, tmp_path: Path, text: str):
+def test_csv(folder: Path, tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture):
     file = tmp_path / "classes.csv"
     file.write_text(text, encoding="utf-8", newline="")
     found = index_images(folder, str(file))
     assert found.class_names == ["cat", "dog"]
     assert found.labels.tolist() == [0, 1, 0]
+    assert ("also lists images" in caplog.text) == ("elsewhere" in text)
 
 
 @pytest.mark.parametrize(
