@@ -331,7 +331,7 @@ def test_unreadable_images_are_skipped_until_too_many(
     train.main(flags(data, tmp_path / "one", "--max_steps", "4"))
     assert "class0_bad.png" in caplog.text
     assert "class0_bad.png" in (tmp_path / "one" / "log.txt").read_text()
-    assert "1 unreadable" in capsys.readouterr().out
+    assert "unreadable files left out: 1" in capsys.readouterr().out
     for i in range(3):
         (data / f"class1_bad{i}.png").write_bytes(b"")
     with pytest.raises(UserError, match="4 of 16 images can't be read"):
