@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.is_main:
         print("\n".join(chosen))
     describes = config.model_dump(mode="json", include={"model", "diffusion", "data", "nll"})
-    describes |= {"checkpoint": network.digest, "listing": loader.state_dict()["fingerprint"]}
+    describes |= {"checkpoint": network.digest, "listing": loader.state_dict()}
     kept = Kept(folder, processes, describes)
     try:
         with tf32(settings.allow_tf32), naming_all(folder / STEM):

@@ -156,11 +156,9 @@ def _by_file(file: Path, names: Sequence[str], root: Path, known: list[str] | No
     given = read_label_file(file, names, root)
     if given is None:
         raise NoClasses(f"{file} says that the images have no labels; {_HELP}")
-    if known is not None and given.numbered and known[: len(given.order or ())] != given.order:  # numbers are labels
-        if len(given.order or ()) > len(known):
-            raise UserError(
-                f"--labels: {file} has the class number {len(given.order or ()) - 1}, the model {len(known)}"
-            )
+    if known is not None and given.numbered and given.order and known[: len(given.order)] != given.order:
+        if len(given.order) > len(known):  # the numbers are labels, whatever the classes are called
+            raise UserError(f"--labels: {file} has the class number {len(given.order) - 1}, the model {len(known)}")
         return Classes(np.array([int(number) for number in given.classes]), known, str(file))
     return number_classes(given.classes, names, root, str(file), known, given.order)
 

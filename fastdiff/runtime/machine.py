@@ -264,9 +264,8 @@ def keep_compiled_code() -> Path:
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = cache_folder() / "inductor"
         if " " in str(folder) or not _can_be_written(folder):
-            folder = (
-                Path(tempfile.gettempdir()) / f"fastdiff_{os.getuid() if hasattr(os, 'getuid') else ''}" / "inductor"
-            )
+            user = os.getuid() if hasattr(os, "getuid") else ""  # not on Windows
+            folder = Path(tempfile.gettempdir()) / f"fastdiff_{user}" / "inductor"
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -18,7 +16,6 @@ from fastdiff import errors
 from fastdiff.config.load import Config
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import StopWith, blaming
-from fastdiff.images.labels import describe_classes
 from fastdiff.runtime.files import write_json
 from fastdiff.runtime.processes import Consensus
 from fastdiff.runtime.script import CTRL_C, StopSignals
@@ -40,6 +37,7 @@ from fastdiff.training.diagnostics.diagnosis import diagnose
 from fastdiff.training.diagnostics.profile import SETTLING, StepProfiler, floor_of
 from fastdiff.training.previews import draw_preview
 from fastdiff.training.reporting import Reporter
+from fastdiff.training.summary import batch_of, classes_line, memory_gb, millions
 from fastdiff.training.trainer import Trainer
 
 LONG = 3600.0
@@ -155,7 +153,7 @@ class Loop:
             f"batch {batch_of(trainer)}, {self.train.precision} on {self.processes.device}, in {self.folder}"
         )
         resuming_from = [f"resuming from {source} at step {trainer.step}"] if source else []
-        for line in (*_classes(self.config, trainer), summary, *self.notes, *resuming_from, *notes):
+        for line in (*classes_line(self.config, trainer), summary, *self.notes, *resuming_from, *notes):
             self.reporter.log(line)
 
     def _open_saver(self) -> Saver:
@@ -353,56 +351,3 @@ class Loop:
             f"{self.folder / 'diagnosis.json'}: try a lower --lr, --grad_clip 1, --precision bf16 or fp32, or "
             "--detect_anomaly True",
         )
-
-
-def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) -> None:
-    """Take one step and print the time, memory and disk space that a run would take."""
-    start = time.perf_counter()
-    trainer.take_step()
-    metrics = trainer.read_metrics()
-    seconds = time.perf_counter() - start
-    if not trainer.processes.is_main:
-        return
-    names = ("config.json", "log.txt", "progress.csv", "status.json", "samples/", "checkpoints/")
-    print(
-        "\n".join([*_classes(config, trainer), *notes]) + "\n"
-        f"parameters     {millions(trainer)}\n"
-        f"images         {trainer.loader.num_images} ({trainer.loader.loader_name})\n"
-        f"batch          {batch_of(trainer)}\n"
-        f"first loss     {metrics.get('loss', math.nan):.4f}\n"
-        f"first step     {seconds:.1f} s, start-up included\n"
-        f"peak memory    {memory_gb(trainer.device):.2f} GB on {trainer.device}\n"
-        f"a checkpoint   {trainer.state_bytes / 1e9:.2f} GB\n"
-        f"would write    {', '.join(str(folder / name) for name in names)}\n"
-        "nothing was written"
-    )
-
-
-def _classes(config: Config, trainer: Trainer) -> list[str]:
-    """The line that lists the classes, or says that labels are given to a model without classes."""
-    rule = config.data.labels
-    if config.model.class_cond:
-        return [describe_classes(trainer.loader.listing)]
-    return [] if rule in ("auto", "none") else [f"labels {rule} is not used: the network has no classes (class_cond)"]
-
-
-def millions(trainer: Trainer) -> str:
-    """The number of parameters in millions, such as 120.3M."""
-    return f"{sum(shape.numel() for shape in trainer.master_weights.shapes.values()) / 1e6:.1f}M"
-
-
-def batch_of(trainer: Trainer) -> str:
-    """How the batch is split: "128 = 2 processes x 32 images x 2 times"."""
-    processes, plan = trainer.processes.world_size, trainer.plan
-    many = f"{processes} process{'es' * (processes > 1)}"
-    return f"{plan.train.batch_size} = {many} x {plan.micro} images x {plan.accumulation} times"
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB: of the GPU, or on a CPU of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # Windows, where only drawing is possible, has no such module
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e9 if sys.platform == "darwin" else 1e6)

@@ -39,6 +39,7 @@ from fastdiff.training.loop import LONG
 from fastdiff.training.microbatch import dummy_step, fit
 from fastdiff.training.previews import preview_diffusion
 from fastdiff.training.step_plan import StepPlan, decide_compile, decide_cuda_graph, plan_step, training_launches
+from fastdiff.training.summary import dry_run as take_dry_run
 from fastdiff.training.trainer import Trainer
 
 WORTHWHILE_TRIAL = 200
@@ -119,7 +120,7 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             naming_all(None if dry_run else folder / STEM, alive),
         ):
             if dry_run:
-                loop.dry_run(config, folder, trainer, notes)
+                take_dry_run(config, folder, trainer, notes)
             else:
                 loop.Loop(config, folder, trainer, preview, notes, started, signals, watchdog).go(source, found)
 

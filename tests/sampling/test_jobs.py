@@ -448,6 +448,12 @@ def test_an_interrupted_nll_goes_on(
         nll.main(flags({**given, "out_dir": name, "seed": 4}))
         assert "were scored before" not in capsys.readouterr().out
         terms_in(tmp_path / name)  # asserts that nothing else is left
+    (tmp_path / "other classes").mkdir()
+    (tmp_path / "other classes" / ".scored_0_of_1.npz").write_bytes(left)
+    labels = {path.name: "cat" for path in images.iterdir()}
+    (images / "dataset.json").write_text(json.dumps({"labels": labels}))
+    nll.main(flags({**given, "out_dir": "other classes"}))
+    assert "were scored before" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
