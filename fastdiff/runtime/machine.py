@@ -264,8 +264,7 @@ def keep_compiled_code() -> Path:
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         folder = cache_folder() / "inductor"
         if " " in str(folder) or not _can_be_written(folder):
-            user = os.getuid() if hasattr(os, "getuid") else ""  # not on Windows
-            folder = Path(tempfile.gettempdir()) / f"fastdiff_{user}" / "inductor"
+            folder = Path(tempfile.gettempdir()) / f"fastdiff_{getattr(os, 'getuid', str)()}" / "inductor"
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
@@ -377,8 +376,7 @@ def tf32(allowed: bool) -> Iterator[None]:
     """
     backends: Any = torch.backends
     matmul, cudnn, onednn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
-    outer = [backends, cudnn, onednn]
-    before = []
+    outer, before = [backends, cudnn, onednn], []
     for switch in [*outer, matmul, cudnn.conv, cudnn.rnn, onednn.matmul, onednn.conv, onednn.rnn]:
         before.append((switch, switch.fp32_precision))
         if switch in outer:

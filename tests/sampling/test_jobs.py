@@ -442,18 +442,21 @@ def test_an_interrupted_nll_goes_on(
     assert straight[-2] in out
     for name, values in terms_in(tmp_path / "straight").items():
         np.testing.assert_array_equal(terms_in(tmp_path / "out")[name], values)
-    for name, content in (("another seed", left), ("damaged", left[:-9]), ("no npz", b"PK")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / ".scored_0_of_1.npz").write_bytes(content)
-        nll.main(flags({**given, "out_dir": name, "seed": 4}))
-        assert "were scored before" not in capsys.readouterr().out
-        terms_in(tmp_path / name)  # asserts that nothing else is left
-    (tmp_path / "other classes").mkdir()
-    (tmp_path / "other classes" / ".scored_0_of_1.npz").write_bytes(left)
+    kept_file = tmp_path / "out" / ".scored_0_of_1.npz"
     labels = {path.name: "cat" for path in images.iterdir()}
-    (images / "dataset.json").write_text(json.dumps({"labels": labels}))
-    nll.main(flags({**given, "out_dir": "other classes"}))
-    assert "were scored before" not in capsys.readouterr().out
+    for changes, content, goes_on in [
+        ({}, left, True),
+        ({"seed": 4}, left, False),
+        ({}, left[:-9], False),
+        ({}, b"PK", False),
+        ({"labels": "auto"}, left, False),  # by now dataset.json says other classes
+    ]:
+        if "labels" in changes:
+            (images / "dataset.json").write_text(json.dumps({"labels": labels}))
+        kept_file.write_bytes(content)
+        nll.main(flags({**given, **changes}))
+        assert ("were scored before" in capsys.readouterr().out) == goes_on, changes
+        terms_in(tmp_path / "out")  # asserts that nothing else is left
 
 
 @pytest.mark.parametrize(
