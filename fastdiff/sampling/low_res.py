@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -18,45 +17,36 @@ from torch import Tensor
 from fastdiff.errors import UserError, one_line, quoted, shortened
 from fastdiff.images.label_files import DATASET_JSON
 from fastdiff.images.labels import NAMED, counted, label_images
-from fastdiff.images.listing import has_own_images, is_image, list_images
+from fastdiff.images.listing import is_image, list_images
 from fastdiff.images.other_data import describe_file, kind_of_file
 from fastdiff.images.pixels import MODES, load_image
 from fastdiff.images.unreadable import GaveUp, ImageFiles, what_is_wrong
 from fastdiff.models import SuperResSettings
-from fastdiff.runtime.files import files_in
 from fastdiff.runtime.untrusted import npz_header, read_npz_array
-from fastdiff.sampling.job.manifest import NAME
+from fastdiff.sampling.job.results import images_of_job, is_job
 from fastdiff.sampling.labels import renumbered
 
 LARGE = 256 << 20
 """Bytes that any array in an npz may take when unpacked."""
 EXPANSION = 100
 """A larger array may take this many times its file's bytes: images rarely compress to less than a tenth."""
-_MERGED = re.compile(r"samples_([1-9][0-9]*)x\d+x\d+x\d+\.npz")
 
 
 def _place(source: str) -> Path:
-    """The npz, folder of pictures or picture that `source` names; of a sampling job's folder its npz or its pictures.
-
-    A job's folder also holds a grid of its images, which is none of them. A job may also have been drawn into a folder
-    of pictures.
-    """
+    """The npz, folder of pictures or picture that `source` names; of a job's folder its npz or its pictures."""
     if not source:
         raise UserError("--base_samples is missing: give an .npz or a folder of small images, or one image")
     path = Path(source)
     try:
         exists = path.exists()
-        if not (path / NAME).is_file() or has_own_images(files_in(path)):
+        if not is_job(path):
             if not exists:
                 raise UserError(f"{path} does not exist; give an .npz or a folder of small images, or one image")
             return path
     except OSError as error:
         raise UserError(f"{quoted(source)} can't be opened ({error.strerror})") from error
-    merged = {int(found[1]): name for name in files_in(path) if (found := _MERGED.fullmatch(name))}
-    if merged:
-        return path / merged[max(merged)]
-    if (path / "images").is_dir():
-        return path / "images"
+    if found := images_of_job(path, ".npz"):
+        return found
     raise UserError(f"{path} is the folder of a sampling job that has no npz; give --save_as npz to sample.py")
 
 
