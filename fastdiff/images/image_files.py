@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
+from typing import BinaryIO
 
 from PIL import Image
 
@@ -45,15 +46,30 @@ _OTHERS = (
 )
 
 
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """Read a regular file. Raises ValueError for other or too large files, OSError if it can't be read."""
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file to read. ValueError for other or too large files, OSError if it can't be opened."""
     flags = (getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))  # Windows has the last one only
-    with open(os.open(path, sum(flags, os.O_RDONLY)), "rb") as file:
-        found = os.fstat(file.fileno())
+    descriptor = os.open(path, sum(flags, os.O_RDONLY))
+    try:
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):  # a pipe or a device would never end
             raise ValueError("it is not a regular file")
-        if found.st_size > MAX_FILE_BYTES:
-            raise ValueError(f"the file has {found.st_size} bytes, at most {MAX_FILE_BYTES} are read")
+        check_length(found.st_size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return open(descriptor, "rb")
+
+
+def check_length(length: int) -> None:
+    """Raise ValueError for a file of more than MAX_FILE_BYTES."""
+    if length > MAX_FILE_BYTES:
+        raise ValueError(f"the file has {length} bytes, at most {MAX_FILE_BYTES} are read")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Read a regular file. Raises ValueError for other or too large files, OSError if it can't be read."""
+    with open_file(path) as file:
         return file.read(MAX_FILE_BYTES + 1)[:MAX_FILE_BYTES]
 
 

@@ -68,7 +68,7 @@ def open_images(
     make: Callable[..., Loader] = (
         partial(PackedLoader, packed=packed, resident=settings.cache == "gpu")
         if packed is not None
-        else _loader_class(settings.loader)
+        else loader_class(settings.loader)
     )
     return make(
         Reader(listing, size_hw, channels, whole),
@@ -77,7 +77,7 @@ def open_images(
         num_workers=settings.num_workers,
         rank=rank,
         world_size=world_size,
-        device=_one_device(torch.device(device)),
+        device=one_device(torch.device(device)),
     )
 
 
@@ -116,14 +116,15 @@ def _find(
         return listing, open_or_pack(listing, size_hw, channels, place, workers=allowed_cores(), rank=rank)
 
 
-def _one_device(device: torch.device) -> torch.device:
+def one_device(device: torch.device) -> torch.device:
     """Add the index of this thread's current GPU to the device 'cuda'; in other threads another may be current."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
-def _loader_class(name: str) -> type[Loader]:
+def loader_class(name: str) -> type[Loader]:
+    """The loader for a value of `DataSettings.loader`. UserError for dali where DALI can't be imported."""
     if name == "pillow":
         return PillowLoader
     try:

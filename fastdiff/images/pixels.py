@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from os import PathLike
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -56,18 +57,47 @@ def load_image(source: str | PathLike[str] | bytes, size_hw: tuple[int, int], mo
     """
     data = source if isinstance(source, bytes) else read_file(source)
     check_canvas(data)
-    with _open(data) as image:
+    with _open(io.BytesIO(data)) as image:
         check_scans(data, image.width * image.height)
         image.load()
         pixels = _resize_and_crop(_in_8_bits(image), size_hw, mode)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
-def _open(data: bytes) -> Image.Image:
+def resize_image(pixels: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resize and crop decoded pixels, uint8 [H, W, C] with 1, 3 or 4 channels, as `load_image` does."""
+    channels = pixels.shape[2]
+    image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+    return _resize_and_crop(image, size_hw, MODES[channels]).reshape(*size_hw, channels)
+
+
+class Header(NamedTuple):
+    """What is known of an image without decoding it."""
+
+    size_hw: tuple[int, int]
+    is_gray: bool
+    """Whether its pixels are gray, of 1, 8 or 16 bits, without an alpha channel."""
+    lossy: str
+    """Name of its format if that is lossy: JPEG or WebP; else empty."""
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Read the header of an image file. Raises the exceptions of `load_image`, but for those of damaged pixels."""
+    head = file.read(30)
+    check_canvas(head)
+    file.seek(0)
+    with _open(file) as image:
+        lossy = {"WEBP": "" if head[12:16] == b"VP8L" else "WebP", "GIF": "", "PNG": ""}
+        is_gray = image.mode in ("1", "L") or image.mode.startswith("I")
+        return Header((image.height, image.width), is_gray, lossy.get(image.format or "", "JPEG"))
+
+
+def _open(file: BinaryIO) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        if kind := other_kind(data):
+        file.seek(0)
+        if kind := other_kind(file.read(16)):
             raise ValueError(f"its content is {kind}; JPEG, PNG, GIF and WebP are read") from None
         raise
 

@@ -77,10 +77,14 @@ class Reader:
     def attempt(self, index: int, decode: Callable[[int, bytes], T]) -> T | None:
         """Call decode(index, bytes of the file). If the image can't be read, it is rejected and None is returned."""
         try:
-            return decode(index, read_file(self.listing.path(index)))
+            return decode(index, self._data(index))
         except Exception as error:  # Pillow's decoders raise many types, all about this one file
             self.reject(index, what_is_wrong(error))
             return None
+
+    def _data(self, index: int) -> bytes:
+        """The bytes of an image's file."""
+        return read_file(self.listing.path(index))
 
     def reject(self, index: int, reason: str) -> None:
         """Count an image as unreadable, and log it the first time."""

@@ -130,6 +130,18 @@ class Packed:
 
 def open_packed(folder: Path, size_hw: tuple[int, int], channels: int) -> Packed:
     """Open a packed folder. Raises UserError if it is damaged or has images of another size."""
+    packed = open_packed_at_its_size(folder)
+    height, width, held = packed.pixels.shape[1:]
+    if (height, width, held) != (*size_hw, channels):
+        raise UserError(
+            f"{folder} holds images of {_shape(height, width, held)}, {_shape(*size_hw, channels)} are wanted; give a "
+            f"folder that datasets/pack.py made with --size {size_hw[0]}x{size_hw[1]} --channels {channels}"
+        )
+    return packed
+
+
+def open_packed_at_its_size(folder: Path) -> Packed:
+    """Open a packed folder. Raises UserError if it is damaged."""
     record = _read_json(folder, RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f"{folder} was packed by another version of fastdiff; delete it and run datasets/pack.py again")
@@ -137,13 +149,7 @@ def open_packed(folder: Path, size_hw: tuple[int, int], channels: int) -> Packed
         _check(record)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise _damaged(folder, f"{RECORD} lacks an entry") from None
-    held = (*record["size"], record["channels"])
-    shape = (record["num_images"], *held)
-    if held != (*size_hw, channels):
-        raise UserError(
-            f"{folder} holds images of {_shape(*held)}, {_shape(*size_hw, channels)} are wanted; give a folder "
-            f"that datasets/pack.py made with --size {size_hw[0]}x{size_hw[1]} --channels {channels}"
-        )
+    shape = (record["num_images"], *record["size"], record["channels"])
     try:
         pixels = np.lib.format.open_memmap(folder / PIXELS, mode="r")
     except Exception as error:  # numpy, mmap and Python's tokenizer, which reads the header, raise many types
