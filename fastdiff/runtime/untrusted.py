@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -183,24 +183,44 @@ def is_there(place: Path, kind: Literal["file", "dir"]) -> bool:
         raise UserError(f"{quoted(str(place))} can't be opened ({error.strerror}); name a checkpoint") from None
 
 
-def npz_header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an array in an npz.
+class ArrayHeader(NamedTuple):
+    """The header of an array in an npz."""
 
-    ValueError for one that would unpack to more than most_bytes, holds Python objects, or is shorter than its header
-    says; KeyError where there is no array of that name.
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    length: int
+    """Bytes before the array's values."""
+
+
+def npz_array_header(archive: zipfile.ZipFile, name: str) -> ArrayHeader:
+    """Read the header of an array in an npz.
+
+    ValueError for one that holds Python objects or is shorter than its header says; KeyError where there is no array of
+    that name.
     """
     entry = archive.getinfo(f"{name}.npy")
-    if entry.file_size > most_bytes:
-        raise ValueError(f"{name} would unpack to {entry.file_size} bytes")
     with archive.open(entry) as file:
         version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)  # type: ignore[arg-type]
+        shape, fortran_order, dtype = read(file)  # type: ignore[arg-type]
+        length = file.tell()
     if dtype.hasobject:
         raise ValueError(f"{name} holds Python objects")
-    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size:
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > entry.file_size - length:
         raise ValueError(f"{name} is shorter than its header says")
-    return shape, dtype
+    return ArrayHeader(shape, dtype, fortran_order, length)
+
+
+def npz_header(archive: zipfile.ZipFile, name: str, most_bytes: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array in an npz.
+
+    ValueError for one that would unpack to more than most_bytes, and the errors of `npz_array_header`.
+    """
+    size = archive.getinfo(f"{name}.npy").file_size
+    if size > most_bytes:
+        raise ValueError(f"{name} would unpack to {size} bytes")
+    return npz_array_header(archive, name)[:2]
 
 
 def read_npz_array(archive: zipfile.ZipFile, name: str, most_bytes: int) -> np.ndarray:
