@@ -1,0 +1,1 @@
+"""Metrics of image sets: sets of images → features → distances between their distributions."""
