@@ -21,7 +21,7 @@ $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools -c constraints.txt
 	$(BIN)/python -m pip install --quiet torch -c constraints.txt
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e '.[demo,test,datasets,benchmark,lint]' -c constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -e '.[demo,test,datasets,benchmark,evaluation,lint]' -c constraints.txt
 	touch $(READY)
 
 .triton-%/.ready: | $(READY)

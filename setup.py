@@ -40,7 +40,7 @@ setup(
         ],
         "benchmark": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "peers": ["diffusers>=0.35"],
-        "evaluation": ["torch-fidelity>=0.3"],
+        "evaluation": ["torch-fidelity>=0.4"],
         "lint": ["ruff>=0.9", "mypy>=1.14"],
     },
 )

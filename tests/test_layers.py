@@ -31,7 +31,10 @@ LAYERS: dict[str, set[str]] = {
     "config": {"diffusion", "models", *BELOW},
     "sampling": {"config", "diffusion", "images", "models", "ops", "precompile", *BELOW},
     "evaluation": {"config", "diffusion", "images", "models", "ops", "precompile", "sampling", *BELOW},
-    "training": {"config", "diffusion", "images", "models", "ops", "precompile", "sampling", *BELOW},
+    "training": {
+        *("config", "diffusion", "evaluation", "images", "models", "ops", "precompile", "sampling"),
+        *BELOW,
+    },
     "scoring": {"diffusion", "images", "ops", *BELOW},
     "api": {"config", "diffusion", "models", "ops", "sampling", *BELOW},
 }

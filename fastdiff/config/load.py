@@ -30,6 +30,7 @@ from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, quoted, shortened
+from fastdiff.evaluation.settings import EvaluateDrawSettings, EvaluateSettings
 from fastdiff.images.settings import DataSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
@@ -51,6 +52,7 @@ class Config(Settings):
     train: TrainSettings = Field(default_factory=TrainSettings)
     sample: SampleSettings = Field(default_factory=SampleSettings)
     nll: NllSettings = Field(default_factory=NllSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own JSON, merged over the configuration that is derived from the other sections."""
 
@@ -60,6 +62,12 @@ class SuperResConfig(Config):
 
     model: SuperResSettings = Field(default_factory=SuperResSettings)  # type: ignore[assignment]
     sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)  # type: ignore[assignment]
+
+
+class EvaluateConfig(Config):
+    """The sections of a JSON file for evaluation."""
+
+    sample: EvaluateDrawSettings = Field(default_factory=EvaluateDrawSettings)  # type: ignore[assignment]
 
 
 class Loaded(NamedTuple):

@@ -6,23 +6,17 @@ found by the name of the configuration and by that of the released file.
 
 from __future__ import annotations
 
-import http.client
 import json
-import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.request import urlopen
-
-from tqdm import tqdm
 
 import fastdiff
 from fastdiff.diffusion.settings import DiffusionSettings
-from fastdiff.errors import UserError, did_you_mean
+from fastdiff.errors import UserError, blaming, did_you_mean
 from fastdiff.models import weights
 from fastdiff.models.settings import SuperResSettings, UNetSettings
-from fastdiff.runtime.files import FileLock, atomic_write, partial_path, remove_partial_files
+from fastdiff.runtime.download import download as download_file
 from fastdiff.runtime.machine import cache_folder
 
 SOURCE = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
@@ -110,35 +104,12 @@ def download(preset: Preset, folder: Path | None = None, progress: bool = True, 
     """
     if not preset.released:
         raise UserError(f"{flag} {preset.name}: no checkpoint of it was released; name one with --model_path")
-    folder = folder or cache_folder() / "checkpoints"
-    file = folder / f"{preset.released}.pt"
-    if file.is_file():
-        return file
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if not file.is_file():
-                remove_partial_files(folder)
-                _fetch(preset, file, progress)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        reason = getattr(reason, "strerror", None) or reason
-        raise UserError(
-            f"{flag} {preset.name}: {preset.url} can't be fetched into {folder} ({reason}); fetch it by other means "
-            "and name the file with --model_path"
-        ) from error
-    return file
-
-
-def _fetch(preset: Preset, file: Path, progress: bool) -> None:
-    if progress:
-        print(f"fetching {preset.url} to {file}", file=sys.stderr, flush=True)
-    with atomic_write(file) as target, urlopen(preset.url) as response:
-        total = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm.wrapattr(response, "read", total=total, disable=not progress) as source:
-            shutil.copyfileobj(source, target, 1 << 20)
-        target.flush()
-        try:
-            weights.read_state_dict(partial_path(file))  # a broken connection leaves a truncated file
-        except UserError:
-            raise OSError("the download is incomplete") from None
+    file = (folder or cache_folder() / "checkpoints") / f"{preset.released}.pt"
+    with blaming(f"{flag} {preset.name}"):
+        return download_file(
+            preset.url,
+            file,
+            check=weights.read_state_dict,
+            advice="fetch it by other means and name the file with --model_path",
+            progress=progress,
+        )

@@ -1,1 +1,1 @@
-"""Metrics of image sets: sets of images → features → distances between their distributions."""
+"""Measures how close drawn images are to real ones: FID, sFID, Inception score, precision and recall, KID."""

@@ -1,0 +1,140 @@
+"""Compares described samples with a described reference: metric → score, with what should be known beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fastdiff.errors import UserError, blaming
+from fastdiff.evaluation.collect import METRICS, NEED_REFERENCE, OF_MOMENTS, Metric
+from fastdiff.evaluation.features import FeatureNetwork, Output
+from fastdiff.evaluation.metrics import (
+    Score,
+    SquareRoot,
+    frechet_distance,
+    frechet_spread,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    rank_of,
+)
+from fastdiff.evaluation.moments import Moments
+from fastdiff.evaluation.settings import EvaluateSettings
+from fastdiff.evaluation.statistics import Described, evenly_chosen
+
+FEW = 10_000
+"""Fewer images than this are remarked on, because distances fall with the number of images."""
+_ELSEWHERE = {"fid": "fd", "kid": "kd"}
+"""Names of metrics whose own name stands for Inception's features."""
+
+
+@dataclass
+class Verdict:
+    """The scores of one set of samples."""
+
+    scores: dict[Metric, Score]
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further numbers, such as the deviation of the Inception score over its splits."""
+    errors: dict[Metric, float] = field(default_factory=dict)
+    """By how much each metric changed on the first images because features were computed in bf16 or fp16."""
+    notes: list[str] = field(default_factory=list)
+    """What changes the numbers: few images, a lossy format, a covariance without full rank."""
+
+
+def label(metric: Metric, network: FeatureNetwork) -> str:
+    """The metric's name in results: fid, but fd[NETWORK] in the features of another network than Inception."""
+    return metric if network.is_inception else f"{_ELSEWHERE.get(metric, metric)}[{network.name}]"
+
+
+class Judge:
+    """Scores samples against one reference. The square roots of its covariances are computed once."""
+
+    def __init__(self, settings: EvaluateSettings, network: FeatureNetwork, reference: Described | None) -> None:
+        """reference may be None if the metrics need none. Raises UserError for one that can't be compared with."""
+        self.settings, self.network, self.reference = settings, network, reference
+        self.metrics: Sequence[Metric] = settings.metrics
+        self._roots: dict[Output, SquareRoot] = {}
+        if reference is None:
+            if needing := [name for name in self.metrics if name in NEED_REFERENCE]:
+                raise UserError(f"--reference is missing, which {', '.join(needing)} needs: give images or statistics")
+            return
+        with blaming("--reference"):
+            for output in dict.fromkeys(METRICS[name] for name in self.metrics if name in OF_MOMENTS):
+                self._roots[output] = SquareRoot(reference.moments[output], network.device)
+
+    def score(self, samples: Described) -> Verdict:
+        """Compute the metrics of samples, whose moments and features have been collected."""
+        with blaming("--samples"):
+            scores, extra = self._scores(self.settings, samples.moments, samples.features)
+        return Verdict(scores, extra, self._errors(samples), self._notes(samples))
+
+    def _scores(
+        self, settings: EvaluateSettings, moments: dict[Output, Moments], features: dict[Output, Tensor]
+    ) -> tuple[dict[Metric, Score], dict[str, float]]:
+        seed, resamplings, device = settings.metric_seed, settings.resamplings, self.network.device
+        found: dict[Metric, Score] = {}
+        extra: dict[str, float] = {}
+        real = self.reference.features.get("pool") if self.reference else None
+        for metric in self.metrics:
+            output = METRICS[metric]
+            if metric in OF_MOMENTS:
+                root, seen = self._roots[output], moments[output]
+                spread = frechet_spread(root, features[output], resamplings, seed) if resamplings else None
+                found[metric] = Score(frechet_distance(root, seen.mean, seen.covariance), spread)
+            elif metric == "is":
+                found[metric], extra["is_over_splits"] = inception_score(
+                    features[output], settings.splits, seed, resamplings
+                )
+            elif metric == "kid":
+                assert real is not None
+                size = settings.kid_subset_size
+                found[metric] = kernel_distance(features[output], real, settings.kid_subsets, size, seed)
+            elif metric not in found:
+                assert real is not None
+                found["precision"], found["recall"] = precision_recall(features[output], evenly_chosen(real), device)
+        return {metric: found[metric] for metric in self.metrics}, extra
+
+    def _errors(self, samples: Described) -> dict[Metric, float]:
+        """By how much each metric of the first images differs between rounded and exact features; empty at fp32."""
+        if not samples.probe:
+            return {}
+        count = min(len(exact) for _, exact in samples.probe.values())
+        size = min(count, self.settings.kid_subset_size)
+        few = self.settings.model_copy(update={"splits": 1, "resamplings": 0, "kid_subset_size": size})
+        rounded, exact = (
+            self._scores(
+                few,
+                {name: Moments.of(pair[i]) for name, pair in samples.probe.items()},
+                {name: pair[i] for name, pair in samples.probe.items()},
+            )[0]
+            for i in (0, 1)
+        )
+        return {metric: abs(rounded[metric].value - exact[metric].value) for metric in self.metrics}
+
+    def _notes(self, samples: Described) -> list[str]:
+        """What changes the numbers, and so belongs beside them."""
+        notes = [*self.network.notes, *samples.notes]
+        if samples.count < FEW:
+            notes.append(f"only {samples.count} samples: distances fall as more are drawn, and papers use 50,000")
+        for output, root in self._roots.items():
+            ranks = {"samples": rank_of(samples.moments[output], self.network.device), "reference": root.rank}
+            width = self.network.widths[output]
+            if lacking := [f"{rank} of the {name}" for name, rank in ranks.items() if rank < width]:
+                notes.append(
+                    f"the covariance of the {width} {output} features has rank {' and '.join(lacking)}: the matrix "
+                    "root is ill-conditioned, and more images would be nearer"
+                )
+        if self.reference is None:
+            return notes
+        notes += self.reference.notes
+        if 0 < self.reference.count < FEW:
+            notes.append(f"only {self.reference.count} reference images")
+        theirs = self.reference.about.get("precision", self.network.precision)
+        if theirs != self.network.precision:
+            notes.append(
+                f"the reference's features were computed in {theirs}, the samples' in {self.network.precision}"
+            )
+        return notes

@@ -1,0 +1,115 @@
+"""Writes results: a JSON file each, a row of evaluations.csv, and a line for the screen."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import platform
+from contextlib import ExitStack, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastdiff
+from fastdiff.evaluation.features import FeatureNetwork
+from fastdiff.evaluation.judge import Verdict, label
+from fastdiff.evaluation.settings import EvaluateSettings
+from fastdiff.evaluation.statistics import Described
+from fastdiff.runtime.files import FileLock, LocksUnsupported, write_json, write_text
+from fastdiff.runtime.machine import device_name
+
+TABLE = "evaluations.csv"
+_FIRST = ("time", "samples", "num_samples", "reference", "num_reference", "network", "precision")
+
+
+def result_of(
+    verdict: Verdict,
+    samples: Described,
+    reference: Described | None,
+    network: FeatureNetwork,
+    settings: EvaluateSettings,
+    drawing: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Everything that a number needs to be compared with others, as JSON. drawing is how the samples were drawn."""
+    scores = {}
+    for metric, score in verdict.scores.items():
+        entry = {"value": score.value, "spread": score.spread, "error_of_rounding": verdict.errors.get(metric)}
+        scores[label(metric, network)] = {name: value for name, value in entry.items() if value is not None}
+    protocol = settings.model_dump(
+        mode="json", include={"splits", "kid_subsets", "kid_subset_size", "resamplings", "metric_seed", "resize"}
+    )
+    return {
+        "scores": scores,
+        **verdict.extra,
+        "notes": verdict.notes,
+        "samples": {**samples.summary(), **({"drawing": drawing} if drawing else {})},
+        "reference": reference.summary() if reference else None,
+        "features": network.describe(),
+        "protocol": protocol,
+        "versions": {
+            "fastdiff": getattr(fastdiff, "__version__", ""),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "device": device_name(network.device),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def lines_of(verdict: Verdict, samples: Described, reference: Described | None, network: FeatureNetwork) -> list[str]:
+    """The scores in one line, and a line for each remark."""
+    shown = []
+    for metric, score in verdict.scores.items():
+        spread = f" ± {score.spread:.2g}" if score.spread is not None else ""
+        error = f" (rounding {verdict.errors[metric]:.2g})" if metric in verdict.errors else ""
+        shown.append(f"{label(metric, network)} {score.value:.5g}{spread}{error}")
+    against = f" against {reference.count or 'an unknown number of'} reference images" if reference else ""
+    return [f"{'  '.join(shown)}  ({samples.count} samples{against})", *(f"note: {note}" for note in verdict.notes)]
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> Path:
+    """Write a result's JSON file, named after the samples, and add its row to the table. Returns the file's path.
+
+    The same evaluation again replaces its file, and adds another row.
+    """
+    same = {name: value for name, value in result.items() if name in ("samples", "reference", "features", "protocol")}
+    digest = hashlib.sha256(json.dumps([same, sorted(result["scores"])], sort_keys=True).encode()).hexdigest()[:8]
+    path = folder / f"{Path(result['samples']['path']).stem or 'samples'}-{digest}.json"
+    write_json(path, result)
+    reference = result["reference"] or {}
+    row = {
+        "time": result["time"],
+        "samples": result["samples"]["path"],
+        "num_samples": result["samples"].get("count", ""),
+        "reference": reference.get("path", ""),
+        "num_reference": reference.get("count", ""),
+        "network": result["features"]["network"],
+        "precision": result["features"]["precision"],
+    }
+    for name, score in result["scores"].items():
+        row |= {name: f"{score['value']:.8g}"}
+        row |= {f"{name} spread": f"{score['spread']:.3g}"} if "spread" in score else {}
+    _add_row(folder / TABLE, {**row, "file": path.name})
+    return path
+
+
+def _add_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file, with new columns where it has new names."""
+    with ExitStack() as stack:
+        with suppress(LocksUnsupported):
+            stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), remove=True))
+        rows: list[dict[str, Any]] = []
+        if path.is_file():
+            rows = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
+        names = [name for each in (*rows, row) for name in each if name and name != "file"]
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, dict.fromkeys((*_FIRST, *names, "file")), restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*rows, row])
+        write_text(path, table.getvalue())

@@ -1,0 +1,238 @@
+"""An evaluation from its settings to its results, as evaluate.py starts it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdiff.config.checkpoint import Checkpoint, named
+from fastdiff.config.load import Config, EvaluateConfig
+from fastdiff.errors import UserError, blaming
+from fastdiff.evaluation.classifier import train_classifier, write_classifier
+from fastdiff.evaluation.collect import Batches, Wanted, check_metrics, collect
+from fastdiff.evaluation.features import FeatureNetwork, open_features
+from fastdiff.evaluation.image_sets import ImageSet, open_image_set
+from fastdiff.evaluation.judge import Judge
+from fastdiff.evaluation.report import lines_of, result_of, write_result
+from fastdiff.evaluation.settings import EvaluateSettings
+from fastdiff.evaluation.statistics import (
+    Described,
+    holds_images,
+    holds_statistics,
+    read_statistics,
+    write_statistics,
+)
+from fastdiff.images.labels import describe_classes, index_images
+from fastdiff.ops import choose_kernels
+from fastdiff.runtime.machine import keep_compiled_code
+from fastdiff.runtime.processes import Processes, current, join, make_writable, output_folder
+from fastdiff.sampling.build import Cascade, build_sampler, run
+from fastdiff.sampling.sampler import Sampler
+from fastdiff.sampling.settings import SampleSettings
+
+WORTHWHILE = 2000
+"""Images per process from which the feature network is compiled on a GPU, which takes about a minute (predicted)."""
+
+
+def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
+    """Compare samples with a reference, and write and print the results; or only make the reference's statistics.
+
+    config is what `fastdiff.config.load` returns. Raises UserError.
+    """
+    settings = config.evaluate
+    _check(settings, checkpoint is not None)
+    with blaming("--results_dir"):
+        folder = make_writable(output_folder(settings.results_dir, "runs/evaluations"))
+    processes = current()
+    samples = None
+    if settings.samples:
+        given = "num_samples" in config.sample.model_fields_set
+        with blaming("--samples"):
+            samples = _open(settings, settings.samples, processes, config.sample.num_samples if given else None)
+    processes = join()
+    evaluation = Evaluation(settings, processes, samples.count if samples else config.sample.num_samples)
+    if settings.reference_out and processes.is_main and evaluation.reference:
+        write_statistics(Path(settings.reference_out), evaluation.reference, evaluation.network)
+        print(f"statistics of {evaluation.reference.count} images in {settings.reference_out}")
+    if samples:
+        evaluation.report(folder, evaluation.see(samples), None)
+    elif checkpoint:
+        kernels = choose_kernels(config.sample.kernels, processes.device)
+        for settings_of_drawing in config.sample.variants():
+            described, drawing = evaluation.draw(config, settings_of_drawing, named(checkpoint), kernels)
+            evaluation.report(folder, described, drawing)
+
+
+def _check(settings: EvaluateSettings, draws: bool) -> None:
+    if settings.samples and draws:
+        raise UserError("--samples contradicts --model_path; give the images or the model that draws them")
+    if not settings.samples and not draws and not settings.reference_out:
+        raise UserError("--samples is missing: give the images to judge, or the model that draws them by --model_path")
+    if settings.reference_out and not settings.reference:
+        raise UserError("--reference_out needs the images of --reference")
+
+
+def _open(settings: EvaluateSettings, source: str, processes: Processes, limit: int | None = None) -> ImageSet:
+    size = settings.resize_hw
+    return open_image_set(source, device=processes.device, resize=size, limit=limit, loader=settings.loader)
+
+
+class Evaluation:
+    """The feature network and the reference of an evaluation, with which sets of samples are judged."""
+
+    def __init__(self, settings: EvaluateSettings, processes: Processes, count: int) -> None:
+        """Open the network and describe the reference. Collective; raises UserError.
+
+        count is the number of samples that follow: for few the network isn't compiled.
+        """
+        self.settings, self.processes = settings, processes
+        features = settings.features
+        if settings.train_features:
+            features = settings.train_features
+            if processes.is_main and not Path(features).is_file():
+                _train(settings, processes.device)
+            processes.barrier()
+        self.network = self._open_network(features, count)
+        check_metrics(settings.metrics, self.network)
+        self.reference = self._describe_reference() if settings.reference else None
+        self.judge = Judge(settings, self.network, self.reference) if processes.is_main else None
+
+    def see(self, images: ImageSet) -> Described:
+        """Collect what the metrics need of samples. Collective."""
+        self._check_size(images.shape)
+        wanted = Wanted.of_samples(self.settings.metrics, self.settings.resamplings > 0)
+        return self._collect(images, wanted, "samples")
+
+    def draw(
+        self, config: EvaluateConfig, settings: SampleSettings, checkpoint: Checkpoint, kernels: list[str]
+    ) -> tuple[Described, dict[str, Any]]:
+        """Draw images and collect what the metrics need of them, batch by batch; also how they were drawn. Collective.
+
+        With out_dir a sampling job draws them into that folder first, and goes on with what is there.
+        """
+        processes = self.processes
+        share = -(-settings.num_samples // processes.world_size)
+        drawing = Config.model_construct(model=config.model, diffusion=config.diffusion, sample=settings)
+        sampler = build_sampler(drawing, checkpoint, processes.device, count=share)
+        last = sampler.upsampler if isinstance(sampler, Cascade) else sampler
+        self._check_size((*last.network.settings.size_hw, last.network.settings.in_channels))
+        if settings.out_dir:
+            run(sampler, settings, processes, notes=kernels, count=settings.num_samples)
+            processes.barrier()
+            described = self.see(_open(self.settings, settings.out_dir, processes, settings.num_samples))
+        else:
+            if processes.is_main:
+                print("\n".join([*kernels, *sampler.notes]), flush=True)
+            sampler.try_threads(share)
+            described = self._collect_batches(
+                _drawn(sampler, settings.num_samples, processes),
+                Wanted.of_samples(self.settings.metrics, self.settings.resamplings > 0),
+                "samples",
+                settings.num_samples,
+            )
+        described.path = str(checkpoint.file)
+        return described, sampler.identity()
+
+    def report(self, folder: Path, samples: Described, drawing: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Score samples, print the scores and write them; returns the result on rank 0, None on the others."""
+        if self.judge is None:
+            return None
+        verdict = self.judge.score(samples)
+        result = result_of(verdict, samples, self.reference, self.network, self.settings, drawing)
+        path = write_result(folder, result)
+        print("\n".join([*lines_of(verdict, samples, self.reference, self.network), f"result in {path}"]), flush=True)
+        return result
+
+    def _open_network(self, features: str, count: int) -> FeatureNetwork:
+        settings, processes = self.settings, self.processes
+        compiled = processes.device.type == "cuda" and count >= WORTHWHILE * processes.world_size
+        if compiled:
+            keep_compiled_code()
+        if not processes.is_main:
+            processes.barrier()  # the first process fetches the weights
+        network = open_features(
+            features, settings.feature_weights, settings.feature_precision, processes.device, compiled=compiled
+        )
+        if processes.is_main:
+            processes.barrier()
+        return network
+
+    def _describe_reference(self) -> Described:
+        """The reference's statistics from its file, or from its images. Collective."""
+        source, wanted = self.settings.reference, Wanted.of_reference(self.settings.metrics)
+        with blaming("--reference"):
+            if not holds_statistics(Path(source)):
+                return self._collect(_open(self.settings, source, self.processes), wanted, "reference")
+            found = read_statistics(Path(source), wanted.moments, self.network)
+            if "pool" in wanted.features and "pool" not in found.features:
+                if not holds_images(Path(source)):
+                    raise UserError(
+                        f"{source} holds mean and covariance only, and precision, recall and kid need features of "
+                        "images: give images, OpenAI's reference batch, or a file of --reference_out made with them"
+                    )
+                images = _open(self.settings, source, self.processes)
+                found.features = self._collect(images, Wanted(features=("pool",)), "reference").features
+                found.size = found.size or _shown(images.shape)
+            return found
+
+    def _collect(self, images: ImageSet, wanted: Wanted, what: str) -> Described:
+        size, processes = self.settings.feature_batch_size, self.processes
+        batches = images.batches(size, processes.rank, processes.world_size)
+        found = self._collect_batches(batches, wanted, what, images.count)
+        found.path = str(images.path)
+        if images.lossy:
+            found.notes.append(f"the {what} are {images.lossy}, whose compression changes every metric")
+            found.about["lossy"] = images.lossy
+        if images.resized:
+            found.about["resized"] = images.resized
+        return found
+
+    def _collect_batches(self, batches: Batches, wanted: Wanted, what: str, count: int) -> Described:
+        size = min(self.settings.feature_batch_size, count)
+        probes = what == "samples"
+        return collect(
+            batches, self.network, wanted, self.processes, count=count, batch_size=size, what=what, probes=probes
+        )
+
+    def _check_size(self, shape: tuple[int, ...]) -> None:
+        """Raise UserError unless samples of this shape (H, W, C) have the reference's height and width."""
+        theirs = self.reference.size if self.reference else ""
+        if theirs and theirs.split("x")[:2] != _shown(shape).split("x")[:2]:
+            raise UserError(
+                f"--samples has images of {_shown(shape)}, --reference of {theirs}; metrics compare images of one "
+                "size: give --resize where they are pictures, or another reference"
+            )
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _drawn(sampler: Sampler | Cascade, count: int, processes: Processes) -> Batches:
+    """This process's share of images 0 to count - 1 of a sampling job, as they are drawn."""
+    size = (sampler.base if isinstance(sampler, Cascade) else sampler).batch_size
+    for start in range(processes.rank * size, count, processes.world_size * size):
+        index = np.arange(start, min(start + size, count))
+        yield torch.from_numpy(sampler.draw(index).images), index
+
+
+def _train(settings: EvaluateSettings, device: torch.device) -> None:
+    """Train a classifier on the labelled pictures of the reference, and write it into the file of train_features."""
+    with blaming("--reference"):
+        listing = index_images(settings.reference, "auto")
+        if not listing.class_names:
+            raise UserError(f"{settings.reference} has no classes, which --train_features needs; give --features")
+        images = open_image_set(
+            settings.reference, device=torch.device("cpu"), resize=settings.resize_hw, loader=settings.loader
+        )
+        pixels = np.concatenate([batch.numpy() for batch, _ in images.batches(256, 0, 1)])
+    print(f"{describe_classes(listing)}\ntraining a classifier on {len(pixels)} images", flush=True)
+    model = train_classifier(pixels, listing.labels, len(listing.class_names), device)
+    path = Path(settings.train_features)
+    with blaming("--train_features"):
+        make_writable(path.parent)
+    write_classifier(model, path)
+    print(f"the classifier is in {path}", flush=True)
