@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureNetwork, Output
+from fastdiff.evaluation.metrics import NEIGHBOURS
 from fastdiff.evaluation.moments import MomentSums
+from fastdiff.evaluation.settings import EvaluateSettings
 from fastdiff.evaluation.statistics import Described
 from fastdiff.runtime.processes import Processes
 
@@ -71,6 +73,22 @@ def check_metrics(metrics: Collection[Metric], network: FeatureNetwork) -> None:
         if METRICS[name] not in network.widths:
             what = {"sfid": "the spatial features of Inception", "is": "logits"}[name]
             raise UserError(f"--metrics: {name} needs {what}, which {network.name} doesn't have; leave it out")
+
+
+def check_count(settings: EvaluateSettings, count: int, what: Literal["samples", "reference images"]) -> None:
+    """Raise UserError if `count` images are too few for one of the metrics."""
+    least = dict.fromkeys(OF_MOMENTS, (2, "needs a covariance"))
+    least |= dict.fromkeys(("precision", "recall"), (NEIGHBOURS + 1, f"needs {NEIGHBOURS} neighbours of each image"))
+    least["kid"] = settings.kid_subset_size, f"takes subsets of --kid_subset_size {settings.kid_subset_size}"
+    if what == "samples":
+        least["is"] = settings.splits, f"takes --splits {settings.splits}"
+    for name in settings.metrics:
+        if name in least and count < least[name][0]:
+            needed, why = least[name]
+            raise UserError(
+                f"--metrics: {name} {why}, and so at least {needed} images; there are {count} {what}, give more or "
+                f"leave {name} out"
+            )
 
 
 def collect(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class FeatureNetwork:
             if self.precision == "fp32"
             else torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
         )
-        with torch.inference_mode(), tf32(False), cast:
+        with torch.no_grad(), tf32(False), cast:
             return {name: output.float() for name, output in self.run(x, outputs).items()}
 
     @property
@@ -192,7 +193,7 @@ def _dinov2(name: str, precision: Precision, device: torch.device) -> FeatureNet
             f"into {torch.hub.get_dir()} on a machine with a network, and copy that folder"
         ) from None
     size = net.INPUT_IMAGE_SIZE
-    with torch.inference_mode():
+    with torch.no_grad():
         width = net(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))[0].shape[1]
     how = f"resized to {size}x{size} as TensorFlow 1 does (bilinear), of uint8 pixels"
     run: Any = lambda images, _: {"pool": net(images)[0]}
@@ -217,16 +218,24 @@ def _classifier(path: Path, precision: Precision, device: torch.device) -> Featu
 
 
 def _torchscript(path: Path, precision: Precision, device: torch.device) -> FeatureNetwork:
-    """A TorchScript module that maps uint8 [B, 3, H, W] to features [B, D], or to (features [B, D], logits [B, K])."""
+    """A TorchScript module that maps uint8 [B, 3, H, W] to features [B, D], or to (features [B, D], logits [B, K]).
+
+    One with an argument return_features, as StyleGAN's Inception has it, is called with True for it.
+    """
     try:
-        net = torch.jit.load(str(path), map_location=device).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch recommends torch.export to those who save
+            net = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"{path} is neither TorchScript nor a classifier of --train_features ({first_line(error)})"
         ) from None
 
+    arguments = {argument.name for argument in net.forward.schema.arguments}
+    given = {"return_features": True} if "return_features" in arguments else {}
+
     def call(images: Tensor) -> tuple[Tensor, ...]:
-        output = net(images)
+        output = net(images, **given)
         outputs = output if isinstance(output, tuple) else (output,)
         if not 1 <= len(outputs) <= 2 or any(
             not isinstance(each, Tensor) or each.ndim != 2 or len(each) != len(images) for each in outputs
@@ -237,9 +246,9 @@ def _torchscript(path: Path, precision: Precision, device: torch.device) -> Feat
         return outputs
 
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             tried = call(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device))
-    except RuntimeError as error:
+    except (RuntimeError, torch.jit.Error) as error:
         raise UserError(f"{path} fails on uint8 images [2, 3, 64, 64]: {first_line(error)}") from None
     names: tuple[Output, ...] = ("pool", "logits")
     widths = {name: output.shape[1] for name, output in zip(names, tried, strict=False)}

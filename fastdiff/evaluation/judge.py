@@ -67,7 +67,7 @@ class Judge:
 
     def score(self, samples: Described) -> Verdict:
         """Compute the metrics of samples, whose moments and features have been collected."""
-        with blaming("--samples"):
+        with blaming("--metrics"):
             scores, extra = self._scores(self.settings, samples.moments, samples.features)
         return Verdict(scores, extra, self._errors(samples), self._notes(samples))
 

@@ -105,11 +105,9 @@ def frechet_spread(reference: SquareRoot, features: Tensor, resamplings: int, se
 def inception_score(logits: Tensor, splits: int, seed: int, resamplings: int = 0) -> tuple[Score, float]:
     """exp of the mean KL divergence of each image's classes from those of all, over splits of a random order.
 
-    logits are [N, K] without the bias. Returns the score with its deviation over resamplings, and the deviation over
-    the splits that papers report (Salimans et al. 2016, https://arxiv.org/abs/1606.03498).
+    logits are [N, K] without the bias, N at least `splits`. Returns the score with its deviation over resamplings, and
+    the deviation over the splits that papers report (Salimans et al. 2016, https://arxiv.org/abs/1606.03498).
     """
-    if len(logits) < splits:
-        raise UserError(f"the Inception score over {splits} splits needs at least {splits} images, not {len(logits)}")
     isc = torch_fidelity_module("metric_isc")
 
     def score(rows: Tensor) -> tuple[float, float]:
@@ -129,12 +127,6 @@ def kernel_distance(samples: Tensor, reference: Tensor, subsets: int, size: int,
 
     Features are [N, D] and [M, D], of at least `size` images (Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401).
     """
-    for features, what in ((samples, "samples"), (reference, "reference images")):
-        if len(features) < size:
-            raise UserError(
-                f"KID compares subsets of {size} images, and there are {len(features)} {what}; give more, or a smaller "
-                "--kid_subset_size"
-            )
     kid = torch_fidelity_module("metric_kid")
     found = kid.kid_features_to_metric(
         samples.double(), reference.double(), kid_subsets=subsets, kid_subset_size=size, rng_seed=seed, verbose=False
@@ -145,14 +137,10 @@ def kernel_distance(samples: Tensor, reference: Tensor, subsets: int, size: int,
 def precision_recall(samples: Tensor, reference: Tensor, device: torch.device) -> tuple[Score, Score]:
     """Shares of samples in the reference's manifold (precision) and of reference images in the samples' (recall).
 
-    Features are [N, D] and [M, D]. The manifold of a set is the union of the balls around its images that reach to
-    their third-nearest neighbours. The spread of a share p of n images is its bootstrap's, sqrt(p (1 - p) / n).
+    Features are [N, D] and [M, D], more than NEIGHBOURS of each. The manifold of a set is the union of the balls around
+    its images that reach to their third-nearest neighbours. The spread of a share p of n images is its bootstrap's,
+    sqrt(p (1 - p) / n).
     """
-    for features, what in ((samples, "samples"), (reference, "reference images")):
-        if len(features) <= NEIGHBOURS:
-            raise UserError(
-                f"precision and recall need more than {NEIGHBOURS} images; there are {len(features)} {what}"
-            )
     samples, reference = samples.to(device).double(), reference.to(device).double()
     return _share_within(samples, reference), _share_within(reference, samples)
 

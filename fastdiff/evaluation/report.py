@@ -25,6 +25,7 @@ from fastdiff.runtime.machine import device_name
 
 TABLE = "evaluations.csv"
 _FIRST = ("time", "samples", "num_samples", "reference", "num_reference", "network", "precision")
+_LAST = ("notes", "file")
 
 
 def result_of(
@@ -95,7 +96,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> Path:
     for name, score in result["scores"].items():
         row |= {name: f"{score['value']:.8g}"}
         row |= {f"{name} spread": f"{score['spread']:.3g}"} if "spread" in score else {}
-    _add_row(folder / TABLE, {**row, "file": path.name})
+    _add_row(folder / TABLE, {**row, "notes": "; ".join(result["notes"]), "file": path.name})
     return path
 
 
@@ -107,9 +108,9 @@ def _add_row(path: Path, row: dict[str, Any]) -> None:
         rows: list[dict[str, Any]] = []
         if path.is_file():
             rows = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
-        names = [name for each in (*rows, row) for name in each if name and name != "file"]
+        names = [name for each in (*rows, row) for name in each if name and name not in _LAST]
         table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, dict.fromkeys((*_FIRST, *names, "file")), restval="", extrasaction="ignore")
+        writer = csv.DictWriter(table, dict.fromkeys((*_FIRST, *names, *_LAST)), restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows([*rows, row])
         write_text(path, table.getvalue())

@@ -12,7 +12,7 @@ from fastdiff.config.checkpoint import Checkpoint, named
 from fastdiff.config.load import Config, EvaluateConfig
 from fastdiff.errors import UserError, blaming
 from fastdiff.evaluation.classifier import train_classifier, write_classifier
-from fastdiff.evaluation.collect import Batches, Wanted, check_metrics, collect
+from fastdiff.evaluation.collect import Batches, Wanted, check_count, check_metrics, collect
 from fastdiff.evaluation.features import FeatureNetwork, open_features
 from fastdiff.evaluation.image_sets import ImageSet, open_image_set
 from fastdiff.evaluation.judge import Judge
@@ -52,6 +52,10 @@ def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
         given = "num_samples" in config.sample.model_fields_set
         with blaming("--samples"):
             samples = _open(settings, settings.samples, processes, config.sample.num_samples if given else None)
+        if unused := sorted(config.sample.model_fields_set - {"num_samples", "model_path"}):
+            print(f"not used, because the images are given: {', '.join(unused)}")
+    if samples or checkpoint:
+        check_count(settings, samples.count if samples else config.sample.num_samples, "samples")
     processes = join()
     evaluation = Evaluation(settings, processes, samples.count if samples else config.sample.num_samples)
     if settings.reference_out and processes.is_main and evaluation.reference:
@@ -165,7 +169,9 @@ class Evaluation:
         source, wanted = self.settings.reference, Wanted.of_reference(self.settings.metrics)
         with blaming("--reference"):
             if not holds_statistics(Path(source)):
-                return self._collect(_open(self.settings, source, self.processes), wanted, "reference")
+                images = _open(self.settings, source, self.processes)
+                check_count(self.settings, images.count, "reference images")
+                return self._collect(images, wanted, "reference")
             found = read_statistics(Path(source), wanted.moments, self.network)
             if "pool" in wanted.features and "pool" not in found.features:
                 if not holds_images(Path(source)):
@@ -176,6 +182,8 @@ class Evaluation:
                 images = _open(self.settings, source, self.processes)
                 found.features = self._collect(images, Wanted(features=("pool",)), "reference").features
                 found.size = found.size or _shown(images.shape)
+            if self.processes.is_main and "pool" in found.features:
+                check_count(self.settings, len(found.features["pool"]), "reference images")
             return found
 
     def _collect(self, images: ImageSet, wanted: Wanted, what: str) -> Described:
