@@ -121,6 +121,11 @@ def read_statistics(path: Path, outputs: Collection[Output], network: FeatureNet
             )
             if not about and network.is_inception:
                 found.notes.append(f"{path.name} doesn't say which network made it, and is taken for Inception's")
+                if "_clean_" in path.name:
+                    found.notes.append(
+                        f"{path.name} looks like clean-fid's mode clean, which resizes images otherwise; its mode "
+                        "legacy_tensorflow doesn't"
+                    )
             for output in outputs:
                 if output in _NAMES:
                     found.moments[output] = _moments(archive, names, output, network.widths[output], path, found.count)
