@@ -19,7 +19,7 @@ from fastdiff.evaluation.features import FeatureNetwork, Output
 from fastdiff.evaluation.metrics import NEIGHBOURS
 from fastdiff.evaluation.moments import MomentSums
 from fastdiff.evaluation.settings import EvaluateSettings
-from fastdiff.evaluation.statistics import Described
+from fastdiff.evaluation.statistics import KEPT, Described
 from fastdiff.runtime.processes import Processes
 
 Metric = str
@@ -48,6 +48,8 @@ class Wanted:
 
     moments: tuple[Output, ...] = ()
     features: tuple[Output, ...] = ()
+    most: int | None = None
+    """Features of at most so many images, evenly spread over the set; None: of all."""
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -64,7 +66,7 @@ class Wanted:
     def of_reference(cls, metrics: Collection[Metric]) -> Wanted:
         """What metrics need of the reference."""
         moments = tuple(METRICS[name] for name in metrics if name in OF_MOMENTS)
-        return cls(moments, ("pool",) if any(name in OF_FEATURES for name in metrics) else ())
+        return cls(moments, ("pool",) if any(name in OF_FEATURES for name in metrics) else (), KEPT)
 
 
 def check_metrics(metrics: Collection[Metric], network: FeatureNetwork) -> None:
@@ -110,7 +112,11 @@ def collect(
     finite, and for images that don't fit the network.
     """
     sums = {name: MomentSums(network.widths[name], network.device) for name in wanted.moments}
-    rows: dict[Output, list[np.ndarray]] = {name: [] for name in wanted.features}
+    rows: dict[Output, list[Tensor]] = {name: [] for name in wanted.features}  # on the device until the end
+    kept = np.ones(count, dtype=bool)
+    if wanted.most is not None and count > wanted.most:
+        kept[:] = False
+        kept[np.arange(wanted.most) * count // wanted.most] = True
     exact = network.at("fp32") if network.precision != "fp32" and probes else None
     probed: list[tuple[np.ndarray, dict[Output, np.ndarray], dict[Output, np.ndarray]]] = []
     numbers: list[np.ndarray] = []
@@ -131,26 +137,26 @@ def collect(
             digests += [hashlib.sha256(image.tobytes()).digest() for image in images.cpu().numpy()]
             numbers.append(positions)
             for start in range(0, len(images), batch_size):
-                part = images[start : start + batch_size]
+                part, places = images[start : start + batch_size], positions[start : start + batch_size]
                 outputs = _padded(network, part, batch_size, wanted.outputs)
                 _check_finite(outputs, what)
-                if exact and (first := positions[start : start + batch_size] < PROBED).any():
+                if exact and (first := places < PROBED).any():
                     precise = _padded(exact, part, batch_size, wanted.outputs)
-                    chosen = positions[start : start + batch_size][first]
-                    probed.append((chosen, _rows(outputs, first), _rows(precise, first)))
+                    probed.append((places[first], _rows(outputs, first), _rows(precise, first)))
                 for name in wanted.moments:
                     sums[name].add(outputs[name])
                 for name in wanted.features:
-                    rows[name].append(outputs[name].cpu().numpy())
+                    rows[name].append(outputs[name] if kept.all() else outputs[name][torch.from_numpy(kept[places])])
             bar.update(len(images))
-    own = _Share(numbers, digests, rows, probed, size)
+    arrays = {name: torch.cat(parts).cpu().numpy() if parts else None for name, parts in rows.items()}
+    own = _Share(numbers, digests, arrays, probed, size)
     shares: list[Any] = [own]
     if processes.world_size > 1:
         shares = [None] * processes.world_size if processes.is_main else []
         dist.gather_object(own, shares or None)
         for each in sums.values():
             each.reduce(processes.device)
-    return _combined(what, [share for share in shares if share], sums) if processes.is_main else Described(what, 0)
+    return _combined(what, shares, sums, kept) if processes.is_main else Described(what, 0)
 
 
 @dataclass
@@ -159,32 +165,37 @@ class _Share:
 
     numbers: list[np.ndarray]
     digests: list[bytes]
-    rows: dict[Output, list[np.ndarray]]
+    rows: dict[Output, np.ndarray | None]
+    """Features of this process's images among those that are kept; None if it has seen no image."""
     probed: list[tuple[np.ndarray, dict[Output, np.ndarray], dict[Output, np.ndarray]]]
     size: str
 
 
-def _combined(what: str, shares: list[_Share], sums: dict[Output, MomentSums]) -> Described:
-    """Put the shares of all processes in the order of the images."""
-    order = np.argsort(np.concatenate([part for share in shares for part in share.numbers]), kind="stable")
+def _combined(what: str, shares: list[_Share], sums: dict[Output, MomentSums], kept: np.ndarray) -> Described:
+    """Put the shares of all processes in the order of the images.
+
+    kept [N] bool marks the images whose features were collected.
+    """
+    numbers = np.concatenate([part for share in shares for part in share.numbers])
     digests = [digest for share in shares for digest in share.digests]
     size = next((share.size for share in shares if share.size), "")
-    pixels = hashlib.sha256(size.encode() + b"".join(digests[i] for i in order)).hexdigest()
+    pixels = hashlib.sha256(size.encode() + b"".join(digests[i] for i in np.argsort(numbers))).hexdigest()
 
-    def ordered(parts: list[np.ndarray], order: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)[order])
+    def ordered(parts: Iterable[np.ndarray], numbers: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(parts))[np.argsort(numbers)])
 
-    features = {name: ordered([p for share in shares for p in share.rows[name]], order) for name in shares[0].rows}
+    features = {
+        name: ordered((rows for share in shares if (rows := share.rows[name]) is not None), numbers[kept[numbers]])
+        for name in shares[0].rows
+    }
     probe: dict[Output, tuple[Tensor, Tensor]] = {}
     if probed := [each for share in shares for each in share.probed]:
-        first = np.argsort(np.concatenate([numbers for numbers, _, _ in probed]), kind="stable")
+        first = np.concatenate([places for places, _, _ in probed])
         for name in probed[0][1]:
-            probe[name] = (
-                ordered([each[1][name] for each in probed], first),
-                ordered([each[2][name] for each in probed], first),
-            )
+            rounded, exact = (ordered((each[i][name] for each in probed), first) for i in (1, 2))  # type: ignore[index]
+            probe[name] = rounded, exact
     moments = {name: each.moments() for name, each in sums.items()}
-    return Described(what, len(order), moments, features, probe, size, f"sha256:{pixels[:16]}")
+    return Described(what, len(numbers), moments, features, probe, size, f"sha256:{pixels[:16]}")
 
 
 def _rows(outputs: dict[Output, Tensor], chosen: np.ndarray) -> dict[Output, np.ndarray]:
@@ -202,8 +213,7 @@ def _padded(
 
 
 def _check_finite(outputs: dict[Output, Tensor], what: str) -> None:
-    for output in outputs.values():
-        if not output.isfinite().all():
-            raise UserError(
-                f"the network's features of {what} are not finite; give --feature_precision fp32, or other weights"
-            )
+    if not torch.stack([output.isfinite().all() for output in outputs.values()]).all():  # waits for the device once
+        raise UserError(
+            f"the network's features of {what} are not finite; give --feature_precision fp32, or other weights"
+        )

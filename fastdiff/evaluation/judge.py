@@ -23,7 +23,7 @@ from fastdiff.evaluation.metrics import (
 )
 from fastdiff.evaluation.moments import Moments
 from fastdiff.evaluation.settings import EvaluateSettings
-from fastdiff.evaluation.statistics import Described, evenly_chosen
+from fastdiff.evaluation.statistics import Described
 
 FEW = 10_000
 """Fewer images than this are remarked on, because distances fall with the number of images."""
@@ -94,7 +94,7 @@ class Judge:
                 found[metric] = kernel_distance(features[output], real, settings.kid_subsets, size, seed)
             elif metric not in found:
                 assert real is not None
-                found["precision"], found["recall"] = precision_recall(features[output], evenly_chosen(real), device)
+                found["precision"], found["recall"] = precision_recall(features[output], real, device)
         return {metric: found[metric] for metric in self.metrics}, extra
 
     def _errors(self, samples: Described) -> dict[Metric, float]:

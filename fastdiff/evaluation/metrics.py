@@ -58,8 +58,11 @@ class SquareRoot:
 def rank_of(moments: Moments, device: torch.device) -> int:
     """The numerical rank of a covariance [D, D].
 
-    Below D the matrix root is ill-conditioned: the images don't span all features, and more images would be nearer.
+    Below D the matrix root is ill-conditioned: the images don't span all features, and more images would be nearer. For
+    at most D images nothing is computed, because N of them have rank N - 1 unless they depend on each other.
     """
+    if 0 < moments.images <= len(moments.mean):
+        return moments.images - 1
     return _rank(torch.linalg.eigvalsh(moments.covariance.to(device)))
 
 

@@ -19,6 +19,7 @@ from fastdiff.evaluation.judge import Judge
 from fastdiff.evaluation.report import lines_of, result_of, write_result
 from fastdiff.evaluation.settings import EvaluateSettings
 from fastdiff.evaluation.statistics import (
+    KEPT,
     Described,
     holds_images,
     holds_statistics,
@@ -35,6 +36,9 @@ from fastdiff.sampling.settings import SampleSettings
 
 WORTHWHILE = 2000
 """Images per process from which the feature network is compiled on a GPU, which takes about a minute (predicted)."""
+
+BATCH_SIZE = {"cpu": 64, "cuda": 256}
+"""Images that the feature network sees at a time, if feature_batch_size is auto."""
 
 
 def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
@@ -57,7 +61,8 @@ def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
     if samples or checkpoint:
         check_count(settings, samples.count if samples else config.sample.num_samples, "samples")
     processes = join()
-    evaluation = Evaluation(settings, processes, samples.count if samples else config.sample.num_samples)
+    count = samples.count if samples else config.sample.num_samples if checkpoint else 0
+    evaluation = Evaluation(settings, processes, count)
     if settings.reference_out and processes.is_main and evaluation.reference:
         write_statistics(Path(settings.reference_out), evaluation.reference, evaluation.network)
         print(f"statistics of {evaluation.reference.count} images in {settings.reference_out}")
@@ -90,9 +95,12 @@ class Evaluation:
     def __init__(self, settings: EvaluateSettings, processes: Processes, count: int) -> None:
         """Open the network and describe the reference. Collective; raises UserError.
 
-        count is the number of samples that follow: for few the network isn't compiled.
+        count is the number of samples that follow: for few the network isn't compiled, and 0 means that only the
+        reference's statistics are wanted.
         """
         self.settings, self.processes = settings, processes
+        size = settings.feature_batch_size
+        self.batch_size = BATCH_SIZE[processes.device.type] if size == "auto" else int(size)
         features = settings.features
         if settings.train_features:
             features = settings.train_features
@@ -102,7 +110,7 @@ class Evaluation:
         self.network = self._open_network(features, count)
         check_metrics(settings.metrics, self.network)
         self.reference = self._describe_reference() if settings.reference else None
-        self.judge = Judge(settings, self.network, self.reference) if processes.is_main else None
+        self.judge = Judge(settings, self.network, self.reference) if processes.is_main and count else None
 
     def see(self, images: ImageSet) -> Described:
         """Collect what the metrics need of samples. Collective."""
@@ -180,15 +188,14 @@ class Evaluation:
                         "images: give images, OpenAI's reference batch, or a file of --reference_out made with them"
                     )
                 images = _open(self.settings, source, self.processes)
-                found.features = self._collect(images, Wanted(features=("pool",)), "reference").features
+                found.features = self._collect(images, Wanted(features=("pool",), most=KEPT), "reference").features
                 found.size = found.size or _shown(images.shape)
             if self.processes.is_main and "pool" in found.features:
                 check_count(self.settings, len(found.features["pool"]), "reference images")
             return found
 
     def _collect(self, images: ImageSet, wanted: Wanted, what: str) -> Described:
-        size, processes = self.settings.feature_batch_size, self.processes
-        batches = images.batches(size, processes.rank, processes.world_size)
+        batches = images.batches(self.batch_size, self.processes.rank, self.processes.world_size)
         found = self._collect_batches(batches, wanted, what, images.count)
         found.path = str(images.path)
         if images.lossy:
@@ -199,7 +206,7 @@ class Evaluation:
         return found
 
     def _collect_batches(self, batches: Batches, wanted: Wanted, what: str, count: int) -> Described:
-        size = min(self.settings.feature_batch_size, count)
+        size = min(self.batch_size, count)
         probes = what == "samples"
         return collect(
             batches, self.network, wanted, self.processes, count=count, batch_size=size, what=what, probes=probes

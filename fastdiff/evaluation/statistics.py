@@ -69,7 +69,7 @@ def write_statistics(path: Path, found: Described, network: FeatureNetwork) -> N
             moments = found.moments[output]
             arrays |= dict(zip(names, (moments.mean.numpy(), moments.covariance.numpy()), strict=True))
     if "pool" in found.features:
-        arrays["features"] = evenly_chosen(found.features["pool"]).numpy()
+        arrays["features"] = found.features["pool"].numpy()
     about = {**network.describe(), "size": found.size, "pixels": found.digest, "path": found.path, **found.about}
     arrays["about"] = np.array(json.dumps(about))
     try:
@@ -78,11 +78,6 @@ def write_statistics(path: Path, found: Described, network: FeatureNetwork) -> N
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"--reference_out: {path} can't be written ({error.strerror or error})") from error
-
-
-def evenly_chosen(features: Tensor, most: int = KEPT) -> Tensor:
-    """At most `most` rows of features [N, D], evenly spread."""
-    return features if len(features) <= most else features[torch.arange(most) * len(features) // most]
 
 
 def holds_statistics(path: Path) -> bool:

@@ -206,6 +206,19 @@ def test_statistics_take_the_place_of_images(
     assert said.startswith("--features")
 
 
+def test_features_of_a_large_reference(tmp_path: Path, quarters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precision, recall and KID see at most KEPT reference images, evenly chosen, whether from images or statistics."""
+    monkeypatch.setattr("fastdiff.evaluation.collect.KEPT", 7)
+    b, file = npz(tmp_path / "b.npz", 20, 1), tmp_path / "statistics.npz"
+    common = ["--features", quarters, "--metrics", "fid,precision,recall", "--feature_batch_size", 6]
+    main("--reference", b, "--reference_out", file, *common)
+    monkeypatch.setattr("fastdiff.evaluation.collect.KEPT", 100)
+    main("--reference", b, "--reference_out", tmp_path / "all.npz", *common)
+    few, everything = (np.load(path)["features"] for path in (file, tmp_path / "all.npz"))
+    assert np.array_equal(few, everything[[0, 2, 5, 8, 11, 14, 17]])
+    assert np.array_equal(np.load(file)["mu"], np.load(tmp_path / "all.npz")["mu"])
+
+
 def test_statistics_of_other_features(tmp_path: Path, quarters: Path, broken: Path) -> None:
     b, file = npz(tmp_path / "b.npz", 40, 1, low=50), tmp_path / "statistics.npz"
     main("--reference", b, "--reference_out", file, "--features", quarters)
