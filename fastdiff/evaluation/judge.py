@@ -120,12 +120,16 @@ class Judge:
         if samples.count < FEW:
             notes.append(f"only {samples.count} samples: distances fall as more are drawn, and papers use 50,000")
         for output, root in self._roots.items():
-            ranks = {"samples": rank_of(samples.moments[output], self.network.device), "reference": root.rank}
             width = self.network.widths[output]
-            if lacking := [f"{rank} of the {name}" for name, rank in ranks.items() if rank < width]:
+            counts = samples.count, root.moments.images
+            ranks = rank_of(samples.moments[output], self.network.device), root.rank
+            if min(ranks) < width:
+                why = (
+                    "fewer images than features" if any(0 < n <= width for n in counts) else "features that hardly vary"
+                )
                 notes.append(
-                    f"the covariance of the {width} {output} features has rank {' and '.join(lacking)}: the matrix "
-                    "root is ill-conditioned, and more images would be nearer"
+                    f"the covariance of the {width} {output} features has rank {ranks[0]} of the samples, {ranks[1]} of "
+                    f"the reference ({why}): the matrix root is ill-conditioned"
                 )
         if self.reference is None:
             return notes

@@ -23,6 +23,7 @@ from fastdiff.evaluation.statistics import (
     Described,
     holds_images,
     holds_statistics,
+    lossy_note,
     read_statistics,
     write_statistics,
 )
@@ -199,7 +200,7 @@ class Evaluation:
         found = self._collect_batches(batches, wanted, what, images.count)
         found.path = str(images.path)
         if images.lossy:
-            found.notes.append(f"the {what} are {images.lossy}, whose compression changes every metric")
+            found.notes.append(lossy_note(what, images.lossy))
             found.about["lossy"] = images.lossy
         if images.resized:
             found.about["resized"] = images.resized

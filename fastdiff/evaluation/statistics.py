@@ -70,7 +70,7 @@ def write_statistics(path: Path, found: Described, network: FeatureNetwork) -> N
             arrays |= dict(zip(names, (moments.mean.numpy(), moments.covariance.numpy()), strict=True))
     if "pool" in found.features:
         arrays["features"] = found.features["pool"].numpy()
-    about = {**network.describe(), "size": found.size, "pixels": found.digest, "path": found.path, **found.about}
+    about = {**network.describe(), "size": found.size, "pixels": found.digest, "made_of": found.path, **found.about}
     arrays["about"] = np.array(json.dumps(about))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,6 +78,11 @@ def write_statistics(path: Path, found: Described, network: FeatureNetwork) -> N
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         raise UserError(f"--reference_out: {path} can't be written ({error.strerror or error})") from error
+
+
+def lossy_note(what: str, formats: str) -> str:
+    """The remark on a set of images whose files are lossy."""
+    return f"the files of the {what} are {formats}, whose compression changes every metric"
 
 
 def holds_statistics(path: Path) -> bool:
@@ -114,6 +119,8 @@ def read_statistics(path: Path, outputs: Collection[Output], network: FeatureNet
                 digest=str(about.pop("pixels", "")),
                 about={"statistics": True, **about},
             )
+            if "lossy" in about:
+                found.notes.append(lossy_note("reference", str(about["lossy"])))
             if not about and network.is_inception:
                 found.notes.append(f"{path.name} doesn't say which network made it, and is taken for Inception's")
                 if "_clean_" in path.name:
