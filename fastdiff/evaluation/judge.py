@@ -128,8 +128,8 @@ class Judge:
                     "fewer images than features" if any(0 < n <= width for n in counts) else "features that hardly vary"
                 )
                 notes.append(
-                    f"the covariance of the {width} {output} features has rank {ranks[0]} of the samples, {ranks[1]} of "
-                    f"the reference ({why}): the matrix root is ill-conditioned"
+                    f"the covariance of the {width} {output} features has rank {ranks[0]} of the samples, {ranks[1]} "
+                    f"of the reference ({why}): the matrix root is ill-conditioned"
                 )
         if self.reference is None:
             return notes

@@ -1,4 +1,4 @@
-"""Cases of arrays in files: npz of small images, parts of sampling jobs, packed folders, and CIFAR's pickles."""
+"""Cases of arrays in files: npz of small images and for metrics, parts of jobs, packed folders, and CIFAR's pickles."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ import numpy as np
 import torch
 from helpers.tiny import SUPER_RES, pictures
 
+from fastdiff.evaluation.features import FeatureNetwork
+from fastdiff.evaluation.image_sets import open_image_set
+from fastdiff.evaluation.metrics import SquareRoot
+from fastdiff.evaluation.statistics import holds_statistics, read_statistics
 from fastdiff.images.cache.build import pack
 from fastdiff.images.labels import index_images
 from fastdiff.images.open import open_images
@@ -125,6 +129,28 @@ def npz_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
 
     for index in range(start, stop):
         name, data = strange_npz(generator(seed, "npz", index), whole)
+        file.write_bytes(data)
+        yield Case(name, run, (str(file),))
+
+
+def evaluation_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
+    """Images and statistics for metrics."""
+    network = FeatureNetwork("network", "", {"pool": 12}, lambda images, outputs: {}, torch.device("cpu"))
+    images = {"arr_0": saved(np.zeros((COUNT, *SHAPE), np.uint8))}
+    statistics = {"mu": saved(np.zeros(12)), "sigma": saved(np.eye(12)), "features": saved(np.zeros((COUNT, 12)))}
+    statistics |= {"count": saved(np.array(COUNT)), "about": saved(np.array(json.dumps({"network": "network"})))}
+    file = folder / "reference.npz"
+
+    def run() -> tuple[str, str]:
+        if holds_statistics(file):
+            SquareRoot(read_statistics(file, ("pool",), network).moments["pool"], network.device)
+        else:
+            for _ in open_image_set(str(file), device="cpu").batches(4096):
+                pass
+        return READ, ""
+
+    for index in range(start, stop):
+        name, data = strange_npz(generator(seed, "evaluation", index), statistics if index % 2 else images)
         file.write_bytes(data)
         yield Case(name, run, (str(file),))
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fastdiff.config import load as config
-from fastdiff.config.load import Config, SuperResConfig, load
+from fastdiff.config.load import Config, EvaluateConfig, SuperResConfig, load
 from fastdiff.errors import UserError
 from fuzz.cases import READ, Case, generator
 from fuzz.damage import damage
 
 T = TypeVar("T")
 _BLOCK = 50
-SECTIONS = ("model", "diffusion", "data", "train", "sample", "nll")
+SECTIONS = ("model", "diffusion", "data", "train", "sample", "nll", "evaluate")
 # Script → its sections, its kind of settings, and the setting that names a checkpoint.
 SCRIPTS: dict[str, tuple[tuple[str, ...], type[Config], tuple[str, str]]] = {
     "train": (("model", "diffusion", "data", "train"), Config, ("train", "resume_checkpoint")),
@@ -28,13 +28,14 @@ SCRIPTS: dict[str, tuple[tuple[str, ...], type[Config], tuple[str, str]]] = {
     "sample": (("model", "diffusion", "sample"), Config, ("sample", "model_path")),
     "super_res_sample": (("model", "diffusion", "sample"), SuperResConfig, ("sample", "model_path")),
     "nll": (("model", "diffusion", "data", "nll"), Config, ("nll", "model_path")),
+    "evaluate": (("model", "diffusion", "sample", "evaluate"), EvaluateConfig, ("sample", "model_path")),
 }
 
 
 def _fields() -> dict[str, tuple[str, ...]]:
-    """Section → its settings, of both kinds."""
+    """Section → its settings, of all kinds."""
     found: dict[str, dict[str, None]] = {section: {} for section in SECTIONS}
-    for kind in (Config, SuperResConfig):
+    for kind in (Config, SuperResConfig, EvaluateConfig):
         for section in SECTIONS:
             settings = kind.model_fields[section].annotation
             found[section] |= dict.fromkeys(settings.model_fields)  # type: ignore[union-attr]

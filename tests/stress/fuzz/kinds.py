@@ -31,6 +31,7 @@ KINDS = {
     "sampling": Bounded(checkpoints.sampling_cases, 40),
     "states": Bounded(states.cases, 120),
     "npz": Bounded(arrays.npz_cases, 250),
+    "evaluation": Bounded(arrays.evaluation_cases, 250),
     "parts": Bounded(arrays.part_cases, 150),
     "packed": Bounded(arrays.packed_cases, 150),
     "pickles": Bounded(arrays.pickle_cases, 200),
