@@ -44,7 +44,8 @@ OUTSIDE = {
     "nvidia": ("images/",),
     "triton": ("kernels/", "ops.py"),
     "tensorboard": ("training/reporting.py",),
-    "PIL": ("api.py", "images/", "sampling/"),
+    "PIL": ("api.py", "evaluation/curve_files.py", "images/", "sampling/"),
+    "matplotlib": ("evaluation/curve_files.py",),
     "pydantic": ("settings.py", "config/", "/settings.py", "training/"),
 }
 

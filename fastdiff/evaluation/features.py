@@ -59,6 +59,12 @@ class FeatureNetwork:
     """How images reach the size that the network takes."""
     notes: list[str] = field(default_factory=list)
     """Remarks for the result."""
+    bias: Tensor | None = None
+    """The bias [K] that the logits lack; None where the last layer has none, or where they have it."""
+
+    def classes(self, logits: Tensor) -> Tensor:
+        """The classes [N] int64 that the network assigns to images with these logits [N, K]."""
+        return (logits if self.bias is None else logits + self.bias.to(logits)).argmax(dim=1)
 
     def __call__(self, images: Tensor, outputs: Collection[Output]) -> dict[Output, Tensor]:
         """The outputs, float32 on the device, of images uint8 [B, H, W, C]; gray ones become three equal channels."""
@@ -156,7 +162,11 @@ def _inception(weights: str, precision: Precision, device: torch.device, compile
     size = net.INPUT_IMAGE_SIZE
     how = f"resized to {size}x{size} as TensorFlow 1 does (bilinear), of uint8 pixels"
     return FeatureNetwork(
-        INCEPTION, f"sha256:{digest[:16]}", widths, run, device, precision=precision, input=how, notes=notes
+        *(INCEPTION, f"sha256:{digest[:16]}", widths, run, device),
+        precision=precision,
+        input=how,
+        notes=notes,
+        bias=net.fc.bias.detach(),
     )
 
 
@@ -214,6 +224,7 @@ def _classifier(path: Path, precision: Precision, device: torch.device) -> Featu
         channels=net.channels,
         precision=precision,
         input=f"trained on images of {size}",
+        bias=net.last.bias.detach(),
     )
 
 

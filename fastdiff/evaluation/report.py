@@ -41,9 +41,6 @@ def result_of(
     for metric, score in verdict.scores.items():
         entry = {"value": score.value, "spread": score.spread, "error_of_rounding": verdict.errors.get(metric)}
         scores[label(metric, network)] = {name: value for name, value in entry.items() if value is not None}
-    protocol = settings.model_dump(
-        mode="json", include={"splits", "kid_subsets", "kid_subset_size", "resamplings", "metric_seed", "resize"}
-    )
     return {
         "scores": scores,
         **verdict.extra,
@@ -51,7 +48,7 @@ def result_of(
         "samples": {**samples.summary(), **({"drawing": drawing} if drawing else {})},
         "reference": reference.summary() if reference else None,
         "features": network.describe(),
-        "protocol": protocol,
+        "protocol": protocol_of(settings),
         "versions": {
             "fastdiff": getattr(fastdiff, "__version__", ""),
             "torch": torch.__version__,
@@ -61,6 +58,12 @@ def result_of(
         "device": device_name(network.device),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def protocol_of(settings: EvaluateSettings) -> dict[str, Any]:
+    """The settings that the metrics depend on besides the images and their features."""
+    names = {"splits", "kid_subsets", "kid_subset_size", "resamplings", "metric_seed", "resize"}
+    return settings.model_dump(mode="json", include=names)
 
 
 def lines_of(verdict: Verdict, samples: Described, reference: Described | None, network: FeatureNetwork) -> list[str]:

@@ -13,6 +13,8 @@ from fastdiff.config.load import Config, EvaluateConfig
 from fastdiff.errors import UserError, blaming
 from fastdiff.evaluation.classifier import train_classifier, write_classifier
 from fastdiff.evaluation.collect import Batches, Wanted, check_count, check_metrics, collect
+from fastdiff.evaluation.curves import Curves
+from fastdiff.evaluation.drawing import Drawn, DrawnImages, knows_classes, share_of_its_class
 from fastdiff.evaluation.features import FeatureNetwork, open_features
 from fastdiff.evaluation.image_sets import ImageSet, open_image_set
 from fastdiff.evaluation.judge import Judge
@@ -48,7 +50,10 @@ def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
     config is what `fastdiff.config.load` returns. Raises UserError.
     """
     settings = config.evaluate
-    _check(settings, checkpoint is not None)
+    variants = config.sample.variants() if checkpoint else []
+    _check(settings, variants)
+    if len(variants) > 1 and config.sample.out_dir:
+        raise UserError("--out_dir is for the images of one solver, steps, spacing and guidance; leave it out for more")
     with blaming("--results_dir"):
         folder = make_writable(output_folder(settings.results_dir, "runs/evaluations"))
     processes = current()
@@ -70,16 +75,25 @@ def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
     if samples:
         evaluation.report(folder, evaluation.see(samples), None)
     elif checkpoint:
+        checkpoint = named(checkpoint)
         kernels = choose_kernels(config.sample.kernels, processes.device)
-        for settings_of_drawing in config.sample.variants():
-            described, drawing = evaluation.draw(config, settings_of_drawing, named(checkpoint), kernels)
-            evaluation.report(folder, described, drawing)
+        curves = Curves(folder, config, checkpoint, evaluation.judge, processes) if len(variants) > 1 else None
+        for each in variants:
+            sampler = evaluation.build(config, each, checkpoint)
+            if curves and curves.holds(sampler):
+                continue
+            drawn = evaluation.draw(sampler, each, checkpoint, kernels)
+            result = evaluation.report(folder, drawn.described, sampler.identity())
+            if curves:
+                curves.add(sampler, drawn, result)
+        if curves and processes.is_main:
+            print("\n".join(curves.finish()), flush=True)
 
 
-def _check(settings: EvaluateSettings, draws: bool) -> None:
-    if settings.samples and draws:
+def _check(settings: EvaluateSettings, variants: list[SampleSettings]) -> None:
+    if settings.samples and variants:
         raise UserError("--samples contradicts --model_path; give the images or the model that draws them")
-    if not settings.samples and not draws and not settings.reference_out:
+    if not settings.samples and not variants and not settings.reference_out:
         raise UserError("--samples is missing: give the images to judge, or the model that draws them by --model_path")
     if settings.reference_out and not settings.reference:
         raise UserError("--reference_out needs the images of --reference")
@@ -119,35 +133,40 @@ class Evaluation:
         wanted = Wanted.of_samples(self.settings.metrics, self.settings.resamplings > 0)
         return self._collect(images, wanted, "samples")
 
+    def build(self, config: EvaluateConfig, settings: SampleSettings, checkpoint: Checkpoint) -> Sampler | Cascade:
+        """Build the sampler of these settings. Raises UserError, also for images of another size than the reference."""
+        share = -(-settings.num_samples // self.processes.world_size)
+        drawing = Config.model_construct(model=config.model, diffusion=config.diffusion, sample=settings)
+        sampler = build_sampler(drawing, checkpoint, self.processes.device, count=share)
+        last = sampler.upsampler if isinstance(sampler, Cascade) else sampler
+        self._check_size((*last.network.settings.size_hw, last.network.settings.in_channels))
+        return sampler
+
     def draw(
-        self, config: EvaluateConfig, settings: SampleSettings, checkpoint: Checkpoint, kernels: list[str]
-    ) -> tuple[Described, dict[str, Any]]:
-        """Draw images and collect what the metrics need of them, batch by batch; also how they were drawn. Collective.
+        self, sampler: Sampler | Cascade, settings: SampleSettings, checkpoint: Checkpoint, kernels: list[str]
+    ) -> Drawn:
+        """Draw images and collect what the metrics need of them, batch by batch. Collective.
 
         With out_dir a sampling job draws them into that folder first, and goes on with what is there.
         """
-        processes = self.processes
-        share = -(-settings.num_samples // processes.world_size)
-        drawing = Config.model_construct(model=config.model, diffusion=config.diffusion, sample=settings)
-        sampler = build_sampler(drawing, checkpoint, processes.device, count=share)
-        last = sampler.upsampler if isinstance(sampler, Cascade) else sampler
-        self._check_size((*last.network.settings.size_hw, last.network.settings.in_channels))
+        processes, count = self.processes, settings.num_samples
         if settings.out_dir:
-            run(sampler, settings, processes, notes=kernels, count=settings.num_samples)
+            run(sampler, settings, processes, notes=kernels, count=count)
             processes.barrier()
-            described = self.see(_open(self.settings, settings.out_dir, processes, settings.num_samples))
+            drawn = Drawn(self.see(_open(self.settings, settings.out_dir, processes, count)))
         else:
             if processes.is_main:
                 print("\n".join([*kernels, *sampler.notes]), flush=True)
-            sampler.try_threads(share)
-            described = self._collect_batches(
-                _drawn(sampler, settings.num_samples, processes),
-                Wanted.of_samples(self.settings.metrics, self.settings.resamplings > 0),
-                "samples",
-                settings.num_samples,
-            )
-        described.path = str(checkpoint.file)
-        return described, sampler.identity()
+            sampler.try_threads(-(-count // processes.world_size))
+            wanted = Wanted.of_samples(self.settings.metrics, self.settings.resamplings > 0)
+            if known := knows_classes(sampler, self.network):
+                wanted = Wanted(wanted.moments, tuple(dict.fromkeys((*wanted.features, "logits"))))
+            images = DrawnImages(sampler, count, processes)
+            described = self._collect_batches(images, wanted, "samples", count)
+            of_its_class = share_of_its_class(sampler, self.network, described) if known and processes.is_main else None
+            drawn = Drawn(described, images.first(), images.seconds, of_its_class)
+        drawn.described.path = str(checkpoint.file)
+        return drawn
 
     def report(self, folder: Path, samples: Described, drawing: dict[str, Any] | None) -> dict[str, Any] | None:
         """Score samples, print the scores and write them; returns the result on rank 0, None on the others."""
@@ -225,14 +244,6 @@ class Evaluation:
 
 def _shown(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def _drawn(sampler: Sampler | Cascade, count: int, processes: Processes) -> Batches:
-    """This process's share of images 0 to count - 1 of a sampling job, as they are drawn."""
-    size = (sampler.base if isinstance(sampler, Cascade) else sampler).batch_size
-    for start in range(processes.rank * size, count, processes.world_size * size):
-        index = np.arange(start, min(start + size, count))
-        yield torch.from_numpy(sampler.draw(index).images), index
 
 
 def _train(settings: EvaluateSettings, device: torch.device) -> None:
