@@ -53,6 +53,7 @@ from benchmarks.flag_types import existing_file, usable_folder  # noqa: E402
 from benchmarks.gpu_parts import PARTS  # noqa: E402
 from benchmarks.proof_log import FILE, OK, Log, Row, finished, latest_kind, of_one_kind, read_rows, table  # noqa: E402
 from benchmarks.proof_part import ROOT, Context, LeftOut, OutOfTime, Part  # noqa: E402
+from fastdiff.evaluation.fidelity import prepare_torchvision  # noqa: E402
 
 BROUGHT = ROOT / ".gpu"
 """The folder in which pack_for_gpu.py puts the files for a machine without a network."""
@@ -318,6 +319,7 @@ def prove(args: argparse.Namespace, wanted: list[Part], before: list[Row], comma
     proof.log.write("all", "start", **start)
     print(f"results: {proof.log.file}; what the parts print: {args.out / 'log.txt'}", flush=True)
     if not args.spawn:
+        prepare_torchvision()  # diffusers imports it where it is installed
         for name in IMPORTS:
             with contextlib.suppress(ImportError):  # a part that needs it will say so
                 importlib.import_module(name)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from benchmarks.seed_step import SeedUNet
 from benchmarks.train_variants import Case, Step, check_same_function, without_our_ops
 from fastdiff.errors import UserError
+from fastdiff.evaluation.fidelity import prepare_torchvision
 from fastdiff.models import BackboneSettings, SuperResSettings
 from fastdiff.runtime import machine
 from fastdiff.runtime.cuda_graphs import GraphRunner
@@ -104,6 +105,7 @@ def diffusers_unet(settings: BackboneSettings, device: torch.device) -> nn.Modul
     """
     if isinstance(settings, SuperResSettings):
         raise UserError("the variant diffusers has no super-resolution network; leave it out")
+    prepare_torchvision()  # diffusers imports it where it is installed
     try:
         from diffusers import UNet2DModel
     except ImportError as error:

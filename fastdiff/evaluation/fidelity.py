@@ -19,7 +19,7 @@ _HINT = "run `pip install 'torch-fidelity>=0.4'`, which the extra `evaluation` o
 
 def torch_fidelity_module(name: str) -> ModuleType:
     """The module torch_fidelity.NAME. Raises UserError where the package is missing or can't be imported."""
-    _prepare_torchvision()
+    prepare_torchvision()
     try:
         return importlib.import_module(f"torch_fidelity.{name}")
     except ImportError as error:
@@ -34,7 +34,7 @@ def torch_fidelity_module(name: str) -> ModuleType:
 
 
 @cache
-def _prepare_torchvision() -> torch.library.Library | None:
+def prepare_torchvision() -> torch.library.Library | None:
     """Declare torchvision's operators if its library doesn't load beside this build of PyTorch.
 
     torchvision can't be imported without them, although nothing here calls one: torch-fidelity uses Python code of
