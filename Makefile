@@ -80,7 +80,7 @@ bench-sampling: $(READY)  ## time drawing against improved-diffusion's and other
 	$(BIN)/python benchmarks/report.py benchmarks/results/sampling_quick_cpu.json \
 	    --markdown benchmarks/results/sampling_quick_cpu.md --chart benchmarks/results/sampling_quick_cpu.svg
 
-gpu-proof: $(READY)  ## check and measure everything on a GPU: 85 minutes or more, the most valuable first; SECONDS=560, ARGS='--only ...'
+gpu-proof: $(READY)  ## check and measure everything on a GPU: 90 minutes or more, the most valuable first; SECONDS=560, ARGS='--only ...'
 	$(BIN)/python -m pip install --quiet -e '.[peers]' -c constraints.txt
 	$(BIN)/python benchmarks/gpu_proof.py --keep benchmarks/results $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS) || [ $$? -eq 3 ]
 

@@ -39,7 +39,7 @@ setup(
             *("diffusers>=0.35", "lmdb>=1.4", "matplotlib>=3.8", "scikit-learn>=1.4"),
         ],
         "benchmark": ["pytest-benchmark>=5", "matplotlib>=3.8"],
-        "peers": ["diffusers>=0.35"],
+        "peers": ["diffusers>=0.35", "clean-fid>=0.1.35"],
         "evaluation": ["torch-fidelity>=0.4"],
         "lint": ["ruff>=0.9", "mypy>=1.14"],
     },

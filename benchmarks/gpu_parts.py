@@ -11,7 +11,17 @@ from typing import Any
 
 from benchmarks.proof_checks import CIFAR10, chaos, golden, gpu_tests, kernels, machine, same_losses, sanitizer, train
 from benchmarks.proof_part import Part
-from benchmarks.proof_speed import dali, figures, from_files, in_one_go, levers, other_kernels, saving, throughput
+from benchmarks.proof_speed import (
+    dali,
+    evaluation,
+    figures,
+    from_files,
+    in_one_go,
+    levers,
+    other_kernels,
+    saving,
+    throughput,
+)
 
 IMAGENET64 = "imagenet64_270M"
 
@@ -60,6 +70,7 @@ PARTS = (
     Part("other kernels", 60, other_kernels),
     Part("saving", 60, saving),
     Part("dali", 60, dali),
+    Part("evaluation", 120, evaluation),
     Part("cifar10 from files", 45, from_files(CIFAR10, 256)),
     _draw("270M reference compiled", 35, IMAGENET64, 256, "reference+compile"),
     _draw("270M reference channels-last", 25, IMAGENET64, 256, "reference+channels-last"),

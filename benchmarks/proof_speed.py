@@ -267,3 +267,18 @@ def dali(context: Context) -> None:
         argv = [sys.executable, "benchmarks/bench_data.py", "--quick", "--json", str(result)]
         succeed(run_command(context, argv), "bench_data.py")
         context.emit("fact", loaders=json.loads(result.read_text()))
+
+
+def evaluation(context: Context) -> None:
+    """Record images per second of Inception's features and their statistics, beside torch-fidelity's own loop."""
+    from importlib.util import find_spec
+
+    if find_spec("torch_fidelity") is None:
+        raise LeftOut("torch-fidelity is not installed")
+    result = context.work / "evaluation.json"
+    argv = [sys.executable, "benchmarks/bench_evaluate.py", "--json", str(result)]
+    tiny = ["--images", "4", "--rounds", "1", "--variants", "torch-fidelity,ours"]
+    argv += tiny if context.tiny else ["--rounds", "3"]
+    succeed(run_command(context, argv), "bench_evaluate.py")
+    found = json.loads(result.read_text())
+    context.emit("fact", features={row["variant"]: row["images_per_second"][1] for row in found["rows"]}, all=found)
