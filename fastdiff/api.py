@@ -41,9 +41,8 @@ from fastdiff.sampling.settings import SampleSettings
 from fastdiff.settings import affecting, validated
 
 SOLVER, STEPS = "dpmpp_2m_sde", 20
-"""The default solver and its steps. Of all solvers with 20 evaluations, its images came nearest to those of the full
-chain, measured on a briefly trained network (benchmarks/results/sampling_quality_digits.md): added noise corrects its
-errors."""
+"""The default solver and its steps. Of all solvers with 20 evaluations, its images came nearest to real ones, measured
+on a briefly trained network (benchmarks/results/quality_digits.md): added noise corrects its errors."""
 
 DRAWING = affecting(SampleSettings, "images", "batch")
 """Settings that a call may give. The other settings of sample.py belong to `load`, or to jobs and their files."""

@@ -1,20 +1,17 @@
-"""The benchmarks of drawing run at small sizes, and the distance between sets of images is right."""
+"""The benchmark of drawing runs at small sizes."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import tiny
-from helpers.tiny import pictures, refusal, save, unet
-from PIL import Image
+from helpers.tiny import refusal
 
-from benchmarks import bench_sampling, bench_train, image_features, report, sampling_quality, sampling_variants
+from benchmarks import bench_sampling, bench_train, report, sampling_variants
 from fastdiff.config.load import Config, SuperResConfig
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
 from fastdiff.runtime.processes import Processes
@@ -154,90 +151,3 @@ def test_quick_compiles_for_one_batch_only() -> None:
     assert compiled & set(bench_sampling.variants_of(args, 8, torch.device("cpu"))[0])
     assert not compiled & set(bench_sampling.variants_of(args, 1, torch.device("cpu"))[0])
     assert bench_train.load(args.configs).model.num_channels == 64
-
-
-# --- the distance ---
-
-
-def test_distance_of_normal_sets() -> None:
-    """In one dimension the distance is (m - m')^2 + (s - s')^2; commuting covariances give the sum over their axes."""
-    one = image_features.Moments(torch.tensor([1.0]).double(), torch.tensor([[4.0]]).double())
-    two = image_features.Moments(torch.tensor([4.0]).double(), torch.tensor([[25.0]]).double())
-    assert image_features.frechet_distance(one, two) == pytest.approx(9 + 9)
-    axes = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-
-    def moments(mean: float, deviations: list[float]) -> image_features.Moments:
-        variances = torch.tensor(deviations).double() ** 2
-        return image_features.Moments(torch.full((3,), mean).double(), axes @ torch.diag(variances) @ axes.T)
-
-    got = image_features.frechet_distance(moments(0, [1, 2, 0]), moments(2, [3, 2, 1]))
-    assert got == pytest.approx(3 * 4 + 4 + 0 + 1)
-
-
-def test_distance_of_covariances_that_do_not_commute() -> None:
-    """For 2 x 2 matrices tr (A B)^1/2 = sqrt(tr AB + 2 sqrt(det AB))."""
-    a, b = (torch.tensor(rows).double() for rows in ([[2.0, 1.0], [1.0, 3.0]], [[5.0, -2.0], [-2.0, 1.0]]))
-    product = a @ b
-    wanted = a.trace() + b.trace() - 2 * math.sqrt(product.trace() + 2 * math.sqrt(torch.linalg.det(product)))
-    zero = torch.zeros(2).double()
-    got = image_features.frechet_distance(image_features.Moments(zero, a), image_features.Moments(zero, b))
-    assert got == pytest.approx(float(wanted))
-
-
-def test_subsets_and_floor() -> None:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(300, 4, generator=generator)
-    real = image_features.Moments.of(torch.randn(3000, 4, generator=generator))
-    small, _ = image_features.distance_and_spread(features, real, 30)
-    large, spread = image_features.distance_and_spread(features, real, 300)
-    assert large < small, "fewer images have a larger distance"
-    assert spread > 0
-    labels = np.arange(300) % 10
-    floor, _ = image_features.noise_floor(features, labels, 50)
-    assert 0 < floor < image_features.distance_and_spread(features + 2, real, 50)[0]
-
-
-def test_classifier_learns() -> None:
-    """The classifier distinguishes bright from dark images, and the same seed gives the same weights."""
-    generator = np.random.default_rng(0)
-    labels = np.arange(40) % 2
-    images = (generator.integers(0, 100, (40, 8, 8, 1)) + 150 * labels[:, None, None, None]).astype(np.uint8)
-    first, again = (image_features.train_classifier(images, labels, 2, torch.device("cpu"), steps=12) for _ in range(2))
-    features, classes = image_features.seen(first, images, torch.device("cpu"))
-    assert features.shape == (40, image_features.FEATURES)
-    assert (classes == labels).mean() > 0.9
-    assert torch.equal(features, image_features.seen(again, images, torch.device("cpu"))[0])
-
-
-def test_quality_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows, table, chart and strip are written; a second run draws nothing, and another seed is refused."""
-    model = unet(class_cond=True, num_classes=2)
-    file = save(model, tmp_path / "ema_0.99_000010.pt", ["a", "b"])
-    pictures(tmp_path / "data", [f"{'ab'[i % 2]}_{i}" for i in range(30)])
-    rows = (
-        sampling_quality.Row("dpmpp_2m", 3),
-        sampling_quality.Row("ddim", 2, "uniform", 2.0),
-        sampling_quality.Row("ddpm", 0),
-    )
-    monkeypatch.setattr(sampling_quality, "ROWS", rows)
-    train = image_features.train_classifier
-    monkeypatch.setattr(sampling_quality, "train_classifier", lambda *given: train(*given, steps=3))
-    argv = ["--model_path", str(file), "--data_dir", str(tmp_path / "data"), "--json", str(tmp_path / "q.json")]
-    argv += ["--num_samples", "12", "--slow_samples", "12", "--compare", "12", "--batch_size", "12"]
-    shown = ["--markdown", str(tmp_path / "q.md"), "--chart", str(tmp_path / "q.svg")]
-    sampling_quality.main([*argv, *shown, "--strip", str(tmp_path / "q.png")])
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1].startswith("distances: best within 20 evaluations ")
-    assert "ddim 2 uniform, guidance 2: left out" in out
-    content = json.loads((tmp_path / "q.json").read_text())
-    assert [row["solver"] for row in content["rows"]] == ["dpmpp_2m", "ddpm"]
-    assert [row["evaluations"] for row in content["rows"]] == [3, 6]
-    assert all(row["distance"] > 0 and 0 <= row["accuracy"] <= 1 for row in content["rows"])
-    assert "| ddpm | all | – | – | 6 |" in (tmp_path / "q.md").read_text()
-    assert "dpmpp_2m uniform" in (tmp_path / "q.svg").read_text()
-    with Image.open(tmp_path / "q.png") as strip:
-        assert strip.width > 500
-    monkeypatch.setattr(sampling_quality.Study, "measure", lambda *_: pytest.fail("drawn again"))
-    sampling_quality.main(argv)
-    assert json.loads((tmp_path / "q.json").read_text())["rows"] == content["rows"]
-    assert "is of another study (seed 0, now 1)" in refusal(sampling_quality.main, [*argv, "--seed", "1"])
