@@ -37,6 +37,8 @@ INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of its port of the Inception network of 2015, on which published FIDs rest."""
 DINOV2 = ("dinov2-vit-s-14", "dinov2-vit-b-14", "dinov2-vit-l-14", "dinov2-vit-g-14")
 _SPATIAL_CHANNELS = 7
+_TRIED = (64, 32, 16, 8, 28, 128, 224, 256, 299, 512)
+"""Sides of the images on which a TorchScript module is tried: it may take one size only."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -246,7 +248,13 @@ def _torchscript(path: Path, precision: Precision, device: torch.device) -> Feat
     given = {"return_features": True} if "return_features" in arguments else {}
 
     def call(images: Tensor) -> tuple[Tensor, ...]:
-        output = net(images, **given)
+        try:
+            output = net(images, **given)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, torch.jit.Error) as error:
+            shape = list(images.shape)
+            raise UserError(f"--features: {path} fails on uint8 images {shape}: {first_line(error)}") from None
         outputs = output if isinstance(output, tuple) else (output,)
         if not 1 <= len(outputs) <= 2 or any(
             not isinstance(each, Tensor) or each.ndim != 2 or len(each) != len(images) for each in outputs
@@ -256,17 +264,25 @@ def _torchscript(path: Path, precision: Precision, device: torch.device) -> Feat
             )
         return outputs
 
-    try:
-        with torch.no_grad():
-            tried = call(torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=device))
-    except (RuntimeError, torch.jit.Error) as error:
-        raise UserError(f"{path} fails on uint8 images [2, 3, 64, 64]: {first_line(error)}") from None
+    with torch.no_grad():
+        tried = _first_that_works(call, device)
     names: tuple[Output, ...] = ("pool", "logits")
     widths = {name: output.shape[1] for name, output in zip(names, tried, strict=False)}
     run: Any = lambda images, _: dict(zip(names, call(images), strict=False))
     return FeatureNetwork(
         path.name, f"sha256:{checksum(path)[:16]}", widths, run, device, precision=precision, input="its own"
     )
+
+
+def _first_that_works(call: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, ...]:
+    """The outputs for two black images, of the first size that the network takes. UserError if it takes none."""
+    refusals = []
+    for size in _TRIED:
+        try:
+            return call(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
+        except UserError as error:
+            refusals.append(error)
+    raise refusals[0]
 
 
 def _hash_of(net: nn.Module) -> str:
