@@ -153,8 +153,11 @@ def _share_within(images: Tensor, manifold: Tensor) -> Score:
 
     A distance that equals a radius but for rounding is within it, which matters where the sets share images.
     """
-    # The nearest neighbour of an image is the image itself.
-    radii = torch.cat([d.kthvalue(NEIGHBOURS + 1, dim=1).values for d in _squared_distances(manifold, manifold)])
+    # The nearest neighbour of an image is the image itself. On a GPU `kthvalue` refuses deterministic mode, which a run
+    # that trains with it is in.
+    radii = torch.cat(
+        [d.topk(NEIGHBOURS + 1, dim=1, largest=False).values[:, -1] for d in _squared_distances(manifold, manifold)]
+    )
     inside = torch.cat([(d <= radii * (1 + _TIE)).any(dim=1) for d in _squared_distances(images, manifold)])
     share = float(inside.double().mean())
     return Score(share, (share * (1 - share) / len(inside)) ** 0.5)
