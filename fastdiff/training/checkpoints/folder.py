@@ -7,6 +7,7 @@ checkpoints/.step_NNNNNN.partial        one that is being written
 checkpoints/.step_NNNNNN.replaced       one that is being replaced by another of the same step
 checkpoints/.step_NNNNNN.removed        one that is being removed
 checkpoints/step_NNNNNN.damaged         one that was found damaged when the run resumed from an older one
+checkpoints/best/                       the best average so far (`best`); it is replaced in the same way as a checkpoint
 
 Renaming a folder is atomic, so a run that is killed between any two operations leaves only hidden names behind, which
 `tidy` removes.
@@ -48,34 +49,37 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 @contextmanager
-def new_checkpoint(checkpoints: Path, step: int) -> Iterator[Path]:
-    """Yield an empty folder that becomes the checkpoint of `step`, with a manifest, when the block ends.
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the name `final` when the block ends, in place of an older one.
 
-    It replaces an older checkpoint of that step. An exception in the block removes the folder.
+    What is in it must be on disk by then. An exception in the block removes the folder.
     """
-    partial = _hidden(step_folder(checkpoints, step), "partial")
+    partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        _commit(partial, step)
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        partial.rename(final)
+        sync_path(final.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _commit(partial: Path, step: int) -> None:
-    """Write a complete folder's manifest, give it its real name and point `latest` to it, each on disk in turn."""
-    write_manifest(partial, step)
-    final = _real(partial)
-    replaced = _hidden(final, "replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    partial.rename(final)
-    sync_path(final.parent)
-    set_latest(final)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def new_checkpoint(checkpoints: Path, step: int) -> Iterator[Path]:
+    """Yield an empty folder that becomes the checkpoint of `step`, with a manifest, when the block ends.
+
+    It replaces an older checkpoint of that step, and `latest` names it. An exception in the block removes the folder.
+    """
+    with new_folder(step_folder(checkpoints, step)) as partial:
+        yield partial
+        write_manifest(partial, step)
+    set_latest(step_folder(checkpoints, step))
 
 
 def set_latest(checkpoint: Path) -> None:
@@ -115,12 +119,12 @@ def tidy(checkpoints: Path) -> list[str]:
     for folder in (checkpoints, checkpoints.parent):
         remove_partial_files(folder)
     notes = []
-    for replaced in checkpoints.glob(".step_*.replaced"):
+    for replaced in _hidden_in(checkpoints, "replaced"):
         if _real(replaced).exists():
             shutil.rmtree(replaced, ignore_errors=True)
         else:  # killed between the two renames
             replaced.rename(_real(replaced))
-    for left in [*checkpoints.glob(".step_*.partial"), *checkpoints.glob(".step_*.removed")]:
+    for left in _hidden_in(checkpoints, "partial", "removed"):
         if left.suffix == ".partial":
             notes.append(f"an unfinished checkpoint ({_real(left).name}) is cleared away")
         shutil.rmtree(left, ignore_errors=True)
@@ -169,6 +173,10 @@ def remove_checkpoint(checkpoint: Path) -> None:
 def _real(hidden: Path) -> Path:
     """step_000012 for .step_000012.partial and the like, and for itself."""
     return hidden.with_name(hidden.name.removeprefix(".").partition(".")[0])
+
+
+def _hidden_in(checkpoints: Path, *endings: str) -> list[Path]:
+    return [p for ending in endings for name in ("step_*", "best") for p in checkpoints.glob(f".{name}.{ending}")]
 
 
 def _hidden(folder: Path, ending: str) -> Path:

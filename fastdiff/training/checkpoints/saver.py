@@ -45,7 +45,7 @@ def write_checkpoint(folder: Path, step: int, files: Files, size: int = 0) -> Pa
             )
         with new_checkpoint(folder, step) as partial:
             for name, content in files:
-                _save(content, partial / name)
+                save_file(content, partial / name)
                 del content  # before the next one is made
     except OSError as error:
         reason = error.strerror or str(error)
@@ -55,7 +55,7 @@ def write_checkpoint(folder: Path, step: int, files: Files, size: int = 0) -> Pa
     return step_folder(folder, step)
 
 
-def _save(content: Any, file: Path) -> None:
+def save_file(content: Any, file: Path) -> None:
     """Call torch.save; the RuntimeError that it raises when the disk is full or fails becomes an OSError."""
     try:
         torch.save(content, file)
