@@ -220,6 +220,9 @@ OUT_OF_RANGE = {
     "save_interval": ["0"],
     "sample_interval": ["-1"],
     "sample_count": ["0"],
+    "eval_interval": ["-1"],
+    "eval_samples": ["9", "many"],
+    "eval_metrics": ["fad", ""],
 }
 
 

@@ -264,9 +264,13 @@ _TABLE: tuple[tuple[str, ...], ...] = (
         "{sample_interval} counts steps (epochs x images / batch_size) between grids of samples",
     ),
     (
-        "save_images_steps sample_every sample_freq sample_frequency image_every validation_steps eval_steps "
-        "eval_every eval_interval eval_freq image_interval preview_interval vis_every",
+        "save_images_steps sample_every sample_freq sample_frequency image_every image_interval preview_interval "
+        "vis_every",
         "did you mean {sample_interval}, the steps between grids of samples?",
+    ),
+    (
+        "validation_steps eval_steps eval_every eval_freq",
+        "did you mean {sample_interval}, the steps between grids of samples, or {eval_interval}, those between scores?",
     ),
     (
         "logging_steps log_every log_every_n_steps log_freq log_frequency log_steps logging_interval print_freq "

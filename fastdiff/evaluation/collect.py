@@ -103,13 +103,14 @@ def collect(
     batch_size: int,
     what: str,
     probes: bool = False,
+    bar: bool = True,
 ) -> Described:
     """See `count` images, of which `batches` gives this process's share; complete on rank 0. Collective.
 
     Every batch has the same shape for the network, because the features of an image may otherwise depend on how many
-    others come with it. what names the images in the progress bar and in messages. With probes, a network that computes
-    in bf16 or fp16 is run in fp32 as well on the first PROBED images. Raises UserError for features that are not
-    finite, and for images that don't fit the network.
+    others come with it. what names the images in messages, and in the progress bar unless that is left out. With
+    probes, a network that computes in bf16 or fp16 is run in fp32 as well on the first PROBED images. Raises UserError
+    for features that are not finite, and for images that don't fit the network.
     """
     sums = {name: MomentSums(network.widths[name], network.device) for name in wanted.moments}
     rows: dict[Output, list[Tensor]] = {name: [] for name in wanted.features}  # on the device until the end
@@ -123,15 +124,15 @@ def collect(
     digests: list[bytes] = []
     size = ""
     interval = 0.1 if sys.stderr.isatty() else 30.0  # in a log file every update is a line
-    bar = tqdm(
+    shown = tqdm(
         total=-(-count // processes.world_size),
         desc=what,
         unit="image",
         mininterval=interval,
         dynamic_ncols=True,
-        disable=not processes.is_main,
+        disable=not (bar and processes.is_main),
     )
-    with bar:
+    with shown:
         for images, positions in batches:
             size = size or "x".join(map(str, images.shape[1:]))
             digests += [hashlib.sha256(image.tobytes()).digest() for image in images.cpu().numpy()]
@@ -147,7 +148,7 @@ def collect(
                     sums[name].add(outputs[name])
                 for name in wanted.features:
                     rows[name].append(outputs[name] if kept.all() else outputs[name][torch.from_numpy(kept[places])])
-            bar.update(len(images))
+            shown.update(len(images))
     arrays = {name: torch.cat(parts).cpu().numpy() if parts else None for name, parts in rows.items()}
     own = _Share(numbers, digests, arrays, probed, size)
     shares: list[Any] = [own]

@@ -15,6 +15,16 @@ from fastdiff.settings import Count, FilePath, Floats, Ints, Settings, Size, Wor
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 
 
+def known_metrics(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The metrics without repetitions. Raises ValueError for an unknown one, and if there are none."""
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"must be among {', '.join(METRICS)}, not {name!r}{did_you_mean(name, METRICS)}")
+    if not names:
+        raise ValueError(f"is empty; give one or more of {', '.join(METRICS)}")
+    return tuple(dict.fromkeys(names))
+
+
 class EvaluateSettings(Settings):
     """Comparing images with a reference."""
 
@@ -81,13 +91,7 @@ class EvaluateSettings(Settings):
     @field_validator("metrics")
     @classmethod
     def _metrics(cls, values: tuple[str, ...]) -> tuple[str, ...]:
-        for value in values:
-            if value not in METRICS:
-                near = did_you_mean(value, METRICS)
-                raise ValueError(f"must be among {', '.join(METRICS)}, not {value!r}{near}")
-        if not values:
-            raise ValueError(f"is empty; give one or more of {', '.join(METRICS)}")
-        return tuple(name for name in METRICS if name in values)
+        return tuple(name for name in METRICS if name in known_metrics(values))
 
     @model_validator(mode="after")
     def _agree(self) -> EvaluateSettings:

@@ -20,6 +20,8 @@ from fastdiff.runtime.files import write_json
 from fastdiff.runtime.processes import Consensus
 from fastdiff.runtime.script import CTRL_C, StopSignals
 from fastdiff.runtime.watchdog import Watchdog
+from fastdiff.training.checkpoints.best import NAME as BEST
+from fastdiff.training.checkpoints.best import read_best, write_best
 from fastdiff.training.checkpoints.folder import (
     list_checkpoints,
     remove_checkpoint,
@@ -35,13 +37,14 @@ from fastdiff.training.checkpoints.saver import Saver
 from fastdiff.training.deepspeed_engine import collective_timeout
 from fastdiff.training.diagnostics.diagnosis import diagnose
 from fastdiff.training.diagnostics.profile import SETTLING, StepProfiler, floor_of
+from fastdiff.training.evaluation import AverageEvaluation
 from fastdiff.training.previews import draw_preview
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.summary import batch_of, classes_line, memory_gb, millions
 from fastdiff.training.trainer import Trainer
 
 LONG = 3600.0
-"""Seconds that compiling, drawing or writing may take, before the watchdog regards it as a hang."""
+"""Seconds that compiling, drawing, scoring or writing may take, before the watchdog regards it as a hang."""
 POLL = 20.0
 """Seconds between the collectives in which ranks ask whether rank 0 is still writing or drawing."""
 REQUESTS = STOP, SAVE, BACK = range(3)
@@ -57,12 +60,14 @@ class Loop:
         folder: Path,
         trainer: Trainer,
         preview: GaussianDiffusion | None,
+        evaluation: AverageEvaluation | None,
         notes: list[str],
         started: float,
         signals: StopSignals,
         watchdog: Watchdog,
     ) -> None:
-        self.config, self.folder, self.trainer, self.preview = config, folder, trainer, preview
+        self.config, self.folder, self.trainer = config, folder, trainer
+        self.preview, self.evaluation = preview, evaluation
         self.notes, self.started, self.signals, self.watchdog = notes, started, signals, watchdog
         self.train, self.processes = config.train, trainer.processes
         self.checkpoints = folder / "checkpoints"
@@ -104,6 +109,8 @@ class Loop:
         saved = trainer.step if source else -1
         first = trainer.step + 1
         profiler = self._profiler()
+        if source and self.evaluation and self.evaluation.is_due(trainer.step) and self._lacks_scores():
+            self._evaluate(saved)  # the run was stopped before that
         self.watchdog.progress("the first step", LONG)
         for step in trainer.run():
             self.watchdog.progress(f"step {step}")
@@ -130,6 +137,8 @@ class Loop:
                 self._stop()
             if self.preview and (step % train.sample_interval == 0 or last):
                 self._draw()
+            if self.evaluation and self.evaluation.is_due(step):
+                self._evaluate(saved)
         if profiler and not profiler.finished and trainer.step >= first:
             profiler.close()
             reporter.log(f"no profile: it takes {SETTLING} steps to settle and {profiler.steps} more")
@@ -238,6 +247,42 @@ class Loop:
             self.last_poll = time.monotonic()
         return not self.signals.requested
 
+    def _evaluate(self, saved: int) -> None:
+        """Score the averages, and keep the best one. Collective.
+
+        StopWith when a signal ends that: no step is taken before the scores are made up for. saved is the step of the
+        newest checkpoint.
+        """
+        assert self.evaluation is not None
+        trainer, reporter = self.trainer, self.reporter
+        self.watchdog.progress(f"evaluating after step {trainer.step}", LONG)
+        with self._off_the_clock():
+            result = self.evaluation.score(trainer, self._may_evaluate_on)
+            if result is None:
+                if saved < trainer.step:
+                    self._save()
+                self._stop()
+            if not self.processes.is_main:
+                return
+            best = result.best
+            # The row comes last: a run that is killed before that evaluates again, with the same result.
+            if better := best is not None and best.beats(read_best(self.checkpoints)):
+                write_best(self.checkpoints, best.about, best.weights, self.info)
+            reporter.add(trainer.step, result.scores)
+            kept = [f"the best average so far is in {self.checkpoints / BEST}"] if better else []
+            for line in (*result.lines, *kept):
+                reporter.log(line)
+
+    def _lacks_scores(self) -> bool:
+        """Whether the averages of this step have not been scored, by rank 0's table. Collective."""
+        assert self.evaluation is not None
+        return self.consensus.any(self.reporter.lacks(self.trainer.step, self.evaluation.columns))
+
+    def _may_evaluate_on(self) -> bool:
+        """Whether no rank is to stop. Collective."""
+        self.watchdog.progress(f"evaluating after step {self.trainer.step}", LONG)
+        return not self.consensus.any(bool(self.signals.requested))
+
     # --- saving and stopping ---
 
     def _save_is_due(self) -> bool:
@@ -273,7 +318,7 @@ class Loop:
         while self.consensus.any(self.saver is not None and not self.saver.wait(POLL)):
             continue
 
-    def _stop(self) -> None:
+    def _stop(self) -> NoReturn:
         """End the run because of a signal, after the step has been saved. Collective."""
         # The signals of launchers differ from rank to rank; the terminal sends Ctrl-C to all of them.
         interrupted = self.consensus.any(self.signals.requested == CTRL_C)

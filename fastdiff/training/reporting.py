@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -93,15 +93,39 @@ class Reporter:
             return
         with self._writing("progress.csv"):
             self._append({"step": step, **metrics})
-        with self._writing("the TensorBoard events"):
-            for name, value in metrics.items():
-                if self._tensorboard is not None and math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, step)
+        self._add_curves(step, metrics)
         shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "mse", "vb", "grad_norm") if name in metrics]
         bad = [f"skipped {metrics['skipped_steps']:.0f}"] if metrics.get("skipped_steps") else []
         rate = metrics.get("images_per_second")
         pace = [] if rate is None else [f"{rate:.4g} images/s", f"ETA {_duration(seconds_left)}"]
         self.log("  ".join([f"step {step}/{total_steps}", *shown, *bad, *pace]))
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the row of `step`, which is the last one or is not there yet, and to the curves."""
+        if self.folder is None or not metrics:
+            return
+        with self._writing("progress.csv"):
+            rows = _read_rows(self._csv)
+            if rows and int(rows[-1]["step"]) == step:
+                rows[-1] |= _texts(metrics)
+                self._columns = list(dict.fromkeys([*self._columns, *metrics]))
+                self._rewrite(rows)
+            else:
+                self._append({"step": step, **metrics})
+        self._add_curves(step, metrics)
+
+    def lacks(self, step: int, metrics: Collection[str]) -> bool:
+        """Whether the row of `step` lacks one of these metrics; False without a folder."""
+        if self.folder is None:
+            return False
+        found = {name for row in _read_rows(self._csv) if int(row["step"]) == step for name in row}
+        return not found.issuperset(metrics)
+
+    def _add_curves(self, step: int, metrics: Mapping[str, float]) -> None:
+        with self._writing("the TensorBoard events"):
+            for name, value in metrics.items():
+                if self._tensorboard is not None and math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, step)
 
     def picture(self, name: str, step: int, image: np.ndarray) -> None:
         """Add an [H, W, C] uint8 picture to TensorBoard."""
@@ -133,7 +157,7 @@ class Reporter:
             self._columns += fresh
             self._rewrite(rows)
         with self._csv.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns, restval="").writerow({k: f"{v:.10g}" for k, v in row.items()})
+            csv.DictWriter(file, self._columns, restval="").writerow(_texts(row))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         table = io.StringIO(newline="")
@@ -157,6 +181,10 @@ class Reporter:
             logging.getLogger().removeHandler(self._log_file)
             with suppress(OSError) if error else self._writing("log.txt"):
                 self._log_file.close()
+
+
+def _texts(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {name: f"{value:.10g}" for name, value in metrics.items()}
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:

@@ -34,6 +34,7 @@ from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.effect import check_effect, effect_warnings
+from fastdiff.training.evaluation import AverageEvaluation, check_evaluation
 from fastdiff.training.initial_weights import open_initial, take_weights
 from fastdiff.training.loop import LONG
 from fastdiff.training.microbatch import dummy_step, fit
@@ -89,6 +90,9 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         if processes.device.type == "cuda":
             notes.append(searches)
         diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
+        watchdog.progress("opening the reference", math.inf)  # a progress bar shows how it is read
+        evaluation = AverageEvaluation(config, processes) if settings.eval_interval else None
+        watchdog.progress("starting", LONG)
         config, plan, resolved = resolve_auto(config, plan, diffusion, processes, snapshot, dry_run)
         notes += resolved
         if not dry_run:
@@ -122,7 +126,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
             if dry_run:
                 take_dry_run(config, folder, trainer, notes)
             else:
-                loop.Loop(config, folder, trainer, preview, notes, started, signals, watchdog).go(source, found)
+                run = loop.Loop(config, folder, trainer, preview, evaluation, notes, started, signals, watchdog)
+                run.go(source, found)
 
 
 def _threads_of(snapshot: Snapshot | None, processes: Processes) -> int | None:
@@ -259,6 +264,7 @@ def _check(config: Config) -> None:
     if not config.data.data_dir:
         raise UserError("--data_dir is missing: give the folder of images to train on")
     check_effect(train)
+    check_evaluation(config)
     if train.label_dropout and not model.null_class:
         raise UserError(f"--label_dropout {train.label_dropout:g} needs class_cond True and null_class True")
     if train.detect_anomaly and (train.compile is True or train.cuda_graph is True):

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, did_you_mean, quoted
+from fastdiff.evaluation.settings import known_metrics
 from fastdiff.models.settings import BackboneSettings, SuperResSettings, UNetSettings
 from fastdiff.ops import Kernels
 from fastdiff.settings import (
@@ -123,6 +124,20 @@ class TrainSettings(Settings):
     """Images in such a grid."""
     sample_respacing: Annotated[str, RUN] = "ddim25"
     """Timesteps of such a grid: ddim25 takes 25 DDIM steps, 250 as many ancestral ones."""
+    eval_interval: Annotated[int, RUN] = Field(0, ge=0)
+    """Steps between scores of all averages, which go into progress.csv; the best average is kept in checkpoints/best.
+    0: none."""
+    eval_reference: Annotated[FilePath, RUN] = ""
+    """What the averages' images are compared with: images of the model's size or their statistics, as in the
+    `reference` of evaluate.py."""
+    eval_samples: Annotated[int, RUN] = Field(5000, ge=10)
+    """Images that each average draws for that, with dpmpp_2m_sde in 20 steps."""
+    eval_metrics: Annotated[Words, RUN] = ("fid",)
+    """Of fid, sfid, is, precision, recall, kid, several separated by commas; the first says which average is best."""
+    eval_features: Annotated[FilePath, RUN] = "inception-v3-compat"
+    """The network whose features are compared, as in the `features` of evaluate.py."""
+    eval_feature_weights: Annotated[FilePath, RUN] = ""
+    """The file of Inception's weights, for machines without a network; empty: torch-fidelity's are fetched once."""
 
     @property
     def last_step(self) -> int:
@@ -156,6 +171,24 @@ class TrainSettings(Settings):
             near = did_you_mean(unknown[0], CHANGES)
             raise ValueError(f"must be among {', '.join(CHANGES)}, not {unknown[0]!r}{near}")
         return names
+
+    @field_validator("eval_metrics")
+    @classmethod
+    def _eval_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return known_metrics(names)
+
+    @model_validator(mode="after")
+    def _evaluation(self) -> TrainSettings:
+        fields = type(self).model_fields
+        given = [name for name in fields if name.startswith("eval_") and getattr(self, name) != fields[name].default]
+        if given and not self.eval_interval:
+            raise ValueError(f"{given[0]} needs eval_interval, the steps between evaluations")
+        needing = [metric for metric in self.eval_metrics if metric != "is"]
+        if self.eval_interval and needing and not self.eval_reference:
+            raise ValueError(
+                f"eval_interval {self.eval_interval} needs eval_reference, which {needing[0]} compares with"
+            )
+        return self
 
     @model_validator(mode="after")
     def _combinations(self) -> TrainSettings:
