@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.ranks import run_ranks
@@ -28,8 +30,9 @@ from fastdiff.sampling.engine import Engine
 from fastdiff.training import loop
 from fastdiff.training.checkpoints.best import read_best, write_best
 from fastdiff.training.checkpoints.folder import tidy
-from fastdiff.training.evaluation import AverageEvaluation, Candidate
+from fastdiff.training.evaluation import AverageEvaluation, Candidate, Result
 from fastdiff.training.reporting import Reporter
+from fastdiff.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +98,33 @@ def test_scores_change_nothing_in_training(data: Path, tmp_path: Path, argv: Cal
     assert best["value"] == pytest.approx(
         min(float(scores[n]) for scores in scored.values() for n in names if "fd" in n)
     )
+
+
+def test_scores_leave_global_state_as_it_was(
+    tmp_path: Path, argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random states, switches of PyTorch, the model's mode and the place in the stream of images."""
+    score, seen = AverageEvaluation.score, []
+
+    def state(trainer: Trainer) -> tuple[Any, ...]:
+        switches = torch.backends.cudnn.benchmark, torch.backends.cuda.matmul.fp32_precision, torch.get_num_threads()
+        modes = torch.is_grad_enabled(), trainer.model.training, torch.get_default_dtype()
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+            *(switches, modes, trainer.step, trainer.samples, trainer.loader.state_dict()),
+        )
+
+    def watched(self: AverageEvaluation, trainer: Trainer, go_on: Callable[[], bool]) -> Result | None:
+        before = state(trainer)
+        result = score(self, trainer, go_on)
+        seen.append(state(trainer) == before)
+        return result
+
+    monkeypatch.setattr(AverageEvaluation, "score", watched)
+    train.main(argv(tmp_path / "run", *CLASSES, "--eval_metrics", "kid,is,fid,recall", "--eval_samples", "13"))
+    assert seen == [True] * 3
 
 
 def test_the_best_average_can_be_drawn_from(tmp_path: Path, argv: Callable[..., list[str]]) -> None:
