@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
         check_count(settings, samples.count if samples else config.sample.num_samples, "samples")
     processes = join()
     count = samples.count if samples else config.sample.num_samples if checkpoint else 0
-    evaluation = Evaluation(settings, processes, count)
+    evaluation = Evaluation(settings, processes, count, judges=count > 0)
     if settings.reference_out and processes.is_main and evaluation.reference:
         write_statistics(Path(settings.reference_out), evaluation.reference, evaluation.network)
         print(f"statistics of {evaluation.reference.count} images in {settings.reference_out}")
@@ -107,11 +107,13 @@ def _open(settings: EvaluateSettings, source: str, processes: Processes, limit: 
 class Evaluation:
     """The feature network and the reference of an evaluation, with which sets of samples are judged."""
 
-    def __init__(self, settings: EvaluateSettings, processes: Processes, count: int) -> None:
+    def __init__(
+        self, settings: EvaluateSettings, processes: Processes, count: int = 0, *, judges: bool = True
+    ) -> None:
         """Open the network and describe the reference. Collective; raises UserError.
 
-        count is the number of samples that follow: for few the network isn't compiled, and 0 means that only the
-        reference's statistics are wanted.
+        count is the number of samples that follow: for few, or if it is 0, the network isn't compiled. judges says
+        whether samples follow at all, or only the reference's statistics are wanted.
         """
         self.settings, self.processes = settings, processes
         size = settings.feature_batch_size
@@ -125,7 +127,7 @@ class Evaluation:
         self.network = self._open_network(features, count)
         check_metrics(settings.metrics, self.network)
         self.reference = self._describe_reference() if settings.reference else None
-        self.judge = Judge(settings, self.network, self.reference) if processes.is_main and count else None
+        self.judge = Judge(settings, self.network, self.reference) if processes.is_main and judges else None
 
     def see(self, images: ImageSet) -> Described:
         """Collect what the metrics need of samples. Collective."""
@@ -208,9 +210,10 @@ class Evaluation:
                         "images: give images, OpenAI's reference batch, or a file of --reference_out made with them"
                     )
                 images = _open(self.settings, source, self.processes)
+                check_count(self.settings, min(images.count, KEPT), "reference images")
                 found.features = self._collect(images, Wanted(features=("pool",), most=KEPT), "reference").features
                 found.size = found.size or _shown(images.shape)
-            if self.processes.is_main and "pool" in found.features:
+            elif "pool" in wanted.features:
                 check_count(self.settings, len(found.features["pool"]), "reference images")
             return found
 

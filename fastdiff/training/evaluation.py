@@ -23,10 +23,9 @@ from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError, blaming
-from fastdiff.evaluation.collect import OF_FEATURES, OF_MOMENTS, Batches, Wanted, collect
+from fastdiff.evaluation.collect import OF_MOMENTS, Batches, Wanted, collect
 from fastdiff.evaluation.fidelity import torch_fidelity_module
 from fastdiff.evaluation.judge import label
-from fastdiff.evaluation.metrics import NEIGHBOURS
 from fastdiff.evaluation.run import Evaluation
 from fastdiff.evaluation.settings import EvaluateSettings
 from fastdiff.evaluation.statistics import Described
@@ -106,7 +105,7 @@ class AverageEvaluation:
         )
         with _own_flags():
             # The network isn't compiled, nor is the one that draws: each would be compiled anew at every start.
-            self.judging = Evaluation(settings, processes, 0)
+            self.judging = Evaluation(settings, processes)
             _try_network(self.judging, (*config.model.size_hw, config.model.in_channels))
         problem = [_problem_of_reference(self.judging, config.model.size_hw)]
         if processes.world_size > 1:  # rank 0 alone has described the reference
@@ -302,8 +301,8 @@ def _try_network(judging: Evaluation, shape: tuple[int, int, int]) -> None:
 
 
 def _problem_of_reference(judging: Evaluation, size_hw: tuple[int, int]) -> str:
-    """On rank 0, a sentence if the reference has another size than the model's images, or too few; else empty."""
-    reference, metrics = judging.reference, judging.settings.metrics
+    """On rank 0, a sentence if the reference has another size than the model's images; else empty."""
+    reference = judging.reference
     if reference is None or not judging.processes.is_main:
         return ""
     size = "x".join(map(str, size_hw))
@@ -312,12 +311,6 @@ def _problem_of_reference(judging: Evaluation, size_hw: tuple[int, int]) -> str:
             f"{reference.path} has images of {reference.size}, the model's are {size}; make a reference of that size "
             f"by evaluate.py --resize {size} --reference_out"
         )
-    subset = judging.settings.kid_subset_size
-    for metric in (name for name in metrics if name in OF_FEATURES):
-        least = subset if metric == "kid" else NEIGHBOURS + 1
-        if (count := len(reference.features["pool"])) < least:
-            fewer = f", or fewer --eval_samples than {subset}" if metric == "kid" else ""
-            return f"{reference.path} has {count} images, and {metric} needs {least}; give more{fewer}"
     return ""
 
 
@@ -327,5 +320,6 @@ def _own_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        text = re.sub(r"--(reference|metrics|features|feature_weights)(?!\w)", r"--eval_\1", str(error))
+        text = re.sub(r"--kid_subset_size (\d+)", r"\1 images, at most --eval_samples", str(error))
+        text = re.sub(r"--(reference|metrics|features|feature_weights)(?!\w)", r"--eval_\1", text)
         raise UserError(re.sub(r"--(resize|reference_out)", r"evaluate.py --\1", text)) from error

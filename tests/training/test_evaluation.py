@@ -437,10 +437,12 @@ def test_settings_that_are_refused(tmp_path: Path, data: Path, network: Path, ar
         ("--eval_reference", f"{tmp_path / 'absent'}"): ("--eval_reference: ", "absent does not exist"),
         ("--eval_reference", f"{tmp_path / 'large'}"): ("has images of 16x16x3, the model's are 8x8", "--resize 8x8"),
         ("--eval_reference", f"{tmp_path / 'broken.npz'}"): ("--eval_reference: ", "broken.npz"),
-        ("--eval_reference", f"{tmp_path / 'two'}", "--eval_metrics", "recall"): ("has 2 images, and recall needs 4",),
+        ("--eval_reference", f"{tmp_path / 'two'}", "--eval_metrics", "recall"): (
+            "--eval_metrics: recall needs 3 neighbours of each image, and so at least 4 images; there are 2",
+        ),
         ("--eval_metrics", "kid", "--eval_samples", "20"): (
-            "has 13 images, and kid needs 20",
-            "or fewer --eval_samples",
+            "--eval_metrics: kid takes subsets of 20 images, at most --eval_samples",
+            "there are 13 reference images",
         ),
         ("--eval_features", f"{tmp_path / 'absent.pt'}"): ("--eval_features: ", "is neither a file"),
         ("--eval_features", f"{tmp_path / 'narrow.pt'}"): (
