@@ -159,6 +159,16 @@ Count = Annotated[Literal["auto"] | int, BeforeValidator(_count)]
 """A whole number, or auto for one that is chosen when the run starts."""
 
 
+def _at_least_one(value: int | str) -> int | str:
+    if isinstance(value, int) and value < 1:
+        raise ValueError(f"must be at least 1, or auto, not {value}")
+    return value
+
+
+BatchSize = Annotated[Count, AfterValidator(_at_least_one)]
+"""Images at a time, or auto for a number that is chosen when the command starts."""
+
+
 def _interval(value: Any) -> Any:
     """Parse '30 m' as '30min', '2h' as '120min', and text of digits as a number of steps."""
     given = value

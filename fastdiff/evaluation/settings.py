@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError, field_validator, model
 from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.errors import did_you_mean
 from fastdiff.sampling.settings import SampleSettings
-from fastdiff.settings import Count, FilePath, Floats, Ints, Settings, Size, Words, what_is_wrong
+from fastdiff.settings import BatchSize, FilePath, Floats, Ints, Settings, Size, Words, what_is_wrong
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
 
@@ -50,7 +50,7 @@ class EvaluateSettings(Settings):
     feature_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of that network. With bf16 or fp16 the error of each metric is measured on the first images and stated
     beside it."""
-    feature_batch_size: Count = "auto"
+    feature_batch_size: BatchSize = "auto"
     """Images that this network sees at a time, per process; auto: 64 on a CPU, 256 on a GPU."""
     train_features: FilePath = ""
     """First train a small classifier on the labelled pictures of `reference`, write it into this file, and use it as
@@ -68,13 +68,6 @@ class EvaluateSettings(Settings):
     results_dir: FilePath = ""
     """Folder for the results: a JSON file each, and a row in evaluations.csv. Empty: the folder in OPENAI_LOGDIR, else
     runs/evaluations."""
-
-    @field_validator("feature_batch_size")
-    @classmethod
-    def _feature_batch_size(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be at least 1, or auto, not {value}")
-        return value
 
     @field_validator("resize")
     @classmethod

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from fastdiff.diffusion.schedules import Spacing
 from fastdiff.diffusion.solvers import SOLVERS, Solver
 from fastdiff.ops import Kernels
-from fastdiff.settings import Affects, Count, FilePath, Floats, Settings, Switch, Words
+from fastdiff.settings import Affects, BatchSize, FilePath, Floats, Settings, Switch, Words
 
 IMAGES, NETWORK, BATCH = Affects("images"), Affects("network"), Affects("batch")
 """Marks of settings by what they affect: the images that are drawn, the networks and their arithmetic, the batch size.
@@ -28,7 +28,7 @@ class DrawSettings(Settings):
     model_path that checkpoint is fetched."""
     num_samples: int = Field(10000, ge=1)
     """Images to draw."""
-    batch_size: Annotated[Count, BATCH] = 16
+    batch_size: Annotated[BatchSize, BATCH] = 16
     """Images at a time, per process; auto: the fastest size that fits, measured once and remembered."""
     solver: Annotated[Solver, IMAGES] = "ddpm"
     """ddpm: ancestral sampling; ddim; dpmpp_2m, dpmpp_3m: DPM-Solver++, and with _sde its stochastic form; unipc;
@@ -84,13 +84,6 @@ class DrawSettings(Settings):
     trajectory: int = Field(0, ge=0)
     """Images whose predicted x_0 over the steps becomes a strip and a GIF; 0: none."""
 
-    @field_validator("batch_size", "sr_batch_size", check_fields=False)  # subclasses have the latter
-    @classmethod
-    def _batch_size(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be at least 1, or auto, not {value}")
-        return value
-
     @field_validator("save_as")
     @classmethod
     def _formats(cls, values: tuple[str, ...]) -> tuple[str, ...]:
@@ -134,7 +127,7 @@ class SampleSettings(DrawSettings):
     sr_preset: str = ""
     """Settings of a published super-resolution checkpoint by its name, e.g. upsample_256; without sr_model_path that
     checkpoint is fetched."""
-    sr_batch_size: Count = "auto"
+    sr_batch_size: BatchSize = "auto"
     """Images that are enlarged at a time, per process; auto as for batch_size."""
     sr_steps: int = Field(0, ge=0)
     """Steps of the solver when enlarging; 0: those that sr_timestep_respacing keeps."""

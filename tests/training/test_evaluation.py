@@ -8,13 +8,13 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.killed import Killed, killed_after
 from helpers.ranks import run_ranks
 from helpers.tiny import nothing_written, pictures, refusal
 from helpers.train_flags import flags
@@ -39,10 +39,6 @@ pytestmark = pytest.mark.slow
 RATES, METRICS = "0.9999,0.5", "fid,precision"
 CLASSES = ("--class_cond", "True", "--num_classes", "3", "--dropout", "0.1")
 PLAIN = ("--max_steps", "6", "--ema_rate", RATES, "--microbatch", "2", "--save_interval", "100")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL."""
 
 
 class Narrow(torch.nn.Module):
@@ -296,33 +292,17 @@ def test_no_best_or_an_unreadable_one(tmp_path: Path) -> None:
         assert read_best(tmp_path) == {}
 
 
-def test_killed_between_any_two_operations_on_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_any_two_operations_on_the_best(tmp_path: Path) -> None:
     """Once it is tidied, the old best or the new one is whole, and nothing else is left."""
     at, seen = 0, set()
     while True:
-        folder, left, dead = tmp_path / f"{at}", at, False
-        for step in (1, 2):
-            if step == 1:
-                write_best(folder, about(step=1), {"w": torch.tensor(1.0)}, {})
-                continue
+        folder = tmp_path / f"{at}"
+        write_best(folder, about(step=1), {"w": torch.tensor(1.0)}, {})
 
-            def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-                def operate(*args: Any, **kwargs: Any) -> Any:
-                    nonlocal left, dead
-                    if dead or left == 0:
-                        dead = True
-                        raise Killed
-                    left -= 1
-                    return real(*args, **kwargs)
+        def overwrite(folder: Path = folder) -> None:
+            write_best(folder, about(step=2), {"w": torch.tensor(2.0)}, {})
 
-                return operate
-
-            with monkeypatch.context() as patched:
-                for name in ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync"):
-                    patched.setattr(os, name, counted(getattr(os, name)))
-                patched.setattr(torch, "save", counted(torch.save))
-                with suppress(Killed):
-                    write_best(folder, about(step=2), {"w": torch.tensor(2.0)}, {})
+        dead = killed_after(at, overwrite)
         tidy(folder)
         assert [p.name for p in folder.iterdir()] == ["best"]
         step = read_best(folder)["step"]

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import TESTS
+from helpers.killed import killed_after
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import ProcessId
@@ -309,45 +310,20 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that could clean up may run afterwards."""
-
-
 @pytest.mark.parametrize("replaces", [False, True])
-def test_killed_between_any_two_operations(replaces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_between_any_two_operations(replaces: bool, tmp_path: Path) -> None:
     """At whichever operation the run dies, listed checkpoints are undamaged; the newest is the old or the new one."""
+    step = 2 if replaces else 3
     at = 0
     while True:
         folder = tmp_path / f"{at}"
         save(folder, 1)
         save(folder, 2)
-        left = at
-        dead = False
 
-        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                nonlocal left, dead
-                if dead or left == 0:
-                    dead = True
-                    raise Killed
-                left -= 1
-                return real(*args, **kwargs)
+        def overwrite(folder: Path = folder) -> None:
+            Saver(folder, keep_last=2).save(step, files_of(step), 0)
 
-            return run
-
-        with monkeypatch.context() as patched:
-            for module, names in (
-                (os, ("rename", "replace", "mkdir", "unlink", "rmdir", "fsync")),
-                (torch, ("save",)),
-            ):
-                for name in names:
-                    patched.setattr(module, name, counted(getattr(module, name)))
-            try:
-                saver = Saver(folder, keep_last=2)
-                step = 2 if replaces else 3
-                saver.save(step, files_of(step), 0)
-            except Killed:
-                pass
+        dead = killed_after(at, overwrite)
         newest, notes = newest_whole(folder)
         assert newest is not None
         assert notes == []
