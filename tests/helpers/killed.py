@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -35,8 +36,6 @@ def killed_after(count: int, work: Callable[[], Any]) -> bool:
         for name in OPERATIONS:
             patched.setattr(os, name, counted(getattr(os, name)))
         patched.setattr(torch, "save", counted(torch.save))
-        try:
+        with suppress(Killed):
             work()
-        except Killed:
-            pass
     return dead
