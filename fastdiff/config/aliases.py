@@ -1,7 +1,8 @@
 """What other programs call a setting: leads from their words to ours, with how to convert a value where units differ.
 
 The words are those of diffusers' and accelerate's scripts, EDM, guided-diffusion, the Trainers of Transformers and
-lucidrains, Lightning, and PyTorch's examples. This module imports no PyTorch.
+lucidrains, Lightning, and PyTorch's examples, and of the evaluators of guided-diffusion, EDM and StyleGAN, pytorch-fid,
+clean-fid and torch-fidelity. This module imports no PyTorch.
 """
 
 from __future__ import annotations
@@ -18,15 +19,29 @@ _TABLE: tuple[tuple[str, ...], ...] = (
     # --- data ---
     (
         "data dataset datasets dataset_dir dataset_path train_data_dir train_dir traindir train_data data_path "
-        "data_root dataroot datadir data_folder root root_dir image_dir images_dir image_folder image_path images "
-        "img_dir imagefolder train_folder train_path instance_data_dir input input_dir folder source source_dir",
+        "data_root dataroot datadir data_folder root root_dir train_folder train_path instance_data_dir",
         "{data_dir}",
         "{source}",
         "{base_samples}",
         "{lmdb}",
         "{archive}",
+        "{reference}",
     ),
-    ("dataset_name hf_dataset dataset_config_name", "data sets are folders of images: give {data_dir}"),
+    (
+        "image_dir images_dir image_folder image_path images img_dir imagefolder input input_dir folder source "
+        "source_dir",
+        "{data_dir}",
+        "{source}",
+        "{base_samples}",
+        "{lmdb}",
+        "{archive}",
+        "{samples}",
+    ),
+    (
+        "dataset_name hf_dataset dataset_config_name",
+        "data sets are folders of images: give {data_dir}",
+        "statistics are not looked up by a name: give images or a file of statistics as {reference}",
+    ),
     ("lr_images low_res low_res_dir base_images small_images", "{base_samples}"),
     (
         "resolution res img_size imgsize image_resolution input_size target_size target_resolution imsize image_size",
@@ -42,12 +57,17 @@ _TABLE: tuple[tuple[str, ...], ...] = (
         "augment_horizontal_flip random_crop use_augment",
         "mirroring is the only augmentation: give {random_flip} True",
     ),
-    ("center_crop centre_crop crop resize", "images are always resized and cropped to their centre: leave it out"),
+    (
+        "center_crop centre_crop crop resize",
+        "images keep their size; {resize} 64 resizes them and crops them to their centre",
+        "images are always resized and cropped to their centre: leave it out",
+    ),
     (
         "workers dataloader_num_workers num_dataloader_workers dataloader_workers n_workers nworkers num_worker "
-        "data_workers loader_workers num_threads n_cpu j",
+        "data_workers loader_workers num_threads n_cpu j num_workers",
         "{num_workers}",
         "{workers}",
+        "a fixed number of threads reads the images ahead: leave it out; {loader} chooses what decodes them",
     ),
     # --- classes ---
     ("cond conditional class_conditional class_condition use_labels conditioned", "did you mean {class_cond} True?"),
@@ -204,11 +224,13 @@ _TABLE: tuple[tuple[str, ...], ...] = (
     (
         "output_dir outdir out output out_path output_path output_folder save_dir save_path savedir results_dir "
         "results result_dir results_folder logdir log_dir default_root_dir workdir work_dir exp_dir experiment_dir "
-        "sample_dir samples_dir out_folder",
+        "out_folder",
         "{run_dir}",
+        "did you mean {results_dir} for the results, or {out_dir} for the images?",
         "{out_dir}",
         "{out}",
     ),
+    ("sample_dir samples_dir", "{run_dir}", "{samples}", "{out_dir}", "{out}"),
     ("checkpoint_dir checkpoints_dir ckpt_dir model_dir", "{model_path}", "{run_dir}"),
     (
         "logging_dir tensorboard_dir tb_dir report_to logger wandb use_wandb wandb_project tensorboard tracker "
@@ -313,6 +335,55 @@ _TABLE: tuple[tuple[str, ...], ...] = (
     ),
     ("save_format format image_format", "{save_as}"),
     ("grid nrow n_rows grid_size", "{grid_images}"),
+    # --- evaluation ---
+    (
+        "sample_batch sample_path sample_npz samples_path input1 path path1 fdir1 gen_dir gen_path gen_images "
+        "generated generated_dir generated_path generated_images fake fake_dir fake_path fake_images eval_dir",
+        "{samples}",
+    ),
+    (
+        "ref ref_batch ref_dir ref_path ref_npz ref_stats reference_batch reference_dir reference_path "
+        "reference_stats input2 path2 fdir2 gt gt_dir gt_path real real_dir real_path real_images stats stats_path "
+        "fid_ref fid_stats fid_stats_path fid_statistics fid_statistics_file precomputed_stats dataset_stats",
+        "{reference}",
+    ),
+    (
+        "save_stats make_stats compute_stats make_custom_stats dest stats_out out_stats custom_name input2_cache_name",
+        "give the images as {reference}, and the file to write as {reference_out}",
+    ),
+    ("metric", "{metrics}"),
+    ("fid calc_fid compute_fid eval_fid", "did you mean {metrics} fid?", "evaluate.py computes FID"),
+    ("sfid", "did you mean {metrics} sfid?"),
+    ("isc inception_score", "did you mean {metrics} is?"),
+    ("kid calc_kid compute_kid", "did you mean {metrics} kid?"),
+    ("prc pr prdc precision_recall recall", "did you mean {metrics} precision,recall?"),
+    ("num num_gen max_samples", "{num_samples}"),
+    ("ppl lpips", "that metric is not computed here: {metrics} lists the ones that are"),
+    (
+        "feature_extractor feature_network feature_model inception_model fd_dinov2 dinov2 vgg",
+        "did you mean {features}? Besides Inception it takes dinov2-vit-l-14, or a TorchScript file such as VGG-16",
+    ),
+    (
+        "dims feature_layer feature_extractor_internal_dtype",
+        "published numbers use the 2048 features of the last pooling: leave it out; {features} names other networks",
+    ),
+    (
+        "feature_extractor_weights_path feature_weights_path inception_path inception_weights detector detector_url",
+        "{feature_weights}",
+    ),
+    (
+        "mode resize_mode samples_resize_and_crop",
+        "images are resized for the network as TensorFlow does, which clean-fid calls legacy_tensorflow: leave it "
+        "out; {resize} changes the images of both sets first",
+    ),
+    ("isc_splits num_splits n_splits n_split", "{splits}"),
+    ("num_subsets n_subsets", "{kid_subsets}"),
+    ("subset_size max_subset_size", "{kid_subset_size}"),
+    (
+        "k nearest_k nhood_size prc_neighborhood",
+        "precision and recall of {metrics} take the 3 nearest neighbours, as published: leave it out",
+    ),
+    ("result_file results_file results_path output_json json_out", "{results_dir}"),
 )
 _ADVICE = {word: advice for words, *advice in _TABLE for word in words.split()}
 

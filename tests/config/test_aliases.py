@@ -13,9 +13,9 @@ from helpers.preparation_scripts import fail
 from helpers.tiny import refusal, save, unet
 
 import fastdiff
-from fastdiff import nll, sample, super_res_sample, super_res_train, train
+from fastdiff import evaluate, nll, sample, super_res_sample, super_res_train, train
 from fastdiff.config.aliases import _TABLE
-from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.config.load import Config, EvaluateConfig, SuperResConfig
 from fastdiff.errors import UserError
 
 MAIN: dict[str, Any] = {
@@ -24,13 +24,19 @@ MAIN: dict[str, Any] = {
     "sample": sample.main,
     "super_res_sample": super_res_sample.main,
     "nll": nll.main,
+    "evaluate": evaluate.main,
 }
 OTHERS = {"source", "lmdb", "archive", "workers", "size", "out", "n", "config", "deepspeed", "dry_run", "init_from"}
 
 
 def flags_of(script: str) -> set[str]:
-    kind = SuperResConfig if "super_res" in script else Config
-    own = {"train": ("data", "train"), "sample": ("sample",), "nll": ("data", "nll")}[script.split("_")[-1]]
+    kind = SuperResConfig if "super_res" in script else EvaluateConfig if script == "evaluate" else Config
+    own = {
+        "train": ("data", "train"),
+        "sample": ("sample",),
+        "nll": ("data", "nll"),
+        "evaluate": ("sample", "evaluate"),
+    }[script.split("_")[-1]]
     sections = [kind.model_fields[name].annotation for name in ("model", "diffusion", *own)]
     found = {name for section in sections for name in section.model_fields}  # type: ignore[union-attr]
     return found | {"config", "print_config"} | ({"deepspeed", "dry_run"} if "train" in script else {"out", "grid"})
@@ -98,6 +104,26 @@ def flags_of(script: str) -> set[str]:
         ("train", "--no-random-flip", "did you mean --random_flip False?"),
         ("train", "--schedule_samplr", "did you mean --schedule_sampler?"),
         ("train", "--frobnicate", "--help lists them"),
+        ("evaluate", "--ref", "did you mean --reference?"),
+        ("evaluate", "--sample_batch", "did you mean --samples?"),
+        ("evaluate", "--input1", "did you mean --samples?"),
+        ("evaluate", "--input2", "did you mean --reference?"),
+        ("evaluate", "--images", "did you mean --samples?"),
+        ("evaluate", "--data", "did you mean --reference?"),
+        ("evaluate", "--dataset_name", "statistics are not looked up by a name: give images or a file"),
+        ("evaluate", "--fid", "did you mean --metrics fid?"),
+        ("evaluate", "--isc", "did you mean --metrics is?"),
+        ("evaluate", "--prc", "did you mean --metrics precision,recall?"),
+        ("evaluate", "--num", "did you mean --num_samples?"),
+        ("evaluate", "--dims", "published numbers use the 2048 features of the last pooling: leave it out"),
+        ("evaluate", "--mode", "images are resized for the network as TensorFlow does"),
+        ("evaluate", "--save-stats", "give the images as --reference, and the file to write as --reference_out"),
+        ("evaluate", "--num-workers", "a fixed number of threads reads the images ahead: leave it out"),
+        ("evaluate", "--center_crop", "images keep their size; --resize 64 resizes them and crops them"),
+        ("evaluate", "--output", "did you mean --results_dir for the results, or --out_dir for the images?"),
+        ("evaluate", "--sample_dir", "did you mean --samples?"),
+        ("sample", "--sample_dir", "did you mean --out_dir?"),
+        ("train", "--fid", "evaluate.py computes FID"),
     ],
 )
 def test_flags(script: str, word: str, end: str) -> None:
