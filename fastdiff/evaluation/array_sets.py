@@ -52,6 +52,11 @@ class ArraySet(ImageSet):
         if not count:
             raise UserError(f"{path} holds no images")
         if channels not in CHANNELS:
+            if height in CHANNELS:
+                raise UserError(
+                    f"the images of {path} have their channels first, {quoted(list(array_shape))}; give them as "
+                    "[N, H, W, C], which numpy's transpose(0, 2, 3, 1) makes of [N, C, H, W]"
+                )
             raise UserError(f"the images of {path} have {channels} channels; give images with 1 (gray) or 3 (RGB)")
         super().__init__(path, count, (height, width), channels, device, limit)
         self._num_workers = num_workers
@@ -151,7 +156,8 @@ def _check(file: Path, header: ArrayHeader) -> None:
     """Raise UserError for an array that holds no images row by row."""
     if header.dtype != np.uint8 or len(header.shape) != 4 or 0 in header.shape[1:]:
         found = f"{shortened(str(header.dtype))} {quoted(list(header.shape))}"
-        raise UserError(f"arr_0 of {file} is {found}; images are uint8 [N, H, W, C] with values from 0 to 255")
+        scale = ", which (255 * x).round().astype(np.uint8) makes of x from 0 to 1" if header.dtype.kind == "f" else ""
+        raise UserError(f"arr_0 of {file} is {found}; images are uint8 [N, H, W, C] with values from 0 to 255{scale}")
     if header.fortran_order:
         raise UserError(
             f"arr_0 of {file} is in Fortran's order, so its images can't be read one after another; save "

@@ -142,7 +142,10 @@ def _inception(weights: str, precision: Precision, device: torch.device, compile
     digest = checksum(file)
     notes = []
     if prefix and not digest.startswith(prefix[1]):
-        notes.append(f"the weights in {file.name} are not those of {Path(module.URL_INCEPTION_V3).name}")
+        notes.append(
+            f"the weights in {file.name} are not those of {Path(module.URL_INCEPTION_V3).name}, "
+            "so the scores can't be compared with published ones"
+        )
     _fuse_norms(net)
     net = net.to(device, memory_format=torch.channels_last)
     found: dict[str, Tensor] = {}

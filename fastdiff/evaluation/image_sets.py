@@ -52,6 +52,17 @@ def open_image_set(
         return PackedSet(path, open_packed_at_its_size(place), one, resize, limit, num_workers)
     if kind == "npz" or (kind in ("", "zip") and place.suffix.lower() == ".npz"):
         return NpzSet(path, place, one, resize, limit, num_workers)
+    if kind == "npy":
+        raise UserError(
+            f"{path} is a single array; if it holds uint8 images, np.savez(FILE, np.load({str(path)!r})) "
+            "makes an .npz of it, and give that"
+        )
+    if kind == "pickle":
+        raise UserError(
+            f"{path} is a pickle, which is not read because it could run code; give an .npz: of images as "
+            "np.savez(FILE, images) writes it, or for --reference of a mean and covariance, as "
+            "np.savez(FILE, mu=mu, sigma=sigma) writes it"
+        )
     if not is_folder and kind != "zip":
         raise UserError(f"{path} is {describe_file(place)}")
     pictures: Pictures = pictures_in(place, limit) if is_folder else ZippedPictures(place, limit)

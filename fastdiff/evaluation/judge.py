@@ -118,7 +118,10 @@ class Judge:
         """What changes the numbers, and so belongs beside them."""
         notes = [*self.network.notes, *samples.notes]
         if samples.count < FEW:
-            notes.append(f"only {samples.count} samples: distances fall as more are drawn, and papers use 50,000")
+            notes.append(
+                f"only {samples.count} samples: most metrics depend on their number, and FID falls as it grows; "
+                "papers use 50,000"
+            )
         for output, root in self._roots.items():
             width = self.network.widths[output]
             counts = samples.count, root.moments.images
@@ -128,8 +131,8 @@ class Judge:
                     "fewer images than features" if any(0 < n <= width for n in counts) else "features that hardly vary"
                 )
                 notes.append(
-                    f"the covariance of the {width} {output} features has rank {ranks[0]} of the samples, {ranks[1]} "
-                    f"of the reference ({why}): the matrix root is ill-conditioned"
+                    f"the covariance of the {width} {output} features has rank {ranks[0]} for the samples "
+                    f"and {ranks[1]} for the reference ({why}): the matrix root is ill-conditioned"
                 )
         if self.reference is None:
             return notes

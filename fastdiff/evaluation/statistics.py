@@ -163,8 +163,10 @@ def _moments(archive: zipfile.ZipFile, names: set[str], output: Output, width: i
     mean_name, covariance_name = _NAMES[output]
     for name in (mean_name, covariance_name):
         if name not in names:
-            what = "which sFID needs; give OpenAI's reference batch, images" if output == "spatial" else "give images"
-            raise UserError(f"{path} has no {name}, {what} or a file of --reference_out")
+            what = (
+                ", which sFID needs; give OpenAI's reference batch, images" if output == "spatial" else "; give images"
+            )
+            raise UserError(f"{path} has no {name}{what} or a file of --reference_out")
     mean, covariance = (
         _matrix(archive, name, width, path, rank).double() for name, rank in ((mean_name, 1), (covariance_name, 2))
     )

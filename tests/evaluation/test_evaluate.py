@@ -103,7 +103,7 @@ def test_equals_torch_fidelity(tmp_path: Path, inception_weights: Path) -> None:
     assert values(found) == pytest.approx(known, rel=1e-4)
     assert found["scores"]["kid"]["spread"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
     assert found["is_over_splits"] == pytest.approx(theirs["inception_score_std"], rel=1e-4)
-    assert "rank 22 of the samples, 18 of the reference (fewer images than features)" in "".join(found["notes"])
+    assert "rank 22 for the samples and 18 for the reference (fewer images than features)" in "".join(found["notes"])
 
 
 def test_everything_a_number_needs(tmp_path: Path, quarters: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,10 @@ def test_inception_equals_torch_fidelity(inception_weights: Path) -> None:
     torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
     assert {name: net.widths[name] for name in found} == {name: value.shape[1] for name, value in found.items()}
     assert net.is_inception
-    assert net.notes == ["the weights in random.pth are not those of weights-inception-2015-12-05-6726825d.pth"]
+    assert net.notes == [
+        "the weights in random.pth are not those of weights-inception-2015-12-05-6726825d.pth, so the scores can't be "
+        "compared with published ones"
+    ]
 
 
 def test_spatial_features_in_float64(inception_weights: Path) -> None:

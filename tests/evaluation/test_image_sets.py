@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
 import tracemalloc
 import zipfile
@@ -278,6 +279,8 @@ def test_arrays_that_are_no_images(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     for array, words in (
         (DATA.astype(np.float32), "is float32 [11, 5, 7, 3]; images are uint8 [N, H, W, C]"),
+        (DATA.astype(np.float32), "which (255 * x).round().astype(np.uint8) makes of x from 0 to 1"),
+        (DATA.transpose(0, 3, 1, 2), "have their channels first, [11, 3, 5, 7]; give them as [N, H, W, C]"),
         (DATA[..., 0], "is uint8 [11, 5, 7]; images are"),
         (np.asfortranarray(DATA), "is in Fortran's order"),
         (np.array([{}, 1]), "arr_0 holds Python objects"),
@@ -289,6 +292,10 @@ def test_arrays_that_are_no_images(tmp_path: Path) -> None:
         assert words in refused(path)
     np.savez(path, mu=DATA, sigma=DATA)
     assert "has no arr_0 but mu; give an .npz with" in refused(path)
+    np.save(tmp_path / "x.npy", DATA)
+    assert "is a single array; if it holds uint8 images, np.savez(FILE, np.load(" in refused(tmp_path / "x.npy")
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps({"mu": 0}))
+    assert "is a pickle, which is not read because it could run code; give an .npz" in refused(tmp_path / "x.pkl")
     for claimed in ((COUNT + 1, *SHAPE), (1 << 40, *SHAPE), (-1, *SHAPE)):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("arr_0.npy", npy(claimed, DATA.tobytes()))
