@@ -34,9 +34,11 @@ def read_flags(
         options = [option for action in parser._actions for option in action.option_strings]
         known = [option.removeprefix("--") for option in options if option.startswith("--")]
         near = advice(name, known, lambda known: f"--{known}")
-        if not name.startswith("-") and not near:
+        if not name.startswith("-"):
             words = sys.argv[1:] if argv is None else argv
-            raise UserError(_stray(unknown[0], words, parser))
+            one_of_several = _one_of_several(unknown[0], words, parser)
+            if one_of_several or not near:
+                raise UserError(one_of_several or _stray(unknown[0], words, parser))
         raise UserError(f"{name} is not a flag of this script{near or '; --help lists them'}")
     layer: Layer = {section: {} for section in sections}
     for key, value in vars(args).items():
@@ -46,11 +48,27 @@ def read_flags(
     return args, layer
 
 
+def _one_of_several(word: str, words: list[str], parser: _Parser) -> str:
+    """The message about the second value of a flag that takes several, separated by commas; empty for another word."""
+    index = words.index(word)
+    action = parser._option_string_actions.get(words[index - 2]) if index > 1 else None
+    if action and action.metavar == "A,B,..":
+        flag, value = words[index - 2 : index]
+        return f"{word} belongs to no flag; several values are separated by commas: {flag} {value},{word}"
+    return ""
+
+
 def _stray(word: str, words: list[str], parser: _Parser) -> str:
     """The message about a word that is neither a flag nor the value of one."""
-    before = words[max(words.index(word) - 1, 0)]
+    index = words.index(word)
+    before = words[max(index - 1, 0)]
     if any(before in action.option_strings and action.nargs == 0 for action in parser._actions):
         return f"{before} takes no value; leave {word} out"
+    if index == 0 and {"--samples", "--reference"} <= parser._option_string_actions.keys():
+        return (
+            f"{word} belongs to no flag; the images to judge are given as --samples, and what they are compared with "
+            "as --reference"
+        )
     return f"{word} belongs to no flag; each takes one value, in quotes if it contains spaces"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers.tiny import DIFFUSION, MODEL, flags, refusal, save, super_res, unet
 
-from fastdiff import nll, sample, super_res_sample, super_res_train, train
+from fastdiff import evaluate, nll, sample, super_res_sample, super_res_train, train
 from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.models import SuperResSettings, UNetSettings
 from fastdiff.settings import Settings
@@ -314,6 +314,10 @@ def test_second_names_of_flags() -> None:
     assert refusal(train.main, ["--dry_run", "True"]) == "--dry_run takes no value; leave True out"
     message = "pictures belongs to no flag; each takes one value, in quotes if it contains spaces"
     assert refusal(train.main, ["--data_dir", "my", "pictures"]) == message
+    message = "recall belongs to no flag; several values are separated by commas: --metrics fid,recall"
+    assert refusal(evaluate.main, ["--metrics", "fid", "recall"]) == message
+    message = "a belongs to no flag; the images to judge are given as --samples, and what they are compared with as "
+    assert refusal(evaluate.main, ["a", "b"]) == f"{message}--reference"
     assert "did you mean --grid?" in refusal(sample.main, ["--gridd", "3"])
     assert "--out is not a flag" in refusal(train.main, ["--out", "here"])
 
