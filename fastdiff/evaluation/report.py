@@ -70,7 +70,7 @@ def lines_of(verdict: Verdict, samples: Described, reference: Described | None, 
     """The scores in one line, and a line for each remark."""
     shown = []
     for metric, score in verdict.scores.items():
-        spread = f" ± {score.spread:.2g}" if score.spread is not None else ""
+        spread = f" ± {float(f'{score.spread:.2g}'):g}" if score.spread is not None else ""
         error = f" (rounding {verdict.errors[metric]:.2g})" if metric in verdict.errors else ""
         shown.append(f"{label(metric, network)} {score.value:.5g}{spread}{error}")
     against = f" against {reference.count or 'an unknown number of'} reference images" if reference else ""

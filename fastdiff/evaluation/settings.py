@@ -19,7 +19,7 @@ def known_metrics(names: tuple[str, ...]) -> tuple[str, ...]:
     """The metrics without repetitions. Raises ValueError for an unknown one, and if there are none."""
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"must be among {', '.join(METRICS)}, not {name!r}{did_you_mean(name, METRICS)}")
+            raise ValueError(f"must be among {', '.join(METRICS)}, not {name!r}{did_you_mean(name.lower(), METRICS)}")
     if not names:
         raise ValueError(f"is empty; give one or more of {', '.join(METRICS)}")
     return tuple(dict.fromkeys(names))
@@ -35,7 +35,7 @@ class EvaluateSettings(Settings):
     """What they are compared with: images as in `samples`, or statistics (.npz with mu and sigma) of OpenAI, EDM,
     clean-fid or reference_out."""
     metrics: Words = ("fid",)
-    """Of fid, sfid, is, precision, recall, kid, several separated by commas."""
+    """Of fid, sfid, is (Inception score), precision, recall, kid, several separated by commas."""
     reference_out: FilePath = ""
     """Write the reference's statistics into this .npz, which later commands take as their reference."""
     resize: str = ""
@@ -62,7 +62,8 @@ class EvaluateSettings(Settings):
     kid_subset_size: int = Field(1000, ge=2)
     """Images in each of them."""
     resamplings: int = Field(20, ge=0)
-    """Resamplings of the samples from which the spread of a metric is estimated; 0: none."""
+    """Resamplings of the samples from which the spreads of FID, sFID and Inception score are estimated; 0: none, which
+    saves an eigendecomposition for each."""
     metric_seed: int = Field(2020, ge=0, lt=2**32)
     """Seed of splits, subsets and resamplings; 2020 is torch-fidelity's."""
     results_dir: FilePath = ""
@@ -98,6 +99,8 @@ class EvaluateSettings(Settings):
 class EvaluateDrawSettings(SampleSettings):
     """Drawing the images to judge."""
 
+    num_samples: int = Field(10000, ge=1)
+    """Images to draw; with `samples`: how many of them are judged, the first ones, and all if it is not given."""
     steps: Ints = (0,)  # type: ignore[assignment]
     """Steps of the solver, spread as `spacing` says; 0: those that timestep_respacing keeps. Several give a table and
     a plot."""

@@ -357,6 +357,7 @@ def test_bad_input(tmp_path: Path, quarters: Path, broken: Path, checkpoint: Pat
         ([*both, "--model_path", checkpoint], "--samples contradicts --model_path"),
         (["--samples", a, "--reference_out", tmp_path / "s.npz"], "--reference_out needs the images of --reference"),
         ([*both, "--metrics", "fid,recal"], "'recal'; did you mean recall?"),
+        ([*both, "--metrics", "FID"], "'FID'; did you mean fid?"),
         ([*both, "--metrics", ""], "--metrics: is empty"),
         ([*both, "--metrics", "kid"], "kid takes subsets of --kid_subset_size 1000, and so at least 1000 images"),
         ([*both, "--metrics", "is", "--splits", 13], "is takes --splits 13, and so at least 13 images"),
