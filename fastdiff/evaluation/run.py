@@ -240,8 +240,8 @@ class Evaluation:
         theirs = self.reference.size if self.reference else ""
         if theirs and theirs.split("x")[:2] != _shown(shape).split("x")[:2]:
             raise UserError(
-                f"--samples has images of {_shown(shape)}, --reference of {theirs}; metrics compare images of one "
-                "size: give --resize where they are pictures, or another reference"
+                f"the samples are images of {_shown(shape)}, those of --reference of {theirs}; metrics compare images "
+                "of one size: give --resize where both are images, or another reference"
             )
 
 

@@ -168,7 +168,7 @@ def test_resized_pictures(tmp_path: Path, quarters: Path) -> None:
     a, b = npz(tmp_path / "a.npz", 10, 0, size=8), npz(tmp_path / "b.npz", 10, 1, size=16)
     flags = ["--samples", a, "--reference", b, "--features", quarters]
     said = refused(*flags)
-    assert "--samples has images of 8x8x3, --reference of 16x16x3" in said
+    assert "the samples are images of 8x8x3, those of --reference of 16x16x3" in said
     found = run(tmp_path / "out", *flags, "--resize", 8)
     assert found["reference"]["size"] == "8x8x3"
     assert "resized to 8x8 pixels" in found["reference"]["resized"]
