@@ -241,7 +241,7 @@ class Evaluation:
         if theirs and theirs.split("x")[:2] != _shown(shape).split("x")[:2]:
             raise UserError(
                 f"the samples are images of {_shown(shape)}, those of --reference of {theirs}; metrics compare images "
-                "of one size: give --resize where both are images, or another reference"
+                f"of one size: give --resize {_shown(shape[:2])} where the reference is images, or another reference"
             )
 
 

@@ -39,7 +39,8 @@ class EvaluateSettings(Settings):
     reference_out: FilePath = ""
     """Write the reference's statistics into this .npz, which later commands take as their reference."""
     resize: str = ""
-    """Resize the images of `samples` and `reference` to this size first, as training does; empty: they keep theirs."""
+    """Resize the images of `samples` and `reference` to this size first, as training does; empty: they keep theirs.
+    Images that model_path draws are not resized."""
     loader: Literal["auto", "dali", "pillow"] = "auto"
     """What decodes folders of pictures. auto: DALI where it is installed and gives the same pixels as Pillow."""
     features: FilePath = "inception-v3-compat"

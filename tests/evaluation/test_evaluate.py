@@ -169,6 +169,7 @@ def test_resized_pictures(tmp_path: Path, quarters: Path) -> None:
     flags = ["--samples", a, "--reference", b, "--features", quarters]
     said = refused(*flags)
     assert "the samples are images of 8x8x3, those of --reference of 16x16x3" in said
+    assert "--resize 8x8" in said
     found = run(tmp_path / "out", *flags, "--resize", 8)
     assert found["reference"]["size"] == "8x8x3"
     assert "resized to 8x8 pixels" in found["reference"]["resized"]
