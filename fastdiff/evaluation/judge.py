@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
-from fastdiff.errors import UserError, blaming
-from fastdiff.evaluation.collect import METRICS, NEED_REFERENCE, OF_MOMENTS, Metric
+from fastdiff.errors import blaming
+from fastdiff.evaluation.collect import METRICS, OF_FEATURES, OF_MOMENTS, Metric
 from fastdiff.evaluation.features import FeatureNetwork, Output
 from fastdiff.evaluation.metrics import (
     Score,
@@ -36,8 +35,9 @@ class Verdict:
     """The scores of one set of samples."""
 
     scores: dict[Metric, Score]
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Further numbers, such as the deviation of the Inception score over its splits."""
+    further: dict[Metric, dict[str, float]] = field(default_factory=dict)
+    """Further numbers of a metric by name: over_splits of the Inception score, reference_images of those that compare
+    features of a part of the reference."""
     errors: dict[Metric, float] = field(default_factory=dict)
     """By how much each metric changed on the first images because features were computed in bf16 or fp16."""
     notes: list[str] = field(default_factory=list)
@@ -53,13 +53,11 @@ class Judge:
     """Scores samples against one reference. The square roots of its covariances are computed once."""
 
     def __init__(self, settings: EvaluateSettings, network: FeatureNetwork, reference: Described | None) -> None:
-        """reference may be None if the metrics need none. Raises UserError for one that can't be compared with."""
+        """reference is None if no metric needs one. Raises UserError for one that can't be compared with."""
         self.settings, self.network, self.reference = settings, network, reference
         self.metrics: Sequence[Metric] = settings.metrics
         self._roots: dict[Output, SquareRoot] = {}
         if reference is None:
-            if needing := [name for name in self.metrics if name in NEED_REFERENCE]:
-                raise UserError(f"--reference is missing, which {', '.join(needing)} needs: give images or statistics")
             return
         with blaming("--reference"):
             for output in dict.fromkeys(METRICS[name] for name in self.metrics if name in OF_MOMENTS):
@@ -68,15 +66,15 @@ class Judge:
     def score(self, samples: Described) -> Verdict:
         """Compute the metrics of samples, whose moments and features have been collected."""
         with blaming("--metrics"):
-            scores, extra = self._scores(self.settings, samples.moments, samples.features)
-        return Verdict(scores, extra, self._errors(samples), self._notes(samples))
+            scores, further = self._scores(self.settings, samples.moments, samples.features)
+        return Verdict(scores, further, self._errors(samples), self._notes(samples))
 
     def _scores(
         self, settings: EvaluateSettings, moments: dict[Output, Moments], features: dict[Output, Tensor]
-    ) -> tuple[dict[Metric, Score], dict[str, float]]:
+    ) -> tuple[dict[Metric, Score], dict[Metric, dict[str, float]]]:
         seed, resamplings, device = settings.metric_seed, settings.resamplings, self.network.device
         found: dict[Metric, Score] = {}
-        extra: dict[str, float] = {}
+        further: dict[Metric, dict[str, float]] = {}
         real = self.reference.features.get("pool") if self.reference else None
         for metric in self.metrics:
             output = METRICS[metric]
@@ -85,9 +83,8 @@ class Judge:
                 spread = frechet_spread(root, features[output], resamplings, seed) if resamplings else None
                 found[metric] = Score(frechet_distance(root, seen.mean, seen.covariance), spread)
             elif metric == "is":
-                found[metric], extra["is_over_splits"] = inception_score(
-                    features[output], settings.splits, seed, resamplings
-                )
+                found[metric], over_splits = inception_score(features[output], settings.splits, seed, resamplings)
+                further[metric] = {"over_splits": over_splits}
             elif metric == "kid":
                 assert real is not None
                 size = settings.kid_subset_size
@@ -95,7 +92,8 @@ class Judge:
             elif metric not in found:
                 assert real is not None
                 found["precision"], found["recall"] = precision_recall(features[output], real, device)
-        return {metric: found[metric] for metric in self.metrics}, extra
+        further |= {m: {"reference_images": len(real)} for m in self.metrics if m in OF_FEATURES and real is not None}
+        return {metric: found[metric] for metric in self.metrics}, further
 
     def _errors(self, samples: Described) -> dict[Metric, float]:
         """By how much each metric of the first images differs between rounded and exact features; empty at fp32."""
@@ -139,6 +137,9 @@ class Judge:
         notes += self.reference.notes
         if 0 < self.reference.count < FEW:
             notes.append(f"only {self.reference.count} reference images")
+        used = len(self.reference.features.get("pool", ()))
+        if used < self.reference.count and (names := [name for name in self.metrics if name in OF_FEATURES]):
+            notes.append(f"of the reference, {', '.join(names)} see {used} images, evenly chosen")
         theirs = self.reference.about.get("precision", self.network.precision)
         if theirs != self.network.precision:
             notes.append(

@@ -7,12 +7,14 @@ import hashlib
 import io
 import json
 import platform
+import shlex
+import sys
 from contextlib import ExitStack, suppress
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import fastdiff
@@ -24,7 +26,7 @@ from fastdiff.runtime.files import FileLock, LocksUnsupported, write_json, write
 from fastdiff.runtime.machine import device_name
 
 TABLE = "evaluations.csv"
-_FIRST = ("time", "samples", "num_samples", "reference", "num_reference", "network", "precision")
+_FIRST = ("time", "samples", "num_samples", "reference", "num_reference", "network", "feature_precision")
 _LAST = ("notes", "file")
 
 
@@ -40,10 +42,10 @@ def result_of(
     scores = {}
     for metric, score in verdict.scores.items():
         entry = {"value": score.value, "spread": score.spread, "error_of_rounding": verdict.errors.get(metric)}
+        entry |= verdict.further.get(metric, {})
         scores[label(metric, network)] = {name: value for name, value in entry.items() if value is not None}
     return {
         "scores": scores,
-        **verdict.extra,
         "notes": verdict.notes,
         "samples": {**samples.summary(), **({"drawing": drawing} if drawing else {})},
         "reference": reference.summary() if reference else None,
@@ -52,12 +54,20 @@ def result_of(
         "versions": {
             "fastdiff": getattr(fastdiff, "__version__", ""),
             "torch": torch.__version__,
-            "numpy": np.__version__,
+            **{name: found for name in ("torch-fidelity", "numpy", "pillow") if (found := _version(name))},
             "python": platform.python_version(),
         },
+        "command": " ".join(map(shlex.quote, sys.argv)),
         "device": device_name(network.device),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def protocol_of(settings: EvaluateSettings) -> dict[str, Any]:
@@ -70,11 +80,17 @@ def lines_of(verdict: Verdict, samples: Described, reference: Described | None, 
     """The scores in one line, and a line for each remark."""
     shown = []
     for metric, score in verdict.scores.items():
-        spread = f" ± {float(f'{score.spread:.2g}'):g}" if score.spread is not None else ""
+        spread = f" ± {_two_digits(score.spread)}" if score.spread is not None else ""
         error = f" (rounding {verdict.errors[metric]:.2g})" if metric in verdict.errors else ""
-        shown.append(f"{label(metric, network)} {score.value:.5g}{spread}{error}")
+        splits = verdict.further.get(metric, {}).get("over_splits")
+        over = f" (over splits ± {_two_digits(splits)})" if splits is not None else ""
+        shown.append(f"{label(metric, network)} {score.value:.5g}{spread}{over}{error}")
     against = f" against {reference.count or 'an unknown number of'} reference images" if reference else ""
     return [f"{'  '.join(shown)}  ({samples.count} samples{against})", *(f"note: {note}" for note in verdict.notes)]
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> Path:
@@ -94,11 +110,11 @@ def write_result(folder: Path, result: dict[str, Any]) -> Path:
         "reference": reference.get("path", ""),
         "num_reference": reference.get("count", ""),
         "network": result["features"]["network"],
-        "precision": result["features"]["precision"],
+        "feature_precision": result["features"]["precision"],
     }
     for name, score in result["scores"].items():
         row |= {name: f"{score['value']:.8g}"}
-        row |= {f"{name} spread": f"{score['spread']:.3g}"} if "spread" in score else {}
+        row |= {f"{name} {what}": f"{score[what]:.3g}" for what in ("spread", "over_splits") if what in score}
     _add_row(folder / TABLE, {**row, "notes": "; ".join(result["notes"]), "file": path.name})
     return path
 

@@ -12,7 +12,7 @@ from fastdiff.config.checkpoint import Checkpoint, named
 from fastdiff.config.load import Config, EvaluateConfig
 from fastdiff.errors import UserError, blaming
 from fastdiff.evaluation.classifier import train_classifier, write_classifier
-from fastdiff.evaluation.collect import Batches, Wanted, check_count, check_metrics, collect
+from fastdiff.evaluation.collect import NEED_REFERENCE, Batches, Wanted, check_count, check_metrics, collect
 from fastdiff.evaluation.curves import Curves
 from fastdiff.evaluation.drawing import Drawn, DrawnImages, knows_classes, share_of_its_class
 from fastdiff.evaluation.features import FeatureNetwork, open_features
@@ -68,7 +68,10 @@ def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
         check_count(settings, samples.count if samples else config.sample.num_samples, "samples")
     processes = join()
     count = samples.count if samples else config.sample.num_samples if checkpoint else 0
-    evaluation = Evaluation(settings, processes, count, judges=count > 0)
+    shape = samples.shape if samples else None
+    if checkpoint and not (config.sample.sr_model_path or config.sample.sr_preset):
+        shape = (*config.model.size_hw, config.model.in_channels)
+    evaluation = Evaluation(settings, processes, count, shape=shape, judges=count > 0)
     if settings.reference_out and processes.is_main and evaluation.reference:
         write_statistics(Path(settings.reference_out), evaluation.reference, evaluation.network)
         print(f"statistics of {evaluation.reference.count} images in {settings.reference_out}")
@@ -95,6 +98,9 @@ def _check(settings: EvaluateSettings, variants: list[SampleSettings]) -> None:
         raise UserError("--samples contradicts --model_path; give the images or the model that draws them")
     if not settings.samples and not variants and not settings.reference_out:
         raise UserError("--samples is missing: give the images to judge, or the model that draws them by --model_path")
+    needing = [name for name in settings.metrics if name in NEED_REFERENCE]
+    if needing and not settings.reference:
+        raise UserError(f"--reference is missing, which {', '.join(needing)} needs: give images or statistics")
     if settings.reference_out and not settings.reference:
         raise UserError("--reference_out needs the images of --reference")
 
@@ -108,12 +114,19 @@ class Evaluation:
     """The feature network and the reference of an evaluation, with which sets of samples are judged."""
 
     def __init__(
-        self, settings: EvaluateSettings, processes: Processes, count: int = 0, *, judges: bool = True
+        self,
+        settings: EvaluateSettings,
+        processes: Processes,
+        count: int = 0,
+        *,
+        shape: tuple[int, ...] | None = None,
+        judges: bool = True,
     ) -> None:
         """Open the network and describe the reference. Collective; raises UserError.
 
-        count is the number of samples that follow: for few, or if it is 0, the network isn't compiled. judges says
-        whether samples follow at all, or only the reference's statistics are wanted.
+        count is the number of samples that follow: for few, or if it is 0, the network isn't compiled. shape is that
+        of a sample (H, W, C) where it is known already: a reference of another size is refused before its images are
+        seen. judges says whether samples follow at all, or only the reference's statistics are wanted.
         """
         self.settings, self.processes = settings, processes
         size = settings.feature_batch_size
@@ -126,12 +139,11 @@ class Evaluation:
             processes.barrier()
         self.network = self._open_network(features, count)
         check_metrics(settings.metrics, self.network)
-        self.reference = self._describe_reference() if settings.reference else None
+        self.reference = self._describe_reference(shape) if settings.reference else None
         self.judge = Judge(settings, self.network, self.reference) if processes.is_main and judges else None
 
     def see(self, images: ImageSet) -> Described:
         """Collect what the metrics need of samples. Collective."""
-        self._check_size(images.shape)
         wanted = Wanted.of_samples(self.settings.metrics, self.settings.resamplings > 0)
         return self._collect(images, wanted, "samples")
 
@@ -141,7 +153,8 @@ class Evaluation:
         drawing = Config.model_construct(model=config.model, diffusion=config.diffusion, sample=settings)
         sampler = build_sampler(drawing, checkpoint, self.processes.device, count=share)
         last = sampler.upsampler if isinstance(sampler, Cascade) else sampler
-        self._check_size((*last.network.settings.size_hw, last.network.settings.in_channels))
+        shape = (*last.network.settings.size_hw, last.network.settings.in_channels)
+        _check_sizes(shape, self.reference.size if self.reference else "")
         return sampler
 
     def draw(
@@ -174,6 +187,8 @@ class Evaluation:
         """Score samples, print the scores and write them; returns the result on rank 0, None on the others."""
         if self.judge is None:
             return None
+        spreads = f", and {self.settings.resamplings} resamplings for their spread" if self.settings.resamplings else ""
+        print(f"computing {', '.join(self.settings.metrics)} of {samples.count} samples{spreads}", flush=True)
         verdict = self.judge.score(samples)
         result = result_of(verdict, samples, self.reference, self.network, self.settings, drawing)
         path = write_result(folder, result)
@@ -194,15 +209,17 @@ class Evaluation:
             processes.barrier()
         return network
 
-    def _describe_reference(self) -> Described:
+    def _describe_reference(self, shape: tuple[int, ...] | None) -> Described:
         """The reference's statistics from its file, or from its images. Collective."""
         source, wanted = self.settings.reference, Wanted.of_reference(self.settings.metrics)
         with blaming("--reference"):
             if not holds_statistics(Path(source)):
                 images = _open(self.settings, source, self.processes)
                 check_count(self.settings, images.count, "reference images")
+                _check_sizes(shape, _shown(images.shape))
                 return self._collect(images, wanted, "reference")
             found = read_statistics(Path(source), wanted.moments, self.network)
+            _check_sizes(shape, found.size)
             if "pool" in wanted.features and "pool" not in found.features:
                 if not holds_images(Path(source)):
                     raise UserError(
@@ -226,6 +243,7 @@ class Evaluation:
             found.about["lossy"] = images.lossy
         if images.resized:
             found.about["resized"] = images.resized
+            found.notes.append(f"the images of the {what} were {images.resized}")
         return found
 
     def _collect_batches(self, batches: Batches, wanted: Wanted, what: str, count: int) -> Described:
@@ -235,14 +253,14 @@ class Evaluation:
             batches, self.network, wanted, self.processes, count=count, batch_size=size, what=what, probes=probes
         )
 
-    def _check_size(self, shape: tuple[int, ...]) -> None:
-        """Raise UserError unless samples of this shape (H, W, C) have the reference's height and width."""
-        theirs = self.reference.size if self.reference else ""
-        if theirs and theirs.split("x")[:2] != _shown(shape).split("x")[:2]:
-            raise UserError(
-                f"the samples are images of {_shown(shape)}, those of --reference of {theirs}; metrics compare images "
-                f"of one size: give --resize {_shown(shape[:2])} where the reference is images, or another reference"
-            )
+
+def _check_sizes(samples: tuple[int, ...] | None, reference: str) -> None:
+    """Raise UserError unless samples [H, W, C] have the height and width of a reference HxWxC, if both are known."""
+    if samples and reference and reference.split("x")[:2] != _shown(samples).split("x")[:2]:
+        raise UserError(
+            f"the samples are images of {_shown(samples)}, those of --reference of {reference}; metrics compare images "
+            f"of one size: give --resize {_shown(samples[:2])} where the reference is images, or another reference"
+        )
 
 
 def _shown(shape: tuple[int, ...]) -> str:

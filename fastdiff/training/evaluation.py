@@ -105,13 +105,9 @@ class AverageEvaluation:
         )
         with _own_flags():
             # The network isn't compiled, nor is the one that draws: each would be compiled anew at every start.
-            self.judging = Evaluation(settings, processes)
-            _try_network(self.judging, (*config.model.size_hw, config.model.in_channels))
-        problem = [_problem_of_reference(self.judging, config.model.size_hw)]
-        if processes.world_size > 1:  # rank 0 alone has described the reference
-            dist.broadcast_object_list(problem, src=0)
-        if problem[0]:
-            raise UserError(f"--eval_reference: {problem[0]}")
+            shape = (*config.model.size_hw, config.model.in_channels)
+            self.judging = Evaluation(settings, processes, shape=shape)
+            _try_network(self.judging, shape)
 
     @property
     def columns(self) -> list[str]:
@@ -298,20 +294,6 @@ def _try_network(judging: Evaluation, shape: tuple[int, int, int]) -> None:
         judging.network(black, wanted.outputs)
     except UserError as error:
         raise UserError(f"--eval_features: {error}") from None
-
-
-def _problem_of_reference(judging: Evaluation, size_hw: tuple[int, int]) -> str:
-    """On rank 0, a sentence if the reference has another size than the model's images; else empty."""
-    reference = judging.reference
-    if reference is None or not judging.processes.is_main:
-        return ""
-    size = "x".join(map(str, size_hw))
-    if reference.size and reference.size.split("x")[:2] != size.split("x"):
-        return (
-            f"{reference.path} has images of {reference.size}, the model's are {size}; make a reference of that size "
-            f"by evaluate.py --resize {size} --reference_out"
-        )
-    return ""
 
 
 @contextmanager

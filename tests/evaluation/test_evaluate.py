@@ -102,7 +102,7 @@ def test_equals_torch_fidelity(tmp_path: Path, inception_weights: Path) -> None:
     }
     assert values(found) == pytest.approx(known, rel=1e-4)
     assert found["scores"]["kid"]["spread"] == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-4)
-    assert found["is_over_splits"] == pytest.approx(theirs["inception_score_std"], rel=1e-4)
+    assert found["scores"]["is"]["over_splits"] == pytest.approx(theirs["inception_score_std"], rel=1e-4)
     assert "rank 22 for the samples and 18 for the reference (fewer images than features)" in "".join(found["notes"])
 
 
@@ -356,7 +356,7 @@ def test_bad_input(tmp_path: Path, quarters: Path, broken: Path, checkpoint: Pat
         ([], "--samples is missing"),
         (["--samples", a], "--reference is missing, which fid needs"),
         ([*both, "--model_path", checkpoint], "--samples contradicts --model_path"),
-        (["--samples", a, "--reference_out", tmp_path / "s.npz"], "--reference_out needs the images of --reference"),
+        (["--samples", a, "--metrics", "is", "--reference_out", "s.npz"], "--reference_out needs the images of --ref"),
         ([*both, "--metrics", "fid,recal"], "'recal'; did you mean recall?"),
         ([*both, "--metrics", "FID"], "'FID'; did you mean fid?"),
         ([*both, "--metrics", ""], "--metrics: is empty"),

@@ -415,7 +415,10 @@ def test_settings_that_are_refused(tmp_path: Path, data: Path, network: Path, ar
         ("--eval_metrics", "sfid"): ("--eval_metrics: sfid needs the spatial features of Inception",),
         ("--eval_samples", "9"): ("--eval_samples",),
         ("--eval_reference", f"{tmp_path / 'absent'}"): ("--eval_reference: ", "absent does not exist"),
-        ("--eval_reference", f"{tmp_path / 'large'}"): ("has images of 16x16x3, the model's are 8x8", "--resize 8x8"),
+        ("--eval_reference", f"{tmp_path / 'large'}"): (
+            "images of 8x8x3, those of --eval_reference of 16x16x3",
+            "--resize 8x8",
+        ),
         ("--eval_reference", f"{tmp_path / 'broken.npz'}"): ("--eval_reference: ", "broken.npz"),
         ("--eval_reference", f"{tmp_path / 'two'}", "--eval_metrics", "recall"): (
             "--eval_metrics: recall needs 3 neighbours of each image, and so at least 4 images; there are 2",
