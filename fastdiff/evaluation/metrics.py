@@ -25,6 +25,8 @@ _BLOCK = 1 << 24
 """Distances that are in memory at a time."""
 _TIE = 1e-9
 """Relative difference of squared distances below which they count as equal."""
+_SAME = 1e-12
+"""Squared distances up to this part of the squared lengths count as 0, which they are but for rounding."""
 
 
 class Score(NamedTuple):
@@ -169,4 +171,6 @@ def _squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     a, b = a - centre, b - centre
     lengths = b.square().sum(dim=1)
     for rows in a.split(max(1, _BLOCK // len(b))):
-        yield (rows.square().sum(dim=1, keepdim=True) + lengths - 2 * rows @ b.T).clamp(min=0)
+        both = rows.square().sum(dim=1, keepdim=True) + lengths
+        distances = both - 2 * rows @ b.T
+        yield distances.where(distances > _SAME * both, 0.0)

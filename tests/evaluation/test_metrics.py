@@ -172,3 +172,11 @@ def test_known_precision_and_recall() -> None:
     precision, recall = precision_recall(x[:20], x, CPU)
     assert precision.value == 1
     assert recall.value >= 0.5
+
+
+def test_copies_of_an_image_are_within_its_ball_of_no_radius() -> None:
+    """Of an image that a set holds five times the third-nearest neighbour is a copy, and so is a sample like it."""
+    images = torch.randn(60, 2048, generator=torch.Generator().manual_seed(0)) * 0.3 + 0.4
+    copies = images.repeat(5, 1)[torch.randperm(300, generator=torch.Generator().manual_seed(1))]
+    assert [score.value for score in precision_recall(images, copies, torch.device("cpu"))] == [1, 1]
+    assert precision_recall(images + 1e-4, copies, torch.device("cpu"))[0].value == 0
