@@ -112,6 +112,6 @@ def read_classifier(path: Path) -> Classifier:
         height, width = content["size_hw"]
         model = Classifier(int(content["channels"]), (int(height), int(width)), int(content["classes"]))
         model.load_state_dict(content["state"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
         raise UserError(f"{path} is no classifier of --train_features, or is damaged") from None
     return model

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastdiff.errors import UserError, blaming, did_you_mean, first_line
+from fastdiff.errors import UserError, blaming, did_you_mean, first_line, quoted
 from fastdiff.evaluation.classifier import Classifier, is_classifier, read_classifier
 from fastdiff.evaluation.fidelity import torch_fidelity_module
 from fastdiff.runtime.download import download
@@ -247,42 +247,56 @@ def _torchscript(path: Path, precision: Precision, device: torch.device) -> Feat
             f"{path} is neither TorchScript nor a classifier of --train_features ({first_line(error)})"
         ) from None
 
+    wrong = UserError(f"{path} must map uint8 [B, 3, H, W] to features [B, D], or to a tuple of them and logits [B, K]")
+    if not hasattr(net, "forward"):
+        raise wrong
     arguments = {argument.name for argument in net.forward.schema.arguments}
     given = {"return_features": True} if "return_features" in arguments else {}
+    names: tuple[Output, ...] = ("pool", "logits")
 
-    def call(images: Tensor) -> tuple[Tensor, ...]:
+    def call(images: Tensor) -> dict[Output, Tensor]:
         try:
             output = net(images, **given)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, torch.jit.Error) as error:
-            shape = list(images.shape)
-            raise UserError(f"--features: {path} fails on uint8 images {shape}: {first_line(error)}") from None
-        outputs = output if isinstance(output, tuple) else (output,)
-        if not 1 <= len(outputs) <= 2 or any(
-            not isinstance(each, Tensor) or each.ndim != 2 or len(each) != len(images) for each in outputs
-        ):
             raise UserError(
-                f"{path} must map uint8 [B, 3, H, W] to features [B, D], or to a tuple of them and logits [B, K]"
+                f"--features: {path} fails on uint8 images {list(images.shape)}: {first_line(error)}"
+            ) from None
+        outputs = output if isinstance(output, tuple) else (output,)
+        if not 1 <= len(outputs) <= 2 or any(not isinstance(each, Tensor) or each.is_complex() for each in outputs):
+            raise wrong
+        shapes = [each.shape for each in outputs]
+        if any(len(shape) != 2 or shape[0] != len(images) or not shape[1] for shape in shapes):
+            raise wrong
+        return dict(zip(names, outputs, strict=False))
+
+    def run(images: Tensor, _: Collection[Output]) -> dict[Output, Tensor]:
+        found = call(images)
+        if (now := {name: output.shape[1] for name, output in found.items()}) != widths:
+            raise UserError(
+                f"{path} gives {quoted(list(now.values()))} features and logits for images of "
+                f"{images.shape[2]}x{images.shape[3]}, but {quoted(list(widths.values()))} for those of {side}x{side}; "
+                "their number must not depend on the size"
             )
-        return outputs
+        return found
 
     with torch.no_grad():
-        tried = _first_that_works(call, device)
-    names: tuple[Output, ...] = ("pool", "logits")
-    widths = {name: output.shape[1] for name, output in zip(names, tried, strict=False)}
-    run: Any = lambda images, _: dict(zip(names, call(images), strict=False))
+        tried, side = _first_that_works(call, device)
+    widths = {name: output.shape[1] for name, output in tried.items()}
     return FeatureNetwork(
         path.name, f"sha256:{checksum(path)[:16]}", widths, run, device, precision=precision, input="its own"
     )
 
 
-def _first_that_works(call: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> tuple[Tensor, ...]:
-    """The outputs for two black images, of the first size that the network takes. UserError if it takes none."""
+def _first_that_works(
+    call: Callable[[Tensor], dict[Output, Tensor]], device: torch.device
+) -> tuple[dict[Output, Tensor], int]:
+    """The outputs for two black images, and their side: the first that the network takes. UserError if it takes none."""
     refusals = []
-    for size in _TRIED:
+    for side in _TRIED:
         try:
-            return call(torch.zeros(2, 3, size, size, dtype=torch.uint8, device=device))
+            return call(torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)), side
         except UserError as error:
             refusals.append(error)
     raise refusals[0]

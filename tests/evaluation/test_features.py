@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -286,3 +288,57 @@ def test_classifier(tmp_path: Path) -> None:
 def test_torchvision_without_its_library() -> None:
     """torch-fidelity can be imported, whether or not torchvision's compiled operators can be."""
     assert fidelity.torch_fidelity_module("metric_fid") is importlib.import_module("torch_fidelity.metric_fid")
+
+
+class _Rows(nn.Module):
+    """As many features as an image has columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()[:, 0, 0]
+
+
+class _Large(nn.Module):
+    """Features of images of 64x64 only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[2] == 64
+        return x.float().mean(dim=(2, 3))
+
+
+class _None(nn.Module):
+    """No features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()[:, :0, 0, 0]
+
+
+class _Other(nn.Module):
+    """A method of another name."""
+
+    @torch.jit.export
+    def encode(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (_Rows(), "gives [8] features and logits for images of 8x8, but [64] for those of 64x64"),
+        (_Large(), "fails on uint8 images [2, 3, 8, 8]"),
+        (_None(), "must map uint8 [B, 3, H, W] to features [B, D]"),
+        (_Other(), "must map uint8 [B, 3, H, W] to features [B, D]"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_that_does_not_fit(tmp_path: Path, module: nn.Module, reason: str) -> None:
+    torch.jit.script(module).save(str(tmp_path / "own.pt"))
+    with pytest.raises(UserError, match=re.escape(reason)):
+        open_features(str(tmp_path / "own.pt"), "", "fp32", CPU)(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), ["pool"])
+
+
+def test_classifier_of_endless_size(tmp_path: Path) -> None:
+    torch.save(
+        {"kind": "fastdiff classifier", "channels": math.inf, "size_hw": [8, 8], "classes": 3}, tmp_path / "c.pt"
+    )
+    with pytest.raises(UserError, match="is no classifier of --train_features"):
+        open_features(str(tmp_path / "c.pt"), "", "fp32", CPU)
