@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureNetwork, Output
+from fastdiff.evaluation.fidelity import torch_fidelity_module
 from fastdiff.evaluation.metrics import NEIGHBOURS
 from fastdiff.evaluation.moments import MomentSums
 from fastdiff.evaluation.settings import EvaluateSettings
@@ -70,7 +71,9 @@ class Wanted:
 
 
 def check_metrics(metrics: Collection[Metric], network: FeatureNetwork) -> None:
-    """Raise UserError for a metric that the network has no output for."""
+    """Raise UserError for a metric that the network has no output for, or that needs a package that is missing."""
+    if not {"is", "kid"}.isdisjoint(metrics):
+        torch_fidelity_module("metrics")
     for name in metrics:
         if METRICS[name] not in network.widths:
             what = {"sfid": "the spatial features of Inception", "is": "logits"}[name]

@@ -50,7 +50,7 @@ def open_image_set(
         raise UserError(f"{quoted(source)} can't be opened ({error.strerror})") from error
     if is_packed(place):
         return PackedSet(path, open_packed_at_its_size(place), one, resize, limit, num_workers)
-    if kind == "npz" or (kind in ("", "zip") and place.suffix.lower() == ".npz"):
+    if kind == "npz" or (not is_folder and kind in ("", "zip") and place.suffix.lower() == ".npz"):
         return NpzSet(path, place, one, resize, limit, num_workers)
     if kind == "npy":
         raise UserError(

@@ -6,10 +6,12 @@ import csv
 import hashlib
 import io
 import json
+import os
 import platform
 import shlex
 import sys
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 import fastdiff
+from fastdiff.errors import UserError
 from fastdiff.evaluation.features import FeatureNetwork
 from fastdiff.evaluation.judge import Verdict, label
 from fastdiff.evaluation.settings import EvaluateSettings
@@ -28,6 +31,8 @@ from fastdiff.runtime.machine import device_name
 TABLE = "evaluations.csv"
 _FIRST = ("time", "samples", "num_samples", "reference", "num_reference", "network", "feature_precision")
 _LAST = ("notes", "file")
+_LONGEST = 200
+"""Bytes of a name that names of results begin with; file systems allow 255 in all."""
 
 
 def result_of(
@@ -93,6 +98,20 @@ def _two_digits(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn an OSError in the block, such as that of a full disk, into a UserError that names the folder of results."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--results_dir: {folder} can't be written to ({error.strerror or error})") from error
+
+
+def short_stem(path: Path) -> str:
+    """A file's name without its ending, cut to a length that leaves room for more in the name of another file."""
+    return os.fsdecode(os.fsencode(path.stem)[:_LONGEST])
+
+
 def write_result(folder: Path, result: dict[str, Any]) -> Path:
     """Write a result's JSON file, named after the samples, and add its row to the table. Returns the file's path.
 
@@ -100,7 +119,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> Path:
     """
     same = {name: value for name, value in result.items() if name in ("samples", "reference", "features", "protocol")}
     digest = hashlib.sha256(json.dumps([same, sorted(result["scores"])], sort_keys=True).encode()).hexdigest()[:8]
-    path = folder / f"{Path(result['samples']['path']).stem or 'samples'}-{digest}.json"
+    path = folder / f"{short_stem(Path(result['samples']['path'])) or 'samples'}-{digest}.json"
     write_json(path, result)
     reference = result["reference"] or {}
     row = {
@@ -126,7 +145,8 @@ def _add_row(path: Path, row: dict[str, Any]) -> None:
             stack.enter_context(FileLock(path.with_name(f".{path.name}.lock"), remove=True))
         rows: list[dict[str, Any]] = []
         if path.is_file():
-            rows = list(csv.DictReader(io.StringIO(path.read_text(), newline="")))
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")  # as write_text writes it
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         names = [name for each in (*rows, row) for name in each if name and name not in _LAST]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, dict.fromkeys((*_FIRST, *names, *_LAST)), restval="", extrasaction="ignore")

@@ -18,7 +18,7 @@ from fastdiff.evaluation.drawing import Drawn, DrawnImages, knows_classes, share
 from fastdiff.evaluation.features import FeatureNetwork, open_features
 from fastdiff.evaluation.image_sets import ImageSet, open_image_set
 from fastdiff.evaluation.judge import Judge
-from fastdiff.evaluation.report import lines_of, result_of, write_result
+from fastdiff.evaluation.report import lines_of, result_of, write_result, writing_to
 from fastdiff.evaluation.settings import EvaluateSettings
 from fastdiff.evaluation.statistics import (
     KEPT,
@@ -33,6 +33,7 @@ from fastdiff.images.labels import describe_classes, index_images
 from fastdiff.ops import choose_kernels
 from fastdiff.runtime.machine import keep_compiled_code
 from fastdiff.runtime.processes import Processes, current, join, make_writable, output_folder
+from fastdiff.runtime.untrusted import is_there
 from fastdiff.sampling.build import Cascade, build_sampler, run
 from fastdiff.sampling.sampler import Sampler
 from fastdiff.sampling.settings import SampleSettings
@@ -103,6 +104,22 @@ def _check(settings: EvaluateSettings, variants: list[SampleSettings]) -> None:
         raise UserError(f"--reference is missing, which {', '.join(needing)} needs: give images or statistics")
     if settings.reference_out and not settings.reference:
         raise UserError("--reference_out needs the images of --reference")
+    if settings.reference_out:
+        _check_output(settings, Path(settings.reference_out))
+
+
+def _check_output(settings: EvaluateSettings, path: Path) -> None:
+    """Raise UserError for a file of statistics that would be empty, can't be written, or replaces what is compared."""
+    if not any(name in NEED_REFERENCE for name in settings.metrics):
+        raise UserError(f"--reference_out: {', '.join(settings.metrics)} needs no reference; give other --metrics")
+    with blaming("--reference_out"):
+        if is_there(path, "dir"):
+            raise UserError(f"{path} is a folder; name a file in it")
+        for name in ("samples", "reference"):
+            source = Path(getattr(settings, name))
+            if is_there(path, "file") and is_there(source, "file") and path.samefile(source):
+                raise UserError(f"--reference_out names the file of --{name}, which it would replace; name another")
+        make_writable(path.parent)
 
 
 def _open(settings: EvaluateSettings, source: str, processes: Processes, limit: int | None = None) -> ImageSet:
@@ -134,6 +151,10 @@ class Evaluation:
         features = settings.features
         if settings.train_features:
             features = settings.train_features
+            with blaming("--train_features"):
+                if is_there(Path(features), "dir"):
+                    raise UserError(f"{features} is a folder; name a file in it")
+                make_writable(Path(features).parent)
             if processes.is_main and not Path(features).is_file():
                 _train(settings, processes.device)
             processes.barrier()
@@ -191,8 +212,9 @@ class Evaluation:
         print(f"computing {', '.join(self.settings.metrics)} of {samples.count} samples{spreads}", flush=True)
         verdict = self.judge.score(samples)
         result = result_of(verdict, samples, self.reference, self.network, self.settings, drawing)
-        path = write_result(folder, result)
-        print("\n".join([*lines_of(verdict, samples, self.reference, self.network), f"result in {path}"]), flush=True)
+        print("\n".join(lines_of(verdict, samples, self.reference, self.network)), flush=True)
+        with writing_to(folder):  # the scores are on the screen, should the disk be full
+            print(f"result in {write_result(folder, result)}", flush=True)
         return result
 
     def _open_network(self, features: str, count: int) -> FeatureNetwork:
@@ -280,7 +302,5 @@ def _train(settings: EvaluateSettings, device: torch.device) -> None:
     print(f"{describe_classes(listing)}\ntraining a classifier on {len(pixels)} images", flush=True)
     model = train_classifier(pixels, listing.labels, len(listing.class_names), device)
     path = Path(settings.train_features)
-    with blaming("--train_features"):
-        make_writable(path.parent)
     write_classifier(model, path)
     print(f"the classifier is in {path}", flush=True)

@@ -92,6 +92,8 @@ class EvaluateSettings(Settings):
     def _agree(self) -> EvaluateSettings:
         if self.train_features and self.features != "inception-v3-compat":
             raise ValueError("train_features contradicts features; give one of them")
+        if self.train_features and self.feature_weights:
+            raise ValueError("train_features contradicts feature_weights, which are Inception's; give one of them")
         if self.train_features and not self.reference:
             raise ValueError("train_features needs the labelled pictures of reference")
         return self

@@ -73,7 +73,6 @@ def write_statistics(path: Path, found: Described, network: FeatureNetwork) -> N
     about = {**network.describe(), "size": found.size, "pixels": found.digest, "made_of": found.path, **found.about}
     arrays["about"] = np.array(json.dumps(about))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
@@ -86,11 +85,13 @@ def lossy_note(what: str, formats: str) -> str:
 
 
 def holds_statistics(path: Path) -> bool:
-    """Whether a file is an npz with a mean, whatever else is in it."""
+    """Whether a file is an npz with a mean, or one of `write_statistics`, whatever else is in it."""
     try:
+        if not path.is_file():  # opening a named pipe would wait
+            return False
         with zipfile.ZipFile(path) as archive:
-            return "mu.npy" in archive.namelist()
-    except (OSError, zipfile.BadZipFile):
+            return not {"mu.npy", "mu_s.npy", "about.npy"}.isdisjoint(archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # ValueError: names that are no UTF-8
         return False
 
 
@@ -112,9 +113,12 @@ def read_statistics(path: Path, outputs: Collection[Output], network: FeatureNet
             names = {name.removesuffix(".npy") for name in archive.namelist()}
             about = _about(archive, names)
             _check_network(path, about, network)
+            count = int(read_npz_array(archive, "count", 1 << 12)) if "count" in names else 0
+            if count < 0:
+                raise ValueError(f"count is {count}")
             found = Described(
                 path=str(path),
-                count=int(read_npz_array(archive, "count", 1 << 12)) if "count" in names else 0,
+                count=count,
                 size=str(about.pop("size", "")),
                 digest=str(about.pop("pixels", "")),
                 about={"statistics": True, **about},

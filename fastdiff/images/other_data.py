@@ -90,7 +90,7 @@ def kind_of_file(path: Path) -> str:
             if kind == "zip" and zipfile.is_zipfile(file):
                 names = zipfile.ZipFile(file).namelist()
                 return "npz" if names and all(name.endswith(".npy") for name in names) else "zip"
-    except (OSError, zipfile.BadZipFile):
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # ValueError: names that are no UTF-8
         return ""
     ending = _ending(path.name)
     if kind in ("", "text") and ending in ("csv", "json", "jsonl", "tsv"):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import re
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny import refusal, save, unet
+from helpers.tiny import pictures, refusal, save, unet
 from PIL import Image
 
 from fastdiff import evaluate, sample
@@ -387,3 +391,85 @@ def test_flags_of_drawing_beside_given_images(
     a = npz(tmp_path / "a.npz", 12)
     run(tmp_path / "out", "--samples", a, "--reference", a, "--features", quarters, "--solver", "ddim", "--steps", 5)
     assert "not used, because the images are given: solver, steps" in capsys.readouterr().out
+
+
+# --- files that are given and made ---
+
+
+@pytest.mark.parametrize("metrics", ["precision,recall", "kid", "sfid"])
+def test_statistics_without_the_mean_of_fid(
+    tmp_path: Path, quarters: Path, inception_weights: Path, metrics: str
+) -> None:
+    a, b = npz(tmp_path / "a.npz", 12, 0), npz(tmp_path / "b.npz", 14, 1)
+    flags = ["--features", quarters] if metrics != "sfid" else ["--feature_weights", inception_weights]
+    flags += ["--metrics", metrics, "--kid_subset_size", 10, "--results_dir", tmp_path / "out"]
+    main("--reference", b, "--reference_out", tmp_path / "b_statistics.npz", *flags)
+    direct = run(tmp_path / "out", "--samples", a, "--reference", b, *flags)
+    again = run(tmp_path / "out", "--samples", a, "--reference", tmp_path / "b_statistics.npz", *flags)
+    assert values(again) == values(direct)
+
+
+def test_statistics_replace_nothing_that_is_compared(tmp_path: Path, quarters: Path) -> None:
+    a, b = npz(tmp_path / "a.npz", 12, 0), npz(tmp_path / "b.npz", 14, 1)
+    before = a.read_bytes(), b.read_bytes()
+    flags = ["--samples", a, "--reference", b, "--features", quarters, "--reference_out"]
+    assert refused(*flags, a).startswith("--reference_out names the file of --samples")
+    assert refused(*flags, tmp_path / "." / "b.npz").startswith("--reference_out names the file of --reference")
+    assert (a.read_bytes(), b.read_bytes()) == before
+    assert refused(*flags, tmp_path) == f"--reference_out: {tmp_path} is a folder; name a file in it"
+    assert refused(*flags, a / "b.npz").startswith(f"--reference_out: {a} can't be written to")
+    assert "is needs no reference" in refused(*flags, tmp_path / "new.npz", "--metrics", "is")
+
+
+def test_references_that_are_no_files_of_statistics(tmp_path: Path, quarters: Path) -> None:
+    a = npz(tmp_path / "a.npz", 12, 0)
+    os.mkfifo(tmp_path / "pipe")
+    with zipfile.ZipFile(tmp_path / "names.zip", "w") as archive:
+        archive.writestr("é.png", b"")
+    (tmp_path / "names.zip").write_bytes((tmp_path / "names.zip").read_bytes().replace("é".encode(), b"\xff\xfe"))
+    np.savez(tmp_path / "count.npz", mu=np.zeros(12), sigma=np.eye(12), count=-5)
+    said = {
+        name: refused("--samples", a, "--features", quarters, "--reference", tmp_path / name)
+        for name in ("pipe", "names.zip", "count.npz")
+    }
+    assert all(sentence.startswith("--reference: ") for sentence in said.values())
+    assert "neither a file nor a folder" in said["pipe"]
+    assert "names.zip" in said["names.zip"]
+    assert "(count is -5)" in said["count.npz"]
+
+
+def test_odd_names(tmp_path: Path, quarters: Path) -> None:
+    """Folders of pictures that are called like arrays, by names that are no UTF-8, or as long as names can be."""
+    for name in ("x.npz", os.fsdecode(b"b\xff"), "n" * 250):
+        pictures(tmp_path / name, [str(i) for i in range(6)])
+        for _ in range(2):
+            run(tmp_path / "out", "--samples", tmp_path / name, "--reference", tmp_path / name, "--features", quarters)
+    assert len((tmp_path / "out" / "evaluations.csv").read_bytes().splitlines()) == 7
+
+
+def test_full_disk(tmp_path: Path, quarters: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """The scores are on the screen, and one sentence names the folder."""
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("fastdiff.evaluation.report.write_json", full)
+    a = npz(tmp_path / "a.npz", 12, 0)
+    flags = ["--samples", a, "--reference", a, "--features", quarters, "--results_dir", tmp_path / "out"]
+    assert refused(*flags) == f"--results_dir: {tmp_path / 'out'} can't be written to (No space left on device)"
+    assert "fd[quarters.pt] " in capfd.readouterr().out
+
+
+def test_what_is_missing_is_said_first(tmp_path: Path, quarters: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = npz(tmp_path / "a.npz", 12, 0)
+    flags = ["--samples", a, "--reference", a]
+    said = refused(*flags, "--train_features", tmp_path / "new.pt", "--feature_weights", "w.pth")
+    assert "contradicts" in said
+    assert (
+        refused(*flags, "--train_features", tmp_path) == f"--train_features: {tmp_path} is a folder; name a file in it"
+    )
+    monkeypatch.setattr("fastdiff.evaluation.run.collect", None)  # no image is seen
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    assert "need torch-fidelity" in refused(*flags, "--features", quarters, "--metrics", "kid", "--kid_subset_size", 5)
