@@ -131,13 +131,14 @@ def write_plots(paths: Sequence[Path], content: dict[str, Any]) -> list[str]:
                 axes.axhline(value, color="#6b7280", linewidth=1, linestyle=(0, (1, 1.6)), label="reference itself")
             least = min(row["scores"][metric]["value"] for row in rows)
             log = not is_better_larger(metric) and least > 0
-            axes.set(xscale="log", yscale="log" if log else "linear", ylabel=metric)
+            axes.set(xscale="log", yscale="log" if log else "linear")
+            axes.set_ylabel(metric, parse_math=False)  # a file's name may hold a $
             ticks = _spaced([row["evaluations"] for row in rows])
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axes.grid(color="#e6e8eb", linewidth=0.8)
         panels[-1].set_xlabel("evaluations of the network per image")
-        figure.suptitle(Path(content["model"]).name, x=0.02, ha="left", weight="bold")
+        figure.suptitle(Path(content["model"]).name, x=0.02, ha="left", weight="bold", parse_math=False)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7.5, frameon=False)
         for path in paths:
             buffer = io.BytesIO()
@@ -192,5 +193,7 @@ def read_strip(path: Path) -> dict[str, np.ndarray]:
             line = pixels[i * pitch : i * pitch + scale * height : scale, _LABEL::scale]
             found[str(name)] = line.reshape(height, count, width, channels).transpose(1, 0, 2, 3)
         return found
-    except (OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError):
+    except (OSError, SyntaxError, AttributeError, KeyError, TypeError, ValueError, ArithmeticError):
+        return {}
+    except Image.DecompressionBombError:  # more pixels than Pillow reads
         return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ from fastdiff.evaluation.curve_files import (
 from fastdiff.evaluation.drawing import Drawn, base_of
 from fastdiff.evaluation.judge import Judge, label
 from fastdiff.evaluation.moments import Moments
-from fastdiff.evaluation.report import protocol_of
+from fastdiff.evaluation.report import protocol_of, short_stem, writing_to
 from fastdiff.evaluation.statistics import Described
-from fastdiff.runtime.files import read_json, write_json, write_text
+from fastdiff.runtime.files import FileLock, LocksUnsupported, read_json, write_json, write_text
 from fastdiff.runtime.processes import Processes
 from fastdiff.sampling.build import Cascade
 from fastdiff.sampling.sampler import Sampler
@@ -44,13 +45,14 @@ FEW = 20
 HALVINGS = 4
 """Random choices of reference images over which the value of the reference against itself is averaged."""
 _VARIED = {"solver", "steps", "spacing", "guidance", "model_path"}
+_OF_CASCADES = {"sr_model_path", "sr_preset", "sr_steps", "sr_timestep_respacing"}
 
 
 class Curves:
     """The rows of one model, reference, feature network and number of samples, and their files.
 
     Files are NAME-HASH.json, .md, .svg, .png and -strip.png, written after each row. Rows that the JSON file holds are
-    not drawn again, so that the same command goes on, and one with further steps adds its rows.
+    not drawn again, so that the same command goes on, and one with further steps adds its rows, also at the same time.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Curves:
         self.images: dict[str, np.ndarray] = {}
         self.content: dict[str, Any] = {"rows": []}
         if judge:
-            names = affecting(SampleSettings, "images", "network") - _VARIED
+            names = affecting(SampleSettings, "images", "network") - _VARIED | _OF_CASCADES
             self._common: dict[str, Any] = {
                 "num_samples": config.sample.num_samples,
                 "metrics": [label(metric, judge.network) for metric in judge.metrics],
@@ -75,7 +77,8 @@ class Curves:
                 "protocol": protocol_of(judge.settings),
             }
             drawing = {"model": checkpoint.digest, **config.sample.model_dump(mode="json", include=names)}
-            self.base = folder / f"{checkpoint.file.stem}-{_hash([self._common, drawing])[:8]}"
+            drawing |= config.diffusion.model_dump(mode="json")
+            self.base = folder / f"{short_stem(checkpoint.file)}-{_hash([self._common, drawing])[:8]}"
             self.content = {"model": str(checkpoint.file), **self._common, "floor": self._read(judge), **self.content}
         found: list[Any] = [[row["identity"] for row in self.content["rows"]]]
         if processes.world_size > 1:
@@ -125,11 +128,18 @@ class Curves:
         return [*missing, self._best(), f"curves in {self.base}{', '.join(endings)}"]
 
     def _write(self) -> list[str]:
-        """Write all files; returns a line if there is no plot."""
-        write_json(self.path(".json"), self.content)
-        write_text(self.path(".md"), table(self.content, self._best()))
-        write_strip(self.path("-strip.png"), self.content["rows"], self.images)
-        return write_plots([self.path(".svg"), self.path(".png")], self.content)
+        """Write all files, with rows that another command has added meanwhile; returns a line if there is no plot."""
+        with writing_to(self.base.parent), ExitStack() as stack:
+            with suppress(LocksUnsupported):
+                stack.enter_context(FileLock(self.base.with_name(f".{self.base.name}.lock"), remove=True))
+            names = {name_of(row) for row in self.content["rows"]}
+            if others := [row for row in self._rows_of_file()[0] if name_of(row) not in names]:
+                self.content["rows"] = ordered([*self.content["rows"], *others], self.content["metrics"][0])
+                self.images = read_strip(self.path("-strip.png")) | self.images
+            write_json(self.path(".json"), self.content)
+            write_text(self.path(".md"), table(self.content, self._best()))
+            write_strip(self.path("-strip.png"), self.content["rows"], self.images)
+            return write_plots([self.path(".svg"), self.path(".png")], self.content)
 
     def _best(self) -> str:
         metric = self.content["metrics"][0]
@@ -142,17 +152,25 @@ class Curves:
 
     def _read(self, judge: Judge) -> dict[str, Any]:
         """Take over the rows of an earlier command; returns the value of the reference against itself by metric."""
-        path = self.path(".json")
-        if not path.is_file():
+        if not self.path(".json").is_file():
             return floor_of(judge, self._common["num_samples"])
-        before = read_json(path)
-        try:
-            self.content["rows"] = [row for row in before["rows"] if name_of(row) and row["identity"]]
-            floor = dict(before["floor"])
-        except (TypeError, KeyError, ValueError):
-            raise UserError(f"{path} holds no rows of a comparison; remove it, or give another --results_dir") from None
+        self.content["rows"], floor = self._rows_of_file()
         self.images = read_strip(self.path("-strip.png"))
         return floor
+
+    def _rows_of_file(self) -> tuple[list[Row], dict[str, Any]]:
+        """The rows in the JSON file and its floor; none where there is no file. Raises UserError for a damaged one."""
+        path = self.path(".json")
+        if not path.is_file():
+            return [], {}
+        before = read_json(path)
+        try:
+            rows = [row for row in before["rows"] if row["identity"] and row["evaluations"] >= 0]
+            floor = dict(before["floor"])
+            table({"model": "", **self._common, "rows": rows, "floor": floor}, "")  # looks at all entries
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
+            raise UserError(f"{path} holds no rows of a comparison; remove it, or give another --results_dir") from None
+        return rows, floor
 
 
 def floor_of(judge: Judge, num_samples: int) -> dict[str, dict[str, float]]:

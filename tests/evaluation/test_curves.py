@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from helpers.ranks import run_ranks
-from helpers.tiny import pictures, refusal, save, unet
+from helpers.tiny import pictures, refusal, save, super_res, unet
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fastdiff import evaluate
 from fastdiff.evaluation import curves, drawing
@@ -354,3 +355,73 @@ def test_one_variant_writes_no_curves(tmp_path: Path, argv: list[str]) -> None:
     assert current().is_main
     evaluate.main([*argv, "--solver", "ddim", "--steps", "2"])
     assert not files(tmp_path, ".json")
+
+
+# --- files of others, and other commands ---
+
+
+def test_commands_at_once_keep_each_other_s_rows(tmp_path: Path, argv: list[str]) -> None:
+    """A command that begins while another writes its rows adds to them."""
+
+    def meanwhile(self: Any, *given: Any) -> Any:
+        monkeypatch.undo()
+        evaluate.main([*argv, "--solvers", "dpmpp_2m,unipc", "--steps", "2"])
+        return add(self, *given)
+
+    add, monkeypatch = curves.Curves.add, pytest.MonkeyPatch()
+    monkeypatch.setattr(curves.Curves, "add", meanwhile)
+    evaluate.main([*argv, "--solvers", "ddim", "--steps", "2,3"])
+    assert sorted(row[:2] for row in rows_of(tmp_path)) == [("ddim", 2), ("ddim", 3), ("dpmpp_2m", 2), ("unipc", 2)]
+    (strip,) = files(tmp_path, "-strip.png")
+    assert len(read_strip(strip)) == 4
+
+
+def test_other_chains_and_cascades_have_files_of_their_own(tmp_path: Path, argv: list[str]) -> None:
+    enlarging = save(super_res(class_cond=True, num_classes=3), tmp_path / "large.pt", ["a", "b", "c"])
+    argv = [*argv, "--resize", "16", "--sr_model_path", str(enlarging), "--solvers", "ddim,ddpm", "--steps"]
+    evaluate.main([*argv, "2", "--sr_steps", "3"])
+    evaluate.main([*argv, "2", "--sr_steps", "2"])
+    evaluate.main([*argv, "0", "--sr_steps", "2", "--timestep_respacing", "4"])
+    assert [len(json.loads(path.read_text())["rows"]) for path in files(tmp_path, ".json")] == [2, 2, 2]
+
+
+def test_a_name_that_looks_like_a_formula(tmp_path: Path, argv: list[str]) -> None:
+    model, network = tmp_path / "m$^$_{.pt", tmp_path / "q$^$.pt"
+    Path(argv[1]).rename(model)
+    Path(argv[3]).rename(network)
+    evaluate.main(["--model_path", str(model), "--features", str(network), *argv[4:], "--steps", "2,3"])
+    (plot,) = files(tmp_path, ".svg")
+    assert "fd[classifier q$^$]" in plot.read_text()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["rows"][0].pop("scores"),
+        lambda content: content["rows"][0].update(evaluations="x"),
+        lambda content: content["rows"].append(None),
+        lambda content: content.update(floor={"fid": 3}),
+    ],
+)
+def test_rows_with_damaged_entries(tmp_path: Path, argv: list[str], change: Any) -> None:
+    argv = [*argv, "--solvers", "ddim", "--steps", "2,3"]
+    evaluate.main(argv)
+    (path,) = files(tmp_path, ".json")
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    assert "holds no rows of a comparison" in refusal(evaluate.main, argv)
+
+
+def test_strips_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"solver": "ddim", "steps": 2, "spacing": "uniform", "guidance": 1}
+    path, images = tmp_path / "strip.png", np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    write_strip(path, [row], {"ddim 2 uniform": images})
+    assert list(read_strip(path)) == ["ddim 2 uniform"]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert read_strip(path) == {}
+    monkeypatch.undo()
+    about = PngInfo()
+    about.add_text("rows", json.dumps({"names": ["ddim 2 uniform"], "shape": [2, 0, 8, 3]}))
+    Image.new("RGB", (400, 60)).save(path, pnginfo=about)
+    assert read_strip(path) == {}
