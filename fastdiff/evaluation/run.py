@@ -63,7 +63,8 @@ def evaluate(config: EvaluateConfig, checkpoint: Checkpoint | None) -> None:
         given = "num_samples" in config.sample.model_fields_set
         with blaming("--samples"):
             samples = _open(settings, settings.samples, processes, config.sample.num_samples if given else None)
-        if unused := sorted(config.sample.model_fields_set - {"num_samples", "model_path"}):
+        unused = sorted(config.sample.model_fields_set - {"num_samples", "model_path"})
+        if unused and processes.is_main:
             print(f"not used, because the images are given: {', '.join(unused)}")
     if samples or checkpoint:
         check_count(settings, samples.count if samples else config.sample.num_samples, "samples")

@@ -334,6 +334,13 @@ def test_two_processes_draw(tmp_path: Path, quarters: Path, checkpoint: Path) ->
     assert said.count("result in") == 1
 
 
+@pytest.mark.slow
+def test_one_process_says_what_is_not_used(tmp_path: Path, quarters: Path) -> None:
+    a = npz(tmp_path / "a.npz", 12)
+    flags = ["--samples", a, "--reference", a, "--features", quarters, "--results_dir", tmp_path / "out", "--seed", 3]
+    assert run_ranks(["-m", "fastdiff.evaluate", *map(str, flags)]).count("not used, because") == 1
+
+
 def test_trained_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--train_features trains a classifier of the reference's classes once, and later commands use it."""
     images = np.load(npz(tmp_path / "a.npz", 24))["arr_0"]
