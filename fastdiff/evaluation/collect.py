@@ -105,15 +105,14 @@ def collect(
     count: int,
     batch_size: int,
     what: str,
-    probes: bool = False,
     bar: bool = True,
 ) -> Described:
     """See `count` images, of which `batches` gives this process's share; complete on rank 0. Collective.
 
     Every batch has the same shape for the network, because the features of an image may otherwise depend on how many
-    others come with it. what names the images in messages, and in the progress bar unless that is left out. With
-    probes, a network that computes in bf16 or fp16 is run in fp32 as well on the first PROBED images. Raises UserError
-    for features that are not finite, and for images that don't fit the network.
+    others come with it. what names the images in messages, and in the progress bar unless that is left out. A
+    network that computes in bf16 or fp16 is run in fp32 as well on the first PROBED images. Raises UserError for
+    features that are not finite, and for images that don't fit the network.
     """
     sums = {name: MomentSums(network.widths[name], network.device) for name in wanted.moments}
     rows: dict[Output, list[Tensor]] = {name: [] for name in wanted.features}  # on the device until the end
@@ -121,7 +120,7 @@ def collect(
     if wanted.most is not None and count > wanted.most:
         kept[:] = False
         kept[np.arange(wanted.most) * count // wanted.most] = True
-    exact = network.at("fp32") if network.precision != "fp32" and probes else None
+    exact = network.at("fp32") if network.precision != "fp32" else None
     probed: list[tuple[np.ndarray, dict[Output, np.ndarray], dict[Output, np.ndarray]]] = []
     numbers: list[np.ndarray] = []
     digests: list[bytes] = []

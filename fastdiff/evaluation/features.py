@@ -292,7 +292,7 @@ def _torchscript(path: Path, precision: Precision, device: torch.device) -> Feat
 def _first_that_works(
     call: Callable[[Tensor], dict[Output, Tensor]], device: torch.device
 ) -> tuple[dict[Output, Tensor], int]:
-    """The outputs for two black images, and their side: the first that the network takes. UserError if it takes none."""
+    """The outputs for two black images, and their side: the first that the network takes. Raises UserError."""
     refusals = []
     for side in _TRIED:
         try:

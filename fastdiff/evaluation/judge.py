@@ -96,20 +96,24 @@ class Judge:
         return {metric: found[metric] for metric in self.metrics}, further
 
     def _errors(self, samples: Described) -> dict[Metric, float]:
-        """By how much each metric of the first images differs between rounded and exact features; empty at fp32."""
+        """By how much each metric of the first images differs between rounded and exact features; empty at fp32.
+
+        The reference's first images take the place of the reference where its features were rounded as well.
+        """
         if not samples.probe:
             return {}
-        count = min(len(exact) for _, exact in samples.probe.values())
+        probes = [each.probe for each in (samples, self.reference) if each and each.probe]
+        count = min(len(exact) for probe in probes for _, exact in probe.values())
         size = min(count, self.settings.kid_subset_size)
         few = self.settings.model_copy(update={"splits": 1, "resamplings": 0, "kid_subset_size": size})
-        rounded, exact = (
-            self._scores(
-                few,
-                {name: Moments.of(pair[i]) for name, pair in samples.probe.items()},
-                {name: pair[i] for name, pair in samples.probe.items()},
-            )[0]
-            for i in (0, 1)
-        )
+        found = []
+        for which in (0, 1):
+            judge = self
+            if self.reference and self.reference.probe:
+                judge = Judge(few, self.network, _probed(self.reference, which))
+            of_samples = _probed(samples, which)
+            found.append(judge._scores(few, of_samples.moments, of_samples.features)[0])
+        rounded, exact = found
         return {metric: abs(rounded[metric].value - exact[metric].value) for metric in self.metrics}
 
     def _notes(self, samples: Described) -> list[str]:
@@ -146,3 +150,10 @@ class Judge:
                 f"the reference's features were computed in {theirs}, the samples' in {self.network.precision}"
             )
         return notes
+
+
+def _probed(described: Described, which: int) -> Described:
+    """The first images of a set as a set, by rounded features (which = 0) or exact ones (1)."""
+    features = {output: pair[which] for output, pair in described.probe.items()}
+    moments = {output: Moments.of(rows) for output, rows in features.items()}
+    return Described(described.path, min(map(len, features.values())), moments, features)

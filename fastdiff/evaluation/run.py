@@ -190,7 +190,8 @@ class Evaluation:
         if settings.out_dir:
             run(sampler, settings, processes, notes=kernels, count=count)
             processes.barrier()
-            drawn = Drawn(self.see(_open(self.settings, settings.out_dir, processes, count)))
+            as_drawn = self.settings.model_copy(update={"resize": ""})
+            drawn = Drawn(self.see(_open(as_drawn, settings.out_dir, processes, count)))
         else:
             if processes.is_main:
                 print("\n".join([*kernels, *sampler.notes]), flush=True)
@@ -271,10 +272,7 @@ class Evaluation:
 
     def _collect_batches(self, batches: Batches, wanted: Wanted, what: str, count: int) -> Described:
         size = min(self.batch_size, count)
-        probes = what == "samples"
-        return collect(
-            batches, self.network, wanted, self.processes, count=count, batch_size=size, what=what, probes=probes
-        )
+        return collect(batches, self.network, wanted, self.processes, count=count, batch_size=size, what=what)
 
 
 def _check_sizes(samples: tuple[int, ...] | None, reference: str) -> None:
