@@ -9,13 +9,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import re
 import warnings
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,8 +54,8 @@ class FeatureNetwork:
     """A hash of its weights."""
     widths: dict[Output, int]
     """The outputs that it has, and their numbers of features."""
-    run: Callable[[Tensor, Collection[Output]], dict[Output, Tensor]]
-    """run(images uint8 [B, C, H, W], outputs) → the outputs."""
+    run: Callable[[Tensor, Collection[Output], Precision], dict[Output, Tensor]]
+    """run(images uint8 [B, C, H, W], outputs, precision) → the outputs, computed in that precision."""
     device: torch.device
     channels: int = 3
     precision: Precision = "fp32"
@@ -76,13 +78,8 @@ class FeatureNetwork:
         if x.shape[1] != self.channels:
             raise UserError(f"{self.name} takes images of {self.channels} channels, these have {x.shape[1]}")
         x = x.contiguous(memory_format=torch.channels_last)
-        cast = (
-            nullcontext()
-            if self.precision == "fp32"
-            else torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
-        )
-        with torch.no_grad(), tf32(False), cast:
-            return {name: output.float() for name, output in self.run(x, outputs).items()}
+        with torch.no_grad(), tf32(False):
+            return {name: output.float() for name, output in self.run(x, outputs, self.precision).items()}
 
     @property
     def is_inception(self) -> bool:
@@ -96,6 +93,11 @@ class FeatureNetwork:
     def describe(self) -> dict[str, Any]:
         """The entries of a result that say how features were computed."""
         return {"network": self.name, "weights": self.weights, "input": self.input, "precision": self.precision}
+
+
+def _autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """A context in which PyTorch chooses which operations compute in the precision; for fp32 it does nothing."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[precision])
 
 
 def open_features(
@@ -148,21 +150,19 @@ def _inception(weights: str, precision: Precision, device: torch.device, compile
         )
     _fuse_norms(net)
     net = net.to(device, memory_format=torch.channels_last)
-    found: dict[str, Tensor] = {}
-    net.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: found.__setitem__("spatial", output))
-    net.AvgPool.register_forward_pre_hook(lambda _, given: (given[0].float(),))
 
-    def run(images: Tensor, outputs: Collection[Output]) -> dict[Output, Tensor]:
-        (pool,) = forward(images)
-        all_outputs: dict[Output, Tensor] = {"pool": pool}
-        if "spatial" in outputs:
-            all_outputs["spatial"] = found["spatial"][:, :_SPATIAL_CHANNELS].flatten(1)
+    @cache
+    def forward(precision: Precision) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        both = _PoolAndSpatial(net, _DTYPES[precision])
+        return torch.compile(both, **compile_kwargs(device, fullgraph=False)) if compiled else both
+
+    def run(images: Tensor, outputs: Collection[Output], precision: Precision) -> dict[Output, Tensor]:
+        pool, spatial = forward(precision)(images)
+        found: dict[Output, Tensor] = {"pool": pool, "spatial": spatial}
         if "logits" in outputs:
-            with torch.autocast(device.type, enabled=False):
-                all_outputs["logits"] = pool @ net.fc.weight.T
-        return all_outputs
+            found["logits"] = pool @ net.fc.weight.T
+        return {name: found[name] for name in outputs}
 
-    forward = torch.compile(net, **compile_kwargs(device, fullgraph=False)) if compiled else net
     widths: dict[Output, int] = {"pool": 2048, "spatial": 17 * 17 * _SPATIAL_CHANNELS, "logits": len(net.fc.weight)}
     size = net.INPUT_IMAGE_SIZE
     how = f"resized to {size}x{size} as TensorFlow 1 does (bilinear), of uint8 pixels"
@@ -173,6 +173,29 @@ def _inception(weights: str, precision: Precision, device: torch.device, compile
         notes=notes,
         bias=net.fc.bias.detach(),
     )
+
+
+class _PoolAndSpatial(nn.Module):
+    """The pool [B, 2048] float32 and spatial [B, 2023] features of torch-fidelity's Inception, whose norms are merged.
+
+    Images are resized and features are averaged in float32. In between, weights and maps are in a dtype.
+    """
+
+    def __init__(self, net: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._seen: dict[str, Tensor] = {}
+        net = copy.deepcopy(net)  # each precision has its own weights, so that they aren't cast for every batch
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype)
+        net.Conv2d_1a_3x3.register_forward_pre_hook(lambda _, given: (given[0].to(dtype),))
+        net.AvgPool.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+        net.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, output: self._seen.__setitem__("spatial", output))
+        self.net = net
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        (pool,) = self.net(images)
+        return pool, self._seen["spatial"][:, :_SPATIAL_CHANNELS].flatten(1)
 
 
 def _released_inception(url: str, prefix: str) -> Path:
@@ -211,16 +234,21 @@ def _dinov2(name: str, precision: Precision, device: torch.device) -> FeatureNet
     with torch.no_grad():
         width = net(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device))[0].shape[1]
     how = f"resized to {size}x{size} as TensorFlow 1 does (bilinear), of uint8 pixels"
-    run: Any = lambda images, _: {"pool": net(images)[0]}
+
+    def run(images: Tensor, _: Collection[Output], precision: Precision) -> dict[Output, Tensor]:
+        with _autocast(device, precision):
+            return {"pool": net(images)[0]}
+
     return FeatureNetwork(name, _hash_of(net), {"pool": width}, run, device, precision=precision, input=how)
 
 
 def _classifier(path: Path, precision: Precision, device: torch.device) -> FeatureNetwork:
     net = read_classifier(path).to(device).eval()
 
-    def run(images: Tensor, outputs: Collection[Output]) -> dict[Output, Tensor]:
-        pool = net.features(Classifier.scaled(images))
-        return {"pool": pool, "logits": pool @ net.last.weight.T}
+    def run(images: Tensor, _: Collection[Output], precision: Precision) -> dict[Output, Tensor]:
+        with _autocast(device, precision):
+            pool = net.features(Classifier.scaled(images))
+        return {"pool": pool, "logits": pool.float() @ net.last.weight.T}
 
     widths: dict[Output, int] = {"pool": net.last.in_features, "logits": net.last.out_features}
     size = "x".join(map(str, net.size_hw))
@@ -271,8 +299,9 @@ def _torchscript(path: Path, precision: Precision, device: torch.device) -> Feat
             raise wrong
         return dict(zip(names, outputs, strict=False))
 
-    def run(images: Tensor, _: Collection[Output]) -> dict[Output, Tensor]:
-        found = call(images)
+    def run(images: Tensor, _: Collection[Output], precision: Precision) -> dict[Output, Tensor]:
+        with _autocast(device, precision):
+            found = call(images)
         if (now := {name: output.shape[1] for name, output in found.items()}) != widths:
             raise UserError(
                 f"{path} gives {quoted(list(now.values()))} features and logits for images of "

@@ -143,7 +143,7 @@ class Judge:
             notes.append(f"only {self.reference.count} reference images")
         used = len(self.reference.features.get("pool", ()))
         if used < self.reference.count and (names := [name for name in self.metrics if name in OF_FEATURES]):
-            notes.append(f"of the reference, {', '.join(names)} see {used} images, evenly chosen")
+            notes.append(f"{', '.join(names)} use {used} images of the reference, evenly chosen")
         theirs = self.reference.about.get("precision", self.network.precision)
         if theirs != self.network.precision:
             notes.append(

@@ -135,7 +135,7 @@ def npz_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
 
 def evaluation_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     """Images and statistics for metrics."""
-    network = FeatureNetwork("network", "", {"pool": 12}, lambda images, outputs: {}, torch.device("cpu"))
+    network = FeatureNetwork("network", "", {"pool": 12}, lambda images, outputs, precision: {}, torch.device("cpu"))
     images = {"arr_0": saved(np.zeros((COUNT, *SHAPE), np.uint8))}
     statistics = {"mu": saved(np.zeros(12)), "sigma": saved(np.eye(12)), "features": saved(np.zeros((COUNT, 12)))}
     statistics |= {"count": saved(np.array(COUNT)), "about": saved(np.array(json.dumps({"network": "network"})))}
