@@ -44,7 +44,7 @@ from benchmarks.variant_timing import synchronize
 from fastdiff.errors import UserError
 from fastdiff.evaluation.collect import Wanted, collect
 from fastdiff.evaluation.features import INCEPTION, open_features
-from fastdiff.evaluation.fidelity import torch_fidelity_module
+from fastdiff.evaluation.fidelity import prepare_torchvision, torch_fidelity_module
 from fastdiff.evaluation.image_sets import open_image_set
 from fastdiff.images.listing import list_images
 from fastdiff.runtime.machine import device_name, keep_compiled_code, use_free_cores
@@ -158,7 +158,7 @@ def clean_fid_resize(case: Case) -> Work:
 
 
 def _clean_fid_module() -> Any:
-    torch_fidelity_module("utils")  # makes torchvision importable
+    prepare_torchvision()
     try:
         from cleanfid import fid
     except ImportError:

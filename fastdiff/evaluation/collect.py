@@ -26,7 +26,7 @@ from fastdiff.runtime.processes import Processes
 Metric = str
 PROBED = 256
 """Images on which the error of rounded features is measured."""
-METRICS: dict[Metric, Output] = {
+OUTPUT_OF: dict[Metric, Output] = {
     "fid": "pool",
     "sfid": "spatial",
     "is": "logits",
@@ -59,14 +59,14 @@ class Wanted:
     @classmethod
     def of_samples(cls, metrics: Collection[Metric], resamples: bool) -> Wanted:
         """What metrics need of the samples; resamples says whether a bootstrap follows, which needs all features."""
-        moments = tuple(METRICS[name] for name in metrics if name in OF_MOMENTS)
-        features = tuple(METRICS[name] for name in metrics if resamples or name not in OF_MOMENTS)
+        moments = tuple(OUTPUT_OF[name] for name in metrics if name in OF_MOMENTS)
+        features = tuple(OUTPUT_OF[name] for name in metrics if resamples or name not in OF_MOMENTS)
         return cls(moments, tuple(dict.fromkeys(features)))
 
     @classmethod
     def of_reference(cls, metrics: Collection[Metric]) -> Wanted:
         """What metrics need of the reference."""
-        moments = tuple(METRICS[name] for name in metrics if name in OF_MOMENTS)
+        moments = tuple(OUTPUT_OF[name] for name in metrics if name in OF_MOMENTS)
         return cls(moments, ("pool",) if any(name in OF_FEATURES for name in metrics) else (), KEPT)
 
 
@@ -75,7 +75,7 @@ def check_metrics(metrics: Collection[Metric], network: FeatureNetwork) -> None:
     if not {"is", "kid"}.isdisjoint(metrics):
         torch_fidelity_module("metrics")
     for name in metrics:
-        if METRICS[name] not in network.widths:
+        if OUTPUT_OF[name] not in network.widths:
             what = {"sfid": "the spatial features of Inception", "is": "logits"}[name]
             raise UserError(f"--metrics: {name} needs {what}, which {network.name} doesn't have; leave it out")
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fastdiff.config.checkpoint import Checkpoint
 from fastdiff.config.load import EvaluateConfig
 from fastdiff.errors import UserError
-from fastdiff.evaluation.collect import METRICS
+from fastdiff.evaluation.collect import OUTPUT_OF
 from fastdiff.evaluation.curve_files import (
     Row,
     is_better_larger,
@@ -180,7 +180,7 @@ def floor_of(judge: Judge, num_samples: int) -> dict[str, dict[str, float]]:
     the features of the reference's images are not in memory.
     """
     reference = judge.reference
-    metrics = tuple(name for name in judge.metrics if METRICS[name] == "pool")
+    metrics = tuple(name for name in judge.metrics if OUTPUT_OF[name] == "pool")
     if reference is None or not metrics or len(features := reference.features.get("pool", torch.zeros(0))) < 8:
         return {}
     size = min(num_samples, len(features) // 2)

@@ -152,12 +152,14 @@ def _inception(weights: str, precision: Precision, device: torch.device, compile
     net = net.to(device, memory_format=torch.channels_last)
 
     @cache
-    def forward(precision: Precision) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        both = _PoolAndSpatial(net, _DTYPES[precision])
-        return torch.compile(both, **compile_kwargs(device, fullgraph=False)) if compiled else both
+    def forward(at: Precision) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        both = _PoolAndSpatial(net, _DTYPES[at])
+        if not compiled or at != precision:  # few images are seen in another precision
+            return both
+        return torch.compile(both, **compile_kwargs(device, fullgraph=False))
 
-    def run(images: Tensor, outputs: Collection[Output], precision: Precision) -> dict[Output, Tensor]:
-        pool, spatial = forward(precision)(images)
+    def run(images: Tensor, outputs: Collection[Output], at: Precision) -> dict[Output, Tensor]:
+        pool, spatial = forward(at)(images)
         found: dict[Output, Tensor] = {"pool": pool, "spatial": spatial}
         if "logits" in outputs:
             found["logits"] = pool @ net.fc.weight.T

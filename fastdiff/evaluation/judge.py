@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fastdiff.errors import blaming
-from fastdiff.evaluation.collect import METRICS, OF_FEATURES, OF_MOMENTS, Metric
+from fastdiff.evaluation.collect import OF_FEATURES, OF_MOMENTS, OUTPUT_OF, Metric
 from fastdiff.evaluation.features import FeatureNetwork, Output
 from fastdiff.evaluation.metrics import (
     Score,
@@ -60,7 +60,7 @@ class Judge:
         if reference is None:
             return
         with blaming("--reference"):
-            for output in dict.fromkeys(METRICS[name] for name in self.metrics if name in OF_MOMENTS):
+            for output in dict.fromkeys(OUTPUT_OF[name] for name in self.metrics if name in OF_MOMENTS):
                 self._roots[output] = SquareRoot(reference.moments[output], network.device)
 
     def score(self, samples: Described) -> Verdict:
@@ -77,7 +77,7 @@ class Judge:
         further: dict[Metric, dict[str, float]] = {}
         real = self.reference.features.get("pool") if self.reference else None
         for metric in self.metrics:
-            output = METRICS[metric]
+            output = OUTPUT_OF[metric]
             if metric in OF_MOMENTS:
                 root, seen = self._roots[output], moments[output]
                 spread = frechet_spread(root, features[output], resamplings, seed) if resamplings else None

@@ -88,9 +88,10 @@ def frechet_distance(a: SquareRoot, mean: Tensor, covariance: Tensor) -> float:
 def frechet_spread(reference: SquareRoot, features: Tensor, resamplings: int, seed: int) -> float | None:
     """Standard deviation of the distance over resamplings of the features [N, D] with replacement.
 
-    None without resamplings. Covariances are computed in float32, whose errors are far smaller than the deviation.
+    None without resamplings, of which there are at least 2 otherwise, and for fewer than 3 images. Covariances are
+    computed in float32, whose errors are far smaller than the deviation.
     """
-    if resamplings < 2 or len(features) < 3:
+    if not resamplings or len(features) < 3:
         return None
     generator = torch.Generator().manual_seed(seed)
     centre = features.double().mean(dim=0).float()
@@ -124,7 +125,7 @@ def inception_score(logits: Tensor, splits: int, seed: int, resamplings: int = 0
     again = [
         score(logits[torch.randint(len(logits), (len(logits),), generator=generator)])[0] for _ in range(resamplings)
     ]
-    return Score(value, float(torch.tensor(again).std()) if resamplings > 1 else None), over_splits
+    return Score(value, float(torch.tensor(again).std()) if resamplings else None), over_splits
 
 
 def kernel_distance(samples: Tensor, reference: Tensor, subsets: int, size: int, seed: int) -> Score:

@@ -57,7 +57,7 @@ def result_of(
         "features": network.describe(),
         "protocol": protocol_of(settings),
         "versions": {
-            "fastdiff": getattr(fastdiff, "__version__", ""),
+            "fastdiff": fastdiff.__version__,
             "torch": torch.__version__,
             **{name: found for name in ("torch-fidelity", "numpy", "pillow") if (found := _version(name))},
             "python": platform.python_version(),

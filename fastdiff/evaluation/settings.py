@@ -88,6 +88,13 @@ class EvaluateSettings(Settings):
     def _metrics(cls, values: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in METRICS if name in known_metrics(values))
 
+    @field_validator("resamplings")
+    @classmethod
+    def _resamplings(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0 or at least 2: one resampling has no deviation")
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> EvaluateSettings:
         if self.train_features and self.features != "inception-v3-compat":

@@ -170,6 +170,7 @@ def test_share_of_its_class(tmp_path: Path, argv: list[str]) -> None:
 # --- going on ---
 
 
+@pytest.mark.slow
 def test_rows_are_not_drawn_again(tmp_path: Path, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that was stopped goes on, one with other steps adds rows, and another seed has files of its own."""
     report = Evaluation.report
@@ -376,6 +377,7 @@ def test_commands_at_once_keep_each_other_s_rows(tmp_path: Path, argv: list[str]
     assert len(read_strip(strip)) == 4
 
 
+@pytest.mark.slow
 def test_other_chains_and_cascades_have_files_of_their_own(tmp_path: Path, argv: list[str]) -> None:
     enlarging = save(super_res(class_cond=True, num_classes=3), tmp_path / "large.pt", ["a", "b", "c"])
     argv = [*argv, "--resize", "16", "--sr_model_path", str(enlarging), "--solvers", "ddim,ddpm", "--steps"]

@@ -79,6 +79,7 @@ class Tensors(torch.utils.data.Dataset):
 # --- numbers ---
 
 
+@pytest.mark.slow
 def test_equals_torch_fidelity(tmp_path: Path, inception_weights: Path) -> None:
     """FID, Inception score, KID, precision and recall are those of torch-fidelity's own loop, to rounding."""
     a, b = npz(tmp_path / "a.npz", 23, 0, low=60), npz(tmp_path / "b.npz", 19, 1)
@@ -181,6 +182,7 @@ def test_resized_pictures(tmp_path: Path, quarters: Path) -> None:
     assert "resized to 8x8 pixels" in found["reference"]["resized"]
 
 
+@pytest.mark.slow
 def test_bf16_states_its_error(tmp_path: Path, inception_weights: Path) -> None:
     a, b = npz(tmp_path / "a.npz", 12, 0), npz(tmp_path / "b.npz", 12, 1)
     flags = ["--samples", a, "--reference", b, "--feature_weights", inception_weights]
@@ -244,6 +246,7 @@ def test_statistics_of_other_features(tmp_path: Path, quarters: Path, broken: Pa
     assert "holds mean and covariance only, and precision, recall and kid need features of images" in said
 
 
+@pytest.mark.slow
 def test_statistics_of_other_programs(tmp_path: Path, inception_weights: Path) -> None:
     """mu and sigma as clean-fid and EDM write them, and OpenAI's reference batches: images and the moments of sFID."""
     a, b = npz(tmp_path / "a.npz", 12, 0), npz(tmp_path / "b.npz", 10, 1)
@@ -357,6 +360,7 @@ def test_one_process_says_what_is_not_used(tmp_path: Path, quarters: Path) -> No
     assert run_ranks(["-m", "fastdiff.evaluate", *map(str, flags)]).count("not used, because") == 1
 
 
+@pytest.mark.slow
 def test_trained_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--train_features trains a classifier of the reference's classes once, and later commands use it."""
     images = np.load(npz(tmp_path / "a.npz", 24))["arr_0"]
@@ -398,6 +402,7 @@ def test_bad_input(tmp_path: Path, quarters: Path, broken: Path, checkpoint: Pat
         (["--samples", tmp_path / "none.npz", "--reference", b], "--samples: "),
         ([*both[:2], "--reference", tmp_path / "none"], "--reference: "),
         ([*both, "--resize", "0x5"], "--resize"),
+        ([*both, "--resamplings", 1], "--resamplings: must be 0 or at least 2"),
         ([*both, "--results_dir", a], "--results_dir: "),
     ):
         given = [] if {"--features", "--train_features"} & set(map(str, flags)) else ["--features", quarters]

@@ -42,7 +42,7 @@ def test_inception_equals_torch_fidelity(inception_weights: Path) -> None:
     net = opened(INCEPTION, inception_weights)
     found = net(x, ("pool", "logits"))
     pool, logits = torch_fidelitys_inception(inception_weights, ("2048", "logits_unbiased"))(x.permute(0, 3, 1, 2))
-    scale = pool.abs().max()
+    scale = pool.abs().max()  # 1e-5 of it is 84 times float32's rounding, after 94 convolutions that are merged here
     assert found["pool"].std() > 0.01 * scale
     torch.testing.assert_close(found["pool"], pool, rtol=0, atol=1e-5 * float(scale))
     torch.testing.assert_close(found["logits"], logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
@@ -99,6 +99,7 @@ def test_bf16_is_near(inception_weights: Path) -> None:
         opened(INCEPTION, inception_weights, "fp16")
 
 
+@pytest.mark.slow
 def test_traced_inception(inception_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile traces it with all outputs. Inductor, which takes a minute for it, is left out here."""
     monkeypatch.setattr("fastdiff.evaluation.features.compile_kwargs", lambda *_, **__: {"backend": "eager"})
