@@ -142,7 +142,7 @@ def collect(
             for start in range(0, len(images), batch_size):
                 part, places = images[start : start + batch_size], positions[start : start + batch_size]
                 outputs = _padded(network, part, batch_size, wanted.outputs)
-                _check_finite(outputs, what)
+                _check_finite(outputs, network, what)
                 if exact and (first := places < PROBED).any():
                     precise = _padded(exact, part, batch_size, wanted.outputs)
                     probed.append((places[first], _rows(outputs, first), _rows(precise, first)))
@@ -215,8 +215,9 @@ def _padded(
     return {name: output[: batch_size - missing] for name, output in network(images, outputs).items()}
 
 
-def _check_finite(outputs: dict[Output, Tensor], what: str) -> None:
+def _check_finite(outputs: dict[Output, Tensor], network: FeatureNetwork, what: str) -> None:
     if not torch.stack([output.isfinite().all() for output in outputs.values()]).all():  # waits for the device once
+        exact = "" if network.precision == "fp32" else "--feature_precision fp32, or "
         raise UserError(
-            f"the network's features of {what} are not finite; give --feature_precision fp32, or other weights"
+            f"the network's features of {what} are not finite; give {exact}another network or other weights"
         )
