@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ class Sum:
         self.total, self.parts = total, None
 
 
+Resample: TypeAlias = Literal["", "down", "up"]
 Map: TypeAlias = Tensor | Sum
 """A feature map, as one layer passes it to the next."""
 
@@ -111,6 +112,38 @@ class PointwiseConv(nn.Conv1d):
 
     def without_bias(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1).to(x.dtype))
+
+
+class QKVConv(PointwiseConv):
+    """The projection of attention, [B, L, C] → [B, L, 3C], whose result has queries, keys and values head by head.
+
+    With `grouped` its parameters have the queries of all heads first, then all keys, then all values, and are reordered
+    where they are used: this moves 3 C^2 numbers, not maps.
+    """
+
+    def __init__(self, channels: int, num_heads: int, grouped: bool) -> None:
+        super().__init__(channels, 3 * channels)
+        self.num_heads, self.grouped = num_heads, grouped
+
+    def parameters_by_head(self) -> tuple[Tensor, Tensor]:
+        """The weight [3C, C] and the bias [3C], with their rows in the order of the result."""
+        return self._by_head(self.weight.flatten(1)), self._by_head(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.parameters_by_head()
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    @torch.no_grad()
+    def store_by_head(self) -> None:
+        """Reorder the parameters themselves, for inference."""
+        weight, bias = self.parameters_by_head()
+        self.weight.data, self.bias.data = weight[..., None].clone(), bias.clone()
+        self.grouped = False
+
+    def _by_head(self, rows: Tensor) -> Tensor:
+        if not self.grouped:
+            return rows
+        return rows.unflatten(0, (3, self.num_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 class Linear(nn.Linear):
@@ -191,7 +224,7 @@ def _norm_and_conv(layers: nn.Sequential) -> tuple[GroupNorm, Conv2d]:
 def _bias_for_norm(conv: Conv2d, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """(convolution of h, its bias if the norm that follows is to add it, in the same pass over memory)."""
     if ops.map_layout(h) is torch.contiguous_format:  # PyTorch's norm would need a pass for it, the convolution doesn't
-        return conv(h), None
+        return conv.convolve(h, conv.bias), None
     return conv.without_bias(h), conv.bias
 
 
@@ -205,15 +238,25 @@ class ResBlock(nn.Module):
 
     forward: x [B, C1, H, W], emb_out [B, emb_width] float32 (the result of `emb_layers`), skip [B, C2, H, W] or None,
     seed [1] int64 of the dropout or None → [B, out_channels, H, W]; with kernels, a `Sum`. `channels` = C1 + C2.
+    With `resample` "down" or "up" the result has half or twice H and W: the map is averaged over 2x2 pixels, or each
+    pixel repeated, before the first convolution and in the shortcut. Such a block takes no skip.
     """
 
     def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, dropout: float, use_scale_shift_norm: bool
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float,
+        use_scale_shift_norm: bool,
+        resample: Resample = "",
     ) -> None:
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.dropout = dropout
-        self.in_layers = nn.Sequential(GroupNorm(channels), nn.Identity(), Conv2d(channels, out_channels, 3, padding=1))
+        self.resample = resample
+        conv = UpsampleConv if resample == "up" else Conv2d
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.Identity(), conv(channels, out_channels, 3, padding=1))
         self.emb_width = 2 * out_channels if use_scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), Linear(emb_channels, self.emb_width))
         self.out_layers = nn.Sequential(
@@ -227,6 +270,10 @@ class ResBlock(nn.Module):
     def forward(self, x: Map, emb_out: Tensor, skip: Tensor | None = None, seed: Tensor | None = None) -> Map:
         _, conv = _norm_and_conv(self.in_layers)
         x, h, residual = self._first_norm(x, skip)
+        if self.resample == "down":
+            x, h = F.avg_pool2d(x, 2), F.avg_pool2d(h, 2)
+        elif self.resample == "up":
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # the convolution enlarges h
         h, bias = _bias_for_norm(conv, h)
         dropout: NormOptions = {"dropout": self.dropout if self.training else 0.0, "seed": seed}
         norm, conv = _norm_and_conv(self.out_layers)
@@ -284,13 +331,16 @@ class SkipConv(Conv2d):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all pixels with a residual connection, [B, C, H, W] → the same; with kernels, a `Sum`."""
+    """Self-attention over all pixels with a residual connection, [B, C, H, W] → the same; with kernels, a `Sum`.
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    grouped: the order of the projection's parameters (see `QKVConv`).
+    """
+
+    def __init__(self, channels: int, num_heads: int, grouped: bool = False) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm = GroupNorm(channels)
-        self.qkv = PointwiseConv(channels, 3 * channels)
+        self.qkv = QKVConv(channels, num_heads, grouped)
         self.proj_out = zeroed(PointwiseConv(channels, channels))
 
     def forward(self, x: Map) -> Map:
@@ -301,7 +351,7 @@ class AttentionBlock(nn.Module):
         if by_module or not ops.has_self_attention(h, len(qkv.weight), self.num_heads):
             h = ops.attention(qkv(h), self.num_heads)
         else:
-            h = ops.self_attention(h, qkv.weight.flatten(1), qkv.bias, self.num_heads)
+            h = ops.self_attention(h, *qkv.parameters_by_head(), self.num_heads)
         as_map = lambda h: h.unflatten(1, residual.shape[2:]).permute(0, 3, 1, 2)
         if _leaves_sum(last, h):
             return Sum(residual, as_map(last.without_bias(h)), last.bias)

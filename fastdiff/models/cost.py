@@ -19,6 +19,8 @@ forward_bytes, backward_bytes
                 residual         forward x, read where the last convolution writes its y
                                  backward dx, read where the first norm writes its own
                 skip             forward 0, never concatenated; backward dx, likewise
+                resampling       of a residual block that halves maps, forward and backward: both of its maps, large and
+                                 small; of one that doubles them: its input alone, since the convolution enlarges
                 noising          forward 1 byte in, x_t out  backward 0
                 loss             forward y, 1 byte, dy       backward 0, as forward computes the gradient
                 embedding        0: vectors
@@ -61,6 +63,7 @@ Kind = Literal[
     "group norm",
     "residual",
     "skip",
+    "resampling",
     "embedding",
     "noising",
     "loss",
@@ -79,6 +82,7 @@ _LAUNCHES: dict[Kind, tuple[int, int]] = {
     "group norm": (2, 3),
     "residual": (0, 0),
     "skip": (0, 0),
+    "resampling": (2, 2),
     "noising": (1, 0),
     "loss": (1, 0),
 }
@@ -199,6 +203,9 @@ def saved_bytes(ops: Sequence[Operation]) -> float:
         ):
             c_in, _, height, width = op.shape
             total += op.element * c_in * height * width
+        elif op.kind == "upsample conv":
+            c_in, _, height, width = op.shape
+            total += op.element * c_in * height * width / 4
     return total
 
 
@@ -269,12 +276,30 @@ class _Walk:
             yield self._conv(block.skip_connection, "conv1x1", advance=False)
         norm, _, first = block.in_layers
         yield self._norm(norm, channels)
-        yield self._conv(first, "conv3x3")
+        if block.resample:
+            yield self._resampling(block, channels)
+        yield self._conv(first, "upsample conv" if block.resample == "up" else "conv3x3")
         yield self._linear(block.emb_layers[1])
         norm, last = block.out_layers[0], block.out_layers[-1]
         yield self._norm(norm, self.width)
         yield self._conv(last, "conv3x3")
         yield self._residual(name, self.width, channels)
+
+    def _resampling(self, block: ResBlock, channels: int) -> Operation:
+        """The averaging of a block's map and of its norm, whose size becomes the current one, or the enlargement of
+        its map."""
+        shape, volume = (channels, *self.size), self.element * channels * _volume(self.size)
+        traffic = 5 * volume if block.resample == "up" else 2.5 * volume
+        if block.resample == "down":
+            self.size = (self.size[0] // 2, self.size[1] // 2)
+        return Operation(
+            self.names[block],
+            "resampling",
+            shape,
+            forward_bytes=traffic,
+            backward_bytes=traffic,
+            element=self.element,
+        )
 
     def _attention(self, block: AttentionBlock) -> Iterator[Operation]:
         channels, length, name = self.width, _volume(self.size), self.names[block]

@@ -15,8 +15,14 @@ SHAPES = Affects("shapes")
 """Marks settings that decide which weights a network has, and their shapes."""
 GROUPS = 32  # of every group norm (Ho et al. 2020)
 
-# Image size → channel_mult, as in improved-diffusion.
-_DEFAULT_MULT = {256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)}
+# Image size → channel_mult, as in improved-diffusion and guided-diffusion.
+_DEFAULT_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
 
 
 class BackboneSettings(Settings):
@@ -32,11 +38,20 @@ class BackboneSettings(Settings):
     """Attention heads on the way up; -1: as many as num_heads."""
     num_head_channels: int = -1
     """Channels per attention head; -1: num_heads decides."""
+    use_new_attention_order: bool = False
+    """The attention's projection makes the queries of all heads, then all keys, then all values; otherwise queries,
+    keys and values head by head."""
     attention_resolutions: Ints = (16, 8)
     """Sizes of levels at which attention blocks stand, e.g. 16,8: a level's shorter side in pixels; empty: only in the
     middle."""
     channel_mult: Annotated[Floats, SHAPES] = ()
-    """Width multiple of each level, e.g. 1,2,3,4; empty: the standard one for 256, 64 or 32 pixels."""
+    """Width multiple of each level, e.g. 1,2,3,4; empty: the standard one for 512, 256, 128, 64 or 32 pixels."""
+    scale_stem: Annotated[bool, SHAPES] = False
+    """Give the first convolution the width of the first level, channel_mult[0] x num_channels, as guided-diffusion
+    does; otherwise it has num_channels."""
+    resblock_updown: Annotated[bool, SHAPES] = False
+    """Halve and double maps inside residual blocks, as BigGAN does (Dhariwal & Nichol 2021, section 3); otherwise
+    convolutions do it."""
     dropout: Annotated[float, TRAINING] = Field(0.0, ge=0, lt=1)
     """Dropout probability inside residual blocks."""
     learn_sigma: Annotated[bool, SHAPES] = False
@@ -57,6 +72,8 @@ class BackboneSettings(Settings):
 
     size_name: ClassVar[str]
     """Name of the setting with the size of the images that the network draws."""
+    default_mult: ClassVar[dict[int, tuple[float, ...]]] = _DEFAULT_MULT
+    """Longer side of the images → the standard channel_mult."""
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -79,7 +96,12 @@ class BackboneSettings(Settings):
     @property
     def level_mult(self) -> tuple[float, ...]:
         """Width multiple of each level, from channel_mult or the standard table."""
-        return self.channel_mult or _DEFAULT_MULT[max(self.size_hw)]
+        return self.channel_mult or self.default_mult[max(self.size_hw)]
+
+    @property
+    def stem_channels(self) -> int:
+        """Width of the first convolution's result."""
+        return self.level_channels[0] if self.scale_stem else self.num_channels
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -113,8 +135,8 @@ class BackboneSettings(Settings):
                 f"num_channels {self.num_channels} is not divisible by the {GROUPS} groups of the norms; "
                 f"the nearest is {max(1, round(self.num_channels / GROUPS)) * GROUPS}"
             )
-        if not self.channel_mult and max(self.size_hw) not in _DEFAULT_MULT:
-            known = ", ".join(str(size) for size in sorted(_DEFAULT_MULT))
+        if not self.channel_mult and max(self.size_hw) not in self.default_mult:
+            known = ", ".join(str(size) for size in sorted(self.default_mult))
             raise ValueError(
                 f"channel_mult has no default for images of {max(self.size_hw)} pixels (only for {known}); "
                 "give it, e.g. 1,2,2,2"
@@ -167,6 +189,7 @@ class SuperResSettings(BackboneSettings):
     """A UNet that enlarges images from `small_size` to `large_size` pixels."""
 
     size_name: ClassVar[str] = "large_size"
+    default_mult: ClassVar[dict[int, tuple[float, ...]]] = {**_DEFAULT_MULT, 512: (1, 1, 2, 2, 4, 4)}
     large_size: Size = (256, 256)
     """Pixels of the images that come out: 256, or height x width."""
     small_size: Size = (64, 64)

@@ -25,6 +25,8 @@ from fastdiff.models.blocks import (
     Map,
     OutputLayer,
     PointwiseConv,
+    QKVConv,
+    Resample,
     ResBlock,
     Upsample,
     UpsampleConv,
@@ -95,16 +97,17 @@ class UNet(nn.Module):
         if settings.class_cond:
             self.label_emb = nn.Embedding(settings.num_labels, emb)
 
-        def res_block(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, emb, c_out, settings.dropout, settings.use_scale_shift_norm)
+        def res_block(c_in: int, c_out: int, resample: Resample = "") -> ResBlock:
+            return ResBlock(c_in, emb, c_out, settings.dropout, settings.use_scale_shift_norm, resample)
 
         def attention(c: int, heads: int) -> AttentionBlock:
-            return AttentionBlock(c, heads if settings.num_head_channels == -1 else c // settings.num_head_channels)
+            heads = heads if settings.num_head_channels == -1 else c // settings.num_head_channels
+            return AttentionBlock(c, heads, settings.use_new_attention_order)
 
         heads_up = settings.num_heads if settings.num_heads_upsample == -1 else settings.num_heads_upsample
         attends = [level in settings.attending_levels for level in range(len(channels))]
 
-        c = width
+        c = settings.stem_channels
         self.input_blocks = nn.ModuleList([Stage(InputConv(settings.network_in_channels, c, 3, padding=1))])
         skips = [c]
         for level, c_level in enumerate(channels):
@@ -116,7 +119,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(*layers))
                 skips.append(c)
             if level < len(channels) - 1:
-                self.input_blocks.append(Stage(Downsample(c)))
+                self.input_blocks.append(Stage(res_block(c, c, "down") if settings.resblock_updown else Downsample(c)))
                 skips.append(c)
 
         self.middle_block = Stage(res_block(c, c), attention(c, settings.num_heads), res_block(c, c))
@@ -129,7 +132,7 @@ class UNet(nn.Module):
                 if attends[level]:
                     layers.append(attention(c, heads_up))
                 if level > 0 and i == settings.num_res_blocks:
-                    layers.append(Upsample(c))
+                    layers.append(res_block(c, c, "up") if settings.resblock_updown else Upsample(c))
                 self.output_blocks.append(Stage(*layers))
 
         self.out = OutputLayer(c, settings.out_channels)
@@ -274,6 +277,8 @@ def freeze(model: UNet) -> UNet:
     padded = model.input_format
     for name, module in model.named_modules():
         dtype = torch.float32 if name.startswith("out.") else model.dtype
+        if isinstance(module, QKVConv):
+            module.store_by_head()
         if isinstance(module, UpsampleConv):
             _replace(module, ops.upsample_taps(module.weight), dtype)
         elif isinstance(module, InputConv) and padded:

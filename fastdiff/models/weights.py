@@ -93,14 +93,20 @@ def infer_settings(state: dict[str, Tensor], super_res: bool = False, null_class
 
 def _infer(state: dict[str, Tensor], super_res: bool, null_class: bool) -> dict[str, Any]:
     first = state["input_blocks.0.0.weight"].shape
-    width, in_channels = first[0], first[1] // (2 if super_res else 1)
-    emb = state["time_embed.0.weight"].shape[0]
+    emb, width = state["time_embed.0.weight"].shape
+    in_channels = first[1] // (2 if super_res else 1)
+    upsampling = [index for index in range(len(state)) if _upsamples_in_block(state, index)]
+    resblock_updown = bool(upsampling)
+    blocks_per_level = upsampling[0] if resblock_updown else 0
     level_mult: list[float] = []
     attention: list[int] = []
     index, factor, blocks = 1, 1, 0
     while True:
         block = f"input_blocks.{index}"
-        if f"{block}.0.op.weight" in state:  # downsampling, after the blocks of a level
+        if f"{block}.0.op.weight" in state or (
+            # A residual block that halves maps has the same keys as another one: the number of blocks tells them apart.
+            resblock_updown and blocks == blocks_per_level and f"{block}.0.in_layers.0.weight" in state
+        ):  # downsampling, after the blocks of a level
             blocks, factor = 0, factor * 2
         elif f"{block}.0.in_layers.0.weight" in state:
             multiple = state[f"{block}.0.out_layers.0.weight"].shape[0] / width
@@ -118,6 +124,8 @@ def _infer(state: dict[str, Tensor], super_res: bool, null_class: bool) -> dict[
         "channel_mult": [int(m) if m == int(m) else m for m in level_mult],
         "learn_sigma": state["out.2.weight"].shape[0] == 2 * in_channels,
         "in_channels": in_channels,
+        "resblock_updown": resblock_updown,
+        "scale_stem": bool(level_mult) and level_mult[0] != 1 and first[0] == level_mult[0] * width,
         "use_scale_shift_norm": emb_layers.shape[0] // out_layers.shape[0] == 2,
         "class_cond": "label_emb.weight" in state,
         "attention_factors": attention,
@@ -127,6 +135,11 @@ def _infer(state: dict[str, Tensor], super_res: bool, null_class: bool) -> dict[
     if emb != 4 * width:
         raise UserError(f"its time embedding has {emb} channels, this network's would have {4 * width}")
     return inferred
+
+
+def _upsamples_in_block(state: dict[str, Tensor], index: int) -> bool:
+    """Whether an output block ends with a residual block that doubles maps, which is its second or third layer."""
+    return any(f"output_blocks.{index}.{layer}.in_layers.0.weight" in state for layer in (1, 2))
 
 
 def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:

@@ -57,6 +57,7 @@ NETWORKS: dict[str, BackboneSettings] = {
         **{**MODEL, "image_size": "16x4", "attention_resolutions": "4,2", "num_heads": 2}
     ),
     "gray, added embedding": UNetSettings(**MODEL, in_channels=1, use_scale_shift_norm=False),
+    "resampling blocks": UNetSettings(**MODEL, resblock_updown=True, use_new_attention_order=True),
     "three levels": UNetSettings(**{**MODEL, "channel_mult": "1,2,3", "num_res_blocks": 2}),
     "super-resolution": SuperResSettings(**SUPER_RES),
 }

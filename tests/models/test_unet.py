@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastdiff import ops
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
+from fastdiff.models.unet import freeze
 
 
 def inputs(model: UNet, batch: int = 2) -> dict[str, Tensor]:
@@ -45,6 +46,9 @@ EXTENSIONS: dict[str, dict[str, Any]] = {
     "blocks": {"num_res_blocks": 3},
     "added embedding": {"use_scale_shift_norm": False},
     "classes": {"class_cond": True, "num_classes": 3, "learn_sigma": True},
+    "resampling blocks": {"resblock_updown": True, "use_new_attention_order": True, "num_res_blocks": 2},
+    "resampling, not square": {"resblock_updown": True, "image_size": "8x12", "channel_mult": "1,2,2"},
+    "scaled stem": {"num_channels": 64, "channel_mult": "0.5,1.5", "scale_stem": True, "resblock_updown": True},
 }
 by_extension = pytest.mark.parametrize("name", EXTENSIONS)
 
@@ -89,6 +93,23 @@ def test_widths_and_heads() -> None:
     model = unet(num_heads=2, num_heads_upsample=8)
     assert model.middle_block[1].num_heads == model.input_blocks[3][1].num_heads == 2
     assert model.output_blocks[0][1].num_heads == 8
+
+
+def test_attention_order() -> None:
+    """Grouped rows of the projection give the network whose rows are head by head, also when it is frozen."""
+    grouped = unet(use_new_attention_order=True, num_heads=4)
+    by_head = unet(num_heads=4)
+    state = grouped.state_dict()
+    for name, rows in state.items():
+        if ".qkv." in name:  # [3, heads, D, ...] → [heads, 3, D, ...]
+            state[name] = rows.unflatten(0, (3, 4, -1)).movedim(1, 0).flatten(0, 2)
+    by_head.load_state_dict(state)
+    given = inputs(grouped)
+    with torch.no_grad():
+        expected = by_head(**given)
+        assert torch.equal(grouped(**given), expected)
+        assert not torch.equal(unet(num_heads=4)(**given), expected)
+        assert torch.equal(freeze(grouped)(**given), expected)
 
 
 def test_other_sizes_than_trained() -> None:
@@ -294,7 +315,7 @@ def test_settings_from_shapes(name: str) -> None:
     assert {key: getattr(settings, key) for key in shown} == shown
     assert ("num_classes" in shown) == settings.class_cond
     expected = {"num_channels", "num_res_blocks", "learn_sigma", "in_channels", "use_scale_shift_norm", "class_cond"}
-    assert shown.keys() - {"num_classes"} == expected
+    assert shown.keys() - {"num_classes"} == expected | {"resblock_updown", "scale_stem"}
     assert weights.script_mismatch(state, super_res) == ""
     assert weights.script_mismatch(state, not super_res) != ""
 

@@ -13,7 +13,7 @@ from fastdiff.settings import affecting
 from fastdiff.training.settings import ALWAYS_FREE, CHANGES, STREAM_SETTINGS, TrainSettings
 
 _QUIET = {"train": affecting(TrainSettings, "run"), "data": affecting(DataSettings, "run")}
-_ABSENT = {"model": {"null_class": False}}
+_ABSENT = {"model": dict.fromkeys(("null_class", "resblock_updown", "scale_stem", "use_new_attention_order"), False)}
 """Section → settings that older versions didn't store, with the value that they had."""
 
 

@@ -60,7 +60,7 @@ _KINDS = {
     "norms": ("group norm",),
     "attention": ("attention",),
     "noising and loss": ("noising", "loss"),
-    POINTWISE: ("residual", "skip"),
+    POINTWISE: ("residual", "skip", "resampling"),
 }
 CLASS_OF: dict[str, str] = {kind: name for name, kinds in _KINDS.items() for kind in kinds}
 """Kind of a `cost.Operation` → its class."""
