@@ -103,7 +103,7 @@ def cases_of_call(call: Call) -> Iterator[Case]:
             run = lambda output, x, rows, noise: ops.diffusion_loss(output, x, rows, noise, **given)[0]
             x = images.permute(0, 3, 1, 2)
             yield from noisy(op, x, [*with_gradients(output), images, rows], run)
-            yield from sampler_cases(output.detach(), meta(*x.shape), rows, variance)
+            yield from sampler_cases(output.detach(), meta(*x.shape), meta(len(x), len(ops.STEP_COLUMNS)), variance)
         case "image_uniform", (_, index, draw):
             uniform = lambda index: ops.image_uniform(0, index, draw)
             yield Case(op, shape_of(index), len(index), [index], uniform)

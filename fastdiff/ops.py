@@ -507,6 +507,7 @@ def sampler_step(
     coefficients: Tensor,
     noise: Noise | None,
     *,
+    gradient: Tensor | None = None,
     history: tuple[Tensor, ...] = (),
     epsilon: bool = True,
     clip: bool = True,
@@ -517,7 +518,8 @@ def sampler_step(
 
     The network input is x_next itself; with input_dtype the kernel writes a copy [B, 8, H, W] in that dtype.
     """
-    settings: dict[str, Any] = {"history": history, "epsilon": epsilon, "clip": clip, "variance": variance}
+    settings: dict[str, Any] = {"gradient": gradient, "history": history}
+    settings |= {"epsilon": epsilon, "clip": clip, "variance": variance}
     if uses_kernels(output, _map_unsupported(x)):
         x_next, pred_xstart, network_input = triton_step.sampler_step(
             output, x, coefficients, noise, **settings, input_dtype=input_dtype

@@ -26,7 +26,10 @@ LOSS_COLUMNS = (
     "is_first",  # 1 at t = 0
 )
 """Columns of diffusion_loss's coefficients."""
-STEP_COLUMNS = ("recip", "recipm1", "x", "x_start", "earlier1", "earlier2", "earlier3", "sigma", "low", "high")
+STEP_COLUMNS = (
+    *("recip", "recipm1", "x", "x_start", "earlier1", "earlier2", "earlier3", "sigma", "low", "high"),
+    *("guided_x_start", "guided_x"),
+)
 """Columns of sampler_step's coefficients."""
 
 
@@ -178,6 +181,7 @@ def sampler_step(
     coefficients: Tensor,
     noise: Tensor | None,
     *,
+    gradient: Tensor | None = None,
     history: tuple[Tensor, ...] = (),
     epsilon: bool = True,
     clip: bool = True,
@@ -187,7 +191,9 @@ def sampler_step(
 
     x_next = c_x x + c_0 x_0 + sum of c_i history_i + sigma std noise, where x_0 = recip x - recipm1 output (epsilon) or
     the output, clipped to [-1, 1] with `clip`, and std is 1 ("fixed") or exp(log variance / 2) of the network's.
-    coefficients  [B, 10], columns STEP_COLUMNS. history: up to 3 earlier predictions of x_0.
+    coefficients  [B, 12], columns STEP_COLUMNS. history: up to 3 earlier predictions of x_0.
+    gradient      [B, C, H, W] of a classifier's log probability by x: adds guided_x_start gradient to x_0 after the
+                  clipping, and guided_x std^2 gradient to x_next (Dhariwal & Nichol 2021, algorithms 2 and 1).
     """
     column = dict(zip(STEP_COLUMNS, (_wide(column) for column in coefficients.unbind(1)), strict=True))
     C = x.shape[1]
@@ -196,14 +202,19 @@ def sampler_step(
     pred_xstart = column["recip"] * x - column["recipm1"] * output if epsilon else output
     if clip:
         pred_xstart = pred_xstart.clamp(-1, 1)
+    if gradient is not None:
+        pred_xstart = pred_xstart + column["guided_x_start"] * gradient
     x_next = column["x"] * x + column["x_start"] * pred_xstart
     for i, earlier in enumerate(history):
         x_next = x_next + column[f"earlier{i + 1}"] * earlier
+    sigma, shift = column["sigma"], column["guided_x"]
+    if values is not None:
+        values = log_variance(values, variance, column["low"], column["high"], x)
+        sigma, shift = sigma * torch.exp(0.5 * values), shift * torch.exp(values)
     if noise is not None:
-        sigma = column["sigma"]
-        if values is not None:
-            sigma = sigma * torch.exp(0.5 * log_variance(values, variance, column["low"], column["high"], x))
         x_next = x_next + sigma * noise
+    if gradient is not None:
+        x_next = x_next + shift * gradient
     return x_next, pred_xstart
 
 

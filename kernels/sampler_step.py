@@ -1,17 +1,20 @@
 """One step of a sampler: from the network's output to the next x and the next network input, in one pass.
 
     x_0      = clip(recip * x - recipm1 * output), or clip(output) of a network that predicts x_0
-    x_next   = c_x * x + c_0 * x_0 + c_1 * h_1 + c_2 * h_2 + c_3 * h_3 + sigma * noise
+    x_0     += guided_x_start * gradient                   of a classifier's log probability, if one guides
+    x_next   = c_x * x + c_0 * x_0 + c_1 * h_1 + c_2 * h_2 + c_3 * h_3 + sigma * noise + guided_x * gradient
 
 DDPM, DDIM(eta) and the linear multistep updates of DPM-Solver++ and UniPC are choices of the coefficients; h_i are
 earlier predictions of x_0.
 
-Shapes   output [B, C or 2C, H, W] channels-last; x, h_i [B, C, H, W] float32; coefficients [B, 10] float32 with the
-         columns recip, recipm1, c_x, c_0, c_1, c_2, c_3, sigma, low, high. sigma multiplies exp(log variance / 2) of
-         a network that predicts it: as a share between low and high ("range") or itself ("learned").
+Shapes   output [B, C or 2C, H, W] channels-last; x, h_i, gradient [B, C, H, W] float32; coefficients [B, 12] float32
+         with the columns recip, recipm1, c_x, c_0, c_1, c_2, c_3, sigma, low, high, guided_x_start, guided_x. Of a
+         network that predicts the variance, as a share of its log between low and high ("range") or as its log itself
+         ("learned"), sigma multiplies its root, and guided_x multiplies it.
          → x_next, x_0 [B, C, H, W] float32, and the next input [B, 8, H, W] in the compute dtype, channels-last.
-Traffic  output, x, h_i once; results once; noise once if given, else computed here from counters.
-Source   Ho et al. 2020, algorithm 2; Song et al. 2020 (DDIM), eq. 12; Lu et al. 2022 (DPM-Solver++); Zhao et al. 2023.
+Traffic  output, x, h_i, gradient once; results once; noise once if given, else computed here from counters.
+Source   Ho et al. 2020, algorithm 2; Song et al. 2020 (DDIM), eq. 12; Lu et al. 2022 (DPM-Solver++); Zhao et al. 2023;
+         Dhariwal & Nichol 2021, algorithms 1 and 2 (the gradient).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from fastdiff.kernels.pixels import (
 from fastdiff.kernels.reference import CounterNoise
 from torch import Tensor
 
-COLUMNS = 10
+COLUMNS = 12
 MAX_HISTORY = 3
 VARIANCES = ("fixed", "range", "learned")
 MAX_CHANNELS = 4
@@ -41,7 +44,7 @@ MAX_CHANNELS = 4
 
 @triton.jit
 def _one_channel(
-    out_ptr, x_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef, next_ptr, pred_ptr,
+    out_ptr, x_ptr, grad_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef, next_ptr, pred_ptr,
     seed, i_b, i_c: tl.constexpr, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
     C: tl.constexpr, OUT: tl.constexpr, EPSILON: tl.constexpr, CLIP: tl.constexpr, VARIANCE: tl.constexpr,
     NOISY: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr,
@@ -59,6 +62,9 @@ def _one_channel(
             b_pred = tl.load(p_coef) * b_x - tl.load(p_coef + 1) * b_pred
         if CLIP:  # nan stays nan, as torch.clamp has it
             b_pred = tl.clamp(b_pred, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+        if grad_ptr is not None:
+            b_grad = tl.load(grad_ptr + o_next, mask=m, other=0.0)
+            b_pred += tl.load(p_coef + 10) * b_grad
         b_next = tl.load(p_coef + 2) * b_x + tl.load(p_coef + 3) * b_pred
         if h1_ptr is not None:
             b_next += tl.load(p_coef + 4) * tl.load(h1_ptr + o_next, mask=m, other=0.0)
@@ -66,19 +72,26 @@ def _one_channel(
             b_next += tl.load(p_coef + 5) * tl.load(h2_ptr + o_next, mask=m, other=0.0)
         if h3_ptr is not None:
             b_next += tl.load(p_coef + 6) * tl.load(h3_ptr + o_next, mask=m, other=0.0)
+        if VARIANCE != 0:
+            b_lv = tl.load(p_out + C, mask=m, other=0.0).to(tl.float32)
+            if VARIANCE == 1:
+                b_share = (b_lv + 1.0) / 2.0
+                b_lv = b_share * tl.load(p_coef + 9) + (1.0 - b_share) * tl.load(p_coef + 8)
         if NOISY:
             b_noise = load_noise(
                 noise_ptr, index_ptr, draw_ptr, seed, i_b, i_c, o_p, m, C, HW, n_channel, n_pixel, Q, ALIGNED
             )
             b_sigma = tl.load(p_coef + 7)
             if VARIANCE != 0:
-                b_lv = tl.load(p_out + C, mask=m, other=0.0).to(tl.float32)
-                if VARIANCE == 1:
-                    b_share = (b_lv + 1.0) / 2.0
-                    b_lv = b_share * tl.load(p_coef + 9) + (1.0 - b_share) * tl.load(p_coef + 8)
                 b_next += b_sigma * tl.exp(0.5 * b_lv) * b_noise
             else:
                 b_next += b_sigma * b_noise
+        if grad_ptr is not None:
+            b_pull = tl.load(p_coef + 11)
+            if VARIANCE != 0:
+                b_next += b_pull * tl.exp(b_lv) * b_grad
+            else:
+                b_next += b_pull * b_grad
         tl.store(next_ptr + o_next, b_next, mask=m)
         tl.store(pred_ptr + o_next, b_pred, mask=m)
         return b_next
@@ -86,8 +99,8 @@ def _one_channel(
 
 @triton.jit(do_not_specialize=UNALIGNED)
 def _sampler_step(
-    out_ptr, x_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, coef_ptr, next_ptr, pred_ptr, input_ptr,
-    seed, HW, x_channel, x_pixel, n_channel, n_pixel, coef_stride,
+    out_ptr, x_ptr, grad_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, coef_ptr, next_ptr, pred_ptr,
+    input_ptr, seed, HW, x_channel, x_pixel, n_channel, n_pixel, coef_stride,
     C: tl.constexpr, OUT: tl.constexpr, PAD: tl.constexpr, EPSILON: tl.constexpr, CLIP: tl.constexpr,
     VARIANCE: tl.constexpr, NOISY: tl.constexpr, Q: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -95,17 +108,17 @@ def _sampler_step(
     o_p = (tl.program_id(1) * Q + tl.arange(0, Q))[:, None] * 4 + tl.arange(0, 4)[None, :]
     m = o_p < HW
     p_coef = coef_ptr + i_b * coef_stride
-    v0 = _one_channel(out_ptr, x_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef, next_ptr,
-                      pred_ptr, seed, i_b, 0, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
+    v0 = _one_channel(out_ptr, x_ptr, grad_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef,
+                      next_ptr, pred_ptr, seed, i_b, 0, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
                       C, OUT, EPSILON, CLIP, VARIANCE, NOISY, Q, ALIGNED)  # fmt: skip
-    v1 = _one_channel(out_ptr, x_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef, next_ptr,
-                      pred_ptr, seed, i_b, 1, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
+    v1 = _one_channel(out_ptr, x_ptr, grad_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef,
+                      next_ptr, pred_ptr, seed, i_b, 1, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
                       C, OUT, EPSILON, CLIP, VARIANCE, NOISY, Q, ALIGNED)  # fmt: skip
-    v2 = _one_channel(out_ptr, x_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef, next_ptr,
-                      pred_ptr, seed, i_b, 2, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
+    v2 = _one_channel(out_ptr, x_ptr, grad_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef,
+                      next_ptr, pred_ptr, seed, i_b, 2, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
                       C, OUT, EPSILON, CLIP, VARIANCE, NOISY, Q, ALIGNED)  # fmt: skip
-    v3 = _one_channel(out_ptr, x_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef, next_ptr,
-                      pred_ptr, seed, i_b, 3, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
+    v3 = _one_channel(out_ptr, x_ptr, grad_ptr, h1_ptr, h2_ptr, h3_ptr, noise_ptr, index_ptr, draw_ptr, p_coef,
+                      next_ptr, pred_ptr, seed, i_b, 3, o_p, m, HW, x_channel, x_pixel, n_channel, n_pixel,
                       C, OUT, EPSILON, CLIP, VARIANCE, NOISY, Q, ALIGNED)  # fmt: skip
     if input_ptr is not None:
         store_padded(input_ptr, i_b, o_p, m, HW, v0, v1, v2, v3, PAD)
@@ -119,6 +132,7 @@ def _op(
     output: Tensor,
     x: Tensor,
     coefficients: Tensor,
+    gradient: Tensor | None,
     history: list[Tensor],
     noise: Tensor | None,
     seed: int,
@@ -132,6 +146,7 @@ def _op(
     B, C, H, W = x.shape
     output = channels_last(output, "sampler_step", "output")
     earlier = [channels_last(h, "sampler_step", "an earlier prediction") for h in history]
+    gradient = gradient if gradient is None else channels_last(gradient, "sampler_step", "gradient")
     x_next, pred, network_input = _empty(x, input_dtype)
     if not x.numel():
         return x_next, pred, network_input
@@ -153,7 +168,7 @@ def _op(
     )
     absent = [None] * (MAX_HISTORY - len(earlier))
     written = (x_next, pred, None if input_dtype is None else network_input)
-    run(output, x, *earlier, *absent, noise, index, draw, coefficients, *written)
+    run(output, x, gradient, *earlier, *absent, noise, index, draw, coefficients, *written)
     return x_next, pred, network_input
 
 
@@ -177,6 +192,7 @@ def sampler_step(
     coefficients: Tensor,
     noise: Tensor | CounterNoise | None,
     *,
+    gradient: Tensor | None = None,
     history: tuple[Tensor, ...] = (),
     epsilon: bool = True,
     clip: bool = True,
@@ -186,6 +202,7 @@ def sampler_step(
     """(x_next, x_0, next network input [B, 8, H, W] in input_dtype or None); see the head of the file.
 
     noise     [B, C, H, W] float32, or its counters, or None for a step without.
+    gradient  [B, C, H, W] float32 of a classifier's log probability by x, or None.
     variance  the meaning of the second half of output: none ("fixed"; it may be absent), a share between the log
               variances low and high ("range"), or the log variance itself ("learned").
     Raises ValueError for shapes and dtypes that don't fit; a channels-first output is copied, with a warning.
@@ -205,9 +222,13 @@ def sampler_step(
         )
     if len(history) > MAX_HISTORY or any(h.shape != x.shape or h.dtype != torch.float32 for h in history):
         raise ValueError(f"sampler_step takes up to {MAX_HISTORY} earlier predictions {tuple(x.shape)} float32")
+    if gradient is not None and (gradient.shape != x.shape or gradient.dtype != torch.float32):
+        raise ValueError(
+            f"sampler_step needs gradient {tuple(x.shape)} float32; got {tuple(gradient.shape)} {gradient.dtype}"
+        )
     check_coefficients(coefficients, B, COLUMNS, "sampler_step")
     given, seed, index, draw = noise_args(noise, x.shape, "sampler_step")
     x_next, pred, network_input = _op(
-        output, x, coefficients, list(history), given, seed, index, draw, epsilon, clip, variance, input_dtype
+        output, x, coefficients, gradient, list(history), given, seed, index, draw, epsilon, clip, variance, input_dtype
     )
     return x_next, pred, None if input_dtype is None else network_input

@@ -136,13 +136,16 @@ class GaussianDiffusion:
             return "posterior_log_variance_clipped"
         return "fixed_large_log_variance" if self.var_type is ModelVarType.FIXED_LARGE else "log_betas"
 
+    @property
+    def variance_table(self) -> str:
+        """The schedule's table with the fixed variance."""
+        return "posterior_variance" if self.var_type is ModelVarType.FIXED_SMALL else "fixed_large_variance"
+
     def _variances(self, values: Tensor | None, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Variance and log variance of the reverse step; `values` is the network's prediction of them, or None."""
         high = self._at(self.log_variance_table, t)
         if values is None:
-            small = self.var_type is ModelVarType.FIXED_SMALL
-            variance = self._at("posterior_variance" if small else "fixed_large_variance", t)
-            return variance.expand_as(x), high.expand_as(x)
+            return self._at(self.variance_table, t).expand_as(x), high.expand_as(x)
         low = self._at("posterior_log_variance_clipped", t)
         values = ops.log_variance(values, self.variance, low, high, x)
         return values.exp(), values

@@ -21,6 +21,8 @@ from fastdiff.diffusion.process import GaussianDiffusion, Model, ModelMeanType
 from fastdiff.diffusion.solvers import SolverTable, solver_table
 
 Noise = Callable[[int], ops.Noise]
+Gradient = Callable[[Tensor, int], Tensor]
+"""gradient(x, step) → that of a classifier's log probability by x [B, C, H, W], times its scale, at a kept step."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def solve(
     epsilon: bool = True,
     clip: bool = True,
     input_dtype: torch.dtype | None = None,
+    gradient: Gradient | None = None,
 ) -> Iterator[Step]:
     """Run a solver table from x_T [B, C, H, W] float32. Yields a Step after every complete row.
 
@@ -53,6 +56,7 @@ def solve(
                                   `input_dtype` is given, x padded to [B, 8, H, W] in that dtype.
     noise(step)                   Called in rows that add noise. May be None if the table is not stochastic.
     clip                          Clip the predicted x_0 to [-1, 1].
+    gradient(x, step)             Guides as the table says; None without a classifier.
 
     A float64 x is computed in float64 by the reference ops, because the kernels compute in float32.
     """
@@ -70,6 +74,7 @@ def solve(
             x,
             coefficients[row].expand(len(x), -1),
             noise(step) if noise is not None and takes_noise[row] else None,
+            gradient=None if gradient is None else gradient(x, step),
             history=tuple(itertools.islice(history, history_used[row])),
             epsilon=epsilon,
             clip=clip,
@@ -94,6 +99,7 @@ def _loop(
     table: SolverTable,
     clip_denoised: bool,
     model_kwargs: dict[str, Any] | None,
+    gradient: Gradient | None,
 ) -> Iterator[Step]:
     dtype, _ = getattr(model, "input_format", None) or (None, None)
 
@@ -101,7 +107,9 @@ def _loop(
         return model(network_input, diffusion.model_timesteps(_timesteps(x, step)), **(model_kwargs or {}))
 
     epsilon = diffusion.mean_type is ModelMeanType.EPSILON
-    yield from solve(predict, x, table, noise, epsilon=epsilon, clip=clip_denoised, input_dtype=dtype)
+    yield from solve(
+        predict, x, table, noise, epsilon=epsilon, clip=clip_denoised, input_dtype=dtype, gradient=gradient
+    )
 
 
 def p_sample_loop(
@@ -111,10 +119,11 @@ def p_sample_loop(
     noise: Noise,
     clip_denoised: bool = True,
     model_kwargs: dict[str, Any] | None = None,
+    gradient: Gradient | None = None,
 ) -> Iterator[Step]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) from x = x_T [B, C, H, W] float32."""
     table = solver_table(diffusion, "ddpm")
-    yield from _loop(diffusion, model, x, noise, table, clip_denoised, model_kwargs)
+    yield from _loop(diffusion, model, x, noise, table, clip_denoised, model_kwargs, gradient)
 
 
 def ddim_sample_loop(
@@ -125,11 +134,12 @@ def ddim_sample_loop(
     clip_denoised: bool = True,
     model_kwargs: dict[str, Any] | None = None,
     eta: float = 0.0,
+    gradient: Gradient | None = None,
 ) -> Iterator[Step]:
     """DDIM (Song et al. 2020, https://arxiv.org/abs/2010.02502): eta 0 is deterministic and needs
     no noise, 1 is as noisy as DDPM."""
     table = solver_table(diffusion, "ddim", eta)
-    yield from _loop(diffusion, model, x, noise, table, clip_denoised, model_kwargs)
+    yield from _loop(diffusion, model, x, noise, table, clip_denoised, model_kwargs, gradient)
 
 
 @torch.no_grad()

@@ -3,6 +3,9 @@
 A row computes x_next = c_x x + c_0 x_0 + c_1 h_1 + c_2 h_2 + c_3 h_3 + sigma noise from its own prediction x_0 and the
 predictions h_i of earlier rows, latest first (ops.sampler_step).
 
+If a classifier guides, the gradient of its log probability is a shift of the predicted noise, and thereby of x_0; in
+ancestral sampling it shifts the mean (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, algorithms 2 and 1).
+
 With x = alpha x_0 + sigma noise and lambda = log(alpha / sigma) the flow from step s to step t solves
 
     x_t = sigma_t / sigma_s x_s + alpha_t * integral from lambda_s to lambda_t of exp(lambda - lambda_t) x_0(lambda)
@@ -38,7 +41,7 @@ class SolverTable:
     steps: np.ndarray
     """[E] int64: the kept step of the schedule at which the network is evaluated."""
     coefficients: np.ndarray
-    """[E, 10] float64, columns ops.STEP_COLUMNS; sigma is 0 in rows without noise."""
+    """[E, 12] float64, columns ops.STEP_COLUMNS; sigma is 0 in rows without noise."""
     complete: np.ndarray
     """[E] bool: False if x after the row is a trial point, not a point of the trajectory."""
     variance: str = "fixed"
@@ -103,9 +106,14 @@ def _table(
     complete: Sequence[bool] | None = None,
     variance: str = "fixed",
 ) -> SolverTable:
-    """A table with the given columns, [E] each, and those that compute the predicted x_0."""
+    """A table with the given columns, [E] each, and those that compute the predicted x_0 and its guidance."""
     s, at = diffusion.schedule, np.array(steps, dtype=np.int64)
-    known = {"recip": s.sqrt_recip_alphas_cumprod[at], "recipm1": s.sqrt_recipm1_alphas_cumprod[at], **columns}
+    known = {
+        "recip": s.sqrt_recip_alphas_cumprod[at],
+        "recipm1": s.sqrt_recipm1_alphas_cumprod[at],
+        "guided_x_start": (s.one_minus_alphas_cumprod * s.sqrt_recip_alphas_cumprod)[at],
+        **columns,
+    }
     zeros = np.zeros(len(at))
     table = np.stack([known.get(name, zeros) for name in ops.STEP_COLUMNS], axis=1)
     whole = np.ones(len(at), dtype=bool) if complete is None else np.array(complete)
@@ -131,6 +139,8 @@ def _ddpm(diffusion: GaussianDiffusion, eta: float) -> SolverTable:
         "sigma": np.append(0.0, sigma[1:]),
         "low": s.posterior_log_variance_clipped,
         "high": log_variance,
+        "guided_x_start": np.zeros_like(sigma),
+        "guided_x": np.ones_like(sigma) if diffusion.learns_variance else getattr(s, diffusion.variance_table),
     }
     return _descending(diffusion, columns, diffusion.variance)
 

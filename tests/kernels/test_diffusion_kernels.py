@@ -118,6 +118,7 @@ def test_views_that_are_not_dense(size: str) -> None:
     flip, draw = torch.tensor([True, False, True], device=DEVICE), INDEX % 3 + 1
     made = CounterNoise(7, INDEX, (C, H, W), draw)
     cut_made = CounterNoise(7, every_other(INDEX), (C, H, W), every_other(draw))
+    step_rows = normal(3, 12)
     assert not cut_from(x).is_contiguous()
     for given, cut in ((noise, cut_from(noise)), (made, cut_made)):
         expected = q_sample(x, rows[:, :2], given, flip=flip)
@@ -129,8 +130,8 @@ def test_views_that_are_not_dense(size: str) -> None:
         )
         assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
         steps = (
-            sampler_step(channels_last(earlier), x, rows, given),
-            sampler_step(channels_last(earlier), cut_from(x), rows, cut),
+            sampler_step(channels_last(earlier), x, step_rows, given),
+            sampler_step(channels_last(earlier), cut_from(x), step_rows, cut),
         )
         assert all(torch.equal(a, b) for a, b in zip(steps[0][:2], steps[1][:2], strict=True))
     assert torch.equal(
@@ -248,19 +249,24 @@ def test_min_snr_weights() -> None:
 def test_sampler_step(size: str, variance: str, earlier: int) -> None:
     C, H, W = SIZES[size]
     output, x = channels_last(normal(3, 2 * C, H, W)), normal(3, C, H, W, seed=1)
-    rows = 0.5 * normal(3, 10, seed=2)
+    rows = 0.5 * normal(3, 12, seed=2)
     history = tuple(channels_last(normal(3, C, H, W, seed=5 + i)) for i in range(earlier))
     noise = reference.image_noise(7, INDEX, INDEX % 3 + 1, (C, H, W))
     made = CounterNoise(7, INDEX, (C, H, W), INDEX % 3 + 1)
-    for clip, epsilon in ((True, True), (False, True), (True, False)):
+    pull = channels_last(normal(3, C, H, W, seed=9))
+    for clip, epsilon, gradient in ((True, True, None), (False, True, pull), (True, False, pull)):
         settings = {"clip": clip, "epsilon": epsilon, "variance": variance}
 
-        def exactly(dtype: torch.dtype, settings: dict[str, Any] = settings) -> tuple[Tensor, Tensor]:
+        def exactly(
+            dtype: torch.dtype, settings: dict[str, Any] = settings, gradient: Tensor | None = gradient
+        ) -> tuple[Tensor, Tensor]:
             earlier = tuple(h.to(dtype) for h in history)
             args = (output.to(dtype), x.to(dtype), rows.to(dtype), noise.to(dtype))
-            return reference_diffusion.sampler_step(*args, history=earlier, **settings)
+            guided = {} if gradient is None else {"gradient": gradient.to(dtype)}
+            return reference_diffusion.sampler_step(*args, history=earlier, **guided, **settings)
 
-        ours = sampler_step(output, x, rows, made, history=history, input_dtype=torch.bfloat16, **settings)
+        given = {"gradient": gradient, "history": history, "input_dtype": torch.bfloat16, **settings}
+        ours = sampler_step(output, x, rows, made, **given)
         for name, got, theirs, exact in zip(
             ["x_next", "x_0"], ours, exactly(torch.float32), exactly(torch.float64), strict=False
         ):
@@ -273,20 +279,21 @@ def test_sampler_step(size: str, variance: str, earlier: int) -> None:
 
 
 def test_sampler_step_without_noise() -> None:
-    """Noise may be left out, and all images may share one row of coefficients."""
-    output, x, rows = channels_last(normal(2, 3, 4, 4)), normal(2, 3, 4, 4, seed=1), normal(1, 10, seed=2)
-    ours = sampler_step(output, x, rows.expand(2, -1), None)
-    theirs = reference_diffusion.sampler_step(output, x, rows.expand(2, -1), None)
-    assert ours[2] is None
-    for got, want in zip(ours, theirs, strict=False):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    """Noise may be left out, also where a gradient uses the variance, and all images may share one row."""
+    output, x, rows = channels_last(normal(2, 6, 4, 4)), normal(2, 3, 4, 4, seed=1), normal(1, 12, seed=2)
+    for settings in ({}, {"gradient": channels_last(normal(2, 3, 4, 4, seed=3)), "variance": "range"}):
+        ours = sampler_step(output, x, rows.expand(2, -1), None, **settings)
+        theirs = reference_diffusion.sampler_step(output, x, rows.expand(2, -1), None, **settings)
+        assert ours[2] is None
+        for got, want in zip(ours, theirs, strict=False):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_nan_stays_nan() -> None:
     """Neither clipping nor the floor of the likelihood hides a NaN."""
     output, x = channels_last(normal(3, 6, 4, 4)), normal(3, 3, 4, 4, seed=1)
     output[0, 1, 2, 3] = output[1, 4, 0, 0] = output[2, 2, 1, 1] = float("nan")
-    rows = 0.5 * normal(3, 10, seed=2)
+    rows = 0.5 * normal(3, 12, seed=2)
     noise = reference.image_noise(7, INDEX, 0, (3, 4, 4))
     ours = sampler_step(output, x, rows, noise, variance="range")
     theirs = reference_diffusion.sampler_step(output, x, rows, noise, variance="range")
@@ -311,7 +318,22 @@ def test_torch_checks() -> None:
     check(torch.ops.fastdiff.q_sample.default, (x_start, rows[:, :2], noise, 0, None, None, None, torch.bfloat16, 8))
     loss = (output, x_start, rows, None, 1, INDEX, None, None, True, "range", False, 1.0)
     check(torch.ops.fastdiff.diffusion_loss.default, loss)
-    step = (output.detach(), noise, rows, [noise], noise, 0, None, None, True, True, "range", torch.bfloat16)
+    step_rows = normal(3, 12)
+    step = (
+        output.detach(),
+        noise,
+        step_rows,
+        noise,
+        [noise],
+        noise,
+        0,
+        None,
+        None,
+        True,
+        True,
+        "range",
+        torch.bfloat16,
+    )
     with pytest.warns(UserWarning, match="another layout"):
         check(torch.ops.fastdiff.sampler_step.default, step)
 
@@ -335,7 +357,7 @@ def test_compiles_whole() -> None:
 
 def test_bad_input() -> None:
     x_start, rows, noise = images(3, 2, 2), torch.zeros(3, 10, device=DEVICE), torch.zeros(3, 3, 2, 2, device=DEVICE)
-    output = torch.zeros(3, 6, 2, 2, device=DEVICE)
+    output, step_rows = torch.zeros(3, 6, 2, 2, device=DEVICE), normal(3, 12)
     cases: list[tuple[Any, str]] = [
         (lambda: q_sample(x_start, rows, noise), r"coefficients of shape \(3, 2\).*got \(3, 10\)"),
         (lambda: q_sample(x_start, rows[:, :2], noise[:2]), r"needs noise \(3, 3, 2, 2\) float32; got \(2, 3, 2, 2\)"),
@@ -348,9 +370,11 @@ def test_bad_input() -> None:
         (lambda: sampler_step(noise, noise.double(), rows, None), "float32; got .* torch.float64"),
         (lambda: sampler_step(noise, noise, rows, None, history=(noise,) * 4), "up to 3 earlier predictions"),
         (
-            lambda: sampler_step(noise, noise, rows, CounterNoise(0, INDEX, (1, 2, 2))),
+            lambda: sampler_step(noise, noise, step_rows, CounterNoise(0, INDEX, (1, 2, 2))),
             r"needs noise for \(3, 3, 2, 2\)",
         ),
+        (lambda: sampler_step(noise, noise, rows, None), r"coefficients of shape \(3, 12\).*got \(3, 10\)"),
+        (lambda: sampler_step(noise, noise, step_rows, None, gradient=output), r"needs gradient \(3, 3, 2, 2\)"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
