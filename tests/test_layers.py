@@ -46,7 +46,7 @@ OUTSIDE = {
     "tensorboard": ("training/reporting.py",),
     "PIL": ("api.py", "evaluation/curve_files.py", "images/", "sampling/"),
     "matplotlib": ("evaluation/curve_files.py",),
-    "pydantic": ("settings.py", "config/", "/settings.py", "training/"),
+    "pydantic": ("settings.py", "config/", "/settings.py", "models/classifier", "training/"),
 }
 
 

@@ -17,7 +17,10 @@ from torch import Tensor
 from fastdiff.config.presets import Preset, find_preset, preset_for_file
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
+from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, weights
+from fastdiff.models.classifier import Classifier, build_network
+from fastdiff.models.classifier_settings import ClassifierSettings
+from fastdiff.models.classifier_weights import is_classifier
 from fastdiff.models.settings import misplaced_attention
 from fastdiff.models.unet import body_dtype, freeze
 from fastdiff.runtime.files import checksum
@@ -44,12 +47,19 @@ class Checkpoint:
     def class_names(self) -> list[str]:
         return self.info.get("class_names", [])
 
+    @cached_property
+    def kind(self) -> str:
+        """The kind of its network, one of `weights.KINDS`, according to its metadata or else its keys and shapes."""
+        if self.info:
+            return self.info["kind"]
+        if is_classifier(self.state):
+            return "classifier"
+        return "super_res" if weights.script_mismatch(self.state, super_res=False) else "unet"
+
     @property
     def super_res(self) -> bool:
-        """Whether it holds a super-resolution model, according to its metadata or else its first convolution."""
-        if self.info:
-            return self.info["kind"] == "super_res"
-        return bool(weights.script_mismatch(self.state, super_res=False))
+        """Whether it holds a super-resolution model."""
+        return self.kind == "super_res"
 
     @cached_property
     def digest(self) -> str:
@@ -97,6 +107,8 @@ def settings_of(
     preset.
     """
     file = checkpoint.file
+    if checkpoint.kind == "classifier":
+        raise UserError(f"{file} is a classifier, which sample.py takes as --classifier_path")
     if info := checkpoint.info:
         if checkpoint.super_res != super_res:
             raise UserError(f"{file} is for {scripts_for(not super_res)}")
@@ -224,16 +236,27 @@ def open_network(
     device: torch.device,
     frozen: bool = True,
 ) -> Network:
-    """Build the network that the settings describe, with a checkpoint's weights. Raises UserError if they don't fit.
+    """Build the network that the settings describe, with a checkpoint's weights; see `load_network`."""
+    model = load_network(settings, checkpoint, precision, device, frozen)
+    assert isinstance(model, UNet)
+    return Network(model, diffusion, checkpoint.file, checkpoint.digest, checkpoint.class_names)
+
+
+def load_network(
+    settings: BackboneSettings | ClassifierSettings,
+    checkpoint: Checkpoint,
+    precision: str,
+    device: torch.device,
+    frozen: bool,
+) -> UNet | Classifier:
+    """Build a network of either kind, with a checkpoint's weights. Raises UserError if they don't fit.
 
     frozen=False skips `freeze`, which the kernels "reference" don't support.
     """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU use bf16 or fp32")
     weights.check_fits(settings, checkpoint.state, checkpoint.file)
-    model = build_model(settings)
+    model = build_network(settings)
     weights.load_into(model, checkpoint.state, checkpoint.file)
     model.to(device).eval().set_precision(body_dtype(precision, device))
-    if frozen:
-        freeze(model)
-    return Network(model, diffusion, checkpoint.file, checkpoint.digest, checkpoint.class_names)
+    return freeze(model) if frozen else model

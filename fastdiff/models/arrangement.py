@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models.blocks import Conv2d, InputConv, Linear, PointwiseConv, UpsampleConv, embedding_weights
-from fastdiff.models.unet import UNet
+from fastdiff.models.encoder import Encoder
 
 
 @torch.no_grad()
-def arrange_weights(model: UNet) -> list[nn.Parameter]:
+def arrange_weights(model: Encoder) -> list[nn.Parameter]:
     """Convert the body's weights in place to its dtype and its maps' layout; returns the float32 master weights.
 
     A forward pass then casts and copies none of them, and gradients come back in the same dtype and layout. The master
@@ -40,8 +40,8 @@ def arrange_weights(model: UNet) -> list[nn.Parameter]:
     return [masters.get(parameter, parameter) for parameter in model.parameters()]
 
 
-def _joined(model: UNet) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias of `UNet.project`, in which the blocks' parameters and their gradients become views."""
+def _joined(model: Encoder) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight and bias of `Encoder.project`, in which the blocks' parameters and their gradients become views."""
     layers = [cast(Linear, block.emb_layers[1]) for block in model.res_blocks]
     weight, bias = (nn.Parameter(tensor) for tensor in embedding_weights(model.res_blocks))
     _tie(weight, [layer.weight for layer in layers])

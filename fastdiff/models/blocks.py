@@ -88,7 +88,7 @@ class BetweenConv(Conv2d):
 
 
 class InputConv(BetweenConv):
-    """The first convolution. It also accepts maps that are zero-padded to 8 channels (see `UNet.input_format`)."""
+    """The first convolution. It also accepts maps that are zero-padded to 8 channels (see `Encoder.input_format`)."""
 
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight, missing = self.weight, x.shape[1] - self.weight.shape[1]

@@ -81,10 +81,7 @@ def network_weights(content: Any, path: Path) -> OrderedDict[str, Tensor]:
     chosen = _choose(found, path)
     if chosen.prefix or chosen.place or len(chosen.state) < len(keys):
         _log_choice(chosen, found, keys, path)
-    state = _strip(chosen)
-    if guided := _guided_diffusion(state):
-        raise UserError(f"{path} holds {guided}; {OTHER_PROGRAM}")
-    return state
+    return _strip(chosen)
 
 
 def check_name(path: Path) -> None:
@@ -186,15 +183,3 @@ def _log_choice(chosen: _Found, found: list[_Found], keys: list[str], path: Path
 
 def _other_network(keys: list[str]) -> str:
     return next((what for pattern, what in _OTHERS if any(re.search(pattern, key) for key in keys)), "")
-
-
-def _guided_diffusion(state: dict[str, Tensor]) -> str:
-    """Which network of guided-diffusion a state_dict is, whose names are this network's; empty for this network.
-
-    Its classifier has no decoder. Its residual blocks may also resample, so that one follows another in the decoder.
-    """
-    if not any(key.startswith("output_blocks.") for key in state) and any(key.startswith("out.") for key in state):
-        return "a network without a decoder, such as guided-diffusion's classifiers"
-    if any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", key) for key in state):
-        return "a network of guided-diffusion, whose residual blocks resample (resblock_updown)"
-    return ""

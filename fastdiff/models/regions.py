@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.models.blocks import project_embedding, value
-from fastdiff.models.unet import UNet, res_blocks
+from fastdiff.models.encoder import res_blocks
+from fastdiff.models.unet import UNet
 
 
 class Regions:

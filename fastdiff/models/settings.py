@@ -76,6 +76,11 @@ class BackboneSettings(Settings):
     """Longer side of the images → the standard channel_mult."""
 
     @property
+    def backbone(self) -> BackboneSettings:
+        """The settings of the network's input blocks and middle block, which are these."""
+        return self
+
+    @property
     def size_hw(self) -> tuple[int, int]:
         """Height and width of the images that the network draws."""
         raise NotImplementedError

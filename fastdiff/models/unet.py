@@ -6,195 +6,63 @@ prepares a network for inference. `dummy_batch` makes inputs for measuring time 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastdiff import ops
 from fastdiff.models.blocks import (
-    AttentionBlock,
     Conv2d,
-    Downsample,
     InputConv,
-    Linear,
     Map,
     OutputLayer,
     PointwiseConv,
     QKVConv,
-    Resample,
-    ResBlock,
     Upsample,
     UpsampleConv,
     embedding_weights,
-    project_embedding,
-    summands,
-    timestep_embedding,
     value,
 )
+from fastdiff.models.encoder import Encoder, Stage
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.ops import CounterNoise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+N = TypeVar("N", bound=Encoder)
 
 
-class Stage(nn.Sequential):
-    """Layers between two skip connections. The first residual block gets the skip.
-
-    Each gets the next of emb_outs and of seeds.
-    """
-
-    def forward(  # type: ignore[override]
-        self,
-        x: Map,
-        emb_outs: Iterator[Tensor],
-        seeds: Iterator[Tensor | None],
-        skip: Map | None = None,
-        use_checkpoint: bool = False,
-    ) -> Map:
-        for layer in self:
-            if isinstance(layer, ResBlock):
-                inputs = next(emb_outs), None if skip is None else value(skip), next(seeds)
-                x = _recomputed(layer, x, *inputs) if use_checkpoint else layer(x, *inputs)
-                skip = None
-            elif isinstance(layer, AttentionBlock):
-                x = _recomputed(layer, x) if use_checkpoint else layer(x)
-            else:
-                x = layer(value(x))
-        return x
-
-
-def res_blocks(modules: Iterable[nn.Module]) -> list[ResBlock]:
-    """All residual blocks in these modules, in order."""
-    return [each for module in modules for each in module.modules() if isinstance(each, ResBlock)]
-
-
-def _recomputed(layer: nn.Module, x: Map, *inputs: Tensor | None) -> Tensor:
-    """layer(x, …), whose activations are recomputed in the backward pass instead of stored."""
-    return checkpoint(lambda *given: value(layer(*given)), value(x), *inputs, use_reentrant=False)
-
-
-class UNet(nn.Module):
+class UNet(Encoder):
     """Predicts the noise (or x_0), and the variances with learn_sigma, from a noised image.
 
     forward: x [B, in_channels, H, W] float32, timesteps [B] int64 or float32, y [B] int64 labels of a
-    class-conditional model → [B, out_channels, H, W] float32. `dtype` is the dtype of the body; the time embedding, the
-    statistics of the norms and the last layer are always float32 (see `OutputLayer`).
+    class-conditional model → [B, out_channels, H, W] float32. The last layer is always float32 (see `OutputLayer`).
     """
 
     def __init__(self, settings: BackboneSettings) -> None:
-        super().__init__()
+        super().__init__(settings)
         self.settings = settings
-        self.dtype = torch.float32
-        self.projection: tuple[Tensor, Tensor] | None = None  # weight and bias of `project`, once joined
-        width, channels = settings.num_channels, settings.level_channels
-        emb = 4 * width
-        self.time_embed = nn.Sequential(Linear(width, emb), nn.SiLU(), Linear(emb, emb))
-        if settings.class_cond:
-            self.label_emb = nn.Embedding(settings.num_labels, emb)
-
-        def res_block(c_in: int, c_out: int, resample: Resample = "") -> ResBlock:
-            return ResBlock(c_in, emb, c_out, settings.dropout, settings.use_scale_shift_norm, resample)
-
-        def attention(c: int, heads: int) -> AttentionBlock:
-            heads = heads if settings.num_head_channels == -1 else c // settings.num_head_channels
-            return AttentionBlock(c, heads, settings.use_new_attention_order)
-
+        channels, skips = settings.level_channels, list(self.input_widths)
         heads_up = settings.num_heads if settings.num_heads_upsample == -1 else settings.num_heads_upsample
-        attends = [level in settings.attending_levels for level in range(len(channels))]
-
-        c = settings.stem_channels
-        self.input_blocks = nn.ModuleList([Stage(InputConv(settings.network_in_channels, c, 3, padding=1))])
-        skips = [c]
-        for level, c_level in enumerate(channels):
-            for _ in range(settings.num_res_blocks):
-                layers: list[nn.Module] = [res_block(c, c_level)]
-                c = c_level
-                if attends[level]:
-                    layers.append(attention(c, settings.num_heads))
-                self.input_blocks.append(Stage(*layers))
-                skips.append(c)
-            if level < len(channels) - 1:
-                self.input_blocks.append(Stage(res_block(c, c, "down") if settings.resblock_updown else Downsample(c)))
-                skips.append(c)
-
-        self.middle_block = Stage(res_block(c, c), attention(c, settings.num_heads), res_block(c, c))
-
+        c = channels[-1]
         self.output_blocks = nn.ModuleList()
         for level, c_level in reversed(list(enumerate(channels))):
             for i in range(settings.num_res_blocks + 1):
-                layers = [res_block(c + skips.pop(), c_level)]
+                layers: list[nn.Module] = [self.res_block(c + skips.pop(), c_level)]
                 c = c_level
-                if attends[level]:
-                    layers.append(attention(c, heads_up))
+                if level in settings.attending_levels:
+                    layers.append(self.attention(c, heads_up))
                 if level > 0 and i == settings.num_res_blocks:
-                    layers.append(res_block(c, c, "up") if settings.resblock_updown else Upsample(c))
+                    layers.append(self.res_block(c, c, "up") if settings.resblock_updown else Upsample(c))
                 self.output_blocks.append(Stage(*layers))
 
         self.out = OutputLayer(c, settings.out_channels)
 
-    @property
-    def input_format(self) -> tuple[torch.dtype, int] | None:
-        """(dtype, 8) if x may be a map of that dtype, zero-padded to 8 channels; else None."""
-        first = self.input_blocks[0][0].weight  # type: ignore[index, union-attr]
-        padded = self.settings.network_in_channels == self.settings.in_channels <= 4 and ops.uses_kernels(first)
-        return (self.dtype, 8) if padded else None
-
-    def embed_time(self, timesteps: Tensor) -> Tensor:
-        """The embedding of the timesteps, [B, 4 * num_channels] float32."""
-        return self.time_embed(timestep_embedding(timesteps, self.settings.num_channels))
-
-    def embed(self, timesteps: Tensor, y: Tensor | None) -> Tensor:
-        """The embedding of timesteps and labels that conditions all blocks, [B, 4 * num_channels] float32."""
-        emb = self.embed_time(timesteps)
-        if (y is not None) != self.settings.class_cond:
-            raise ValueError("labels y must be given exactly when the model is class-conditional")
-        return emb if y is None else emb + self.label_emb(y).float()
-
-    @property
-    def res_blocks(self) -> list[ResBlock]:
-        """The residual blocks in order of execution."""
-        return res_blocks([self])
-
-    def project(self, emb: Tensor) -> list[Tensor]:
-        """The projections of an embedding for all residual blocks, [B, emb_width of the block] float32 each."""
-        if self.projection is not None:
-            weight, bias = self.projection
-            projected = F.linear(F.silu(emb), weight, bias)
-            return list(projected.split([block.emb_width for block in self.res_blocks], dim=1))
-        return project_embedding(self.res_blocks, emb)
-
     def start_map(self, x: Tensor, low_res: Tensor | None = None) -> Tensor:
-        """The input of the first layer, [B, network_in_channels, H, W] in the body's dtype and `ops.map_layout`."""
-        x = self._with_low_res(x, low_res)
-        layout = ops.map_layout(x)
-        h = x.to(self.dtype).contiguous(memory_format=layout)
-        if x.shape[1] == 1 and layout is torch.channels_last:
-            # With one channel both layouts match, and without these strides torch assumes NCHW.
-            h = h.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
-        return h
-
-    def run_stages(
-        self, stages: Iterable[nn.Module], h: Map, emb_outs: Iterator[Tensor], skips: Sequence[Map] = ()
-    ) -> list[Map]:
-        """Outputs of consecutive blocks, given the projections of the embedding for them.
-
-        Only output blocks take skips; the first of them takes the last skip.
-        """
-        use_checkpoint = self.settings.use_checkpoint is True and torch.is_grad_enabled()
-        outputs: list[Map] = []
-        stages = list(stages)
-        seeds: Iterator[Tensor | None] = itertools.repeat(None)
-        if self.training and self.settings.dropout:
-            seeds = iter(ops.dropout_seeds(summands(h)[0], len(res_blocks(stages))))
-        for i, stage in enumerate(stages):
-            h = stage(h, emb_outs, seeds, skips[-1 - i] if skips else None, use_checkpoint)
-            outputs.append(h)
-        return outputs
+        """The input of the first layer, as in `Encoder`, with the small images of a super-resolution model."""
+        return super().start_map(self._with_low_res(x, low_res))
 
     def _walk(self, h: Tensor, projected: Sequence[Tensor]) -> tuple[list[Map], Map, list[Map]]:
         """Outputs of the input blocks, the middle block and the output blocks."""
@@ -222,11 +90,6 @@ class UNet(nn.Module):
         down, middle, up = self._walk(self.start_map(x, low_res), self.project(self.embed(timesteps, y)))
         as_given = lambda h: value(h).to(x.dtype)
         return {"down": [as_given(h) for h in down], "middle": as_given(middle), "up": [as_given(h) for h in up]}
-
-    def set_precision(self, dtype: torch.dtype) -> UNet:
-        """Compute the body in `dtype` (float32, bfloat16 or float16); weights are cast where they are used."""
-        self.dtype = dtype
-        return self
 
 
 class SuperResUNet(UNet):
@@ -265,7 +128,7 @@ def _cpu_has_bf16() -> bool:
 
 
 @torch.no_grad()
-def freeze(model: UNet) -> UNet:
+def freeze(model: N) -> N:
     """Prepare a network for inference: convert the weights for `model.dtype` in place. The outputs stay bit-identical.
 
     The weights of convolutions get the maps' layout and the body's dtype, those of upsampling convolutions become 4x4

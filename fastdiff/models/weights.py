@@ -16,11 +16,16 @@ import torch
 from torch import Tensor
 
 from fastdiff.errors import UserError, quoted
+from fastdiff.models.classifier import Classifier, build_network
+from fastdiff.models.classifier_settings import ClassifierSettings
+from fastdiff.models.classifier_weights import infer_classifier_settings, is_classifier
 from fastdiff.models.foreign import check_name, describe_folder, network_weights
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
-from fastdiff.models.unet import UNet, build_model
+from fastdiff.models.unet import UNet
 from fastdiff.runtime.untrusted import is_there, read
 
+KINDS = ("unet", "super_res", "classifier")
+"""Kinds of networks in the stored settings."""
 _METADATA_KEY = "fastdiff"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -66,8 +71,8 @@ def _find_problem(text: Any) -> str:
         return "they are not JSON"
     if not isinstance(info, dict):
         return "they are not a JSON object"
-    if info.get("kind") not in ("unet", "super_res"):
-        return f"kind is {quoted(info.get('kind'))}, not unet or super_res"
+    if info.get("kind") not in KINDS:
+        return f"kind is {quoted(info.get('kind'))}, not {' or '.join(KINDS)}"
     for section in ("model", "diffusion"):
         if not isinstance(info.get(section), dict):
             return f"{section} is {quoted(info.get(section))}, not an object"
@@ -155,25 +160,26 @@ def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
     return "it is no super-resolution model" if super_res else "it is a super-resolution model"
 
 
-def check_fits(settings: BackboneSettings, state: dict[str, Tensor], path: Path) -> None:
+def check_fits(settings: BackboneSettings | ClassifierSettings, state: dict[str, Tensor], path: Path) -> None:
     """Raise the UserError that `load_into` would raise for a network of these settings, without allocating one.
 
     Settings stored in a file could describe a network larger than the memory of any machine.
     """
-    if settings.num_res_blocks * len(settings.level_mult) > len(state):
+    backbone = settings.backbone
+    if backbone.num_res_blocks * len(backbone.level_mult) > len(state):
         raise UserError(
-            f"{path} does not fit the model: it has {len(state)} tensors, which is too few for num_res_blocks "
-            f"{settings.num_res_blocks}"
+            f"{path} does not fit the model: it has {len(state)} tensors, which is too few for "
+            f"{backbone.num_res_blocks} residual blocks per level"
         )
     try:
         with torch.device("meta"):
-            model = build_model(settings)
+            model = build_network(settings)
     except (RuntimeError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no network of its settings can be built ({error})") from None
     _compare(model, state, path)
 
 
-def load_into(model: UNet, state: dict[str, Tensor], path: Path) -> None:
+def load_into(model: UNet | Classifier, state: dict[str, Tensor], path: Path) -> None:
     """Load a state_dict. Raises UserError, with the settings that would fit, if keys or shapes differ.
 
     Weights that are not finite floating-point numbers are rejected, too.
@@ -191,26 +197,45 @@ def load_into(model: UNet, state: dict[str, Tensor], path: Path) -> None:
             )
 
 
-def _compare(model: UNet, state: dict[str, Tensor], path: Path) -> None:
+def _compare(model: UNet | Classifier, state: dict[str, Tensor], path: Path) -> None:
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if own != given:
         raise UserError(f"{path} does not fit the model: {_describe_difference(model.settings, state, own, given)}")
 
 
-def _describe_difference(settings: BackboneSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
+def _describe_difference(
+    settings: BackboneSettings | ClassifierSettings, state: dict[str, Tensor], own: dict, given: dict
+) -> str:
     """The flags for a model that fits the file, or else the first tensor that differs."""
-    super_res = isinstance(settings, SuperResSettings)
-    if mismatch := script_mismatch(state, super_res):
-        return mismatch
     try:
-        inferred = infer_settings(state, super_res)
+        hints = (
+            _classifier_hints(settings, state) if isinstance(settings, ClassifierSettings) else _hints(settings, state)
+        )
     except UserError as error:
         return str(error)
-    if hints := [hint for name, value in inferred.items() if (hint := _hint(settings, name, value, inferred))]:
+    if hints:
         return f"it was trained with {' '.join(hints)}"
     name = min(own.items() ^ given.items())[0]
     return f"{name} is {given.get(name, 'missing')} in the file, {own.get(name, 'absent')} in the model"
+
+
+def _classifier_hints(settings: ClassifierSettings, state: dict[str, Tensor]) -> list[str]:
+    """The flags that would make a classifier of these settings one that fits the file."""
+    now = settings.model_dump(mode="json")
+    inferred = infer_classifier_settings(state, settings.size_hw)
+    return [f"--{name} {value or repr('')}" for name, value in inferred.items() if value != now[name]]
+
+
+def _hints(settings: BackboneSettings, state: dict[str, Tensor]) -> list[str]:
+    """The flags that would make a network of these settings one that fits the file."""
+    super_res = isinstance(settings, SuperResSettings)
+    if is_classifier(state):
+        raise UserError("it is a classifier")
+    if mismatch := script_mismatch(state, super_res):
+        raise UserError(mismatch)
+    inferred = infer_settings(state, super_res)
+    return [hint for name, value in inferred.items() if (hint := _hint(settings, name, value, inferred))]
 
 
 def _hint(settings: BackboneSettings, name: str, value: Any, inferred: dict[str, Any]) -> str:

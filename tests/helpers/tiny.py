@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
 
 Main = Callable[[list[str]], None]
+M = TypeVar("M", bound=nn.Module)
 
 MODEL: dict[str, Any] = {
     "image_size": 8,
@@ -42,7 +43,11 @@ def flags(settings: dict[str, Any]) -> list[str]:
 
 def random_model(settings: BackboneSettings, seed: int = 0) -> UNet:
     """Make a network without zero weights, as after training: the output of a new network is always zero."""
-    model = build_model(settings)
+    return fill_randomly(build_model(settings), seed)
+
+
+def fill_randomly(model: M, seed: int = 0) -> M:
+    """Give a network's weights random values, none of them zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -79,7 +84,7 @@ def save(model: UNet, path: Path, class_names: Sequence[str] = (), **diffusion: 
     return path
 
 
-def save_bare(model: UNet, path: Path) -> Path:
+def save_bare(model: nn.Module, path: Path) -> Path:
     """Save a checkpoint as another program writes it: the weights without settings."""
     torch.save({name: value.clone() for name, value in model.state_dict().items()}, path)
     return path

@@ -182,15 +182,6 @@ KEYS: dict[str, tuple[tuple[str, ...], str]] = {
     "lucidrains": (("init_conv.weight", "downs.0.0.block1.proj.weight"), "denoising-diffusion-pytorch"),
     "DDIM": (("temb.dense.0.weight", "down.0.block.0.norm1.weight"), "DDIM"),
     "score_sde": (("module.all_modules.0.weight",), "score_sde"),
-    "classifier": (
-        ("input_blocks.0.0.weight", "middle_block.0.in_layers.0.bias", "out.2.c_proj.bias"),
-        "classifier",
-    ),
-    "guided": (
-        ("input_blocks.0.0.weight", "output_blocks.2.1.in_layers.0.weight", "out.2.bias", "label_emb.weight"),
-        "guided-diffusion",
-    ),
-    "guided with attention": (("input_blocks.0.0.weight", "output_blocks.5.2.in_layers.0.weight"), "guided-diffusion"),
 }
 
 
