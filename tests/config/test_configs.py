@@ -54,7 +54,7 @@ def test_every_file_is_checked() -> None:
     assert {path.stem for path in FOLDER.glob("*.json")} == {*PUBLISHED, "demo"}
 
 
-@cases("reference_configs")
+@cases("reference_configs", family="improved")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published(case: Case, name: str) -> None:
     reference, diffusion, training = PUBLISHED[name]
@@ -73,7 +73,7 @@ def test_published(case: Case, name: str) -> None:
     if reference is None:  # the README's first example: 128 channels, 3 blocks, everything else at its default
         assert config.model == defaults.model.model_copy(update={"num_res_blocks": 3})
         return
-    shapes = json.loads((case.folder / case.expected["shapes_file"]).read_text())[reference]
+    shapes = case.shapes[reference]
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == shapes
     expected = case.expected["configs"][reference]
     assert sum(p.numel() for p in model.parameters()) == expected["param_count"]

@@ -57,10 +57,9 @@ def test_networks(name: str) -> None:
     assert (preset.kind == "super_res") == (name == "upsample_256")
 
 
-@cases("reference_configs")
+@cases("reference_configs", family="improved")
 def test_shapes_are_those_of_the_original(case: Case) -> None:
     """Networks with the flags of improved-diffusion's README have the shapes of the original."""
-    shapes = json.loads((case.folder / case.expected["shapes_file"]).read_text())
     named = {
         "imagenet64_uncond": "imagenet64_uncond_100M_1500K",
         "imagenet64_cond_270M": "imagenet64_cond_270M_250K",
@@ -72,7 +71,7 @@ def test_shapes_are_those_of_the_original(case: Case) -> None:
         preset = PRESETS[released]
         with torch.device("meta"):
             state = build_model(settings_of(preset)).state_dict()
-        assert {key: list(value.shape) for key, value in state.items()} == shapes[reference]
+        assert {key: list(value.shape) for key, value in state.items()} == case.shapes[reference]
         flags = case.config["configs"][reference]["flags"]
         ours = {**preset.model, **preset.diffusion}
         assert {key for key, value in flags.items() if key in ours and ours[key] != value} == set()

@@ -1,7 +1,5 @@
 """Networks reproduce recorded outputs and gradients."""
 
-import json
-
 import pytest
 import torch
 from helpers.golden_cases import Case, cases, load_model, model_settings
@@ -42,10 +40,8 @@ def test_forward_and_gradients(case: Case, use_checkpoint: bool) -> None:
     case.check("out_grad_norms", [parameters[name].grad.double().norm().item() for name in order])
 
 
-@cases("unet_forward")
+@cases("unet_forward", array="out_feature_rms_down")
 def test_feature_vectors(case: Case) -> None:
-    if not case.has("out_feature_rms_down"):
-        pytest.skip("no features recorded")
     x = case.tensor("in_x")
     model = load_model(case.config["model"], case.weights(), tuple(x.shape[2:]))
     with torch.no_grad():
@@ -55,10 +51,8 @@ def test_feature_vectors(case: Case) -> None:
         case.check(f"out_feature_rms_{place}", [m.double().square().mean().sqrt().item() for m in maps])
 
 
-@cases("unet_forward")
+@cases("unet_forward", array="in_large")
 def test_area_averaging(case: Case) -> None:
-    if not case.has("in_large"):
-        pytest.skip("not super-resolution")
     size = case.config["area_small_size"]
     case.check("out_area_low_res", low_res_of(case.tensor("in_large"), (size, size)))
 
@@ -80,14 +74,14 @@ def test_timestep_embedding(case: Case) -> None:
 
 @cases("reference_configs")
 def test_published_configurations(case: Case) -> None:
-    shapes = json.loads((case.folder / case.expected["shapes_file"]).read_text())
-    for name, spec in case.config["configs"].items():
+    networks = {name: spec for name, spec in case.config["configs"].items() if spec["builder"] != "create_classifier"}
+    for name, spec in networks.items():
         settings = model_settings(spec)
         with torch.device("meta"):
             model = build_model(settings).eval()
         state = {key: list(value.shape) for key, value in model.state_dict().items()}
-        assert state == shapes[name], name
-        assert list(state) == list(shapes[name]), name
+        assert state == case.shapes[name], name
+        assert list(state) == list(case.shapes[name]), name
         expected = case.expected["configs"][name]
         assert sum(p.numel() for p in model.parameters()) == expected["param_count"]
         assert len(list(model.parameters())) == expected["num_tensors"]
@@ -103,7 +97,7 @@ def test_published_configurations(case: Case) -> None:
         assert counter.get_total_flops() == pytest.approx(expected["forward_flops_per_image"], rel=1e-9)
 
 
-@cases("reference_configs")
+@cases("reference_configs", family="improved")
 def test_flags_and_defaults(case: Case) -> None:
     """Every flag of the original's scripts is a flag of ours with the same default."""
     scripts = {

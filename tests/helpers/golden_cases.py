@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ import torch
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model
 from helpers import TESTS
+
+# Constructor arguments that settings of the same name stand for: of both families, and of guided-diffusion alone.
+_SAME_NAMES = ("num_res_blocks", "dropout", "channel_mult", "use_checkpoint", "num_heads", "num_heads_upsample")
+_SAME_NAMES += ("use_scale_shift_norm",)
+_GUIDED_NAMES = ("num_head_channels", "resblock_updown", "use_new_attention_order")
 
 DEVICE = os.environ.get("FASTDIFF_DEVICE", "cpu")  # with cuda, a GPU must reproduce the numbers recorded on a CPU
 FOLDER = Path(os.environ.get("FASTDIFF_GOLDEN") or TESTS / "golden")
@@ -48,6 +54,12 @@ class Case:
 
     def has(self, name: str) -> bool:
         return name in self.data
+
+    @cached_property
+    def shapes(self) -> dict[str, dict[str, list[int]]]:
+        """Configuration → key → shape, in the order of the state_dicts."""
+        content = (self.folder / self.expected["shapes_file"]).read_bytes()
+        return json.loads(lzma.decompress(content) if self.expected["shapes_file"].endswith(".xz") else content)
 
     def weights(self, name: str = "weights.pt") -> dict[str, torch.Tensor]:
         return torch.load(self.folder / name, weights_only=True)
@@ -112,21 +124,23 @@ def class_conditional(case: Case, images: int, folder: Path) -> Case:
     return Case(folder, spec, case.slack)
 
 
-def cases(kind: str) -> Any:
-    """Parametrise a test over the cases of a kind."""
+def cases(kind: str, *, array: str = "", family: str = "") -> Any:
+    """Parametrise a test over the cases of a kind: those with an array, or of one family, if either is given."""
     found = []
     for file in sorted(FOLDER.glob("*/case.json")):
         spec = json.loads(file.read_text())
-        if spec["kind"] == kind:
+        of_family = not family or spec["config"].get("family", "improved") == family
+        if spec["kind"] == kind and of_family and (not array or array in spec["arrays"]):
             found.append(pytest.param(Case(file.parent, spec), id=file.parent.name))
     return pytest.mark.parametrize("case", found or [pytest.param(None, marks=pytest.mark.skip(f"no case of {kind}"))])
 
 
 def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> BackboneSettings:
-    """Return the settings of a network that a case describes by improved-diffusion's flags or constructor arguments."""
+    """Return the settings of a network that a case describes by its family's flags or constructor arguments."""
+    stem = {"scale_stem": spec.get("family") == "guided"}
     if "flags" in spec:
         kind = SuperResSettings if spec["builder"].startswith("sr_") else UNetSettings
-        return kind(**{name: value for name, value in spec["flags"].items() if name in kind.model_fields})
+        return kind(**{name: value for name, value in spec["flags"].items() if name in kind.model_fields}, **stem)
     kwargs = spec["kwargs"]
     assert hw is not None
     assert kwargs["dims"] == 2
@@ -139,8 +153,7 @@ def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> B
         "class_cond": kwargs["num_classes"] is not None,
         **({"num_classes": kwargs["num_classes"]} if kwargs["num_classes"] is not None else {}),
     }
-    same = ("num_res_blocks", "dropout", "channel_mult", "use_checkpoint", "num_heads", "num_heads_upsample")
-    common |= {name: kwargs[name] for name in (*same, "use_scale_shift_norm")}
+    common |= {name: kwargs[name] for name in (*_SAME_NAMES, *_GUIDED_NAMES) if name in kwargs} | stem
     if spec["builder"] == "SuperResModel":
         return SuperResSettings(large_size=hw, small_size=[1, 1], **common)
     return UNetSettings(image_size=hw, **common)
