@@ -3,6 +3,7 @@
     python fastdiff/sample.py --model_path runs/NAME --num_samples 64 --solver dpmpp_2m --steps 20
     torchrun --nproc_per_node 8 fastdiff/sample.py --model_path ema_0.9999_500000.pt --preset cifar10_uncond \\
         --num_samples 50000 --batch_size auto --precision bf16 --out_dir runs/fid
+    python fastdiff/sample.py --model_path runs/base --classifier_path runs/classifier --classifier_scale 2
     python fastdiff/sample.py --model_path runs/base --sr_model_path runs/super_res --num_samples 64
 
 Writes samples_NxHxWxC.npz (arr_0 images, arr_1 labels, seed, index) and a PNG grid. The same command again goes on
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     config, _, checkpoint = load(
         argv,
         description=__doc__ or "",
-        sections=("model", "diffusion", "sample"),
+        sections=("model", "diffusion", "sample", "classifier"),
         checkpoint=("sample", "model_path"),
     )
     from fastdiff.config.checkpoint import named

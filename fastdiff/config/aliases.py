@@ -328,11 +328,8 @@ _TABLE: tuple[tuple[str, ...], ...] = (
         "did you mean {guidance}? 1 means none; add 1 to a weight for which 0 means none",
         "{config}",
     ),
-    (
-        "classifier_scale classifier_path use_classifier",
-        "there is no guidance by a classifier; {guidance} guides by the null class, {guide_model_path} by a weaker "
-        "model",
-    ),
+    ("use_classifier classifier classifier_guidance", "{classifier_path}"),
+    ("gradient_scale cg_scale classifier_weight", "{classifier_scale}"),
     ("save_format format image_format", "{save_as}"),
     ("grid nrow n_rows grid_size", "{grid_images}"),
     # --- evaluation ---

@@ -32,6 +32,7 @@ from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, quoted, shortened
 from fastdiff.evaluation.settings import EvaluateDrawSettings, EvaluateSettings
 from fastdiff.images.settings import DataSettings
+from fastdiff.models.classifier_settings import ClassifierNetSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
 from fastdiff.runtime.paths import expand_path
@@ -40,7 +41,12 @@ from fastdiff.sampling.settings import NllSettings, SampleSettings, SuperResSamp
 from fastdiff.settings import Settings, is_true, merge, validated, what_is_wrong
 from fastdiff.training.settings import TrainSettings, adopt
 
-_SWITCHES = {"use_fp16": ("precision", "fp16"), "use_ddim": ("solver", "ddim")}  # improved-diffusion's → ours
+# Switches of improved-diffusion and guided-diffusion → ours
+_SWITCHES = {
+    "use_fp16": ("precision", "fp16"),
+    "use_ddim": ("solver", "ddim"),
+    "classifier_use_fp16": ("classifier_precision", "fp16"),
+}
 
 
 class Config(Settings):
@@ -51,6 +57,7 @@ class Config(Settings):
     data: DataSettings = Field(default_factory=DataSettings)
     train: TrainSettings = Field(default_factory=TrainSettings)
     sample: SampleSettings = Field(default_factory=SampleSettings)
+    classifier: ClassifierNetSettings = Field(default_factory=ClassifierNetSettings)
     nll: NllSettings = Field(default_factory=NllSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     deepspeed: dict[str, Any] = Field(default_factory=dict)

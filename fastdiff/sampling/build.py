@@ -25,6 +25,7 @@ from fastdiff.errors import UserError, blaming
 from fastdiff.images.unreadable import STEM, naming_all
 from fastdiff.models import SuperResSettings
 from fastdiff.runtime.processes import Processes, make_writable, output_folder
+from fastdiff.sampling.classifiers import OpenClassifier, open_guiding
 from fastdiff.sampling.job.chunks import disk
 from fastdiff.sampling.job.job import run_job
 from fastdiff.sampling.job.manifest import NAME, Job, digest
@@ -45,10 +46,12 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
     with blaming("--model_path"):
         network = _network(config, checkpoint, settings, device)
     guide = _guide(config, settings, device)
+    with blaming("--classifier_path"):
+        classifier = open_guiding(settings, config.classifier, network, device)
     with blaming("--classes"):
-        labels = labels_of(network, settings.classes)
+        labels = labels_of(network, settings.classes, classifier)
     with _naming_flags():
-        base = Sampler(network, settings, device, labels=labels, guide=guide, count=count)
+        base = Sampler(network, settings, device, labels=labels, guide=guide, classifier=classifier, count=count)
     if not (settings.sr_model_path or settings.sr_preset):
         return base
     path = settings.sr_model_path
@@ -130,13 +133,18 @@ def _naming_flags(prefix: str = "") -> Iterator[None]:
         raise UserError(f"--{prefix if separate else ''}{text}") from error
 
 
-def labels_of(network: Network, classes: str) -> Labels | None:
-    """The classes that the setting `classes` describes; None for a network without classes. Raises UserError."""
-    if not network.settings.class_cond:
-        if classes:
-            raise UserError("the model is not class-conditional")
-        return None
-    return parse_labels(classes, network.class_names, network.known_classes)
+def labels_of(network: Network, classes: str, classifier: OpenClassifier | None = None) -> Labels | None:
+    """The classes that the setting `classes` describes; None for a network without classes. Raises UserError.
+
+    A classifier that guides has classes for a network without.
+    """
+    if network.settings.class_cond:
+        return parse_labels(classes, network.class_names, network.known_classes)
+    if classifier is not None:
+        return parse_labels(classes, classifier.class_names, classifier.known_classes)
+    if classes:
+        raise UserError("the model is not class-conditional")
+    return None
 
 
 class Cascade:
@@ -238,20 +246,20 @@ def run(
         if not (folder / NAME).is_file():
             make_writable(folder)
     if processes.is_main:
-        classes = [line] if labels is not None and (line := describe_labels(labels, first.network.class_names)) else []
+        classes = [line] if labels is not None and (line := describe_labels(labels, first.class_names)) else []
         print("\n".join([*classes, *notes, *sampler.notes]), flush=True)
     shape = last.network.settings
     job = Job(
         identity=identity,
         count=count,
         shape=(*shape.size_hw, shape.in_channels),
-        labelled=first.network.settings.class_cond,
+        labelled=first.labelled,
         seed=settings.seed,
         chunk_size=max(1, min(first.batch_size, -(-count // processes.world_size))),
         save_as=settings.save_as,
         grid_images=settings.grid_images,
         grid_classes=len(set(labels.chosen)) if labels is not None and labels.in_turn else 0,
-        class_names=first.network.class_names,
+        class_names=first.class_names,
         names=tuple(names),
         trajectory=min(settings.trajectory, count),
         note=note,

@@ -20,9 +20,11 @@ from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step
 from fastdiff.diffusion.solvers import SolverTable
 from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models.classifier import build_classifier
 from fastdiff.models.unet import dummy_batch, freeze
 from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.runtime.cuda_graphs import GraphRunner
+from fastdiff.sampling.classifier_gradient import ClassifierGuidance
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 
 WARM_UP = 2
@@ -39,7 +41,7 @@ class _State:
     history: list[Tensor]  # earlier predictions, the latest first
     row: Tensor  # [1] int64
     index: Tensor  # [B] int64
-    watch: Tensor  # [B] float32, the sum of each image's network outputs: finite only if all of them are
+    watch: Tensor  # [B] float32, the sum of each image's network outputs and gradients: finite only if all of them are
     given: dict[str, Tensor]  # GuidedNetwork.conditioning
 
 
@@ -161,7 +163,10 @@ class Engine:
         """Compute the row `state.row` in place. Noise has no effect in a row whose sigma is 0."""
         B = len(state.x)
         output = self.network(state.input, state.row, state.given, guided)
-        state.watch += output.sum(dim=(1, 2, 3), dtype=torch.float32)
+        gradient = self.network.gradient(state.x, state.row, state.given)
+        for each in (output, gradient):
+            if each is not None:
+                state.watch += each.sum(dim=(1, 2, 3), dtype=torch.float32)
         noise = None
         if noisy:
             draws = self._draws.index_select(0, state.row).expand(B).contiguous()
@@ -171,10 +176,11 @@ class Engine:
             state.x,
             self._coefficients.index_select(0, state.row).expand(B, -1),
             noise,
+            gradient=gradient,
             history=tuple(state.history),
             epsilon=self.network.epsilon,
             clip=self.clip,
-            variance=self.table.variance if noisy else "fixed",
+            variance=self.table.variance if noisy or gradient is not None else "fixed",
             input_dtype=None if state.input is state.x else state.input.dtype,
         )
         state.x.copy_(x)
@@ -208,13 +214,21 @@ def sampling_launches(
         with META:
             return freeze(build_model(settings).set_precision(precision))
 
+    def frozen_classifier(of: ClassifierGuidance) -> ClassifierGuidance:
+        with META:
+            classifier = build_classifier(of.classifier.settings).set_precision(of.classifier.dtype)
+            return replace(of, classifier=freeze(classifier))
+
     def work() -> None:
         chosen = guidance or Guidance()
         guide = None if chosen.guide is None else frozen(chosen.guide.settings)
-        network = GuidedNetwork(frozen(settings), table, diffusion, replace(chosen, guide=guide))
+        classifier = None if chosen.classifier is None else frozen_classifier(chosen.classifier)
+        given = replace(chosen, guide=guide, classifier=classifier)
+        network = GuidedNetwork(frozen(settings), table, diffusion, given)
         engine = Engine(network, batch_size=batch, seed_and_key=SAMPLES, clip=clip)
         dummy = dummy_batch(settings, batch, META)
-        state = engine._begin(dummy.noise.index, **dummy.model_kwargs)
+        labels = {} if classifier is None else {"y": dummy.t}
+        state = engine._begin(dummy.noise.index, **{**labels, **dummy.model_kwargs})
         kinds = zip(network.guided, engine._noisy, strict=True)
         for row in {kind: row for row, kind in enumerate(kinds)}.values():
             engine._advance(state, row)

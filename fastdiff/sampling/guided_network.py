@@ -14,6 +14,7 @@ from fastdiff.diffusion.solvers import SolverTable
 from fastdiff.models import UNet
 from fastdiff.models.unet import enlarged
 from fastdiff.runtime.machine import compile_kwargs
+from fastdiff.sampling.classifier_gradient import ClassifierGradient, ClassifierGuidance
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Guidance:
     weight: float = 1.0
     interval: tuple[float, float] = (0.0, float("inf"))
     guide: UNet | None = None
+    classifier: ClassifierGuidance | None = None
+    """Guides in every row, whatever the interval."""
 
     def rows(self, table: SolverTable, diffusion: GaussianDiffusion) -> list[bool]:
         """Whether each row of a solver table is guided."""
@@ -69,7 +72,10 @@ class _Network:
 
 
 class GuidedNetwork:
-    """Computes a network's outputs at the rows of a solver table, and applies guidance to those that it covers."""
+    """Computes a network's outputs at the rows of a solver table, and applies guidance to those that it covers.
+
+    `gradient` computes that of a classifier, if one guides.
+    """
 
     @torch.no_grad()
     def __init__(
@@ -82,7 +88,7 @@ class GuidedNetwork:
     ) -> None:
         """The network must be in eval mode; `models.unet.freeze` makes it faster.
 
-        compiled: compile the bodies of the network and of the guide with torch.compile.
+        compiled: compile the bodies of the network and of the guide, and the classifier, with torch.compile.
         """
         guidance = guidance or Guidance()
         self.settings, self.table = model.settings, table
@@ -92,6 +98,9 @@ class GuidedNetwork:
         self.network = _Network(model, table, diffusion)
         self.guide = None if guidance.guide is None else _Network(guidance.guide, table, diffusion)
         self.guided = guidance.rows(table, diffusion)
+        self.classifier = None
+        if guidance.classifier is not None:
+            self.classifier = ClassifierGradient(guidance.classifier, table, diffusion, compiled)
         if compiled:
             kwargs = compile_kwargs(self.device, frozen=True)
             for network in filter(None, (self.network, self.guide)):
@@ -104,7 +113,9 @@ class GuidedNetwork:
     def conditioning(self, y: Tensor | None = None, low_res: Tensor | None = None) -> dict[str, Tensor]:
         """The inputs that are the same in all calls for a batch, from classes [B] and small images [B, C, h, w]."""
         given: dict[str, Tensor] = {}
-        if y is not None:
+        if y is not None and self.classifier is not None:
+            given["labels"] = y
+        if y is not None and self.settings.class_cond:
             given["classes"] = self.network.labels(y)
             if self.guide is not None:
                 given["guide_classes"] = self.guide.labels(y)
@@ -128,3 +139,7 @@ class GuidedNetwork:
             low_res = low_res if low_res is None else torch.cat([low_res, low_res])
             strong, weak = self.network(torch.cat([x, x]), row, both, low_res).chunk(2)
         return weak + self._weights * (strong - weak)
+
+    def gradient(self, x: Tensor, row: Tensor, given: dict[str, Tensor]) -> Tensor | None:
+        """The classifier's gradient [B, C, H, W] float32 at x [B, C, H, W] float32; None without a classifier."""
+        return None if self.classifier is None else self.classifier(x, row, given["labels"])

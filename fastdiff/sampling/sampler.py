@@ -33,6 +33,8 @@ from fastdiff.runtime.machine import (
     tf32,
 )
 from fastdiff.sampling.batch_size import best_batch_size
+from fastdiff.sampling.classifier_gradient import ClassifierGuidance
+from fastdiff.sampling.classifiers import OpenClassifier
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 from fastdiff.sampling.labels import Labels
@@ -55,7 +57,7 @@ MOST = {"cpu": 64, "cuda": 4096}
 class Sampler:
     """Draws any images of a job; image i is a function of the settings and i.
 
-    labels  Returns the classes for a class-conditional network.
+    labels  Returns the classes for a class-conditional network, or for a classifier that guides.
     inputs  Returns the small images (and their classes) for a super-resolution network.
     count   The most images that this process may draw, 0 if unknown. Compiling pays only for many.
     """
@@ -69,6 +71,7 @@ class Sampler:
         labels: Labels | None = None,
         inputs: Inputs | None = None,
         guide: Network | None = None,
+        classifier: OpenClassifier | None = None,
         noise_key: int = SAMPLES,
         count: int = 0,
     ) -> None:
@@ -83,6 +86,7 @@ class Sampler:
             self.table = solver_table(self.diffusion, settings.solver, settings.eta)
         except ValueError as error:  # the respacing keeps too few steps
             raise UserError(f"solver: {error}") from None
+        self.classifier = classifier
         self.guidance = self._guidance(guide)
         self._guide_digest = guide.digest if guide else ""
         keep_compiled_code()
@@ -147,11 +151,25 @@ class Sampler:
         for section in (network.settings, network.diffusion):
             shown = section.model_dump(mode="json", exclude=affecting(type(section), "training"))
             found = {**shown, **found}
+        if self.classifier is not None:
+            found["classifier_path"] = self.classifier.digest
+            found["classifier_precision"] = self.classifier.precision
+            found["classifier_scale"] = self.classifier.scale
         if self.labels is not None:
             found["classes"] = {"classes": list(self.labels.chosen), "weights": list(self.labels.weights)}
         return found
 
     # --- choices ---
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes; empty where the checkpoint stores none."""
+        return self.network.class_names or (self.classifier.class_names if self.classifier else [])
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each image has a class."""
+        return self.network.settings.class_cond or self.classifier is not None
 
     @property
     def flops(self) -> float:
@@ -181,8 +199,11 @@ class Sampler:
 
     def _guidance(self, guide: Network | None) -> Guidance:
         settings, model = self.settings, self.network.settings
+        by_classifier = None
+        if self.classifier is not None:
+            by_classifier = ClassifierGuidance(self.classifier.model, self.classifier.scale)
         if settings.guidance == 1:
-            return Guidance()
+            return Guidance(classifier=by_classifier)
         if guide is None and not (model.class_cond and model.null_class):
             raise UserError(
                 f"guidance {settings.guidance:g}: the model has no null class to steer away from; train it with "
@@ -191,7 +212,7 @@ class Sampler:
         if guide is not None:
             _check_guide(self.network, guide)
         low, high = settings.guidance_interval or (0.0, float("inf"))
-        return Guidance(settings.guidance, (low, high), guide.model if guide else None)
+        return Guidance(settings.guidance, (low, high), guide.model if guide else None, by_classifier)
 
     def _compiles(self, count: int) -> tuple[bool, str]:
         if self.settings.compile != "auto":
@@ -218,6 +239,8 @@ class Sampler:
             "guided": [self.guidance.weight != 1, self.guidance.guide is not None],
             "torch": torch.__version__,
         }
+        if self.classifier is not None:
+            key["classifier"] = [self.classifier.settings.model_dump(mode="json"), self.classifier.precision]
         try:
             size, how = best_batch_size(self._seconds, min(count or most, most), key)
         except torch.OutOfMemoryError:
@@ -245,10 +268,16 @@ class Sampler:
         settings = self.network.settings
         C, (H, W) = settings.in_channels, settings.size_hw
         network = self._guided_network()
-        given = network.conditioning(**dummy_batch(settings, size, self.device).model_kwargs)
+        dummy = dummy_batch(settings, size, self.device)
+        given = network.conditioning(**{"y": dummy.t, **dummy.model_kwargs} if self.labelled else dummy.model_kwargs)
         x = torch.zeros(size, C, H, W, device=self.device)
         row = torch.zeros(1, dtype=torch.int64, device=self.device)
-        return lambda: network(x, row, given, any(network.guided))
+
+        def call() -> Tensor:
+            network.gradient(x, row, given)
+            return network(x, row, given, any(network.guided))
+
+        return call
 
     def try_threads(self, count: int) -> str:
         """On a CPU, choose the number of threads by timing the network, if it is called often for `count` images.
@@ -289,6 +318,10 @@ class Sampler:
             advice.append("precision fp32")
         if self.guidance.weight != 1:
             advice.append(f"a guidance nearer 1 than {self.guidance.weight:g}")
+        if self.classifier is not None:
+            advice.append(f"a classifier_scale below {self.classifier.scale:g}")
+            if self.classifier.precision == "fp16":
+                advice.append("classifier_precision bf16")
         return f"{non_finite(bad)}, and are not written; try {', or '.join(advice)}"
 
     @cached_property
@@ -306,7 +339,7 @@ class Sampler:
     def _given(self, index: Tensor) -> dict[str, Tensor]:
         """Arguments of `Engine.steps` for the images with numbers `index`."""
         given = {"index": index, **(self.inputs(index) if self.inputs else {})}
-        if self.network.settings.class_cond and "y" not in given:
+        if self.labelled and "y" not in given:
             assert self.labels is not None
             given["y"] = self.labels(index, self.settings.seed)
         return given

@@ -122,6 +122,14 @@ class SampleSettings(DrawSettings):
     classes: Annotated[str, IMAGES] = ""
     """Classes to draw in turn, by number or name, e.g. 0,5,7; with weights at random, e.g. cat:3,dog:1; balanced: all
     in turn; empty: each image's class at random."""
+    classifier_path: FilePath = ""
+    """A classifier of noised images that guides towards the classes: a .pt file or a run of classifier_train.py."""
+    classifier_scale: Annotated[float, IMAGES] = Field(1.0, ge=0)
+    """Weight of the classifier's gradient; 0: none."""
+    classifier_precision: Literal["auto", Precision] = "auto"
+    """Arithmetic of the classifier's body; auto: as the network's."""
+    classifier_use_fp16: bool = False
+    """The same as classifier_precision fp16."""
     sr_model_path: FilePath = ""
     """A super-resolution checkpoint that enlarges the images as they come."""
     sr_preset: str = ""
@@ -133,6 +141,19 @@ class SampleSettings(DrawSettings):
     """Steps of the solver when enlarging; 0: those that sr_timestep_respacing keeps."""
     sr_timestep_respacing: str = ""
     """timestep_respacing when enlarging."""
+
+    @property
+    def guiding_classifier(self) -> str:
+        """The path of the classifier that guides; empty for none, or for scale 0."""
+        return self.classifier_path if self.classifier_scale else ""
+
+    @model_validator(mode="after")
+    def _classifier(self) -> SampleSettings:
+        if self.classifier_use_fp16 and self.classifier_precision != "fp16":
+            raise ValueError(f"classifier_use_fp16 True contradicts classifier_precision {self.classifier_precision}")
+        if not self.classifier_path and self.classifier_scale not in (0, 1):
+            raise ValueError(f"classifier_scale {self.classifier_scale:g} needs a classifier_path")
+        return self
 
     @model_validator(mode="after")
     def _cascade(self) -> SampleSettings:

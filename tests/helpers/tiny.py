@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model, weights
+from fastdiff.models.classifier import Classifier, build_classifier
+from fastdiff.models.classifier_settings import ClassifierSettings
 
 Main = Callable[[list[str]], None]
 M = TypeVar("M", bound=nn.Module)
@@ -33,6 +35,14 @@ SUPER_RES: dict[str, Any] = {
     "small_size": 8,
     "attention_resolutions": "8",
 }
+CLASSIFIER: dict[str, Any] = {
+    "image_size": 8,
+    "classifier_width": 64,
+    "classifier_channel_mult": "1,2",
+    "classifier_depth": 1,
+    "classifier_attention_resolutions": "4",
+    "num_classes": 3,
+}
 DIFFUSION: dict[str, Any] = {"diffusion_steps": 6, "noise_schedule": "cosine"}
 
 
@@ -44,6 +54,10 @@ def flags(settings: dict[str, Any]) -> list[str]:
 def random_model(settings: BackboneSettings, seed: int = 0) -> UNet:
     """Make a network without zero weights, as after training: the output of a new network is always zero."""
     return fill_randomly(build_model(settings), seed)
+
+
+def classifier(**changes: Any) -> Classifier:
+    return fill_randomly(build_classifier(ClassifierSettings(**{**CLASSIFIER, **changes})))
 
 
 def fill_randomly(model: M, seed: int = 0) -> M:
@@ -67,17 +81,18 @@ def super_res(**changes: Any) -> UNet:
     return random_model(SuperResSettings(**{**SUPER_RES, **changes}))
 
 
-def info_for(model: UNet, class_names: Sequence[str] = (), **diffusion: Any) -> dict[str, Any]:
+def info_for(model: UNet | Classifier, class_names: Sequence[str] = (), **diffusion: Any) -> dict[str, Any]:
     """Return the metadata of a training run's checkpoint."""
+    kinds = {SuperResSettings: "super_res", ClassifierSettings: "classifier"}
     return {
-        "kind": "super_res" if isinstance(model.settings, SuperResSettings) else "unet",
+        "kind": kinds.get(type(model.settings), "unet"),
         "model": model.settings.model_dump(mode="json"),
         "diffusion": DiffusionSettings(**{**DIFFUSION, **diffusion}).model_dump(mode="json"),
         "class_names": list(class_names),
     }
 
 
-def save(model: UNet, path: Path, class_names: Sequence[str] = (), **diffusion: Any) -> Path:
+def save(model: UNet | Classifier, path: Path, class_names: Sequence[str] = (), **diffusion: Any) -> Path:
     """Save a checkpoint with settings; `diffusion` holds changes to DIFFUSION."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(weights.with_info(model.state_dict(), info_for(model, class_names, **diffusion)), path)

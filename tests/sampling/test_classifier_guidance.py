@@ -1,0 +1,236 @@
+"""A classifier guides every solver, in the engine and through sample.py, and misfits are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.tiny import (
+    DIFFUSION,
+    classifier,
+    flags,
+    nothing_written,
+    refusal,
+    relative_error,
+    save,
+    save_bare,
+    unet,
+)
+from torch import Tensor
+
+from fastdiff import ops, sample
+from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
+from fastdiff.diffusion.noise_keys import SAMPLES
+from fastdiff.diffusion.samplers import Step, ddim_sample_loop, p_sample_loop, solve
+from fastdiff.diffusion.solvers import SOLVERS, solver_table
+from fastdiff.models.classifier import Classifier
+from fastdiff.models.unet import freeze
+from fastdiff.sampling.classifier_gradient import ClassifierGuidance
+from fastdiff.sampling.engine import Engine
+from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
+
+SEED = 5 | SAMPLES
+INDEX = torch.tensor([3, 0, 11])
+LABELS = torch.tensor([1, 2, 0])
+CLASSES = ["ape", "bee", "cat"]
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "learned variances": {"learn_sigma": True},
+    "classes": {"class_cond": True, "num_classes": 3, "learn_sigma": True},
+    "gray": {"in_channels": 1},
+}
+
+
+def process(learn_sigma: bool, **settings: Any) -> GaussianDiffusion:
+    return create_diffusion(DiffusionSettings(**{**DIFFUSION, **settings}), learn_sigma)
+
+
+def gradient_of(classifier: Classifier, diffusion: GaussianDiffusion, y: Tensor, scale: float) -> Any:
+    """Return a function from x and a kept step to the gradient, by the definition."""
+
+    def gradient(x: Tensor, step: int) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            logits = classifier(x, diffusion.model_timesteps(torch.full((len(x),), step)))
+            chosen = F.log_softmax(logits, dim=-1)[torch.arange(len(x)), y].sum()
+            return scale * torch.autograd.grad(chosen, x)[0]
+
+    return gradient
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_engine_is_the_solver(name: str, solver: str) -> None:
+    """The engine draws what the solver's table gives with the whole networks; guidance changes the images."""
+    model = unet(**MODELS[name])
+    guide = classifier(in_channels=model.settings.in_channels)
+    kwargs = {"y": LABELS} if model.settings.class_cond else {}
+    diffusion = process(model.settings.learn_sigma)
+    table = solver_table(diffusion, solver)
+    shape = (model.settings.in_channels, 8, 8)
+
+    def predict(x: Tensor, step: int) -> Tensor:
+        return model(x, diffusion.model_timesteps(torch.full((len(x),), step)), **kwargs)
+
+    def images(scale: float) -> Tensor:
+        noise = lambda step: ops.image_noise(SEED, INDEX, step + 1, shape)
+        gradient = gradient_of(guide, diffusion, LABELS, scale) if scale else None
+        *_, last = solve(predict, ops.image_noise(SEED, INDEX, 0, shape), table, noise, gradient=gradient)
+        return last.sample
+
+    want = images(3.0)
+    assert relative_error(want, images(0.0)) > 1e-3
+    guidance = Guidance(classifier=ClassifierGuidance(freeze(guide), 3.0))
+    engine = Engine(GuidedNetwork(freeze(model), table, diffusion, guidance), batch_size=4, seed_and_key=SEED)
+    for _ in range(2):  # nothing of the first batch is left
+        assert relative_error(engine.draw(INDEX, LABELS), want) < 5e-5
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("sigma_small", [False, True], ids=["beta", "posterior"])
+def test_ancestral_guidance_shifts_the_mean(learn_sigma: bool, sigma_small: bool) -> None:
+    """Without noise, x differs by the variance times the gradient, from the variance of `p_mean_variance`."""
+    diffusion = process(learn_sigma, sigma_small=sigma_small, diffusion_steps=20)
+    output, x, pull = (torch.randn(2, c, 4, 4, generator=torch.Generator().manual_seed(c)) for c in (6, 3, 5))
+    pull = pull[:, :3]
+    output = output if learn_sigma else output[:, :3]
+
+    def steps(gradient: Any) -> list[Step]:
+        none = lambda step: torch.zeros_like(x)
+        return list(p_sample_loop(diffusion, lambda *_: output, x, none, gradient=gradient))
+
+    x_t = x
+    for guided in steps(lambda x, step: pull):
+        p = diffusion.p_mean_variance_from_output(output, x_t, torch.full((2,), guided.t))
+        torch.testing.assert_close(guided.sample, p.mean + p.variance * pull, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(guided.pred_xstart, p.pred_xstart, rtol=1e-5, atol=1e-5)
+        x_t = guided.sample
+    assert not torch.equal(steps(None)[-1].sample, x_t)
+
+
+def test_ddim_guidance_shifts_the_noise() -> None:
+    """A step of DDIM follows from the noise less sqrt(1 - abar) times the gradient, which comes after the clipping."""
+    diffusion = process(False, diffusion_steps=20)
+    output, x, pull = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    x_t = x
+    for guided in ddim_sample_loop(diffusion, lambda *_: output, x, gradient=lambda x, step: pull):
+        t = torch.full((2,), guided.t)
+        clipped = diffusion.predict_xstart_from_eps(x_t, t, output).clamp(-1, 1)
+        abar, before = (
+            diffusion.at(name, t)[:, None, None, None] for name in ("alphas_cumprod", "alphas_cumprod_prev")
+        )
+        eps = diffusion.predict_eps_from_xstart(x_t, t, clipped) - (1 - abar).sqrt() * pull
+        x_start = diffusion.predict_xstart_from_eps(x_t, t, eps)
+        want = before.sqrt() * x_start + (1 - before).sqrt() * eps
+        torch.testing.assert_close(guided.pred_xstart, x_start, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(guided.sample, want, rtol=1e-4, atol=1e-4)
+        x_t = guided.sample
+
+
+# --- sample.py ---
+
+
+def run(out: Path, **settings: Any) -> dict[str, np.ndarray]:
+    given = {"out_dir": out, "num_samples": 5, "batch_size": 3, "grid_images": 0, "solver": "ddim", **settings}
+    sample.main(flags(given))
+    with np.load(next(out.glob("samples_*.npz"))) as content:
+        return dict(content)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return save(unet(), tmp_path / "plain.pt", predict_xstart=True)
+
+
+@pytest.fixture
+def guide(tmp_path: Path) -> Path:
+    return save(classifier(), tmp_path / "classifier.pt", CLASSES)
+
+
+def test_guides_a_model_without_classes(plain: Path, guide: Path, tmp_path: Path) -> None:
+    """Images get the classifier's classes, by name, and those of other classes are other images."""
+    given = {"model_path": plain, "classifier_path": guide}
+    guided = run(tmp_path / "guided", **given, classes="cat,ape")
+    assert guided["arr_1"].tolist() == [2, 0, 2, 0, 2]
+    other = run(tmp_path / "other", **given, classes="cat,bee")
+    differs = (other["arr_0"] != guided["arr_0"]).reshape(5, -1).any(axis=1)
+    assert differs.tolist() == [False, True, False, True, False]
+    unguided = run(tmp_path / "plain", model_path=plain)
+    assert "arr_1" not in unguided
+    assert (unguided["arr_0"] != guided["arr_0"]).any()
+
+
+def test_no_scale_is_no_classifier(plain: Path, tmp_path: Path) -> None:
+    """With classifier_scale 0 the file isn't even read, as in guided-diffusion's commands."""
+    without = run(tmp_path / "a", model_path=plain)
+    scaled = run(tmp_path / "b", model_path=plain, classifier_path=tmp_path / "none.pt", classifier_scale=0)
+    np.testing.assert_array_equal(scaled["arr_0"], without["arr_0"])
+
+
+def test_bare_files(tmp_path: Path, guide: Path, plain: Path) -> None:
+    """A file without settings is understood by its shapes; flags that contradict it are refused with the right ones."""
+    bare = save_bare(classifier(), tmp_path / "bare.pt")
+    given = {"model_path": plain, "seed": 4, "classes": "0,1,2"}
+    want = run(tmp_path / "a", classifier_path=guide, **given)
+    got = run(tmp_path / "b", classifier_path=bare, classifier_depth=1, **given)
+    np.testing.assert_array_equal(got["arr_0"], want["arr_0"])
+    wrong = {"model_path": plain, "classifier_path": bare, "classifier_depth": 2, "out_dir": tmp_path / "c"}
+    with nothing_written(tmp_path):
+        assert "--classifier_depth 1" in refusal(sample.main, flags(wrong))
+
+
+def test_another_classifier_is_another_job(plain: Path, guide: Path, tmp_path: Path) -> None:
+    run(tmp_path / "job", model_path=plain, classifier_path=guide)
+    with nothing_written(tmp_path):
+        changed = {"model_path": plain, "classifier_path": guide, "classifier_scale": 2}
+        message = refusal(sample.main, flags({"out_dir": tmp_path / "job", "num_samples": 5, **changed}))
+    assert "--out_dir" in message
+
+
+MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "size": ({"image_size": 16}, {}, "knows images of 16x16 pixels, the model draws 8x8"),
+    "channels": ({"in_channels": 1}, {}, "knows images of 1 channels, the model draws 3"),
+    "classes": ({"num_classes": 4}, {"class_cond": True, "num_classes": 3}, "knows 4 classes, the model 3"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_misfits(name: str, tmp_path: Path) -> None:
+    changes, model, words = MISFITS[name]
+    paths = {
+        "model_path": save(unet(**model), tmp_path / "model.pt"),
+        "classifier_path": save(classifier(**changes), tmp_path / "classifier.pt"),
+    }
+    with nothing_written(tmp_path):
+        message = refusal(sample.main, flags({"out_dir": tmp_path / "out", "num_samples": 2, **paths}))
+    assert message.startswith("--classifier_path: ")
+    assert words in message
+
+
+def test_other_files_and_settings(plain: Path, guide: Path, tmp_path: Path) -> None:
+    """A classifier is no model, a model no classifier, and other names and another noise are named."""
+    named = save(unet(class_cond=True, num_classes=3), tmp_path / "named.pt", ["ape", "cat", "bee"])
+    noisy = save(classifier(), tmp_path / "noisy.pt", CLASSES, noise_schedule="linear", diffusion_steps=100)
+    conditional = save(unet(class_cond=True, num_classes=3), tmp_path / "conditional.pt", CLASSES)
+    cases = [
+        ({"model_path": guide}, "is a classifier"),
+        ({"model_path": plain, "classifier_path": plain}, "not a classifier"),
+        ({"model_path": plain, "classifier_path": tmp_path / "none.pt"}, "none.pt"),
+        ({"model_path": plain, "classifier_scale": 3}, "classifier_scale 3 needs a classifier_path"),
+        ({"model_path": plain, "classifier_path": guide, "classifier_scale": -1}, "classifier_scale"),
+        ({"model_path": plain, "classifier_path": guide, "classes": "dog"}, "--classes"),
+        ({"model_path": named, "classifier_path": guide}, "the same classes in the same order"),
+        ({"model_path": conditional, "classifier_path": noisy}, "diffusion_steps 100"),
+        (
+            {"model_path": plain, "classifier_path": guide, "classifier_use_fp16": True},
+            "--classifier_precision fp16 needs a GPU",
+        ),
+    ]
+    for given, words in cases:
+        with nothing_written(tmp_path):
+            message = refusal(sample.main, flags({"out_dir": tmp_path / "out", "num_samples": 2, **given}))
+        assert words in message, given
