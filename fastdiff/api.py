@@ -30,9 +30,11 @@ from fastdiff.diffusion.samplers import ddim_reverse_loop
 from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.errors import UserError, blaming, quoted
 from fastdiff.models import BackboneSettings, SuperResSettings
+from fastdiff.models.classifier_settings import ClassifierNetSettings
 from fastdiff.ops import Kernels, using
 from fastdiff.runtime.caller import default_device, undisturbed
 from fastdiff.runtime.paths import expand_path
+from fastdiff.sampling.classifiers import OpenClassifier, open_guiding
 from fastdiff.sampling.labels import Labels, label_numbers, labels_in_python
 from fastdiff.sampling.low_res import as_low_res
 from fastdiff.sampling.pictures import grid, non_finite, save_grid
@@ -171,6 +173,7 @@ class Model:
         self.network, self.device = network, device
         self._defaults = defaults
         self._sampler: tuple[Any, Sampler] | None = None
+        self._guiding: tuple[SampleSettings, OpenClassifier | None] | None = None
 
     @property
     def settings(self) -> BackboneSettings:
@@ -192,6 +195,7 @@ class Model:
         seed: int = 0,
         start: int = 0,
         guide: Model | None = None,
+        classifier: str | Path | None = None,
         progress: bool = False,
         **settings: Any,
     ) -> Samples:
@@ -201,6 +205,8 @@ class Model:
                   A single text may be anything that --classes accepts; None draws them at random.
         steps     0: every step that the checkpoint's timestep_respacing keeps.
         guide     a weaker model, for autoguidance.
+        classifier  a .pt file or a run of a classifier of noised images that guides, with the weight classifier_scale;
+                  a model without classes then draws the classifier's.
         settings  further settings named in `DRAWING`: spacing, eta, guidance, batch_size, …
         Raises UserError for settings that are not allowed.
         """
@@ -209,7 +215,9 @@ class Model:
         with _blaming("sample"), self._undisturbed():
             n, start = _whole("n", n, 1), _whole("start", start, 0)
             given = {"solver": solver, "steps": steps, "seed": seed, **settings}
-            return self._draw(self._sampler_of(given, guide, n, labels=self._labels(classes)), start, n, progress)
+            guiding = self._classifier(classifier, settings.get("classifier_scale", 1.0))
+            labels = self._labels(classes, guiding)
+            return self._draw(self._sampler_of(given, guide, n, labels=labels, classifier=guiding), start, n, progress)
 
     def enlarge(
         self,
@@ -286,6 +294,7 @@ class Model:
         *,
         labels: Labels | None = None,
         inputs: Inputs | None = None,
+        classifier: OpenClassifier | None = None,
     ) -> Sampler:
         """The sampler for these settings. It is kept for the next call with the same: it holds compiled code."""
         for name in given:
@@ -296,12 +305,13 @@ class Model:
                 raise UserError(f"{name} is not a setting here{hint or f'; those are {names}'}")
         given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         given |= {name: _whole(name, given[name], 0) for name in ("seed", "steps")}
-        settings = validated(SampleSettings, {**self._defaults, **given})
+        path = {} if classifier is None else {"classifier_path": str(classifier.file)}
+        settings = validated(SampleSettings, {**self._defaults, **path, **given})
         if guide is not None and not isinstance(guide, Model):
             raise UserError(f"guide must be a model that load has returned, not {quoted(guide)}")
         if guide is not None and settings.guidance == 1:
             raise UserError("guide needs a guidance other than 1")
-        key = (settings, guide, count, labels)
+        key = (settings, guide, classifier, count, labels)
         if inputs is None and self._sampler is not None and self._sampler[0] == key:
             return self._sampler[1]
         sampler = Sampler(
@@ -311,6 +321,7 @@ class Model:
             labels=labels,
             inputs=inputs,
             guide=guide.network if guide else None,
+            classifier=classifier,
             noise_key=ENLARGED if inputs else SAMPLES,
             count=count,
         )
@@ -322,14 +333,28 @@ class Model:
         with tqdm(total=n, unit="image", disable=not progress, bar_format=_BAR) as bar:
             on_progress: Callable[[float], Any] = bar.update
             drawn = sampler.draw(index, on_progress)
-        return Samples(drawn.images, drawn.labels, sampler.settings.seed, index, tuple(self.class_names))
+        return Samples(drawn.images, drawn.labels, sampler.settings.seed, index, tuple(sampler.class_names))
 
-    def _labels(self, classes: Any) -> Labels | None:
-        """The classes to draw; None for a model without classes."""
+    def _classifier(self, path: str | Path | None, scale: Any) -> OpenClassifier | None:
+        """The classifier that guides, which is kept for the next call; None for none."""
+        if path is None:
+            return None
+        settings = validated(
+            SampleSettings, {**self._defaults, "classifier_path": str(path), "classifier_scale": scale}
+        )
+        if self._guiding is None or self._guiding[0] != settings:
+            with blaming("classifier"):
+                self._guiding = settings, open_guiding(settings, ClassifierNetSettings(), self.network, self.device)
+        return self._guiding[1]
+
+    def _labels(self, classes: Any, classifier: OpenClassifier | None) -> Labels | None:
+        """The classes to draw; None for a model without classes that no classifier guides."""
         classes = "" if classes is None else classes
         with blaming("classes"):
             if self.settings.class_cond:
                 return labels_in_python(classes, self.class_names, self.network.known_classes)
+            if classifier is not None:
+                return labels_in_python(classes, classifier.class_names, classifier.known_classes)
             if np.size(classes) and not (isinstance(classes, str) and not classes):
                 raise UserError("the model is not class-conditional")
         return None

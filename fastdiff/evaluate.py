@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     config, _, checkpoint = load(
         argv,
         description=__doc__ or "",
-        sections=("evaluate", "sample", "classifier", "model", "diffusion"),
+        sections=("evaluate", "sample", "model", "diffusion", "classifier"),
         kind=EvaluateConfig,
         checkpoint=("sample", "model_path"),
     )

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     config, _, checkpoint = load(
         argv,
         description=__doc__ or "",
-        sections=("model", "diffusion", "sample", "classifier"),
+        sections=("model", "diffusion", "classifier", "sample"),
         checkpoint=("sample", "model_path"),
     )
     from fastdiff.config.checkpoint import named

@@ -20,7 +20,7 @@ SAMPLING = ("model", "diffusion", "sample")
 SCRIPTS: dict[str, tuple[Any, tuple[str, ...], type[Config]]] = {
     "train": (train.main, TRAINING, Config),
     "super_res_train": (super_res_train.main, TRAINING, SuperResConfig),
-    "sample": (sample.main, SAMPLING, Config),
+    "sample": (sample.main, ("model", "diffusion", "classifier", "sample"), Config),
     "super_res_sample": (super_res_sample.main, SAMPLING, SuperResConfig),
     "nll": (nll.main, ("model", "diffusion", "data", "nll"), Config),
 }
@@ -364,6 +364,7 @@ UNLIKE_DEFAULTS = {
     "model": {"num_channels": 64, "channel_mult": "0.5,1,2", "attention_resolutions": "", "class_cond": True},
     "diffusion": {"noise_schedule": "cosine", "timestep_respacing": "ddim50", "use_kl": True},
     "data": {"labels": "folder", "num_workers": 3},
+    "classifier": {"classifier_width": 64, "classifier_pool": "spatial", "classifier_resblock_updown": False},
     "train": {
         **{"ema_rate": "0.9,0.99", "lr": 3.3e-5, "batch_size": 8, "zero_stage": 1, "use_fp16": True},
         "label_dropout": 0.1,
@@ -383,6 +384,7 @@ def test_print_config_round_trip(script: str, tmp_path: Path, capsys: pytest.Cap
     size = {"large_size": "64x96", "small_size": "16x24"} if kind is SuperResConfig else {"image_size": "64x96"}
     values = {name: value for section in sections for name, value in UNLIKE_DEFAULTS[section].items()} | size
     if script == "sample":
+        values |= {"classifier_path": "guide.pt", "classifier_scale": 2.5}
         values |= {"classes": "1,2", "sr_model_path": "large.pt", "sr_steps": 7, "sr_batch_size": 5}
     ds = tmp_path / "ds.json"
     ds.write_text(json.dumps({"gradient_clipping": 1.5}))

@@ -22,11 +22,13 @@ from helpers.tiny import (
 )
 from torch import Tensor
 
+import fastdiff
 from fastdiff import ops, sample
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step, ddim_sample_loop, p_sample_loop, solve
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
+from fastdiff.errors import UserError
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.unet import freeze
 from fastdiff.sampling.classifier_gradient import ClassifierGuidance
@@ -234,3 +236,19 @@ def test_other_files_and_settings(plain: Path, guide: Path, tmp_path: Path) -> N
         with nothing_written(tmp_path):
             message = refusal(sample.main, flags({"out_dir": tmp_path / "out", "num_samples": 2, **given}))
         assert words in message, given
+
+
+# --- Python ---
+
+
+def test_the_same_images_in_python(plain: Path, guide: Path, tmp_path: Path) -> None:
+    given = {"solver": "dpmpp_2m", "steps": 4, "seed": 2, "classifier_scale": 2.5}
+    script = run(tmp_path / "job", model_path=plain, classifier_path=guide, classes="cat,0", **given)
+    model = fastdiff.load(plain, precision="fp32")
+    samples = model.sample(5, classes=["cat", 0], classifier=guide, **given)
+    np.testing.assert_array_equal(samples.labels, script["arr_1"])
+    assert np.abs(samples.images.astype(int) - script["arr_0"]).max() <= 1
+    assert list(samples.class_names) == CLASSES
+    assert model.sample(2, steps=3).labels is None
+    with pytest.raises(UserError, match=r"^sample: classifier: .*not a classifier"):
+        model.sample(2, classifier=plain)
