@@ -312,7 +312,7 @@ def test_network_that_cannot_be(world: World) -> None:
     says(world.train(num_head_channels=24), "num_head_channels 24", "64 channels")
     says(world.train(attention_resolutions=16), "attention_resolutions 16", "image size 8")
     message = refusal(sample.main, ["--image_size", "48", "--model_path", ""])
-    says(message, "channel_mult has no default for images of 48 pixels", "32, 64, 256")
+    says(message, "channel_mult has no default for images of 48 pixels", "32, 64, 128, 256")
     message = refusal(super_res_train.main, flags({"data_dir": "nowhere", **SUPER_RES}))
     says(message, "nowhere does not exist")
     for small in (16, 32, "8x16"):

@@ -97,8 +97,8 @@ def infer_settings(state: dict[str, Tensor], super_res: bool = False, null_class
 
 
 def _infer(state: dict[str, Tensor], super_res: bool, null_class: bool) -> dict[str, Any]:
-    first = state["input_blocks.0.0.weight"].shape
-    emb, width = state["time_embed.0.weight"].shape
+    first, embedding = (state[f"{name}.weight"].shape for name in ("input_blocks.0.0", "time_embed.0"))
+    emb, width = embedding[0], embedding[1]
     in_channels = first[1] // (2 if super_res else 1)
     upsampling = [index for index in range(len(state)) if _upsamples_in_block(state, index)]
     resblock_updown = bool(upsampling)
@@ -247,6 +247,8 @@ def _hint(settings: BackboneSettings, name: str, value: Any, inferred: dict[str,
         return f"--attention_resolutions {sizes or repr('')}" if differs else ""
     if name == "channel_mult":
         return f"--channel_mult {','.join(map(str, value))}" if tuple(value) != tuple(settings.level_mult) else ""
+    if name == "scale_stem" and inferred["channel_mult"][0] == 1:  # it makes no difference
+        return ""
     if name == "num_classes":  # the rows of the label embedding
         if value == settings.num_labels:
             return ""
