@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from fastdiff.config.family import NAMES
 from fastdiff.config.presets import Preset, find_preset, preset_for_file
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
@@ -62,6 +63,18 @@ class Checkpoint:
         return self.kind == "super_res"
 
     @cached_property
+    def is_guided(self) -> bool:
+        """Whether it carries no settings, but its weights have features of guided-diffusion's networks.
+
+        These are resampling inside residual blocks, and a first convolution that is as wide as the first level.
+        """
+        if not self.info:
+            with suppress(UserError):
+                shown = weights.infer_settings(self.state, self.super_res)
+                return shown["resblock_updown"] or shown["scale_stem"]
+        return False
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the file's bytes, shortened to 16 hexadecimal digits."""
         return f"sha256:{checksum(self.file)[:16]}"
@@ -93,18 +106,27 @@ def preset_of(name: str, super_res: bool, flag: str = "--preset") -> Preset | No
     return preset
 
 
+def check_family(preset: Preset, family: str) -> None:
+    """Raise UserError if the user named another family than the preset's."""
+    if family and family != preset.family:
+        raise UserError(
+            f"family {family} contradicts the preset {preset.name}, which is {NAMES[preset.family]}'s; leave family out"
+        )
+
+
 def settings_of(
     checkpoint: Checkpoint,
     super_res: bool,
     preset: Preset | None = None,
     given: Layer | None = None,
     preset_flag: str = "--preset",
+    family: str = "",
 ) -> tuple[str, Layer]:
     """A description of the source of a checkpoint's settings, and its sections model and diffusion.
 
     given holds the settings of the command line and the JSON file, with which the caller overrides the result: the
-    warning about assumed defaults omits them. Raises UserError if the file is of the other kind or contradicts the
-    preset.
+    warning about assumed defaults omits them. family is the one that they name. Raises UserError if the file is of the
+    other kind or contradicts the preset, or the preset the family.
     """
     file = checkpoint.file
     if checkpoint.kind == "classifier":
@@ -120,12 +142,13 @@ def settings_of(
     if preset:
         return f"preset {preset.name}", preset.layer
     if named := preset_for_file(file):
+        check_family(named, family)
         logging.getLogger(__name__).warning(
             "%s carries no settings; taken from the preset %s by the file's name", file, named.name
         )
         return f"preset {named.name}", named.layer
     try:
-        return f"the settings in {file}", {"model": _inferred(checkpoint.state, file, super_res, given or {})}
+        return f"the settings in {file}", {"model": _inferred(checkpoint, super_res, given or {}, family)}
     except UserError as error:
         raise UserError(f"{file} can't be used: {error}") from None
 
@@ -150,9 +173,9 @@ def at_size(layer: Layer, given: Layer, kind: type[BackboneSettings]) -> Layer:
     return {**layer, "model": model}
 
 
-def _inferred(state: dict[str, Tensor], file: Path, super_res: bool, given: Layer) -> dict[str, Any]:
+def _inferred(checkpoint: Checkpoint, super_res: bool, given: Layer, family: str) -> dict[str, Any]:
     """The model settings that the shapes of the weights show. Logs a warning about those that they don't show."""
-    model = weights.infer_settings(state, super_res, is_true(given.get("model", {}).get("null_class")))
+    model = weights.infer_settings(checkpoint.state, super_res, is_true(given.get("model", {}).get("null_class")))
     known = {**given.get("model", {}), **given.get("diffusion", {})}
     kind = SuperResSettings if super_res else UNetSettings
     factors = model.pop("attention_factors")
@@ -160,11 +183,19 @@ def _inferred(state: dict[str, Tensor], file: Path, super_res: bool, given: Laye
         size = TypeAdapter(Size).validate_python(known.get(kind.size_name, kind.model_fields[kind.size_name].default))
         model |= {kind.size_name: size, "attention_resolutions": [min(size) // factor for factor in factors]}
     sizes = ("large_size", "small_size") if super_res else ("image_size",)
-    unseen = ("num_heads", "diffusion_steps", "noise_schedule", "rescale_timesteps")
-    if assumed := [name for name in (*sizes, *unseen) if name not in known]:
+    heads, defaults = "num_heads", "their defaults"
+    unseen = ["diffusion_steps", "noise_schedule", "rescale_timesteps"]
+    if family == "guided" or (checkpoint.is_guided and not family):
+        heads, defaults = "num_heads or num_head_channels", "guided-diffusion's defaults"
+        unseen.append("use_new_attention_order")
+        if not family:
+            defaults += ", because its weights have features of that family (--family improved takes the other ones)"
+    unseen = [*sizes, *([] if known.keys() & {"num_heads", "num_head_channels"} else [heads]), *unseen]
+    if assumed := [name for name in unseen if name not in known]:
         logging.getLogger(__name__).warning(
-            "%s carries no settings; taken at their defaults, give them if it was trained otherwise: %s",
-            file,
+            "%s carries no settings; taken at %s, give them if it was trained otherwise: %s",
+            checkpoint.file,
+            defaults,
             ", ".join(assumed),
         )
     return model

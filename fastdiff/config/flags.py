@@ -8,6 +8,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fastdiff.config.aliases import advice
 from fastdiff.config.checkpoint import Layer
+from fastdiff.config.family import FAMILIES
 from fastdiff.errors import UserError
 from fastdiff.settings import Settings
 
@@ -83,6 +84,10 @@ def _parser(description: str, sections: dict[str, type[Settings]]) -> _Parser:
     parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
     # DeepSpeed's launcher and torch.distributed.launch add one of these.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    if "model" in sections:
+        family = "whose defaults hold for settings that nothing else gives: improved-diffusion's or guided-diffusion's"
+        shown = "(default: improved, but guided for a file whose weights have its features)"
+        parser.add_argument("--family", metavar="|".join(FAMILIES), default="", help=f"{family} {shown}")
     if "train" in sections:
         parser.add_argument("--deepspeed", metavar="FILE", default=None, help="DeepSpeed JSON, merged over ours")
         dry_run = "build everything, run one step on real data, report, and write nothing"

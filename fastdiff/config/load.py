@@ -1,6 +1,6 @@
 """Reads all settings of a run from flags, the sections of a JSON file, and a checkpoint or a preset.
 
-Later sources override earlier ones: defaults, the checkpoint's settings or a preset, the JSON file, flags.
+Later sources override earlier ones: the family's defaults, the checkpoint's settings or a preset, the JSON file, flags.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from fastdiff.config.checkpoint import (
     Checkpoint,
     Layer,
     at_size,
+    check_family,
     open_checkpoint,
     preset_of,
     settings_of,
     warn_of_another_process,
 )
+from fastdiff.config.family import FAMILIES, known_family
 from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
@@ -107,7 +109,9 @@ def load(
         if path := getattr(args, name, None):
             with blaming(f"--{name}"):
                 setattr(args, name, expand_path(path))
-    file_layer = _read_json(args.config, kind) if args.config else {}
+    file_layer, family = _read_json(args.config, kind) if args.config else ({}, "")
+    if given_family := getattr(args, "family", ""):
+        family = known_family(given_family, "--family")
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
@@ -115,9 +119,9 @@ def load(
     below: list[tuple[str, Layer]] = []
     if checkpoint:
         find = _training_layer if checkpoint[0] == "train" else _checkpoint_layer
-        opened, below = find(checkpoint, layers, kind)
+        opened, below = find(checkpoint, layers, kind, family)
         layers = [*below, *layers]
-    config = _resolve(kind, layers)
+    config = _resolve(kind, layers, _defaults(family, opened))
     if opened and "train" not in sections:
         _check_size(opened, config, layers)
     if "train" in sections:
@@ -148,7 +152,17 @@ def describe(
     super_res = checkpoint.super_res if super_res is None else super_res
     found = preset_of(preset, super_res, preset_flag)
     layer = settings_of(checkpoint, super_res, found, preset_flag=preset_flag)
-    return _resolve(SuperResConfig if super_res else Config, [layer])
+    return _resolve(SuperResConfig if super_res else Config, [layer], _defaults("", checkpoint))
+
+
+def _defaults(family: str, checkpoint: Checkpoint | None) -> Layer:
+    """The defaults of the family that the user named, or that the weights of a file without settings show.
+
+    What weights show says nothing about the images, so that the section data is then left out.
+    """
+    if family or not (checkpoint and checkpoint.is_guided):
+        return FAMILIES[family or "improved"]
+    return {section: FAMILIES["guided"][section] for section in ("model", "diffusion")}
 
 
 def _with_null_class(config: Config, given: bool) -> Config:
@@ -182,17 +196,17 @@ def _section_class(kind: type[Config], section: str) -> type[Settings]:
 
 
 def _checkpoint_layer(
-    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
+    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config], family: str
 ) -> tuple[Checkpoint | None, list[tuple[str, Layer]]]:
     """The checkpoint that the layers name, and the layer with its settings, or with those of a named preset."""
     section, name = setting
-    preset = _preset(section, layers, kind)
+    preset = _preset(section, layers, kind, family)
     given = _merged(layers)
     path = given.get(section, {}).get(name)
     if path:
         with blaming(f"--{name}"):
             opened = open_checkpoint(expand_path(str(path)))
-            return opened, [settings_of(opened, kind is SuperResConfig, preset, given)]
+            return opened, [settings_of(opened, kind is SuperResConfig, preset, given, family=family)]
     return None, [(f"preset {preset.name}", preset.layer)] if preset else []
 
 
@@ -201,7 +215,7 @@ def _merged(layers: list[tuple[str, Layer]]) -> Layer:
 
 
 def _training_layer(
-    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config]
+    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config], family: str
 ) -> tuple[Checkpoint | None, list[tuple[str, Layer]]]:
     """The checkpoint from which a run starts, and the layer with its settings, at the image size that the layers give.
 
@@ -215,7 +229,7 @@ def _training_layer(
         return None, [own]
     with blaming(f"--{names[0]}"):
         opened = open_checkpoint(expand_path(str(given["train"][names[0]])))
-        source, layer = settings_of(opened, kind is SuperResConfig, None, given)
+        source, layer = settings_of(opened, kind is SuperResConfig, None, given, family=family)
         return opened, [(source, at_size(layer, given, SuperResSettings if kind is SuperResConfig else UNetSettings))]
 
 
@@ -264,13 +278,16 @@ def _check_size(checkpoint: Checkpoint, config: Config, layers: list[tuple[str, 
                 )
 
 
-def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config]) -> Preset | None:
-    """The preset that the last layer with a preset names."""
+def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config], family: str) -> Preset | None:
+    """The preset that the last layer with a preset names. Raises UserError if it is not of the family."""
     named = [(source, layer[section]["preset"]) for source, layer in layers if "preset" in layer.get(section, {})]
     if not named or "preset" not in _section_class(kind, section).model_fields:
         return None
     source, name = named[-1]
-    return preset_of(str(name), kind is SuperResConfig, f"{source}: {section}.preset" if source else "--preset")
+    preset = preset_of(str(name), kind is SuperResConfig, f"{source}: {section}.preset" if source else "--preset")
+    if preset:
+        check_family(preset, family)
+    return preset
 
 
 def _read_object(path: str) -> dict[str, Any]:
@@ -280,8 +297,10 @@ def _read_object(path: str) -> dict[str, Any]:
     return content
 
 
-def _read_json(path: str, kind: type[Config]) -> Layer:
+def _read_json(path: str, kind: type[Config]) -> tuple[Layer, str]:
+    """The sections of a JSON file, and the family that it names, empty for none."""
     content = _read_object(path)
+    family = known_family(content.pop("family"), f"{path}: family") if "family" in content else ""
     for section, value in content.items():
         if section not in kind.model_fields:
             hint = (
@@ -290,11 +309,14 @@ def _read_json(path: str, kind: type[Config]) -> Layer:
             raise UserError(f"{path}: {shortened(section)} is not a section{hint}")
         if not isinstance(value, dict):
             raise UserError(f"{path}: section {section} must be a JSON object, not {quoted(value)}")
-    return content
+    return content, family
 
 
-def _resolve(kind: type[Config], layers: list[tuple[str, Layer]]) -> Config:
+def _resolve(kind: type[Config], layers: list[tuple[str, Layer]], defaults: Layer) -> Config:
     merged: Layer = {}
+    for section, values in defaults.items():
+        known = _section_class(kind, section).model_fields
+        merged[section] = {name: value for name, value in values.items() if name in known}
     sources: dict[tuple[str, str], str] = {}
     givers: dict[str, list[str]] = {}  # section → sources of its settings other than flags
     for source, layer in layers:
@@ -331,6 +353,8 @@ def _aliases(source: str, section: str, values: dict[str, Any], known: Collectio
 
 def _hint(kind: type[Config], section: str, name: str) -> str:
     """The end of an error message about an unknown setting: where it belongs, or a similar name; may be empty."""
+    if name == "family":
+        return "; it stands beside the sections, at the top of the file"
     if kind is Config and section == "model" and name in ("large_size", "small_size"):
         return "; super-resolution models are for super_res_train.py and super_res_sample.py"
     if kind is SuperResConfig and section == "model" and name == "image_size":

@@ -1,7 +1,7 @@
-"""Presets: the settings of the checkpoints that improved-diffusion released, and the download of their files.
+"""Presets: the settings of the checkpoints that improved-diffusion and guided-diffusion released, and their download.
 
 A preset consists of the sections model and diffusion of a file in configs/, which also trains that network. It can be
-found by the name of the configuration and by that of the released file.
+found by the name of the configuration and by that of the released file, which are the same for guided-diffusion's.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.download import download as download_file
 from fastdiff.runtime.machine import cache_folder
 
-SOURCE = "https://openaipublic.blob.core.windows.net/diffusion/march-2021"
+# Family → the folder of its released files.
+_SOURCES = {
+    "improved": "https://openaipublic.blob.core.windows.net/diffusion/march-2021",
+    "guided": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021",
+}
 # Configuration → stem of the released file (README of improved-diffusion, "Models and Hyperparameters").
-RELEASED = {
+_IMPROVED = {
     "imagenet64_uncond": "imagenet64_uncond_100M_1500K",
     "imagenet64_uncond_vlb": "imagenet64_uncond_vlb_100M_1500K",
     "imagenet64_270M": "imagenet64_cond_270M_250K",
@@ -32,6 +36,22 @@ RELEASED = {
     "lsun_bedroom_lr2e-5": "lsun_uncond_100M_2400K_bs64",
     "baseline": "",
 }
+# Names of released files and of configurations (README of guided-diffusion, "Download pre-trained models").
+_GUIDED = (
+    "64x64_diffusion",
+    "128x128_diffusion",
+    "256x256_diffusion",
+    "256x256_diffusion_uncond",
+    "512x512_diffusion",
+    "64_256_upsampler",
+    "128_512_upsampler",
+    "lsun_bedroom",
+    "lsun_cat",
+    "lsun_horse",
+    "lsun_horse_nodropout",
+)
+RELEASED = {**_IMPROVED, **{name: name for name in _GUIDED}}
+"""Configuration → stem of the released file, empty for one that was not released."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,7 @@ class Preset:
     kind: Literal["unet", "super_res"]
     model: dict[str, Any]
     diffusion: dict[str, Any]
+    family: str = "improved"
 
     @property
     def layer(self) -> dict[str, dict[str, Any]]:
@@ -59,14 +80,16 @@ def _folder() -> Path:
 def _read(name: str, released: str) -> Preset:
     content = json.loads((_folder() / f"{name}.json").read_text())
     super_res = "large_size" in content["model"]
+    family = "guided" if name in _GUIDED else "improved"
     model = (SuperResSettings if super_res else UNetSettings).model_validate(content["model"])
     return Preset(
         name=name,
         released=released,
-        url=f"{SOURCE}/{released}.pt" if released else "",
+        url=f"{_SOURCES[family]}/{released}.pt" if released else "",
         kind="super_res" if super_res else "unet",
         model=model.model_dump(mode="json"),
         diffusion=DiffusionSettings.model_validate(content["diffusion"]).model_dump(mode="json"),
+        family=family,
     )
 
 

@@ -247,7 +247,7 @@ def _hint(settings: BackboneSettings, name: str, value: Any, inferred: dict[str,
         return f"--attention_resolutions {sizes or repr('')}" if differs else ""
     if name == "channel_mult":
         return f"--channel_mult {','.join(map(str, value))}" if tuple(value) != tuple(settings.level_mult) else ""
-    if name == "scale_stem" and inferred["channel_mult"][0] == 1:  # it makes no difference
+    if name == "scale_stem" and inferred["channel_mult"][:1] == [1]:  # it makes no difference
         return ""
     if name == "num_classes":  # the rows of the label embedding
         if value == settings.num_labels:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import ROOT
 from helpers.golden_cases import Case, cases
+from helpers.tiny import flags
 
 from fastdiff import super_res_train, train
 from fastdiff.config.load import Config, SuperResConfig, load
 from fastdiff.diffusion import create_diffusion
 from fastdiff.errors import UserError
-from fastdiff.models import build_model
+from fastdiff.models import SuperResSettings, build_model, weights
 from fastdiff.training.microbatch import split_batch
 
 FOLDER = ROOT / "configs"
@@ -42,6 +44,21 @@ PUBLISHED = {
     "lsun_bedroom_lr2e-5": ("lsun_bedroom", UNSCALED, {"lr": 2e-5, "batch_size": 128}),
     "baseline": (None, {"diffusion_steps": 4000}, {"lr": 1e-4, "batch_size": 128}),
 }
+# Training settings of guided-diffusion's networks (Dhariwal & Nichol 2021, tables 4, 11 and 13).
+USUAL = {"lr": 1e-4, "batch_size": 256}
+GUIDED: dict[str, dict[str, float]] = {
+    "64x64_diffusion": {"lr": 3e-4, "batch_size": 2048, "max_steps": 540_000},
+    "128x128_diffusion": {**USUAL, "max_steps": 4_360_000},
+    "256x256_diffusion": {**USUAL, "max_steps": 1_980_000},
+    "256x256_diffusion_uncond": {**USUAL, "max_steps": 2_000_000},
+    "512x512_diffusion": {**USUAL, "max_steps": 1_940_000},
+    "64_256_upsampler": {**USUAL, "max_steps": 500_000},
+    "128_512_upsampler": {**USUAL, "max_steps": 1_050_000},
+    "lsun_bedroom": {**USUAL, "max_steps": 500_000},
+    "lsun_cat": {**USUAL, "max_steps": 200_000},
+    "lsun_horse": {**USUAL, "max_steps": 250_000},
+    "lsun_horse_nodropout": USUAL,  # the paper doesn't say for how long
+}
 
 
 def read(name: str) -> Config:
@@ -51,7 +68,7 @@ def read(name: str) -> Config:
 
 
 def test_every_file_is_checked() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == {*PUBLISHED, "demo"}
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*PUBLISHED, *GUIDED, "demo"}
 
 
 @cases("reference_configs", family="improved")
@@ -61,13 +78,7 @@ def test_published(case: Case, name: str) -> None:
     config = read(name)
     defaults = type(config)()
     assert config.diffusion == defaults.diffusion.model_copy(update=diffusion)
-    for key, value in training.items():
-        assert getattr(config.train, key) == value
-    for key in ("weight_decay", "lr_anneal_steps", "ema_rate"):
-        assert getattr(config.train, key) == getattr(defaults.train, key)
-    assert config.train.precision in ("bf16", "fp16")
-    split_batch(config.train, 8)
-    create_diffusion(config.diffusion, config.model.learn_sigma)
+    check_training(config, training)
     with torch.device("meta"):
         model = build_model(config.model)
     if reference is None:  # the README's first example: 128 channels, 3 blocks, everything else at its default
@@ -77,10 +88,45 @@ def test_published(case: Case, name: str) -> None:
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == shapes
     expected = case.expected["configs"][reference]
     assert sum(p.numel() for p in model.parameters()) == expected["param_count"]
-    flags = case.config["configs"][reference]["flags"]
+    original = case.config["configs"][reference]["flags"]
     ours = {**config.model.model_dump(mode="json"), **config.diffusion.model_dump(mode="json")}
-    differing = {k for k, v in flags.items() if k in ours and ours[k] != v}
+    differing = {k for k, v in original.items() if k in ours and ours[k] != v}
     assert differing <= {"use_kl"}
+
+
+def check_training(config: Config, training: dict[str, Any]) -> None:
+    """Assert that the training settings are the published ones, and possible on eight GPUs."""
+    defaults = type(config)()
+    for key, value in training.items():
+        assert getattr(config.train, key) == value
+    for key in ("weight_decay", "lr_anneal_steps", "ema_rate"):
+        assert getattr(config.train, key) == getattr(defaults.train, key)
+    assert config.train.precision in ("bf16", "fp16")
+    split_batch(config.train, 8)
+    create_diffusion(config.diffusion, config.model.learn_sigma)
+
+
+@cases("reference_configs", family="guided")
+@pytest.mark.parametrize("name", GUIDED)
+def test_guided(case: Case, name: str) -> None:
+    """The flags of guided-diffusion's README, with --family guided, give the same settings as the configuration."""
+    config = read(name)
+    check_training(config, GUIDED[name])
+    words = ["--family", "guided", *flags(case.config["configs"][name]["flags"])]
+    given = load(words, description="", sections=SECTIONS, kind=type(config))[0]
+    assert config.model.level_mult == given.model.level_mult
+    assert config.model == given.model
+    assert config.diffusion == given.diffusion
+    assert config.data == given.data
+    with torch.device("meta"):
+        state = build_model(config.model).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == case.shapes[name]
+    shown = weights.infer_settings(state, isinstance(config.model, SuperResSettings))
+    assert tuple(shown.pop("channel_mult")) == config.model.level_mult
+    assert tuple(shown.pop("attention_factors")) == config.model.attention_factors
+    shown["scale_stem"] |= config.model.level_mult[0] == 1  # it makes no difference then
+    shown.setdefault("num_classes", config.model.num_classes)
+    assert shown == {key: getattr(config.model, key) for key in shown}
 
 
 def test_demo_is_small_and_conditional() -> None:
@@ -95,7 +141,7 @@ def test_demo_is_small_and_conditional() -> None:
     assert config.model.num_classes == 10
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, *GUIDED])
 def test_starts_without_other_flags(name: str, tmp_path: Path) -> None:
     """Each configuration starts with no flag but --data_dir, up to reading the images."""
     script = super_res_train if "upsample" in name else train

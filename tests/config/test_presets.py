@@ -33,6 +33,18 @@ MILLIONS = {  # of parameters
     "lsun_bedroom_lr1e-4": 114,
     "lsun_bedroom_lr2e-5": 114,
     "baseline": 121,
+    # Dhariwal & Nichol 2021, tables 11 and 13, where LSUN's 552.8 are cut to 552
+    "64x64_diffusion": 296,
+    "128x128_diffusion": 422,
+    "256x256_diffusion": 554,
+    "256x256_diffusion_uncond": 553,
+    "512x512_diffusion": 559,
+    "64_256_upsampler": 312,
+    "128_512_upsampler": 309,
+    "lsun_bedroom": 553,
+    "lsun_cat": 553,
+    "lsun_horse": 553,
+    "lsun_horse_nodropout": 553,
 }
 
 
@@ -54,7 +66,7 @@ def test_networks(name: str) -> None:
         model = build_model(settings_of(preset))
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert round(count, 0 if MILLIONS[name] > 100 else 1) == MILLIONS[name]
-    assert (preset.kind == "super_res") == (name == "upsample_256")
+    assert (preset.kind == "super_res") == ("upsample" in name)
 
 
 @cases("reference_configs", family="improved")
@@ -79,16 +91,19 @@ def test_shapes_are_those_of_the_original(case: Case) -> None:
 
 def test_both_names() -> None:
     assert set(MILLIONS) == set(RELEASED)
-    assert len(PRESETS) == 2 * len(RELEASED) - 1  # baseline has no file
     for name, released in RELEASED.items():
         preset = find_preset(name)
         assert (preset.name, preset.released) == (name, released)
         if released:
             assert find_preset(released) is preset
-            assert preset.url.endswith(f"/march-2021/{released}.pt")
+            month = "jul-2021" if preset.family == "guided" else "march-2021"
+            assert preset.url.endswith(f".windows.net/diffusion/{month}/{released}.pt")
             assert preset_for_file(f"some/folder/{released}.pt") is preset
-        assert preset_for_file(f"{name}.pt") is None
+        if released != name:
+            assert preset_for_file(f"{name}.pt") is None
         assert is_preset(name)
+    assert len(PRESETS) == len({*RELEASED, *RELEASED.values()} - {""})  # no name stands for two
+    assert {name for name in RELEASED if PRESETS[name].family == "guided"} == {*list(MILLIONS)[9:]}
     assert preset_for_file("ema_0.9999_500000.pt") is None
     assert preset_for_file("x/.pt") is None
     assert not is_preset("demo")
