@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.golden_cases import Case, cases
 from helpers.tiny import info_for, pictures, refusal, save, save_bare, super_res, unet
 from test_settings import json_file, read
@@ -126,6 +127,24 @@ def test_unknown_name() -> None:
     message = refusal(sample.main, ["--preset", "xyzzy"])
     assert message.startswith("--preset: xyzzy is not a preset; there are ")
     assert all(name in message for name in RELEASED)
+
+
+def test_documents_list_every_released_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """README names each, and docs/models.md has a command for it that is complete."""
+    readme, page = (ROOT / name for name in ("README.md", "docs/models.md"))
+    rows = {row.split("`")[1]: row for row in page.read_text().splitlines() if row.startswith("| `")}
+    assert {*rows} == {released for released in RELEASED.values() if released}
+    for released, row in rows.items():
+        assert f"`{released}`" in readme.read_text()
+        preset, command = find_preset(released), row.split("`")[3].split()
+        assert command[:2] == [
+            "python",
+            f"fastdiff/{'super_res_sample' if preset.kind == 'super_res' else 'sample'}.py",
+        ]
+        main = super_res_sample.main if preset.kind == "super_res" else sample.main
+        with pytest.raises(SystemExit):
+            main([*command[2:], "--print_config"])
+        assert json.loads(capsys.readouterr().out)["model"] == preset.model
 
 
 # --- settings of a bare file ---
