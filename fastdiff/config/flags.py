@@ -15,6 +15,15 @@ from fastdiff.settings import Settings
 _SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
 
 
+class _Once(argparse.Action):
+    """A flag that names a file, of which a second one would silently replace the first."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        if before := getattr(namespace, self.dest):
+            raise UserError(f"{option} is given twice, {before} and {value}; put the settings of both into one file")
+        setattr(namespace, self.dest, value)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -80,7 +89,8 @@ def _parser(description: str, sections: dict[str, type[Settings]]) -> _Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", metavar="FILE", default=None, help="JSON file with settings, section by section")
+    config = "JSON file with settings, section by section, or the name of one in configs/, such as cifar10_uncond"
+    parser.add_argument("--config", metavar="FILE", default=None, action=_Once, help=config)
     parser.add_argument("--print_config", action="store_true", default=False, help="print the settings and exit")
     # DeepSpeed's launcher and torch.distributed.launch add one of these.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)

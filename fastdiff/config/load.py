@@ -29,7 +29,7 @@ from fastdiff.config.checkpoint import (
 )
 from fastdiff.config.family import FAMILIES, known_family
 from fastdiff.config.flags import read_flags
-from fastdiff.config.presets import Preset, download, find_preset
+from fastdiff.config.presets import Preset, config_file, download, find_preset
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, quoted, shortened
 from fastdiff.evaluation.settings import EvaluateDrawSettings, EvaluateSettings
@@ -109,6 +109,9 @@ def load(
         if path := getattr(args, name, None):
             with blaming(f"--{name}"):
                 setattr(args, name, expand_path(path))
+    if args.config:
+        with blaming("--config"):
+            args.config = config_file(args.config)
     file_layer, family = _read_json(args.config, kind) if args.config else ({}, "")
     if given_family := getattr(args, "family", ""):
         family = known_family(given_family, "--family")

@@ -7,6 +7,7 @@ found by the name of the configuration and by that of the released file, which a
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,13 +73,13 @@ class Preset:
         return {"model": dict(self.model), "diffusion": dict(self.diffusion)}
 
 
-def _folder() -> Path:
+def configs() -> Path:
     """The folder configs/, inside an installed package or next to the package in a checkout."""
     return next(folder for place in fastdiff.__path__ if (folder := Path(place) / "configs").is_dir())
 
 
 def _read(name: str, released: str) -> Preset:
-    content = json.loads((_folder() / f"{name}.json").read_text())
+    content = json.loads((configs() / f"{name}.json").read_text())
     super_res = "large_size" in content["model"]
     family = "guided" if name in _GUIDED else "improved"
     model = (SuperResSettings if super_res else UNetSettings).model_validate(content["model"])
@@ -106,6 +107,20 @@ def find_preset(name: str, flag: str = "--preset") -> Preset:
         near = did_you_mean(name, PRESETS)
         raise UserError(f"{flag}: {name} is not a preset{near}; there are {', '.join(RELEASED)}")
     return PRESETS[name]
+
+
+def config_file(given: str) -> str:
+    """The path of the JSON file that --config names: a file, or a configuration of the folder configs/ by its name.
+
+    Raises UserError for a name of neither.
+    """
+    if Path(given).parts != (given,) or Path(given).suffix or (os.path.exists(given) and not os.path.isdir(given)):
+        return given
+    files = {file.stem: file for file in sorted(configs().glob("*.json"))}
+    if given not in files:
+        near = did_you_mean(given, files) or f"; there are {', '.join(files)}"
+        raise UserError(f"{given} is neither a file nor the name of a configuration{near}")
+    return str(files[given])
 
 
 def is_preset(name: str) -> bool:

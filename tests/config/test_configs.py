@@ -13,7 +13,7 @@ from helpers.golden_cases import Case, cases
 from helpers.tiny import flags
 
 from fastdiff import super_res_train, train
-from fastdiff.config.load import Config, SuperResConfig, load
+from fastdiff.config.load import Config, SuperResConfig, default_name, load
 from fastdiff.diffusion import create_diffusion
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, build_model, weights
@@ -151,3 +151,44 @@ def test_starts_without_other_flags(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist|no such|missing"):
         script.main([*argv, "--data_dir", str(tmp_path / "nowhere")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration is found from any folder, also beside a folder of its name, and its run has its name."""
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    kind = SuperResConfig if "upsample" in name else Config
+    config, args, _ = load(["--config", name], description="", sections=SECTIONS, kind=kind)
+    assert config == read(name)
+    assert default_name(args.config, kind) == name
+
+
+def test_a_file_of_that_name_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "demo").write_text('{"model": {"image_size": 32}}')
+    monkeypatch.chdir(tmp_path)
+    config = load(["--config", "demo"], description="", sections=SECTIONS)[0]
+    assert config == Config.model_validate({"model": {"image_size": 32}})
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (
+            "cifar10_uncnod",
+            "cifar10_uncnod is neither a file nor the name of a configuration; did you mean cifar10_uncond",
+        ),
+        ("qqq", "qqq is neither a file nor the name of a configuration; there are baseline, .*upsample_256"),
+        ("demo.json", r"demo.json: can't be read \(No such file"),
+        ("configs/demo", "configs/demo: can't be read"),
+        (
+            "demo --config baseline",
+            "--config is given twice, demo and baseline; put the settings of both into one file",
+        ),
+        ("demo baseline", "baseline belongs to no flag"),
+    ],
+)
+def test_wrong_names(flags: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        load(["--config", *flags.split()], description="", sections=SECTIONS)
