@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+BESIDE = ("kernels", "configs", "datasets")
 
 setup(
     name="fastdiff",
@@ -13,11 +14,11 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.14",
-    # kernels/ and configs/ lie at the top of the repository and belong to the package as fastdiff.kernels and
-    # fastdiff.configs.
-    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels", "fastdiff.configs"],
-    package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels", "fastdiff.configs": "configs"},
+    # These folders lie at the top of the repository and belong to the package as fastdiff.kernels and so on.
+    packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), *(f"fastdiff.{name}" for name in BESIDE)],
+    package_dir={"fastdiff": "fastdiff", **{f"fastdiff.{name}": name for name in BESIDE}},
     package_data={"fastdiff": ["attention_choices.json"], "fastdiff.configs": ["*.json"]},
+    entry_points={"console_scripts": ["fastdiff = fastdiff.command:main"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
@@ -26,6 +27,7 @@ setup(
         "psutil>=5.9",
         "pydantic>=2.9",
         "safetensors>=0.4",
+        "shtab>=1.9.3",
         "tensorboard>=2.16",
         "tqdm>=4.66",
         'triton>=3.6; platform_system == "Linux"',

@@ -20,10 +20,10 @@ from typing import NamedTuple
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import array_pickle
 import numpy as np
-from image_preparation import Target, Task, prefix_of, prepare
-from preparation_cli import given_path, parser, run
+from fastdiff.datasets import array_pickle
+from fastdiff.datasets.image_preparation import Target, Task, prefix_of, prepare
+from fastdiff.datasets.preparation_cli import given_path, parser, run
 
 from fastdiff.errors import UserError
 

@@ -15,8 +15,8 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
+from fastdiff.datasets.preparation_cli import Parser, given_path, run
 from PIL import Image
-from preparation_cli import Parser, given_path, run
 
 from fastdiff.runtime.files import atomic_write
 

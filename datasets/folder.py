@@ -17,8 +17,8 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from image_preparation import SAVE_OPTIONS, Target, Task, check_prefixes, prefix_of, prepare
-from preparation_cli import add_size, given_path, parser, run
+from fastdiff.datasets.image_preparation import SAVE_OPTIONS, Target, Task, check_prefixes, prefix_of, prepare
+from fastdiff.datasets.preparation_cli import add_size, given_path, parser, run
 
 from fastdiff.errors import UserError
 from fastdiff.images.labels import NoClasses, describe_classes, index_images

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from fastdiff.errors import UserError
 from fastdiff.runtime.files import atomic_write, remove_partial_files, write_text
+from fastdiff.runtime.program import trainer
 
 if TYPE_CHECKING:
     from fastdiff.images.unreadable import Unreadable
@@ -156,7 +157,7 @@ class Summary:
         if len(self.classes) > 1:
             flags += f" --class_cond True --num_classes {len(self.classes)}"
         classes = counted((name, self.classes[name]) for name in class_order(self.classes))
-        return f"labels: from prefixes: {classes}\n{self}; to train on them: deepspeed fastdiff/train.py {flags}"
+        return f"labels: from prefixes: {classes}\n{self}; to train on them: {trainer()} {flags}"
 
     def check(self) -> None:
         """UserError if too many pictures were unreadable, which are then listed in files beside the folder."""

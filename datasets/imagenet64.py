@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from image_preparation import Slice, Target, Task, check_prefixes, prefix_of, prepare
-from preparation_cli import add_size, given_path, parser, run
+from fastdiff.datasets.image_preparation import Slice, Target, Task, check_prefixes, prefix_of, prepare
+from fastdiff.datasets.preparation_cli import add_size, given_path, parser, run
 from tqdm import tqdm
 
 from fastdiff.errors import UserError

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from image_preparation import Target, Task, prefix_of, prepare
-from preparation_cli import add_size, given_path, parser, positive, run
+from fastdiff.datasets.image_preparation import Target, Task, prefix_of, prepare
+from fastdiff.datasets.preparation_cli import add_size, given_path, parser, positive, run
 
 from fastdiff.errors import UserError
 

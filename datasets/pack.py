@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preparation_cli import add_size, given_path, parser, run
+from fastdiff.datasets.preparation_cli import add_size, given_path, parser, run
 
 from fastdiff.errors import UserError, blaming
 from fastdiff.images.cache.format import is_packed
@@ -25,6 +25,7 @@ from fastdiff.images.cache.sharing import default_place, open_or_pack
 from fastdiff.images.labels import describe_classes, index_images
 from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import MODES
+from fastdiff.runtime.program import trainer
 
 
 def labelled(data_dir: Path, rule: str) -> tuple[Listing, str]:
@@ -79,7 +80,7 @@ def main() -> None:
     print(note)
     print(
         f"{len(listing.names):,} images in {target}, {packed.pixels.nbytes / 1e9:.3g} GB{notes}; "
-        f"to train on them: deepspeed fastdiff/train.py {command}"
+        f"to train on them: {trainer()} {command}"
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 import fastdiff
 
 PACKAGE = Path(fastdiff.__file__).parent
-KERNELS = PACKAGE.parent / "kernels"
+BESIDE = [folder for name in ("kernels", "datasets") if (folder := PACKAGE.parent / name).is_dir()]
+"""The folders that belong to the package and lie beside it in a checkout."""
 
 # Part → the other parts that it may import. A folder's settings.py is a part of its own, "settings". Scripts, which are
 # not listed, may import everything.
@@ -35,8 +36,13 @@ LAYERS: dict[str, set[str]] = {
         *("config", "diffusion", "evaluation", "images", "models", "ops", "precompile", "sampling"),
         *BELOW,
     },
+    "datasets": {"config", "images", *BELOW},
     "scoring": {"diffusion", "images", "ops", *BELOW},
     "api": {"config", "diffusion", "models", "ops", "sampling", *BELOW},
+    "command_table": set(),
+    "completion": {"command_table", "config", "runtime"},
+    "command": {"command_table", "completion", "datasets", "errors", "runtime"},
+    "__main__": {"command"},
 }
 # Outside package → the only files that may import it.
 OUTSIDE = {
@@ -44,16 +50,17 @@ OUTSIDE = {
     "nvidia": ("images/",),
     "triton": ("kernels/", "ops.py"),
     "tensorboard": ("training/reporting.py",),
-    "PIL": ("api.py", "evaluation/curve_files.py", "images/", "sampling/"),
+    "PIL": ("api.py", "datasets/", "evaluation/curve_files.py", "images/", "sampling/"),
+    "shtab": ("completion.py",),
     "matplotlib": ("evaluation/curve_files.py",),
-    "pydantic": ("settings.py", "config/", "/settings.py", "models/classifier", "training/"),
+    "pydantic": ("settings.py", "config/", "datasets/", "/settings.py", "models/classifier", "training/"),
 }
 
 
 def modules() -> dict[str, Path]:
-    """Return path below the package → file, kernels/ included, wherever that folder is."""
+    """Return path below the package → file, kernels/ and datasets/ included, wherever these folders are."""
     found = {str(path.relative_to(PACKAGE)): path for path in PACKAGE.rglob("*.py")}
-    return found | {f"kernels/{path.relative_to(KERNELS)}": path for path in KERNELS.rglob("*.py")}
+    return found | {str(path.relative_to(PACKAGE.parent)): path for beside in BESIDE for path in beside.rglob("*.py")}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -8,8 +8,6 @@ import io
 import json
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -27,6 +25,7 @@ from fastdiff.evaluation.settings import EvaluateSettings
 from fastdiff.evaluation.statistics import Described
 from fastdiff.runtime.files import FileLock, LocksUnsupported, write_json, write_text
 from fastdiff.runtime.machine import device_name
+from fastdiff.runtime.program import command_line
 
 TABLE = "evaluations.csv"
 _FIRST = ("time", "samples", "num_samples", "reference", "num_reference", "network", "feature_precision")
@@ -62,7 +61,7 @@ def result_of(
             **{name: found for name in ("torch-fidelity", "numpy", "pillow") if (found := _version(name))},
             "python": platform.python_version(),
         },
-        "command": " ".join(map(shlex.quote, sys.argv)),
+        "command": command_line(),
         "device": device_name(network.device),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

@@ -31,7 +31,7 @@ def call_script(name: str, *flags: object) -> subprocess.CompletedProcess[str]:
     command = [str(SCRIPTS / name), *map(str, flags), "--workers", "1"]
     out, error = io.StringIO(), io.StringIO()
     code: object = None
-    with patch.object(sys, "argv", command), patch.object(sys, "path", [str(SCRIPTS), *sys.path]):  # noqa: SIM117
+    with patch.object(sys, "argv", command):  # noqa: SIM117
         with redirect_stdout(out), redirect_stderr(error):
             try:
                 runpy.run_path(command[0], run_name="__main__")

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import pickle
 import random
 import shutil
 import struct
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from fastdiff.datasets import array_pickle
 from helpers.tiny import SUPER_RES, pictures
 
 from fastdiff.evaluation.features import FeatureNetwork
@@ -232,24 +230,12 @@ def _read_packed(folder: Path) -> tuple[str, str]:
     return READ, ""
 
 
-def array_pickle() -> ModuleType:
-    """The module of datasets/, which is a folder of scripts."""
-    path = Path(__file__).resolve().parents[3] / "datasets" / "array_pickle.py"
-    spec = importlib.util.spec_from_file_location("array_pickle", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def pickle_cases(folder: Path, seed: int, start: int, stop: int) -> Iterator[Case]:
     """Pickles of dictionaries and arrays, the format of CIFAR."""
-    module = array_pickle()
     batch = {b"labels": [1, 2], b"data": np.zeros((2, 3072), np.uint8), b"filenames": [b"a.png", b"b.png"]}
 
     def run(data: bytes) -> tuple[str, str]:
-        module.read(data, "batch_1")
+        array_pickle.read(data, "batch_1")
         return READ, ""
 
     for index in range(start, stop):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastdiff.datasets import array_pickle
 from helpers.tiny import info_for, pictures, unet
 from pydantic import ValidationError
 
@@ -27,7 +28,7 @@ from fastdiff.sampling.job.manifest import Manifest
 from fastdiff.training.checkpoints.manifest import find_damage
 from fastdiff.training.reporting import Reporter
 from fastdiff.training.settings import TrainSettings
-from fuzz.arrays import array_pickle, npy, zipped
+from fuzz.arrays import npy, zipped
 from fuzz.checkpoints import Calls, Sets, saved
 
 
@@ -219,7 +220,7 @@ def test_packed_names_that_are_none(tmp_path: Path) -> None:
 
 
 def test_pickles_that_ask_for_memory() -> None:
-    read = array_pickle().read
+    read = array_pickle.read
     with pytest.raises(UserError, match="batch_1"):
         read(b"\x80\x02]r\xff\xff\xff\x7f.", "batch_1")  # memo index 2 billion: 16 GB in the C unpickler
     with pytest.raises(UserError, match="batch_1"):
