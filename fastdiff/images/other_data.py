@@ -18,7 +18,7 @@ from fastdiff.runtime.files import files_in
 _WRITE = "write its images as PNG files into a folder and give that"
 _ARRAYS = f"{_WRITE} (of samples: sample.py --save_as png makes them)"
 _IMAGENET = "datasets/imagenet64.py --source {} makes a folder of images of it"
-_CIFAR = "datasets/cifar10.py --source {} makes a folder of images of it"
+_CIFAR = "datasets/cifar10.py --archive {} makes a folder of images of it"
 # Kind by `file_kinds.signature` → what the file is, and what to do; {} is its path, quoted for a shell.
 _FILES = {
     "zip": ("a zip archive", "unpack it (unzip {} -d FOLDER) and give that folder"),
@@ -65,7 +65,7 @@ _SUFFIXES = {
 _KIND_OF_SUFFIX = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes}
 _UNREAD = ("tif", "tiff", "bmp", "heic", "heif", "avif", "jxl", "jp2", "jfif", "ppm", "pgm", "tga", "psd", "svg")
 """Endings of pictures that are not read."""
-_CIFAR_BATCH = "data_batch_1"
+CIFAR_BATCH = "data_batch_1"
 
 
 def describe_file(path: Path) -> str:
@@ -116,7 +116,7 @@ def _describe(folder: Path, names: list[str]) -> str:
     quoted = shlex.quote(str(folder))
     if "data.mdb" in names:
         return f"an LMDB ({folder / 'data.mdb'}); datasets/lsun.py --lmdb {quoted} makes a folder of images of it"
-    if _CIFAR_BATCH in names:
+    if CIFAR_BATCH in names:
         return f"CIFAR-10's batches; {_CIFAR.format(quoted)}"
     if unread := _ending_with(names, _UNREAD):
         ending = _ending(unread)

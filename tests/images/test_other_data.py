@@ -52,7 +52,7 @@ FILES: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "set.tar.gz": (tarred("w:gz"), ("compressed by gzip", "tar -xf")),
     "set.tar.xz": (tarred("w:xz"), ("compressed by xz", "tar -xf")),
     "ILSVRC2012_img_train.tar": (tarred("w"), ("a tar archive", "datasets/imagenet64.py --source")),
-    "cifar-10-python.tar.gz": (tarred("w:gz"), ("datasets/cifar10.py --source",)),
+    "cifar-10-python.tar.gz": (tarred("w:gz"), ("datasets/cifar10.py --archive",)),
     "cut.zip": (zipped()[:40], ("a zip archive",)),
     "samples_4x8x8x3.npz": (arrays(), ("an .npz of arrays", "--save_as png")),
     "x.npy": (b"\x93NUMPY\x01\0v\0", ("an array of NumPy's",)),
