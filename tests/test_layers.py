@@ -37,6 +37,7 @@ LAYERS: dict[str, set[str]] = {
         *BELOW,
     },
     "datasets": {"config", "images", *BELOW},
+    "inspection": {"config", "diffusion", "evaluation", "images", "models", "sampling", "training", *BELOW},
     "scoring": {"diffusion", "images", "ops", *BELOW},
     "api": {"config", "diffusion", "models", "ops", "sampling", *BELOW},
     "command_table": set(),

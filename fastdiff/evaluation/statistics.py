@@ -111,7 +111,7 @@ def read_statistics(path: Path, outputs: Collection[Output], network: FeatureNet
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.removesuffix(".npy") for name in archive.namelist()}
-            about = _about(archive, names)
+            about = read_about(archive, names)
             _check_network(path, about, network)
             count = int(read_npz_array(archive, "count", 1 << 12)) if "count" in names else 0
             if count < 0:
@@ -144,7 +144,8 @@ def read_statistics(path: Path, outputs: Collection[Output], network: FeatureNet
         raise UserError(f"{path} is no file of statistics, or is damaged ({one_line(str(error))[:200]})") from error
 
 
-def _about(archive: zipfile.ZipFile, names: set[str]) -> dict[str, Any]:
+def read_about(archive: zipfile.ZipFile, names: set[str]) -> dict[str, Any]:
+    """The entry about, the plain values of its JSON object; empty where there is none. ValueError for another value."""
     if "about" not in names:
         return {}
     content = json.loads(str(read_npz_array(archive, "about", 1 << 16)))

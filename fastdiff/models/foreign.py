@@ -45,6 +45,10 @@ _OTHERS = (
 )
 
 
+class OtherFile(UserError):
+    """A file that is recognised, and holds no weights of this network."""
+
+
 class _Found(NamedTuple):
     """Weights of this network below some keys of the content, with a prefix before each name."""
 
@@ -69,7 +73,7 @@ def network_weights(content: Any, path: Path) -> OrderedDict[str, Tensor]:
         raise UserError(f"{path} holds no state_dict; give a model or ema .pt file")
     found = [each for place, state in states for each in _networks(place, state)]
     if other := _other_network(keys):
-        raise UserError(f"{path} holds {other}; {OTHER_PROGRAM}")
+        raise OtherFile(f"{path} holds {other}; {OTHER_PROGRAM}")
     if not found:
         whole = states[0][1]
         if len(states) > 1 or states[0][0] or len(whole) < len(content):
@@ -87,7 +91,7 @@ def network_weights(content: Any, path: Path) -> OrderedDict[str, Tensor]:
 def check_name(path: Path) -> None:
     """Raise UserError for a file whose name says that it is a part of a DeepSpeed checkpoint."""
     if _SHARD.search(path.name):
-        raise UserError(f"{path} is a part of a DeepSpeed checkpoint; {_GATHER}")
+        raise OtherFile(f"{path} is a part of a DeepSpeed checkpoint; {_GATHER}")
 
 
 def describe_folder(folder: Path) -> str:
@@ -121,13 +125,13 @@ def _refuse_states(content: Any, path: Path) -> None:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no state_dict; give a model or ema .pt file")
     if content.keys() >= {"state", "param_groups"}:
-        raise UserError(
+        raise OtherFile(
             f"{path} holds no state_dict but an optimizer's state; give the model or ema .pt file beside it"
         )
     if content.keys() >= {"updates", "loader"}:
-        raise UserError(f"{path} holds no state_dict but the state of a run; give the model or ema .pt file beside it")
+        raise OtherFile(f"{path} holds no state_dict but the state of a run; give the model or ema .pt file beside it")
     if "ds_version" in content or "ds_config" in content:
-        raise UserError(f"{path} is a part of a DeepSpeed checkpoint; {_GATHER}")
+        raise OtherFile(f"{path} is a part of a DeepSpeed checkpoint; {_GATHER}")
 
 
 def _states(content: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:

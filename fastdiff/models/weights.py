@@ -263,7 +263,8 @@ def add_null_class(table: Tensor) -> Tensor:
     return torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
-_CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.pt$")
+CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.pt$")
+"""Names of checkpoints: the rate of an average (None for the model), and the step."""
 
 
 def find(path: str) -> Path:
@@ -277,7 +278,7 @@ def find(path: str) -> Path:
     ranked = [
         (int(match[2]), float(match[1] or -1), file)  # an EMA is preferred to the model of its step
         for file in candidates
-        if (match := _CHECKPOINT.search(file.name))
+        if (match := CHECKPOINT.search(file.name))
     ]
     if not ranked:
         raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt){describe_folder(place)}")

@@ -92,7 +92,7 @@ def agree(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
     for _ in range(2):
         if problem := _problem(folder, manifest):
             raise UserError(problem)
-        if found := _read(folder):
+        if found := read_manifest(folder):
             return found
         _create(folder, manifest)  # unless another process, perhaps with another job, does so first
     raise UserError(f"{folder / NAME} is removed again and again")
@@ -101,7 +101,7 @@ def agree(folder: Path, manifest: Manifest, overwrite: bool) -> Manifest:
 def check_same(folder: Path, manifest: Manifest) -> None:
     """Raise UserError if another job was started in the folder."""
     with suppress(ValueError):
-        if _read(folder) == manifest:
+        if read_manifest(folder) == manifest:
             return
     raise UserError(f"another job was begun in {folder} meanwhile, or its {NAME} removed")
 
@@ -110,7 +110,7 @@ def _problem(folder: Path, manifest: Manifest) -> str:
     """The reason why this job can't use the folder; empty if it can."""
     names = files_in(folder)  # listed first, because a job's files are written after its manifest
     try:
-        found = _read(folder)
+        found = read_manifest(folder)
     except ValueError:
         return f"{folder / NAME} is damaged; {_REMEDY}"
     if found is None:
@@ -136,7 +136,7 @@ def _differences(there: dict[str, Any], now: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _read(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """Read the manifest; None if there is none. Raises ValueError if it is damaged."""
     try:
         found = json.loads((folder / NAME).read_text())
@@ -188,7 +188,7 @@ def _names(folder: Path) -> list[str]:
     """The names of the picture files in the manifest; empty where it has none."""
     found = None
     with suppress(ValueError):
-        found = _read(folder)
+        found = read_manifest(folder)
     names = found.get("names") if found else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
