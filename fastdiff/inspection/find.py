@@ -109,7 +109,7 @@ def _folder(folder: Path) -> Description:
             raise UserError(f"{folder / NAME} is damaged: {error}") from None
         assert manifest is not None
         return describe_job(folder, manifest)
-    if any(weights.CHECKPOINT.search(name) for name in names):
+    if any(weights.step_and_rate(Path(name))[0] is not None for name in names):
         return describe_checkpoint(folder)
     if list_checkpoints(folder):
         run = folder.absolute().parent

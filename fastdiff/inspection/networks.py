@@ -95,10 +95,10 @@ def describe_checkpoint(place: Path) -> Description:
         found.settings["diffusion"] = kind.section("diffusion", info["diffusion"], file)
     else:
         origin, found.settings = _settings_of_bare_file(checkpoint)
-    match = weights.CHECKPOINT.search(file.name)
+    step, rate = weights.step_and_rate(file)
     found.facts = {
-        "weights": "" if match is None else f"average of rate {match[1]}" if match[1] else "model",
-        "step": int(match[2]) if match else None,
+        "weights": "" if step is None else f"average of rate {rate}" if rate else "model",
+        "step": step,
         "parameters": sum(value.numel() for value in state.values()),
         "dtype": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
         **_about_images(found.settings["model"], checkpoint.class_names),

@@ -102,7 +102,9 @@ def describe_folder(folder: Path) -> str:
         return f"; name one of its runs: {one_line(', '.join(runs[:3]))}{', ...' if len(runs) > 3 else ''}"
     diffusers = "model_index.json" in names or any(name.startswith("diffusion_pytorch_model.") for name in names)
     if diffusers or ("unet" in names and (folder / "unet" / "config.json").is_file()):
-        return f"; it is a folder of diffusers, whose networks have other layers; {OTHER_PROGRAM}"
+        return (
+            "; it is a folder of diffusers: convert.py --to pt makes a checkpoint of it, if our network can express it"
+        )
     if "zero_to_fp32.py" in names or any(_SHARD.search(name) for name in names) or _steps(folder, names):
         return f"; it is a DeepSpeed checkpoint: {_GATHER}"
     if "job.json" in names:

@@ -22,11 +22,10 @@ from fastdiff.models.classifier_weights import infer_classifier_settings, is_cla
 from fastdiff.models.foreign import check_name, describe_folder, network_weights
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.models.unet import UNet
-from fastdiff.runtime.untrusted import is_there, read
+from fastdiff.runtime.untrusted import METADATA, is_there, read
 
 KINDS = ("unet", "super_res", "classifier")
 """Kinds of networks in the stored settings."""
-_METADATA_KEY = "fastdiff"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -37,17 +36,27 @@ def read_state_dict(path: Path) -> OrderedDict[str, Tensor]:
     """
     check_name(path)
     state = network_weights(read(path), path)
+    check_info(state, path)
+    return state
+
+
+def check_info(state: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError for invalid stored settings."""
     if problem := _find_problem(_stored_text(state)):
         raise UserError(f"the settings in {path} are damaged ({problem}); give another checkpoint")
-    return state
 
 
 def with_info(state: dict[str, Tensor], info: dict[str, Any]) -> OrderedDict[str, Tensor]:
     """Return the state_dict with `info` (settings and the like, as JSON) in its metadata."""
     carrier = OrderedDict(state)
     if info:
-        carrier._metadata = {_METADATA_KEY: json.dumps(info)}  # type: ignore[attr-defined]
+        carrier._metadata = metadata_of(info)  # type: ignore[attr-defined]
     return carrier
+
+
+def metadata_of(info: dict[str, Any]) -> dict[str, str]:
+    """The metadata of a state_dict, or of a safetensors file, in which `info` is stored."""
+    return {METADATA: json.dumps(info)}
 
 
 def info_of(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -58,7 +67,7 @@ def info_of(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def _stored_text(state: dict[str, Tensor]) -> Any:
     metadata = getattr(state, "_metadata", None)
-    return metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+    return metadata.get(METADATA) if isinstance(metadata, dict) else None
 
 
 def _find_problem(text: Any) -> str:
@@ -185,13 +194,17 @@ def load_into(model: UNet | Classifier, state: dict[str, Tensor], path: Path) ->
     Weights that are not finite floating-point numbers are rejected, too.
     """
     _compare(model, state, path)
+    check_values(state, path)
+    model.load_state_dict(state)
+
+
+def check_values(state: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError for weights that are not floating-point numbers, or not finite in float32."""
     for name, value in state.items():
         if value.dtype not in _DTYPES:
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
             raise UserError(f"{name} in {path} is {value.dtype}, weights are of {kinds}")
-    model.load_state_dict(state)
-    for name, value in model.state_dict().items():
-        if not value.isfinite().all():
+        if not value.float().isfinite().all():
             raise UserError(
                 f"{name} in {path} is not finite (NaN or infinity): that run had diverged; give an earlier checkpoint"
             )
@@ -263,23 +276,36 @@ def add_null_class(table: Tensor) -> Tensor:
     return torch.cat([table, table.new_zeros(1, table.shape[1])])
 
 
-CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.pt$")
-"""Names of checkpoints: the rate of an average (None for the model), and the step."""
+_CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.(?:pt|safetensors)$")
+_CONVERTED = ("model.safetensors", "model.pt")
+"""The file in a folder that convert.py has written."""
+
+
+def step_and_rate(file: Path) -> tuple[int | None, str]:
+    """The step in a checkpoint's name, None for other names, and the rate of an average, empty for the model itself."""
+    match = _CHECKPOINT.fullmatch(file.name)
+    return (int(match[2]), match[1] or "") if match else (None, "")
 
 
 def find(path: str) -> Path:
-    """The checkpoint file at a path, or the newest EMA with the highest rate in the folder of a step or a run."""
+    """The checkpoint file at a path, or the newest EMA with the highest rate in the folder of a step or a run.
+
+    In a folder that convert.py has written it is the file there.
+    """
     if not path:
         raise UserError("no checkpoint is named: give a .pt checkpoint or a run's folder")
     place = Path(path)
     if not is_there(place, "dir"):
         return place
-    candidates = [*place.glob("*.pt"), *place.glob("step_*/*.pt"), *place.glob("checkpoints/step_*/*.pt")]
+    folders = ("", "step_*/", "checkpoints/step_*/")
+    candidates = [file for each in folders for kind in ("pt", "safetensors") for file in place.glob(f"{each}*.{kind}")]
     ranked = [
         (int(match[2]), float(match[1] or -1), file)  # an EMA is preferred to the model of its step
         for file in candidates
-        if (match := CHECKPOINT.search(file.name))
+        if (match := _CHECKPOINT.search(file.name))
     ]
     if not ranked:
+        if converted := [place / name for name in _CONVERTED if (place / name).is_file()]:
+            return converted[0]
         raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt){describe_folder(place)}")
     return max(ranked)[-1]

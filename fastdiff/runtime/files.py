@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import time
 from collections import Counter
@@ -77,6 +78,33 @@ def write_text(path: Path, text: str, *, sync: bool = True) -> None:
 def write_json(path: Path, content: Any, *, sync: bool = True) -> None:
     """Write a JSON file with `atomic_write`."""
     write_text(path, json.dumps(content, indent=2) + "\n", sync=sync)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the name `final` when the block ends, in place of an older one.
+
+    What is in it must be on disk by then. An exception in the block removes the folder.
+    """
+    partial, replaced = hidden(final, "partial"), hidden(final, "replaced")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        partial.rename(final)
+        sync_path(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def hidden(folder: Path, ending: str) -> Path:
+    """The hidden name beside a folder that it has while it is written, replaced or removed: .NAME.ENDING."""
+    return folder.with_name(f".{folder.name}.{ending}")
 
 
 def sync_path(path: Path) -> None:

@@ -25,6 +25,8 @@ from torch import Tensor
 from fastdiff.errors import UserError, quoted, shortened
 from fastdiff.runtime.file_kinds import AGAIN, HEAD, OTHER_PROGRAM, is_safetensors, other_kind, signature
 
+METADATA = "fastdiff"
+"""The entry of a state_dict's metadata, or of a safetensors file's, with fastdiff's settings as JSON."""
 _EDM = ("torch_utils.", "dnnlib.")
 _OF_EDM = f"EDM's program wrote it, as network-snapshot-*.pkl; {OTHER_PROGRAM}"
 _SAVE = "if you trust it, save its weights alone: torch.save(model.state_dict(), 'weights.pt')"
@@ -53,7 +55,7 @@ def read(path: Path) -> Any:
             if not head:
                 raise UserError(f"{path} is not a checkpoint, or is damaged: it is empty; {AGAIN}")
             if is_safetensors(head, os.fstat(file.fileno()).st_size):
-                return safetensors.torch.load_file(path)
+                return _read_safetensors(path)
             if kind := other_kind(file, path):
                 raise UserError(f"{path} is not a checkpoint but {kind}")
             is_zip = signature(head) == "zip"
@@ -79,6 +81,16 @@ def read(path: Path) -> Any:
         raise UserError(f"{path} is not a checkpoint, or is damaged: the zip is incomplete; {AGAIN}") from None
     except Exception:  # zipfile, pickle and torch raise many kinds of errors for a damaged file
         raise UserError(f"{path} is not a checkpoint, or is damaged") from None
+
+
+def _read_safetensors(path: Path) -> OrderedDict[str, Tensor]:
+    """The tensors of a safetensors file. Its entry METADATA is kept where torch.save keeps that of a state_dict."""
+    state = OrderedDict(safetensors.torch.load_file(path))
+    with safetensors.safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get(METADATA)
+    if text is not None:
+        state._metadata = {METADATA: text}  # type: ignore[attr-defined]
+    return state
 
 
 class _NamesObjects(Exception):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from fastdiff.errors import UserError
 from fastdiff.models.weights import with_info
-from fastdiff.runtime.files import read_json, sync_path, write_json
-from fastdiff.training.checkpoints.folder import new_folder
+from fastdiff.runtime.files import new_folder, read_json, sync_path, write_json
 from fastdiff.training.checkpoints.saver import save_file
 
 NAME, ABOUT = "best", "best.json"

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastdiff.errors import UserError
-from fastdiff.runtime.files import remove_partial_files, sync_path, write_text
+from fastdiff.runtime.files import hidden, new_folder, remove_partial_files, write_text
 from fastdiff.training.checkpoints.manifest import find_damage, write_manifest
 
 _STEP_FOLDER = re.compile(r"step_(\d+)$")
@@ -46,28 +46,6 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 # --- writing ---
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the name `final` when the block ends, in place of an older one.
-
-    What is in it must be on disk by then. An exception in the block removes the folder.
-    """
-    partial, replaced = _hidden(final, "partial"), _hidden(final, "replaced")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
-        partial.rename(final)
-        sync_path(final.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager
@@ -164,7 +142,7 @@ def prune_checkpoints(checkpoints: Path, keep_last: int, keep_every: int, last_g
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint; it is renamed first, so that no reader sees a part of it."""
-    away = _hidden(checkpoint, "removed")
+    away = hidden(checkpoint, "removed")
     shutil.rmtree(away, ignore_errors=True)
     checkpoint.rename(away)
     shutil.rmtree(away, ignore_errors=True)
@@ -177,7 +155,3 @@ def _real(hidden: Path) -> Path:
 
 def _hidden_in(checkpoints: Path, *endings: str) -> list[Path]:
     return [p for ending in endings for name in ("step_*", "best") for p in checkpoints.glob(f".{name}.{ending}")]
-
-
-def _hidden(folder: Path, ending: str) -> Path:
-    return folder.with_name(f".{folder.name}.{ending}")
