@@ -90,6 +90,17 @@ class Affects:
     what: str
 
 
+@dataclass(frozen=True)
+class Word:
+    """Marks the setting that a word without a flag gives as well, as metadata of its field."""
+
+
+def given_by_word(kind: type[Settings]) -> str:
+    """Name of the setting that is marked with `Word`; empty where there is none."""
+    marked = (name for name, field in kind.model_fields.items() if Word() in field.metadata)
+    return next(marked, "")
+
+
 def affecting(kind: type[Settings], *what: str) -> set[str]:
     """Names of the settings that affect one of `what`, by the metadata of their fields."""
     marks = {Affects(each) for each in what}

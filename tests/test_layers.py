@@ -31,6 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "precompile": {"kernels", "ops", "runtime"},
     "config": {"diffusion", "models", *BELOW},
     "sampling": {"config", "diffusion", "images", "models", "ops", "precompile", *BELOW},
+    "conversion": {"config", "diffusion", "models", "sampling", *BELOW},
     "evaluation": {"config", "diffusion", "images", "models", "ops", "precompile", "sampling", *BELOW},
     "training": {
         *("config", "diffusion", "evaluation", "images", "models", "ops", "precompile", "sampling"),
@@ -53,6 +54,7 @@ OUTSIDE = {
     "tensorboard": ("training/reporting.py",),
     "PIL": ("api.py", "datasets/", "evaluation/curve_files.py", "images/", "sampling/"),
     "shtab": ("completion.py",),
+    "diffusers": ("conversion/pipeline.py",),
     "matplotlib": ("evaluation/curve_files.py",),
     "pydantic": ("settings.py", "config/", "datasets/", "/settings.py", "models/classifier", "training/"),
 }

@@ -10,7 +10,7 @@ from fastdiff.config.aliases import advice
 from fastdiff.config.checkpoint import Layer
 from fastdiff.config.family import FAMILIES
 from fastdiff.errors import UserError
-from fastdiff.settings import Settings
+from fastdiff.settings import Settings, given_by_word
 
 _SHORT = {"out_dir": "--out", "grid_images": "--grid"}  # second names of flags
 
@@ -39,6 +39,11 @@ def read_flags(
     """
     parser = _parser(description, sections)
     args, unknown = parser.parse_known_args(argv)
+    for section, settings in sections.items():
+        if (name := given_by_word(settings)) and unknown and not unknown[0].startswith("-"):
+            if hasattr(args, f"{section}.{name}"):
+                raise UserError(f"{unknown[0]} belongs to no flag, because --{name} is given as well; leave one out")
+            setattr(args, f"{section}.{name}", unknown.pop(0))
     if unknown:
         name = unknown[0].split("=")[0]
         options = [option for action in parser._actions for option in action.option_strings]

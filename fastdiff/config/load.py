@@ -30,6 +30,7 @@ from fastdiff.config.checkpoint import (
 from fastdiff.config.family import FAMILIES, known_family
 from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, config_file, download, find_preset
+from fastdiff.conversion.settings import ConvertSettings
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, quoted, shortened
 from fastdiff.evaluation.settings import EvaluateDrawSettings, EvaluateSettings
@@ -62,6 +63,7 @@ class Config(Settings):
     classifier: ClassifierNetSettings = Field(default_factory=ClassifierNetSettings)
     nll: NllSettings = Field(default_factory=NllSettings)
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    convert: ConvertSettings = Field(default_factory=ConvertSettings)
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own JSON, merged over the configuration that is derived from the other sections."""
 
@@ -96,12 +98,14 @@ def load(
     sections: tuple[str, ...],
     kind: type[Config] = Config,
     checkpoint: tuple[str, str] | None = None,
+    opened: Checkpoint | None = None,
 ) -> Loaded:
     """Read settings from the command line and the files that it names.
 
     sections    The sections whose settings are flags of this script.
     checkpoint  (section, name) of the setting that names a checkpoint. All other sources override its settings. In
                 training init_from may name it as well.
+    opened      What that setting names, if it has been read already.
     Raises UserError with one sentence that names the flag, or the file and the key.
     """
     args, flag_layer = read_flags(argv, description, {section: _section_class(kind, section) for section in sections})
@@ -118,11 +122,12 @@ def load(
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
-    opened: Checkpoint | None = None
     below: list[tuple[str, Layer]] = []
     if checkpoint:
-        find = _training_layer if checkpoint[0] == "train" else _checkpoint_layer
-        opened, below = find(checkpoint, layers, kind, family)
+        if checkpoint[0] == "train":
+            opened, below = _training_layer(checkpoint, layers, kind, family)
+        else:
+            opened, below = _checkpoint_layer(checkpoint, layers, kind, family, opened)
         layers = [*below, *layers]
     config = _resolve(kind, layers, _defaults(family, opened))
     if opened and "train" not in sections:
@@ -199,7 +204,11 @@ def _section_class(kind: type[Config], section: str) -> type[Settings]:
 
 
 def _checkpoint_layer(
-    setting: tuple[str, str], layers: list[tuple[str, Layer]], kind: type[Config], family: str
+    setting: tuple[str, str],
+    layers: list[tuple[str, Layer]],
+    kind: type[Config],
+    family: str,
+    opened: Checkpoint | None,
 ) -> tuple[Checkpoint | None, list[tuple[str, Layer]]]:
     """The checkpoint that the layers name, and the layer with its settings, or with those of a named preset."""
     section, name = setting
@@ -208,7 +217,7 @@ def _checkpoint_layer(
     path = given.get(section, {}).get(name)
     if path:
         with blaming(f"--{name}"):
-            opened = open_checkpoint(expand_path(str(path)))
+            opened = opened or open_checkpoint(expand_path(str(path)))
             return opened, [settings_of(opened, kind is SuperResConfig, preset, given, family=family)]
     return None, [(f"preset {preset.name}", preset.layer)] if preset else []
 

@@ -1,0 +1,1 @@
+"""Writing networks for other programs, and reading theirs: safetensors, the original's files, diffusers."""

@@ -1,0 +1,94 @@
+"""The commands with which improved-diffusion's and guided-diffusion's scripts use a network."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.models.settings import BackboneSettings, SuperResSettings
+
+_CLASSES = 1000  # NUM_CLASSES of both programs
+# Defaults of the flags that both programs have. A flag is printed where the network has another value.
+_COMMON: dict[str, Any] = {
+    **{"num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1, "class_cond": False},
+    **{"attention_resolutions": "16,8", "dropout": 0.0, "learn_sigma": False, "use_scale_shift_norm": True},
+    **{"diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "", "predict_xstart": False},
+    "use_checkpoint": False,
+}
+_DEFAULTS = {
+    "improved-diffusion": {
+        **_COMMON,
+        **{"rescale_timesteps": True, "rescale_learned_sigmas": True, "use_kl": False, "sigma_small": False},
+    },
+    "guided-diffusion": {
+        **_COMMON,
+        **{"num_head_channels": -1, "resblock_updown": False, "use_new_attention_order": False},
+        **{"rescale_timesteps": False, "rescale_learned_sigmas": False, "use_kl": False},
+    },
+}
+_IMPROVED, _GUIDED = _DEFAULTS
+# (program, whether it enlarges images) → size of the images → channel_mult.
+_DEEP = (1, 1, 2, 2, 4, 4)
+_MULT: dict[tuple[str, bool], dict[int, tuple[float, ...]]] = {
+    (_IMPROVED, False): {256: _DEEP, 64: (1, 2, 3, 4), 32: (1, 2, 2, 2)},
+    (_IMPROVED, True): {256: _DEEP, 64: (1, 2, 3, 4)},
+    (_GUIDED, False): {512: (0.5, 1, 1, 2, 2, 4, 4), 256: _DEEP, 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)},
+    (_GUIDED, True): {512: _DEEP, 256: _DEEP, 64: (1, 2, 3, 4)},
+}
+
+
+def program_of(settings: BackboneSettings) -> str:
+    """The program whose scripts build the network: improved-diffusion where it can, else guided-diffusion."""
+    newer = settings.resblock_updown or settings.use_new_attention_order or settings.num_head_channels != -1
+    return _GUIDED if newer or not _has_mult(settings, _IMPROVED) else _IMPROVED
+
+
+def _has_mult(settings: BackboneSettings, program: str) -> bool:
+    """Whether the program has the network's channel_mult for images of its size."""
+    sizes = _MULT[program, isinstance(settings, SuperResSettings)]
+    return sizes.get(max(settings.size_hw)) == settings.level_mult
+
+
+def command_of(settings: BackboneSettings, diffusion: DiffusionSettings, file: Path) -> str:
+    """The command of the original's script that draws with the bare file."""
+    program, super_res = program_of(settings), isinstance(settings, SuperResSettings)
+    values = {**settings.model_dump(mode="json"), **diffusion.model_dump(mode="json")}
+    sizes = ("large_size", "small_size") if super_res else ("image_size",)
+    flags = {name: values[name] for name in sizes}
+    flags |= {name: values[name] for name, default in _DEFAULTS[program].items() if values[name] != default}
+    if super_res:
+        flags.pop("use_new_attention_order", None)
+    elif not _has_mult(settings, program):
+        flags["channel_mult"] = _shown(settings)
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    inputs = ["--base_samples", "FILE.npz"] if super_res else []
+    script = "super_res_sample.py" if super_res else "image_sample.py"
+    return shlex.join(["python", f"scripts/{script}", "--model_path", str(file), *inputs, *words])
+
+
+def _shown(settings: BackboneSettings) -> str:
+    return ",".join(f"{mult:g}" for mult in settings.level_mult)
+
+
+def notes_on(settings: BackboneSettings, diffusion: DiffusionSettings) -> Iterator[str]:
+    """Yield what the program's flags can't say, and what in it must be changed for this network."""
+    program, super_res = program_of(settings), isinstance(settings, SuperResSettings)
+    if settings.class_cond and settings.num_labels != _CLASSES:
+        null = ", of which the last is the null class" if settings.null_class else ""
+        yield f"NUM_CLASSES in its script_util.py must be {settings.num_labels}{null}"
+    if settings.in_channels != 3:
+        yield f"its scripts are for images of 3 channels, and this network has {settings.in_channels}"
+    if len(set(settings.size_hw)) > 1:
+        yield "its scripts draw square images only"
+    whole = all(mult == int(mult) for mult in settings.level_mult)
+    if not _has_mult(settings, program) and (super_res or not whole):
+        yield f"no flag says channel_mult {_shown(settings)}: give it in its script_util.py"
+    if super_res and settings.use_new_attention_order:
+        yield "no flag of super_res_sample.py says use_new_attention_order: give it in its script_util.py"
+    if program == _GUIDED and settings.stem_channels != settings.level_channels[0]:
+        yield "its first convolution has the width of the first level, so that it can't load this network"
+    if program == _GUIDED and diffusion.sigma_small:
+        yield "no flag says sigma_small: give it in its script_util.py"
