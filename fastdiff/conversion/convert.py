@@ -147,7 +147,7 @@ def _checked(config: Config, source: Checkpoint, out: Path) -> _Network:
         raise UserError(f"--out: {out} is or holds the network that is converted; give another name")
     if config.convert.to == "diffusers":
         with blaming("--to diffusers"):
-            check_expressible(config.model)
+            check_expressible(config.model, config.diffusion)
     sections = config.model_dump(mode="json", include={"model", "diffusion"})
     kind = "super_res" if isinstance(config.model, SuperResSettings) else "unet"
     info = {"kind": kind, **sections, "class_names": source.class_names}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.config.checkpoint import Checkpoint
-from fastdiff.conversion.to_diffusers import TABLE, timestep_table
+from fastdiff.conversion.to_diffusers import TABLE, embeddings
 from fastdiff.conversion.unet_names import from_diffusers
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, quoted
@@ -104,7 +104,12 @@ def _renamed(state: dict[str, Tensor], config: dict[str, Any], info: dict[str, A
     settings = validated(SuperResSettings if info["kind"] == "super_res" else UNetSettings, info["model"])
     named = {_FORMER.sub(lambda found: _NOW[found[0]], name): value for name, value in state.items()}
     if (table := named.pop(TABLE, None)) is not None:
-        wanted = timestep_table(settings, validated(DiffusionSettings, info["diffusion"]))
+        wanted = embeddings(settings, validated(DiffusionSettings, info["diffusion"])).float()
+        if table.shape[-1] != settings.num_channels:
+            raise UserError(
+                f"its embedding of timesteps was projected to {table.shape[-1]} numbers, which can't be undone; "
+                "convert the checkpoint of which it was made"
+            )
         if table.shape != wanted.shape or not torch.allclose(table.float(), wanted, atol=_ROUNDING):
             raise UserError("its embedding of timesteps was learned, and ours are sines and cosines")
     elif not config.get("flip_sin_to_cos", True) and _FIRST in named:

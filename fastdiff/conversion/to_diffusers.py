@@ -19,21 +19,28 @@ from fastdiff.models.settings import GROUPS, BackboneSettings, SuperResSettings
 
 PIPELINE = "pipeline.py"
 TABLE = "time_proj.weight"
+_FIRST, _OURS = "time_embedding.linear_1.weight", "time_embed.0.weight"
+_EXACT = 1e-6  # of numbers between -1 and 1, in float32
 
 
-def check_expressible(settings: BackboneSettings) -> None:
+def check_expressible(settings: BackboneSettings, diffusion: DiffusionSettings) -> None:
     """Raise UserError with the reason if UNet2DModel can't compute the network's function."""
-    widths = (settings.num_channels, settings.stem_channels, settings.level_channels[0])
-    if len(set(widths)) > 1:
+    first = settings.level_channels[0]
+    if settings.stem_channels != first:
         raise UserError(
-            "diffusers' UNet2DModel has one width for its timestep embedding, first convolution and first level, and "
-            f"this network has {widths[0]}, {widths[1]} and {widths[2]} channels there (channel_mult "
-            f"{','.join(f'{mult:g}' for mult in settings.level_mult)})"
+            "diffusers' UNet2DModel has one width for its first convolution and its first level, and this network has "
+            f"{settings.stem_channels} and {first} channels there (channel_mult {settings.level_mult[0]:g},...)"
         )
     if settings.num_head_channels == -1 and settings.num_heads_upsample not in (-1, settings.num_heads):
         raise UserError(
             "diffusers' UNet2DModel has as many attention heads on the way up as on the way down, and this network has "
             f"num_heads {settings.num_heads} and num_heads_upsample {settings.num_heads_upsample}"
+        )
+    embedding, basis = embeddings(settings, diffusion), embedding_basis(settings, diffusion)
+    if (error := float((embedding @ basis @ basis.T - embedding).abs().max())) > _EXACT:
+        raise UserError(
+            f"diffusers' UNet2DModel has one width for its timestep embedding and its first level, and {first} numbers "
+            f"tell the timesteps of this network, which have {settings.num_channels}, only to {error:.1g}"
         )
 
 
@@ -56,15 +63,33 @@ def needs_pipeline(settings: BackboneSettings) -> str:
     return "its attention has heads of several sizes" if head_size(settings) < 0 else ""
 
 
-def has_table(diffusion: DiffusionSettings) -> bool:
-    """Whether the network sees timesteps that are not whole, for which UNet2DModel needs a table of embeddings."""
-    return diffusion.rescale_timesteps and diffusion.diffusion_steps != 1000
+def has_table(settings: BackboneSettings, diffusion: DiffusionSettings) -> bool:
+    """Whether UNet2DModel needs a table of the timesteps' embeddings, as if they were learned.
+
+    Otherwise it sees whole timesteps only, and its embedding has as many numbers as its first level has channels.
+    """
+    scaled = diffusion.rescale_timesteps and diffusion.diffusion_steps != 1000
+    return scaled or settings.num_channels != settings.level_channels[0]
 
 
-def timestep_table(settings: BackboneSettings, diffusion: DiffusionSettings) -> Tensor:
-    """The embeddings [T, num_channels] float32 of all timesteps of the chain, scaled to 0..1000."""
+def embeddings(settings: BackboneSettings, diffusion: DiffusionSettings) -> Tensor:
+    """Our embeddings [T, num_channels] of all timesteps of the chain as the network sees them, float64."""
     T = diffusion.diffusion_steps
-    return timestep_embedding(torch.arange(T).float() * (1000.0 / T), settings.num_channels)
+    scale = 1000.0 / T if diffusion.rescale_timesteps else 1.0
+    return timestep_embedding(torch.arange(T).float() * scale, settings.num_channels).double()
+
+
+def embedding_basis(settings: BackboneSettings, diffusion: DiffusionSettings) -> Tensor:
+    """Orthonormal columns [num_channels, k] float64 that span the embeddings, k channels of the first level.
+
+    Sines and cosines of neighbouring frequencies are nearly dependent: 104 numbers tell all of the 256 of a chain of
+    1000 steps to float32's precision, so that a table of 128 suffices for the 512-pixel network of Dhariwal & Nichol.
+    """
+    width, k = settings.num_channels, settings.level_channels[0]
+    if k >= width:
+        return torch.eye(width, k, dtype=torch.float64)
+    basis = torch.linalg.svd(embeddings(settings, diffusion), full_matrices=False)[2][:k].T
+    return torch.nn.functional.pad(basis, (0, k - basis.shape[1]))
 
 
 def unet_config(settings: BackboneSettings, diffusion: DiffusionSettings) -> dict[str, Any]:
@@ -77,6 +102,7 @@ def unet_config(settings: BackboneSettings, diffusion: DiffusionSettings) -> dic
         else ("DownBlock2D", "UpBlock2D")
     )
     H, W = settings.size_hw
+    table = has_table(settings, diffusion)
     resampling = "resnet" if settings.resblock_updown else "conv"
     return {
         "_class_name": "UNet2DModel",
@@ -84,8 +110,9 @@ def unet_config(settings: BackboneSettings, diffusion: DiffusionSettings) -> dic
         "in_channels": settings.network_in_channels,
         "out_channels": settings.out_channels,
         "center_input_sample": False,
-        "time_embedding_type": "learned" if has_table(diffusion) else "positional",
-        "num_train_timesteps": diffusion.diffusion_steps if has_table(diffusion) else None,
+        "time_embedding_type": "learned" if table else "positional",
+        "time_embedding_dim": 4 * settings.num_channels,
+        "num_train_timesteps": diffusion.diffusion_steps if table else None,
         "freq_shift": 0,
         "flip_sin_to_cos": True,
         "down_block_types": ["AttnDownBlock2D" if attend else plain[0] for attend in attends],
@@ -144,9 +171,14 @@ def model_index(settings: BackboneSettings) -> dict[str, Any]:
 def unet_weights(
     state: dict[str, Tensor], settings: BackboneSettings, diffusion: DiffusionSettings
 ) -> dict[str, Tensor]:
-    """The weights of UNet2DModel."""
-    table = {TABLE: timestep_table(settings, diffusion)} if has_table(diffusion) else {}
-    return {**table, **to_diffusers(state, settings)}
+    """The weights of UNet2DModel, bit for bit but for the first layer of the time embedding where widths differ."""
+    found = to_diffusers(state, settings)
+    if not has_table(settings, diffusion):
+        return found
+    basis = embedding_basis(settings, diffusion)
+    if basis.shape[0] != basis.shape[1]:
+        found[_FIRST] = (state[_OURS].double() @ basis).to(state[_OURS].dtype)
+    return {TABLE: (embeddings(settings, diffusion) @ basis).to(state[_OURS].dtype), **found}
 
 
 def pipeline_source() -> str:

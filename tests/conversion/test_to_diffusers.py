@@ -13,10 +13,9 @@ from torch import Tensor
 
 from fastdiff import convert
 from fastdiff.config.presets import RELEASED, find_preset
-from fastdiff.conversion.to_diffusers import check_expressible, head_size, needs_pipeline, unet_config, unet_weights
+from fastdiff.conversion.to_diffusers import head_size, needs_pipeline, unet_config, unet_weights
 from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
-from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model
 
 FLOAT32 = 5e-6
@@ -53,6 +52,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "unconditional": ({**SMALL, "attention_resolutions": "8"}, {}),
     "no attention but in the middle": ({**SMALL, "attention_resolutions": "", "resblock_updown": True}, {}),
+    "512 pixels": (
+        {
+            **{**SMALL, "channel_mult": "0.5,1", "num_channels": 256, "scale_stem": True, "num_head_channels": 64},
+            **{"attention_resolutions": "8", "resblock_updown": True, "learn_sigma": True},
+        },
+        {"rescale_timesteps": False},
+    ),
+    "wide first level": (
+        {**SMALL, "channel_mult": "2,4", "scale_stem": True, "attention_resolutions": "8"},
+        {"noise_schedule": "cosine"},
+    ),
     "gray, x_0, not square": (
         {**SMALL, "image_size": "16x8", "attention_resolutions": "8,4", "in_channels": 1, "num_res_blocks": 2},
         {"predict_xstart": True, "noise_schedule": "cosine"},
@@ -160,11 +170,6 @@ def test_released_configurations(name: str) -> None:
     diffusion = DiffusionSettings(**preset.diffusion)
     with torch.device("meta"):
         state = build_model(settings).state_dict()
-        if settings.size_hw == (512, 512) and preset.kind == "unet":
-            with pytest.raises(UserError, match="256, 128 and 128 channels"):
-                check_expressible(settings)
-            return
-        check_expressible(settings)
         unet = import_diffusers().UNet2DModel.from_config(unet_config(settings, diffusion))
     want = {name: value.shape for name, value in unet.state_dict().items()}
     assert {name: value.shape for name, value in unet_weights(state, settings, diffusion).items()} == want
@@ -181,21 +186,27 @@ def test_chains_are_the_same(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stem": (
-        {"channel_mult": "2,4", "scale_stem": True},
-        "diffusers' UNet2DModel has one width for its timestep embedding, first convolution and first level, and this "
-        "network has 32, 64 and 64 channels there (channel_mult 2,4)",
+        {"channel_mult": "2,4"},
+        "diffusers' UNet2DModel has one width for its first convolution and its first level, and this network has 32 "
+        "and 64 channels there (channel_mult 2,...)",
     ),
     "heads": (
         {"num_heads_upsample": 2},
         "diffusers' UNet2DModel has as many attention heads on the way up as on the way down, and this network has "
         "num_heads 4 and num_heads_upsample 2",
     ),
+    "time": (
+        {"num_channels": 128, "channel_mult": "0.25,1", "scale_stem": True},
+        "diffusers' UNet2DModel has one width for its timestep embedding and its first level, and 32 numbers tell the "
+        "timesteps of this network, which have 128, only to 1",
+    ),
 }
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=list(REFUSED))
 def test_what_cannot_be_expressed(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    file = save(random_model(UNetSettings(**{**SMALL, "attention_resolutions": "8", **changes})), tmp_path / "net.pt")
+    model = random_model(UNetSettings(**{**SMALL, "attention_resolutions": "8", **changes}))
+    file = save(model, tmp_path / "net.pt", diffusion_steps=1000)
     message = refusal(convert.main, ["--model_path", file, "--to", "diffusers", tmp_path / "out"])
     assert message == f"--to diffusers: {reason}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt"]
