@@ -37,10 +37,10 @@ def check_expressible(settings: BackboneSettings, diffusion: DiffusionSettings) 
             f"num_heads {settings.num_heads} and num_heads_upsample {settings.num_heads_upsample}"
         )
     embedding, basis = embeddings(settings, diffusion), embedding_basis(settings, diffusion)
-    if (error := float((embedding @ basis @ basis.T - embedding).abs().max())) > _EXACT:
+    if (embedding @ basis @ basis.T - embedding).abs().max() > _EXACT:
         raise UserError(
-            f"diffusers' UNet2DModel has one width for its timestep embedding and its first level, and {first} numbers "
-            f"tell the timesteps of this network, which have {settings.num_channels}, only to {error:.1g}"
+            "diffusers' UNet2DModel has one width for its timestep embedding and its first level, and this network's "
+            f"embedding of {settings.num_channels} numbers can't be expressed by {first}"
         )
 
 

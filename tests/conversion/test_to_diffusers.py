@@ -197,8 +197,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "time": (
         {"num_channels": 128, "channel_mult": "0.25,1", "scale_stem": True},
-        "diffusers' UNet2DModel has one width for its timestep embedding and its first level, and 32 numbers tell the "
-        "timesteps of this network, which have 128, only to 1",
+        "diffusers' UNet2DModel has one width for its timestep embedding and its first level, and this network's "
+        "embedding of 128 numbers can't be expressed by 32",
     ),
 }
 
