@@ -30,12 +30,12 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.config.checkpoint import named
     from fastdiff.conversion.convert import convert, open_source
 
-    source, super_res = open_source(sys.argv[1:] if argv is None else argv)
+    source, kind = open_source(sys.argv[1:] if argv is None else argv)
     config, _, checkpoint = load(
         argv,
         description=__doc__ or "",
         sections=("convert", "model", "diffusion"),
-        kind=SuperResConfig if super_res else Config,
+        kind={"super_res": SuperResConfig}.get(kind, Config),
         checkpoint=("convert", "model_path"),
         opened=source,
     )

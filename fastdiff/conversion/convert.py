@@ -27,7 +27,9 @@ from fastdiff.conversion.settings import ConvertSettings
 from fastdiff.conversion.to_diffusers import PIPELINE, check_expressible, needs_pipeline
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, one_line
-from fastdiff.models import BackboneSettings, SuperResSettings, build_model, weights
+from fastdiff.models import BackboneSettings, SuperResSettings, weights
+from fastdiff.models.classifier import build_network
+from fastdiff.models.classifier_settings import ClassifierSettings
 from fastdiff.runtime.caller import default_device
 from fastdiff.runtime.file_kinds import WEIGHTS
 from fastdiff.runtime.files import atomic_write, checksum, files_in, new_folder, write_text
@@ -47,8 +49,8 @@ _WRITTEN = {
 _SOLVER, _STEPS = "dpmpp_2m_sde", 20  # as fastdiff.load draws
 
 
-def open_source(argv: Sequence[str]) -> tuple[Checkpoint | None, bool]:
-    """What the flag model_path names, read, and whether it enlarges images, by which the flags of models differ.
+def open_source(argv: Sequence[str]) -> tuple[Checkpoint | None, str]:
+    """What the flag model_path names, read, and the kind of its network, by which the flags of models differ.
 
     None where only a preset is named, or nothing. Raises UserError for what can't be read.
     """
@@ -57,12 +59,12 @@ def open_source(argv: Sequence[str]) -> tuple[Checkpoint | None, bool]:
         parser.add_argument(name, nargs="?", default="")
     given = parser.parse_known_args(argv)[0]
     if not given.model_path:
-        return None, bool(given.preset) and find_preset(given.preset).kind == "super_res"
+        return None, find_preset(given.preset).kind if given.preset else "unet"
     with blaming("--model_path"):
         path = Path(expand_path(given.model_path))
         diffusers = is_there(path, "dir") and is_diffusers_folder(path)
         source = open_diffusers(path) if diffusers else open_checkpoint(str(path))
-    return source, source.super_res
+    return source, source.kind
 
 
 def check_target(settings: ConvertSettings) -> Path:
@@ -102,7 +104,7 @@ class _Network:
     """A network to be written: its weights in the order of the modules, its settings, and the metadata of its file."""
 
     state: dict[str, Tensor]
-    settings: BackboneSettings
+    settings: BackboneSettings | ClassifierSettings
     diffusion: DiffusionSettings
     info: dict[str, Any]
 
@@ -141,16 +143,17 @@ def _checked(config: Config, source: Checkpoint, out: Path) -> _Network:
         weights.check_fits(config.model, source.state, source.file)
         weights.check_values(source.state, source.file)
     with torch.device("meta"):
-        names = list(build_model(config.model).state_dict())
+        names = list(build_network(config.model).state_dict())
     file, target = source.file.resolve(), out.resolve()
     if target == file or target in file.parents:
         raise UserError(f"--out: {out} is or holds the network that is converted; give another name")
     if config.convert.to == "diffusers":
         with blaming("--to diffusers"):
+            if isinstance(config.model, ClassifierSettings):
+                raise UserError("diffusers has no classifier of noised images; write it as safetensors, openai or pt")
             check_expressible(config.model, config.diffusion)
     sections = config.model_dump(mode="json", include={"model", "diffusion"})
-    kind = "super_res" if isinstance(config.model, SuperResSettings) else "unet"
-    info = {"kind": kind, **sections, "class_names": source.class_names}
+    info = {"kind": source.kind, **sections, "class_names": source.class_names}
     info["provenance"] = source.info.get("provenance") or _provenance(source)
     return _Network({name: source.state[name] for name in names}, config.model, config.diffusion, info)
 
@@ -165,6 +168,7 @@ def _provenance(source: Checkpoint) -> dict[str, Any]:
 def _save(place: Path, network: _Network, to: str) -> None:
     """Write weights and settings to a file, or into an empty folder."""
     if to == "diffusers":
+        assert isinstance(network.settings, BackboneSettings)
         network_files.save_diffusers(place, network.state, network.settings, network.diffusion, network.info)
         return
     file = place if is_file_name(place) else place / f"model{_ENDINGS[to]}"
@@ -183,6 +187,8 @@ def _draw(network: _Network, source: Checkpoint, out: Path, count: int) -> np.nd
             raise UserError(f"images of {network.settings.in_channels} channels are no pictures; leave it out")
         if isinstance(network.settings, SuperResSettings):
             raise UserError("the network enlarges images, and none are given here; leave it out")
+        if isinstance(network.settings, ClassifierSettings):
+            raise UserError("a classifier draws nothing; leave it out")
         device, diffusion = default_device(), network.diffusion
         rounded = Checkpoint(source.file, weights.with_info(network.state, network.info))
         opened = open_network(network.settings, diffusion, rounded, "fp32", device)
@@ -216,7 +222,11 @@ def _summary(out: Path, network: _Network, to: str, notes: list[str]) -> Iterato
         command = command_of(network.settings, network.diffusion, file)
         yield f"{program_of(network.settings)} draws with it by: {command}"
         notes = [*notes, *notes_on(network.settings, network.diffusion)]
-    if to == "diffusers" and (why := needs_pipeline(network.settings)):
+    if (
+        isinstance(network.settings, BackboneSettings)
+        and to == "diffusers"
+        and (why := needs_pipeline(network.settings))
+    ):
         notes = [*notes, f"DDPMPipeline does not suffice, because {why}: {PIPELINE} draws (see README.md in it)"]
     yield from (f"note: {note}" for note in notes)
     if not is_file_name(out):

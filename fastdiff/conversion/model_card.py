@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from fastdiff.conversion.run_files import Score
 from fastdiff.conversion.to_diffusers import needs_pipeline
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.models import BackboneSettings, SuperResSettings
+from fastdiff.models.classifier_settings import ClassifierSettings
 
 PICTURE = "samples.png"
 """The picture beside the card."""
@@ -34,7 +36,7 @@ class Card:
 
     folder: Path
     to: str
-    settings: BackboneSettings
+    settings: BackboneSettings | ClassifierSettings
     diffusion: DiffusionSettings
     info: dict[str, Any]
     state: dict[str, Tensor]
@@ -52,8 +54,10 @@ class Card:
         return sum(value.numel() for value in self.state.values())
 
     def _front_matter(self) -> Iterator[str]:
-        enlarges = isinstance(self.settings, SuperResSettings)
-        conditional = ["class-conditional"] if self.settings.class_cond else []
+        settings = self.settings
+        enlarges, classifies = isinstance(settings, SuperResSettings), isinstance(settings, ClassifierSettings)
+        classes = isinstance(settings, BackboneSettings) and settings.class_cond
+        conditional = ["classifier"] if classifies else ["class-conditional"] if classes else []
         tags = [
             "diffusion",
             "ddpm",
@@ -64,7 +68,8 @@ class Card:
         ]
         yield "---"
         yield f"library_name: {'diffusers' if self.to == 'diffusers' else 'fastdiff'}"
-        yield f"pipeline_tag: {'image-to-image' if enlarges else 'unconditional-image-generation'}"
+        if not classifies:  # no tag of the hub stands for classifiers of noised images
+            yield f"pipeline_tag: {'image-to-image' if enlarges else 'unconditional-image-generation'}"
         yield "tags:"
         yield from (f"- {tag}" for tag in tags)
         yield "---"
@@ -81,7 +86,8 @@ class Card:
         yield from ("", "## Which settings does it have?", "", "| setting | value |", "|---|---|")
         dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in self.state.values()})
         yield f"| parameters | {self._parameters:,} in {' and '.join(dtypes)} |"
-        empty = {"channel_mult": ",".join(f"{mult:g}" for mult in self.settings.level_mult)}
+        empty = {"channel_mult": ",".join(f"{mult:g}" for mult in self.settings.backbone.level_mult)}
+        empty |= {f"classifier_{name}": value for name, value in empty.items()}
         empty |= {"attention_resolutions": "in the middle only", "timestep_respacing": "all steps"}
         for section in (self.settings, self.diffusion):
             for name, value in section.model_dump(mode="json").items():
@@ -96,10 +102,15 @@ class Card:
                 yield f"| {what} | {_plain(str(self.info['provenance'][key]))} |"
 
     def _sentence(self) -> str:
-        settings = self.settings
+        settings, millions = self.settings, f"{self._parameters / 1e6:.1f} million parameters"
         H, W = settings.size_hw
         kind = {1: "gray", 3: "RGB", 4: "RGBA"}.get(settings.in_channels, f"{settings.in_channels}-channel")
         size = f"{H}x{W} pixels"
+        if isinstance(settings, ClassifierSettings):
+            return (
+                f"A classifier of noised {kind} images of {size} that tells {settings.num_classes} classes apart, to "
+                f"guide a diffusion model. It has {millions}."
+            )
         if isinstance(settings, SuperResSettings):
             does = f"enlarges {kind} images from {settings.small_size[0]}x{settings.small_size[1]} to {size}"
         else:
@@ -108,14 +119,14 @@ class Card:
         learned = " and the variances of the steps" if settings.learn_sigma else ""
         predicts = "the image" if self.diffusion.predict_xstart else "the noise"
         return (
-            f"A diffusion model in pixel space that {does}{classes}. Its UNet has {self._parameters / 1e6:.1f} million "
-            f"parameters and predicts {predicts}{learned}, in a {self.diffusion.noise_schedule} chain of "
+            f"A diffusion model in pixel space that {does}{classes}. Its UNet has {millions} and "
+            f"predicts {predicts}{learned}, in a {self.diffusion.noise_schedule} chain of "
             f"{self.diffusion.diffusion_steps} steps."
         )
 
     def _usage(self) -> Iterator[str]:
-        if self.to == "diffusers":
-            yield from self._usage_of_diffusers()
+        if isinstance(self.settings, BackboneSettings) and self.to == "diffusers":
+            yield from self._usage_of_diffusers(self.settings)
         elif self.to == "openai":
             command = command_of(self.settings, self.diffusion, Path("model.pt"))
             yield from (
@@ -127,24 +138,27 @@ class Card:
             )
             if notes := list(notes_on(self.settings, self.diffusion)):
                 yield from ("", *(f"- {note}" for note in notes))
+        elif isinstance(self.settings, ClassifierSettings):
+            words = f"--model_path NETWORK --classifier_path {shlex.quote(self._name)} --classifier_scale 1"
+            yield from ("```", f"python fastdiff/sample.py {words}", "```")
         else:
             enlarges = isinstance(self.settings, SuperResSettings)
             draw = "model.enlarge(images)  # [n, h, w, C] uint8" if enlarges else "model.sample(16)"
             yield from ("```python", "import fastdiff", "", f'model = fastdiff.load("{_plain(self._name)}")')
             yield from (f"samples = {draw}", 'samples.save("grid.png")', "```")
 
-    def _usage_of_diffusers(self) -> Iterator[str]:
+    def _usage_of_diffusers(self, settings: BackboneSettings) -> Iterator[str]:
         steps, name = self.diffusion.diffusion_steps, json.dumps(self._name)
-        own = needs_pipeline(self.settings)
-        classes = [number % self.settings.num_classes for number in range(4)]
-        labels = f", class_labels={classes}" if self.settings.class_cond else ""
-        small = ", low_res=low_res" if isinstance(self.settings, SuperResSettings) else ""
+        own = needs_pipeline(settings)
+        classes = [number % settings.num_classes for number in range(4)]
+        labels = f", class_labels={classes}" if settings.class_cond else ""
+        small = ", low_res=low_res" if isinstance(settings, SuperResSettings) else ""
         load = f"{name}, custom_pipeline={name}, trust_remote_code=True" if own else name
         kind = "DiffusionPipeline" if own else "DDPMPipeline"
         yield from ("```python", f"from diffusers import {kind}", "", f"pipe = {kind}.from_pretrained({load})")
-        if small:
-            shape = "x".join(map(str, self.settings.small_size))  # type: ignore[attr-defined]
-            yield f"# low_res [4, {self.settings.in_channels}, h, w] are images of {shape} pixels, in [-1, 1]"
+        if isinstance(settings, SuperResSettings):
+            shape = "x".join(map(str, settings.small_size))
+            yield f"# low_res [4, {settings.in_channels}, h, w] are images of {shape} pixels, in [-1, 1]"
         yield f"images = pipe(batch_size=4{labels}{small}, num_inference_steps={steps}).images"
         yield "```"
         yield ""
@@ -153,7 +167,7 @@ class Card:
                 f"`pipeline.py` beside the weights is needed because {own}. `pipe.scheduler` may be replaced by "
                 "`DDIMScheduler.from_config(pipe.scheduler.config)`."
             )
-        elif self.settings.learn_sigma:
+        elif settings.learn_sigma:
             yield (
                 "`DDPMPipeline` uses the predicted variances. Other schedulers, such as DDIM, need `pipeline.py`: "
                 f"`DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True)`."

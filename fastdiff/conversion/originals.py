@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.models.classifier_settings import ClassifierSettings
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 
 _CLASSES = 1000  # NUM_CLASSES of both programs
+_CLASSIFIER_FLAGS = {
+    *("classifier_width", "classifier_depth", "classifier_attention_resolutions", "classifier_pool"),
+    *("classifier_use_scale_shift_norm", "classifier_resblock_updown"),
+}
 # Defaults of the flags that both programs have. A flag is printed where the network has another value.
 _COMMON: dict[str, Any] = {
     **{"num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1, "class_cond": False},
@@ -40,8 +45,10 @@ _MULT: dict[tuple[str, bool], dict[int, tuple[float, ...]]] = {
 }
 
 
-def program_of(settings: BackboneSettings) -> str:
+def program_of(settings: BackboneSettings | ClassifierSettings) -> str:
     """The program whose scripts build the network: improved-diffusion where it can, else guided-diffusion."""
+    if isinstance(settings, ClassifierSettings):
+        return _GUIDED
     newer = settings.resblock_updown or settings.use_new_attention_order or settings.num_head_channels != -1
     return _GUIDED if newer or not _has_mult(settings, _IMPROVED) else _IMPROVED
 
@@ -52,8 +59,16 @@ def _has_mult(settings: BackboneSettings, program: str) -> bool:
     return sizes.get(max(settings.size_hw)) == settings.level_mult
 
 
-def command_of(settings: BackboneSettings, diffusion: DiffusionSettings, file: Path) -> str:
-    """The command of the original's script that draws with the bare file."""
+def command_of(settings: BackboneSettings | ClassifierSettings, diffusion: DiffusionSettings, file: Path) -> str:
+    """The command of the original's script that draws with the bare file.
+
+    A classifier guides another network, whose flags are left to the user.
+    """
+    if isinstance(settings, ClassifierSettings):
+        now, default = (each.model_dump(mode="json") for each in (settings, ClassifierSettings()))
+        flags = {name: now[name] for name in sorted(_CLASSIFIER_FLAGS) if now[name] != default[name]}
+        given = ["--classifier_path", str(file), "--model_path", "MODEL.pt", "MODEL_FLAGS"]
+        return shlex.join(["python", "scripts/classifier_sample.py", *given, *_words(flags)])
     program, super_res = program_of(settings), isinstance(settings, SuperResSettings)
     values = {**settings.model_dump(mode="json"), **diffusion.model_dump(mode="json")}
     sizes = ("large_size", "small_size") if super_res else ("image_size",)
@@ -63,18 +78,35 @@ def command_of(settings: BackboneSettings, diffusion: DiffusionSettings, file: P
         flags.pop("use_new_attention_order", None)
     elif not _has_mult(settings, program):
         flags["channel_mult"] = _shown(settings)
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     inputs = ["--base_samples", "FILE.npz"] if super_res else []
     script = "super_res_sample.py" if super_res else "image_sample.py"
-    return shlex.join(["python", f"scripts/{script}", "--model_path", str(file), *inputs, *words])
+    return shlex.join(["python", f"scripts/{script}", "--model_path", str(file), *inputs, *_words(flags)])
+
+
+def _words(flags: dict[str, Any]) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def _notes_on_classifier(settings: ClassifierSettings) -> Iterator[str]:
+    if settings.num_classes != _CLASSES:
+        yield f"its classifiers have {_CLASSES} classes: {settings.num_classes} must be in its create_classifier"
+    if settings.in_channels != 3:
+        yield f"its scripts are for images of 3 channels, and this classifier sees {settings.in_channels}"
+    if len(set(settings.size_hw)) > 1:
+        yield "its scripts draw square images only"
+    if _MULT[_GUIDED, False].get(max(settings.size_hw)) != settings.backbone.level_mult:
+        yield f"no flag says channel_mult {_shown(settings.backbone)}: give it in its create_classifier"
 
 
 def _shown(settings: BackboneSettings) -> str:
     return ",".join(f"{mult:g}" for mult in settings.level_mult)
 
 
-def notes_on(settings: BackboneSettings, diffusion: DiffusionSettings) -> Iterator[str]:
+def notes_on(settings: BackboneSettings | ClassifierSettings, diffusion: DiffusionSettings) -> Iterator[str]:
     """Yield what the program's flags can't say, and what in it must be changed for this network."""
+    if isinstance(settings, ClassifierSettings):
+        yield from _notes_on_classifier(settings)
+        return
     program, super_res = program_of(settings), isinstance(settings, SuperResSettings)
     if settings.class_cond and settings.num_labels != _CLASSES:
         null = ", of which the last is the null class" if settings.null_class else ""
