@@ -82,13 +82,13 @@ UNET = {
 }
 # As create_classifier gives them, but for a smaller picture and fewer classes.
 CLASSIFIER = {
-    "image_size": 32,
+    "image_size": 16,
     "in_channels": 3,
     "model_channels": 32,
     "out_channels": 10,
     "num_res_blocks": 1,
     "attention_resolutions": [2, 4],
-    "channel_mult": [1, 2, 2, 2],
+    "channel_mult": [1, 2, 2],
     "num_head_channels": 64,
     "use_scale_shift_norm": True,
     "resblock_updown": True,
@@ -494,14 +494,13 @@ def record_all(out: Path, checkout: Path) -> None:
     """Write every case."""
     from guided_diffusion.script_util import model_and_diffusion_defaults
 
-    heads = {"num_head_channels": 16}
     updown = {"resblock_updown": True}
     ours = {"use_new_attention_order": True}
     record_unet(
         out / "guided_unet_updown_new_order",
         201,
         "UNet whose residual blocks resample, new attention order, heads of 16 channels, attention at both levels",
-        unet(**updown, **ours, **heads, attention_resolutions=[1, 2]),
+        unet(**updown, **ours, num_head_channels=16, attention_resolutions=[1, 2]),
         (8, 8),
         small=True,
     )
@@ -571,8 +570,9 @@ def record_all(out: Path, checkout: Path) -> None:
         (16, 16),
         low_res=(4, 4),
     )
+    wide = {"model_channels": 64, "image_size": 8, "channel_mult": [1, 2], "attention_resolutions": [1, 2]}
     for name, seed, kwargs in (
-        ("attention", 211, {"model_channels": 64, "attention_resolutions": [1, 2, 4]}),
+        ("attention", 211, wide),
         ("attention_conv_down", 212, {"resblock_updown": False, "num_res_blocks": 2}),
         ("adaptive", 213, {"pool": "adaptive"}),
         ("adaptive_conv_down", 214, {"pool": "adaptive", "resblock_updown": False, "use_scale_shift_norm": False}),
@@ -587,7 +587,7 @@ def record_all(out: Path, checkout: Path) -> None:
             f"classifier with {kwargs['pool']} pooling, downsampling by {how}",
             {"builder": "EncoderUNetModel", "kwargs": kwargs},
             batch=2,
-            stride=2,
+            stride=1,
         )
     flags = {
         "image_size": 64,
@@ -607,7 +607,7 @@ def record_all(out: Path, checkout: Path) -> None:
         batch=1,
         stride=4,
     )
-    record_guided_sampler(out / "guided_sampler", 221, stride=4)
+    record_guided_sampler(out / "guided_sampler", 221, stride=2)
     record_reference_configs(out / "guided_reference_configs", checkout)
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from fastdiff.kernels import reference_diffusion
-from helpers.golden_cases import Case, cases, class_conditional, diffusion_for
+from helpers.golden_cases import Case, cases, class_conditional, diffusion_for, log_prob_gradient
 
 from fastdiff import ops
 from fastdiff.diffusion import samplers
-from fastdiff.diffusion.process import ModelMeanType, ModelVarType
+from fastdiff.diffusion.process import GaussianDiffusion, ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedules import Schedule, named_betas, space_timesteps
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 
@@ -113,6 +113,8 @@ def _loop(case: Case, run: dict) -> Iterator[tuple[int, samplers.Step]]:
     model = case.run_model(run["weights"], hw)
     diffusion = diffusion_for(run["flags"])
     kwargs = {"clip_denoised": run["clip_denoised"], "model_kwargs": case.conditioning(model)}
+    if scale := run.get("classifier_scale"):
+        kwargs["gradient"] = _gradient(case, diffusion, scale)
     if run["sampler"] == "ddim_reverse_sample":
         for t in range(diffusion.num_timesteps):
             yield t, samplers.ddim_reverse_step(diffusion, model, case.tensor("in_reverse_x"), t, **kwargs)
@@ -126,21 +128,39 @@ def _loop(case: Case, run: dict) -> Iterator[tuple[int, samplers.Step]]:
     yield from enumerate(steps)
 
 
+def _gradient(case: Case, diffusion: GaussianDiffusion, scale: float) -> samplers.Gradient:
+    """Return the gradient that guides a run, of the case's classifier for the case's labels."""
+    classifier, y = case.run_classifier(), case.tensor("in_y")
+
+    def gradient(x: torch.Tensor, step: int) -> torch.Tensor:
+        t = diffusion.model_timesteps(torch.full((len(x),), step, device=x.device))
+        return (scale * log_prob_gradient(classifier, x, t, y)[1]).contiguous(memory_format=torch.channels_last)
+
+    return gradient
+
+
 @cases("samplers")
 def test_samplers(case: Case) -> None:
     from fastdiff.sampling.pictures import to_uint8
 
+    stride = case.config.get("store_stride", 1)
     for run in case.config["runs"]:
         name, diffusion = run["name"], diffusion_for(run["flags"])
         assert diffusion.num_timesteps == case.expected[name]["num_timesteps"]
         assert diffusion.schedule.timestep_map.tolist() == case.expected[name]["timestep_map"]
         steps = [step for _, step in _loop(case, run)]
-        case.check(f"out_{name}__sample", torch.stack([step.sample for step in steps]))
-        case.check(f"out_{name}__pred_xstart", torch.stack([step.pred_xstart for step in steps]))
+        for field in ("sample", "pred_xstart"):
+            got = torch.stack([getattr(step, field) for step in steps])
+            case.check(f"out_{name}__{field}", got[..., ::stride, ::stride])
         shown = [diffusion.model_timesteps(torch.full((len(steps[0].sample),), step.t)) for step in steps]
         case.check(f"out_{name}__model_timesteps", torch.stack(shown))
         if case.has(f"out_{name}__final_uint8"):
             case.check(f"out_{name}__final_uint8", to_uint8(steps[-1].sample))
+
+
+@cases("guided_sampler")
+def test_guided_samplers(case: Case) -> None:
+    test_samplers(case)
 
 
 @cases("nll")

@@ -6,18 +6,20 @@ Elsewhere the network is plain torch, and the ops around it are kernels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_golden_classifier
 import test_golden_diffusion
 import torch
 from helpers.golden_cases import DEVICE, Case, cases, load_model
 
 from fastdiff import ops
 from fastdiff.models import UNet
+from fastdiff.models.classifier import Classifier
 
 pytestmark = pytest.mark.slow
 
@@ -32,14 +34,16 @@ def _kernels() -> Iterator[None]:
 
 @pytest.fixture
 def _plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = UNet.forward
+    def plain(forward: Callable[..., torch.Tensor], memory_format: torch.memory_format) -> Callable[..., torch.Tensor]:
+        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with ops.using("reference"):
+                return forward(*args, **kwargs).contiguous(memory_format=memory_format)
 
-    def plain(self: UNet, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with ops.using("reference"):
-            return forward(self, *args, **kwargs).contiguous(memory_format=torch.channels_last)
+        return run
 
-    monkeypatch.setattr(UNet, "forward", plain)
-    monkeypatch.setattr(UNet, "input_format", None)
+    for kind, memory_format in ((UNet, torch.channels_last), (Classifier, torch.contiguous_format)):
+        monkeypatch.setattr(kind, "forward", plain(kind.forward, memory_format))
+        monkeypatch.setattr(kind, "input_format", None)
 
 
 @cases("gaussian_math")
@@ -67,6 +71,12 @@ def test_training_losses(case: Case) -> None:
 @pytest.mark.usefixtures("_plain_network")
 def test_samplers(case: Case) -> None:
     test_golden_diffusion.test_samplers(case)
+
+
+@cases("guided_sampler")
+@pytest.mark.usefixtures("_plain_network")
+def test_guided_samplers(case: Case) -> None:
+    test_golden_diffusion.test_guided_samplers(case)
 
 
 @cases("nll")
@@ -116,3 +126,10 @@ def test_network(case: Case) -> None:
     parameters = dict(model.named_parameters())
     order = case.expected["grad_norms_order"]
     case.check("out_grad_norms", [parameters[name].grad.double().norm().item() for name in order])
+
+
+@cases("classifier_forward")
+def test_classifier(case: Case) -> None:
+    if case.folder.name != "guided_classifier_attention" and not torch.cuda.is_available():
+        pytest.skip("one classifier is enough in the interpreter")
+    test_golden_classifier.test_logits_and_gradients(case)

@@ -31,13 +31,7 @@ def test_forward_and_gradients(case: Case, use_checkpoint: bool) -> None:
     case.check("out_loss", loss)
     loss.backward()
     case.check("out_grad_x", x.grad[..., ::stride, ::stride])
-    parameters = dict(model.named_parameters())
-    recorded = [name for name in case.config["grad_params"] if case.has(f"out_grad__{name}")]
-    assert recorded
-    for name in recorded:
-        case.check(f"out_grad__{name}", parameters[name].grad)
-    order = case.expected["grad_norms_order"]
-    case.check("out_grad_norms", [parameters[name].grad.double().norm().item() for name in order])
+    case.check_gradients(model)
 
 
 @cases("unet_forward", array="out_feature_rms_down")

@@ -17,6 +17,8 @@ import torch
 
 from fastdiff.diffusion import DiffusionSettings, GaussianDiffusion, create_diffusion
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, build_model
+from fastdiff.models.classifier import Classifier, build_classifier
+from fastdiff.models.classifier_settings import HEAD_CHANNELS, ClassifierSettings
 from helpers import TESTS
 
 # Constructor arguments that settings of the same name stand for: of both families, and of guided-diffusion alone.
@@ -87,6 +89,16 @@ class Case:
         worst = np.nanmax(np.abs(a - b) / np.maximum(bound, 1e-300))
         assert not bad.any(), f"{name}: {bad.sum()} of {bad.size} values off, worst {worst:.3g} times the tolerance"
 
+    def check_gradients(self, model: torch.nn.Module) -> None:
+        """Assert that the parameters' gradients equal the recorded ones: some entry by entry, all by their norms."""
+        parameters = dict(model.named_parameters())
+        recorded = [name for name in self.config["grad_params"] if self.has(f"out_grad__{name}")]
+        assert recorded
+        for name in recorded:
+            self.check(f"out_grad__{name}", parameters[name].grad)
+        order = self.expected["grad_norms_order"]
+        self.check("out_grad_norms", [parameters[name].grad.double().norm().item() for name in order])
+
     def conditioning(self, model: UNet) -> dict[str, torch.Tensor]:
         """Return the network's arguments besides images and timesteps: labels, and small images to enlarge."""
         takes = {"y": model.settings.class_cond, "low_res": isinstance(model.settings, SuperResSettings)}
@@ -95,6 +107,11 @@ class Case:
     def run_model(self, weights: str, hw: tuple[int, int]) -> UNet:
         """Return the network of a case whose config lists `models` by the name of the weights file."""
         return load_model(self.config["models"][weights], self.weights(weights), hw)
+
+    def run_classifier(self) -> Classifier:
+        """Return the classifier of a case whose config names it by its weights file."""
+        [(weights, spec)] = self.config["classifier"].items()
+        return load_classifier(spec, self.weights(weights))
 
 
 def class_conditional(case: Case, images: int, folder: Path) -> Case:
@@ -159,6 +176,34 @@ def model_settings(spec: dict[str, Any], hw: tuple[int, int] | None = None) -> B
     return UNetSettings(image_size=hw, **common)
 
 
+def classifier_settings(spec: dict[str, Any]) -> ClassifierSettings:
+    """Return the settings of a classifier that a case describes by flags or constructor arguments."""
+    if "flags" in spec:
+        known = ClassifierSettings.model_fields
+        return ClassifierSettings(**{name: value for name, value in spec["flags"].items() if name in known})
+    kwargs = spec["kwargs"]
+    assert kwargs["num_head_channels"] == HEAD_CHANNELS
+    return ClassifierSettings(
+        image_size=kwargs["image_size"],
+        in_channels=kwargs["in_channels"],
+        num_classes=kwargs["out_channels"],
+        classifier_width=kwargs["model_channels"],
+        classifier_depth=kwargs["num_res_blocks"],
+        classifier_channel_mult=kwargs["channel_mult"],
+        classifier_attention_resolutions=[kwargs["image_size"] // f for f in kwargs["attention_resolutions"]],
+        classifier_use_scale_shift_norm=kwargs["use_scale_shift_norm"],
+        classifier_resblock_updown=kwargs["resblock_updown"],
+        classifier_pool=kwargs["pool"],
+    )
+
+
+def load_classifier(spec: dict[str, Any], weights: dict[str, torch.Tensor]) -> Classifier:
+    """Return the classifier with a case's weights, ready to run."""
+    model = build_classifier(classifier_settings(spec))
+    model.load_state_dict(weights)
+    return model.to(DEVICE).eval()
+
+
 def load_model(spec: dict[str, Any], weights: dict[str, torch.Tensor], hw: tuple[int, int]) -> UNet:
     """Return the network with a case's weights, ready to run."""
     model = build_model(model_settings(spec, hw))
@@ -170,3 +215,13 @@ def diffusion_for(flags: dict[str, Any]) -> GaussianDiffusion:
     """Return the process that a case describes by improved-diffusion's flags."""
     settings = {name: value for name, value in flags.items() if name in DiffusionSettings.model_fields}
     return create_diffusion(DiffusionSettings(**settings), learn_sigma=flags.get("learn_sigma", False))
+
+
+def log_prob_gradient(
+    classifier: Classifier, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p(y | x_t) [B] and its gradient by x_t [B, C, H, W]; t [B] are the timesteps that the network sees."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        chosen = classifier(x, t).log_softmax(1).gather(1, y[:, None])[:, 0]
+        return chosen.detach(), torch.autograd.grad(chosen.sum(), x)[0]
