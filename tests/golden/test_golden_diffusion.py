@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from fastdiff.kernels import reference_diffusion
-from helpers.golden_cases import Case, cases, class_conditional, diffusion_for, log_prob_gradient
+from helpers.golden_cases import Case, cases, class_conditional, diffusion_for
 
 from fastdiff import ops
 from fastdiff.diffusion import samplers
 from fastdiff.diffusion.process import GaussianDiffusion, ModelMeanType, ModelVarType
 from fastdiff.diffusion.schedules import Schedule, named_betas, space_timesteps
+from fastdiff.diffusion.solvers import solver_table
 from fastdiff.diffusion.timesteps import LossSecondMomentSampler
 
 
@@ -130,13 +131,13 @@ def _loop(case: Case, run: dict) -> Iterator[tuple[int, samplers.Step]]:
 
 def _gradient(case: Case, diffusion: GaussianDiffusion, scale: float) -> samplers.Gradient:
     """Return the gradient that guides a run, of the case's classifier for the case's labels."""
-    classifier, y = case.run_classifier(), case.tensor("in_y")
+    from fastdiff.sampling.classifier_gradient import ClassifierGradient, ClassifierGuidance
 
-    def gradient(x: torch.Tensor, step: int) -> torch.Tensor:
-        t = diffusion.model_timesteps(torch.full((len(x),), step, device=x.device))
-        return (scale * log_prob_gradient(classifier, x, t, y)[1]).contiguous(memory_format=torch.channels_last)
-
-    return gradient
+    table, y = solver_table(diffusion, "ddpm"), case.tensor("in_y")  # DDIM's has the same steps
+    gradient = ClassifierGradient(ClassifierGuidance(case.run_classifier(), scale), table, diffusion)
+    rows = {step: torch.tensor([row], device=y.device) for row, step in enumerate(table.steps.tolist())}
+    # A classifier in plain torch returns NCHW, of which the kernels would make a copy with a warning.
+    return lambda x, step: gradient(x, rows[step], y).contiguous(memory_format=torch.channels_last)
 
 
 @cases("samplers")
