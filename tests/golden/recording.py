@@ -55,13 +55,10 @@ class Arithmetic:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Make .float() keep float64, which the recorded code would round to float32, and choose the convolutions."""
-        wide = mock.patch.object(torch.Tensor, "float", torch.Tensor.double)
-        with torch.backends.mkldnn.flags(enabled=self.mkldnn):
-            if self.dtype == torch.float64:
-                with wide:
-                    yield
-            else:
-                yield
+        float_method = torch.Tensor.double if self.dtype == torch.float64 else torch.Tensor.float
+        wide = mock.patch.object(torch.Tensor, "float", float_method)
+        with torch.backends.mkldnn.flags(enabled=self.mkldnn), wide:
+            yield
 
 
 RECORDED = Arithmetic()

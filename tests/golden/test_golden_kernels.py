@@ -1,7 +1,7 @@
 """The Triton kernels, on a CPU in Triton's interpreter, reproduce the recorded numbers.
 
-The interpreter takes milliseconds per program, so one whole network of each family runs in it, at a small size.
-Elsewhere the network is plain torch, and the ops around it are kernels.
+The interpreter takes milliseconds per program, so one network of each family and one classifier run in it, at a small
+size. Elsewhere the network is plain torch, and the ops around it are kernels.
 """
 
 from __future__ import annotations
