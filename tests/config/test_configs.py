@@ -178,7 +178,7 @@ def test_a_file_of_that_name_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
             "cifar10_uncnod",
             "cifar10_uncnod is neither a file nor the name of a configuration; did you mean cifar10_uncond",
         ),
-        ("qqq", "qqq is neither a file nor the name of a configuration; there are baseline, .*upsample_256"),
+        ("qqq", "qqq is neither a file nor the name of a configuration; there are .*baseline, .*upsample_256"),
         ("demo.json", r"demo.json: can't be read \(No such file"),
         ("configs/demo", "configs/demo: can't be read"),
         (
