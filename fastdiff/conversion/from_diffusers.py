@@ -184,6 +184,10 @@ def _process(file: Path, config: dict[str, Any], settings: UNetSettings) -> Diff
     given = read_json(file) if file.is_file() else {}
     if not given:
         logging.getLogger(__name__).warning("there is no %s: a linear chain of 1000 steps is assumed", file)
+    if given.get("thresholding") or not given.get("clip_sample", True) or given.get("clip_sample_range", 1) != 1:
+        logging.getLogger(__name__).warning(
+            "%s doesn't clip predictions to [-1, 1], which fastdiff does: draw with --clip_denoised False", file
+        )
     steps, schedule = given.get("num_train_timesteps", 1000), given.get("beta_schedule", "linear")
     ends = given.get("beta_start", 0.0001), given.get("beta_end", 0.02)
     if given.get("trained_betas") is not None or given.get("rescale_betas_zero_snr"):

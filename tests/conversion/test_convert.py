@@ -20,10 +20,12 @@ from PIL import Image
 import fastdiff
 from fastdiff import convert, nll, sample, super_res_sample
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
+from fastdiff.config.load import Config
 from fastdiff.conversion.originals import command_of, notes_on
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.models import SuperResSettings, UNet, UNetSettings, weights
 from fastdiff.runtime.files import checksum
+from fastdiff.training.initial_weights import open_initial, take_weights
 
 FORMATS = ("safetensors", "pt", "openai", "diffusers")
 
@@ -132,6 +134,17 @@ def test_scripts_read_converted_files(kind: str, run: Path, tmp_path: Path) -> N
         nll.main(flags({"model_path": path, **data, "out_dir": tmp_path / f"nll_{path.name}"}))
     terms = [np.load(tmp_path / f"nll_{path.name}" / "vb_terms.npz")["arr_0"] for path in (run, target)]
     np.testing.assert_array_equal(*terms)
+
+
+def test_a_run_starts_from_a_converted_file(tmp_path: Path) -> None:
+    model = unet()
+    to(save(model, tmp_path / "net.pt"), "safetensors", tmp_path / "net", "--half")
+    config = Config.model_validate({"model": MODEL, "train": {"init_from": str(tmp_path / "net")}})
+    fresh = unet(dropout=0.1)
+    lines = take_weights(open_initial(config), fresh, config, [])
+    assert lines[0].startswith("starting from ")
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name].half().float()), name
 
 
 def test_a_converted_upsampler_is_read(tmp_path: Path) -> None:

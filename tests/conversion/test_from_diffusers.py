@@ -102,6 +102,12 @@ def test_the_diffusion_process(tmp_path: Path) -> None:
     assert (process["noise_schedule"], process["sigma_small"]) == ("cosine", True)
 
 
+def test_a_scheduler_that_does_not_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(tmp_path / "theirs", {"clip_sample": False})
+    converted(tmp_path / "theirs", tmp_path / "ours.pt")
+    assert "draw with --clip_denoised False" in caplog.text
+
+
 def test_other_layouts_of_the_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The folder of the UNet alone, weights as .bin, and names of older versions are read, too."""
     unet = written(tmp_path / "theirs")

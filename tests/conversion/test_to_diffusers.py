@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def test_samples(name: str, ddim: bool, tmp_path: Path) -> None:
         # By default DDIM's scheduler doesn't compute the noise again after it has clipped x_0.
         images = pipe(**case.arguments, **({"use_clipped_model_output": True} if ddim else {})).images
     assert (images - case.ours(ddim)).abs().max() < SAMPLES
+
+
+@pytest.mark.parametrize("name", ["cifar10", "guided", "unconditional", "upsampler"])
+def test_the_code_of_the_model_card(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs where the folder lies, in fewer steps here."""
+    case = Written(name, tmp_path)
+    code = (case.folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"low_res": torch.zeros(4, 3, 4, 4)}
+    import_diffusers()
+    exec(re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", code), names)
+    assert [image.size for image in names["images"]] == [(16, 16)] * 4
 
 
 def test_pictures_of_our_pipeline(tmp_path: Path) -> None:
