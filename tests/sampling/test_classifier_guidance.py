@@ -31,7 +31,7 @@ from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.unet import freeze
-from fastdiff.sampling.classifier_gradient import ClassifierGuidance
+from fastdiff.sampling.classifier_gradient import ClassifierGradient, ClassifierGuidance
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
 
@@ -131,6 +131,39 @@ def test_ddim_guidance_shifts_the_noise() -> None:
         torch.testing.assert_close(guided.pred_xstart, x_start, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(guided.sample, want, rtol=1e-4, atol=1e-4)
         x_t = guided.sample
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "heun"])
+def test_graphs_replay_the_same_on_a_gpu(solver: str) -> None:
+    """The classifier's forward and backward pass are captured with the step, and replayed for every row and batch."""
+    device = torch.device("cuda")
+    model, guide = unet(**MODELS["classes"]).to(device), classifier().to(device)
+    diffusion = process(learn_sigma=True)
+    guidance = Guidance(classifier=ClassifierGuidance(freeze(guide), 3.0))
+    network = GuidedNetwork(freeze(model), solver_table(diffusion, solver), diffusion, guidance)
+    plain, graphed = (Engine(network, batch_size=3, seed_and_key=SEED, cuda_graph=graph) for graph in (False, True))
+    index, y = INDEX.to(device), LABELS.to(device)
+    want = plain.draw(index, y)
+    for _ in range(3):  # warming up, capturing, replaying
+        torch.testing.assert_close(graphed.draw(index, y), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(graphed.draw(index[:2], y[:2]), want[:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)], ids=["bf16", "fp16"])
+def test_precision_of_the_gradient_on_a_gpu(dtype: torch.dtype, bound: float) -> None:
+    """About four roundings of 8 and 11 bits of mantissa remain; nothing of the gradient underflows in fp16."""
+    device = torch.device("cuda")
+    diffusion, x = process(learn_sigma=False), torch.randn(3, 3, 8, 8, device=device)
+    gradients = []
+    for precision in (torch.float32, dtype):
+        guide = freeze(classifier().to(device).set_precision(precision))
+        compute = ClassifierGradient(ClassifierGuidance(guide), solver_table(diffusion, "ddim"), diffusion)
+        gradients.append(compute(x, torch.zeros(1, dtype=torch.int64, device=device), LABELS.to(device)))
+    exact, rounded = gradients
+    assert relative_error(rounded, exact) < bound
+    assert ((rounded == 0) <= (exact == 0)).all()
 
 
 # --- sample.py ---
