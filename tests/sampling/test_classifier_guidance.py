@@ -150,11 +150,10 @@ def test_graphs_replay_the_same_on_a_gpu(solver: str) -> None:
     torch.testing.assert_close(graphed.draw(index[:2], y[:2]), want[:2], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)], ids=["bf16", "fp16"])
-def test_precision_of_the_gradient_on_a_gpu(dtype: torch.dtype, bound: float) -> None:
-    """About four roundings of 8 and 11 bits of mantissa remain; nothing of the gradient underflows in fp16."""
-    device = torch.device("cuda")
+def test_precision_of_the_gradient(dtype: torch.dtype, bound: float) -> None:
+    """The error is a few roundings to 8 or 11 bits of mantissa: 1.8% and 0.22% on a CPU. Nothing underflows in fp16."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     diffusion, x = process(learn_sigma=False), torch.randn(3, 3, 8, 8, device=device)
     gradients = []
     for precision in (torch.float32, dtype):
