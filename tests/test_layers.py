@@ -92,7 +92,7 @@ SCRIPTS = {part_of(name) for name, path in MODULES.items() if path.parent == PAC
 def test_every_part_has_its_place() -> None:
     parts = {part_of(name) for name in MODULES} - SCRIPTS - {"__init__"}
     assert parts == set(LAYERS), "a new part of fastdiff needs its row in LAYERS"
-    assert {"train", "super_res_train", "sample", "super_res_sample", "nll"} <= SCRIPTS
+    assert {"train", "super_res_train", "classifier_train", "sample", "super_res_sample", "nll"} <= SCRIPTS
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -27,6 +27,7 @@ from fastdiff.config.checkpoint import (
     settings_of,
     warn_of_another_process,
 )
+from fastdiff.config.classifier import classifier_settings_of
 from fastdiff.config.family import FAMILIES, known_family
 from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, config_file, download, find_preset
@@ -34,15 +35,15 @@ from fastdiff.conversion.settings import ConvertSettings
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, quoted, shortened
 from fastdiff.evaluation.settings import EvaluateDrawSettings, EvaluateSettings
-from fastdiff.images.settings import DataSettings
-from fastdiff.models.classifier_settings import ClassifierNetSettings
+from fastdiff.images.settings import ClassifierDataSettings, DataSettings
+from fastdiff.models.classifier_settings import ClassifierNetSettings, ClassifierSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
 from fastdiff.runtime.paths import expand_path
 from fastdiff.runtime.processes import output_folder
 from fastdiff.sampling.settings import NllSettings, SampleSettings, SuperResSampleSettings
 from fastdiff.settings import Settings, is_true, merge, validated, what_is_wrong
-from fastdiff.training.settings import TrainSettings, adopt
+from fastdiff.training.settings import ClassifierTrainSettings, RunSettings, TrainSettings, adopt
 
 # Switches of improved-diffusion and guided-diffusion → ours
 _SWITCHES = {
@@ -73,6 +74,14 @@ class SuperResConfig(Config):
 
     model: SuperResSettings = Field(default_factory=SuperResSettings)  # type: ignore[assignment]
     sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)  # type: ignore[assignment]
+
+
+class ClassifierConfig(Config):
+    """The sections of a JSON file for training a classifier."""
+
+    model: ClassifierSettings = Field(default_factory=ClassifierSettings)  # type: ignore[assignment]
+    data: ClassifierDataSettings = Field(default_factory=ClassifierDataSettings)
+    train: ClassifierTrainSettings = Field(default_factory=ClassifierTrainSettings)  # type: ignore[assignment]
 
 
 class EvaluateConfig(Config):
@@ -119,6 +128,8 @@ def load(
     file_layer, family = _read_json(args.config, kind) if args.config else ({}, "")
     if given_family := getattr(args, "family", ""):
         family = known_family(given_family, "--family")
+    if not family and kind is ClassifierConfig:  # only that family has classifiers
+        family = "guided"
     if "train" in sections and args.deepspeed:
         flag_layer["deepspeed"] = _read_object(args.deepspeed)
     layers = [(args.config or "", file_layer), ("", flag_layer)]
@@ -135,7 +146,7 @@ def load(
     if "train" in sections:
         config = config.model_copy(update={"train": adopt(config.train, config.deepspeed)})
         given = any("null_class" in layer.get("model", {}) for layer in (file_layer, flag_layer))
-        config = _with_null_class(config, given)
+        config = config if kind is ClassifierConfig else _with_null_class(config, given)
     if args.print_config:
         shown = config.model_dump(mode="json", include={*sections, *(["deepspeed"] if "train" in sections else [])})
         if kind is SuperResConfig and "sample" in shown and "num_samples" not in config.sample.model_fields_set:
@@ -241,18 +252,21 @@ def _training_layer(
         return None, [own]
     with blaming(f"--{names[0]}"):
         opened = open_checkpoint(expand_path(str(given["train"][names[0]])))
+        if kind is ClassifierConfig:
+            return opened, [classifier_settings_of(opened, given)]
         source, layer = settings_of(opened, kind is SuperResConfig, None, given, family=family)
         return opened, [(source, at_size(layer, given, SuperResSettings if kind is SuperResConfig else UNetSettings))]
 
 
 def default_name(config_file: str | None, kind: type[Config]) -> str:
     """NAME in runs/NAME for a run without the setting `name`: the JSON file's name, else the script's."""
-    return Path(config_file).stem if config_file else "super_res" if kind is SuperResConfig else "train"
+    script = {SuperResConfig: "super_res", ClassifierConfig: "classifier"}.get(kind, "train")
+    return Path(config_file).stem if config_file else script
 
 
 def _run_folder(train: Mapping[str, Any], config_file: str, kind: type[Config]) -> Path:
     """The folder of the run with these settings of the section train."""
-    settings = validated(TrainSettings, {name: train[name] for name in ("run_dir", "name") if name in train})
+    settings = validated(RunSettings, {name: train[name] for name in ("run_dir", "name") if name in train})
     return output_folder(settings.run_dir, f"runs/{settings.name or default_name(config_file, kind)}")
 
 
@@ -355,7 +369,7 @@ def _aliases(source: str, section: str, values: dict[str, Any], known: Collectio
     """Replace improved-diffusion's switches (use_fp16, use_ddim) by the equivalent choices."""
     values = dict(values)
     for switch, (name, choice) in _SWITCHES.items():
-        if switch in known and is_true(values.get(switch)):
+        if switch in known and name in known and is_true(values.get(switch)):
             del values[switch]
             if values.setdefault(name, choice) != choice:
                 where = f"{source}: {section}." if source else "--"
@@ -369,6 +383,8 @@ def _hint(kind: type[Config], section: str, name: str) -> str:
         return "; it stands beside the sections, at the top of the file"
     if kind is Config and section == "model" and name in ("large_size", "small_size"):
         return "; super-resolution models are for super_res_train.py and super_res_sample.py"
+    if kind is ClassifierConfig and section == "model" and f"classifier_{name}" in ClassifierSettings.model_fields:
+        return f"; a classifier has classifier_{name}"
     if kind is SuperResConfig and section == "model" and name == "image_size":
         return "; a super-resolution model has large_size and small_size"
     here = advice(name, _section_class(kind, section).model_fields, str)

@@ -12,3 +12,5 @@ CLASSES = 4 << 32  # classes of samples, if they are random
 BOUND = 5 << 32  # noise for evaluating the variational bound
 ENLARGED = 6 << 32  # x_T and noise of super-resolution
 LABEL_DROPOUT = 7 << 32  # which training images lose their label
+VALIDATION_NOISE = 8 << 32  # noise of validation images
+VALIDATION_TIMESTEPS = 9 << 32  # timesteps of validation images

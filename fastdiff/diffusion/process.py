@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class GaussianDiffusion:
     loss_type: LossType = LossType.MSE
     rescale_timesteps: bool = False
     min_snr_gamma: float = 0.0
+    loss_terms: ClassVar[tuple[str, ...]] = ("loss", "mse", "vb")
+    """The terms that `training_losses` may return."""
 
     def __post_init__(self) -> None:
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
@@ -208,8 +210,7 @@ class GaussianDiffusion:
             noise = torch.randn_like(ops.start_map(x_start))
         x_start, noise = ops.prepared(x_start, noise)
         rows = self._loss_table(x_start.device)[t]
-        dtype, channels = getattr(model, "input_format", None) or (torch.float32, None)
-        x_t = ops.q_sample(x_start, rows[:, :2], noise, dtype=dtype, channels=channels)
+        x_t = self.noised_for(model, x_start, t, noise)
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
         kl = self.loss_type in (LossType.KL, LossType.RESCALED_KL)
         scale = {LossType.RESCALED_KL: float(self.num_timesteps), LossType.RESCALED_MSE: self.num_timesteps / 1000.0}
@@ -226,6 +227,16 @@ class GaussianDiffusion:
         if kl:
             return {"loss": loss}
         return {"loss": loss, "mse": mse, **({"vb": vb} if self.learns_variance else {})}
+
+    def noised_for(self, model: Model, x_start: Tensor, t: Tensor, noise: ops.Noise) -> Tensor:
+        """x_t for images as `training_losses` takes them, in the dtype and with the channels that the network takes.
+
+        Where it has an `input_format`, that is [B, 8, H, W] in the dtype of its body, else [B, C, H, W] float32.
+        """
+        x_start, noise = ops.prepared(x_start, noise)
+        dtype, channels = getattr(model, "input_format", None) or (torch.float32, None)
+        coefficients = self._loss_table(x_start.device)[t][:, :2]
+        return ops.q_sample(x_start, coefficients, noise, dtype=dtype, channels=channels)
 
     def _loss_table(self, device: torch.device) -> Tensor:
         """The coefficients of ops.diffusion_loss at every t, [S, 10] float32 on the device."""

@@ -8,6 +8,7 @@ stream waits for a copy.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from abc import ABC, abstractmethod
@@ -44,11 +45,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Request:
-    """The samples of a batch to read: positions [b] int64, indices in the listing [b] int64, flips [b] bool."""
+    """The samples of a batch to read: positions [b] int64, indices in the listing [b] int64, flips [b] bool, and the
+    numbers of random crops [b, 3] float64 (see `Order.crops`), None without."""
 
     positions: np.ndarray
     indices: np.ndarray
     flips: np.ndarray
+    crops: np.ndarray | None = None
 
 
 Finish = Callable[[], tuple[Tensor, np.ndarray]]
@@ -70,13 +73,14 @@ class Loader(ABC):
         order: Order,
         *,
         random_flip: bool,
+        random_crop: bool = False,
         num_workers: int,
         rank: int,
         world_size: int,
         device: torch.device,
     ) -> None:
         self.device = device
-        self._reader, self._order, self._random_flip = reader, order, random_flip
+        self._reader, self._order, self._random_flip, self._random_crop = reader, order, random_flip, random_crop
         self._rank, self._world_size = rank, world_size
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="images")
         self._driver = ThreadPoolExecutor(1, thread_name_prefix="batches")
@@ -133,7 +137,7 @@ class Loader(ABC):
         return batch
 
     def once(self) -> Iterator[Batch]:
-        """Iterate over this rank's share of the listing, [rank::world_size], in order and not mirrored.
+        """Iterate over this rank's share of the listing, [rank::world_size], in order, without flips and random crops.
 
         The last batch may be smaller. The position in the endless sequence does not change.
         """
@@ -188,7 +192,8 @@ class Loader(ABC):
         for position in itertools.count(start, self._order.batch_size):
             positions = share(position, self._order.batch_size, self._rank, self._world_size)
             flips = self._order.flips(positions) if self._random_flip else np.zeros(len(positions), dtype=bool)
-            yield Request(positions, self._order.indices(positions), flips)
+            crops = self._order.crops(positions) if self._random_crop else None
+            yield Request(positions, self._order.indices(positions), flips, crops)
 
     def _read_ahead(self, requests: Iterator[Request]) -> Iterator[Batch]:
         waiting = deque(map(self._begin, itertools.islice(requests, self._batches_ahead)))
@@ -250,7 +255,10 @@ class PillowLoader(Loader):
 
         def decode(rows: range) -> None:
             for row in rows:
-                shown[row], image = self._reader.read(int(request.indices[row]), self._reader.reference)
+                decode_row = self._reader.reference
+                if request.crops is not None:
+                    decode_row = functools.partial(decode_row, crop=request.crops[row])
+                shown[row], image = self._reader.read(int(request.indices[row]), decode_row)
                 pixels[row] = image[:, ::-1] if request.flips[row] else image
 
         parts = [self._threads.submit(decode, rows) for rows in self._chunks(count)]

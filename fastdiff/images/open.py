@@ -68,12 +68,13 @@ def open_images(
     make: Callable[..., Loader] = (
         partial(PackedLoader, packed=packed, resident=settings.cache == "gpu")
         if packed is not None
-        else loader_class(settings.loader)
+        else loader_class("pillow" if settings.random_crop else settings.loader)
     )
     return make(
         Reader(listing, size_hw, channels, whole),
         order,
         random_flip=settings.random_flip,
+        random_crop=settings.random_crop,
         num_workers=settings.num_workers,
         rank=rank,
         world_size=world_size,
@@ -92,6 +93,12 @@ def _find(
 ) -> tuple[Listing, Packed | None]:
     """The listing of the images, and the packed folder that holds their pixels if there is one."""
     packs = is_packed(settings.data_dir)
+    if settings.random_crop and (packs or settings.cache != "none" or settings.loader == "dali"):
+        held = f"cache {settings.cache}" if settings.cache != "none" else f"loader {settings.loader}"
+        raise UserError(
+            f"--random_crop True needs images that Pillow decodes anew at each sight, not those of "
+            f"{f'the packed folder {settings.data_dir}' if packs else held}; give --random_crop False"
+        )
     if settings.cache_dir and settings.cache == "none" and not packs:
         raise UserError(f"--cache_dir {settings.cache_dir} needs --cache disk or --cache gpu; without one leave it out")
     if settings.loader == "dali" and (packs or settings.cache != "none"):

@@ -1,9 +1,9 @@
 """The order of the samples: an endless sequence that all ranks of a run share.
 
-The seed and a position k (0, 1, 2, …) in the sequence determine an image and whether it is mirrored. Global batch s
-consists of positions [s·B, (s+1)·B), of which rank r of W takes every W-th, starting with the r-th. So a run can
-continue from a stored position with any number of ranks. Batches may extend from one epoch into the next, so no data
-set is too small and all ranks have the same number of samples.
+The seed and a position k (0, 1, 2, …) in the sequence determine an image, whether it is mirrored and how it is cropped.
+Global batch s consists of positions [s·B, (s+1)·B), of which rank r of W takes every W-th, starting with the r-th. So a
+run can continue from a stored position with any number of ranks. Batches may extend from one epoch into the next, so no
+data set is too small and all ranks have the same number of samples.
 """
 
 from __future__ import annotations
@@ -44,8 +44,16 @@ class Order:
 
     def flips(self, positions: np.ndarray) -> np.ndarray:
         """Whether the sample at each position is mirrored, bool [n], with probability 1/2."""
+        return self._hashes(positions) >= np.uint64(2**63)
+
+    def crops(self, positions: np.ndarray) -> np.ndarray:
+        """Uniform numbers in [0, 1), float64 [n, 3], that place the random crop of the sample at each position."""
+        hashes = self._hashes(positions)
+        return np.stack([_mix(hashes + np.uint64(i)) >> np.uint64(11) for i in (1, 2, 3)], axis=1) / 2.0**53
+
+    def _hashes(self, positions: np.ndarray) -> np.ndarray:
         seed = _mix(np.array([self.seed % 2**64], np.uint64))
-        return _mix(positions.astype(np.uint64) + seed) >= np.uint64(2**63)
+        return _mix(positions.astype(np.uint64) + seed)
 
 
 def share(start: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:

@@ -9,7 +9,9 @@ premultiplies transparent ones.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import BinaryIO, NamedTuple
 
@@ -20,6 +22,8 @@ from fastdiff.images.image_files import FORMATS, check_canvas, check_scans, max_
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each possible number of channels."""
+LEAST_CROP = 0.8
+"""Least share of the resized image's shorter side that a random crop keeps."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Recipe:
     cover: tuple[int, int]
     """Size after the bicubic resize: at least the target on both sides."""
     corner: tuple[int, int]
-    """Top and left of the centre crop."""
+    """Top and left of the crop."""
 
 
 def recipe_for(height: int, width: int, size_hw: tuple[int, int]) -> Recipe:
@@ -49,8 +53,27 @@ def recipe_for(height: int, width: int, size_hw: tuple[int, int]) -> Recipe:
     return Recipe(tuple(halvings), cover, corner)
 
 
-def load_image(source: str | PathLike[str] | bytes, size_hw: tuple[int, int], mode: str) -> np.ndarray:
+def cropping_recipe_for(height: int, width: int, size_hw: tuple[int, int], crop: Sequence[float]) -> Recipe:
+    """The recipe with a random crop, as guided-diffusion trains its classifiers, from three uniform numbers in [0, 1).
+
+    The first number decides the length to which the shorter side is resized, from the target's to 1.25 times that, the
+    others the place of the crop. ValueError as `recipe_for`.
+    """
+    target_h, target_w = size_hw
+    longest = math.ceil(target_h / LEAST_CROP)
+    enlarged_h = target_h + int(crop[0] * (longest - target_h + 1))
+    whole = recipe_for(height, width, (enlarged_h, round(target_w * enlarged_h / target_h)))
+    margins = (covering - side + 1 for covering, side in zip(whole.cover, size_hw, strict=True))
+    top, left = (int(where * margin) for where, margin in zip(crop[1:], margins, strict=True))
+    return replace(whole, corner=(top, left))
+
+
+def load_image(
+    source: str | PathLike[str] | bytes, size_hw: tuple[int, int], mode: str, crop: Sequence[float] | None = None
+) -> np.ndarray:
     """Decode an image, given as a path or a file's bytes, to uint8 [H, W, C] in `mode` (L, RGB or RGBA).
+
+    crop holds the numbers of a random crop (see `cropping_recipe_for`); None: the centre.
 
     Raises ValueError for other formats and for files beyond the limits of `image_files`. Pillow raises exceptions of
     many types for images that it can't read or considers a decompression bomb.
@@ -60,7 +83,7 @@ def load_image(source: str | PathLike[str] | bytes, size_hw: tuple[int, int], mo
     with _open(io.BytesIO(data)) as image:
         check_scans(data, image.width * image.height)
         image.load()
-        pixels = _resize_and_crop(_in_8_bits(image), size_hw, mode)
+        pixels = _resize_and_crop(_in_8_bits(image), size_hw, mode, crop)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
@@ -109,8 +132,11 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
 
 
-def _resize_and_crop(image: Image.Image, size_hw: tuple[int, int], mode: str) -> np.ndarray:
-    recipe = recipe_for(image.height, image.width, size_hw)
+def _resize_and_crop(
+    image: Image.Image, size_hw: tuple[int, int], mode: str, crop: Sequence[float] | None = None
+) -> np.ndarray:
+    size = image.height, image.width
+    recipe = recipe_for(*size, size_hw) if crop is None else cropping_recipe_for(*size, size_hw, crop)
     for height, width in recipe.halvings:
         image = image.resize((width, height), resample=Image.Resampling.BOX)
     image = image.resize(recipe.cover[::-1], resample=Image.Resampling.BICUBIC)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,9 +52,9 @@ class Reader:
         """The images found unreadable so far, in the listing's order."""
         return [self.listing.path(index) for index in sorted(self.reasons)]
 
-    def reference(self, index: int, data: bytes) -> np.ndarray:
+    def reference(self, index: int, data: bytes, crop: Sequence[float] | None = None) -> np.ndarray:
         """Decode a file's bytes to reference pixels, uint8 [H, W, C]. This is a `decode` function for `read`."""
-        return load_image(data, self.size_hw, MODES[self.channels])
+        return load_image(data, self.size_hw, MODES[self.channels], crop)
 
     def read(self, index: int, decode: Callable[[int, bytes], T]) -> tuple[int, T]:
         """Call decode(index, bytes of the file) for image `index`, or for the first readable one after it.

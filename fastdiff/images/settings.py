@@ -24,7 +24,7 @@ class DataSettings(Settings):
     """Folder with images (jpg, jpeg, png, gif, webp, in any depth), or one that datasets/pack.py made of such a
     folder."""
     loader: Literal["auto", "dali", "pillow"] = "auto"
-    """auto: DALI where it is installed, else Pillow. pillow: the reference pixels."""
+    """auto: DALI where it is installed, else Pillow, which random_crop needs. pillow: the reference pixels."""
     cache: Literal["none", "disk", "gpu"] = "none"
     """Decode all images once, to the reference pixels at the model's size. disk: into one file, made at the first start
     and read at memory speed from then on. gpu: that file's content lies on the GPU (without one, in memory)."""
@@ -36,6 +36,9 @@ class DataSettings(Settings):
     dataset.json, else folder or prefix, whichever tells classes apart; where both do differently, it refuses."""
     random_flip: bool = False
     """Mirror each image left to right with probability 1/2."""
+    random_crop: bool = False
+    """Cut each image out at a random place, after its shorter side was resized to a random length up to 1.25 times the
+    model's size; otherwise the centre is taken. Needs images that Pillow decodes anew at each sight."""
     shuffle: bool = True
     """A new random order every epoch; False keeps the listing's order."""
     drop_last: bool = False
@@ -50,3 +53,13 @@ class DataSettings(Settings):
             near = did_you_mean(value, LABEL_RULES)
             raise ValueError(f"must be {', '.join(LABEL_RULES)} or a file that lists classes, not {value!r}{near}")
         return value
+
+
+class ClassifierDataSettings(DataSettings):
+    """Where the images are and how they become batches."""
+
+    random_flip: bool = True
+    """Mirror each image left to right with probability 1/2."""
+    random_crop: bool = True
+    """Cut each image out at a random place, after its shorter side was resized to a random length up to 1.25 times the
+    model's size; otherwise the centre is taken. Needs images that Pillow decodes anew at each sight."""

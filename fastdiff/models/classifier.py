@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff import ops
-from fastdiff.models.blocks import Conv2d, GroupNorm, Linear, PointwiseConv, QKVConv, value, zeroed
-from fastdiff.models.classifier_settings import HEAD_CHANNELS, ClassifierSettings
+from fastdiff.models.blocks import Conv2d, GroupNorm, Linear, Map, PointwiseConv, QKVConv, value, zeroed
+from fastdiff.models.classifier_settings import HEAD_CHANNELS, ClassifierSettings, NetworkSettings
 from fastdiff.models.encoder import Encoder
-from fastdiff.models.settings import BackboneSettings
 from fastdiff.models.unet import UNet, build_model
 
 _HIDDEN = 2048  # units of the hidden layer of the spatial heads
@@ -91,7 +90,10 @@ class Classifier(Encoder):
 
     def body(self, x: Tensor, projected: Sequence[Tensor]) -> Tensor:
         """The network after `project`, whose result is an argument so that samplers can compute it in advance."""
-        maps = self.run_stages([*self.input_blocks, self.middle_block], self.start_map(x), iter(projected))
+        return self.head(self.run_stages([*self.input_blocks, self.middle_block], self.start_map(x), iter(projected)))
+
+    def head(self, maps: Sequence[Map]) -> Tensor:
+        """The logits, from the outputs of the input blocks and the middle block."""
         if self.settings.classifier_pool in ("attention", "adaptive"):
             return self.out(value(maps[-1]).float()).flatten(1)
         return self.out(torch.cat([_mean(value(h)) for h in maps], 1))
@@ -115,6 +117,6 @@ def build_classifier(settings: ClassifierSettings) -> Classifier:
     return Classifier(settings)
 
 
-def build_network(settings: BackboneSettings | ClassifierSettings) -> UNet | Classifier:
+def build_network(settings: NetworkSettings) -> UNet | Classifier:
     """Build the network that the settings describe, of either kind."""
     return Classifier(settings) if isinstance(settings, ClassifierSettings) else build_model(settings)

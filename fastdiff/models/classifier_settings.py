@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 from pydantic import Field, ValidationError, model_validator
 
-from fastdiff.models.settings import SHAPES, UNetSettings
-from fastdiff.settings import Floats, Ints, Settings, Size, what_is_wrong
+from fastdiff.models.settings import SHAPES, TRAINING, BackboneSettings, UNetSettings
+from fastdiff.settings import Floats, Ints, Settings, Size, Switch, what_is_wrong
 
 Pool = Literal["attention", "adaptive", "spatial", "spatial_v2"]
 HEAD_CHANNELS = 64  # of every attention head (guided-diffusion's classifiers)
@@ -52,6 +52,14 @@ class ClassifierSettings(ClassifierNetSettings):
     in_channels: Annotated[int, SHAPES] = Field(3, ge=1)
     """Image channels: 1 gray, 3 RGB, 4 RGBA."""
 
+    use_checkpoint: Annotated[Switch, TRAINING] = False
+    """Recompute the activations of each block in the backward pass: about a third more work, far less memory. auto:
+    only where the micro-batch would not fit otherwise."""
+
+    class_cond: ClassVar[bool] = True
+    """Whether training needs labels."""
+    null_class: ClassVar[bool] = False
+
     @property
     def size_hw(self) -> tuple[int, int]:
         """Height and width of the images."""
@@ -71,6 +79,7 @@ class ClassifierSettings(ClassifierNetSettings):
             use_scale_shift_norm=self.classifier_use_scale_shift_norm,
             resblock_updown=self.classifier_resblock_updown,
             scale_stem=True,
+            use_checkpoint=self.use_checkpoint,
         )
 
     @model_validator(mode="after")
@@ -81,3 +90,7 @@ class ClassifierSettings(ClassifierNetSettings):
             names = "|".join(_NAMES)
             raise ValueError(re.sub(rf"\b({names})\b", lambda name: _NAMES[name[0]], what_is_wrong(error))) from None
         return self
+
+
+NetworkSettings: TypeAlias = BackboneSettings | ClassifierSettings
+"""The settings of a network of any kind."""

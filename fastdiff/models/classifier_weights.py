@@ -54,7 +54,7 @@ def infer_classifier_settings(state: Mapping[str, Tensor], image_size: tuple[int
         raise UserError("its image size does not show in its weights; give --image_size")
     # Where blocks that halve maps have the keys of other blocks, several depths may fit, if nothing else changes.
     likeliest = min(fitting, key=lambda s: (bool(s.classifier_channel_mult), s.classifier_depth != _DEFAULT_DEPTH))
-    return likeliest.model_dump(mode="json")
+    return likeliest.model_dump(mode="json", exclude={"use_checkpoint"})
 
 
 def _candidates(state: Mapping[str, Tensor], image_size: tuple[int, int] | None) -> Iterator[ClassifierSettings]:

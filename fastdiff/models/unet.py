@@ -26,6 +26,7 @@ from fastdiff.models.blocks import (
     embedding_weights,
     value,
 )
+from fastdiff.models.classifier_settings import NetworkSettings
 from fastdiff.models.encoder import Encoder, Stage
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
 from fastdiff.ops import CounterNoise
@@ -167,7 +168,7 @@ class DummyBatch(NamedTuple):
     noise: CounterNoise  # of images 0 to B - 1
 
 
-def dummy_batch(settings: BackboneSettings, size: int, device: torch.device) -> DummyBatch:
+def dummy_batch(settings: NetworkSettings, size: int, device: torch.device) -> DummyBatch:
     """A batch of `size` black images at timestep 0, for measuring time and memory."""
     C, (H, W) = settings.in_channels, settings.size_hw
     images = torch.zeros(size, H, W, C, dtype=torch.uint8, device=device)

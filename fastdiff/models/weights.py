@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.errors import UserError, quoted
 from fastdiff.models.classifier import Classifier, build_network
-from fastdiff.models.classifier_settings import ClassifierSettings
+from fastdiff.models.classifier_settings import ClassifierSettings, NetworkSettings
 from fastdiff.models.classifier_weights import infer_classifier_settings, is_classifier
 from fastdiff.models.foreign import check_name, describe_folder, network_weights
 from fastdiff.models.settings import BackboneSettings, SuperResSettings
@@ -169,7 +169,7 @@ def script_mismatch(state: dict[str, Tensor], super_res: bool) -> str:
     return "it is no super-resolution model" if super_res else "it is a super-resolution model"
 
 
-def check_fits(settings: BackboneSettings | ClassifierSettings, state: dict[str, Tensor], path: Path) -> None:
+def check_fits(settings: NetworkSettings, state: dict[str, Tensor], path: Path) -> None:
     """Raise the UserError that `load_into` would raise for a network of these settings, without allocating one.
 
     Settings stored in a file could describe a network larger than the memory of any machine.
@@ -217,9 +217,7 @@ def _compare(model: UNet | Classifier, state: dict[str, Tensor], path: Path) -> 
         raise UserError(f"{path} does not fit the model: {_describe_difference(model.settings, state, own, given)}")
 
 
-def _describe_difference(
-    settings: BackboneSettings | ClassifierSettings, state: dict[str, Tensor], own: dict, given: dict
-) -> str:
+def _describe_difference(settings: NetworkSettings, state: dict[str, Tensor], own: dict, given: dict) -> str:
     """The flags for a model that fits the file, or else the first tensor that differs."""
     try:
         hints = (

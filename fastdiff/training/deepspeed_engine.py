@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch
-from fastdiff.models import UNet
+from fastdiff.models.encoder import Encoder
 from fastdiff.runtime.processes import Processes, current, join
 from fastdiff.settings import what_is_wrong
 from fastdiff.training.device_step import Losses, OptimizerStep, Record, poison_gradients
@@ -97,7 +97,7 @@ def _no_broadcasts(deepspeed: Any) -> Iterator[None]:
         deepspeed.comm.broadcast = broadcast
 
 
-def create_engine(model: UNet, optimizer: AdamWEMA, plan: StepPlan) -> Any:
+def create_engine(model: Encoder, optimizer: AdamWEMA, plan: StepPlan) -> Any:
     """Wrap a model with loaded weights and its optimiser in DeepSpeed's engine."""
     deepspeed, config = _connect(), plan.deepspeed_json(sum(p.numel() for p in model.parameters()))
     try:
@@ -121,11 +121,15 @@ class EngineStep(OptimizerStep):
     """
 
     def __init__(
-        self, losses: Losses, record: Record, engine: Any, optimizer: AdamWEMA, model: UNet, plan: StepPlan
+        self, losses: Losses, record: Record, engine: Any, optimizer: AdamWEMA, model: Encoder, plan: StepPlan
     ) -> None:
         super().__init__(losses, record, optimizer, model, plan, torch.device("cpu"))
         self.engine = engine
         self.plain = engine.optimizer is optimizer  # in fp32 without ZeRO DeepSpeed does not wrap the optimiser
+
+    @property
+    def network(self) -> Any:
+        return self.engine
 
     def take(self, micro_batches: list[Batch], step: int, seed_dropout: Callable[[int], None]) -> None:
         """Forward and backward pass of each micro-batch, then the update. `step` counts all earlier steps."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.images.loader import Batch
-from fastdiff.models import UNet
+from fastdiff.models.encoder import Encoder
 from fastdiff.runtime.cuda_graphs import GraphRunner
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.optimizer import AdamWEMA, OnDevice, learning_rate, learning_rate_on_device
@@ -35,12 +35,17 @@ class OptimizerStep:
     """
 
     def __init__(
-        self, losses: Losses, record: Record, optimizer: AdamWEMA, model: UNet, plan: StepPlan, device: torch.device
+        self, losses: Losses, record: Record, optimizer: AdamWEMA, model: Encoder, plan: StepPlan, device: torch.device
     ) -> None:
         self.losses, self.record, self.optimizer, self.model = losses, record, optimizer, model
         self.train, self.accumulation = plan.train, plan.accumulation
         self.grad_norms: list[Tensor | float] = []
         self._skips = SkipCounter(device)
+
+    @property
+    def network(self) -> Any:
+        """What `losses` calls in a step, on every rank."""
+        return self.model
 
     @property
     def skipped_steps(self) -> int:
@@ -75,7 +80,7 @@ class DeviceStep(OptimizerStep):
     update another, so that any accumulation needs the memory of one micro-batch.
     """
 
-    def __init__(self, losses: Losses, record: Record, optimizer: AdamWEMA, model: UNet, plan: StepPlan) -> None:
+    def __init__(self, losses: Losses, record: Record, optimizer: AdamWEMA, model: Encoder, plan: StepPlan) -> None:
         device = next(model.parameters()).device
         super().__init__(losses, record, optimizer, model, plan, device)
         self.scale: LossScale | None = None

@@ -37,6 +37,7 @@ from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.labels import Labels
 from fastdiff.sampling.pictures import to_uint8
 from fastdiff.sampling.settings import DrawSettings
+from fastdiff.training.settings import RunSettings, TrainSettings
 from fastdiff.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -196,8 +197,9 @@ class AverageEvaluation:
 
     def _network(self, trainer: Trainer, average: dict[str, Tensor] | None) -> UNet:
         """The network with an average's weights, which rank 0 has, on every rank."""
+        assert isinstance(trainer.model, UNet)
         with torch.random.fork_rng(devices=[]):  # its initial weights are drawn
-            model = build_model(trainer.model_settings)
+            model = build_model(trainer.model.settings)
         model.to(trainer.device).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -256,10 +258,15 @@ class _Drawing:
         return images
 
 
+def scores_averages(train: RunSettings) -> bool:
+    """Whether the averages are scored during the run; a classifier's eval_interval has another meaning."""
+    return isinstance(train, TrainSettings) and bool(train.eval_interval)
+
+
 def check_evaluation(config: Config) -> None:
     """UserError for settings of the evaluation that are wrong whatever the files hold, before any is opened."""
     train = config.train
-    if not train.eval_interval:
+    if not scores_averages(train):
         return
     if isinstance(config.model, SuperResSettings):
         raise UserError(

@@ -1,7 +1,8 @@
 """Starts a new run from the weights of another network: `--init_from`.
 
 Every tensor is taken as it is, but for two, which may have other rows in the new network: the label embedding, if the
-classes are others, and the last layer, if only one of the two networks predicts variances.
+classes are others, and the last layer, if only one of the two networks predicts variances, or a classifier's classes
+are others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from fastdiff.config.load import Config
 from fastdiff.config.presets import preset_for_file
 from fastdiff.errors import blaming
 from fastdiff.images.listing import same_to_readers
-from fastdiff.models import BackboneSettings, UNet, build_model, weights
+from fastdiff.models import BackboneSettings, UNet, weights
+from fastdiff.models.classifier import Classifier, build_network
+from fastdiff.models.classifier_settings import ClassifierSettings, NetworkSettings
 from fastdiff.training.checkpoints.changes import of_equal_shapes, process_changes, shown
 from fastdiff.training.checkpoints.format import LABELS
 
@@ -31,13 +34,15 @@ def open_initial(config: Config) -> Checkpoint:
     with blaming("--init_from"):
         checkpoint = open_checkpoint(config.train.init_from)
         with torch.device("meta"):
-            fresh = build_model(config.model).state_dict()
+            fresh = build_network(config.model).state_dict()
         state, _ = _adapted(checkpoint, fresh, config.model, [])
         weights.check_fits(config.model, state, checkpoint.file)
     return checkpoint
 
 
-def take_weights(checkpoint: Checkpoint, model: UNet, config: Config, class_names: Sequence[str]) -> list[str]:
+def take_weights(
+    checkpoint: Checkpoint, model: UNet | Classifier, config: Config, class_names: Sequence[str]
+) -> list[str]:
     """Load the checkpoint's weights into a new network; returns lines for the log about what was taken.
 
     class_names are those of the run's images. Raises UserError for weights that don't fit or aren't finite.
@@ -65,13 +70,15 @@ def _settings_lines(checkpoint: Checkpoint, config: Config) -> list[str]:
 
 
 def _adapted(
-    checkpoint: Checkpoint, fresh: dict[str, Tensor], settings: BackboneSettings, class_names: Sequence[str]
+    checkpoint: Checkpoint, fresh: dict[str, Tensor], settings: NetworkSettings, class_names: Sequence[str]
 ) -> tuple[OrderedDict[str, Tensor], list[str]]:
     """The checkpoint's weights with label embedding and last layer as these settings have them, and lines for the log.
 
     fresh  the state_dict of a new network, for rows that begin anew
     """
     state, lines = OrderedDict(checkpoint.state), []
+    if isinstance(settings, ClassifierSettings):
+        return state, _renew_head(state, fresh)
     if line := _match_last_layer(state, fresh, settings.in_channels):
         lines.append(line)
     table, bias = state.get(LABELS), state.get(_EMBEDDING_BIAS)
@@ -92,6 +99,16 @@ def _adapted(
         which = "the row of the null class" if has_null else "the mean of its classes' rows"
         lines.append(f"{LABELS} is left out, and {which} added to {_EMBEDDING_BIAS} in its place")
     return state, lines
+
+
+def _renew_head(state: OrderedDict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
+    """Let a classifier's layers of another number of classes begin anew; returns lines for the log."""
+    pairs = {
+        name: (state[name].shape, fresh[name].shape) for name in state if name.startswith("out.") and name in fresh
+    }
+    others = [name for name, (then, now) in pairs.items() if then[1:] == now[1:] and then != now]
+    state.update({name: fresh[name] for name in others})
+    return [f"{' and '.join(others)} begin anew, for {len(fresh[others[0]])} classes"] if others else []
 
 
 def _differ(row: Tensor, bias: Tensor, fresh: dict[str, Tensor]) -> bool:

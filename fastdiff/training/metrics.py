@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastdiff import ops
+from fastdiff.diffusion import GaussianDiffusion
 
-_TERMS = ("loss", "mse", "vb")
-"""The terms that a loss can have, of which it has the first one, two or all."""
+_MOST_TERMS = 3
+"""Largest number of terms that a loss has."""
 
 
 class LossResult(NamedTuple):
@@ -24,29 +26,34 @@ class LossResult(NamedTuple):
     weights: Tensor
     """Importance weights [B] float32 of the timesteps."""
     terms: dict[str, Tensor]
-    """Unweighted terms [B] of each image: "loss", and "mse" and "vb" where it is their sum."""
+    """Unweighted terms [B] of each image: "loss", and others of the objective's `loss_terms`."""
 
 
 class LossMeter:
     """Means of the loss terms since the last read, overall and by quartile of the timestep, over all ranks.
 
     They are what improved-diffusion logs: values times importance weights; loss_q0 is the least noisy quarter. Values
-    that are not finite stay out of the means; non-finite losses are counted.
+    that are not finite stay out of the means; non-finite losses are counted. names are those of the terms, "loss"
+    first, of which a loss has the first one, two or all.
     """
 
-    def __init__(self, num_timesteps: int, device: torch.device) -> None:
-        self.num_timesteps = num_timesteps
+    def __init__(
+        self, num_timesteps: int, device: torch.device, names: Sequence[str] = GaussianDiffusion.loss_terms
+    ) -> None:
+        self.num_timesteps, self.names = num_timesteps, names
         # [term, q0..q3 and all, sum/count/number of non-finite values]
-        self.sums = torch.zeros(len(_TERMS), 5, 3, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(_MOST_TERMS, 5, 3, dtype=torch.float64, device=device)
 
     @staticmethod
     def fits(sums: object) -> bool:
         """Whether `sums` has the shape that `state_dict` gives it, for any number of ranks."""
-        return isinstance(sums, Tensor) and sums.ndim == 4 and sums.shape[1:] == (len(_TERMS), 5, 3)
+        return isinstance(sums, Tensor) and sums.ndim == 4 and sums.shape[1:] == (_MOST_TERMS, 5, 3)
 
     def add(self, t: Tensor, weights: Tensor, terms: dict[str, Tensor]) -> None:
         """Add the terms [B] of a micro-batch at timesteps t [B]."""
-        ops.add_losses_(self.sums, [terms[name] for name in _TERMS if name in terms], t, weights, self.num_timesteps)
+        ops.add_losses_(
+            self.sums, [terms[name] for name in self.names if name in terms], t, weights, self.num_timesteps
+        )
 
     def read(self) -> dict[str, float]:
         """{"loss": …, "loss_q0": …} without terms and quartiles that had no values; then start over. Collective.
@@ -58,11 +65,11 @@ class LossMeter:
         sums = self.sums.tolist()
         self.sums.zero_()
         metrics = {}
-        for name, rows in zip(_TERMS, sums, strict=True):
+        for name, rows in zip(self.names, sums, strict=True):
             for suffix, (total, count, _) in zip(("_q0", "_q1", "_q2", "_q3", ""), rows, strict=True):
                 if count:
                     metrics[name + suffix] = total / count
-        if bad := sums[_TERMS.index("loss")][4][2]:
+        if bad := sums[0][4][2]:
             metrics["bad_losses"] = bad
         return metrics
 

@@ -21,13 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastdiff import ops
-from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models import UNet
 from fastdiff.models.arrangement import arrange_weights
+from fastdiff.models.classifier import Classifier, build_network
+from fastdiff.models.classifier_settings import NetworkSettings
 from fastdiff.models.unet import body_dtype, dummy_batch
 from fastdiff.runtime.machine import best_seconds, free_memory, local_processes
 from fastdiff.runtime.processes import Processes
+from fastdiff.training.objective import Objective
 from fastdiff.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -96,9 +98,9 @@ class Fit:
 
 
 def fit(
-    model: BackboneSettings,
+    model: NetworkSettings,
     plan: StepPlan,
-    diffusion: GaussianDiffusion,
+    objective: Objective,
     processes: Processes,
     before: int | None = None,
     always_estimate: bool = False,
@@ -122,7 +124,7 @@ def fit(
     for recompute in (False, True) if model.use_checkpoint == "auto" else (model.use_checkpoint is True,):
         settings = model.model_copy(update={"use_checkpoint": recompute})
         memory = estimate(
-            settings, train, diffusion, plan.dtype, processes.device, plan.world_size, not plan.engine_reason
+            settings, train, objective, plan.dtype, processes.device, plan.world_size, not plan.engine_reason
         )
         if micro < share or memory.most(int(available * (1 - SPARE))) < share:
             memory = memory.accumulating()
@@ -140,7 +142,7 @@ def fit(
             micro = before
             lines.append(f"microbatch auto: {micro}, as the run began")
         else:
-            micro, rates = _fastest(settings, train, diffusion, processes, _divisors(share, most)[:TRIED])
+            micro, rates = _fastest(settings, train, objective, processes, _divisors(share, most)[:TRIED])
             tried = ", ".join(f"{size}: {rate:.4g} images/s" for size, rate in rates.items())
             lines.append(f"microbatch auto: {micro} ({tried})")
         if micro < share:
@@ -157,19 +159,19 @@ def available_memory(processes: Processes) -> int:
 
 
 def _fastest(
-    model: BackboneSettings,
+    model: NetworkSettings,
     train: TrainSettings,
-    diffusion: GaussianDiffusion,
+    objective: Objective,
     processes: Processes,
     sizes: Sequence[int],
 ) -> tuple[int, dict[int, float]]:
     """The size with the most images/s in forward and backward pass on the slowest process, and all sizes' rates."""
     seconds = torch.zeros(len(sizes), dtype=torch.float64)
-    network = build_model(model).to(processes.device).train()
+    network = build_network(model).to(processes.device).train()
     network.set_precision(body_dtype(train.precision, processes.device))
     for i, size in enumerate(sizes):
         try:
-            seconds[i] = seconds_of_step(network, diffusion, processes.device, size) / size
+            seconds[i] = seconds_of_step(network, objective, processes.device, size) / size
         except torch.OutOfMemoryError:
             seconds[i] = float("inf")
         network.zero_grad(set_to_none=True)
@@ -185,17 +187,17 @@ def _fastest(
     return sizes[best], {size: 1 / each for size, each in zip(sizes, seconds.tolist(), strict=True)}
 
 
-def seconds_of_step(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int) -> float:
+def seconds_of_step(network: UNet | Classifier, objective: Objective, device: torch.device, size: int) -> float:
     """Seconds of a forward and backward pass on `size` images."""
-    return best_seconds(dummy_step(network, diffusion, device, size), device, rounds=2)
+    return best_seconds(dummy_step(network, objective, device, size), device, rounds=2)
 
 
-def dummy_step(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int) -> Callable[[], None]:
+def dummy_step(network: UNet | Classifier, objective: Objective, device: torch.device, size: int) -> Callable[[], None]:
     """A forward and backward pass on `size` black images, for timing; it adds to the parameters' gradients."""
     batch = dummy_batch(network.settings, size, device)
 
     def step() -> None:
-        diffusion.training_losses(network, *batch)["loss"].mean().backward()
+        objective.training_losses(network, *batch)["loss"].mean().backward()
 
     return step
 
@@ -285,9 +287,9 @@ class Memory:
 
 
 def estimate(
-    model: BackboneSettings,
+    model: NetworkSettings,
     train: TrainSettings,
-    diffusion: GaussianDiffusion,
+    objective: Objective,
     dtype: torch.dtype,
     device: torch.device,
     world_size: int = 1,
@@ -303,14 +305,14 @@ def estimate(
     # Ops choose their implementation by device: fake tensors stand in for the CPU's, meta tensors for a GPU's.
     stand_in = FakeTensorMode() if device.type == "cpu" else torch.device("meta")
     with stand_in:
-        network = build_model(model.model_copy(update={"use_checkpoint": model.use_checkpoint is True}))
-        process = replace(diffusion)  # a copy, so that the caller's process caches no stand-in tables
+        network = build_network(model.model_copy(update={"use_checkpoint": model.use_checkpoint is True}))
+        objective = replace(objective)  # a copy, so that the caller's caches no stand-in tables
         network.train().set_precision(dtype)
         if arranges:
             arrange_weights(network)
         elif halves:
             network.to(dtype)
-        peaks = [_peak(network, process, device, size, train.kernels) for size in sizes]
+        peaks = [_peak(network, objective, device, size, train.kernels) for size in sizes]
     count = sum(p.numel() for p in network.parameters())
     copied = sum(p.numel() for p in network.parameters() if arranges and p.dtype != torch.float32)
     per_image = (peaks[1] - peaks[0]) // (sizes[1] - sizes[0])
@@ -329,12 +331,12 @@ def estimate(
     )
 
 
-def _peak(network: UNet, diffusion: GaussianDiffusion, device: torch.device, size: int, kernels: str) -> int:
+def _peak(network: UNet | Classifier, objective: Objective, device: torch.device, size: int, kernels: str) -> int:
     """Peak bytes of a forward and backward pass on `size` images, without weights and their gradients."""
     for p in (*network.parameters(), *(network.projection or ())):
         p.grad = torch.zeros_like(p)  # DeepSpeed keeps gradients in buffers of its own
     batch = dummy_batch(network.settings, size, next(network.parameters()).device)
     mode: ops.Kernels = "triton" if device.type == "cuda" and kernels != "reference" else "auto"
     with ops.using(mode, anywhere=True), LiveBytes() as live:
-        diffusion.training_losses(network, *batch)["loss"].mean().backward()
+        objective.training_losses(network, *batch)["loss"].mean().backward()
     return live.peak

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fastdiff import ops
-from fastdiff.models import UNet
 from fastdiff.models.arrangement import arrange_weights
+from fastdiff.models.encoder import Encoder
 from fastdiff.training.settings import TrainSettings
 from fastdiff.training.step_plan import StepPlan
 
@@ -243,7 +243,7 @@ class AdamWEMA(torch.optim.AdamW):
                 ops.update_ema(averages, params, rate)
 
 
-def create_optimizer(model: UNet, plan: StepPlan) -> AdamWEMA:
+def create_optimizer(model: Encoder, plan: StepPlan) -> AdamWEMA:
     """The optimiser of a model that is on its device. It updates by the kernel where its tensors are on a GPU."""
     fused_kernel = ops.uses_kernels(next(model.parameters())) and not plan.offloads_optimizer
     train = plan.train

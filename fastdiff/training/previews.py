@@ -17,7 +17,7 @@ from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.errors import UserError
-from fastdiff.models import SuperResSettings, build_model
+from fastdiff.models import BackboneSettings, SuperResSettings, build_model
 from fastdiff.sampling.engine import Engine
 from fastdiff.sampling.guided_network import GuidedNetwork
 from fastdiff.sampling.pictures import grid, save_grid, to_uint8
@@ -67,6 +67,7 @@ def _draw(
 ) -> Tensor | None:
     """Samples [n, C, H, W] float32 of the network with the averaged weights; None once go_on returns False."""
     settings, train, device = trainer.model_settings, trainer.train, trainer.device
+    assert isinstance(settings, BackboneSettings)
     model = build_model(settings)
     model.load_state_dict(average)
     model.to(device).eval().set_precision(trainer.model.dtype)

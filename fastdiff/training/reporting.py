@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
+SHOWN = ("loss", "mse", "vb", "acc@1", "acc@5", "val_loss", "val_acc@1", "val_acc@5", "grad_norm")
+"""The metrics in lines of the log."""
+
+
 class Reporter:
     """Writes a run's metrics into its folder and shows progress; without a folder, as on ranks other than 0, nothing.
 
@@ -94,7 +98,7 @@ class Reporter:
         with self._writing("progress.csv"):
             self._append({"step": step, **metrics})
         self._add_curves(step, metrics)
-        shown = [f"{name} {metrics[name]:.4g}" for name in ("loss", "mse", "vb", "grad_norm") if name in metrics]
+        shown = [f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics]
         bad = [f"skipped {metrics['skipped_steps']:.0f}"] if metrics.get("skipped_steps") else []
         rate = metrics.get("images_per_second")
         pace = [] if rate is None else [f"{rate:.4g} images/s", f"ETA {_duration(seconds_left)}"]

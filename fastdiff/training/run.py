@@ -6,7 +6,7 @@ import errno
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -14,14 +14,15 @@ import torch
 
 from fastdiff import errors, precompile
 from fastdiff.config.load import Config
-from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images.labels import describe_classes
 from fastdiff.images.loader import Loader
 from fastdiff.images.open import open_images
 from fastdiff.images.outputs import refuse_as_run
 from fastdiff.images.unreadable import STEM, naming_all
-from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models import UNet
+from fastdiff.models.classifier import Classifier, build_network
+from fastdiff.models.classifier_settings import ClassifierSettings, NetworkSettings
 from fastdiff.models.settings import default_attention_warning, misplaced_attention
 from fastdiff.ops import choose_kernels, keep_channels_last
 from fastdiff.runtime.machine import choose_threads, keep_compiled_code, prepare_cudnn, share_compile_processes, tf32
@@ -34,11 +35,13 @@ from fastdiff.training.checkpoints.format import Snapshot
 from fastdiff.training.deepspeed_engine import start_processes
 from fastdiff.training.diagnostics.anomaly import NonFinite, detect_anomaly
 from fastdiff.training.effect import check_effect, effect_warnings
-from fastdiff.training.evaluation import AverageEvaluation, check_evaluation
+from fastdiff.training.evaluation import AverageEvaluation, check_evaluation, scores_averages
 from fastdiff.training.initial_weights import open_initial, take_weights
 from fastdiff.training.loop import LONG
 from fastdiff.training.microbatch import dummy_step, fit
+from fastdiff.training.objective import Objective, create_objective
 from fastdiff.training.previews import preview_diffusion
+from fastdiff.training.settings import ClassifierTrainSettings
 from fastdiff.training.step_plan import StepPlan, decide_compile, decide_cuda_graph, plan_step, training_launches
 from fastdiff.training.summary import dry_run as take_dry_run
 from fastdiff.training.trainer import Trainer
@@ -89,23 +92,28 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
         searches = prepare_cudnn(settings.deterministic, settings.cudnn_benchmark_limit)
         if processes.device.type == "cuda":
             notes.append(searches)
-        diffusion = create_diffusion(config.diffusion, config.model.learn_sigma)
+        objective = create_objective(config.model, config.diffusion, getattr(settings, "noised", True))
         watchdog.progress("opening the reference", math.inf)  # a progress bar shows how it is read
-        evaluation = AverageEvaluation(config, processes) if settings.eval_interval else None
+        evaluation = AverageEvaluation(config, processes) if scores_averages(settings) else None
         watchdog.progress("starting", LONG)
-        config, plan, resolved = resolve_auto(config, plan, diffusion, processes, snapshot, dry_run)
+        config, plan, resolved = resolve_auto(config, plan, objective, processes, snapshot, dry_run)
         notes += resolved
         if not dry_run:
             notes += _compile_kernels(config, plan, processes.device)
         torch.manual_seed(settings.seed)
-        model = build_model(config.model)
+        model = build_network(config.model)
         if initial and not snapshot:
             notes += take_weights(initial, model, config, loader.class_names)
         initial = None
         alone_on_cpu = processes.device.type == "cpu" and processes.world_size == 1
         if alone_on_cpu and not dry_run and not _threads_of(snapshot, processes):
-            notes += _try_threads(plan, model, diffusion, processes.device, snapshot.step if snapshot else 0)
-        trainer = Trainer(plan, model, diffusion, loader, processes, snapshot)
+            notes += _try_threads(plan, model, objective, processes.device, snapshot.step if snapshot else 0)
+        validation = None
+        if isinstance(settings, ClassifierTrainSettings) and settings.val_data_dir:
+            watchdog.progress("opening the validation images", LONG)
+            validation = open_things.enter_context(_open_validation(config, settings, processes, loader.class_names))
+            watchdog.progress("starting", LONG)
+        trainer = Trainer(plan, model, objective, loader, processes, snapshot, validation)
         found = snapshot.notes if snapshot else []
         snapshot = None  # frees as much memory as a checkpoint has bytes
         if writes:
@@ -137,7 +145,7 @@ def _threads_of(snapshot: Snapshot | None, processes: Processes) -> int | None:
 
 
 def _try_threads(
-    plan: StepPlan, model: UNet, diffusion: GaussianDiffusion, device: torch.device, step: int
+    plan: StepPlan, model: UNet | Classifier, objective: Objective, device: torch.device, step: int
 ) -> list[str]:
     """Choose a CPU's number of threads by timing the network on a dummy batch; returns lines for the log.
 
@@ -147,7 +155,7 @@ def _try_threads(
         return []
     model.set_precision(plan.dtype).train()
     with torch.random.fork_rng(devices=[]):
-        line = choose_threads(dummy_step(model, diffusion, device, plan.micro))
+        line = choose_threads(dummy_step(model, objective, device, plan.micro))
     model.zero_grad(set_to_none=True)
     return [line] if line else []
 
@@ -218,14 +226,14 @@ _STATES = {errors.PREEMPTED: "preempted", errors.INTERRUPTED: "interrupted", err
 def resolve_auto(
     config: Config,
     plan: StepPlan,
-    diffusion: GaussianDiffusion,
+    objective: Objective,
     processes: Processes,
     snapshot: Snapshot | None,
     dry_run: bool,
 ) -> tuple[Config, StepPlan, list[str]]:
     """Settings and plan with every auto replaced by the value chosen here, and lines for the log about the choices."""
     train, state = config.train, snapshot.state if snapshot else {}
-    fitted = fit(config.model, plan, diffusion, processes, state.get("microbatch"), always_estimate=dry_run)
+    fitted = fit(config.model, plan, objective, processes, state.get("microbatch"), always_estimate=dry_run)
     steps_left = train.last_step - (snapshot.step if snapshot else 0)
     compiles, why = decide_compile(train, processes.device, steps_left, state.get("settings", {}).get("compile"))
     if dry_run:
@@ -254,6 +262,7 @@ def _compile_kernels(config: Config, plan: StepPlan, device: torch.device) -> li
         through_engine=bool(plan.engine_reason),
         in_regions=plan.in_regions,
         compiled=plan.train.compile is True,
+        noised=getattr(plan.train, "noised", True),
     )
     return precompile.start(launches, device)
 
@@ -280,16 +289,18 @@ def _check(config: Config) -> None:
         raise UserError(f"--in_channels {model.in_channels}: image files have 1 (gray), 3 (RGB) or 4 (RGBA) channels")
 
 
-def _check_attention(model: BackboneSettings) -> list[str]:
+def _check_attention(model: NetworkSettings) -> list[str]:
     """Lines for the log on the default attention_resolutions of a new run; UserError for given ones of no level.
 
     Checkpoints keep theirs: their networks have attention where the resolutions, rounded down, put it.
     """
-    if "attention_resolutions" not in model.model_fields_set:
-        warning = default_attention_warning(model)
-        return [warning] if warning else []
-    if message := misplaced_attention(model):
-        raise UserError(f"--{message}")
+    prefix = "classifier_" if isinstance(model, ClassifierSettings) else ""
+    named = lambda text: text.replace("attention_resolutions", f"{prefix}attention_resolutions")
+    if named("attention_resolutions") not in model.model_fields_set:
+        warning = default_attention_warning(model.backbone)
+        return [named(warning)] if warning else []
+    if message := misplaced_attention(model.backbone):
+        raise UserError(f"--{named(message)}")
     return []
 
 
@@ -312,9 +323,15 @@ def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None
     if config.model.class_cond:
         count = len(loader.class_names)
         if count < 2:
+            classifies = isinstance(config.model, ClassifierSettings)
+            flag, rest = (
+                ("data_dir", "or give --labels")
+                if classifies
+                else ("class_cond", "give --labels, or train with --class_cond False")
+            )
             raise UserError(
-                f"--class_cond: {config.data.data_dir} has one class only ({loader.class_names[0]}); name files "
-                "CLASS_anything, sort them into class folders, give --labels, or train with --class_cond False"
+                f"--{flag}: {config.data.data_dir} has one class only ({loader.class_names[0]}); name files "
+                f"CLASS_anything, sort them into class folders, {rest}"
             )
         if count > config.model.num_classes:
             raise UserError(
@@ -323,3 +340,25 @@ def _open_loader(config: Config, processes: Processes, snapshot: Snapshot | None
                 "else --labels"
             )
     return loader
+
+
+def _open_validation(
+    config: Config, settings: ClassifierTrainSettings, processes: Processes, class_names: Sequence[str]
+) -> Loader:
+    """This rank's validation images, in the classes of the training images, without flips and random crops."""
+    data = config.data.model_copy(
+        update={"data_dir": settings.val_data_dir, "random_flip": False, "random_crop": False, "shuffle": True}
+    )
+    with blaming("--val_data_dir"):
+        return open_images(
+            data,
+            size_hw=config.model.size_hw,
+            channels=config.model.in_channels,
+            batch_size=settings.batch_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            seed=settings.seed,
+            device=processes.device,
+            class_cond=True,
+            class_names=class_names,
+        )

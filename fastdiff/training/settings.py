@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -22,6 +22,7 @@ from fastdiff.settings import (
     Switch,
     Words,
     affecting,
+    is_true,
     what_is_wrong,
 )
 
@@ -30,11 +31,12 @@ RUN = Affects("run")
 STREAM = Affects("stream")
 """Marks training settings that decide which images, timesteps and noise each step sees. A run may change them only by
 allow_change."""
+T = TypeVar("T", bound="RunSettings")
 FOREVER = 1_000_000  # steps of a run that names no end
 
 
-class TrainSettings(Settings):
-    """The optimiser, the batch, and what is written when."""
+class RunSettings(Settings):
+    """What the trainings of diffusion models and of classifiers have in common."""
 
     run_dir: Annotated[FilePath, RUN] = ""
     """Folder of the run; empty: the folder in OPENAI_LOGDIR, else runs/NAME. The same folder again resumes."""
@@ -56,8 +58,6 @@ class TrainSettings(Settings):
     """Learning rate of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW, on every parameter."""
-    label_dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of labels replaced by the null class in training, for guidance (0.1 is usual)."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly."""
     lr_anneal_steps: int = Field(0, ge=0)
@@ -118,26 +118,6 @@ class TrainSettings(Settings):
     checkpoint, the first time, and end the run with a diagnosis, the second time; 0: never."""
     detect_anomaly: Annotated[bool, RUN] = False
     """Look for the first operation with a non-finite result, in forward and backward pass: slow."""
-    sample_interval: Annotated[int, RUN] = Field(0, ge=0)
-    """Steps between grids of samples from the first EMA; 0: none."""
-    sample_count: Annotated[int, RUN] = Field(16, ge=1)
-    """Images in such a grid."""
-    sample_respacing: Annotated[str, RUN] = "ddim25"
-    """Timesteps of such a grid: ddim25 takes 25 DDIM steps, 250 as many ancestral ones."""
-    eval_interval: Annotated[int, RUN] = Field(0, ge=0)
-    """Steps between scores of all averages, which go into progress.csv; the best average is kept in checkpoints/best.
-    0: none."""
-    eval_reference: Annotated[FilePath, RUN] = ""
-    """What the averages' images are compared with: images of the model's size or their statistics, as in the
-    `reference` of evaluate.py."""
-    eval_samples: Annotated[int, RUN] = Field(5000, ge=10)
-    """Images that each average draws for that, with dpmpp_2m_sde in 20 steps."""
-    eval_metrics: Annotated[Words, RUN] = ("fid",)
-    """Of fid, sfid, is, precision, recall, kid, several separated by commas; the first says which average is best."""
-    eval_features: Annotated[FilePath, RUN] = "inception-v3-compat"
-    """The network whose features are compared, as in the `features` of evaluate.py."""
-    eval_feature_weights: Annotated[FilePath, RUN] = ""
-    """The file of Inception's weights, for machines without a network; empty: torch-fidelity's are fetched once."""
 
     @property
     def last_step(self) -> int:
@@ -172,6 +152,48 @@ class TrainSettings(Settings):
             raise ValueError(f"must be among {', '.join(CHANGES)}, not {unknown[0]!r}{near}")
         return names
 
+    @model_validator(mode="after")
+    def _combinations(self) -> RunSettings:
+        if self.keep_every and not self.keep_last:
+            raise ValueError(f"keep_every {self.keep_every} needs keep_last, without which all checkpoints stay")
+        if self.use_fp16 and self.precision != "fp16":
+            raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
+        if self.init_from and self.resume_checkpoint:
+            raise ValueError(
+                f"init_from {self.init_from} starts a new run from weights, but resume_checkpoint "
+                f"{self.resume_checkpoint} goes on with a run; give only one of them"
+            )
+        if self.cuda_graph is True and self.zero_stage > 1:
+            raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")
+        return self
+
+
+class TrainSettings(RunSettings):
+    """The optimiser, the batch, and what is written when."""
+
+    label_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of labels replaced by the null class in training, for guidance (0.1 is usual)."""
+    sample_interval: Annotated[int, RUN] = Field(0, ge=0)
+    """Steps between grids of samples from the first EMA; 0: none."""
+    sample_count: Annotated[int, RUN] = Field(16, ge=1)
+    """Images in such a grid."""
+    sample_respacing: Annotated[str, RUN] = "ddim25"
+    """Timesteps of such a grid: ddim25 takes 25 DDIM steps, 250 as many ancestral ones."""
+    eval_interval: Annotated[int, RUN] = Field(0, ge=0)
+    """Steps between scores of all averages, which go into progress.csv; the best average is kept in checkpoints/best.
+    0: none."""
+    eval_reference: Annotated[FilePath, RUN] = ""
+    """What the averages' images are compared with: images of the model's size or their statistics, as in the
+    `reference` of evaluate.py."""
+    eval_samples: Annotated[int, RUN] = Field(5000, ge=10)
+    """Images that each average draws for that, with dpmpp_2m_sde in 20 steps."""
+    eval_metrics: Annotated[Words, RUN] = ("fid",)
+    """Of fid, sfid, is, precision, recall, kid, several separated by commas; the first says which average is best."""
+    eval_features: Annotated[FilePath, RUN] = "inception-v3-compat"
+    """The network whose features are compared, as in the `features` of evaluate.py."""
+    eval_feature_weights: Annotated[FilePath, RUN] = ""
+    """The file of Inception's weights, for machines without a network; empty: torch-fidelity's are fetched once."""
+
     @field_validator("eval_metrics")
     @classmethod
     def _eval_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -190,25 +212,60 @@ class TrainSettings(Settings):
             )
         return self
 
-    @model_validator(mode="after")
-    def _combinations(self) -> TrainSettings:
-        if self.keep_every and not self.keep_last:
-            raise ValueError(f"keep_every {self.keep_every} needs keep_last, without which all checkpoints stay")
-        if self.use_fp16 and self.precision != "fp16":
-            raise ValueError(f"use_fp16 True contradicts precision {self.precision}")
-        if self.init_from and self.resume_checkpoint:
-            raise ValueError(
-                f"init_from {self.init_from} starts a new run from weights, but resume_checkpoint "
-                f"{self.resume_checkpoint} goes on with a run; give only one of them"
-            )
-        if self.cuda_graph is True and self.zero_stage > 1:
-            raise ValueError(f"cuda_graph True needs zero_stage 0 or 1, not {self.zero_stage}")
-        return self
+
+class ClassifierTrainSettings(RunSettings):
+    """The optimiser, the batch, the validation, and what is written when."""
+
+    label_dropout: ClassVar[float] = 0.0
+    sample_interval: ClassVar[int] = 0
+
+    max_steps: Annotated[int, RUN] = Field(150_000, ge=1)
+    """Optimiser steps of the whole run."""
+    iterations: Annotated[int, RUN] = Field(0, ge=0)
+    """The same as max_steps, unless it is 0."""
+    batch_size: Annotated[int, STREAM] = Field(4, ge=1)
+    """Images per optimiser step, over all processes."""
+    lr: float = Field(3e-4, gt=0)
+    """Learning rate of AdamW."""
+    anneal_lr: bool = False
+    """Let the learning rate fall linearly to 0 over the whole run, as lr_anneal_steps of max_steps does."""
+    classifier_use_fp16: bool = False
+    """The same as precision fp16."""
+    noised: bool = True
+    """Train on noised images, as guidance needs it; otherwise on the images themselves, at timestep 0."""
+    val_data_dir: Annotated[FilePath, RUN] = ""
+    """Folder with images for validation, in the same classes as data_dir; empty: no validation."""
+    eval_interval: Annotated[int, RUN] = Field(5, ge=1)
+    """Steps between batches of validation, whose losses and accuracies progress.csv has as val_loss, val_acc@1, ..."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guided_diffusion_names(cls, values: Any) -> Any:
+        """Turn iterations into max_steps, anneal_lr into lr_anneal_steps and classifier_use_fp16 into precision."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if str(steps := values.get("iterations", 0)).strip() != "0":
+            _give(values, "max_steps", steps, f"iterations {steps}")
+            values["iterations"] = 0
+        if is_true(values.get("anneal_lr")):
+            steps = values.get("max_steps", cls.model_fields["max_steps"].default)
+            _give(values, "lr_anneal_steps", steps, f"anneal_lr True over {steps} steps")
+        if is_true(values.get("classifier_use_fp16")):
+            _give(values, "precision", "fp16", "classifier_use_fp16 True")
+        return values
+
+
+def _give(values: dict[str, Any], name: str, value: Any, asked: str) -> None:
+    """Set a value that another setting asks for. ValueError if the setting has another one."""
+    if str(values.get(name, 0)) not in ("0", str(value)):
+        raise ValueError(f"{asked} contradicts {name} {values[name]}; give one of them")
+    values[name] = value
 
 
 ALWAYS_FREE = "use_checkpoint"
 """The one setting of a model that decides only how it is computed."""
-STREAM_SETTINGS = tuple(sorted(affecting(TrainSettings, "stream")))
+STREAM_SETTINGS = tuple(sorted(affecting(RunSettings, "stream")))
 _SECTIONS = (UNetSettings, SuperResSettings, DiffusionSettings)
 _PROCESS = {name for section in _SECTIONS for name in section.model_fields} - affecting(BackboneSettings, "shapes")
 CHANGES = (*STREAM_SETTINGS, *sorted(_PROCESS - {ALWAYS_FREE}))
@@ -235,7 +292,7 @@ _NAMES = {
 }
 
 
-def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
+def adopt(train: T, deepspeed: dict[str, Any]) -> T:
     """Take over the settings that only DeepSpeed's JSON gives. UserError where the two contradict each other."""
     for section, instead in _OURS.items():
         if section in deepspeed:
@@ -263,7 +320,7 @@ def adopt(train: TrainSettings, deepspeed: dict[str, Any]) -> TrainSettings:
         if ours in train.model_fields_set and getattr(train, ours) != value:
             raise UserError(f"deepspeed.{theirs} {value} contradicts train.{ours} {getattr(train, ours)}; give one")
     try:
-        adopted = TrainSettings.model_validate({**train.model_dump(), **{ours: v for ours, (_, v) in named.items()}})
+        adopted = type(train).model_validate({**train.model_dump(), **{ours: v for ours, (_, v) in named.items()}})
     except ValidationError as error:
         theirs = next((named[ours][0] for ours in named if ours in error.errors()[0]["loc"]), "fp16")
         raise UserError(f"deepspeed.{theirs}: {what_is_wrong(error)}") from None

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import DiffusionSettings, create_diffusion
+from fastdiff.diffusion import DiffusionSettings
 from fastdiff.diffusion.noise_keys import NOISE, TIMESTEPS
 from fastdiff.diffusion.timesteps import UniformSampler
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, UNet, build_model
+from fastdiff.models import UNet
 from fastdiff.models.arrangement import arrange_weights
-from fastdiff.models.regions import Regions
+from fastdiff.models.classifier import Classifier, build_network
+from fastdiff.models.classifier_settings import NetworkSettings
+from fastdiff.models.regions import regions_of
 from fastdiff.models.unet import body_dtype, dummy_batch
 from fastdiff.precompile import META, Launch, launches_of
 from fastdiff.runtime.machine import compile_kwargs, missing_compiler
@@ -29,6 +31,7 @@ from fastdiff.runtime.processes import Processes
 from fastdiff.settings import merge
 from fastdiff.training.metrics import LossMeter
 from fastdiff.training.microbatch import bucket_size, overlaps, split_batch
+from fastdiff.training.objective import create_objective
 from fastdiff.training.settings import TrainSettings
 
 WORTHWHILE_STEPS = 20_000
@@ -208,7 +211,7 @@ def decide_cuda_graph(plan: StepPlan, device: torch.device) -> tuple[bool | Lite
     return "auto", "one GPU"
 
 
-def compile_network(model: UNet, zero_stage: int, in_regions: bool = False) -> None:
+def compile_network(model: UNet | Classifier, zero_stage: int, in_regions: bool = False) -> None:
     """Compile the network's forward pass, as one graph or in regions, and nothing around it.
 
     DeepSpeed's `engine.compile` would include the hooks that it adds to the module, which count micro-batches: Dynamo
@@ -218,12 +221,12 @@ def compile_network(model: UNet, zero_stage: int, in_regions: bool = False) -> N
     kwargs = compile_kwargs(device, fullgraph=zero_stage < 3)
     if device.type == "cuda":
         kwargs["options"]["post_grad_custom_pre_pass"] = ops.sums_in_norms()
-    compiled = Regions(model).compile(**kwargs) if in_regions else torch.compile(model.forward, **kwargs)
+    compiled = regions_of(model).compile(**kwargs) if in_regions else torch.compile(model.forward, **kwargs)
     model.forward = compiled  # type: ignore[method-assign]
 
 
 def training_launches(
-    settings: BackboneSettings,
+    settings: NetworkSettings,
     diffusion: DiffusionSettings,
     micro: int,
     precision: torch.dtype,
@@ -234,6 +237,7 @@ def training_launches(
     through_engine: bool = False,
     in_regions: bool = False,
     compiled: bool = True,
+    noised: bool = True,
 ) -> list[Launch]:
     """The kernel launches of an optimiser step on micro-batches of `micro` images, with a body in `precision`.
 
@@ -243,10 +247,11 @@ def training_launches(
     through_engine  Whether DeepSpeed takes the step instead of `DeviceStep`; then weights are in `precision`, too.
     in_regions      Whether the network is compiled in regions, at whose borders no norm adds up a residual sum.
     compiled        Whether it is compiled at all, so that norms add up gradients (see `ops.sums_in_norms`).
+    noised          Whether a classifier sees noised images.
     """
 
     def work() -> None:
-        given = (settings, diffusion, micro, precision, more, through_engine, in_regions, compiled)
+        given = (settings, diffusion, micro, precision, more, through_engine, in_regions, compiled, noised)
         model = forward_and_backward(*given)
         _update(model, rates, scaled, through_engine, more)
 
@@ -254,7 +259,7 @@ def training_launches(
 
 
 def forward_and_backward(
-    settings: BackboneSettings,
+    settings: NetworkSettings,
     diffusion: DiffusionSettings,
     micro: int,
     precision: torch.dtype,
@@ -262,18 +267,20 @@ def forward_and_backward(
     through_engine: bool = False,
     in_regions: bool = False,
     compiled: bool = True,
-) -> UNet:
+    noised: bool = True,
+) -> UNet | Classifier:
     """Run a training step up to its gradients on the meta device; returns the network. See `training_launches`."""
     with META:
-        model = build_model(settings).train().set_precision(precision)
+        model = build_network(settings).train().set_precision(precision)
     if through_engine:
         model.to(precision)
     else:
         arrange_weights(model)
     if in_regions:
-        model.forward = Regions(model)  # type: ignore[method-assign]
-    process = create_diffusion(diffusion, settings.learn_sigma)
-    timesteps, meter = UniformSampler(process.num_timesteps, META), LossMeter(process.num_timesteps, META)
+        model.forward = regions_of(model)  # type: ignore[method-assign]
+    objective = create_objective(settings, diffusion, noised)
+    timesteps = UniformSampler(objective.num_timesteps, META)
+    meter = LossMeter(objective.num_timesteps, META, objective.loss_terms)
     step, batch = dummy_batch(settings, 2 * micro, META), dummy_batch(settings, micro, META)
     # A second micro-batch lies behind the first one, perhaps not at a multiple of 16 bytes.
     for cut in (slice(micro), slice(micro, 2 * micro))[: 1 + more]:
@@ -281,14 +288,14 @@ def forward_and_backward(
         t, weights = timesteps.sample(ops.image_uniform(TIMESTEPS, positions, 0))
         noise = replace(batch.noise, seed=NOISE, index=positions)
         given = batch._replace(images=step.images[cut], noise=noise)
-        terms = process.training_losses(model, *given)
+        terms = objective.training_losses(model, *given)
         meter.add(t, weights, terms)
         with ops.eager_sums() if compiled else nullcontext():
             terms["loss"].mean().backward()
     return model
 
 
-def _update(model: UNet, rates: Sequence[float], scaled: bool, through_engine: bool, more: bool) -> None:
+def _update(model: UNet | Classifier, rates: Sequence[float], scaled: bool, through_engine: bool, more: bool) -> None:
     """Launch the kernels of the optimiser's update."""
     weights: list[Tensor] = list(model.parameters())
     copies = [] if through_engine else [p for p in weights if p.dtype != torch.float32]

@@ -22,7 +22,8 @@ def dry_run(config: Config, folder: Path, trainer: Trainer, notes: list[str]) ->
     seconds = time.perf_counter() - start
     if not trainer.processes.is_main:
         return
-    names = ("config.json", "log.txt", "progress.csv", "status.json", "samples/", "checkpoints/")
+    pictures = ["samples/"] if config.train.sample_interval else []
+    names = ("config.json", "log.txt", "progress.csv", "status.json", *pictures, "checkpoints/")
     print(
         "\n".join([*classes_line(config, trainer), *notes]) + "\n"
         f"parameters     {millions(trainer)}\n"

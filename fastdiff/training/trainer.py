@@ -21,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.diffusion import GaussianDiffusion, create_timestep_sampler
-from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS
+from fastdiff.diffusion import create_timestep_sampler
+from fastdiff.diffusion.noise_keys import LABEL_DROPOUT, NOISE, TIMESTEPS, VALIDATION_NOISE, VALIDATION_TIMESTEPS
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch, Loader, to_device
 from fastdiff.models import SuperResSettings, UNet
+from fastdiff.models.classifier import Classifier
 from fastdiff.models.weights import with_info
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.checkpoints.format import Snapshot, adam_state_dict
@@ -34,8 +35,10 @@ from fastdiff.training.deepspeed_engine import EngineStep, create_engine
 from fastdiff.training.device_step import DeviceStep
 from fastdiff.training.master_weights import MasterWeights
 from fastdiff.training.metrics import LossMeter, LossResult
+from fastdiff.training.objective import Objective
 from fastdiff.training.optimizer import create_optimizer, learning_rate
 from fastdiff.training.step_plan import StepPlan, compile_network
+from fastdiff.training.validation import Validation
 
 
 def low_res_of(x: Tensor, size_hw: tuple[int, int]) -> Tensor:
@@ -54,15 +57,16 @@ class Trainer:
     def __init__(
         self,
         plan: StepPlan,
-        model: UNet,
-        diffusion: GaussianDiffusion,
+        model: UNet | Classifier,
+        objective: Objective,
         loader: Loader,
         processes: Processes,
         snapshot: Snapshot | None = None,
+        validation_images: Loader | None = None,
     ) -> None:
         self.plan, self.train = plan, plan.train
         self.model, self.model_settings = model, model.settings
-        self.diffusion, self.loader = diffusion, loader
+        self.objective, self.loader = objective, loader
         self.processes, self.device = processes, processes.device
         if snapshot:
             model.load_state_dict(snapshot.model)
@@ -85,12 +89,15 @@ class Trainer:
         self.ema = {str(rate): self.master_weights.clone() for rate in self.train.ema_rate}
         self.optimizer.attach_averages(self.master_weights.shards, {float(rate): a for rate, a in self.ema.items()})
         self.timestep_sampler = create_timestep_sampler(
-            self.train.schedule_sampler, diffusion.num_timesteps, self.device
+            self.train.schedule_sampler, objective.num_timesteps, self.device
         )
-        self.meter = LossMeter(diffusion.num_timesteps, self.device)
+        self.meter = LossMeter(objective.num_timesteps, self.device, objective.loss_terms)
         self.step, self.samples = 0, 0  # optimiser steps (skipped ones included) and images so far
         self.stream_seed, self.rollbacks = self.train.seed, 0
         self.waited = 0.0  # seconds spent waiting for images
+        self.validation: Validation | None = None
+        if validation_images is not None:
+            self.validation = Validation(self, validation_images, self.train.eval_interval)
         if snapshot:
             self._restore(snapshot)
 
@@ -109,6 +116,8 @@ class Trainer:
         self.stepper.take(micro_batches, self.step, functools.partial(self.seed_dropout, self.step))
         self.step += 1
         self.samples += self.train.batch_size
+        if self.validation:
+            self.validation.after_step()
 
     def micro_batches(self, batch: Batch) -> list[Batch]:
         """This rank's part of a global batch, cut into micro-batches."""
@@ -119,17 +128,25 @@ class Trainer:
         start = time.perf_counter()
         batch = next(self.loader)
         self.waited += time.perf_counter() - start
+        return self.on_device(batch)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch with its positions on the device as well."""
         return Batch(batch.images, batch.labels, to_device(batch.positions, self.device))
 
-    def losses(self, network: Any, batch: Batch) -> LossResult:
-        """The loss of a micro-batch under the trainer's counters and timestep sampler. Changes nothing."""
-        t, weights = self.draw_timesteps(batch)
+    def losses(self, network: Any, batch: Batch, validating: bool = False) -> LossResult:
+        """The loss of a micro-batch under the trainer's counters and timestep sampler. Changes nothing.
+
+        validating  whether the images are for validation, whose timesteps and noise are others
+        """
+        t, weights = self.draw_timesteps(batch, VALIDATION_TIMESTEPS if validating else TIMESTEPS)
         model_kwargs = {}
         if self.model_settings.class_cond:
             model_kwargs["y"] = self.labels_of(batch)
         if isinstance(self.model_settings, SuperResSettings):
             model_kwargs["low_res"] = low_res_of(ops.start_map(batch.images), self.model_settings.small_size)
-        terms = self.diffusion.training_losses(network, batch.images, t, model_kwargs, self.noise_of(batch))
+        noise = self.noise_of(batch, VALIDATION_NOISE if validating else NOISE)
+        terms = self.objective.training_losses(network, batch.images, t, model_kwargs, noise)
         return LossResult((terms["loss"] * weights).mean(), t, weights, terms)
 
     def record(self, result: LossResult) -> None:
@@ -137,9 +154,9 @@ class Trainer:
         self.timestep_sampler.update(result.t, result.terms["loss"].detach())
         self.meter.add(result.t, result.weights, result.terms)
 
-    def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def draw_timesteps(self, batch: Batch, key: int = TIMESTEPS) -> tuple[Tensor, Tensor]:
         """Timesteps [B] int64 and importance weights [B] float32 of a micro-batch."""
-        return self.timestep_sampler.sample(ops.image_uniform(self.stream_seed | TIMESTEPS, batch.positions, 0))
+        return self.timestep_sampler.sample(ops.image_uniform(self.stream_seed | key, batch.positions, 0))
 
     def labels_of(self, batch: Batch) -> Tensor:
         """Labels [B] int64 of a micro-batch, a share of them replaced by the null class (Ho & Salimans 2022)."""
@@ -148,10 +165,10 @@ class Trainer:
         uniform = ops.image_uniform(self.stream_seed | LABEL_DROPOUT, batch.positions, 0)
         return batch.labels.masked_fill(uniform < self.train.label_dropout, self.model_settings.num_classes)
 
-    def noise_of(self, batch: Batch) -> ops.CounterNoise:
+    def noise_of(self, batch: Batch, key: int = NOISE) -> ops.CounterNoise:
         """The noise of a micro-batch, keyed by the images' positions in the stream."""
         _, H, W, C = batch.images.shape
-        return ops.CounterNoise(self.stream_seed | NOISE, batch.positions, (C, H, W))
+        return ops.CounterNoise(self.stream_seed | key, batch.positions, (C, H, W))
 
     def seed_dropout(self, step: int, micro: int) -> None:
         """Seed PyTorch's generators for micro-batch number `micro` of the step after `step` others."""
@@ -167,6 +184,8 @@ class Trainer:
     def read_metrics(self) -> dict[str, float]:
         """Means since the last call, under improved-diffusion's names. Waits for the device. Collective."""
         metrics = self.meter.read()
+        if self.validation:
+            metrics |= self.validation.read_metrics()
         norms = [float(norm) for norm in self.stepper.grad_norms if norm is not None]
         finite = [norm for norm in norms if math.isfinite(norm)] or norms  # not finite where a step was skipped
         if finite:
@@ -237,6 +256,7 @@ class Trainer:
             "timestep_sampler": self.timestep_sampler.state_dict(),
             "loss_scaler": self.stepper.scaler_state() if self.train.precision == "fp16" else {},
             "meter": self.meter.state_dict(),
+            **({"validation": self.validation.state_dict()} if self.validation else {}),
             "grad_norms": [float(norm) for norm in self.stepper.grad_norms if norm is not None],
             "world_size": self.processes.world_size,
             "microbatch": self.plan.micro,
@@ -302,4 +322,6 @@ class Trainer:
         self.stepper.load_scaler_state(state.get("loss_scaler", {}))
         if "meter" in state:
             self.meter.load_state_dict(state["meter"])
+        if self.validation:
+            self.validation.restore(state.get("validation"))
         self.stepper.grad_norms[:] = state.get("grad_norms", [])

@@ -10,9 +10,12 @@ from fastdiff.errors import UserError, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import BackboneSettings
 from fastdiff.settings import affecting
-from fastdiff.training.settings import ALWAYS_FREE, CHANGES, STREAM_SETTINGS, TrainSettings
+from fastdiff.training.settings import ALWAYS_FREE, CHANGES, STREAM_SETTINGS, ClassifierTrainSettings, TrainSettings
 
-_QUIET = {"train": affecting(TrainSettings, "run"), "data": affecting(DataSettings, "run")}
+_QUIET = {
+    "train": affecting(TrainSettings, "run") | affecting(ClassifierTrainSettings, "run"),
+    "data": affecting(DataSettings, "run"),
+}
 _ABSENT = {"model": dict.fromkeys(("null_class", "resblock_updown", "scale_stem", "use_new_attention_order"), False)}
 """Section → settings that older versions didn't store, with the value that they had."""
 

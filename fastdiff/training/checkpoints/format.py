@@ -67,7 +67,9 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "class_names": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "timestep_sampler": lambda value: isinstance(value, dict),
     "loss_scaler": lambda value: isinstance(value, dict) and _are_numbers(value.values()),
-    "meter": lambda value: isinstance(value, dict) and LossMeter.fits(value.get("sums")),
+    **dict.fromkeys(
+        ("meter", "validation"), lambda value: isinstance(value, dict) and LossMeter.fits(value.get("sums"))
+    ),
     "grad_norms": lambda value: isinstance(value, list) and _are_numbers(value),
 }
 """Entry of state.pt → check of its type. Every entry may be missing."""

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig
 from fastdiff.config.presets import preset_for_file
 from fastdiff.errors import UserError, blaming, quoted
-from fastdiff.models import build_model, weights
+from fastdiff.models import weights
+from fastdiff.models.classifier import build_network
 from fastdiff.runtime.files import FileLock, LocksUnsupported, read_json, write_json
 from fastdiff.runtime.processes import Processes
 from fastdiff.training.checkpoints.changes import (
@@ -36,6 +37,7 @@ from fastdiff.training.effect import check_steps_left
 from fastdiff.training.settings import STREAM_SETTINGS, TrainSettings
 
 LOCK = ".lock"
+_SCRIPTS = {"super_res": "super_res_train.py", "classifier": "classifier_train.py"}
 FILE_SYSTEM_LAG = 60.0
 """Seconds within which every node sees what a process of another node has written to a shared folder."""
 LOCK_WAIT = 30.0
@@ -43,7 +45,9 @@ LOCK_WAIT = 30.0
 
 
 def kind_of(config: Config) -> str:
-    """The kind of model in checkpoints and config.json: super_res or unet."""
+    """The kind of model in checkpoints and config.json: super_res, classifier or unet."""
+    if isinstance(config, ClassifierConfig):
+        return "classifier"
     return "super_res" if isinstance(config, SuperResConfig) else "unet"
 
 
@@ -66,7 +70,7 @@ def find_snapshot(config: Config, folder: Path) -> tuple[Snapshot | None, str]:
     else:
         return None, ""
     with torch.device("meta"):
-        model = build_model(config.model)
+        model = build_network(config.model)
     with blaming(flag):
         snapshot = read_snapshot(file, [str(rate) for rate in train.ema_rate])
         snapshot.notes[:0] = notes
@@ -114,7 +118,7 @@ def _check_same_process(folder: Path, stored: dict[str, Any], config: Config) ->
     UserError where it doesn't permit one, and where the run is of another script.
     """
     if stored.get("kind", kind_of(config)) != kind_of(config):
-        script = "super_res_train.py" if stored["kind"] == "super_res" else "train.py"
+        script = _SCRIPTS.get(str(stored["kind"]), "train.py")
         raise UserError(f"--run_dir: {folder} holds a run of {script}; give another --run_dir, or use that script")
     begun = stored.get("train")
     _check_same_beginning(folder, begun if isinstance(begun, dict) else {}, config.train)

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastdiff.images.loader import Batch
-from fastdiff.models import UNet, build_model
+from fastdiff.models import UNet
 from fastdiff.models.blocks import Sum, value
+from fastdiff.models.classifier import Classifier, build_network
 from fastdiff.training.metrics import LossResult
 from fastdiff.training.optimizer import learning_rate
 from fastdiff.training.trainer import Trainer, rows_of
@@ -87,7 +88,7 @@ def _on_all_ranks(trainer: Trainer, whole: dict[str, Tensor] | None) -> dict[str
 
 def _examine(trainer: Trainer, weights: dict[str, Tensor], found: _Found) -> None:
     """Compute the last step again with a second network, and put the results into `found`."""
-    model = build_model(trainer.model_settings)
+    model = build_network(trainer.model_settings)
     model.load_state_dict(weights)
     model.to(trainer.device).train().set_precision(trainer.model.dtype)
     micro_batches = trainer.micro_batches(trainer.last_batch)
@@ -116,14 +117,14 @@ def _examine(trainer: Trainer, weights: dict[str, Tensor], found: _Found) -> Non
     found.gradients = {block: math.sqrt(squared) for block, squared in found.gradients.items()}
 
 
-def _losses(trainer: Trainer, model: UNet, batch: Batch, micro: int) -> LossResult:
+def _losses(trainer: Trainer, model: UNet | Classifier, batch: Batch, micro: int) -> LossResult:
     """The losses of a micro-batch as the last step had them, with the same dropout if the images are the same."""
     trainer.seed_dropout(trainer.step - 1, micro)
     return trainer.losses(model, batch)
 
 
 @contextmanager
-def _watching(model: UNet, greatest: Numbers) -> Iterator[None]:
+def _watching(model: UNet | Classifier, greatest: Numbers) -> Iterator[None]:
     """Put the greatest magnitude of each block's output into `greatest`; nan if an output contains nan."""
 
     def look(name: str) -> Callable[..., None]:
@@ -136,7 +137,7 @@ def _watching(model: UNet, greatest: Numbers) -> Iterator[None]:
 
     blocks = {"time_embed": model.time_embed, "middle_block": model.middle_block, "out": model.out}
     for kind in ("input_blocks", "output_blocks"):
-        blocks |= {f"{kind}.{i}": block for i, block in enumerate(getattr(model, kind))}
+        blocks |= {f"{kind}.{i}": block for i, block in enumerate(getattr(model, kind, ()))}
     with ExitStack() as hooks:
         for name, block in blocks.items():
             hooks.callback(block.register_forward_hook(look(name)).remove)

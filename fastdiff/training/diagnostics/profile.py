@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastdiff.models import BackboneSettings, cost
+from fastdiff.models import cost
+from fastdiff.models.classifier_settings import ClassifierSettings, NetworkSettings
 from fastdiff.models.unet import DTYPES
 from fastdiff.runtime.files import write_json, write_text
 from fastdiff.runtime.machine import Gpu, Rates, device_name, find, measure_rates
@@ -288,8 +289,13 @@ def predict(
     return {name: Share(flops / batch, moved / batch, 1e3 * s) for name, (flops, moved, s) in totals.items()}
 
 
-def floor_of(settings: BackboneSettings, train: TrainSettings, batch: int, device: torch.device) -> dict[str, float]:
-    """The least milliseconds of each class in a step of `batch` images, by known or measured rates."""
+def floor_of(settings: NetworkSettings, train: TrainSettings, batch: int, device: torch.device) -> dict[str, float]:
+    """The least milliseconds of each class in a step of `batch` images, by known or measured rates.
+
+    They are not known for classifiers.
+    """
+    if isinstance(settings, ClassifierSettings):
+        return {}
     name = device_name(device)
     dtype = torch.float32 if device.type == "cpu" else DTYPES[train.precision]
     rates = (find(name) if train.precision != "fp32" else None) or measure_rates(device, dtype=dtype)

@@ -145,7 +145,7 @@ def test_diagnosis_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(settings: Any) -> None:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr("fastdiff.training.diagnostics.diagnosis.build_model", full)
+    monkeypatch.setattr("fastdiff.training.diagnostics.diagnosis.build_network", full)
     lines, content = diagnose(trainer)
     assert content["left_out"] == "the GPU's memory was too small for a second network"
     assert content["skipped_in_a_row"] == 1
