@@ -20,7 +20,7 @@ from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, SuperResSettings, UNet, UNetSettings, weights
 from fastdiff.models.classifier import Classifier, build_network
-from fastdiff.models.classifier_settings import ClassifierSettings
+from fastdiff.models.classifier_settings import NetworkSettings
 from fastdiff.models.classifier_weights import is_classifier
 from fastdiff.models.settings import misplaced_attention
 from fastdiff.models.unet import body_dtype, freeze
@@ -101,6 +101,8 @@ def scripts_for(super_res: bool) -> str:
 def preset_of(name: str, super_res: bool, flag: str = "--preset") -> Preset | None:
     """The preset with that name, None for an empty name. Raises UserError if it is unknown or of the other kind."""
     preset = find_preset(name, flag) if name else None
+    if preset and preset.kind == "classifier":
+        raise UserError(f"{flag}: {name} is a classifier, which sample.py takes as --classifier_path")
     if preset and (preset.kind == "super_res") != super_res:
         raise UserError(f"{flag}: {name} is for {scripts_for(not super_res)}")
     return preset
@@ -274,7 +276,7 @@ def open_network(
 
 
 def load_network(
-    settings: BackboneSettings | ClassifierSettings,
+    settings: NetworkSettings,
     checkpoint: Checkpoint,
     precision: str,
     device: torch.device,

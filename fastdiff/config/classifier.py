@@ -9,6 +9,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from fastdiff.config.checkpoint import Checkpoint, Layer, load_network
+from fastdiff.config.presets import preset_for_file
 from fastdiff.errors import UserError
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.classifier_settings import ClassifierSettings
@@ -17,17 +18,20 @@ from fastdiff.settings import Size
 
 
 def classifier_settings_of(checkpoint: Checkpoint, given: Layer | None = None) -> tuple[str, Layer]:
-    """A description of the source of a classifier's settings, and its sections: model, and diffusion if it is stored.
+    """A description of the source of a classifier's settings, and its sections: model, and diffusion if it is known.
 
     given holds the settings of the command line and the JSON file, of which image_size helps where the weights don't
     show it. Raises UserError if the file holds another network.
     """
     file = checkpoint.file
     if checkpoint.kind != "classifier":
-        named = "a super-resolution model" if checkpoint.super_res else "a diffusion model"
-        raise UserError(f"{file} is {named}, not a classifier, which classifier_train.py makes")
+        what = "a super-resolution model" if checkpoint.super_res else "a diffusion model"
+        raise UserError(f"{file} is {what}, not a classifier, which classifier_train.py makes")
     if info := checkpoint.info:
         return f"the settings in {file}", {"model": info["model"], "diffusion": info["diffusion"]}
+    named = preset_for_file(file)
+    if named and named.kind == "classifier":
+        return f"preset {named.name}", named.layer
     size = None
     with suppress(ValidationError):  # which is raised again, with its source, where all layers are validated
         size = TypeAdapter(Size | None).validate_python((given or {}).get("model", {}).get("image_size"))

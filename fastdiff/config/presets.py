@@ -16,9 +16,11 @@ import fastdiff
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, blaming, did_you_mean
 from fastdiff.models import weights
+from fastdiff.models.classifier_settings import ClassifierSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.download import download as download_file
 from fastdiff.runtime.machine import cache_folder
+from fastdiff.settings import Settings
 
 # Family → the folder of its released files.
 _SOURCES = {
@@ -50,9 +52,20 @@ _GUIDED = (
     "lsun_cat",
     "lsun_horse",
     "lsun_horse_nodropout",
+    "64x64_classifier",
+    "128x128_classifier",
+    "256x256_classifier",
+    "512x512_classifier",
 )
 RELEASED = {**_IMPROVED, **{name: name for name in _GUIDED}}
 """Configuration → stem of the released file, empty for one that was not released."""
+
+
+_SETTINGS: dict[str, type[Settings]] = {
+    "unet": UNetSettings,
+    "super_res": SuperResSettings,
+    "classifier": ClassifierSettings,
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Preset:
     name: str
     released: str  # stem of the released file, or empty
     url: str
-    kind: Literal["unet", "super_res"]
+    kind: Literal["unet", "super_res", "classifier"]
     model: dict[str, Any]
     diffusion: dict[str, Any]
     family: str = "improved"
@@ -80,14 +93,16 @@ def configs() -> Path:
 
 def _read(name: str, released: str) -> Preset:
     content = json.loads((configs() / f"{name}.json").read_text())
-    super_res = "large_size" in content["model"]
+    kind: Literal["unet", "super_res", "classifier"] = "super_res" if "large_size" in content["model"] else "unet"
+    if "classifier_depth" in content["model"]:
+        kind = "classifier"
     family = "guided" if name in _GUIDED else "improved"
-    model = (SuperResSettings if super_res else UNetSettings).model_validate(content["model"])
+    model = _SETTINGS[kind].model_validate(content["model"])
     return Preset(
         name=name,
         released=released,
         url=f"{_SOURCES[family]}/{released}.pt" if released else "",
-        kind="super_res" if super_res else "unet",
+        kind=kind,
         model=model.model_dump(mode="json"),
         diffusion=DiffusionSettings.model_validate(content["diffusion"]).model_dump(mode="json"),
         family=family,

@@ -10,6 +10,7 @@ import torch
 
 from fastdiff.config.checkpoint import Network, open_checkpoint
 from fastdiff.config.classifier import classifier_settings_of, open_classifier
+from fastdiff.config.presets import download, find_preset, is_preset
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError, quoted
 from fastdiff.models.classifier import Classifier
@@ -53,7 +54,10 @@ def open_guiding(
     """
     if not settings.guiding_classifier:
         return None
-    checkpoint = open_checkpoint(settings.guiding_classifier)
+    path = settings.guiding_classifier
+    if is_preset(path) and not Path(path).exists():
+        path = str(download(find_preset(path), flag="--classifier_path"))
+    checkpoint = open_checkpoint(path)
     size_hw = network.settings.size_hw
     _, layer = classifier_settings_of(checkpoint, {"model": {"image_size": size_hw}})
     chosen = given.model_dump(mode="json", include=given.model_fields_set)

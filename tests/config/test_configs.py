@@ -12,11 +12,12 @@ from helpers import ROOT
 from helpers.golden_cases import Case, cases
 from helpers.tiny import flags
 
-from fastdiff import super_res_train, train
-from fastdiff.config.load import Config, SuperResConfig, default_name, load
+from fastdiff import classifier_train, super_res_train, train
+from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, default_name, load
 from fastdiff.diffusion import create_diffusion
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, build_model, weights
+from fastdiff.models.classifier import build_network
 from fastdiff.training.microbatch import split_batch
 
 FOLDER = ROOT / "configs"
@@ -59,16 +60,20 @@ GUIDED: dict[str, dict[str, float]] = {
     "lsun_horse": {**USUAL, "max_steps": 250_000},
     "lsun_horse_nodropout": USUAL,  # the paper doesn't say for how long
 }
+# guided-diffusion's README, for 128 pixels.
+CLASSIFIER = {"lr": 3e-4, "weight_decay": 0.05, "batch_size": 256, "max_steps": 300_000, "anneal_lr": True}
+CLASSIFIERS = ("64x64_classifier", "128x128_classifier", "256x256_classifier", "512x512_classifier")
 
 
 def read(name: str) -> Config:
     content = json.loads((FOLDER / f"{name}.json").read_text())
     kind = SuperResConfig if "large_size" in content["model"] else Config
+    kind = ClassifierConfig if "classifier_depth" in content["model"] else kind
     return load(["--config", str(FOLDER / f"{name}.json")], description="", sections=SECTIONS, kind=kind)[0]
 
 
 def test_every_file_is_checked() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == {*PUBLISHED, *GUIDED, "demo"}
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*PUBLISHED, *GUIDED, *CLASSIFIERS, "demo"}
 
 
 @cases("reference_configs", family="improved")
@@ -129,6 +134,24 @@ def test_guided(case: Case, name: str) -> None:
     assert shown == {key: getattr(config.model, key) for key in shown}
 
 
+@cases("reference_configs", family="guided")
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers(case: Case, name: str) -> None:
+    """guided-diffusion's flags for them give the configuration's network, which has the shapes of the original."""
+    config = read(name)
+    assert {key: getattr(config.train, key) for key in CLASSIFIER} == CLASSIFIER
+    assert config.train.lr_anneal_steps == config.train.last_step
+    assert (config.data.random_flip, config.data.random_crop) == (True, True)
+    split_batch(config.train, 8)
+    words = flags(case.config["configs"][name]["flags"])
+    given = load(words, description="", sections=SECTIONS, kind=ClassifierConfig)[0]
+    assert given.model == config.model
+    assert given.diffusion.model_copy(update={"noise_schedule": config.diffusion.noise_schedule}) == config.diffusion
+    with torch.device("meta"):
+        state = build_network(config.model).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == case.shapes[name]
+
+
 def test_demo_is_small_and_conditional() -> None:
     config = read("demo")
     with torch.device("meta"):
@@ -141,10 +164,10 @@ def test_demo_is_small_and_conditional() -> None:
     assert config.model.num_classes == 10
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *GUIDED])
+@pytest.mark.parametrize("name", [*PUBLISHED, *GUIDED, *CLASSIFIERS])
 def test_starts_without_other_flags(name: str, tmp_path: Path) -> None:
     """Each configuration starts with no flag but --data_dir, up to reading the images."""
-    script = super_res_train if "upsample" in name else train
+    script = super_res_train if "upsample" in name else classifier_train if "classifier" in name else train
     argv = ["--config", str(FOLDER / f"{name}.json"), "--run_dir", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--data_dir is missing"):
         script.main(argv)

@@ -13,15 +13,18 @@ import pytest
 import torch
 from helpers import ROOT
 from helpers.golden_cases import Case, cases
-from helpers.tiny import info_for, pictures, refusal, save, save_bare, super_res, unet
+from helpers.tiny import Main, info_for, pictures, refusal, save, save_bare, super_res, unet
 from test_settings import json_file, read
 
 from fastdiff import nll, sample, super_res_sample
-from fastdiff.config.checkpoint import open_checkpoint, preset_of
+from fastdiff.config.checkpoint import Checkpoint, open_checkpoint, preset_of
+from fastdiff.config.classifier import classifier_settings_of
 from fastdiff.config.load import describe
 from fastdiff.config.presets import PRESETS, RELEASED, Preset, download, find_preset, is_preset, preset_for_file
 from fastdiff.errors import UserError
-from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, build_model, weights
+from fastdiff.models import SuperResSettings, UNetSettings, build_model, weights
+from fastdiff.models.classifier import build_network
+from fastdiff.models.classifier_settings import ClassifierSettings, NetworkSettings
 from fastdiff.runtime.machine import cache_folder
 
 MILLIONS = {  # of parameters
@@ -46,6 +49,10 @@ MILLIONS = {  # of parameters
     "lsun_cat": 553,
     "lsun_horse": 553,
     "lsun_horse_nodropout": 553,
+    "64x64_classifier": 65.4,
+    "128x128_classifier": 42.6,
+    "256x256_classifier": 54.1,
+    "512x512_classifier": 54.4,
 }
 
 
@@ -53,8 +60,9 @@ def cached_checkpoints() -> Path:
     return cache_folder() / "checkpoints"
 
 
-def settings_of(preset: Preset) -> BackboneSettings:
-    return (SuperResSettings if preset.kind == "super_res" else UNetSettings)(**preset.model)
+def settings_of(preset: Preset) -> NetworkSettings:
+    kinds = {"unet": UNetSettings, "super_res": SuperResSettings, "classifier": ClassifierSettings}
+    return kinds[preset.kind](**preset.model)
 
 
 # --- the table ---
@@ -64,7 +72,7 @@ def settings_of(preset: Preset) -> BackboneSettings:
 def test_networks(name: str) -> None:
     preset = find_preset(name)
     with torch.device("meta"):
-        model = build_model(settings_of(preset))
+        model = build_network(settings_of(preset))
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert round(count, 0 if MILLIONS[name] > 100 else 1) == MILLIONS[name]
     assert (preset.kind == "super_res") == ("upsample" in name)
@@ -83,7 +91,7 @@ def test_shapes_are_those_of_the_original(case: Case) -> None:
     for reference, released in named.items():
         preset = PRESETS[released]
         with torch.device("meta"):
-            state = build_model(settings_of(preset)).state_dict()
+            state = build_network(settings_of(preset)).state_dict()
         assert {key: list(value.shape) for key, value in state.items()} == case.shapes[reference]
         flags = case.config["configs"][reference]["flags"]
         ours = {**preset.model, **preset.diffusion}
@@ -136,7 +144,10 @@ def test_documents_list_every_released_file(capsys: pytest.CaptureFixture[str]) 
     assert {*rows} == {released for released in RELEASED.values() if released}
     for released, row in rows.items():
         assert f"`{released}`" in readme.read_text()
-        preset, command = find_preset(released), row.split("`")[3].split()
+        preset, command = find_preset(released), row.split("`")[-2].split()
+        if preset.kind == "classifier":
+            assert command[command.index("--classifier_path") + 1] == released
+            preset = find_preset(command[command.index("--preset") + 1])
         assert command[:2] == [
             "python",
             f"fastdiff/{'super_res_sample' if preset.kind == 'super_res' else 'sample'}.py",
@@ -145,6 +156,24 @@ def test_documents_list_every_released_file(capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             main([*command[2:], "--print_config"])
         assert json.loads(capsys.readouterr().out)["model"] == preset.model
+
+
+@pytest.mark.parametrize("main", [sample.main, super_res_sample.main, nll.main])
+def test_a_classifier_is_no_preset_to_draw_from(main: Main) -> None:
+    message = refusal(main, ["--preset", "64x64_classifier"])
+    assert message == "--preset: 64x64_classifier is a classifier, which sample.py takes as --classifier_path"
+
+
+def test_a_bare_classifier_has_its_presets_process(tmp_path: Path) -> None:
+    """By the name of the released file, which says how images were noised; under another name weights alone speak."""
+    with torch.device("meta"):
+        model = build_network(settings_of(find_preset("64x64_classifier")))
+    for name, known in (("64x64_classifier", True), ("other", False)):
+        checkpoint = Checkpoint(tmp_path / f"{name}.pt", model.state_dict())
+        layer = classifier_settings_of(checkpoint)[1]
+        assert ClassifierSettings(**layer["model"]) == settings_of(find_preset("64x64_classifier"))
+        assert ("diffusion" in layer) == known
+    assert find_preset("64x64_classifier").diffusion["noise_schedule"] == "cosine"
 
 
 # --- settings of a bare file ---
