@@ -15,14 +15,35 @@ from test_settings import SCRIPTS, by_script, json_file, read
 from fastdiff import nll, sample, super_res_sample, train
 from fastdiff.config.checkpoint import Network, open_checkpoint
 from fastdiff.config.family import FAMILIES
-from fastdiff.config.load import describe
+from fastdiff.config.load import ClassifierConfig, Config, EvaluateConfig, SuperResConfig, describe, load
 from fastdiff.config.presets import find_preset
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, UNetSettings, build_model
+from fastdiff.models.classifier import build_network
+from fastdiff.models.classifier_settings import ClassifierSettings
 from fastdiff.sampling.build import check_fit
 
-ORIGINALS = {"train": "image_train", "sample": "image_sample", "nll": "image_nll"}  # others have the same name
+TRAINING, NLL = SCRIPTS["train"][1], SCRIPTS["nll"][1]
+DRAWING = ("model", "diffusion", "classifier", "sample")
+# Script of guided-diffusion → the sections and the kind of settings of the one that takes its place.
+ORIGINALS: dict[str, tuple[tuple[str, ...], type[Config]]] = {
+    "image_train": (TRAINING, Config),
+    "image_sample": (DRAWING, Config),
+    "image_nll": (NLL, Config),
+    "super_res_train": (TRAINING, SuperResConfig),
+    "super_res_sample": (SCRIPTS["super_res_sample"][1], SuperResConfig),
+    "classifier_train": (TRAINING, ClassifierConfig),
+    "classifier_sample": (DRAWING, Config),
+}
+# Released network → the scale of the README's command, its classifier, and other flags of that.
+CLASSIFIED = {
+    "64x64_diffusion": (1.0, "64x64_classifier", "--classifier_depth 4"),
+    "128x128_diffusion": (0.5, "128x128_classifier", ""),
+    "256x256_diffusion": (1.0, "256x256_classifier", ""),
+    "256x256_diffusion_uncond": (10.0, "256x256_classifier", ""),
+    "512x512_diffusion": (4.0, "512x512_classifier", ""),
+}
 HALF_STEM = {"scale_stem": True, "channel_mult": "0.5,1", "num_channels": 64}
 
 
@@ -35,15 +56,60 @@ def warnings(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 # --- the flag ---
 
 
+def read_guided(original: str, *words: object) -> Config:
+    """Return the settings that a command of guided-diffusion's script gives."""
+    sections, kind = ORIGINALS[original]
+    return load(["--family", "guided", *map(str, words)], description="", sections=sections, kind=kind)[0]
+
+
 @cases("reference_configs", family="guided")
-@by_script
-def test_flags_and_defaults_of_guided_diffusion(case: Case, script: str) -> None:
-    """Every flag of its script is one of ours, and giving its default changes nothing."""
-    defaults = case.expected["script_flag_defaults"][ORIGINALS.get(script, script)]
-    unchanged = read(script, "--family", "guided")
-    for name, default in defaults.items():
-        assert read(script, "--family", "guided", f"--{name}", default) == unchanged, name
-    assert unchanged != read(script)
+def test_flags_and_defaults_of_guided_diffusion(case: Case) -> None:
+    """Every flag of its scripts is one of ours, and giving its default changes nothing."""
+    found = case.expected["script_flag_defaults"]
+    assert found.keys() == ORIGINALS.keys()
+    del found["classifier_train"]["learn_sigma"]  # a classifier has no variances
+    for original, defaults in found.items():
+        unchanged = read_guided(original)
+        for name, default in defaults.items():
+            assert read_guided(original, f"--{name}", default) == unchanged, (original, name)
+
+
+@cases("reference_configs", family="guided")
+@pytest.mark.parametrize("name", CLASSIFIED)
+def test_commands_with_a_classifier(case: Case, name: str) -> None:
+    """Those of the README for classifier_sample.py, for its file of a model, without the models' own settings."""
+    scale, guide, more = CLASSIFIED[name]
+    drawing = "--batch_size 4 --num_samples 100 --timestep_respacing 250"
+    classifier = f"--classifier_scale {scale} --classifier_path models/{guide}.pt {more}"
+    model = flags(case.config["configs"][name]["flags"])
+    config = read_guided("classifier_sample", *model, *classifier.split(), *drawing.split())
+    assert (config.sample.classifier_scale, config.sample.guiding_classifier) == (scale, f"models/{guide}.pt")
+    assert config.sample.precision == ("fp32" if name.startswith("512") else "fp16")
+    settings = ClassifierSettings(**config.classifier.model_dump(), image_size=config.model.image_size)
+    with torch.device("meta"):
+        networks = {name: build_model(config.model), guide: build_network(settings)}
+    for each, network in networks.items():
+        assert {key: list(value.shape) for key, value in network.state_dict().items()} == case.shapes[each]
+
+
+@cases("reference_configs", family="guided")
+def test_commands_of_the_training_section(case: Case) -> None:
+    """Those of the README for the classifier of 128 pixels, and for drawing with it by DDIM."""
+    half = "--image_size 128 --classifier_attention_resolutions 32,16,8 --classifier_depth 2 --classifier_width 128"
+    head = "--classifier_pool attention --classifier_resblock_updown True --classifier_use_scale_shift_norm True"
+    run = "--iterations 300000 --anneal_lr True --batch_size 256 --lr 3e-4 --save_interval 10000 --weight_decay 0.05"
+    config = read_guided("classifier_train", *run.split(), *half.split(), *head.split())
+    assert (config.train.last_step, config.train.lr_anneal_steps) == (300_000, 300_000)
+    with torch.device("meta"):
+        state = build_network(config.model).state_dict()
+    assert {key: list(value.shape) for key, value in state.items()} == case.shapes["128x128_classifier"]
+    model = flags(case.config["configs"]["128x128_diffusion"]["flags"])
+    guide = "--classifier_path models/classifier.pt --classifier_scale 1.0 --classifier_use_fp16 True"
+    drawing = "--batch_size 4 --num_samples 50000 --timestep_respacing ddim25 --use_ddim True"
+    words = (*model, *half.split(), *head.split(), *guide.split(), *drawing.split())
+    config = read_guided("classifier_sample", *words, "--timestep_respacing", "ddim25")
+    assert (config.sample.solver, config.sample.classifier_precision) == ("ddim", "fp16")
+    assert config.diffusion.timestep_respacing == "ddim25"
 
 
 @by_script
@@ -69,6 +135,12 @@ def test_the_family_is_the_lowest_layer(tmp_path: Path) -> None:
     own, scored = read("nll", *words), read("nll", *words, "--family", "guided")
     assert (scored.model, scored.diffusion) == (own.model, own.diffusion)
     assert scored.data.random_flip
+
+
+def test_evaluation_draws_with_the_family() -> None:
+    sections = ("evaluate", "sample", "model", "diffusion")
+    config = load(["--family", "guided"], description="", sections=sections, kind=EvaluateConfig)[0]
+    assert not config.diffusion.rescale_timesteps
 
 
 def test_sizes_of_guided_diffusion() -> None:
