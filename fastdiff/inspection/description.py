@@ -25,7 +25,7 @@ class Description:
     path: Path
     kind: str
     facts: dict[str, Any] = field(default_factory=dict)
-    """Name with underscores → number, text, list of texts or dictionary of these, in the order in which they are shown.
+    """Name with underscores → number, text, list of texts or dictionary, in the order in which they are shown.
     Numbers named bytes are sizes. Empty values are left out."""
     settings: dict[str, Settings] = field(default_factory=dict)
     """Section → its settings."""
@@ -81,6 +81,8 @@ def _entry(name: str, value: str) -> Iterator[str]:
 
 
 def _shown(name: str, value: Any) -> str:
+    if isinstance(value, dict) and any(isinstance(each, dict) for each in value.values()):
+        return "; ".join(f"{key}: {_shown(key, each)}" for key, each in _few(list(value.items()))) + _rest(value)
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(key, each)}" for key, each in _few(list(value.items()))) + _rest(value)
     if isinstance(value, list):

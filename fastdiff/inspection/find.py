@@ -14,6 +14,7 @@ import numpy as np
 from fastdiff.config.load import Config
 from fastdiff.config.presets import config_file
 from fastdiff.errors import UserError, one_line, quoted
+from fastdiff.evaluation.classifier import is_classifier
 from fastdiff.evaluation.report import TABLE
 from fastdiff.evaluation.statistics import holds_statistics
 from fastdiff.images import other_data
@@ -31,6 +32,7 @@ from fastdiff.inspection.images import (
 )
 from fastdiff.inspection.networks import describe_checkpoint, describe_config, describe_run, describe_runs
 from fastdiff.inspection.scores import (
+    describe_features,
     describe_result,
     describe_results,
     describe_statistics,
@@ -176,7 +178,12 @@ def _file(file: Path) -> Description:
     if kind == "zip" and not _is_of_torch(file):
         return describe_zip(file)
     if kind in ("", "zip") or file.suffix in WEIGHTS:
-        return describe_checkpoint(file)
+        try:
+            return describe_checkpoint(file)
+        except UserError:
+            if is_classifier(file):
+                return describe_features(file)
+            raise
     if data_set := _to_prepare(file, ()):
         return data_set
     if kind == "text":

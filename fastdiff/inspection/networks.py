@@ -217,13 +217,12 @@ def _resume(kind: Kind, folder: Path, settings: dict[str, Settings], content: di
 
 def describe_runs(folder: Path, runs: list[str]) -> Description:
     """A folder of runs: the state and step of each."""
-    found = Description(folder, "folder of runs")
+    found = Description(folder, "folder of runs", {"runs": {}}, next=command("info", folder / runs[0]))
     for name in runs:
         status: dict[str, Any] = {}
         with suppress(UserError):
             status = read_status(folder / name)
-        found.facts[name] = f"{status.get('state', 'state unknown')}, step {status.get('step', 'unknown')}"
-    found.next = command("info", folder / runs[0])
+        found.facts["runs"][name] = {"state": status.get("state", "unknown"), "step": status.get("step", "unknown")}
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from fastdiff.errors import UserError
+from fastdiff.evaluation.classifier import read_classifier
 from fastdiff.evaluation.report import TABLE
 from fastdiff.evaluation.statistics import holds_images, read_about
 from fastdiff.inspection.description import Description, command
@@ -40,7 +42,9 @@ def describe_result(file: Path, content: dict[str, Any]) -> Description:
         found.notes = [str(note) for note in content.get("notes", [])]
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{file} is damaged: it lacks an entry of a result") from None
-    found.next = command("evaluate", samples=samples["path"], reference=reference.get("path", ""))
+    words = shlex.split(content.get("command", "")) if isinstance(content.get("command", ""), str) else []
+    flags = words[2:] if words[:2] == ["fastdiff", "evaluate"] else words[1:]
+    found.next = command("evaluate", *flags) if flags else ""
     return found
 
 
@@ -51,12 +55,11 @@ def _score(score: dict[str, Any]) -> str:
 
 def describe_results(folder: Path) -> Description:
     """A folder of results: the file and the scores of each."""
-    found = Description(folder, "folder of evaluations")
+    found = Description(folder, "folder of evaluations", {"results": {}, "table": TABLE})
     for name in sorted(files_in(folder)):
         if name.endswith(".json") and is_result(content := read_json(folder / name)):
-            found.facts[name] = describe_result(folder / name, content).facts["scores"]
+            found.facts["results"][name] = describe_result(folder / name, content).facts["scores"]
             found.next = command("info", folder / name)
-    found.facts |= {"table": TABLE}
     return found
 
 
@@ -79,6 +82,20 @@ def describe_statistics(file: Path, archive: zipfile.ZipFile) -> Description:
         "bytes": file.stat().st_size,
     }
     found.next = command("evaluate", samples="SAMPLES", reference=file)
+    return found
+
+
+def describe_features(file: Path) -> Description:
+    """A classifier of train_features."""
+    model = read_classifier(file)
+    found = Description(file, "network of features")
+    found.facts = {
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "images": "x".join(map(str, (*model.size_hw, model.channels))),
+        "classes": model.last.out_features,
+        "bytes": file.stat().st_size,
+    }
+    found.next = command("evaluate", samples="SAMPLES", reference="REFERENCE", features=file)
     return found
 
 

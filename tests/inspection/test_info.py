@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from fastdiff import info, sample, super_res_sample, train
 from fastdiff.errors import UserError
+from fastdiff.evaluation.classifier import Classifier, write_classifier
 from fastdiff.evaluation.report import write_result
 from fastdiff.inspection.find import find
 from fastdiff.inspection.networks import KINDS
@@ -81,6 +82,20 @@ def test_super_resolution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (found["images"], found["enlarged_from"]) == ("16x16x3", 8)
     small = make_pictures(tmp_path / "small", 2)
     super_res_sample.main([*words_of(found, SMALL_IMAGES=small), "--out_dir", str(tmp_path / "out")])
+
+
+def test_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.classifier()
+    file = tiny.save(model, tmp_path / "model000003.pt")
+    bare = tmp_path / "bare.pt"
+    torch.save({name: value.clone() for name, value in model.state_dict().items()}, bare)
+    for place, origin in ((file, "the file"), (bare, "the shapes of the weights")):
+        found = described(place, capsys)
+        assert (found["kind"], found["settings_from"]) == ("checkpoint of a classifier", origin)
+        assert found["classes"] == tiny.CLASSIFIER["num_classes"]
+        assert found["settings"]["model"]["classifier_width"] == 64
+    words = words_of(described(file, capsys), MODEL=unet_file(tmp_path / "other"))
+    sample.main([*words, "--num_samples", "1", "--steps", "2", "--out_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("name", ["cifar10_uncond_50M_500K.pt", "other.pt", "other.safetensors"])
@@ -163,7 +178,7 @@ def test_step_and_folder_of_runs(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert (found["kind"], found["step"]) == ("checkpoint folder of a UNet", 2)
     assert found["files"] == ["ema_0.9999_000002.pt", "model000002.pt", "opt000002.pt", "state.pt"]
     found = described(run.parent, capsys)
-    assert (found["kind"], found["run"]) == ("folder of runs", "done, step 4")
+    assert (found["kind"], found["runs"]) == ("folder of runs", {"run": {"state": "done", "step": 4}})
     assert words_of(found) == [str(run)]
 
 
@@ -336,6 +351,7 @@ def a_result() -> dict[str, Any]:
         "reference": {"path": "real.npz", "count": 200},
         "features": {"network": "inception-v3-compat", "precision": "fp32"},
         "protocol": {},
+        "command": "fastdiff/evaluate.py --samples drawn --reference 'real images.npz'",
         "time": "2026-01-01T00:00:00",
     }
 
@@ -345,9 +361,9 @@ def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = described(file, capsys)
     expected = {"kind": "result of an evaluation", "scores": {"fid": "3.25 ± 0.12"}, "samples": "drawn"}
     assert {name: found[name] for name in expected} == expected
-    assert words_of(found) == ["--samples", "drawn", "--reference", "real.npz"]
+    assert words_of(found) == ["--samples", "drawn", "--reference", "real images.npz"]
     folder = described(tmp_path, capsys)
-    assert (folder["kind"], folder[file.name]) == ("folder of evaluations", {"fid": "3.25 ± 0.12"})
+    assert (folder["kind"], folder["results"]) == ("folder of evaluations", {file.name: {"fid": "3.25 ± 0.12"}})
     file.write_text(json.dumps({**a_result(), "scores": {"fid": 1}}))
     with pytest.raises(UserError, match="is damaged: it lacks an entry"):
         find(str(file))
@@ -364,6 +380,13 @@ def test_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "batch.npz", **moments, arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     found = described(tmp_path / "batch.npz", capsys)
     assert (found["kind"], found["images"]) == ("statistics of images, and images", "4x4x3")
+
+
+def test_network_of_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classifier(Classifier(1, (16, 24), 10), tmp_path / "net.pt")
+    found = described(tmp_path / "net.pt", capsys)
+    assert (found["kind"], found["images"], found["classes"]) == ("network of features", "16x24x1", 10)
+    assert words_of(found)[-2:] == ["--features", str(tmp_path / "net.pt")]
 
 
 def test_terms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
