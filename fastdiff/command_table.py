@@ -52,7 +52,7 @@ FASTDIFF = Group(
         "super-res-train": Command("train a model that enlarges images", "fastdiff.super_res_train"),
         "super-res-sample": Command("enlarge images with a checkpoint", "fastdiff.super_res_sample"),
         "classifier-train": Command("train a classifier that guides sampling", "fastdiff.classifier_train"),
-        "convert": Command("write a checkpoint in another program's format", "fastdiff.convert"),
+        "convert": Command("write a network for another program, or read one of diffusers", "fastdiff.convert"),
         "prepare": PREPARE,
         "info": Command("say what a checkpoint, a run or a folder of images is", "fastdiff.info"),
     },

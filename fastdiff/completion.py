@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import shtab
 
@@ -79,7 +79,9 @@ class _Caught(Exception):
 def _parser_of(main: Callable[[], None]) -> argparse.ArgumentParser:
     """The parser of a script whose main function builds one and reads the command line with it, before all else."""
 
-    def catch(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
+    def catch(parser: argparse.ArgumentParser, *words: Any, **more: Any) -> Any:
+        if not parser.add_help:  # it looks for one flag beforehand
+            return original(parser, *words, **more)
         raise _Caught(parser)
 
     original = argparse.ArgumentParser.parse_known_args

@@ -163,6 +163,7 @@ OFFERED = {
     "fastdiff evaluate --model_path a_f": {"a_file.pt"},
     "fastdiff train --config c": {"cifar10_uncond", "cifar10_uncond_vlb", "chosen.json"},
     "fastdiff prepare folder --format ": {"jpg", "png"},
+    "fastdiff convert --to d": {"diffusers"},
     "fastdiff --completion ": set(SHELLS),
 }
 ASK = {

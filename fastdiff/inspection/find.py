@@ -111,7 +111,7 @@ def _folder(folder: Path) -> Description:
             raise UserError(f"{folder / NAME} is damaged: {error}") from None
         assert manifest is not None
         return describe_job(folder, manifest)
-    if any(weights.step_and_rate(Path(name))[0] is not None for name in names):
+    if any(weights.step_and_rate(Path(name))[0] is not None or name in weights.CONVERTED for name in names):
         return describe_checkpoint(folder)
     if list_checkpoints(folder):
         run = folder.absolute().parent
@@ -135,7 +135,10 @@ def _pictures_or_other(folder: Path, names: list[str]) -> Description:
     except UserError as error:
         what = describe_folder(folder)
         if what.startswith("; it is "):
-            return Description(folder, OTHER, {"about": what.removeprefix("; it is ")})
+            fitting = (
+                command("convert", model_path=folder, to="pt", out="FILE.pt") if "folder of diffusers" in what else ""
+            )
+            return Description(folder, OTHER, {"about": what.removeprefix("; it is ")}, next=fitting)
         if files := [name for name in names if name.endswith(WEIGHTS)]:
             return Description(folder, "folder of weights", {"files": files}, next=command("info", folder / files[0]))
         kinds = "a run, a checkpoint, a sampling job or packed images"
@@ -214,7 +217,7 @@ def _npz(file: Path) -> Description:
 def _json(file: Path, content: Any) -> Description:
     if is_result(content):
         return describe_result(file, content)
-    if isinstance(content, dict) and content and content.keys() <= Config.model_fields.keys():
+    if isinstance(content, dict) and content and content.keys() <= {*Config.model_fields, "family"}:
         return describe_config(file, content)
     raise UserError(f"{file} is a JSON file, but neither a configuration nor the result of an evaluation")
 

@@ -13,6 +13,7 @@ import torch
 
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
 from fastdiff.config.classifier import classifier_settings_of
+from fastdiff.config.family import FAMILIES, known_family
 from fastdiff.config.load import Config, SuperResConfig, describe
 from fastdiff.config.presets import configs, preset_for_file
 from fastdiff.errors import UserError, quoted
@@ -20,8 +21,9 @@ from fastdiff.inspection.description import Description, command, differing
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, weights
 from fastdiff.models.classifier import build_network
 from fastdiff.models.classifier_settings import ClassifierSettings
+from fastdiff.runtime.file_kinds import WEIGHTS
 from fastdiff.runtime.files import files_in, read_json
-from fastdiff.settings import Settings, validated
+from fastdiff.settings import Settings, merge, validated
 from fastdiff.training.checkpoints.best import read_best
 from fastdiff.training.checkpoints.folder import list_checkpoints, step_of
 from fastdiff.training.checkpoints.manifest import MANIFEST, find_damage
@@ -45,12 +47,19 @@ class Kind:
 
     def section(self, name: str, values: dict[str, Any], file: Path) -> Settings:
         """The settings of a section of its runs, which a file holds. Raises UserError for invalid ones."""
-        kind = self.model if name == "model" else self.config.model_fields[name].annotation
-        assert isinstance(kind, type)
         try:
-            return validated(kind, values)
+            return validated(self._section_class(name), values)
         except UserError as error:
             raise UserError(f"{file}: {name}.{error}") from None
+
+    def known(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Those of the values that are settings of a section."""
+        return {key: value for key, value in values.items() if key in self._section_class(name).model_fields}
+
+    def _section_class(self, name: str) -> type[Settings]:
+        annotation = self.model if name == "model" else self.config.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        return annotation
 
 
 KINDS = {
@@ -108,7 +117,7 @@ def describe_checkpoint(place: Path) -> Description:
     if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
         found.notes.append("some weights are not finite: that run had diverged; take an earlier checkpoint")
     if place != file:
-        files = sorted(name for name in files_in(place) if name.endswith(".pt"))
+        files = sorted(name for name in files_in(place) if name.endswith(WEIGHTS))
         found.kind = f"checkpoint folder of a {kind.name}"
         found.facts |= {"files": files, "bytes": sum((place / name).stat().st_size for name in files)}
         if (place / MANIFEST).is_file() and (damage := find_damage(place)):
@@ -231,13 +240,17 @@ def describe_runs(folder: Path, runs: list[str]) -> Description:
 
 def describe_config(file: Path, content: dict[str, Any]) -> Description:
     """A JSON file with settings. Raises UserError for invalid ones."""
-    for section, values in content.items():
+    family = known_family(content.get("family", "improved"), f"{file}: family")
+    sections = {name: values for name, values in content.items() if name not in ("family", "deepspeed")}
+    for section, values in sections.items():
         if not isinstance(values, dict):
             raise UserError(f"{file}: section {section} must be a JSON object, not {quoted(values)}")
-    kind = next((kind for kind in KINDS.values() if kind.mark in content.get("model", {})), KINDS["unet"])
+    kind = next((kind for kind in KINDS.values() if kind.mark in sections.get("model", {})), KINDS["unet"])
     found = Description(file, f"configuration of a {kind.name}")
-    found.settings = {name: kind.section(name, values, file) for name, values in content.items() if name != "deepspeed"}
-    model = kind.section("model", content.get("model", {}), file)
+    defaults = {name: kind.known(name, values) for name, values in FAMILIES[family].items()}
+    for name, values in merge(defaults, sections).items():
+        found.settings[name] = kind.section(name, values, file)
+    model = found.settings.get("model") or kind.section("model", {}, file)
     found.facts = {
         "parameters": _parameters(model),
         **_about_images(model, []),

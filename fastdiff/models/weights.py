@@ -275,7 +275,7 @@ def add_null_class(table: Tensor) -> Tensor:
 
 
 _CHECKPOINT = re.compile(r"(?:ema_([0-9]+(?:\.[0-9]+)?)_|model)(\d+)\.(?:pt|safetensors)$")
-_CONVERTED = ("model.safetensors", "model.pt")
+CONVERTED = ("model.safetensors", "model.pt")
 """The file in a folder that convert.py has written."""
 
 
@@ -303,7 +303,7 @@ def find(path: str) -> Path:
         if (match := _CHECKPOINT.search(file.name))
     ]
     if not ranked:
-        if converted := [place / name for name in _CONVERTED if (place / name).is_file()]:
+        if converted := [place / name for name in CONVERTED if (place / name).is_file()]:
             return converted[0]
         raise UserError(f"{path} holds no checkpoint (ema_RATE_STEP.pt or modelSTEP.pt){describe_folder(place)}")
     return max(ranked)[-1]

@@ -17,7 +17,7 @@ from helpers import ROOT, tiny
 from helpers.pictures_folder import make_pictures
 from safetensors.torch import save_file
 
-from fastdiff import info, sample, super_res_sample, train
+from fastdiff import convert, info, sample, super_res_sample, train
 from fastdiff.errors import UserError
 from fastdiff.evaluation.classifier import Classifier, write_classifier
 from fastdiff.evaluation.report import write_result
@@ -202,12 +202,20 @@ def test_states_of_training(name: str, run: Path, capsys: pytest.CaptureFixture[
 def test_configurations_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = find(name)
-    large = name.startswith("upsample")
+    large = "upsample" in name
     assert found.kind == f"configuration of a {KINDS['super_res' if large else 'unet'].name}"
     assert isinstance(found.settings["model"], SuperResSettings if large else UNetSettings)
     if name != "demo":
         command = "super-res-train" if large else "train"
         assert found.next == f"fastdiff {command} --config {name} --data_dir IMAGES"
+
+
+def test_configuration_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.json").write_text('{"family": "guided", "model": {"image_size": 32}}')
+    found = described(tmp_path / "mine.json", capsys)
+    assert found["differing"]["diffusion"] == ["rescale_timesteps", "rescale_learned_sigmas"]
+    assert {"image_size", "scale_stem"} == set(found["differing"]["model"])
+    assert words_of(found) == ["--config", str(tmp_path / "mine.json"), "--data_dir", "IMAGES"]
 
 
 # Keys of other programs' networks, and the words that name these.
@@ -228,7 +236,19 @@ def test_other_programs_files(key: str, name: str, tmp_path: Path, capsys: pytes
 
 def test_other_programs_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    assert described(tmp_path, capsys)["about"].startswith("a folder of diffusers")
+    found = described(tmp_path, capsys)
+    assert found["about"].startswith("a folder of diffusers")
+    assert words_of(found) == ["--model_path", str(tmp_path), "--to", "pt", "--out", "FILE.pt"]
+
+
+def test_converted_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    convert.main(["--model_path", str(unet_file(tmp_path)), "--to", "safetensors", str(out)])
+    capsys.readouterr()
+    for place in (out, out / "model.safetensors"):
+        found = described(place, capsys)
+        assert (found["settings_from"], found["class_names"]) == ("the file", ["ape", "bee"])
+        assert words_of(found)[:2] == ["--model_path", str(place)]
 
 
 def test_folder_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
