@@ -7,7 +7,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,16 @@ _ROUNDING = 2.0**-8
 
 
 def is_diffusers_folder(folder: Path) -> bool:
-    """Whether a folder holds a network of diffusers, by itself or as a part of a pipeline."""
-    return (folder / "model_index.json").is_file() or _unet_folder(folder) is not None
+    """Whether a folder holds a network of diffusers, by itself or as a part of a pipeline.
+
+    A run's folder has a config.json, too, but not theirs.
+    """
+    if (folder / "model_index.json").is_file() or (folder / "unet" / "config.json").is_file():
+        return True
+    with suppress(UserError):
+        config = read_json(folder / "config.json")
+        return isinstance(config, dict) and "_class_name" in config
+    return False
 
 
 def _unet_folder(folder: Path) -> Path | None:

@@ -113,6 +113,9 @@ def _folder(folder: Path) -> Description:
         return describe_job(folder, manifest)
     if any(weights.step_and_rate(Path(name))[0] is not None or name in weights.CONVERTED for name in names):
         return describe_checkpoint(folder)
+    if "model_index.json" in names:
+        about = {"about": describe_folder(folder).removeprefix("; it is ")}
+        return Description(folder, OTHER, about, next=command("convert", model_path=folder, to="pt", out="net.pt"))
     if list_checkpoints(folder):
         run = folder.absolute().parent
         is_run = kind_of_output(run, [path.name for path in run.iterdir()]) == "run"

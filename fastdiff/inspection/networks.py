@@ -105,9 +105,11 @@ def describe_checkpoint(place: Path) -> Description:
     else:
         origin, found.settings = _settings_of_bare_file(checkpoint)
     step, rate = weights.step_and_rate(file)
+    provenance = info.get("provenance") or {}
     found.facts = {
+        "converted_from": provenance.get("file", ""),
         "weights": "" if step is None else f"average of rate {rate}" if rate else "model",
-        "step": step,
+        "step": provenance.get("step") if step is None else step,
         "parameters": sum(value.numel() for value in state.values()),
         "dtype": sorted({str(value.dtype).removeprefix("torch.") for value in state.values()}),
         **_about_images(found.settings["model"], checkpoint.class_names),

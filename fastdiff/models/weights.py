@@ -85,6 +85,8 @@ def _find_problem(text: Any) -> str:
     for section in ("model", "diffusion"):
         if not isinstance(info.get(section), dict):
             return f"{section} is {quoted(info.get(section))}, not an object"
+    if not isinstance(info.get("provenance", {}), dict):
+        return f"provenance is {quoted(info['provenance'])}, not an object"
     names = info.get("class_names", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return f"class_names is {quoted(names)}, not a list of names"

@@ -50,6 +50,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     model = unet(class_cond=True, num_classes=2, learn_sigma=True)
     save(model, folder / "checkpoints" / "step_000012" / "ema_0.999_000012.pt", ["cat", "dog | hound"])
+    (folder / "config.json").write_text(json.dumps(info_for(model)))
     (folder / "checkpoints" / "best").mkdir()
     best = {"step": 12, "ema_rate": "0.999", "metric": "fid", "value": 3.25, "samples": 500, "network": "inception"}
     (folder / "checkpoints" / "best" / "best.json").write_text(json.dumps({**best, "reference": "/data/train.npz"}))

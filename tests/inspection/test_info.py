@@ -15,6 +15,7 @@ import torch
 from fastdiff.datasets import pack
 from helpers import ROOT, tiny
 from helpers.pictures_folder import make_pictures
+from PIL import Image
 from safetensors.torch import save_file
 
 from fastdiff import convert, info, sample, super_res_sample, train
@@ -235,7 +236,9 @@ def test_other_programs_files(key: str, name: str, tmp_path: Path, capsys: pytes
 
 
 def test_other_programs_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A picture beside the weights makes no folder of images of it."""
     (tmp_path / "model_index.json").write_text("{}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "samples.png")
     found = described(tmp_path, capsys)
     assert found["about"].startswith("a folder of diffusers")
     assert words_of(found) == ["--model_path", str(tmp_path), "--to", "pt", "--out", "FILE.pt"]
@@ -249,6 +252,7 @@ def test_converted_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         found = described(place, capsys)
         assert (found["settings_from"], found["class_names"]) == ("the file", ["ape", "bee"])
         assert words_of(found)[:2] == ["--model_path", str(place)]
+    assert described(out, capsys)["converted_from"] == "model000007.pt"
 
 
 def test_folder_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
