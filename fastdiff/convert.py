@@ -22,7 +22,7 @@ from fastdiff.errors import leave_quietly_on_ctrl_c
 if __name__ == "__main__":
     leave_quietly_on_ctrl_c()  # before the slow imports
 
-from fastdiff.config.load import Config, SuperResConfig, load
+from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, load
 from fastdiff.runtime.script import run_script
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
         argv,
         description=__doc__ or "",
         sections=("convert", "model", "diffusion"),
-        kind={"super_res": SuperResConfig}.get(kind, Config),
+        kind={"super_res": SuperResConfig, "classifier": ClassifierConfig}.get(kind, Config),
         checkpoint=("convert", "model_path"),
         opened=source,
     )

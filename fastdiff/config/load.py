@@ -229,6 +229,8 @@ def _checkpoint_layer(
     if path:
         with blaming(f"--{name}"):
             opened = opened or open_checkpoint(expand_path(str(path)))
+            if _section_class(kind, "model") is ClassifierSettings:
+                return opened, [classifier_settings_of(opened, given)]
             return opened, [settings_of(opened, kind is SuperResConfig, preset, given, family=family)]
     return None, [(f"preset {preset.name}", preset.layer)] if preset else []
 

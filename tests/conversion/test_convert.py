@@ -14,7 +14,19 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from helpers.tiny import MODEL, flags, info_for, nothing_written, pictures, refusal, save, save_bare, super_res, unet
+from helpers.tiny import (
+    MODEL,
+    classifier,
+    flags,
+    info_for,
+    nothing_written,
+    pictures,
+    refusal,
+    save,
+    save_bare,
+    super_res,
+    unet,
+)
 from PIL import Image
 
 import fastdiff
@@ -112,6 +124,37 @@ def test_provenance(run: Path, tmp_path: Path) -> None:
     want = {"file": file.name, "sha256": checksum(file), "step": 12, "ema_rate": "0.999"}
     assert first.info["provenance"] == {**want, "fastdiff": fastdiff.__version__}
     assert to(tmp_path / "first", "pt", tmp_path / "second.pt").info["provenance"] == first.info["provenance"]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_classifiers(kind: str, tmp_path: Path) -> None:
+    source = save(classifier(), tmp_path / "model000003.pt", ["a", "b", "c"])
+    there = to(source, kind, tmp_path / "there")
+    assert_same(there, open_checkpoint(str(source)))
+    assert "A classifier of noised RGB images of 8x8 pixels that tells 3 classes apart" in card_of(tmp_path / "there")
+    assert "--classifier_path there --classifier_scale 1" in card_of(tmp_path / "there")
+    out = tmp_path / "out"
+    assert refusal(convert.main, ["--model_path", source, "--to", "diffusers", out]) == (
+        "--to diffusers: diffusers has no classifier of noised images; write it as safetensors, openai or pt"
+    )
+    assert refusal(convert.main, ["--model_path", source, "--to", "pt", out, "--grid_images", 4]) == (
+        "--grid_images: a classifier draws nothing; leave it out"
+    )
+
+
+def test_the_original_file_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save(classifier(classifier_pool="spatial"), tmp_path / "model000003.pt")
+    assert not to(source, "openai", tmp_path / "bare.pt").info
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        f"guided-diffusion draws with it by: python scripts/classifier_sample.py --classifier_path {tmp_path}/bare.pt "
+        "--model_path MODEL.pt MODEL_FLAGS --classifier_attention_resolutions 4 --classifier_depth 1 --classifier_pool "
+        "spatial --classifier_width 64",
+        "note: its classifiers have 1000 classes: 3 must be in its create_classifier",
+        "note: no flag says channel_mult 1,2: give it in its create_classifier",
+    ]
+    info = open_checkpoint(str(source)).info
+    given = flags({"image_size": 8, **{name: value for name, value in info["diffusion"].items() if value != ""}})
+    assert_same(to(tmp_path / "bare.pt", "pt", tmp_path / "back.pt", *given), open_checkpoint(str(source)))
 
 
 # --- reading them ---
