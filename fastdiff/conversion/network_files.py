@@ -81,4 +81,4 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch.save raises RuntimeError
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--out: {out} can't be written ({reason}); nothing is left of it") from error
+        raise UserError(f"--out: {out} can't be written ({reason}); nothing was changed") from error

@@ -365,7 +365,7 @@ def test_a_full_disk_leaves_nothing(
 def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = refusal(convert.main, ["--model_path", run, "--to", "pt", tmp_path / "file" / "net"])
-    assert message == f"--out: {tmp_path / 'file' / 'net'} can't be written (File exists); nothing is left of it"
+    assert message == f"--out: {tmp_path / 'file' / 'net'} can't be written (File exists); nothing was changed"
 
 
 # --- the model card ---
