@@ -54,12 +54,13 @@ _TABLE: tuple[tuple[str, ...], ...] = (
     ("scale upscale scale_factor sr_factor", "the factor is that of {large_size} to {small_size}"),
     (
         "augment augmentation aug xflip hflip flip mirror horizontal_flip random_horizontal_flip "
-        "augment_horizontal_flip random_crop use_augment",
-        "mirroring is the only augmentation: give {random_flip} True",
+        "augment_horizontal_flip use_augment",
+        "images can be mirrored and cropped at random: give {random_flip} True or {random_crop} True",
     ),
     (
         "center_crop centre_crop crop resize",
         "images keep their size; {resize} 64 resizes them and crops them to their centre",
+        "images are resized and cropped to their centre unless {random_crop} True is given: leave it out",
         "images are always resized and cropped to their centre: leave it out",
     ),
     (
@@ -82,13 +83,26 @@ _TABLE: tuple[tuple[str, ...], ...] = (
     # --- the network ---
     (
         "dim base_dim hidden_dim unet_dim base_channels model_channels n_channels num_channel num_filters ngf ch "
-        "cbase width block_out_channels",
+        "cbase width block_out_channels num_channels",
         "{num_channels}",
+        "{classifier_width}",
     ),
-    ("dim_mults ch_mult ch_mults channel_mults channel_multiplier channel_multipliers cres", "{channel_mult}"),
+    (
+        "dim_mults ch_mult ch_mults channel_mults channel_multiplier channel_multipliers cres channel_mult",
+        "{channel_mult}",
+        "{classifier_channel_mult}",
+    ),
     ("channels image_channels num_image_channels in_ch img_channels nc input_channels", "{in_channels}"),
-    ("layers_per_block num_blocks n_res_blocks res_blocks num_resblocks num_res_block", "{num_res_blocks}"),
-    ("attn_resolutions attn_res attention_levels attention_resolution", "{attention_resolutions}"),
+    (
+        "layers_per_block num_blocks n_res_blocks res_blocks num_resblocks num_res_block num_res_blocks",
+        "{num_res_blocks}",
+        "{classifier_depth}",
+    ),
+    (
+        "attn_resolutions attn_res attention_levels attention_resolution attention_resolutions",
+        "{attention_resolutions}",
+        "{classifier_attention_resolutions}",
+    ),
     ("heads n_heads num_attention_heads attention_heads n_head", "{num_heads}"),
     ("head_dim dim_head attention_head_dim", "{num_head_channels}"),
     (

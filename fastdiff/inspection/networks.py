@@ -14,7 +14,7 @@ import torch
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
 from fastdiff.config.classifier import classifier_settings_of
 from fastdiff.config.family import FAMILIES, known_family
-from fastdiff.config.load import Config, SuperResConfig, describe
+from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, describe
 from fastdiff.config.presets import configs, preset_for_file
 from fastdiff.errors import UserError, quoted
 from fastdiff.inspection.description import Description, command, differing
@@ -81,10 +81,10 @@ KINDS = {
     "classifier": Kind(
         "classifier",
         ClassifierSettings,
-        Config,
+        ClassifierConfig,
         "classifier-train",
         lambda path: command("sample", model_path="MODEL", num_samples=16, classifier_path=path, classifier_scale=1),
-        mark="classifier_width",
+        mark="classifier_depth",
     ),
 }
 SECTIONS = ("model", "diffusion", "data", "train")

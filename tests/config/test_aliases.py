@@ -13,14 +13,15 @@ from helpers.preparation_scripts import fail
 from helpers.tiny import refusal, save, unet
 
 import fastdiff
-from fastdiff import evaluate, nll, sample, super_res_sample, super_res_train, train
+from fastdiff import classifier_train, evaluate, nll, sample, super_res_sample, super_res_train, train
 from fastdiff.config.aliases import _TABLE
-from fastdiff.config.load import Config, EvaluateConfig, SuperResConfig
+from fastdiff.config.load import ClassifierConfig, Config, EvaluateConfig, SuperResConfig
 from fastdiff.errors import UserError
 
 MAIN: dict[str, Any] = {
     "train": train.main,
     "super_res_train": super_res_train.main,
+    "classifier_train": classifier_train.main,
     "sample": sample.main,
     "super_res_sample": super_res_sample.main,
     "nll": nll.main,
@@ -30,7 +31,8 @@ OTHERS = {"source", "lmdb", "archive", "workers", "size", "out", "n", "config", 
 
 
 def flags_of(script: str) -> set[str]:
-    kind = SuperResConfig if "super_res" in script else EvaluateConfig if script == "evaluate" else Config
+    kinds = {"super_res_train": SuperResConfig, "super_res_sample": SuperResConfig, "evaluate": EvaluateConfig}
+    kind = {**kinds, "classifier_train": ClassifierConfig}.get(script, Config)
     own = {
         "train": ("data", "train"),
         "sample": ("sample",),
@@ -97,7 +99,9 @@ def flags_of(script: str) -> set[str]:
         ("train", "--random_seed", "did you mean --seed?"),
         ("train", "--gpus", "the launcher says where to run: "),
         ("sample", "--device", "a GPU is used where there is one: leave it out"),
-        ("train", "--augment", "mirroring is the only augmentation: give --random_flip True"),
+        ("train", "--augment", "images can be mirrored and cropped at random: give --random_flip True or"),
+        ("classifier_train", "--num_channels", "did you mean --classifier_width?"),
+        ("classifier_train", "--attention_resolutions", "did you mean --classifier_attention_resolutions?"),
         ("train", "--lr_decay", "the learning rate is constant; --lr_anneal_steps lets it fall"),
         ("train", "--max_grad_norm", "did you mean --grad_clip?"),
         ("train", "--no_shuffle", "did you mean --shuffle False?"),

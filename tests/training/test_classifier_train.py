@@ -21,7 +21,7 @@ from helpers.tiny import fill_randomly, nothing_written, refusal, relative_error
 from PIL import Image
 from pydantic import ValidationError
 
-from fastdiff import classifier_train, train
+from fastdiff import classifier_train, info, train
 from fastdiff.config.checkpoint import open_checkpoint
 from fastdiff.config.classifier import classifier_settings_of, open_classifier
 from fastdiff.config.load import ClassifierConfig, load
@@ -184,7 +184,7 @@ def test_two_names_with_different_values(settings: dict[str, Any], sentence: str
     (["--classifier_attention_resolutions", "3"], "--classifier_attention_resolutions 3: a network for the image size"),
     (["--image_size", "9"], "image_size 9x9 is not divisible by 2, which 2 levels (classifier_channel_mult) need"),
     (["--labels", "none"], "--labels none contradicts"),
-    (["--num_channels", "64"], "--num_channels is not a flag of this script"),
+    (["--num_channels", "64"], "--num_channels is not a flag of this script; did you mean --classifier_width?"),
     (["--precision", "fp16"], "--precision fp16 needs a GPU"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused(more: list[str], sentence: str, data: Path, tmp_path: Path) -> None:
@@ -244,6 +244,8 @@ def test_a_run_and_the_same_command_again(
     checkpoint = open_checkpoint(str(tmp_path / "whole"))
     assert checkpoint.file.name == "ema_0.9_000007.pt"
     assert (checkpoint.kind, checkpoint.class_names) == ("classifier", ["class0", "class1", "class2"])
+    info.main([str(tmp_path / "whole")])
+    assert "run of a classifier" in capsys.readouterr().out
     settings_in_file = ClassifierSettings(**classifier_settings_of(checkpoint)[1]["model"])
     assert settings_in_file == ClassifierSettings(**MODEL)
     model = open_classifier(checkpoint, settings_in_file, "fp32", torch.device("cpu"))
