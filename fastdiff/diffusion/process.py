@@ -210,7 +210,7 @@ class GaussianDiffusion:
             noise = torch.randn_like(ops.start_map(x_start))
         x_start, noise = ops.prepared(x_start, noise)
         rows = self._loss_table(x_start.device)[t]
-        x_t = self.noised_for(model, x_start, t, noise)
+        x_t = _noised(model, x_start, rows, noise)
         output = model(x_t, self.model_timesteps(t), **(model_kwargs or {}))
         kl = self.loss_type in (LossType.KL, LossType.RESCALED_KL)
         scale = {LossType.RESCALED_KL: float(self.num_timesteps), LossType.RESCALED_MSE: self.num_timesteps / 1000.0}
@@ -234,9 +234,7 @@ class GaussianDiffusion:
         Where it has an `input_format`, that is [B, 8, H, W] in the dtype of its body, else [B, C, H, W] float32.
         """
         x_start, noise = ops.prepared(x_start, noise)
-        dtype, channels = getattr(model, "input_format", None) or (torch.float32, None)
-        coefficients = self._loss_table(x_start.device)[t][:, :2]
-        return ops.q_sample(x_start, coefficients, noise, dtype=dtype, channels=channels)
+        return _noised(model, x_start, self._loss_table(x_start.device)[t], noise)
 
     def _loss_table(self, device: torch.device) -> Tensor:
         """The coefficients of ops.diffusion_loss at every t, [S, 10] float32 on the device."""
@@ -321,3 +319,9 @@ def create_diffusion(
         rescale_timesteps=settings.rescale_timesteps,
         min_snr_gamma=settings.min_snr_gamma,
     )
+
+
+def _noised(model: Model, x_start: Tensor, rows: Tensor, noise: ops.Noise) -> Tensor:
+    """x_t as a network takes it; x_start and the noise are those of `ops.prepared`, rows those of the loss's table."""
+    dtype, channels = getattr(model, "input_format", None) or (torch.float32, None)
+    return ops.q_sample(x_start, rows[:, :2], noise, dtype=dtype, channels=channels)

@@ -35,8 +35,8 @@ def is_classifier(keys: Iterable[str]) -> bool:
 def infer_classifier_settings(state: Mapping[str, Tensor], image_size: tuple[int, int] | None = None) -> dict[str, Any]:
     """Infer the settings of a classifier, as in JSON, from keys and shapes.
 
-    image_size  Height and width of the images, which the weights show only if attention pools maps (as those of a
-                square), or if the levels are those that one size has by default.
+    image_size  Height and width of the images, where the weights don't show them. Attention that pools maps shows the
+                number of pixels, taken as a square's otherwise, and levels that one size has by default show that size.
     Raises UserError if no classifier has these keys and shapes.
     """
     if not is_classifier(state):
@@ -46,11 +46,11 @@ def infer_classifier_settings(state: Mapping[str, Tensor], image_size: tuple[int
         fitting = [settings for settings in _candidates(state, image_size) if _shapes(settings) == shapes]
     except KeyError as error:
         raise UserError(f"it has no {error.args[0]}, so it is not of a classifier") from None
-    except (IndexError, RuntimeError, OverflowError, ZeroDivisionError):
+    except (IndexError, RuntimeError, ValueError, OverflowError, ZeroDivisionError):
         raise UserError("its tensors have other axes than a classifier's") from None
     if not fitting:
         raise UserError("no classifier of guided-diffusion's kind has its tensors")
-    if not (image_size or any(_image_size(state, settings.backbone.level_mult) for settings in fitting)):
+    if not any(_image_size(state, settings.backbone.level_mult, image_size) for settings in fitting):
         raise UserError("its image size does not show in its weights; give --image_size")
     # Where blocks that halve maps have the keys of other blocks, several depths may fit, if nothing else changes.
     likeliest = min(fitting, key=lambda s: (bool(s.classifier_channel_mult), s.classifier_depth != _DEFAULT_DEPTH))
@@ -71,7 +71,7 @@ def _candidates(state: Mapping[str, Tensor], image_size: tuple[int, int] | None)
         firsts = range(1, blocks + 1, depth + 1)  # the first block of each level
         mult = tuple(state[f"input_blocks.{index}.0.out_layers.0.weight"].shape[0] / width for index in firsts)
         any_size = (_ANY << len(mult), _ANY << len(mult))
-        size = image_size or _image_size(state, mult) or any_size
+        size = _image_size(state, mult, image_size) or any_size
         attending = [level for level, index in enumerate(firsts) if f"input_blocks.{index}.1.qkv.weight" in state]
         try:
             yield ClassifierSettings(
@@ -98,12 +98,18 @@ def _pool(state: Mapping[str, Tensor]) -> Pool:
     return "adaptive" if state["out.3.weight"].dim() == 4 else "spatial_v2"
 
 
-def _image_size(state: Mapping[str, Tensor], mult: tuple[float, ...]) -> tuple[int, int] | None:
-    """Height and width of the images, as far as the weights show them."""
+def _image_size(
+    state: Mapping[str, Tensor], mult: tuple[float, ...], given: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Height and width of the images: those given unless the weights show others, None if neither says them."""
     if "out.2.positional_embedding" in state:
-        pixels = state["out.2.positional_embedding"].shape[1] - 1
-        side = math.isqrt(pixels) << len(mult) - 1
+        pixels, halvings = state["out.2.positional_embedding"].shape[1] - 1, len(mult) - 1
+        if given and math.prod(side >> halvings for side in given) == pixels:
+            return given
+        side = math.isqrt(pixels) << halvings
         return (side, side) if math.isqrt(pixels) ** 2 == pixels else None
+    if given:
+        return given
     sizes = [size for size, standard in UNetSettings.default_mult.items() if standard == mult]
     return (sizes[0], sizes[0]) if sizes else None
 

@@ -141,6 +141,13 @@ def test_an_image_size_that_does_not_show_must_be_given() -> None:
     assert infer_classifier_settings(state, (16, 16))["image_size"] == 16
 
 
+def test_the_pixels_that_attention_pools_are_those_of_the_given_size_or_of_a_square() -> None:
+    state = on_meta(**{**SMALL, "image_size": "16x64"}).state_dict()
+    assert infer_classifier_settings(state, (16, 64))["image_size"] == "16x64"
+    assert infer_classifier_settings(state)["image_size"] == 32
+    assert infer_classifier_settings(state, (8, 8))["image_size"] == 32  # it can't be that
+
+
 def test_a_bare_checkpoint_opens_without_settings(tmp_path: Path) -> None:
     model = small()
     checkpoint = open_checkpoint(str(save_bare(model, tmp_path / "64x64_classifier.pt")))
@@ -152,8 +159,9 @@ def test_a_bare_checkpoint_opens_without_settings(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_does_not_fit_names_the_flags(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(save_bare(small(), tmp_path / "c.pt")))
-    other = ClassifierSettings(**{**SMALL, "classifier_depth": 2, "classifier_pool": "spatial"})
-    with pytest.raises(UserError, match=r"trained with --classifier_depth 1 --classifier_pool attention"):
+    other = ClassifierSettings(**{**SMALL, "classifier_depth": 2, "classifier_pool": "spatial", "image_size": 32})
+    flags = "--classifier_depth 1 --classifier_pool attention --image_size 16"
+    with pytest.raises(UserError, match=f"it was trained with {flags}"):
         open_classifier(checkpoint, other, "fp32", torch.device("cpu"))
 
 
