@@ -51,7 +51,7 @@ def _complete_value(action: argparse.Action) -> None:
     names = str(action.metavar or "").split("|")
     if action.dest == "config":
         action.complete = _names_or_files([file.stem for file in sorted(configs().glob("*.json"))])  # type: ignore[attr-defined]
-    elif choices := [name for name in names if not _PLACEHOLDER.fullmatch(name)]:
+    elif choices := [name for name in names if name and not _PLACEHOLDER.fullmatch(name)]:
         action.choices = choices
     else:
         action.complete = shtab.FILE  # type: ignore[attr-defined]

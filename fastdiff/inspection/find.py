@@ -32,11 +32,13 @@ from fastdiff.inspection.images import (
 )
 from fastdiff.inspection.networks import describe_checkpoint, describe_config, describe_run, describe_runs
 from fastdiff.inspection.scores import (
+    describe_curves,
     describe_features,
     describe_result,
     describe_results,
     describe_statistics,
     describe_terms,
+    is_curves,
     is_result,
 )
 from fastdiff.models import weights
@@ -50,6 +52,8 @@ from fastdiff.training.checkpoints.manifest import MANIFEST
 
 _PARTS = {"config.json", "status.json", "log.txt", "progress.csv", NAME, RECORD, MANIFEST, "best.json", TABLE}
 """Files that say something about the folder that they lie in."""
+_LOOSE = ("folder of images", "folder of runs", "folder of weights")
+"""Kinds of folders of which no file says anything."""
 OTHER = "not a network of fastdiff"
 
 
@@ -138,10 +142,10 @@ def _pictures_or_other(folder: Path, names: list[str]) -> Description:
     except UserError as error:
         what = describe_folder(folder)
         if what.startswith("; it is "):
-            fitting = (
-                command("convert", model_path=folder, to="pt", out="FILE.pt") if "folder of diffusers" in what else ""
-            )
-            return Description(folder, OTHER, {"about": what.removeprefix("; it is ")}, next=fitting)
+            found = Description(folder, OTHER, {"about": what.removeprefix("; it is ")})
+            if found.facts["about"].startswith("a folder of diffusers"):
+                found.next = command("convert", model_path=folder, to="pt", out="FILE.pt")
+            return found
         if files := [name for name in names if name.endswith(WEIGHTS)]:
             return Description(folder, "folder of weights", {"files": files}, next=command("info", folder / files[0]))
         kinds = "a run, a checkpoint, a sampling job or packed images"
@@ -172,7 +176,7 @@ def _file(file: Path) -> Description:
     if file.name in _PARTS:
         with suppress(UserError):
             found = _folder(file.parent)
-            if found.kind != "folder of images":
+            if not found.kind.startswith(_LOOSE):
                 return found
     kind = other_data.kind_of_file(file)
     if kind == "npz" or (kind in ("", "zip") and file.suffix == ".npz"):
@@ -220,6 +224,8 @@ def _npz(file: Path) -> Description:
 def _json(file: Path, content: Any) -> Description:
     if is_result(content):
         return describe_result(file, content)
+    if is_curves(content):
+        return describe_curves(file, content)
     if isinstance(content, dict) and content and content.keys() <= {*Config.model_fields, "family"}:
         return describe_config(file, content)
     raise UserError(f"{file} is a JSON file, but neither a configuration nor the result of an evaluation")

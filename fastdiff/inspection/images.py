@@ -18,6 +18,7 @@ from fastdiff.images.image_files import open_file
 from fastdiff.images.labels import NoClasses, index_images
 from fastdiff.images.listing import Listing
 from fastdiff.images.pixels import read_header
+from fastdiff.images.unreadable import what_is_wrong
 from fastdiff.inspection.description import Description, command
 from fastdiff.models import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import files_in, read_json
@@ -71,9 +72,12 @@ def describe_pictures(folder: Path) -> Description:
 
 
 def describe_picture(file: Path) -> Description:
-    """A single picture."""
-    with open_file(file) as opened:
-        header = read_header(opened)
+    """A single picture. Raises UserError for a damaged one."""
+    try:
+        with open_file(file) as opened:
+            header = read_header(opened)
+    except Exception as error:  # Pillow raises many types
+        raise UserError(f"{file} is a picture that can't be read ({what_is_wrong(error)})") from None
     height, width = header.size_hw
     found = Description(file, "picture")
     found.facts = {"images": f"{height}x{width}x{1 if header.is_gray else 3}", "bytes": file.stat().st_size}

@@ -16,7 +16,7 @@ from fastdiff.config.classifier import classifier_settings_of
 from fastdiff.config.family import FAMILIES, known_family
 from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, describe
 from fastdiff.config.presets import configs, preset_for_file
-from fastdiff.errors import UserError, quoted
+from fastdiff.errors import UserError, first_line, quoted
 from fastdiff.inspection.description import Description, command, differing
 from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, weights
 from fastdiff.models.classifier import build_network
@@ -89,6 +89,8 @@ KINDS = {
 }
 SECTIONS = ("model", "diffusion", "data", "train")
 """The sections of a run."""
+_MOST_BLOCKS = 10_000
+"""Residual blocks of a network beyond which settings are damaged; building them would take minutes."""
 _SHAPES = "the shapes of the weights"
 
 
@@ -146,11 +148,17 @@ def _settings_of_bare_file(checkpoint: Checkpoint) -> tuple[str, dict[str, Setti
     return origin, {"model": config.model, "diffusion": config.diffusion}
 
 
-def _parameters(model: Settings) -> int:
-    """The number of parameters of a network with these settings."""
+def _parameters(model: Settings, file: Path) -> int:
+    """The number of parameters of a network with these settings, which a file holds."""
     assert isinstance(model, BackboneSettings | ClassifierSettings)
-    with torch.device("meta"):
-        return sum(value.numel() for value in build_network(model).parameters())
+    backbone = model.backbone if isinstance(model, ClassifierSettings) else model
+    if backbone.num_res_blocks * len(backbone.level_mult) > _MOST_BLOCKS:
+        raise UserError(f"{file}: no network has {backbone.num_res_blocks} residual blocks per level")
+    try:
+        with torch.device("meta"):
+            return sum(value.numel() for value in build_network(model).parameters())
+    except (RuntimeError, OverflowError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: no network of its settings can be built ({first_line(error)})") from None
 
 
 def _about_images(model: Settings, class_names: list[str]) -> dict[str, Any]:
@@ -189,7 +197,7 @@ def describe_run(folder: Path) -> Description:
             found.notes.append(f"the newest checkpoint can't be read: {error}")
     model = settings.get("model")
     if "parameters" not in newest and model is not None:
-        newest["parameters"] = _parameters(model)
+        newest["parameters"] = _parameters(model, file)
     about = {name: newest.get(name) for name in ("parameters", "images", "enlarged_from", "classes", "class_names")}
     found.facts = {
         "state": status.get("state", "unknown: there is no status.json"),
@@ -254,7 +262,7 @@ def describe_config(file: Path, content: dict[str, Any]) -> Description:
         found.settings[name] = kind.section(name, values, file)
     model = found.settings.get("model") or kind.section("model", {}, file)
     found.facts = {
-        "parameters": _parameters(model),
+        "parameters": _parameters(model, file),
         **_about_images(model, []),
     }
     data = found.settings.get("data")

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastdiff.errors import UserError
 from fastdiff.evaluation.classifier import read_classifier
+from fastdiff.evaluation.curve_files import name_of, shown
 from fastdiff.evaluation.report import TABLE
 from fastdiff.evaluation.statistics import holds_images, read_about
 from fastdiff.inspection.description import Description, command
@@ -30,7 +31,7 @@ def describe_result(file: Path, content: dict[str, Any]) -> Description:
     try:
         samples, reference = content["samples"], content["reference"] or {}
         found.facts = {
-            "scores": {name: _score(score) for name, score in content["scores"].items()},
+            "scores": {name: shown(score) for name, score in content["scores"].items()},
             "samples": samples["path"],
             "num_samples": samples.get("count"),
             "reference": reference.get("path"),
@@ -40,7 +41,7 @@ def describe_result(file: Path, content: dict[str, Any]) -> Description:
             "time": content.get("time"),
         }
         found.notes = [str(note) for note in content.get("notes", [])]
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{file} is damaged: it lacks an entry of a result") from None
     words = shlex.split(content.get("command", "")) if isinstance(content.get("command", ""), str) else []
     flags = words[2:] if words[:2] == ["fastdiff", "evaluate"] else words[1:]
@@ -48,9 +49,30 @@ def describe_result(file: Path, content: dict[str, Any]) -> Description:
     return found
 
 
-def _score(score: dict[str, Any]) -> str:
-    spread = f" ± {score['spread']:.2g}" if "spread" in score else ""
-    return f"{score['value']:.5g}{spread}"
+def is_curves(content: Any) -> bool:
+    """Whether the content of a JSON file is that of curves over several solvers, steps or guidances."""
+    return isinstance(content, dict) and content.keys() >= {"model", "metrics", "features", "protocol", "rows"}
+
+
+def describe_curves(file: Path, content: dict[str, Any]) -> Description:
+    """The JSON file of curves."""
+    found = Description(file, "curves of an evaluation")
+    try:
+        reference = content["reference"] or {}
+        found.facts = {
+            "rows": {
+                name_of(row): {name: shown(score) for name, score in row["scores"].items()} for row in content["rows"]
+            },
+            "model": content["model"],
+            "num_samples": content["num_samples"],
+            "reference": reference.get("path"),
+            "num_reference": reference.get("count"),
+            "network": content["features"].get("network"),
+            "time": content.get("time"),
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{file} is damaged: it lacks an entry of curves") from None
+    return found
 
 
 def describe_results(folder: Path) -> Description:

@@ -393,6 +393,19 @@ def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         find(str(file))
 
 
+def test_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"solver": "ddim", "steps": 5, "spacing": "uniform", "guidance": 1, "scores": a_result()["scores"]}
+    result = a_result()
+    more = {"model": "net.pt", "metrics": ["fid"], "num_samples": 100, "rows": [row]}
+    content = {name: result[name] for name in ("reference", "features", "protocol")} | more
+    (tmp_path / "curves.json").write_text(json.dumps(content))
+    found = described(tmp_path / "curves.json", capsys)
+    assert (found["kind"], found["rows"]) == ("curves of an evaluation", {"ddim 5 uniform": {"fid": "3.25 ± 0.12"}})
+    (tmp_path / "curves.json").write_text(json.dumps({**content, "rows": [{}]}))
+    with pytest.raises(UserError, match="is damaged: it lacks an entry of curves"):
+        find(str(tmp_path / "curves.json"))
+
+
 def test_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     about = json.dumps({"network": "inception-v3-compat", "size": "8x8x3", "made_of": "real"})
     moments = {"mu": np.zeros(4), "sigma": np.eye(4)}
@@ -491,11 +504,20 @@ WRONG: dict[str, tuple[Make, str]] = {
     "code": (code, "holds Python objects .* that would run code"),
     "objects": (objects, "arr_0 holds Python objects"),
     "numbers": (numbers, "is an .npz of arrays \\(a, b\\), but holds neither images nor statistics"),
+    "picture": (file_of("x.png", b"\x89PNG\r\n\x1a\n" + bytes(99)), "is a picture that can't be read"),
     "truncated npz": (file_of("x.npz", b"PK\x03\x04 and no more"), "is no .npz of arrays, or is damaged"),
     "other JSON": (file_of("x.json", b'{"a": 1}'), "is a JSON file, but neither a configuration nor the result"),
     "wrong JSON": (file_of("x.json", b"{"), "is not JSON"),
     "wrong setting": (file_of("x.json", b'{"model": {"image_size": "x"}}'), "x.json: model.image_size: a size is"),
     "section that is none": (file_of("x.json", b'{"model": 3}'), "section model must be a JSON object, not 3"),
+    "endless network": (
+        file_of("x.json", b'{"model": {"num_res_blocks": 99999999999}}'),
+        "no network has 99999999999 residual blocks per level",
+    ),
+    "vast network": (
+        file_of("x.json", b'{"model": {"num_channels": 3200000000000}}'),
+        "no network of its settings can be built",
+    ),
     "damaged job": (damaged_job, "job.json is damaged: it has no part_size"),
     "damaged run": (
         damaged_run,
