@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastdiff.images.labels import check_classes, describe_classes
     from fastdiff.images.open import open_images
     from fastdiff.images.unreadable import STEM, naming_all
+    from fastdiff.models.settings import as_before
     from fastdiff.ops import choose_kernels
     from fastdiff.runtime.machine import tf32
     from fastdiff.runtime.processes import current, join, make_writable, output_folder
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if processes.is_main:
         print("\n".join(chosen))
     describes = config.model_dump(mode="json", include={"model", "diffusion", "data", "nll"})
+    describes["model"] = as_before(describes["model"])
     describes |= {"checkpoint": network.digest, "listing": loader.state_dict()}
     kept = Kept(folder, processes, describes)
     try:

@@ -68,7 +68,7 @@ class Curves:
         self.images: dict[str, np.ndarray] = {}
         self.content: dict[str, Any] = {"rows": []}
         if judge:
-            names = affecting(SampleSettings, "images", "network") - _VARIED | _OF_CASCADES
+            names = affecting(SampleSettings, "images", "network") - _VARIED - {"classifier_scale"} | _OF_CASCADES
             self._common: dict[str, Any] = {
                 "num_samples": config.sample.num_samples,
                 "metrics": [label(metric, judge.network) for metric in judge.metrics],
@@ -78,6 +78,8 @@ class Curves:
             }
             drawing = {"model": checkpoint.digest, **config.sample.model_dump(mode="json", include=names)}
             drawing |= config.diffusion.model_dump(mode="json")
+            if config.sample.guiding_classifier:
+                drawing |= {name: getattr(config.sample, name) for name in ("classifier_path", "classifier_scale")}
             self.base = folder / f"{short_stem(checkpoint.file)}-{_hash([self._common, drawing])[:8]}"
             self.content = {"model": str(checkpoint.file), **self._common, "floor": self._read(judge), **self.content}
         found: list[Any] = [[row["identity"] for row in self.content["rows"]]]

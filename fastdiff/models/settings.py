@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,8 @@ TRAINING = Affects("training")
 SHAPES = Affects("shapes")
 """Marks settings that decide which weights a network has, and their shapes."""
 GROUPS = 32  # of every group norm (Ho et al. 2020)
+ADDED = ("resblock_updown", "scale_stem", "use_new_attention_order")
+"""Settings that version 0.1 did not have and did not store; its networks had them False."""
 
 # Image size → channel_mult, as in improved-diffusion and guided-diffusion.
 _DEFAULT_MULT = {
@@ -216,6 +218,14 @@ class SuperResSettings(BackboneSettings):
                 f"{'x'.join(map(str, self.large_size))}"
             )
         return self
+
+
+def as_before(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a network as version 0.1 stored them, without those of ADDED that are False.
+
+    By these it is the same job that version 0.1 began.
+    """
+    return {name: value for name, value in model.items() if value or name not in ADDED}
 
 
 def misplaced_attention(settings: BackboneSettings) -> str:

@@ -19,6 +19,7 @@ from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError, quoted
 from fastdiff.models import BackboneSettings
+from fastdiff.models.settings import as_before
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import dummy_batch
 from fastdiff.runtime.machine import (
@@ -150,7 +151,7 @@ class Sampler:
             found["guidance_interval"] = list(settings.guidance_interval)
         for section in (network.settings, network.diffusion):
             shown = section.model_dump(mode="json", exclude=affecting(type(section), "training"))
-            found = {**shown, **found}
+            found = {**as_before(shown), **found}
         if self.classifier is not None:
             found["classifier_path"] = self.classifier.digest
             found["classifier_precision"] = self.classifier.precision

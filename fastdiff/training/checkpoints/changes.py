@@ -9,6 +9,7 @@ from fastdiff.config.load import Config
 from fastdiff.errors import UserError, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import BackboneSettings
+from fastdiff.models.settings import ADDED
 from fastdiff.settings import affecting
 from fastdiff.training.settings import ALWAYS_FREE, CHANGES, STREAM_SETTINGS, ClassifierTrainSettings, TrainSettings
 
@@ -16,7 +17,7 @@ _QUIET = {
     "train": affecting(TrainSettings, "run") | affecting(ClassifierTrainSettings, "run"),
     "data": affecting(DataSettings, "run"),
 }
-_ABSENT = {"model": dict.fromkeys(("null_class", "resblock_updown", "scale_stem", "use_new_attention_order"), False)}
+_ABSENT = {"model": dict.fromkeys(("null_class", *ADDED), False)}
 """Section → settings that older versions didn't store, with the value that they had."""
 
 
