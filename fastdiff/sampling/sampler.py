@@ -19,8 +19,8 @@ from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError, quoted
 from fastdiff.models import BackboneSettings
-from fastdiff.models.settings import as_before
 from fastdiff.models.cost import forward_flops
+from fastdiff.models.settings import as_before
 from fastdiff.models.unet import dummy_batch
 from fastdiff.runtime.machine import (
     best_seconds,
