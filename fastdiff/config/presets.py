@@ -132,6 +132,8 @@ def config_file(given: str) -> str:
     if Path(given).parts != (given,) or Path(given).suffix or (os.path.exists(given) and not os.path.isdir(given)):
         return given
     files = {file.stem: file for file in sorted(configs().glob("*.json"))}
+    if given not in files and os.path.isdir(given):
+        return given  # the reader says that a folder is no JSON file
     if given not in files:
         near = did_you_mean(given, files) or f"; there are {', '.join(files)}"
         raise UserError(f"{given} is neither a file nor the name of a configuration{near}")
