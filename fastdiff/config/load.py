@@ -45,11 +45,11 @@ from fastdiff.sampling.settings import NllSettings, SampleSettings, SuperResSamp
 from fastdiff.settings import Settings, is_true, merge, validated, what_is_wrong
 from fastdiff.training.settings import ClassifierTrainSettings, RunSettings, TrainSettings, adopt
 
-# Switches of improved-diffusion and guided-diffusion → ours
+# Switches of improved-diffusion and guided-diffusion → ours, of which a script has the first or the second
 _SWITCHES = {
-    "use_fp16": ("precision", "fp16"),
-    "use_ddim": ("solver", "ddim"),
-    "classifier_use_fp16": ("classifier_precision", "fp16"),
+    "use_fp16": (("precision",), "fp16"),
+    "use_ddim": (("solver",), "ddim"),
+    "classifier_use_fp16": (("classifier_precision", "precision"), "fp16"),
 }
 
 
@@ -368,15 +368,23 @@ def _resolve(kind: type[Config], layers: list[tuple[str, Layer]], defaults: Laye
 
 
 def _aliases(source: str, section: str, values: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Replace improved-diffusion's switches (use_fp16, use_ddim) by the equivalent choices."""
+    """Replace the originals' names (use_fp16, use_ddim, iterations) by the equivalent choices."""
     values = dict(values)
-    for switch, (name, choice) in _SWITCHES.items():
-        if switch in known and name in known and is_true(values.get(switch)):
+    if "iterations" in known and (steps := values.pop("iterations", "0")) not in ("0", 0):
+        _choose(source, section, values, f"iterations {steps}", "max_steps", steps)
+    for switch, (names, choice) in _SWITCHES.items():
+        if switch in known and is_true(values.get(switch)):
             del values[switch]
-            if values.setdefault(name, choice) != choice:
-                where = f"{source}: {section}." if source else "--"
-                raise UserError(f"{where}{switch} True contradicts {name} {values[name]}; give one of them")
+            name = next(name for name in names if name in known)
+            _choose(source, section, values, f"{switch} True", name, choice)
     return values
+
+
+def _choose(source: str, section: str, values: dict[str, Any], given: str, name: str, choice: str) -> None:
+    """Set `name` to the choice that `given` stands for. Raises UserError if the same source gives it another value."""
+    if values.setdefault(name, choice) != choice:
+        where = f"{source}: {section}." if source else "--"
+        raise UserError(f"{where}{given} contradicts {name} {values[name]}; give one of them")
 
 
 def _hint(kind: type[Config], section: str, name: str) -> str:

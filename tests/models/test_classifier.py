@@ -95,9 +95,10 @@ def test_logits_are_float32_and_the_same_in_bf16_frozen_and_without_pairs_of_ima
     assert torch.equal(frozen_by_x, by_x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 def test_kernels_compute_the_same_logits_and_gradients(pool: str) -> None:
-    model = small(classifier_pool=pool).eval()
+    model = small(image_size=8, classifier_width=32, classifier_attention_resolutions=4, classifier_pool=pool).eval()
     x, t = inputs(model, batch=2)
     logits, by_x = gradient(model, x, t)
     with ops.using("triton"):

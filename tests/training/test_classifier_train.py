@@ -167,6 +167,16 @@ def test_guided_diffusions_command_means_the_same(data: Path) -> None:
     assert (by_default.last_step, by_default.lr_anneal_steps, by_default.lr) == (150_000, 0, 3e-4)
 
 
+def test_a_flag_by_the_original_name_overrides_the_configuration(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"train": {"max_steps": 9, "anneal_lr": True, "precision": "bf16"}}))
+    argv = ["--config", str(file), "--iterations", "5", "--classifier_use_fp16", "True"]
+    train = load(argv, description="", sections=SECTIONS, kind=ClassifierConfig).config.train
+    assert (train.last_step, train.lr_anneal_steps, train.precision) == (5, 5, "fp16")
+    message = refusal(classifier_train.main, ["--iterations", "5", "--max_steps", "7"])
+    assert message == "--iterations 5 contradicts max_steps 7; give one of them"
+
+
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"iterations": 5, "max_steps": 7}, "iterations 5 contradicts max_steps 7"),
     ({"anneal_lr": True, "lr_anneal_steps": 7}, "anneal_lr True over 150000 steps contradicts lr_anneal_steps 7"),
