@@ -24,7 +24,7 @@ from fastdiff.evaluation.classifier import Classifier, write_classifier
 from fastdiff.evaluation.report import write_result
 from fastdiff.inspection.find import find
 from fastdiff.inspection.networks import KINDS
-from fastdiff.models import SuperResSettings, UNetSettings
+from fastdiff.models import UNetSettings
 from fastdiff.training.checkpoints.resume import write_status
 
 Make = Callable[[Path], Path]
@@ -203,12 +203,11 @@ def test_states_of_training(name: str, run: Path, capsys: pytest.CaptureFixture[
 def test_configurations_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = find(name)
-    large = "upsample" in name
-    assert found.kind == f"configuration of a {KINDS['super_res' if large else 'unet'].name}"
-    assert isinstance(found.settings["model"], SuperResSettings if large else UNetSettings)
+    kind = KINDS["super_res" if "upsample" in name else "classifier" if "classifier" in name else "unet"]
+    assert found.kind == f"configuration of a {kind.name}"
+    assert isinstance(found.settings["model"], kind.model)
     if name != "demo":
-        command = "super-res-train" if large else "train"
-        assert found.next == f"fastdiff {command} --config {name} --data_dir IMAGES"
+        assert found.next == f"fastdiff {kind.train} --config {name} --data_dir IMAGES"
 
 
 def test_configuration_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
