@@ -117,9 +117,8 @@ def _folder(folder: Path) -> Description:
         return describe_job(folder, manifest)
     if any(weights.step_and_rate(Path(name))[0] is not None or name in weights.CONVERTED for name in names):
         return describe_checkpoint(folder)
-    if "model_index.json" in names:
-        about = {"about": describe_folder(folder).removeprefix("; it is ")}
-        return Description(folder, OTHER, about, next=command("convert", model_path=folder, to="pt", out="net.pt"))
+    if "model_index.json" in names and (other := _of_another_program(folder)):
+        return other
     if list_checkpoints(folder):
         run = folder.absolute().parent
         is_run = kind_of_output(run, [path.name for path in run.iterdir()]) == "run"
@@ -140,16 +139,22 @@ def _pictures_or_other(folder: Path, names: list[str]) -> Description:
     try:
         return describe_pictures(folder)
     except UserError as error:
-        what = describe_folder(folder)
-        if what.startswith("; it is "):
-            found = Description(folder, OTHER, {"about": what.removeprefix("; it is ")})
-            if found.facts["about"].startswith("a folder of diffusers"):
-                found.next = command("convert", model_path=folder, to="pt", out="FILE.pt")
-            return found
+        if other := _of_another_program(folder):
+            return other
         if files := [name for name in names if name.endswith(WEIGHTS)]:
             return Description(folder, "folder of weights", {"files": files}, next=command("info", folder / files[0]))
         kinds = "a run, a checkpoint, a sampling job or packed images"
         raise UserError(f"{folder} is none of fastdiff's folders ({kinds}), and {error}") from None
+
+
+def _of_another_program(folder: Path) -> Description | None:
+    what = describe_folder(folder)
+    if not what.startswith("; it is "):
+        return None
+    found = Description(folder, OTHER, {"about": what.removeprefix("; it is ")})
+    if found.facts["about"].startswith("a folder of diffusers"):
+        found.next = command("convert", model_path=folder, to="pt", out="FILE.pt")
+    return found
 
 
 def _to_prepare(path: Path, names: Sequence[str]) -> Description | None:

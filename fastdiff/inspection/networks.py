@@ -18,7 +18,7 @@ from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, descr
 from fastdiff.config.presets import configs, preset_for_file
 from fastdiff.errors import UserError, first_line, quoted
 from fastdiff.inspection.description import Description, command, differing
-from fastdiff.models import BackboneSettings, SuperResSettings, UNetSettings, weights
+from fastdiff.models import BackboneSettings, weights
 from fastdiff.models.classifier import build_network
 from fastdiff.models.classifier_settings import ClassifierSettings
 from fastdiff.runtime.file_kinds import WEIGHTS
@@ -35,15 +35,14 @@ class Kind:
     """A kind of network, which checkpoints and config.json name by a word."""
 
     name: str
-    model: type[Settings]
     config: type[Config]
-    """The other sections of its runs."""
+    """The sections of its runs."""
     train: str
     """The command that trains it."""
     use: Callable[[Path], str]
     """Returns the command that uses a checkpoint at a path."""
     mark: str = ""
-    """A setting of its section model that other kinds don't have, by which a configuration is recognised."""
+    """How the name of a setting begins that only its section model has, by which a configuration is recognised."""
 
     def section(self, name: str, values: dict[str, Any], file: Path) -> Settings:
         """The settings of a section of its runs, which a file holds. Raises UserError for invalid ones."""
@@ -57,7 +56,7 @@ class Kind:
         return {key: value for key, value in values.items() if key in self._section_class(name).model_fields}
 
     def _section_class(self, name: str) -> type[Settings]:
-        annotation = self.model if name == "model" else self.config.model_fields[name].annotation
+        annotation = self.config.model_fields[name].annotation
         assert isinstance(annotation, type)
         return annotation
 
@@ -65,14 +64,12 @@ class Kind:
 KINDS = {
     "unet": Kind(
         "UNet",
-        UNetSettings,
         Config,
         "train",
         lambda path: command("sample", model_path=path, num_samples=16, solver="dpmpp_2m_sde", steps=20),
     ),
     "super_res": Kind(
         "super-resolution UNet",
-        SuperResSettings,
         SuperResConfig,
         "super-res-train",
         lambda path: command("super-res-sample", model_path=path, base_samples="SMALL_IMAGES"),
@@ -80,11 +77,10 @@ KINDS = {
     ),
     "classifier": Kind(
         "classifier",
-        ClassifierSettings,
         ClassifierConfig,
         "classifier-train",
         lambda path: command("sample", model_path="MODEL", num_samples=16, classifier_path=path, classifier_scale=1),
-        mark="classifier_depth",
+        mark="classifier_",
     ),
 }
 SECTIONS = ("model", "diffusion", "data", "train")
@@ -255,7 +251,12 @@ def describe_config(file: Path, content: dict[str, Any]) -> Description:
     for section, values in sections.items():
         if not isinstance(values, dict):
             raise UserError(f"{file}: section {section} must be a JSON object, not {quoted(values)}")
-    kind = next((kind for kind in KINDS.values() if kind.mark in sections.get("model", {})), KINDS["unet"])
+    marked = [
+        kind
+        for kind in KINDS.values()
+        if kind.mark and any(key.startswith(kind.mark) for key in sections.get("model", {}))
+    ]
+    kind = marked[0] if marked else KINDS["unet"]
     found = Description(file, f"configuration of a {kind.name}")
     defaults = {name: kind.known(name, values) for name, values in FAMILIES[family].items()}
     for name, values in merge(defaults, sections).items():
