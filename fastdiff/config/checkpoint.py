@@ -98,9 +98,13 @@ def scripts_for(super_res: bool) -> str:
     return "super_res_train.py and super_res_sample.py" if super_res else "train.py, sample.py and nll.py"
 
 
-def preset_of(name: str, super_res: bool, flag: str = "--preset") -> Preset | None:
-    """The preset with that name, None for an empty name. Raises UserError if it is unknown or of the other kind."""
+def preset_of(name: str, super_res: bool, flag: str = "--preset", classifier: bool = False) -> Preset | None:
+    """The preset with that name, None for an empty name. Raises UserError if it is unknown or of another kind."""
     preset = find_preset(name, flag) if name else None
+    if preset and classifier:
+        if preset.kind != "classifier":
+            raise UserError(f"{flag}: {name} is for {scripts_for(preset.kind == 'super_res')}, not a classifier's")
+        return preset
     if preset and preset.kind == "classifier":
         raise UserError(f"{flag}: {name} is a classifier, which sample.py takes as --classifier_path")
     if preset and (preset.kind == "super_res") != super_res:
@@ -137,7 +141,7 @@ def settings_of(
         if checkpoint.super_res != super_res:
             raise UserError(f"{file} is for {scripts_for(not super_res)}")
         if preset:
-            _check_agrees(info, preset, file, preset_flag)
+            check_agrees(info, preset, file, preset_flag)
         return f"the settings in {file}", {"model": info["model"], "diffusion": info["diffusion"]}
     if mismatch := weights.script_mismatch(checkpoint.state, super_res):
         raise UserError(f"{file} does not fit: {mismatch}, which is for {scripts_for(not super_res)}")
@@ -203,7 +207,7 @@ def _inferred(checkpoint: Checkpoint, super_res: bool, given: Layer, family: str
     return model
 
 
-def _check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -> None:
+def check_agrees(info: dict[str, Any], preset: Preset, file: Path, flag: str) -> None:
     """Raise UserError if the settings stored in a checkpoint differ from the preset's."""
     carried = {**info["model"], **info["diffusion"]}
     for name, value in {**preset.model, **preset.diffusion}.items():

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from fastdiff.config.checkpoint import Checkpoint, Layer, load_network
-from fastdiff.config.presets import preset_for_file
+from fastdiff.config.checkpoint import Checkpoint, Layer, check_agrees, load_network
+from fastdiff.config.presets import Preset, preset_for_file
 from fastdiff.errors import UserError
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.classifier_settings import ClassifierSettings
@@ -17,19 +17,23 @@ from fastdiff.models.classifier_weights import infer_classifier_settings
 from fastdiff.settings import Size
 
 
-def classifier_settings_of(checkpoint: Checkpoint, given: Layer | None = None) -> tuple[str, Layer]:
+def classifier_settings_of(
+    checkpoint: Checkpoint, given: Layer | None = None, preset: Preset | None = None
+) -> tuple[str, Layer]:
     """A description of the source of a classifier's settings, and its sections: model, and diffusion if it is known.
 
     given holds the settings of the command line and the JSON file, of which image_size helps where the weights don't
-    show it. Raises UserError if the file holds another network.
+    show it. Raises UserError if the file holds another network, or contradicts the preset.
     """
     file = checkpoint.file
     if checkpoint.kind != "classifier":
         what = "a super-resolution model" if checkpoint.super_res else "a diffusion model"
         raise UserError(f"{file} is {what}, not a classifier, which classifier_train.py makes")
     if info := checkpoint.info:
+        if preset:
+            check_agrees(info, preset, file, "--preset")
         return f"the settings in {file}", {"model": info["model"], "diffusion": info["diffusion"]}
-    named = preset_for_file(file)
+    named = preset or preset_for_file(file)
     if named and named.kind == "classifier":
         return f"preset {named.name}", named.layer
     size = None

@@ -230,7 +230,7 @@ def _checkpoint_layer(
         with blaming(f"--{name}"):
             opened = opened or open_checkpoint(expand_path(str(path)))
             if _section_class(kind, "model") is ClassifierSettings:
-                return opened, [classifier_settings_of(opened, given)]
+                return opened, [classifier_settings_of(opened, given, preset)]
             return opened, [settings_of(opened, kind is SuperResConfig, preset, given, family=family)]
     return None, [(f"preset {preset.name}", preset.layer)] if preset else []
 
@@ -312,7 +312,8 @@ def _preset(section: str, layers: list[tuple[str, Layer]], kind: type[Config], f
     if not named or "preset" not in _section_class(kind, section).model_fields:
         return None
     source, name = named[-1]
-    preset = preset_of(str(name), kind is SuperResConfig, f"{source}: {section}.preset" if source else "--preset")
+    flag = f"{source}: {section}.preset" if source else "--preset"
+    preset = preset_of(str(name), kind is SuperResConfig, flag, _section_class(kind, "model") is ClassifierSettings)
     if preset:
         check_family(preset, family)
     return preset

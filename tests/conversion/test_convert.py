@@ -490,3 +490,13 @@ def test_info_is_that_of_a_run(run: Path, tmp_path: Path) -> None:
     model = unet(class_cond=True, num_classes=2, learn_sigma=True)
     info = to(run, "pt", tmp_path / "out").info
     assert {**info, "provenance": None} == {**info_for(model, ["cat", "dog | hound"]), "provenance": None}
+
+
+def test_presets_of_other_kinds(tmp_path: Path) -> None:
+    source = save_bare(classifier(), tmp_path / "net.pt")
+    words = ["--model_path", source, "--to", "pt", tmp_path / "x.pt", "--preset"]
+    assert refusal(convert.main, [*words, "cifar10_uncond"]) == (
+        "--preset: cifar10_uncond is for train.py, sample.py and nll.py, not a classifier's"
+    )
+    message = refusal(convert.main, [*words, "64x64_classifier"])
+    assert message.startswith(f"--model_path: {source} does not fit the model: it was trained with ")
