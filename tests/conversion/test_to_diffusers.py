@@ -175,7 +175,7 @@ def test_pictures_of_our_pipeline(tmp_path: Path) -> None:
     assert [image.size for image in images] == [(16, 16)] * 3
 
 
-@pytest.mark.parametrize("name", list(RELEASED))
+@pytest.mark.parametrize("name", [name for name in RELEASED if find_preset(name).kind != "classifier"])
 def test_released_configurations(name: str) -> None:
     """UNet2DModel has the names and shapes of the tensors that are written, for every configuration."""
     preset = find_preset(name)
