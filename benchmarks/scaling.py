@@ -71,7 +71,7 @@ from benchmarks import roofline
 from fastdiff.config.load import Config
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, cost
-from fastdiff.models.regions import Regions
+from fastdiff.models.regions import UNetRegions
 from fastdiff.runtime.machine import GPUS, find
 from fastdiff.runtime.script import run_script
 from fastdiff.training.microbatch import bucket_size, overlaps
@@ -248,7 +248,7 @@ class Step:
 def regions_of(settings: Config, precision: str, micro: int, machine: roofline.Machine) -> list[Region]:
     """The regions in which the trainer compiles this network, in the order of the backward pass."""
     network = cost.on_meta(settings.model)
-    regions = Regions(network)
+    regions = UNetRegions(network)
 
     def number(name: str) -> int:
         """The region of an operation or a parameter, in the order of the forward pass."""

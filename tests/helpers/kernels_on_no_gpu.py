@@ -21,7 +21,7 @@ from fastdiff.diffusion import DiffusionSettings, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.models import UNetSettings, build_model
-from fastdiff.models.regions import Regions
+from fastdiff.models.regions import UNetRegions
 from fastdiff.models.unet import freeze
 from fastdiff.sampling.engine import Engine, sampling_launches
 from fastdiff.sampling.guided_network import Guidance, GuidedNetwork
@@ -86,7 +86,7 @@ def step(in_regions: bool = False, **given: Any) -> None:
     draw_timesteps = trainer.draw_timesteps  # its kernel does nothing either, and leaves numbers that are no timesteps
     trainer.draw_timesteps = lambda batch: tuple(map(torch.zeros_like, draw_timesteps(batch)))
     if in_regions:
-        trainer.model.forward = Regions(trainer.model)  # type: ignore[method-assign]
+        trainer.model.forward = UNetRegions(trainer.model)  # type: ignore[method-assign]
     trainer.take_step()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.models import SuperResSettings, UNet
-from fastdiff.models.regions import Regions
+from fastdiff.models.regions import UNetRegions
 
 MODELS: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -67,7 +67,7 @@ def test_uncompiled(name: str) -> None:
     model = network(name)
     given = inputs(model)
     whole = results(model, given)
-    model.forward = Regions(model)  # type: ignore[method-assign]
+    model.forward = UNetRegions(model)  # type: ignore[method-assign]
     assert_equal(results(model, given), whole)
 
 
@@ -81,7 +81,7 @@ def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(name)
     given = inputs(model)
     whole = results(model, given)
-    model.forward = Regions(model).compile(backend=BACKEND, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    model.forward = UNetRegions(model).compile(backend=BACKEND, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):
             assert_equal(results(model, given), whole)
@@ -96,14 +96,14 @@ def test_with_kernels(name: str) -> None:
     given = inputs(model)
     with ops.using("triton"):
         whole = results(model, given)
-        model.forward = Regions(model)  # type: ignore[method-assign]
+        model.forward = UNetRegions(model)  # type: ignore[method-assign]
         assert_equal(results(model, given), whole)
 
 
 def test_most_parameters_lie_below() -> None:
     """The lower levels have most parameters, and no block is left out or taken twice."""
     model = unet(channel_mult="1,2,2,4", image_size=16)
-    regions = Regions(model)
+    regions = UNetRegions(model)
     assert [*regions.upper_inputs, *regions.lower_inputs] == list(model.input_blocks)
     assert [*regions.lower_outputs, *regions.upper_outputs] == list(model.output_blocks)
     assert len(regions.upper_inputs) == len(regions.upper_outputs) == 4
