@@ -224,7 +224,7 @@ def _norm_and_conv(layers: nn.Sequential) -> tuple[GroupNorm, Conv2d]:
 def _bias_for_norm(conv: Conv2d, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """(convolution of h, its bias if the norm that follows is to add it, in the same pass over memory)."""
     if ops.map_layout(h) is torch.contiguous_format:  # PyTorch's norm would need a pass for it, the convolution doesn't
-        return conv.convolve(h, conv.bias), None
+        return conv(h), None  # which leaves no sum there
     return conv.without_bias(h), conv.bias
 
 
