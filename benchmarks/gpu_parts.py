@@ -85,6 +85,7 @@ PARTS = (
     _train("lsun reference", 30, "lsun_bedroom_lr1e-4", [32, 16, 8], "reference"),
     _train("upsample ours", 45, "upsample_256", [16], "ours"),
     _train("upsample reference", 35, "upsample_256", [16, 8, 4], "reference"),
+    _train("guided64 ours", 50, "64x64_diffusion", [64], "ours", profile=True),
     Part("cifar10 in one go", 90, in_one_go(CIFAR10, 256)),
     Part("270M in one go", 105, in_one_go(IMAGENET64, 128)),
     _train("cifar10 reference max-autotune", 600, CIFAR10, [256], "reference+max-autotune"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ class ClassifierGuidance:
 
     classifier  In eval mode; its parameters need no gradient.
     scale       Factor of the gradient.
+    rescale_timesteps  Whether the classifier sees timesteps scaled to 0..1000; None: as the network that it guides.
     """
 
     classifier: Classifier
     scale: float = 1.0
+    rescale_timesteps: bool | None = None
 
 
 class ClassifierGradient:
@@ -36,6 +38,8 @@ class ClassifierGradient:
         self.scale = guidance.scale
         self.classifier: Any = guidance.classifier
         device = next(guidance.classifier.parameters()).device
+        if guidance.rescale_timesteps is not None:
+            diffusion = replace(diffusion, rescale_timesteps=guidance.rescale_timesteps)
         self._timesteps = diffusion.model_timesteps(torch.from_numpy(table.steps).to(device))
         if compiled:
             self.classifier = torch.compile(self.classifier, **compile_kwargs(device))

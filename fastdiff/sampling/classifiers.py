@@ -110,5 +110,5 @@ def _check_fit(network: Network, classifier: OpenClassifier) -> None:
 
 
 def _noise(settings: DiffusionSettings) -> dict[str, Any]:
-    """The settings that say how much noise there is at a timestep, and how the network sees the timestep."""
-    return settings.model_dump(mode="json", include={"diffusion_steps", "noise_schedule", "rescale_timesteps"})
+    """The settings that say how much noise there is at a timestep."""
+    return settings.model_dump(mode="json", include={"diffusion_steps", "noise_schedule"})

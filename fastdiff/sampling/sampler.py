@@ -202,7 +202,8 @@ class Sampler:
         settings, model = self.settings, self.network.settings
         by_classifier = None
         if self.classifier is not None:
-            by_classifier = ClassifierGuidance(self.classifier.model, self.classifier.scale)
+            rescales = self.classifier.trained_with.get("rescale_timesteps")
+            by_classifier = ClassifierGuidance(self.classifier.model, self.classifier.scale, rescales)
         if settings.guidance == 1:
             return Guidance(classifier=by_classifier)
         if guide is None and not (model.class_cond and model.null_class):

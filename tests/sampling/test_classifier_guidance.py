@@ -92,6 +92,23 @@ def test_engine_is_the_solver(name: str, solver: str) -> None:
         assert relative_error(engine.draw(INDEX, LABELS), want) < 5e-5
 
 
+def test_the_classifier_sees_its_own_timesteps() -> None:
+    """A classifier that was trained on unscaled timesteps guides a network that sees scaled ones, and the reverse."""
+    guide, scaled = freeze(classifier()), process(learn_sigma=False, rescale_timesteps=True)
+    unscaled = process(learn_sigma=False, rescale_timesteps=False)
+    x, row = torch.randn(3, 3, 8, 8), torch.tensor([2])
+    tables = [solver_table(diffusion, "ddim") for diffusion in (scaled, unscaled)]
+
+    def gradient(own: bool | None, which: int) -> Tensor:
+        return ClassifierGradient(ClassifierGuidance(guide, 1.0, own), tables[which], (scaled, unscaled)[which])(
+            x, row, LABELS
+        )
+
+    assert torch.equal(gradient(None, 0), gradient(True, 1))
+    assert torch.equal(gradient(False, 0), gradient(None, 1))
+    assert not torch.equal(gradient(None, 0), gradient(None, 1))
+
+
 @pytest.mark.parametrize("learn_sigma", [False, True], ids=["fixed", "learned"])
 @pytest.mark.parametrize("sigma_small", [False, True], ids=["beta", "posterior"])
 def test_ancestral_guidance_shifts_the_mean(learn_sigma: bool, sigma_small: bool) -> None:
