@@ -19,6 +19,7 @@ from fastdiff.diffusion.schedules import keep_steps
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError, quoted
 from fastdiff.models import BackboneSettings
+from fastdiff.models.classifier_settings import ClassifierNetSettings
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.settings import as_before
 from fastdiff.models.unet import dummy_batch
@@ -156,6 +157,8 @@ class Sampler:
             found["classifier_path"] = self.classifier.digest
             found["classifier_precision"] = self.classifier.precision
             found["classifier_scale"] = self.classifier.scale
+            # Equal weights may be those of several depths: flags choose one where a file carries no settings.
+            found |= self.classifier.settings.model_dump(mode="json", include=set(ClassifierNetSettings.model_fields))
         if self.labels is not None:
             found["classes"] = {"classes": list(self.labels.chosen), "weights": list(self.labels.weights)}
         return found

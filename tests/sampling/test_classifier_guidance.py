@@ -242,6 +242,18 @@ def test_another_classifier_is_another_job(plain: Path, guide: Path, tmp_path: P
     assert "--out_dir" in message
 
 
+def test_another_depth_is_another_job(plain: Path, tmp_path: Path) -> None:
+    """A file without settings may have the keys and shapes of several depths, which draw other images."""
+    same = {"classifier_pool": "adaptive", "classifier_attention_resolutions": ""}
+    deep = {"classifier_depth": 3, "classifier_channel_mult": "1"}
+    guide = save_bare(classifier(**same, classifier_channel_mult="1,1"), tmp_path / "bare.pt")
+    given = {"model_path": plain, "classifier_path": guide, **same}
+    two_levels = run(tmp_path / "job", **given, classifier_depth=1, classifier_channel_mult="1,1")
+    assert (run(tmp_path / "deep", **given, **deep)["arr_0"] != two_levels["arr_0"]).any()
+    message = refusal(sample.main, flags({"out_dir": tmp_path / "job", "num_samples": 5, **given, **deep}))
+    assert "its classifier_depth is 1, now it is 3" in message
+
+
 MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "size": ({"image_size": 16}, {}, "knows images of 16x16 pixels, the model draws 8x8"),
     "channels": ({"in_channels": 1}, {}, "knows images of 1 channels, the model draws 3"),
