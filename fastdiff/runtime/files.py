@@ -84,8 +84,10 @@ def write_json(path: Path, content: Any, *, sync: bool = True) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the name `final` when the block ends, in place of an older one.
 
-    What is in it must be on disk by then. An exception in the block removes the folder.
+    What is in it must be on disk by then. An exception in the block removes the folder. Where `final` is a link to a
+    folder, that folder is replaced, and the link stays.
     """
+    final = final.resolve() if final.is_symlink() else final
     partial, replaced = hidden(final, "partial"), hidden(final, "replaced")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

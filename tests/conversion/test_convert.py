@@ -430,6 +430,14 @@ def test_overwriting_a_folder(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(out)
     out.mkdir()
     to(run, "pt", out)  # an empty folder is no loss
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to("elsewhere")
+    for _ in range(2):
+        to(run, "pt", link, "--overwrite")
+        assert link.is_symlink()
+        assert (tmp_path / "elsewhere" / "model.pt").is_file()
+    assert not list(tmp_path.glob(".*"))
 
 
 # --- the originals' flags ---
