@@ -17,13 +17,13 @@ from fastdiff.models.settings import UNetSettings
 
 _ANY = 32  # A multiple of it stands for an image size that the weights neither show nor depend on.
 _DEFAULT_DEPTH = ClassifierSettings.model_fields["classifier_depth"].default
-# How maps become logits → the parameter with a row per class.
-_LAST: dict[Pool, str] = {
+LAST_LAYER: dict[Pool, str] = {
     "attention": "out.2.c_proj.weight",
     "adaptive": "out.3.weight",
     "spatial": "out.2.weight",
     "spatial_v2": "out.3.weight",
 }
+"""How maps become logits → the parameter with a row per class."""
 
 
 def is_classifier(keys: Iterable[str]) -> bool:
@@ -83,7 +83,7 @@ def _candidates(state: Mapping[str, Tensor], image_size: tuple[int, int] | None)
                 classifier_resblock_updown=not halving,
                 classifier_pool=pool,
                 image_size=size,
-                num_classes=state[_LAST[pool]].shape[0],
+                num_classes=state[LAST_LAYER[pool]].shape[0],
                 in_channels=state["input_blocks.0.0.weight"].shape[1],
             )
         except ValidationError:

@@ -20,7 +20,8 @@ from fastdiff.errors import blaming
 from fastdiff.images.listing import same_to_readers
 from fastdiff.models import BackboneSettings, UNet, weights
 from fastdiff.models.classifier import Classifier, build_network
-from fastdiff.models.classifier_settings import ClassifierSettings, NetworkSettings
+from fastdiff.models.classifier_settings import ClassifierSettings, NetworkSettings, Pool
+from fastdiff.models.classifier_weights import LAST_LAYER
 from fastdiff.training.checkpoints.changes import of_equal_shapes, process_changes, shown
 from fastdiff.training.checkpoints.format import LABELS
 
@@ -78,7 +79,7 @@ def _adapted(
     """
     state, lines = OrderedDict(checkpoint.state), []
     if isinstance(settings, ClassifierSettings):
-        return state, _renew_head(state, fresh)
+        return state, _renew_head(state, fresh, settings.classifier_pool)
     if line := _match_last_layer(state, fresh, settings.in_channels):
         lines.append(line)
     table, bias = state.get(LABELS), state.get(_EMBEDDING_BIAS)
@@ -101,14 +102,14 @@ def _adapted(
     return state, lines
 
 
-def _renew_head(state: OrderedDict[str, Tensor], fresh: dict[str, Tensor]) -> list[str]:
-    """Let a classifier's layers of another number of classes begin anew; returns lines for the log."""
-    pairs = {
-        name: (state[name].shape, fresh[name].shape) for name in state if name.startswith("out.") and name in fresh
-    }
-    others = [name for name, (then, now) in pairs.items() if then[1:] == now[1:] and then != now]
-    state.update({name: fresh[name] for name in others})
-    return [f"{' and '.join(others)} begin anew, for {len(fresh[others[0]])} classes"] if others else []
+def _renew_head(state: OrderedDict[str, Tensor], fresh: dict[str, Tensor], pool: Pool) -> list[str]:
+    """Let a classifier's last layer begin anew if the classes are others; returns lines for the log."""
+    last = [LAST_LAYER[pool], LAST_LAYER[pool].replace("weight", "bias")]
+    pairs = [(state[name].shape, fresh[name].shape) for name in last if name in state]
+    if len(pairs) < len(last) or any(then[1:] != now[1:] or then == now for then, now in pairs):
+        return []  # nothing is to be done, or the weights are of another network, which comparing all shapes shows
+    state.update({name: fresh[name] for name in last})
+    return [f"{' and '.join(last)} begin anew, for {len(fresh[last[0]])} classes"]
 
 
 def _differ(row: Tensor, bias: Tensor, fresh: dict[str, Tensor]) -> bool:
