@@ -231,7 +231,7 @@ class ClassifierTrainSettings(RunSettings):
     """Let the learning rate fall linearly to 0 over the whole run, as lr_anneal_steps of max_steps does."""
     classifier_use_fp16: bool = False
     """The same as precision fp16."""
-    noised: bool = True
+    noised: Annotated[bool, STREAM] = True
     """Train on noised images, as guidance needs it; otherwise on the images themselves, at timestep 0."""
     val_data_dir: Annotated[FilePath, RUN] = ""
     """Folder with images for validation, in the same classes as data_dir; empty: no validation."""
@@ -265,7 +265,7 @@ def _give(values: dict[str, Any], name: str, value: Any, asked: str) -> None:
 
 ALWAYS_FREE = "use_checkpoint"
 """The one setting of a model that decides only how it is computed."""
-STREAM_SETTINGS = tuple(sorted(affecting(RunSettings, "stream")))
+STREAM_SETTINGS = tuple(sorted(affecting(RunSettings, "stream") | affecting(ClassifierTrainSettings, "stream")))
 _SECTIONS = (UNetSettings, SuperResSettings, DiffusionSettings)
 _PROCESS = {name for section in _SECTIONS for name in section.model_fields} - affecting(BackboneSettings, "shapes")
 CHANGES = (*STREAM_SETTINGS, *sorted(_PROCESS - {ALWAYS_FREE}))

@@ -202,6 +202,13 @@ def test_wrong_settings_are_refused(more: list[str], sentence: str, data: Path, 
         assert sentence in refusal(classifier_train.main, flags(data, tmp_path / "run", *more))
 
 
+def test_weights_of_another_width_are_refused(data: Path, tmp_path: Path) -> None:
+    """The refusal tells the width, though the norm before the head differs in its only axis, as classes would."""
+    file = save_bare(build_classifier(ClassifierSettings(**{**MODEL, "classifier_width": 64})), tmp_path / "wide.pt")
+    message = refusal(classifier_train.main, flags(data, tmp_path / "run", init_from=file))
+    assert message == f"--init_from: {file} does not fit the model: it was trained with --classifier_width 64"
+
+
 def test_images_of_one_class_are_refused(tmp_path: Path) -> None:
     one = make_pictures(tmp_path / "one", count=3, classes=1)
     message = refusal(classifier_train.main, flags(one, tmp_path / "run"))
@@ -228,6 +235,14 @@ def test_train_refuses_the_run_of_a_classifier(data: Path, tmp_path: Path) -> No
     same_size = ["--image_size", "8", "--num_channels", "32", "--channel_mult", "1,2", "--attention_resolutions", "4"]
     message = refusal(train.main, ["--data_dir", data, "--run_dir", run, *same_size])
     assert message == f"--run_dir: {run} holds a run of classifier_train.py; give another --run_dir, or use that script"
+
+
+def test_a_run_keeps_its_noise_unless_told(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    classifier_train.main(flags(data, run, max_steps=1))
+    message = refusal(classifier_train.main, flags(data, run, max_steps=2, noised=False))
+    assert "of a run with noised True; keep that, or give --allow_change noised to change it" in message
+    classifier_train.main(flags(data, run, max_steps=2, noised=False, allow_change="noised"))
 
 
 # --- runs ---
