@@ -246,7 +246,6 @@ def describe_runs(folder: Path, runs: list[str]) -> Description:
 
 def describe_config(file: Path, content: dict[str, Any]) -> Description:
     """A JSON file with settings. Raises UserError for invalid ones."""
-    family = known_family(content.get("family", "improved"), f"{file}: family")
     sections = {name: values for name, values in content.items() if name not in ("family", "deepspeed")}
     for section, values in sections.items():
         if not isinstance(values, dict):
@@ -257,6 +256,8 @@ def describe_config(file: Path, content: dict[str, Any]) -> Description:
         if kind.mark and any(key.startswith(kind.mark) for key in sections.get("model", {}))
     ]
     kind = marked[0] if marked else KINDS["unet"]
+    only = "guided" if kind is KINDS["classifier"] else "improved"  # the one family that has classifiers
+    family = known_family(content.get("family", only), f"{file}: family")
     found = Description(file, f"configuration of a {kind.name}")
     defaults = {name: kind.known(name, values) for name, values in FAMILIES[family].items()}
     for name, values in merge(defaults, sections).items():

@@ -216,6 +216,9 @@ def test_configuration_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["differing"]["diffusion"] == ["rescale_timesteps", "rescale_learned_sigmas"]
     assert {"image_size", "scale_stem"} == set(found["differing"]["model"])
     assert words_of(found) == ["--config", str(tmp_path / "mine.json"), "--data_dir", "IMAGES"]
+    (tmp_path / "classifier.json").write_text('{"model": {"classifier_depth": 1}}')  # of guided-diffusion anyway
+    of_classifier = described(tmp_path / "classifier.json", capsys)
+    assert of_classifier["differing"]["diffusion"] == found["differing"]["diffusion"]
 
 
 # Keys of other programs' networks, and the words that name these.
