@@ -306,7 +306,7 @@ def test_requests_that_can_not_be_met_are_refused(folder):
     ]:
         with pytest.raises(UserError, match=words):
             open_images(settings, **(good | wrong))
-    with pytest.raises(UserError, match="--labels none contradicts class_cond True"):
+    with pytest.raises(UserError, match="--labels none gives no classes"):
         open_images(settings.model_copy(update={"labels": "none"}), class_cond=True, **good)
     with pytest.raises(UserError, match="no image folder is given"):
         open_images(DataSettings(), **good)
