@@ -58,7 +58,9 @@ def open_images(
     if limit is not None and limit < 1:
         raise UserError(f"at least one image must be read, not {limit}")
     if class_cond and settings.labels == "none":
-        raise UserError("--labels none gives no classes, which a class-conditional model and a classifier need; leave it out")
+        raise UserError(
+            "--labels none gives no classes, which a class-conditional model and a classifier need; leave it out"
+        )
     rule = settings.labels if class_cond else "none"
     listing, packed = _find(settings, size_hw, channels, rule, class_names, rank, build_cache and limit is None)
     whole = None if packed is not None and packed.folder == Path(settings.data_dir) else listing
