@@ -66,12 +66,10 @@ def is_linked_previews(folder: Path) -> bool:
     return place != folder and place.name == PREVIEWS and _kind_of_folder(place.parent) == "run"
 
 
-def refuse_as_run(folder: Path, data_dir: Path) -> None:
-    """Raise UserError if a run in `folder` would write its files among the images that it is trained on."""
+def refuse_as_run(folder: Path, data_dir: Path, flag: str = "--data_dir") -> None:
+    """Raise UserError if a run in `folder` would write its files among the images that it reads, which `flag` names."""
     if data_dir.resolve() in (folder.resolve(), (folder / PREVIEWS).resolve()):
-        raise UserError(
-            f"--run_dir: {folder} would mix the run's files with the images of --data_dir; give another folder"
-        )
+        raise UserError(f"--run_dir: {folder} would mix the run's files with the images of {flag}; give another folder")
 
 
 def say_what_is_read(root: Path, kind: str, count: int, left_out: list[Path]) -> None:

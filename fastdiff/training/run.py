@@ -62,6 +62,8 @@ def train(config: Config, default_name: str, dry_run: bool = False) -> None:
     plan = plan_step(settings, config.deepspeed, current())  # contradictions raise before anything is written
     folder = output_folder(settings.run_dir, f"runs/{settings.name or default_name}")
     refuse_as_run(folder, Path(config.data.data_dir))
+    if isinstance(settings, ClassifierTrainSettings) and settings.val_data_dir:
+        refuse_as_run(folder, Path(settings.val_data_dir), "--val_data_dir")
     keep_compiled_code()
     share_compile_processes()
     with ExitStack() as open_things:

@@ -221,6 +221,14 @@ def test_validation_images_of_other_classes_are_refused(data: Path, tmp_path: Pa
     assert "--val_data_dir" in refusal(classifier_train.main, flags(data, tmp_path / "run", val_data_dir=other))
 
 
+def test_a_run_among_the_validation_images_is_refused(data: Path, tmp_path: Path) -> None:
+    """The folder of a run holds no images to its next start."""
+    own = make_pictures(tmp_path / "own", count=3)
+    with nothing_written(tmp_path):
+        message = refusal(classifier_train.main, flags(data, own, val_data_dir=own))
+    assert message.startswith(f"--run_dir: {own} would mix the run's files with the images of --val_data_dir; ")
+
+
 @pytest.mark.parametrize("name", ["init_from", "resume_checkpoint"])
 def test_weights_of_a_diffusion_model_are_refused(name: str, data: Path, tmp_path: Path) -> None:
     bare, own = save_bare(unet(), tmp_path / "bare.pt"), save(unet(), tmp_path / "own.pt")
