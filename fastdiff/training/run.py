@@ -348,9 +348,10 @@ def _open_validation(
     config: Config, settings: ClassifierTrainSettings, processes: Processes, class_names: Sequence[str]
 ) -> Loader:
     """This rank's validation images, in the classes of the training images, without flips and random crops."""
-    data = config.data.model_copy(
-        update={"data_dir": settings.val_data_dir, "random_flip": False, "random_crop": False, "shuffle": True}
-    )
+    own = {"data_dir": settings.val_data_dir, "random_flip": False, "random_crop": False, "shuffle": True}
+    if config.data.cache_dir:  # where the cache of the training images may have the same name
+        own["cache_dir"] = str(Path(config.data.cache_dir) / "validation")
+    data = config.data.model_copy(update=own)
     with blaming("--val_data_dir"):
         return open_images(
             data,

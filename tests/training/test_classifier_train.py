@@ -253,6 +253,15 @@ def test_a_run_keeps_its_noise_unless_told(data: Path, tmp_path: Path) -> None:
     classifier_train.main(flags(data, run, max_steps=2, noised=False, allow_change="noised"))
 
 
+def test_caches_of_folders_with_the_same_name(tmp_path: Path) -> None:
+    """The decoded images for training and for validation lie apart in cache_dir, also at the next start."""
+    one, other = (make_pictures(tmp_path / name / "images", count) for name, count in (("train", 6), ("val", 3)))
+    cached = {"random_crop": False, "cache": "disk", "cache_dir": tmp_path / "cache", "val_data_dir": other}
+    for steps in (1, 2):
+        classifier_train.main(flags(one, tmp_path / "run", **cached, max_steps=steps))
+    assert len(list(tmp_path.glob("cache/**/*.packed_8x8x3"))) == 2
+
+
 # --- runs ---
 
 
