@@ -394,6 +394,8 @@ def _hint(kind: type[Config], section: str, name: str) -> str:
         return "; it stands beside the sections, at the top of the file"
     if kind is Config and section == "model" and name in ("large_size", "small_size"):
         return "; super-resolution models are for super_res_train.py and super_res_sample.py"
+    if kind is not ClassifierConfig and section == "model" and name in ClassifierNetSettings.model_fields:
+        return "; classifiers are for classifier_train.py"
     if kind is ClassifierConfig and section == "model" and f"classifier_{name}" in ClassifierSettings.model_fields:
         return f"; a classifier has classifier_{name}"
     if kind is SuperResConfig and section == "model" and name == "image_size":

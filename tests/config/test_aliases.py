@@ -167,6 +167,7 @@ def test_the_table() -> None:
             "data.epochs is not a setting; a run is counted in steps: give train.",
         ),
         ("train", {"model": {"dim_mults": [1]}}, "model.dim_mults is not a setting; did you mean channel_mult?"),
+        ("train", {"model": {"classifier_depth": 1}}, "model.classifier_depth is not a setting; classifiers are for"),
         ("train", {"learning_rate": 1}, "learning_rate is not a section; did you mean train.lr?"),
         ("train", {"model": {"lr": 1}}, "model.lr is not a setting; it belongs in section train"),
         ("sample", {"sample": {"guidance_scale": 1}}, "sample.guidance_scale is not a setting; did you mean guidance?"),
