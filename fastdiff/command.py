@@ -60,7 +60,7 @@ def _run(command: Command, program: str, words: list[str], prepares: bool) -> No
 def _find(name: str, program: str, group: Group) -> Command | Group:
     if name not in group.commands:
         near = did_you_mean(name.replace("_", "-").removesuffix(".py"), group.commands)
-        raise UserError(f"{name} is not a command{near or f'; {program} --help lists them'}")
+        raise UserError(f"{name or 'an empty word'} is not a command{near or f'; {program} --help lists them'}")
     return group.commands[name]
 
 

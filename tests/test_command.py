@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def test_help_needs_no_torch(words: list[str], no_torch: dict[str, str]) -> None
             "super_res_sample.py",
             "fastdiff: error: super_res_sample.py is not a command; did you mean super-res-sample?",
         ),
+        ("''", "fastdiff: error: an empty word is not a command; fastdiff --help lists them"),
         ("qqq", "fastdiff: error: qqq is not a command; fastdiff --help lists them"),
         ("prepare cifar", "fastdiff prepare: error: cifar is not a command; did you mean cifar10?"),
         (
@@ -81,7 +83,7 @@ def test_help_needs_no_torch(words: list[str], no_torch: dict[str, str]) -> None
     ],
 )
 def test_wrong_words(words: str, sentence: str, no_torch: dict[str, str]) -> None:
-    done = run(*words.split(), **no_torch)
+    done = run(*shlex.split(words), **no_torch)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{sentence}\n")
 
 
