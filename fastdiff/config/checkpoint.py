@@ -147,7 +147,7 @@ def settings_of(
         raise UserError(f"{file} does not fit: {mismatch}, which is for {scripts_for(not super_res)}")
     if preset:
         return f"preset {preset.name}", preset.layer
-    if named := preset_for_file(file):
+    if (named := preset_for_file(file)) and named.kind == checkpoint.kind:  # else its name says nothing of the network
         check_family(named, family)
         logging.getLogger(__name__).warning(
             "%s carries no settings; taken from the preset %s by the file's name", file, named.name

@@ -134,13 +134,16 @@ def _kind(word: Any, file: Path) -> Kind:
 
 def _settings_of_bare_file(checkpoint: Checkpoint) -> tuple[str, dict[str, Settings]]:
     """Where the settings of another program's file come from, and its sections."""
+    preset = preset_for_file(checkpoint.file)
+    named = preset is not None and preset.kind == checkpoint.kind
+    origin = f"the preset {preset.name}, by the file's name" if preset and named else _SHAPES
     if checkpoint.kind == "classifier":
         layer = classifier_settings_of(checkpoint)[1]
-        return _SHAPES, {"model": validated(ClassifierSettings, layer["model"])}
+        model = validated(ClassifierSettings, layer["model"])
+        weights.check_fits(model, checkpoint.state, checkpoint.file)
+        return origin, {"model": model}
     config = describe(checkpoint)
     weights.check_fits(config.model, checkpoint.state, checkpoint.file)
-    preset = preset_for_file(checkpoint.file)
-    origin = f"the preset {preset.name}, by the file's name" if preset else _SHAPES
     return origin, {"model": config.model, "diffusion": config.diffusion}
 
 

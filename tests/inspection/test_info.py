@@ -221,6 +221,14 @@ def test_configuration_of_a_family(tmp_path: Path, capsys: pytest.CaptureFixture
     assert of_classifier["differing"]["diffusion"] == found["differing"]["diffusion"]
 
 
+def test_names_of_released_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A released file's name gives its settings to a network of its kind, which must fit, and to no other network."""
+    unet = tiny.save_bare(tiny.unet(), tmp_path / "64x64_classifier.pt")
+    assert described(unet, capsys)["settings_from"] == "the shapes of the weights"
+    small = tiny.save_bare(tiny.classifier(), tmp_path / "256x256_classifier.pt")
+    assert "does not fit the model: it was trained with --classifier_width 64" in tiny.refusal(info.main, [small])
+
+
 # Keys of other programs' networks, and the words that name these.
 FOREIGN = {
     "down_blocks.0.resnets.0.conv1.weight": "a network of diffusers",
