@@ -193,7 +193,7 @@ def test_two_names_with_different_values(settings: dict[str, Any], sentence: str
     (["--loader", "dali"], "--random_crop True needs images that Pillow decodes anew at each sight, not those of loa"),
     (["--classifier_attention_resolutions", "3"], "--classifier_attention_resolutions 3: a network for the image size"),
     (["--image_size", "9"], "image_size 9x9 is not divisible by 2, which 2 levels (classifier_channel_mult) need"),
-    (["--labels", "none"], "--labels none contradicts"),
+    (["--labels", "none"], "--labels none gives no classes"),
     (["--num_channels", "64"], "--num_channels is not a flag of this script; did you mean --classifier_width?"),
     (["--precision", "fp16"], "--precision fp16 needs a GPU"),
 ])  # fmt: skip
