@@ -67,7 +67,7 @@ def build_sampler(config: Config, checkpoint: Checkpoint, device: torch.device, 
             diffusion = validated(type(large.diffusion), {**large.diffusion.model_dump(), **respacing})
         large = large.model_copy(update={"diffusion": diffusion})
         upsampler = _network(large, sr_checkpoint, settings, device)
-        numbers = check_fit(network, upsampler)
+        numbers = check_fit(network, upsampler, classifier)
     unguided = {"guidance": 1.0, "guidance_interval": (), "guide_model_path": ""}
     own = {"steps": settings.sr_steps, "batch_size": settings.sr_batch_size}
     enlarging = settings.model_copy(update={**unguided, **own})
@@ -194,8 +194,8 @@ class Cascade:
         return given
 
 
-def check_fit(base: Network, upsampler: Network) -> np.ndarray | None:
-    """UserError unless the second network can enlarge what the first one draws.
+def check_fit(base: Network, upsampler: Network, classifier: OpenClassifier | None = None) -> np.ndarray | None:
+    """UserError unless the second network can enlarge what the first one draws, perhaps guided by a classifier.
 
     Returns the second network's number of each class of the first one, int64 [K]; None where they are the same.
     """
@@ -207,18 +207,19 @@ def check_fit(base: Network, upsampler: Network) -> np.ndarray | None:
         raise UserError(f"{who} enlarges images of {sizes[0]} pixels, the model draws {sizes[1]}")
     if large.in_channels != small.in_channels:
         raise UserError(f"{who} takes images of {large.in_channels} channels, the model draws {small.in_channels}")
-    if large.class_cond and not small.class_cond:
-        raise UserError(f"{who} needs classes, which the model doesn't have")
     if not large.class_cond:
         return None
-    if upsampler.class_names and base.class_names:
-        numbers = renumbered(upsampler.class_names, base.class_names)
+    labelled = base if small.class_cond else classifier
+    if labelled is None:
+        raise UserError(f"{who} needs classes, which the model doesn't have")
+    if upsampler.class_names and labelled.class_names:
+        numbers = renumbered(upsampler.class_names, labelled.class_names)
         if (numbers < 0).any():
-            lacking = [name for name, number in zip(base.class_names, numbers, strict=True) if number < 0]
+            lacking = [name for name, number in zip(labelled.class_names, numbers, strict=True) if number < 0]
             raise UserError(f"{who} doesn't know the model's class {lacking[0]!r}; its classes are other ones")
         return numbers
-    if upsampler.known_classes != base.known_classes:
-        raise UserError(f"{who} knows {upsampler.known_classes} classes, the model {base.known_classes}")
+    if upsampler.known_classes != labelled.known_classes:
+        raise UserError(f"{who} knows {upsampler.known_classes} classes, the model {labelled.known_classes}")
     return None
 
 

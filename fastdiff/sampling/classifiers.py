@@ -58,6 +58,8 @@ def open_guiding(
     if is_preset(path) and not Path(path).exists():
         path = str(download(find_preset(path), flag="--classifier_path"))
     checkpoint = open_checkpoint(path)
+    if checkpoint.info.get("noised") is False:
+        raise UserError(f"{checkpoint.file} was trained on images without noise (--noised False), so it can't guide")
     size_hw = network.settings.size_hw
     _, layer = classifier_settings_of(checkpoint, {"model": {"image_size": size_hw}})
     chosen = given.model_dump(mode="json", include=given.model_fields_set)

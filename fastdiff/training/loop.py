@@ -78,6 +78,8 @@ class Loop:
             "diffusion": config.diffusion.model_dump(mode="json"),
             "class_names": trainer.loader.class_names if config.model.class_cond else [],
         }
+        if not getattr(config.train, "noised", True):  # a setting of classifiers
+            self.info["noised"] = False
         every = config.train.save_interval
         self.save_seconds = 60 * float(every.removesuffix("min")) if isinstance(every, str) else None
         self.save_steps = None if isinstance(every, str) else every

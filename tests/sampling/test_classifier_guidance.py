@@ -13,11 +13,13 @@ from helpers.tiny import (
     DIFFUSION,
     classifier,
     flags,
+    info_for,
     nothing_written,
     refusal,
     relative_error,
     save,
     save_bare,
+    super_res,
     unet,
 )
 from torch import Tensor
@@ -29,6 +31,7 @@ from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.samplers import Step, ddim_sample_loop, p_sample_loop, solve
 from fastdiff.diffusion.solvers import SOLVERS, solver_table
 from fastdiff.errors import UserError
+from fastdiff.models import weights
 from fastdiff.models.classifier import Classifier
 from fastdiff.models.unet import freeze
 from fastdiff.sampling.classifier_gradient import ClassifierGradient, ClassifierGuidance
@@ -297,6 +300,28 @@ def test_other_files_and_settings(plain: Path, guide: Path, tmp_path: Path) -> N
         with nothing_written(tmp_path):
             message = refusal(sample.main, flags({"out_dir": tmp_path / "out", "num_samples": 2, **given}))
         assert words in message, given
+
+
+def test_an_upsampler_takes_the_classifiers_classes(plain: Path, guide: Path, tmp_path: Path) -> None:
+    """In a cascade a class-conditional upsampler enlarges images of a model without classes, by the classifier's."""
+    large = save(super_res(class_cond=True, num_classes=3), tmp_path / "large.pt", ["cat", "ape", "bee"])
+    given = {"model_path": plain, "sr_model_path": large, "sr_timestep_respacing": 2, "num_samples": 2}
+    drawn = run(tmp_path / "both", classifier_path=guide, classes="cat,ape", **given)
+    assert drawn["arr_0"].shape == (2, 16, 16, 3)
+    assert drawn["arr_1"].tolist() == [2, 0]
+    with nothing_written(tmp_path):
+        message = refusal(sample.main, flags({"out_dir": tmp_path / "out", **given}))
+    assert "needs classes, which the model doesn't have" in message
+
+
+def test_a_classifier_of_clean_images(plain: Path, tmp_path: Path) -> None:
+    model = classifier()
+    clean = tmp_path / "clean.pt"
+    torch.save(weights.with_info(model.state_dict(), {**info_for(model, CLASSES), "noised": False}), clean)
+    with nothing_written(tmp_path):
+        message = refusal(sample.main, flags({"model_path": plain, "classifier_path": clean, "num_samples": 2}))
+    assert message.startswith("--classifier_path: ")
+    assert "images without noise" in message
 
 
 # --- Python ---
