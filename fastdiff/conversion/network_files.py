@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings
 from fastdiff.models.weights import metadata_of, with_info
-from fastdiff.runtime.files import atomic_write, write_json, write_text
+from fastdiff.runtime.files import atomic_write, sync_path, write_json, write_text
 
 WEIGHTS_OF_DIFFUSERS = "diffusion_pytorch_model.safetensors"
 
@@ -32,8 +33,12 @@ def save_safetensors(file: Path, state: dict[str, Tensor], info: dict[str, Any])
     """Write tensors as safetensors, with `info` in the metadata."""
     tensors = {name: value.contiguous() for name, value in state.items()}
     with atomic_write(file) as content:
-        # By its name, because the library writes to no open file, and a copy in memory would double what is needed.
+        # By its name, because the library writes to no open file, and a copy in memory would double what is needed. It
+        # puts a file of its own under that name, which the owner alone may read, and doesn't wait for the disk.
+        mode = os.fstat(content.fileno()).st_mode
         safetensors.torch.save_file(tensors, content.name, {"format": "pt", **metadata_of(info)})
+        os.chmod(content.name, mode)
+        sync_path(Path(content.name))
 
 
 def save_diffusers(

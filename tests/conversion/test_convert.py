@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -360,6 +361,20 @@ def test_a_full_disk_leaves_nothing(
     assert message.startswith(f"--out: {out} can't be written (")
     monkeypatch.undo()
     to(run, kind, out, "--overwrite", "True")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_files_are_on_disk_and_readable_by_others(
+    kind: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors' library replaces the file by one of mode 0600 that it doesn't sync."""
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.add(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    to(run, kind, tmp_path / "there")
+    (tmp_path / "usual").touch()
+    for file in (tmp_path / "there").rglob("*"):
+        assert file.stat().st_ino in synced or file.is_dir(), file
+        assert file.is_dir() or file.stat().st_mode == (tmp_path / "usual").stat().st_mode, file
 
 
 def test_a_folder_that_cannot_be_made(run: Path, tmp_path: Path) -> None:
