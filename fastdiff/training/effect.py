@@ -66,7 +66,7 @@ def _average_warning(rate: float, last: int) -> str:
     if left <= _LEFT or better is None:
         return ""
     return (
-        f"warning: after {last} steps {100 * left:.0f}% of the average with ema_rate {rate:g}, from which images are "
+        f"warning: after {last} steps {100 * left:.0f}% of the average with ema_rate {rate:g}, with which images are "
         f"drawn, is still the weights that the run began with; give e.g. --ema_rate {better:g}"
     )
 
