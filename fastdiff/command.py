@@ -72,8 +72,10 @@ def _print_about(flag: str, values: list[str], program: str) -> NoReturn:
         if values not in ([shell] for shell in SHELLS):
             raise UserError(f"--completion takes one of {', '.join(SHELLS)}, not {' '.join(values) or 'nothing'}")
         from fastdiff.completion import completion
+        from fastdiff.runtime.script import tolerate_closed_output
 
-        print(completion(values[0], FASTDIFF))
+        with tolerate_closed_output():
+            print(completion(values[0], FASTDIFF))
     else:
         raise UserError(f"{flag} is no flag of fastdiff itself; give it after a command, as in fastdiff train {flag}")
     sys.exit(DONE)

@@ -13,7 +13,7 @@ from typing import Any
 import shtab
 
 from fastdiff.command_table import SHELLS, Group
-from fastdiff.config.presets import configs
+from fastdiff.config.presets import PRESETS, configs
 from fastdiff.runtime.program import COMMAND
 
 _PLACEHOLDER = re.compile(r"[A-Z]+|A,B,\.\.|HxW")
@@ -51,6 +51,8 @@ def _complete_value(action: argparse.Action) -> None:
     names = str(action.metavar or "").split("|")
     if action.dest == "config":
         action.complete = _names_or_files([file.stem for file in sorted(configs().glob("*.json"))])  # type: ignore[attr-defined]
+    elif action.dest.split(".")[-1] in ("preset", "sr_preset"):
+        action.choices = list(PRESETS)
     elif choices := [name for name in names if name and not _PLACEHOLDER.fullmatch(name)]:
         action.choices = choices
     else:

@@ -164,6 +164,7 @@ OFFERED = {
     "fastdiff sample --out_dir here --precision b": {"bf16"},
     "fastdiff evaluate --model_path a_f": {"a_file.pt"},
     "fastdiff train --config c": {"cifar10_uncond", "cifar10_uncond_vlb", "chosen.json"},
+    "fastdiff sample --preset cifar": {"cifar10_uncond", "cifar10_uncond_50M_500K"},
     "fastdiff prepare folder --format ": {"jpg", "png"},
     "fastdiff convert --to d": {"diffusers"},
     "fastdiff --completion ": set(SHELLS),
@@ -211,6 +212,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("a_file.pt", "chosen.json"):
         (folder / name).touch()
     return folder
+
+
+def test_completion_for_a_reader_that_leaves() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdiff", "--completion", "bash"], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("shell", SHELLS)
