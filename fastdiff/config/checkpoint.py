@@ -190,7 +190,9 @@ def _inferred(checkpoint: Checkpoint, super_res: bool, given: Layer, family: str
         model |= {kind.size_name: size, "attention_resolutions": [min(size) // factor for factor in factors]}
     sizes = ("large_size", "small_size") if super_res else ("image_size",)
     heads, defaults = "num_heads", "their defaults"
-    unseen = ["diffusion_steps", "noise_schedule", "rescale_timesteps"]
+    unseen = ["diffusion_steps", "noise_schedule"]
+    if str(known.get("diffusion_steps")) != "1000":  # of 1000 steps rescaled timesteps are the same
+        unseen.append("rescale_timesteps")
     if family == "guided" or (checkpoint.is_guided and not family):
         heads, defaults = "num_heads or num_head_channels", "guided-diffusion's defaults"
         unseen.append("use_new_attention_order")

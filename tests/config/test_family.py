@@ -214,6 +214,8 @@ def test_weights_that_do_not_show_the_family(tmp_path: Path, warnings: Any) -> N
     )
     read("sample", "--num_head_channels", 16, *words)
     assert "num_heads" not in warnings.records[-1].getMessage()
+    read("sample", "--diffusion_steps", 1000, *words)
+    assert "rescale_timesteps" not in warnings.records[-1].getMessage()
 
 
 def test_own_settings_are_not_replaced(tmp_path: Path, warnings: Any) -> None:
