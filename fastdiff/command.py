@@ -9,6 +9,7 @@ A script's module is imported when its command is given: help and mistyped names
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -26,7 +27,7 @@ def main() -> NoReturn:
     program, chosen = COMMAND, FASTDIFF
     while True:
         if not words or words[0] in ("-h", "--help"):
-            print(_help(program, chosen))
+            _print(_help(program, chosen))
             sys.exit(DONE)
         name, *words = words
         try:
@@ -67,18 +68,24 @@ def _find(name: str, program: str, group: Group) -> Command | Group:
 def _print_about(flag: str, values: list[str], program: str) -> NoReturn:
     """Carry out --version or --completion SHELL and end the process. Raises UserError for any other flag."""
     if flag == "--version":
-        print(f"{COMMAND} {fastdiff.__version__}")
+        _print(f"{COMMAND} {fastdiff.__version__}")
     elif flag == "--completion":
         if values not in ([shell] for shell in SHELLS):
             raise UserError(f"--completion takes one of {', '.join(SHELLS)}, not {' '.join(values) or 'nothing'}")
         from fastdiff.completion import completion
-        from fastdiff.runtime.script import tolerate_closed_output
 
-        with tolerate_closed_output():
-            print(completion(values[0], FASTDIFF))
+        _print(completion(values[0], FASTDIFF))
     else:
         raise UserError(f"{flag} is no flag of fastdiff itself; give it after a command, as in fastdiff train {flag}")
     sys.exit(DONE)
+
+
+def _print(text: str) -> None:
+    """Print a text; that its reader has gone, as after `| head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # redirect the descriptor, so that Python's own flush at exit succeeds
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help(program: str, group: Group) -> str:

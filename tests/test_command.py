@@ -214,12 +214,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_completion_for_a_reader_that_leaves() -> None:
+@pytest.mark.parametrize("words", [[], ["--version"], ["--completion", "bash"]])
+def test_a_reader_that_leaves(words: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-m", "fastdiff", "--completion", "bash"], stdout=writer, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fastdiff", *words], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
 
