@@ -18,6 +18,7 @@ import numpy as np
 from fastdiff.datasets.preparation_cli import Parser, given_path, run
 from PIL import Image
 
+from fastdiff.errors import UserError
 from fastdiff.runtime.files import atomic_write
 
 
@@ -25,7 +26,10 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=given_path, help="folder for train/ and test/")
     out = parser.parse_args().out
-    from sklearn.datasets import load_digits
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UserError("the digits are scikit-learn's; install it with: pip install scikit-learn") from None
 
     digits = load_digits()
     for part in ("train", "test"):

@@ -1,9 +1,11 @@
 """folder.py resizes and names a folder's images by class, and refuses wrong input."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fastdiff.datasets import digits
 from helpers.preparation_scripts import (
     call_script,
     fail,
@@ -17,6 +19,7 @@ from helpers.preparation_scripts import (
 )
 from PIL import Image
 
+from fastdiff.errors import UserError
 from fastdiff.images.labels import index_images
 from fastdiff.images.pixels import load_image
 
@@ -136,6 +139,15 @@ def test_every_script_expands_paths(script: str, flag: str):
     done = call_script(f"{script}.py", f"--{flag}", "$FD_NONE/x")
     assert done.returncode == 2
     assert f"argument --{flag}: $FD_NONE/x: the environment variable FD_NONE is not set" in done.stderr
+
+
+def test_digits_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="pip install scikit-learn$"):
+        digits.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input(tmp_path: Path):
