@@ -51,7 +51,7 @@ from benchmarks.kernel_cost import Cost
 from benchmarks.machine_code import Code
 from benchmarks.python_source import Unknown
 from fastdiff import ops
-from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.config.sections import Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.errors import UserError

@@ -48,7 +48,7 @@ from benchmarks.sampling_variants import (
     strong_seed,
 )
 from benchmarks.variant_timing import seconds_of, start, synchronize
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.diffusion.solvers import SOLVERS
 from fastdiff.models.cost import forward_flops
 from fastdiff.models.unet import body_dtype

@@ -47,7 +47,7 @@ from benchmarks.result_file import Label, ResultFile, release_memory
 from benchmarks.roofline import load_config
 from benchmarks.train_variants import LEVERS, Case, Step, ours, seed, usual, without
 from benchmarks.variant_timing import Built, start
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError
 from fastdiff.models.cost import train_flops
 from fastdiff.models.unet import body_dtype

@@ -46,7 +46,7 @@ from benchmarks.norm_figures import norms
 from benchmarks.roofline import usual_batch
 from benchmarks.step_calls import realised, training_calls
 from fastdiff.attention_choices import WAYS
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError
 from fastdiff.models.cost import operations
 from fastdiff.precompile import Call

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.figure_rows import Bench, Row, Sums, dtype_name, map_bytes
 from benchmarks.step_calls import realised, training_calls
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.precompile import Call
 
 WAYS = ("whole", "128 rows", "256 rows", "512 rows")

@@ -18,7 +18,7 @@ from benchmarks import bench_adamw_ema
 from benchmarks.norm_figures import Norm
 from benchmarks.step_calls import training_calls
 from fastdiff import ops
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.diffusion import create_diffusion
 from fastdiff.models import build_model
 from fastdiff.precompile import META, Call

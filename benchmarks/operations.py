@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.peers import diffusers_unet
 from benchmarks.seed_step import SeedUNet
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.models import BackboneSettings, SuperResSettings
 from fastdiff.models.cost import executed_flops, forward_flops, operations, saved_bytes, train_flops
 from fastdiff.models.unet import DTYPES, body_dtype

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import roofline
 from benchmarks.proof_log import BASELINES
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError
 from fastdiff.models.cost import Operation
 from fastdiff.runtime.machine import find

@@ -37,7 +37,8 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
 import torch
 
 from benchmarks import kernel_cost
-from fastdiff.config.load import Config, SuperResConfig, load
+from fastdiff.config.load import load
+from fastdiff.config.sections import Config, SuperResConfig
 from fastdiff.errors import UserError, did_you_mean
 from fastdiff.models import cost
 from fastdiff.runtime.machine import GPUS, Rates, device_name, find, measure_rates

@@ -68,7 +68,7 @@ if not __package__:  # run as a file, perhaps of a checkout that isn't installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import roofline
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError
 from fastdiff.models import BackboneSettings, cost
 from fastdiff.models.regions import UNetRegions

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from fastdiff import ops
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.precompile import Call, Recorder
 from fastdiff.training.step_plan import forward_and_backward
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from benchmarks.seed_step import SeedStep, SeedUNet
 from fastdiff import ops
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.diffusion import create_diffusion
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch

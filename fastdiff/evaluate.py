@@ -24,7 +24,8 @@ from fastdiff.errors import leave_quietly_on_ctrl_c
 if __name__ == "__main__":
     leave_quietly_on_ctrl_c()  # before the slow imports
 
-from fastdiff.config.load import EvaluateConfig, load
+from fastdiff.config.load import load
+from fastdiff.config.sections import EvaluateConfig
 from fastdiff.runtime.script import run_script
 
 

@@ -1,7 +1,7 @@
 """The base of every component's settings: strict pydantic models whose fields are JSON keys and command-line flags.
 
-A field's name, type, range, default and help are defined once, in the class that uses them. `fastdiff.config.load`
-composes the classes into sections and reads them from files and flags.
+A field's name, type, range, default and help are defined once, in the class that uses them. `fastdiff.config.sections`
+composes the classes into sections, and `fastdiff.config.load` reads them from files and flags.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from fastdiff.errors import leave_quietly_on_ctrl_c
 if __name__ == "__main__":
     leave_quietly_on_ctrl_c()  # before the slow imports
 
-from fastdiff.config.load import Config, default_name, load
+from fastdiff.config.load import default_name, load
+from fastdiff.config.sections import Config
 from fastdiff.runtime.script import run_script
 
 

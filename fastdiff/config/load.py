@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from fastdiff.config.aliases import advice
 from fastdiff.config.checkpoint import (
@@ -31,19 +31,15 @@ from fastdiff.config.classifier import classifier_settings_of
 from fastdiff.config.family import FAMILIES, known_family
 from fastdiff.config.flags import read_flags
 from fastdiff.config.presets import Preset, config_file, download, find_preset
-from fastdiff.conversion.settings import ConvertSettings
-from fastdiff.diffusion.settings import DiffusionSettings
+from fastdiff.config.sections import ClassifierConfig, Config, SuperResConfig
 from fastdiff.errors import UserError, blaming, quoted, shortened
-from fastdiff.evaluation.settings import EvaluateDrawSettings, EvaluateSettings
-from fastdiff.images.settings import ClassifierDataSettings, DataSettings
 from fastdiff.models.classifier_settings import ClassifierNetSettings, ClassifierSettings
 from fastdiff.models.settings import SuperResSettings, UNetSettings
 from fastdiff.runtime.files import read_json
 from fastdiff.runtime.paths import expand_path
 from fastdiff.runtime.processes import output_folder
-from fastdiff.sampling.settings import NllSettings, SampleSettings, SuperResSampleSettings
 from fastdiff.settings import Settings, is_true, merge, validated, what_is_wrong
-from fastdiff.training.settings import ClassifierTrainSettings, RunSettings, TrainSettings, adopt
+from fastdiff.training.settings import RunSettings, adopt
 
 # Switches of improved-diffusion and guided-diffusion → ours, of which a script has the first or the second
 _SWITCHES = {
@@ -51,43 +47,6 @@ _SWITCHES = {
     "use_ddim": (("solver",), "ddim"),
     "classifier_use_fp16": (("classifier_precision", "precision"), "fp16"),
 }
-
-
-class Config(Settings):
-    """The sections of a JSON file. A script uses some of them, and all are checked."""
-
-    model: UNetSettings = Field(default_factory=UNetSettings)
-    diffusion: DiffusionSettings = Field(default_factory=DiffusionSettings)
-    data: DataSettings = Field(default_factory=DataSettings)
-    train: TrainSettings = Field(default_factory=TrainSettings)
-    sample: SampleSettings = Field(default_factory=SampleSettings)
-    classifier: ClassifierNetSettings = Field(default_factory=ClassifierNetSettings)
-    nll: NllSettings = Field(default_factory=NllSettings)
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
-    convert: ConvertSettings = Field(default_factory=ConvertSettings)
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own JSON, merged over the configuration that is derived from the other sections."""
-
-
-class SuperResConfig(Config):
-    """The sections of a JSON file for super-resolution."""
-
-    model: SuperResSettings = Field(default_factory=SuperResSettings)  # type: ignore[assignment]
-    sample: SuperResSampleSettings = Field(default_factory=SuperResSampleSettings)  # type: ignore[assignment]
-
-
-class ClassifierConfig(Config):
-    """The sections of a JSON file for training a classifier."""
-
-    model: ClassifierSettings = Field(default_factory=ClassifierSettings)  # type: ignore[assignment]
-    data: ClassifierDataSettings = Field(default_factory=ClassifierDataSettings)
-    train: ClassifierTrainSettings = Field(default_factory=ClassifierTrainSettings)  # type: ignore[assignment]
-
-
-class EvaluateConfig(Config):
-    """The sections of a JSON file for evaluation."""
-
-    sample: EvaluateDrawSettings = Field(default_factory=EvaluateDrawSettings)  # type: ignore[assignment]
 
 
 class Loaded(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint, open_network
-from fastdiff.config.load import Config
 from fastdiff.config.presets import find_preset
+from fastdiff.config.sections import Config
 from fastdiff.conversion import network_files
 from fastdiff.conversion.from_diffusers import is_diffusers_folder, open_diffusers
 from fastdiff.conversion.model_card import PICTURE, Card

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from fastdiff.config.checkpoint import Checkpoint
-from fastdiff.config.load import EvaluateConfig
+from fastdiff.config.sections import EvaluateConfig
 from fastdiff.errors import UserError
 from fastdiff.evaluation.collect import OUTPUT_OF
 from fastdiff.evaluation.curve_files import (

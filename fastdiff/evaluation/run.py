@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastdiff.config.checkpoint import Checkpoint, named
-from fastdiff.config.load import Config, EvaluateConfig
+from fastdiff.config.sections import Config, EvaluateConfig
 from fastdiff.errors import UserError, blaming
 from fastdiff.evaluation.classifier import train_classifier, write_classifier
 from fastdiff.evaluation.collect import NEED_REFERENCE, Batches, Wanted, check_count, check_metrics, collect

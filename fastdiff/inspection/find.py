@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fastdiff.config.load import Config
 from fastdiff.config.presets import config_file
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError, one_line, quoted
 from fastdiff.evaluation.classifier import is_classifier
 from fastdiff.evaluation.report import TABLE

@@ -14,8 +14,9 @@ import torch
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
 from fastdiff.config.classifier import classifier_settings_of
 from fastdiff.config.family import FAMILIES, known_family
-from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, describe
+from fastdiff.config.load import describe
 from fastdiff.config.presets import configs, preset_for_file
+from fastdiff.config.sections import ClassifierConfig, Config, SuperResConfig
 from fastdiff.errors import UserError, first_line, quoted
 from fastdiff.inspection.description import Description, command, differing
 from fastdiff.models import BackboneSettings, weights

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.config.checkpoint import Checkpoint, Network, open_checkpoint, open_network, preset_of
-from fastdiff.config.load import Config, SuperResConfig, describe
+from fastdiff.config.load import describe
 from fastdiff.config.presets import download
+from fastdiff.config.sections import Config, SuperResConfig
 from fastdiff.diffusion.noise_keys import ENLARGED
 from fastdiff.errors import UserError, blaming
 from fastdiff.images.unreadable import STEM, naming_all

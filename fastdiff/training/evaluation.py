@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.schedules import keep_steps

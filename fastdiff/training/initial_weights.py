@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
-from fastdiff.config.load import Config
 from fastdiff.config.presets import preset_for_file
+from fastdiff.config.sections import Config
 from fastdiff.errors import blaming
 from fastdiff.images.listing import same_to_readers
 from fastdiff.models import BackboneSettings, UNet, weights

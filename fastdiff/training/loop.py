@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from fastdiff import errors
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.diffusion import GaussianDiffusion
 from fastdiff.errors import StopWith, blaming
 from fastdiff.runtime.files import write_json
@@ -72,7 +72,7 @@ class Loop:
         self.train, self.processes = config.train, trainer.processes
         self.checkpoints = folder / "checkpoints"
         self._start_interval(time.perf_counter())
-        self.info = {
+        self.info: dict[str, Any] = {
             "kind": kind_of(config),
             "model": config.model.model_dump(mode="json"),
             "diffusion": config.diffusion.model_dump(mode="json"),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.diffusion import GaussianDiffusion, create_diffusion
 from fastdiff.diffusion.noise_keys import SAMPLES
 from fastdiff.diffusion.solvers import solver_table

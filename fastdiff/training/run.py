@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastdiff import errors, precompile
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import StopWith, UserError, blaming
 from fastdiff.images.labels import describe_classes
 from fastdiff.images.loader import Loader

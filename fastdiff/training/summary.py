@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.images.labels import describe_classes
 from fastdiff.training.trainer import Trainer
 

@@ -12,7 +12,7 @@ from helpers import tiny
 from helpers.tiny import refusal
 
 from benchmarks import bench_sampling, bench_train, report, sampling_variants
-from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.config.sections import Config, SuperResConfig
 from fastdiff.diffusion.samplers import ddim_sample_loop, p_sample_loop
 from fastdiff.runtime.processes import Processes
 

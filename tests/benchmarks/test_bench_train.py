@@ -19,7 +19,7 @@ from helpers.tiny import pictures, refusal
 
 from benchmarks import bench_sampling, bench_train, contest, long_runs, report, report_rows, train_variants
 from benchmarks.result_file import ResultFile
-from fastdiff.config.load import Config, SuperResConfig
+from fastdiff.config.sections import Config, SuperResConfig
 from fastdiff.training.deepspeed_engine import start_processes
 
 MODEL = {**tiny.MODEL, "learn_sigma": True}
@@ -189,7 +189,7 @@ STAND_IN = {
     "__init__.py": "",
     "unet.py": """
         from benchmarks.seed_step import SeedUNet
-        from fastdiff.config.load import Config
+        from fastdiff.config.sections import Config
 
         class UNetModel(SeedUNet):
             def __init__(self, in_channels, model_channels, out_channels, num_res_blocks, attention_resolutions,

@@ -8,7 +8,7 @@ from helpers.tiny import DIFFUSION, MODEL
 
 from benchmarks import operations
 from benchmarks.bench_train import load
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.models import build_model
 from fastdiff.runtime.machine import tf32
 

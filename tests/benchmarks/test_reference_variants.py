@@ -12,7 +12,7 @@ from helpers.tiny import DIFFUSION, MODEL
 from benchmarks import bench_sampling, bench_train, peers, sampling_variants, train_variants
 from benchmarks.seed_step import Attention, SeedStep
 from fastdiff import ops
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.runtime import machine
 from fastdiff.runtime.machine import tf32
 from fastdiff.training.deepspeed_engine import start_processes

@@ -10,7 +10,7 @@ import torch
 from helpers.tiny import DIFFUSION, MODEL
 
 from benchmarks import bench_sampling, bench_train, sampling_variants, train_variants, variant_timing
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.models import build_model
 from fastdiff.runtime.processes import Processes
 

@@ -15,7 +15,7 @@ from helpers.tiny import refusal, save, unet
 import fastdiff
 from fastdiff import classifier_train, evaluate, nll, sample, super_res_sample, super_res_train, train
 from fastdiff.config.aliases import _TABLE
-from fastdiff.config.load import ClassifierConfig, Config, EvaluateConfig, SuperResConfig
+from fastdiff.config.sections import ClassifierConfig, Config, EvaluateConfig, SuperResConfig
 from fastdiff.errors import UserError
 
 MAIN: dict[str, Any] = {

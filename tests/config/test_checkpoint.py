@@ -15,7 +15,8 @@ from helpers.tiny import flags, save, save_bare, super_res, unet
 
 import fastdiff
 from fastdiff import nll, sample, super_res_sample
-from fastdiff.config.load import Config, SuperResConfig, load
+from fastdiff.config.load import load
+from fastdiff.config.sections import Config, SuperResConfig
 
 OPENS = 3
 """How often Python opens a file that is read once: to check it, to load it, and to hash it."""

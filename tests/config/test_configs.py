@@ -13,7 +13,8 @@ from helpers.golden_cases import Case, cases
 from helpers.tiny import flags
 
 from fastdiff import classifier_train, super_res_train, train
-from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, default_name, load
+from fastdiff.config.load import default_name, load
+from fastdiff.config.sections import ClassifierConfig, Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, build_model, weights

@@ -15,8 +15,9 @@ from test_settings import SCRIPTS, by_script, json_file, read
 from fastdiff import nll, sample, super_res_sample, train
 from fastdiff.config.checkpoint import Network, open_checkpoint
 from fastdiff.config.family import FAMILIES
-from fastdiff.config.load import ClassifierConfig, Config, EvaluateConfig, SuperResConfig, describe, load
+from fastdiff.config.load import describe, load
 from fastdiff.config.presets import find_preset
+from fastdiff.config.sections import ClassifierConfig, Config, EvaluateConfig, SuperResConfig
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.errors import UserError
 from fastdiff.models import SuperResSettings, UNetSettings, build_model

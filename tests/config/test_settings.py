@@ -11,7 +11,8 @@ import pytest
 from helpers.tiny import DIFFUSION, MODEL, flags, refusal, save, super_res, unet
 
 from fastdiff import evaluate, nll, sample, super_res_sample, super_res_train, train
-from fastdiff.config.load import Config, SuperResConfig, load
+from fastdiff.config.load import load
+from fastdiff.config.sections import Config, SuperResConfig
 from fastdiff.models import SuperResSettings, UNetSettings
 from fastdiff.settings import Settings
 

@@ -33,7 +33,7 @@ from PIL import Image
 import fastdiff
 from fastdiff import convert, nll, sample, super_res_sample
 from fastdiff.config.checkpoint import Checkpoint, open_checkpoint
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.conversion.originals import command_of, notes_on
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.models import SuperResSettings, UNet, UNetSettings, weights

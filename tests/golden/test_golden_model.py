@@ -6,7 +6,8 @@ from helpers.golden_cases import Case, cases, load_model, model_settings
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdiff import ops
-from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig, load
+from fastdiff.config.load import load
+from fastdiff.config.sections import ClassifierConfig, Config, SuperResConfig
 from fastdiff.models import SuperResSettings, build_model
 from fastdiff.models.blocks import timestep_embedding
 from fastdiff.training.trainer import low_res_of

@@ -13,7 +13,7 @@ from helpers.tiny import unet
 from helpers.weight_traffic import WeightTraffic
 from torch import nn
 
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.models import UNet
 from fastdiff.models.arrangement import arrange_weights
 from fastdiff.training import step_plan

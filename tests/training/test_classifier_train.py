@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from fastdiff import classifier_train, info, train
 from fastdiff.config.checkpoint import open_checkpoint
 from fastdiff.config.classifier import classifier_settings_of, open_classifier
-from fastdiff.config.load import ClassifierConfig, load
+from fastdiff.config.load import load
+from fastdiff.config.sections import ClassifierConfig
 from fastdiff.diffusion import DiffusionSettings
 from fastdiff.errors import StopWith
 from fastdiff.models.classifier import build_classifier

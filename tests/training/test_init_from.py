@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdiff import super_res_train, train
 from fastdiff.config.checkpoint import open_checkpoint
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError
 from fastdiff.models import UNet, UNetSettings, build_model, weights
 from fastdiff.training.initial_weights import open_initial, take_weights

@@ -11,7 +11,7 @@ from helpers.small_trainer import losses_of, small_trainer, weights_of
 from helpers.tiny import DIFFUSION, MODEL, SUPER_RES, flags, pictures, refusal, save, save_bare, super_res, unet
 
 from fastdiff import super_res_train, train
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError
 from fastdiff.images.loader import Batch
 from fastdiff.models import SuperResSettings, UNetSettings, build_model, weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastdiff.config.load import Config
+from fastdiff.config.sections import Config
 from fastdiff.errors import UserError, shortened
 from fastdiff.images.settings import DataSettings
 from fastdiff.models import BackboneSettings

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastdiff.config.load import ClassifierConfig, Config, SuperResConfig
 from fastdiff.config.presets import preset_for_file
+from fastdiff.config.sections import ClassifierConfig, Config, SuperResConfig
 from fastdiff.errors import UserError, blaming, quoted
 from fastdiff.models import weights
 from fastdiff.models.classifier import build_network

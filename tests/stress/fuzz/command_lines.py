@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fastdiff.config import load as config
-from fastdiff.config.load import Config, EvaluateConfig, SuperResConfig, load
+from fastdiff.config.load import load
+from fastdiff.config.sections import Config, EvaluateConfig, SuperResConfig
 from fastdiff.errors import UserError
 from fuzz.cases import READ, Case, generator
 from fuzz.damage import damage
