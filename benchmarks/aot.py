@@ -51,7 +51,7 @@ from benchmarks.kernel_cost import Cost
 from benchmarks.machine_code import Code
 from benchmarks.python_source import Unknown
 from fastdiff import ops
-from fastdiff.config.sections import Config, SuperResConfig
+from fastdiff.config.sections import ClassifierConfig, Config, SuperResConfig
 from fastdiff.diffusion import create_diffusion
 from fastdiff.diffusion.solvers import solver_table
 from fastdiff.errors import UserError
@@ -100,7 +100,8 @@ Step = tuple[str, Launch]
 def recorded(name: str) -> Iterator[Step]:
     """Launches of a configuration's training and sampling steps."""
     content = json.loads((CONFIGS / f"{name}.json").read_text())
-    kind = SuperResConfig if "large_size" in content.get("model", {}) else Config
+    classifies = "classifier_depth" in content["model"]
+    kind = ClassifierConfig if classifies else SuperResConfig if "large_size" in content["model"] else Config
     config = kind.model_validate(content)
     given, model = (config.model, config.diffusion), config.model
     for precision in PRECISIONS.get(name, (torch.bfloat16,)):
@@ -108,6 +109,8 @@ def recorded(name: str) -> Iterator[Step]:
             step = kernel_cost.step_name(name, batch, NAMES[precision])
             for one in training_launches(*given, batch, precision, rates=config.train.ema_rate):
                 yield step if _expected(one) else "", one
+    if classifies:
+        return
     process = create_diffusion(config.diffusion, model.learn_sigma)
     for batch in DRAWN.get(name, (16,)):
         for solver in SOLVERS:

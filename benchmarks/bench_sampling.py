@@ -187,6 +187,9 @@ class _Constant:
     def __call__(self, *_: Any) -> Tensor:
         return self.output
 
+    def gradient(self, *_: Any) -> None:
+        """There is no classifier."""
+
 
 def median_seconds(work: Callable[[], Any], seconds: float) -> float:
     """The median of some repetitions, after one that is not timed."""

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,9 +123,14 @@ def load(name: str, flag: str = "--configs") -> Config:
         return Config.model_validate(QUICK)
     file = Path(name) if name.endswith(".json") else CONFIGS / f"{name}.json"
     if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
-        raise UserError(f"{flag}: {name} is neither a file nor one of quick, {known}")
+        raise UserError(f"{flag}: {name} is neither a file nor one of quick, {', '.join(config_names())}")
     return load_config(str(file))
+
+
+def config_names() -> list[str]:
+    """Names of the shipped configurations of diffusion models, sorted; those of classifiers have other settings."""
+    models = {path.stem: json.loads(path.read_text())["model"] for path in CONFIGS.glob("*.json")}
+    return sorted(name for name, model in models.items() if "classifier_depth" not in model)
 
 
 def batches_of(text: str) -> list[int]:

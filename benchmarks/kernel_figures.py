@@ -38,7 +38,7 @@ import torch
 import torch._functorch.config
 
 from benchmarks import bench_attention
-from benchmarks.bench_train import CONFIGS, QUICK, chosen, load
+from benchmarks.bench_train import QUICK, chosen, config_names, load
 from benchmarks.figure_rows import Bench, Emit, OutOfTime, Row, Sums, dtype_name
 from benchmarks.flag_types import at_least
 from benchmarks.gpu_timing import own_stream
@@ -193,7 +193,7 @@ def cases_of(args: argparse.Namespace) -> list[tuple[str, Config, int]]:
 def with_all_configs(cases: list[tuple[str, Config, int]]) -> list[tuple[str, Config, int]]:
     """The cases, and every other shipped configuration at its usual batch."""
     named = {name for name, _, _ in cases}
-    others = [path.stem for path in sorted(CONFIGS.glob("*.json")) if path.stem not in named]
+    others = [name for name in config_names() if name not in named]
     return [*cases, *((name, load(name), usual_batch(load(name))) for name in others)]
 
 

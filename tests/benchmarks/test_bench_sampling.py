@@ -70,7 +70,7 @@ def test_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--configs", "nothing"], "--configs: nothing is neither a file nor one of quick, baseline"),
+        (["--configs", "nothing"], "--configs: nothing is neither a file nor one of quick, 128_512_upsampler"),
         (["--variants", "theirs"], "--variants: 'theirs' is not one of reference"),
         (["--levers", "luck"], "--levers: 'luck' is not one of weights frozen once"),
         (["--solvers", "euler"], "--solvers: 'euler' is not one of ddpm"),

@@ -67,7 +67,7 @@ def test_results(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--configs", "nothing"], "--configs: nothing is neither a file nor one of quick, baseline"),
+        (["--configs", "nothing"], "--configs: nothing is neither a file nor one of quick, 128_512_upsampler"),
         (["--variants", "theirs"], "--variants: 'theirs' is not one of reference"),
         (["--levers", "luck"], "--levers: 'luck' is not one of compile"),
         (["--precisions", "fp8"], "--precisions: 'fp8' is not one of fp32"),

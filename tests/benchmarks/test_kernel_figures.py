@@ -209,7 +209,7 @@ def test_all_configurations_have_attention() -> None:
     cases = kernel_figures.cases_of(kernel_figures.parse([]))
     assert [(name, batch) for name, _, batch in cases] == [("imagenet64_270M", 128), ("cifar10_uncond", 256)]
     batches = {name: batch for name, _, batch in kernel_figures.with_all_configs(cases)}
-    assert set(batches) == {path.stem for path in bench_train.CONFIGS.glob("*.json")}
+    assert set(batches) == set(bench_train.config_names())
     assert (batches["cifar10_uncond"], batches["upsample_256"]) == (256, 16)
 
 

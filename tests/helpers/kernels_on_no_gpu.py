@@ -84,7 +84,7 @@ def step(in_regions: bool = False, **given: Any) -> None:
     model, rates = WIDE if in_regions else MODEL, ",".join(map(str, RATES))
     trainer = small_trainer(model=model, dtype=torch.bfloat16, ema_rate=rates, **given)
     draw_timesteps = trainer.draw_timesteps  # its kernel does nothing either, and leaves numbers that are no timesteps
-    trainer.draw_timesteps = lambda batch: tuple(map(torch.zeros_like, draw_timesteps(batch)))
+    trainer.draw_timesteps = lambda batch, key: tuple(map(torch.zeros_like, draw_timesteps(batch, key)))
     if in_regions:
         trainer.model.forward = UNetRegions(trainer.model)  # type: ignore[method-assign]
     trainer.take_step()

@@ -49,12 +49,12 @@ class ScriptedTrainer(Trainer):
     noise: Tensor
     weights: Tensor | None = None
 
-    def draw_timesteps(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def draw_timesteps(self, batch: Batch, key: int = 0) -> tuple[Tensor, Tensor]:
         row = int(batch.positions[0])
         t = self.t[row]
         if self.weights is not None:
             return t, self.weights[row]
         return t, importance(self.timestep_sampler, t)
 
-    def noise_of(self, batch: Batch) -> Tensor:  # type: ignore[override]
+    def noise_of(self, batch: Batch, key: int = 0) -> Tensor:  # type: ignore[override]
         return self.noise[int(batch.positions[0])]
