@@ -42,7 +42,7 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 	    --batch_size 20 --timestep_respacing 100 --out_dir .demo/nll
 	@echo 'Look at .demo/samples/samples_100x16x16x1.png: each row is a class, 0 to 9. The steps of ten of them: samples_100x16x16x1_steps.gif'
 
-test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run all tests on the CPU: about 26 minutes on two cores
+test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run all tests on the CPU: about 30 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 test-fast: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run the tests that are not marked slow: about 6 minutes on two cores

@@ -452,7 +452,7 @@ def test_detect_anomaly(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("--save_interval", "ten"), "or minutes such as 30min, not 'ten'"),
         (("--save_interval", "0min"), "or minutes such as 30min"),
         (("--keep_every", "4"), "keep_every 4 needs keep_last"),
-        (("--allow_change", "lr"), "must be among batch_size, seed, .*noise_schedule, .*, not 'lr'"),
+        (("--allow_change", "lr"), "must be among batch_size, .*seed, .*noise_schedule, .*, not 'lr'"),
         (("--allow_change", "num_channels"), "must be among batch_size, .*, not 'num_channels'"),
         (("--allow_change", "noise_shedule"), "not 'noise_shedule'; did you mean noise_schedule?"),
         (("--stall_minutes", "0"), "stall_minutes"),
