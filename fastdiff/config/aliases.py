@@ -2,7 +2,7 @@
 
 The words are those of diffusers' and accelerate's scripts, EDM, guided-diffusion, the Trainers of Transformers and
 lucidrains, Lightning, and PyTorch's examples, and of the evaluators of guided-diffusion, EDM and StyleGAN, pytorch-fid,
-clean-fid and torch-fidelity. This module imports no PyTorch.
+clean-fid and torch-fidelity. This module imports no PyTorch. It is mostly the table of words, hence its length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""convert.py keeps every bit, writes whole files or none, and says what a network is in a model card."""
+"""convert.py keeps every bit, writes whole files or none, and says what a network is in a model card.
+
+The file has the tests of all formats but diffusers', hence its length.
+"""
 
 from __future__ import annotations
 

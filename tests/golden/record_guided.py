@@ -5,7 +5,7 @@
 
 writes the folders beside this file, or under --out. The same commit and the same version of PyTorch give the same
 numbers. The commit recorded is 22e0df8. The modules need PyTorch, NumPy and Pillow; blobfile and mpi4py, which only
-their training uses, are replaced by empty modules.
+their training uses, are replaced by empty modules. The file has one function for each kind of case, hence its length.
 """
 
 from __future__ import annotations

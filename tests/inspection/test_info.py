@@ -1,4 +1,7 @@
-"""info.py says what a file or folder is, suggests a command that works, and refuses what it doesn't know."""
+"""info.py says what a file or folder is, suggests a command that works, and refuses what it doesn't know.
+
+The file has a test for each kind of file and folder, hence its length.
+"""
 
 from __future__ import annotations
 
