@@ -45,7 +45,7 @@ demo: $(READY)  ## train on handwritten digits, draw some, score others: a few m
 test: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run all tests on the CPU: about 30 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
-test-fast: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run the tests that are not marked slow: about 6 minutes on two cores
+test-fast: $(READY) .triton-$(OLDEST_TRITON)/.ready  ## run the tests that are not marked slow: about 8 minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' tests
 
 stress: $(READY)  ## run kills, hostile input, dying ranks and two nodes for an hour; `make test` has a short version of each

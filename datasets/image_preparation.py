@@ -247,15 +247,24 @@ def _make_all(tasks: Iterator[Task], target: Target, workers: int) -> Iterator[t
 
 @contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Deliver SIGINT only after the block, and never to processes that are started in it."""
+    """Deliver SIGINT only after the block, and never to processes that are started in it.
+
+    The mask, which those processes inherit, is that of the main thread alone: another thread, such as tqdm's, may take
+    the signal, which Python then handles in the main thread. Therefore the handler is replaced as well.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    received: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker() -> None:
