@@ -7,34 +7,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastdiff.config.family import FAMILIES
 from fastdiff.diffusion.settings import DiffusionSettings
 from fastdiff.models.classifier_settings import ClassifierSettings
-from fastdiff.models.settings import BackboneSettings, SuperResSettings
+from fastdiff.models.settings import BackboneSettings, SuperResSettings, UNetSettings
 
 _CLASSES = 1000  # NUM_CLASSES of both programs
 _CLASSIFIER_FLAGS = {
     *("classifier_width", "classifier_depth", "classifier_attention_resolutions", "classifier_pool"),
     *("classifier_use_scale_shift_norm", "classifier_resblock_updown"),
 }
-# Defaults of the flags that both programs have. A flag is printed where the network has another value.
-_COMMON: dict[str, Any] = {
-    **{"num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1, "class_cond": False},
-    **{"attention_resolutions": "16,8", "dropout": 0.0, "learn_sigma": False, "use_scale_shift_norm": True},
-    **{"diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "", "predict_xstart": False},
-    "use_checkpoint": False,
+_IMPROVED, _GUIDED = "improved-diffusion", "guided-diffusion"
+# Flags that both programs have, and those of one.
+_COMMON = {
+    *("num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "attention_resolutions", "dropout"),
+    *("learn_sigma", "class_cond", "use_scale_shift_norm", "use_checkpoint", "diffusion_steps", "noise_schedule"),
+    *("timestep_respacing", "predict_xstart", "rescale_timesteps", "rescale_learned_sigmas", "use_kl"),
 }
-_DEFAULTS = {
-    "improved-diffusion": {
-        **_COMMON,
-        **{"rescale_timesteps": True, "rescale_learned_sigmas": True, "use_kl": False, "sigma_small": False},
-    },
-    "guided-diffusion": {
-        **_COMMON,
-        **{"num_head_channels": -1, "resblock_updown": False, "use_new_attention_order": False},
-        **{"rescale_timesteps": False, "rescale_learned_sigmas": False, "use_kl": False},
-    },
+_FLAGS = {
+    _IMPROVED: {*_COMMON, "sigma_small"},
+    _GUIDED: {*_COMMON, "num_head_channels", "resblock_updown", "use_new_attention_order"},
 }
-_IMPROVED, _GUIDED = _DEFAULTS
 # (program, whether it enlarges images) → size of the images → channel_mult.
 _DEEP = (1, 1, 2, 2, 4, 4)
 _MULT: dict[tuple[str, bool], dict[int, tuple[float, ...]]] = {
@@ -73,14 +66,26 @@ def command_of(settings: BackboneSettings | ClassifierSettings, diffusion: Diffu
     values = {**settings.model_dump(mode="json"), **diffusion.model_dump(mode="json")}
     sizes = ("large_size", "small_size") if super_res else ("image_size",)
     flags = {name: values[name] for name in sizes}
-    flags |= {name: values[name] for name, default in _DEFAULTS[program].items() if values[name] != default}
-    if super_res:
-        flags.pop("use_new_attention_order", None)
+    defaults = _defaults(program)
+    flags |= {name: value for name, value in values.items() if name in _FLAGS[program] and value != defaults[name]}
+    if super_res:  # whose scripts have fewer flags (see `notes_on`)
+        flags = {name: value for name, value in flags.items() if name not in ("use_new_attention_order", "sigma_small")}
     elif not _has_mult(settings, program):
         flags["channel_mult"] = _shown(settings)
     inputs = ["--base_samples", "FILE.npz"] if super_res else []
     script = "super_res_sample.py" if super_res else "image_sample.py"
     return shlex.join(["python", f"scripts/{script}", "--model_path", str(file), *inputs, *_words(flags)])
+
+
+def _defaults(program: str) -> dict[str, Any]:
+    """The program's defaults: ours, which are improved-diffusion's, and those of its family."""
+    family = FAMILIES["guided" if program == _GUIDED else "improved"]
+    sections = {"model": UNetSettings(), "diffusion": DiffusionSettings()}
+    return {
+        name: value
+        for section, settings in sections.items()
+        for name, value in {**settings.model_dump(mode="json"), **family.get(section, {})}.items()
+    }
 
 
 def _words(flags: dict[str, Any]) -> list[str]:
@@ -122,5 +127,5 @@ def notes_on(settings: BackboneSettings | ClassifierSettings, diffusion: Diffusi
         yield "no flag of super_res_sample.py says use_new_attention_order: give it in its script_util.py"
     if program == _GUIDED and settings.stem_channels != settings.level_channels[0]:
         yield "its first convolution has the width of the first level, so that it can't load this network"
-    if program == _GUIDED and diffusion.sigma_small:
+    if diffusion.sigma_small and (super_res or program == _GUIDED):
         yield "no flag says sigma_small: give it in its script_util.py"

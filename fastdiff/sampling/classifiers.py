@@ -52,6 +52,8 @@ def open_guiding(
     given  The classifier's own settings; those that were set must be the file's.
     Raises UserError if the classifier doesn't fit the network.
     """
+    if given.model_fields_set and not settings.classifier_path:
+        raise UserError(f"{min(given.model_fields_set)} is for the classifier of classifier_path, which is not given")
     if not settings.guiding_classifier:
         return None
     path = settings.guiding_classifier

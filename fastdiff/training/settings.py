@@ -240,27 +240,22 @@ class ClassifierTrainSettings(RunSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _guided_diffusion_names(cls, values: Any) -> Any:
-        """Turn iterations into max_steps, anneal_lr into lr_anneal_steps and classifier_use_fp16 into precision."""
-        if not isinstance(values, dict):
+    def _annealed(cls, values: Any) -> Any:
+        """Turn anneal_lr into lr_anneal_steps, which needs the number of steps from whatever source gives it."""
+        if not isinstance(values, dict) or not is_true(values.get("anneal_lr")):
             return values
-        values = dict(values)
-        if str(steps := values.get("iterations", 0)).strip() != "0":
-            _give(values, "max_steps", steps, f"iterations {steps}")
-            values["iterations"] = 0
-        if is_true(values.get("anneal_lr")):
-            steps = values.get("max_steps", cls.model_fields["max_steps"].default)
-            _give(values, "lr_anneal_steps", steps, f"anneal_lr True over {steps} steps")
-        if is_true(values.get("classifier_use_fp16")):
-            _give(values, "precision", "fp16", "classifier_use_fp16 True")
-        return values
+        steps = values.get("max_steps", cls.model_fields["max_steps"].default)
+        if str(other := values.get("lr_anneal_steps", 0)) not in ("0", str(steps)):
+            raise ValueError(f"anneal_lr True over {steps} steps contradicts lr_anneal_steps {other}; give one of them")
+        return {**values, "lr_anneal_steps": steps}
 
-
-def _give(values: dict[str, Any], name: str, value: Any, asked: str) -> None:
-    """Set a value that another setting asks for. ValueError if the setting has another one."""
-    if str(values.get(name, 0)) not in ("0", str(value)):
-        raise ValueError(f"{asked} contradicts {name} {values[name]}; give one of them")
-    values[name] = value
+    @model_validator(mode="after")
+    def _agree(self) -> ClassifierTrainSettings:
+        if self.classifier_use_fp16 and self.precision != "fp16":
+            raise ValueError(f"classifier_use_fp16 True contradicts precision {self.precision}; give one of them")
+        if self.iterations not in (0, self.max_steps):
+            raise ValueError(f"iterations {self.iterations} contradicts max_steps {self.max_steps}; give one of them")
+        return self
 
 
 ALWAYS_FREE = "use_checkpoint"

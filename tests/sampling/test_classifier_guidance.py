@@ -287,6 +287,7 @@ def test_other_files_and_settings(plain: Path, guide: Path, tmp_path: Path) -> N
         ({"model_path": plain, "classifier_path": plain}, "not a classifier"),
         ({"model_path": plain, "classifier_path": tmp_path / "none.pt"}, "none.pt"),
         ({"model_path": plain, "classifier_scale": 3}, "classifier_scale 3 needs a classifier_path"),
+        ({"model_path": plain, "classifier_depth": 2}, "--classifier_path: classifier_depth is for the classifier"),
         ({"model_path": plain, "classifier_path": guide, "classifier_scale": -1}, "classifier_scale"),
         ({"model_path": plain, "classifier_path": guide, "classes": "dog"}, "--classes"),
         ({"model_path": named, "classifier_path": guide}, "the same classes in the same order"),

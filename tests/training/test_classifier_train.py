@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from helpers import ROOT
 from helpers.pictures_folder import make_pictures
 from helpers.ranks import run_ranks
+from helpers.small_trainer import small_trainer
 from helpers.tiny import fill_randomly, nothing_written, refusal, relative_error, save, save_bare, unet
 from PIL import Image
 from pydantic import ValidationError
@@ -313,6 +314,26 @@ def test_a_signal_loses_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.
     classifier_train.main(argv)
     classifier_train.main(flags(data, tmp_path / "whole", max_steps=5))
     assert equal(tmp_path / "run", tmp_path / "whole", 5)
+
+
+def test_validation_has_its_own_timesteps_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images at the same positions get other timesteps and noise than in training."""
+    trainer = small_trainer()
+    batch = trainer.micro_batches(trainer._next_batch())[0]
+    seen: list[torch.Tensor] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return torch.zeros(2, trainer.model_settings.out_channels, *x.shape[2:])
+
+    trained, validated = (trainer.losses(network, batch, validating=validating) for validating in (False, True))
+    again = trainer.losses(network, batch, validating=True)
+    assert torch.equal(validated.t, again.t)
+    assert not torch.equal(trained.t, validated.t)
+    assert torch.equal(seen[1], seen[2])
+    monkeypatch.setattr(trainer, "draw_timesteps", lambda *_: (trained.t, trained.weights))
+    trainer.losses(network, batch, validating=True)
+    assert not torch.equal(seen[0], seen[3])
 
 
 @pytest.mark.slow
