@@ -47,7 +47,8 @@ during the backward pass depends on the stage:
 
 The column "1 graph" is the exposed time if the network were compiled as one graph: at stages 1 and 2 all gradients
 appear at the end of the backward pass, and everything is exposed. Slow nodes, shared networks and waiting for images
-are not modelled.
+are not modelled. The file holds the model and the table that shows it, whose columns are the terms above, hence its
+length.
 """
 
 # This is one long file, because its formulas are those of the docstring, which --help prints beside the flags.
